@@ -1,0 +1,1 @@
+"""The embedded default: a small drawn world, its models and its vision server."""

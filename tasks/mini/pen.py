@@ -1,0 +1,124 @@
+"""A supersampled vector pen: polygons on a Pillow canvas under one affine transform."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+Color = tuple[int, int, int]
+Point = tuple[float, float]
+
+OUTLINE: Color = (46, 38, 58)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Map object space (``[-1, 1]`` on both axes, y down) to canvas fractions ``[0, 1]``."""
+
+    center: Point = (0.5, 0.5)
+    scale: float = 0.5
+    degrees: float = 0.0
+    is_mirrored: bool = False
+
+    def apply(self, point: Point) -> Point:
+        """Return the canvas fraction of one object-space point."""
+        x, y = (-point[0] if self.is_mirrored else point[0]), point[1]
+        angle = math.radians(self.degrees)
+        cos, sin = math.cos(angle), math.sin(angle)
+        return (
+            self.center[0] + self.scale * (x * cos - y * sin),
+            self.center[1] + self.scale * (x * sin + y * cos),
+        )
+
+
+class Pen:
+    """Draws filled, outlined shapes on a square canvas."""
+
+    def __init__(self, image: Image.Image, transform: Transform) -> None:
+        self.image = image
+        self.transform = transform
+        self.draw = ImageDraw.Draw(image)
+
+    def points(self, points: Sequence[Point]) -> list[Point]:
+        """Return canvas pixels for object-space points."""
+        size = self.image.width
+        return [(x * size, y * size) for x, y in map(self.transform.apply, points)]
+
+    def width(self, width: float) -> int:
+        """Return a line width in pixels for a width in object space."""
+        return max(1, round(width * self.transform.scale * self.image.width))
+
+    def polygon(self, points: Sequence[Point], fill: Color, *, outline: float = 0.07) -> None:
+        """Fill a closed shape and trace its outline with round joints."""
+        pixels = self.points(points)
+        self.draw.polygon(pixels, fill=fill)
+        if outline:
+            self._trace([*pixels, pixels[0], pixels[1]], OUTLINE, self.width(outline))
+
+    def line(self, points: Sequence[Point], color: Color = OUTLINE, *, width: float = 0.07) -> None:
+        """Draw an open path with round ends."""
+        self._trace(self.points(points), color, self.width(width))
+
+    def _trace(self, pixels: Sequence[Point], color: Color, width: int) -> None:
+        self.draw.line(list(pixels), fill=color, width=width, joint="curve")
+
+    def ellipse(self, center: Point, radii: Point, fill: Color, *, outline: float = 0.07) -> None:
+        """Fill an ellipse; it turns with the transform, so it is drawn as a polygon."""
+        self.polygon(ellipse_points(center, radii), fill, outline=outline)
+
+    def clipped(self, outline_of: Sequence[Point]) -> "Clip":
+        """Return a layer whose marks show only inside the given shape."""
+        return Clip(self, outline_of)
+
+
+class Clip:
+    """A context in which a second pen paints, kept inside one shape."""
+
+    def __init__(self, pen: Pen, shape: Sequence[Point]) -> None:
+        self.pen = pen
+        self.mask = Image.new("L", pen.image.size, 0)
+        ImageDraw.Draw(self.mask).polygon(pen.points(shape), fill=255)
+
+    def __enter__(self) -> Pen:
+        self.layer = self.pen.image.copy()
+        return Pen(self.layer, self.pen.transform)
+
+    def __exit__(self, *_: object) -> None:
+        self.pen.image.paste(self.layer, (0, 0), self.mask)
+
+
+def ellipse_points(
+    center: Point, radii: Point, *, start: float = 0.0, stop: float = 360.0, num: int = 28
+) -> list[Point]:
+    """Return points along an elliptic arc, in degrees clockwise from the right."""
+    angles = [math.radians(start + (stop - start) * i / num) for i in range(num + (stop < 360))]
+    return [(center[0] + radii[0] * math.cos(a), center[1] + radii[1] * math.sin(a)) for a in angles]
+
+
+def box_points(left: float, top: float, right: float, bottom: float, r: float = 0.0) -> list[Point]:
+    """Return a rectangle with corners rounded by radius ``r``."""
+    if not r:
+        return [(left, top), (right, top), (right, bottom), (left, bottom)]
+    corners = [(right - r, top + r, 270), (right - r, bottom - r, 0), (left + r, bottom - r, 90)]
+    corners.append((left + r, top + r, 180))
+    return [
+        point
+        for x, y, start in corners
+        for point in ellipse_points((x, y), (r, r), start=start, stop=start + 89.9, num=5)
+    ]
+
+
+def star_points(outer: float, inner: float, num: int = 5) -> list[Point]:
+    """Return a star that stands on two of its tips."""
+    steps = [(outer if i % 2 == 0 else inner, math.pi * i / num - math.pi / 2) for i in range(2 * num)]
+    return [(r * math.cos(a), r * math.sin(a)) for r, a in steps]
+
+
+def shade(color: Color, factor: float) -> Color:
+    """Darken (factor below 1) or lighten toward white (above 1) a color."""
+    if factor <= 1:
+        mixed = [c * factor for c in color]
+    else:
+        mixed = [c + (255 - c) * (factor - 1) for c in color]
+    return (round(mixed[0]), round(mixed[1]), round(mixed[2]))

@@ -45,8 +45,8 @@ SETTINGS = {
     "classifier": PartSettings(1200, 64, 2e-3, 0.99),
     "clip": PartSettings(1600, 96, 1e-3, 0.995),
     "dino": PartSettings(1500, 96, 7e-4, 0.995),
-    "vae": PartSettings(2400, 16, 1e-3, 0.998),
-    "unet": PartSettings(6000, 48, 8e-4, 0.9995),
+    "vae": PartSettings(1700, 16, 1e-3, 0.998),
+    "unet": PartSettings(5000, 48, 8e-4, 0.9995),
 }
 
 

@@ -1,0 +1,1 @@
+"""Configuration: YAML holds values, `schema.py` holds their shape."""

@@ -1,0 +1,255 @@
+"""`RunRequest`: what every way in asks for, and the one path from a request to a `RunConfig`.
+
+    request -> Hydra compose (group options only) -> typed settings -> plain dict -> RunConfig
+
+The command line, a deployment's form, a schedule and a sweep all end in the same request.
+Hydra's objects never leave this module.
+"""
+
+import difflib
+import os
+import re
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from conf.schema import RunConfig
+from tasks.contract import digest
+from tasks.errors import ConfigError
+
+FOLDER = Path(__file__).resolve().parent
+GROUPS = (
+    "subject", "prior", "training", "evaluation", "scoring", "publishing",
+    "diffusion", "llm", "store", "tracking", "experiment",
+)  # fmt: skip
+PATH_FIELDS = ("output_dir", "subject.source", "store.folder", "diffusion.location",
+               "evaluation.encoders.clip", "evaluation.encoders.dino", "tracking.uri")  # fmt: skip
+COMPOSING = threading.Lock()  # GlobalHydra is one per process
+
+Value = bool | int | float | str | None | list[bool | int | float | str]
+
+
+class RunRequest(BaseModel):
+    """What to run. Every field has a default; with none set, it is the demo."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    subject: Literal["demo", "folder"] = Field(
+        "demo", description="the shipped demo photos, or your own folder",
+        json_schema_extra={"position": 0},
+    )
+    source: str | None = Field(
+        None, description="folder of photos, or store:PREFIX in the object store",
+        json_schema_extra={"position": 1},
+    )
+    class_noun: str | None = Field(
+        None, max_length=60, description="what the subject is, for example dog",
+        json_schema_extra={"position": 2},
+    )
+    diffusion: Literal["mini", "sd15"] = Field("mini", description="base model", json_schema_extra={"position": 3})
+    experiment: Literal["none", "smoke", "prior_off"] = Field(
+        "none", description="a named set of changes to the defaults", json_schema_extra={"position": 4}
+    )
+    prior: Literal["class_images", "none"] = Field("class_images", description="prior preservation")
+    training: Literal["full", "unet"] = Field("full", description="what is trained")
+    evaluation: Literal["standard", "thorough"] = Field("standard", description="how much is sampled")
+    scoring: Literal["batch", "sync"] | None = Field(None, description="how the judge is called; empty: as llm says")
+    publishing: Literal["registry", "local"] | None = Field(None, description="where the model goes")
+    llm: Literal["local", "openai", "xai", "openrouter", "server"] = Field("local", description="LLM provider")
+    store: Literal["local", "s3"] = Field("local", description="where objects live")
+    tracking: Literal["mlflow", "none"] = Field("mlflow", description="where metrics are tracked")
+    settings: dict[str, Value] = Field(
+        default_factory=dict,
+        description="single values by dotted name, for example training.learning_rate: 2e-6",
+    )
+
+    @field_validator("settings")
+    @classmethod
+    def check_settings(cls, settings: dict[str, Value]) -> dict[str, Value]:
+        """Refuse anything that is more than a name and a plain value."""
+        for key, value in settings.items():
+            if not re.fullmatch(r"[a-z][a-z0-9_]*(\.[A-Za-z0-9][A-Za-z0-9_-]*)*", key):
+                raise ValueError(f"{key!r} is not a dotted name of a setting")
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, str) and "${" in item:
+                    raise ValueError(f"{key}: interpolations are not taken from requests")
+        return settings
+
+
+def parse_overrides(overrides: Iterable[str]) -> RunRequest:
+    """Turn `key=value` words of the command line into a request.
+
+    Raises:
+        ConfigError: a word is not of that form, or names nothing.
+    """
+    fields: dict[str, Any] = {}
+    settings: dict[str, Value] = {}
+    words = list(overrides)
+    for word in words:
+        if "=" not in word:
+            raise ConfigError(f"{word!r} is not of the form key=value")
+    try:
+        parsed = OverridesParser.create().parse_overrides(words)
+    except HydraException as error:
+        raise ConfigError(f"cannot read {' '.join(words)!r}: {first_line(error)}") from error
+    for override in parsed:
+        key = override.key_or_group
+        if override.type is not OverrideType.CHANGE or override.is_sweep_override():
+            raise ConfigError(f"{override.input_line!r}: use key=value with one value")
+        value = override.value()
+        if isinstance(value, dict):
+            raise ConfigError(f"{key}: give single values, for example {key}.name=value")
+        plain = unquote(value)
+        if key in GROUPS:
+            fields[key] = plain
+        else:
+            settings[key] = plain
+    if "subject.source" in settings and "subject" not in fields:
+        fields["subject"] = "folder"
+    try:
+        return RunRequest(**fields, settings=settings)
+    except ValidationError as error:
+        raise ConfigError(describe_invalid(error)) from error
+
+
+def unquote(value: Any) -> Any:
+    """Return the plain value behind Hydra's quoted strings."""
+    if isinstance(value, list):
+        return [unquote(item) for item in value]
+    return value.text if type(value).__name__ == "QuotedString" else value
+
+
+def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = None) -> RunConfig:
+    """Return the configuration that a request stands for.
+
+    Args:
+        request: what to run.
+        roots: folders that paths must lie in; None trusts the request (a person's terminal).
+
+    Raises:
+        ConfigError: a setting is unknown, out of bounds, or missing.
+    """
+    settings = {**request.settings}
+    for name in ("source", "class_noun"):
+        value = getattr(request, name)
+        if value is not None:
+            settings[f"subject.{name}"] = value
+    is_own = request.subject == "demo" and "subject.source" in settings
+    choices = {group: getattr(request, group) for group in GROUPS}
+    choices["subject"] = "folder" if is_own else choices["subject"]
+    if roots is not None:
+        check_paths(settings, roots)
+    with COMPOSING:
+        plain = compose_plain({k: v for k, v in choices.items() if v is not None}, settings)
+    try:
+        return RunConfig.model_validate(plain)
+    except ValidationError as error:
+        raise ConfigError(describe_invalid(error)) from error
+
+
+def compose_plain(choices: dict[str, str], settings: dict[str, Value]) -> dict[str, Any]:
+    """Compose group options with Hydra, merge typed settings, and return a plain dict."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(FOLDER), version_base="1.3"):
+            composed = compose("run", overrides=[f"{k}={v}" for k, v in sorted(choices.items())])
+        known = {dotted for dotted, _ in walk(OmegaConf.to_container(composed, resolve=False))}
+        OmegaConf.set_struct(composed, False)
+        for key, value in settings.items():
+            if key not in known and not key.startswith("llm.profiles."):
+                raise ConfigError(f"unknown setting {key!r}{suggest(key, known)}")
+            OmegaConf.update(composed, key, value)
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError(f"{missing[0]} is not set; add {missing[0]}=...")
+        plain = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(first_line(error)) from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def walk(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield every leaf and branch of a nested dict by dotted name."""
+    for key, child in value.items():
+        dotted = f"{prefix}{key}"
+        yield dotted, child
+        if isinstance(child, dict):
+            yield from walk(child, f"{dotted}.")
+
+
+def suggest(key: str, known: Iterable[str]) -> str:
+    """Return the nearest valid names, as the end of a sentence."""
+    names = list(known)
+    near = difflib.get_close_matches(key, names, n=3, cutoff=0.6)
+    last = key.rsplit(".", 1)[-1]
+    ends = {name.rsplit(".", 1)[-1]: name for name in names}
+    near += [ends[end] for end in difflib.get_close_matches(last, list(ends), n=2, cutoff=0.75)]
+    unique = list(dict.fromkeys(near))[:3]
+    return f"; did you mean {' or '.join(unique)}?" if unique else "; see conf/run.yaml for all names"
+
+
+def check_paths(settings: dict[str, Value], roots: tuple[Path, ...]) -> None:
+    """Refuse paths outside the allowed roots. Raises ConfigError."""
+    for name in PATH_FIELDS:
+        value = settings.get(name)
+        if not isinstance(value, str) or value.startswith("store:") or value in ("demo", "mini", ""):
+            continue
+        is_hub = name.startswith(("diffusion", "evaluation")) and re.fullmatch(r"[\w.-]+/[\w.-]+", value)
+        if is_hub and ".." not in value and not Path(value).exists():
+            continue
+        path = Path(value.removeprefix("sqlite:///")).absolute().resolve()
+        if "://" in value.removeprefix("sqlite:///") or not any(path.is_relative_to(r) for r in roots):
+            listed = ", ".join(map(str, roots))
+            raise ConfigError(f"{name}: {value} lies outside the allowed folders ({listed}); see LIKENESS_ROOTS")
+
+
+def allowed_roots() -> tuple[Path, ...]:
+    """Return the folders that deployments may name: LIKENESS_ROOTS, or the working directory."""
+    listed = os.environ.get("LIKENESS_ROOTS", "")
+    folders = [Path(item) for item in listed.split(os.pathsep) if item] or [Path.cwd()]
+    return tuple(folder.absolute().resolve() for folder in folders)
+
+
+def compute_config_digest(config: RunConfig) -> str:
+    """Return the digest that names a configuration."""
+    return digest(config)[:16]
+
+
+def describe_invalid(error: ValidationError) -> str:
+    """Say the first thing that is wrong in one line, with the nearest valid names."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        names = {dotted for dotted, _ in walk(schema_names(RunConfig))}
+        return f"unknown setting {where!r}{suggest(where, names)}"
+    value = first.get("input")
+    shown = f" (got {value!r})" if where and not isinstance(value, dict | BaseModel) else ""
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where + ': ' if where else ''}{message}{shown}{more}"
+
+
+def schema_names(model: type[BaseModel]) -> dict[str, Any]:
+    """Return a model's field names as a nested dict."""
+    names: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
+        names[name] = schema_names(kind) if is_section and isinstance(kind, type) else None
+    return names
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text."""
+    return str(error).strip().splitlines()[0]

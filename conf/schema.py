@@ -1,0 +1,86 @@
+"""`RunConfig`: the shape of a whole run, and the only place for rules across stages."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tasks.diffusion.config import DiffusionConfig
+from tasks.evaluation.config import EvaluationConfig
+from tasks.prior.config import PriorConfig
+from tasks.publishing.config import PublishingConfig
+from tasks.scoring.config import ScoringConfig
+from tasks.services.config import StoreConfig, TrackingConfig
+from tasks.services.llm.config import LlmConfig
+from tasks.settings import Section
+from tasks.subject.config import SubjectConfig
+from tasks.training.config import TrainingConfig
+
+MINI = "mini"
+
+
+class RunConfig(Section):
+    """Everything a run depends on; stages get their slice."""
+
+    output_dir: str = Field(min_length=1, description="run folders, local store, tracking database")
+    seed: int = Field(ge=0, le=2**31 - 1, description="seed of training draws")
+    subject: SubjectConfig
+    prior: PriorConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+    scoring: ScoringConfig
+    publishing: PublishingConfig
+    diffusion: DiffusionConfig
+    llm: LlmConfig
+    store: StoreConfig
+    tracking: TrackingConfig
+
+    @property
+    def is_mini(self) -> bool:
+        """Whether the base model is the shipped one."""
+        return self.diffusion.location == MINI
+
+    @model_validator(mode="after")
+    def check_prior(self) -> "RunConfig":
+        """Prior preservation needs class images."""
+        if self.training.prior_loss_weight > 0 and self.prior.num_images == 0:
+            raise ValueError(
+                "training.prior_loss_weight is above 0 but prior.num_images is 0: "
+                "set prior=none, or prior.num_images"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_roles(self) -> "RunConfig":
+        """Every role names a profile; the mini vision server knows only the drawn world."""
+        for role in ("inspector", "captioner", "judge"):
+            name = getattr(self.llm, role)
+            if name not in self.llm.profiles:
+                known = ", ".join(self.llm.profiles) or "none"
+                raise ValueError(f"llm.{role} names profile {name!r}; there are: {known}")
+            if self.llm.profiles[name].base_url is None and not self.is_mini:
+                raise ValueError(
+                    f"llm.{role} uses the mini vision server, which knows only the drawn world, "
+                    f"with base model {self.diffusion.location}: set llm=openai (or xai, openrouter, server)"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def check_photos(self) -> "RunConfig":
+        """The bounds on the photos make sense together."""
+        if self.subject.min_images > self.subject.max_images:
+            raise ValueError("subject.min_images is above subject.max_images")
+        if self.subject.min_brightness >= self.subject.max_brightness:
+            raise ValueError("subject.min_brightness is not below subject.max_brightness")
+        return self
+
+    @model_validator(mode="after")
+    def check_prompts(self) -> "RunConfig":
+        """Every evaluation prompt shows the subject."""
+        for prompt in self.evaluation.prompts:
+            if "{subject}" not in prompt:
+                raise ValueError(f"evaluation.prompts: {prompt!r} lacks {{subject}}")
+        if self.publishing.is_registered and self.tracking.kind == "none":
+            raise ValueError("publishing.is_registered needs tracking=mlflow; or set publishing=local")
+        return self
+
+

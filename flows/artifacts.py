@@ -1,0 +1,56 @@
+"""What a run shows in the Prefect UI: link to the report, tables, the sample grid."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
+from prefect.context import FlowRunContext
+
+from tasks.contract import read_verified
+from tasks.manifests import Publication
+from tasks.runtime import Runtime
+
+
+def show_artifacts(summary: dict[str, Any], publication: Publication, runtime: Runtime) -> None:
+    """Create the run's artifacts; nothing happens outside a flow run."""
+    if FlowRunContext.get() is None:
+        return
+    noun = str(summary["subject"]["class_noun"]).replace(" ", "-").lower()
+    report = Path(str(summary["paths"]["report"]))
+    create_link_artifact(
+        link=report.absolute().as_uri(), link_text="report", key=f"report-{noun}", description="The run's report"
+    )
+    create_table_artifact(table=metric_table(summary), key=f"metrics-{noun}", description="Base against tuned")
+    create_table_artifact(table=stage_table(summary), key=f"stages-{noun}", description="Stages of this run")
+    grid = base64.b64encode(read_verified(runtime.store, publication.sample_grid)).decode()
+    create_image_artifact(
+        image_url=f"data:image/png;base64,{grid}", key=f"samples-{noun}", description="Above base, below tuned"
+    )
+    create_markdown_artifact(
+        markdown=f"Run `{summary['run_id']}`\n\nModel: `{summary['paths']['model']}`", key=f"run-{noun}"
+    )
+
+
+def metric_table(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one row per metric and score."""
+    rows = []
+    for group in ("metrics", "scores"):
+        names = dict.fromkeys(name for side in summary[group].values() for name in side)
+        for name in names:
+            sides = {side: values.get(name) for side, values in summary[group].items()}
+            rows.append({"measure": name, **{k: round(v, 4) if v is not None else "" for k, v in sides.items()}})
+    return rows
+
+
+def stage_table(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one row per stage."""
+    return [
+        {"stage": name, "cached": stage["cached"], "seconds": stage["seconds"], "key": stage["key"][:12]}
+        for name, stage in summary["stages"].items()
+    ]

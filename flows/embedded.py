@@ -1,0 +1,89 @@
+"""An embedded Prefect server for people without one: started early, stopped with the process."""
+
+import ctypes
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tasks.errors import ServiceUnavailable
+
+START_SECONDS = 120.0
+PR_SET_PDEATHSIG, SIGTERM = 1, 15
+# The embedded server only keeps this run's states; everything else would slow its start.
+SERVER_ENVIRONMENT = {
+    "PREFECT_UI_ENABLED": "0",
+    "PREFECT__SERVER_EPHEMERAL": "1",
+    "PREFECT__SERVER_FINAL": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "0",
+    "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
+}
+
+
+class EmbeddedServer:
+    """Prefect's API in a process of its own on a free loopback port."""
+
+    def __init__(self) -> None:
+        self.log = Path(tempfile.mkstemp(prefix="likeness-prefect-", suffix=".log")[1])
+        self.process: subprocess.Popen[bytes] | None = None
+        self.wait_seconds = 0.0
+
+    def start(self) -> None:
+        """Start the server without waiting; call it from the main thread.
+
+        The kernel ends the server when the thread that started it ends, so none is left behind.
+        """
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        command = [
+            sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app",
+            "--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error", "--lifespan", "on",
+        ]  # fmt: skip
+        environment = {**os.environ, **SERVER_ENVIRONMENT}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, preexec_fn=end_with_parent
+            )
+        os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{self.port}/api"
+
+    def wait(self) -> None:
+        """Wait until the server answers; note how long this took. Raises ServiceUnavailable."""
+        started = time.monotonic()
+        url = f"http://127.0.0.1:{self.port}/api/health"
+        assert self.process is not None
+        while time.monotonic() - started < START_SECONDS and self.process.poll() is None:
+            try:
+                with urllib.request.urlopen(url, timeout=5):  # noqa: S310 - loopback
+                    self.wait_seconds = time.monotonic() - started
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        raise ServiceUnavailable(f"the embedded Prefect server did not start; see {self.log}")
+
+    def stop(self) -> None:
+        """End the server and forget its log."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self.log.unlink(missing_ok=True)
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to end this child with its parent (Linux; elsewhere nothing happens)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGTERM)
+
+
+def needs_server() -> bool:
+    """Whether no Prefect server is configured."""
+    return not os.environ.get("PREFECT_API_URL")

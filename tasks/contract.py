@@ -1,0 +1,191 @@
+"""The stage contract: keys by content, objects first, manifest last, digests checked on reading.
+
+A stage's folder is `<prefix>/<stage_key>/` in the store, for example `02-prior/1f3a.../`.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from tasks.errors import ArtifactCorrupt
+from tasks.manifests import Manifest, ObjectRef
+from tasks.services.store import Store
+
+log = logging.getLogger(__name__)
+M = TypeVar("M", bound=Manifest)
+
+PREFIXES = {
+    "subject": "01-subject",
+    "prior": "02-prior",
+    "training": "03-training",
+    "evaluation": "04-evaluation",
+    "scoring": "05-scoring",
+    "publishing": "06-publishing",
+}
+MANIFEST_NAME = "manifest.json"
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256 of a value's canonical JSON."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def compute_stage_key(stage: str, *, version: int, settings: Any, inputs: Iterable[str]) -> str:
+    """Return the key of a stage's output.
+
+    Args:
+        stage: the stage's name.
+        version: its hand-bumped STAGE_VERSION.
+        settings: the configuration fields that change the result, and no others.
+        inputs: digests or stage keys of everything it reads.
+    """
+    if isinstance(settings, BaseModel):
+        settings = settings.model_dump(mode="json")
+    return digest([stage, version, settings, list(inputs)])[:32]
+
+
+class StageFolder:
+    """One stage's folder in the store while it is being filled."""
+
+    def __init__(self, store: Store, stage: str, stage_key: str) -> None:
+        self.store = store
+        self.stage = stage
+        self.stage_key = stage_key
+        self.prefix = f"{PREFIXES[stage]}/{stage_key}"
+        self.started = time.monotonic()
+        self.refs: dict[str, ObjectRef] = {}
+
+    def put(self, name: str, data: bytes) -> ObjectRef:
+        """Store one object of this stage; the manifest will name it."""
+        key = f"{self.prefix}/{name}"
+        self.store.put_bytes(key, data)
+        ref = ObjectRef(key=key, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
+        self.refs[key] = ref
+        return ref
+
+    def put_file(self, name: str, path: Path) -> ObjectRef:
+        """Store one file of this stage."""
+        key = f"{self.prefix}/{name}"
+        self.store.put_file(key, path)
+        ref = ObjectRef(key=key, sha256=digest_file(path), size_bytes=path.stat().st_size)
+        self.refs[key] = ref
+        return ref
+
+    def put_json(self, name: str, value: Any) -> ObjectRef:
+        """Store a value as JSON."""
+        return self.put(name, json.dumps(value, indent=1, sort_keys=True).encode())
+
+    def keep(self, ref: ObjectRef) -> ObjectRef:
+        """Name an object of this folder that an earlier attempt already stored."""
+        self.refs[ref.key] = ref
+        return ref
+
+    def reuse(self, name: str) -> ObjectRef | None:
+        """Return an object that an earlier attempt stored, where it is what its note says.
+
+        The note `<name>.ref` is written after the object, so a torn object has none.
+        """
+        note = self.store.find_bytes(f"{self.prefix}/{name}.ref")
+        if note is None:
+            return None
+        try:
+            ref = ObjectRef.model_validate_json(note)
+            read_verified(self.store, ref)
+        except (ValidationError, ArtifactCorrupt):
+            return None
+        return self.keep(ref)
+
+    def put_resumable(self, name: str, data: bytes) -> ObjectRef:
+        """Store an object and the note by which a later attempt will trust it."""
+        ref = self.put(name, data)
+        self.store.put_bytes(f"{self.prefix}/{name}.ref", ref.model_dump_json().encode())
+        return ref
+
+    def finish(self, kind: type[M], *, version: int, **fields: Any) -> M:
+        """Write the manifest: from here on the stage is complete."""
+        manifest = kind(
+            stage=self.stage,
+            stage_key=self.stage_key,
+            stage_version=version,
+            seconds=round(time.monotonic() - self.started, 3),
+            objects=tuple(self.refs[key] for key in sorted(self.refs)),
+            **fields,
+        )
+        data = manifest.model_dump_json(indent=1).encode()
+        self.store.put_bytes(f"{self.prefix}/{MANIFEST_NAME}", data)
+        return manifest
+
+
+def find_manifest(store: Store, kind: type[M], stage: str, stage_key: str) -> M | None:
+    """Return the stored manifest if it and every object it names verify.
+
+    A folder that does not verify is quarantined: its manifest is moved aside with the reason,
+    so that the stage is computed again.
+    """
+    key = f"{PREFIXES[stage]}/{stage_key}/{MANIFEST_NAME}"
+    data = store.find_bytes(key)
+    if data is None:
+        return None
+    try:
+        manifest = kind.model_validate_json(data)
+        for ref in manifest.objects:
+            verify(store, ref)
+    except (ValidationError, ArtifactCorrupt) as error:
+        reason = str(error).splitlines()[0]
+        log.warning("%s %s is damaged and will be computed again: %s", stage, stage_key[:8], reason)
+        store.put_bytes(f"{key}.quarantined", data)
+        store.delete(key)
+        return None
+    return manifest
+
+
+def verify(store: Store, ref: ObjectRef) -> None:
+    """Check an object's digest without keeping it. Raises ArtifactCorrupt."""
+    actual = store.compute_sha256(ref.key)
+    if actual != ref.sha256:
+        state = "is missing" if actual is None else "has changed"
+        raise ArtifactCorrupt(f"{ref.key} {state}; run again to rebuild it")
+
+
+def read_verified(store: Store, ref: ObjectRef) -> bytes:
+    """Return an object's bytes. Raises ArtifactCorrupt if they are not what was stored."""
+    data = store.find_bytes(ref.key)
+    if data is None or hashlib.sha256(data).hexdigest() != ref.sha256:
+        state = "is missing" if data is None else "has changed"
+        raise ArtifactCorrupt(f"{ref.key} {state}; run again to rebuild it")
+    return data
+
+
+def fetch_folder(store: Store, refs: Iterable[ObjectRef], *, below: str, folder: Path) -> Path:
+    """Copy objects to a local folder, with the part of their keys after `below`; verify each."""
+    for ref in refs:
+        path = folder / ref.key.split(f"/{below}/", 1)[1]
+        if path.exists() and digest_file(path) == ref.sha256:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store.get_file(ref.key, path)
+        if digest_file(path) != ref.sha256:
+            path.unlink()
+            raise ArtifactCorrupt(f"{ref.key} has changed; run again to rebuild it")
+    return folder
+
+
+def digest_file(path: Path) -> str:
+    """Return a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_folder(folder: Path) -> str:
+    """Return one digest over names and contents of all files below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return digest([[str(path.relative_to(folder)), digest_file(path)] for path in files])

@@ -1,0 +1,19 @@
+"""Settings of the base model."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from tasks.settings import Section
+
+
+class DiffusionConfig(Section):
+    """Which base model, and how it is sampled."""
+
+    family: Literal["stable_diffusion"] = Field("stable_diffusion", description="model adapter")
+    location: str = Field(description="diffusers folder, hub repository, or mini: the shipped model")
+    revision: str | None = Field(None, description="pinned commit of a hub repository")
+    resolution: int = Field(512, ge=32, le=4096, description="side of training images and samples, pixels")
+    sampler: Literal["ddim", "dpm++", "euler"] = Field("dpm++", description="denoising method of sampling")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="number format of sampling")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")

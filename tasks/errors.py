@@ -1,0 +1,71 @@
+"""The exception tree, sorted by what the operator should do.
+
+    LikenessError
+    |-- ConfigError           fix the configuration
+    |-- SubjectRejected       fix the photos
+    |-- ServiceUnavailable    wait; retried by the steps that talk to services
+    |-- ReplyInvalid          retried within a small bound
+    |-- ArtifactCorrupt       rebuild: the stored object is not what its manifest says
+    |-- TrainingFailed        see the log it names
+    |   `-- TrainingStopped   run again: it goes on from its checkpoint
+    `-- BudgetExceeded        raise the cap
+
+A message is one line: what, where, what next.
+"""
+
+
+class LikenessError(Exception):
+    """Base of every error that a person can act on."""
+
+    exit_code = 1
+    is_retryable = False
+
+
+class ConfigError(LikenessError):
+    """The configuration is wrong or incomplete."""
+
+    exit_code = 2
+
+
+class SubjectRejected(LikenessError):
+    """The photos do not make a subject."""
+
+    exit_code = 3
+
+
+class ServiceUnavailable(LikenessError):
+    """A service did not answer, or not now."""
+
+    exit_code = 4
+    is_retryable = True
+
+
+class ReplyInvalid(LikenessError):
+    """A service answered with something that does not fit what was asked."""
+
+    exit_code = 5
+    is_retryable = True
+
+
+class ArtifactCorrupt(LikenessError):
+    """A stored object differs from what its manifest says."""
+
+    exit_code = 6
+
+
+class TrainingFailed(LikenessError):
+    """The training worker ended without a result."""
+
+    exit_code = 7
+
+
+class TrainingStopped(TrainingFailed):
+    """The training worker was asked to stop and saved its state."""
+
+    exit_code = 8
+
+
+class BudgetExceeded(LikenessError):
+    """A cap on money or calls is reached."""
+
+    exit_code = 9

@@ -1,0 +1,29 @@
+"""Settings of the evaluation stage."""
+
+from pydantic import Field
+
+from tasks.settings import Section
+
+
+class EncoderConfig(Section):
+    """The image encoders that measure; a local folder or a hub repository at a revision."""
+
+    clip: str = Field(description="CLIP model: CLIP-I and CLIP-T")
+    clip_revision: str | None = Field(None, description="pinned commit of the CLIP model")
+    dino: str = Field(description="self-supervised ViT: DINO")
+    dino_revision: str | None = Field(None, description="pinned commit of the DINO model")
+
+
+class EvaluationConfig(Section):
+    """What is sampled and how it is measured."""
+
+    prompts: tuple[str, ...] = Field(
+        min_length=1, description="templates; {subject} becomes identifier token and class noun"
+    )
+    num_images_per_prompt: int = Field(2, ge=1, le=64, description="seeds per prompt")
+    num_class_images: int = Field(8, ge=2, le=1000, description="class samples for prior drift, per side")
+    num_inference_steps: int = Field(25, ge=1, le=1000, description="denoising steps")
+    guidance_scale: float = Field(7.5, ge=1, le=30, description="classifier-free guidance")
+    seed: int = Field(1000, ge=0, description="seed of the first sample of a prompt")
+    batch_size: int = Field(8, ge=1, le=256, description="images per denoising batch")
+    encoders: EncoderConfig

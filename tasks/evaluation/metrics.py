@@ -1,0 +1,90 @@
+"""Subject fidelity, prompt fidelity and prior drift (arXiv 2208.12242, section 4).
+
+All are cosines between descriptors of length one: `(N, D)` rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import Tensor
+
+from tasks.evaluation.encoders import Encoders
+from tasks.manifests import CeilingMetrics, DriftMetrics, Side, SubjectMetrics
+
+
+@dataclass(frozen=True)
+class Described:
+    """Pictures by both encoders, and the prompts they answer."""
+
+    clip: Tensor
+    dino: Tensor
+    texts: Tensor
+
+
+def describe(encoders: Encoders, images: Sequence[Image.Image], prompts: Sequence[str]) -> Described:
+    """Encode pictures and their prompts."""
+    pictures = list(images)
+    return Described(
+        encoders.encode_clip(pictures), encoders.encode_dino(pictures), encoders.encode_texts(list(prompts))
+    )
+
+
+def mean_similarity(first: Tensor, second: Tensor) -> float:
+    """Return the mean cosine over all pairs of two sets."""
+    return float((first @ second.T).mean())
+
+
+def mean_similarity_within(rows: Tensor) -> float:
+    """Return the mean cosine over pairs of different rows; 1 for a single row."""
+    num = len(rows)
+    if num < 2:
+        return 1.0
+    total = float((rows @ rows.T).sum()) - float((rows * rows).sum())
+    return total / (num * (num - 1))
+
+
+def measure_subject(samples: Described, photos: Described) -> SubjectMetrics:
+    """Return DINO and CLIP-I against the photos, CLIP-T against the class prompts."""
+    return SubjectMetrics(
+        dino=mean_similarity(samples.dino, photos.dino),
+        clip_i=mean_similarity(samples.clip, photos.clip),
+        clip_t=float((samples.clip * samples.texts).sum(1).mean()),
+    )
+
+
+def measure_ceiling(photos: Described) -> CeilingMetrics:
+    """Return the same measures among the real photos."""
+    return CeilingMetrics(
+        dino=mean_similarity_within(photos.dino),
+        clip_i=mean_similarity_within(photos.clip),
+        clip_t=float((photos.clip * photos.texts).sum(1).mean()),
+    )
+
+
+def measure_drift(class_samples: Described, photos: Described) -> DriftMetrics:
+    """Return PRES and DIV; DIV is a DINO distance here, where the paper takes LPIPS."""
+    return DriftMetrics(
+        pres=mean_similarity(class_samples.dino, photos.dino),
+        div=1.0 - mean_similarity_within(class_samples.dino),
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that was measured in one evaluation."""
+
+    metrics: dict[Side, SubjectMetrics]
+    drift: dict[Side, DriftMetrics]
+    ceiling: CeilingMetrics
+
+
+def measure_all(
+    photos: Described, subjects: dict[Side, Described], classes: dict[Side, Described]
+) -> Measured:
+    """Measure both sides."""
+    return Measured(
+        metrics={side: measure_subject(rows, photos) for side, rows in subjects.items()},
+        drift={side: measure_drift(rows, photos) for side, rows in classes.items()},
+        ceiling=measure_ceiling(photos),
+    )

@@ -1,0 +1,91 @@
+"""Draw evaluation samples: the same prompts and seeds from base and tuned model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tasks.contract import StageFolder
+from tasks.diffusion.base import DiffusionModel, SamplingRequest
+from tasks.evaluation.config import EvaluationConfig
+from tasks.images import encode_png
+from tasks.manifests import Sample, Side
+from tasks.wording import write_plain_prompt, write_subject_prompt
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """One sample to draw."""
+
+    side: Side
+    kind: Literal["subject", "class"]
+    prompt: str
+    class_prompt: str
+    seed: int
+    name: str
+
+
+def plan_samples(
+    config: EvaluationConfig, *, class_noun: str, identifier_token: str, class_prompt: str
+) -> list[PlannedSample]:
+    """Return every sample of an evaluation, in order."""
+    planned = []
+    sides: tuple[Side, ...] = ("base", "tuned")
+    for side in sides:
+        for row, template in enumerate(config.prompts):
+            prompt = write_subject_prompt(template, identifier_token=identifier_token, class_noun=class_noun)
+            plain = write_plain_prompt(template, class_noun=class_noun)
+            for i in range(config.num_images_per_prompt):
+                name = f"{side}/subject-{row:02d}-{i:02d}.png"
+                planned.append(PlannedSample(side, "subject", prompt, plain, config.seed + i, name))
+        for i in range(config.num_class_images):
+            name = f"{side}/class-{i:03d}.png"
+            planned.append(PlannedSample(side, "class", class_prompt, class_prompt, config.seed + i, name))
+    return planned
+
+
+def draw_samples(
+    folder: StageFolder,
+    config: EvaluationConfig,
+    planned: Sequence[PlannedSample],
+    *,
+    load_model: Callable[[Side], DiffusionModel],
+    on_progress: Callable[[int, int], None],
+) -> tuple[Sample, ...]:
+    """Return all samples, drawing those that an earlier attempt didn't store."""
+    done: dict[str, Sample] = {}
+    for plan in planned:
+        ref = folder.reuse(plan.name)
+        if ref is not None:
+            done[plan.name] = to_sample(plan, ref)
+    on_progress(len(done), len(planned))
+    sides: tuple[Side, ...] = ("base", "tuned")
+    for side in sides:
+        missing = [plan for plan in planned if plan.side == side and plan.name not in done]
+        model = load_model(side) if missing else None
+        for start in range(0, len(missing), config.batch_size):
+            chunk = missing[start : start + config.batch_size]
+            assert model is not None
+            pictures = model.sample(
+                [SamplingRequest(prompt=plan.prompt, seed=plan.seed) for plan in chunk],
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+            )
+            for plan, picture in zip(chunk, pictures, strict=True):
+                ref = folder.put_resumable(plan.name, encode_png(picture))
+                done[plan.name] = to_sample(plan, ref)
+            on_progress(len(done), len(planned))
+    return tuple(done[plan.name] for plan in planned)
+
+
+def to_sample(plan: PlannedSample, ref: object) -> Sample:
+    """Join a plan with its stored picture."""
+    return Sample.model_validate(
+        {
+            "image": ref,
+            "side": plan.side,
+            "kind": plan.kind,
+            "prompt": plan.prompt,
+            "class_prompt": plan.class_prompt,
+            "seed": plan.seed,
+        }
+    )

@@ -1,0 +1,97 @@
+"""The evaluation stage: samples of base and tuned model, and what is measured of them."""
+
+from typing import Any
+
+from prefect import task
+
+from tasks.contract import StageFolder, fetch_folder, read_verified
+from tasks.diffusion.config import DiffusionConfig
+from tasks.evaluation.config import EvaluationConfig
+from tasks.manifests import Evaluation, Side, SubjectSet, TunedModel
+from tasks.prefect_states import finished
+from tasks.runtime import Runtime
+from tasks.wording import write_class_prompt
+
+STAGE_VERSION = 1
+CLASS_PROMPT = "a photo of {article} {class_noun}"
+
+
+@task(name="evaluation", persist_result=False)
+def evaluate(
+    config: EvaluationConfig, diffusion: DiffusionConfig, tuned: TunedModel, subject: SubjectSet, runtime: Runtime
+) -> Any:
+    """Draw and measure, or take what is stored."""
+    sampling = diffusion.model_dump(mode="json", include={"family", "resolution", "sampler", "precision"})
+    manifest = runtime.run_stage(
+        Evaluation,
+        "evaluation",
+        version=STAGE_VERSION,
+        settings=[config.model_dump(mode="json", exclude={"batch_size"}), sampling],
+        inputs=[tuned.stage_key, subject.stage_key],
+        compute=lambda folder: compute_evaluation(folder, config, diffusion, tuned, subject, runtime),
+    )
+    return finished(manifest, runtime)
+
+
+def compute_evaluation(
+    folder: StageFolder,
+    config: EvaluationConfig,
+    diffusion: DiffusionConfig,
+    tuned: TunedModel,
+    subject: SubjectSet,
+    runtime: Runtime,
+) -> Evaluation:
+    """Sample both sides, measure, write the manifest."""
+    from tasks.diffusion.base import DiffusionModel, open_model
+    from tasks.evaluation.sampling import draw_samples, plan_samples
+
+    def load_model(side: Side) -> DiffusionModel:
+        if side == "base":
+            return open_model(diffusion)
+        local = runtime.work_folder / "models" / tuned.stage_key
+        return open_model(diffusion, folder=fetch_folder(runtime.store, tuned.model, below="model", folder=local))
+
+    planned = plan_samples(
+        config,
+        class_noun=subject.class_noun,
+        identifier_token=subject.identifier_token,
+        class_prompt=write_class_prompt(CLASS_PROMPT, class_noun=subject.class_noun),
+    )
+    samples = draw_samples(folder, config, planned, load_model=load_model, on_progress=runtime.show("samples"))
+    measured = measure_samples(config, diffusion, samples, subject, runtime)
+    return folder.finish(
+        Evaluation,
+        version=STAGE_VERSION,
+        counts={"samples": len(samples)},
+        samples=samples,
+        metrics=measured.metrics,
+        drift=measured.drift,
+        ceiling=measured.ceiling,
+    )
+
+
+def measure_samples(
+    config: EvaluationConfig, diffusion: DiffusionConfig, samples: Any, subject: SubjectSet, runtime: Runtime
+) -> Any:
+    """Encode photos and samples and compare them."""
+    from tasks.diffusion.base import choose_device
+    from tasks.evaluation.encoders import Encoders
+    from tasks.evaluation.metrics import describe, measure_all
+    from tasks.images import decode_png
+
+    encoders = Encoders(config.encoders, choose_device(diffusion))
+
+    def of(side: Side, kind: str) -> Any:
+        rows = [sample for sample in samples if sample.side == side and sample.kind == kind]
+        pictures = [decode_png(read_verified(runtime.store, row.image)) for row in rows]
+        return describe(encoders, pictures, [row.class_prompt for row in rows])
+
+    photos = [decode_png(read_verified(runtime.store, image.image)) for image in subject.images]
+    plain = write_class_prompt(CLASS_PROMPT, class_noun=subject.class_noun)
+    captions = [image.caption or plain for image in subject.images]
+    sides: tuple[Side, ...] = ("base", "tuned")
+    return measure_all(
+        describe(encoders, photos, captions),
+        {side: of(side, "subject") for side in sides},
+        {side: of(side, "class") for side in sides},
+    )

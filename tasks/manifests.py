@@ -1,0 +1,210 @@
+"""What stages hand each other: small frozen records of references, digests, counts and settings.
+
+A stage's output is a folder of objects in the store plus one of these, written last as
+`manifest.json`: the manifest's existence is completion.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Side = Literal["base", "tuned"]
+
+
+class Record(BaseModel):
+    """A frozen record that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ObjectRef(Record):
+    """One object in the store."""
+
+    key: str
+    sha256: str
+    size_bytes: int
+
+
+class ModelRef(Record):
+    """The weights that a stage used, by content."""
+
+    location: str
+    revision: str | None
+    sha256: str
+
+
+class Manifest(Record):
+    """What every stage says of its output."""
+
+    stage: str
+    stage_key: str
+    stage_version: int
+    seconds: float
+    """Wall time the stage took when it was computed."""
+    cost_usd: float | None = 0.0
+    """Money paid for it; None where a price is unknown."""
+    counts: dict[str, int]
+    objects: tuple[ObjectRef, ...]
+    """Every object of the stage's folder but the manifest itself."""
+
+    def find(self, name: str) -> ObjectRef:
+        """Return the object whose key ends with the given name."""
+        return next(ref for ref in self.objects if ref.key.endswith("/" + name))
+
+
+class ImageMeasures(Record):
+    """What was measured of one photo, without any model."""
+
+    width: int
+    height: int
+    sharpness: float
+    """Variance of the Laplacian at 256 px on the short side, luma in 0..255."""
+    brightness: float
+    """Mean luma, 0..1."""
+    contrast: float
+    """Standard deviation of luma, 0..1."""
+    perceptual_hash: str
+
+
+class InstanceImage(Record):
+    """One accepted photo of the subject."""
+
+    image: ObjectRef
+    source_sha256: str
+    measures: ImageMeasures
+    inspection: dict[str, str | bool]
+    caption: str
+    """What the captioner saw, with the class noun and without the identifier token."""
+    instance_prompt: str
+
+
+class RejectedImage(Record):
+    """One photo that was left out, and why."""
+
+    source_name: str
+    source_sha256: str
+    reason: str
+    thumbnail: ObjectRef | None = None
+
+
+class SubjectSet(Manifest):
+    """Instance images with their captions and QC."""
+
+    class_noun: str
+    identifier_token: str
+    images: tuple[InstanceImage, ...]
+    rejected: tuple[RejectedImage, ...]
+
+
+class ClassImage(Record):
+    """One image of the prior-preservation set."""
+
+    image: ObjectRef
+    seed: int
+
+
+class ClassImageSet(Manifest):
+    """Class images drawn once from the frozen base model."""
+
+    class_prompt: str
+    base_model: ModelRef
+    images: tuple[ClassImage, ...]
+
+
+class TunedModel(Manifest):
+    """The fine-tuned weights and how they came to be."""
+
+    base_model: ModelRef
+    model: tuple[ObjectRef, ...]
+    """The files of a diffusers folder, below `model/`."""
+    num_steps: int
+    trainable_parameters: int
+    final_loss: float
+    peak_memory_bytes: int
+    subject_key: str
+    prior_key: str
+
+
+class Sample(Record):
+    """One evaluation sample."""
+
+    image: ObjectRef
+    side: Side
+    kind: Literal["subject", "class"]
+    prompt: str
+    class_prompt: str
+    """The prompt without the identifier token: what CLIP-T compares with."""
+    seed: int
+
+
+class SubjectMetrics(Record):
+    """Means over samples; higher is better."""
+
+    dino: float
+    clip_i: float
+    clip_t: float
+
+
+class CeilingMetrics(Record):
+    """The same measures among the real photos: what copying them would reach."""
+
+    dino: float
+    clip_i: float
+    clip_t: float
+
+
+class DriftMetrics(Record):
+    """How the class itself looks after tuning."""
+
+    pres: float
+    """DINO similarity of class samples to the subject's photos; lower is better."""
+    div: float
+    """Mean DINO distance among class samples; higher is better."""
+
+
+class Evaluation(Manifest):
+    """Samples of base and tuned model, and what was measured of them."""
+
+    samples: tuple[Sample, ...]
+    metrics: dict[Side, SubjectMetrics]
+    drift: dict[Side, DriftMetrics]
+    ceiling: CeilingMetrics
+
+
+class Judgement(Record):
+    """What the judge said of one sample, 0 (worst) to 4."""
+
+    sample: ObjectRef
+    side: Side
+    prompt: str
+    evidence: str
+    concept_preservation: int
+    prompt_following: int
+
+
+class SideScores(Record):
+    """Mean scores, 0 to 4."""
+
+    concept_preservation: float
+    prompt_following: float
+
+
+class Scorecard(Manifest):
+    """The judge's scores."""
+
+    served_model: str
+    judgements: tuple[Judgement, ...]
+    failed: tuple[str, ...]
+    """Samples that got no valid judgement, as `key: reason`."""
+    scores: dict[Side, SideScores]
+
+
+class Publication(Manifest):
+    """Where the tuned model and its report went."""
+
+    registered_model: str | None
+    registered_version: str | None
+    tracking_run_id: str | None
+    report: ObjectRef
+    sample_grid: ObjectRef
+    model: tuple[ObjectRef, ...]

@@ -1,0 +1,159 @@
+"""Files and batch jobs of the mini vision server, in memory: they end with it."""
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+ENDPOINT = "/v1/chat/completions"
+MOST_BYTES = 200_000_000
+
+
+class DeskError(Exception):
+    """A request that can't be served."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+class BatchDesk:
+    """Takes files, runs jobs one after the other in a thread, keeps their results."""
+
+    def __init__(self, answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self.answer = answer
+        self.files: dict[str, dict[str, Any]] = {}
+        self.contents: dict[str, bytes] = {}
+        self.batches: dict[str, dict[str, Any]] = {}
+        self.turn = threading.Lock()
+
+    def add_file(self, name: str, data: bytes, *, purpose: str) -> dict[str, Any]:
+        """Keep a file."""
+        if len(data) > MOST_BYTES:
+            raise DeskError(413, "the file is larger than 200 MB")
+        file_id = f"file-{uuid.uuid4().hex[:24]}"
+        self.contents[file_id] = data
+        self.files[file_id] = {
+            "id": file_id, "object": "file", "bytes": len(data), "created_at": int(time.time()),
+            "filename": name, "purpose": purpose, "status": "processed",
+        }  # fmt: skip
+        return self.files[file_id]
+
+    def list_files(self) -> list[dict[str, Any]]:
+        """Return all files, newest first."""
+        return list(self.files.values())[::-1]
+
+    def show_file(self, file_id: str) -> dict[str, Any]:
+        """Return one file's description."""
+        if file_id not in self.files:
+            raise DeskError(404, f"no file {file_id}")
+        return self.files[file_id]
+
+    def read_file(self, file_id: str) -> bytes:
+        """Return one file's content."""
+        self.show_file(file_id)
+        return self.contents[file_id]
+
+    def create(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Start a job over an uploaded file."""
+        if body.get("endpoint") != ENDPOINT:
+            raise DeskError(400, f"endpoint must be {ENDPOINT}")
+        self.show_file(str(body.get("input_file_id")))
+        batch_id = f"batch_{uuid.uuid4().hex[:24]}"
+        batch = {
+            "id": batch_id, "object": "batch", "endpoint": ENDPOINT, "errors": None,
+            "input_file_id": body["input_file_id"], "completion_window": body.get("completion_window", "24h"),
+            "status": "validating", "output_file_id": None, "error_file_id": None,
+            "created_at": int(time.time()), "metadata": body.get("metadata"),
+            "request_counts": {"total": 0, "completed": 0, "failed": 0},
+        }  # fmt: skip
+        self.batches[batch_id] = batch
+        threading.Thread(target=self.run, args=(batch,), daemon=True).start()
+        return batch
+
+    def list_batches(self) -> list[dict[str, Any]]:
+        """Return all jobs, newest first."""
+        return list(self.batches.values())[::-1]
+
+    def show(self, batch_id: str) -> dict[str, Any]:
+        """Return one job."""
+        if batch_id not in self.batches:
+            raise DeskError(404, f"no batch {batch_id}")
+        return self.batches[batch_id]
+
+    def cancel(self, batch_id: str) -> dict[str, Any]:
+        """Ask a job to end after its current row."""
+        batch = self.show(batch_id)
+        if batch["status"] in ("validating", "in_progress"):
+            batch["status"] = "cancelling"
+        return batch
+
+    def run(self, batch: dict[str, Any]) -> None:
+        """Take a job through its states."""
+        with self.turn:
+            try:
+                rows = check_rows(self.contents[batch["input_file_id"]])
+            except DeskError as error:
+                batch["errors"] = {"object": "list", "data": [{"code": "invalid", "message": error.message}]}
+                batch["status"] = "failed"
+                return
+            batch["request_counts"]["total"] = len(rows)
+            if batch["status"] == "validating":
+                batch["status"] = "in_progress"
+            good, bad = [], []
+            for row in rows:
+                if batch["status"] == "cancelling":
+                    bad.append({"custom_id": row["custom_id"], "response": None,
+                                "error": {"code": "batch_cancelled", "message": "the batch was cancelled"}})  # fmt: skip
+                    continue
+                line, is_good = self.run_row(row)
+                (good if is_good else bad).append(line)
+                batch["request_counts"]["completed" if is_good else "failed"] += 1
+            is_cancelled = batch["status"] == "cancelling"
+            batch["status"] = "finalizing"
+            for name, lines in (("output", good), ("error", bad)):
+                if lines:
+                    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+                    file = self.add_file(f"{batch['id']}_{name}.jsonl", data, purpose="batch_output")
+                    batch[f"{name}_file_id"] = file["id"]
+            batch["status"] = "cancelled" if is_cancelled else "completed"
+
+    def run_row(self, row: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """Answer one row."""
+        status, body = 200, {}
+        try:
+            body = self.answer(row["body"])
+        except DeskError as error:
+            status, body = error.status, {"error": {"message": error.message}}
+        request_id = uuid.uuid4().hex
+        line = {
+            "id": f"batch_req_{request_id[:24]}",
+            "custom_id": row["custom_id"],
+            "response": {"status_code": status, "request_id": request_id, "body": body},
+            "error": None,
+        }
+        return line, status == 200
+
+
+def check_rows(data: bytes) -> list[dict[str, Any]]:
+    """Return the rows of an input file. Raises DeskError if any is malformed, as providers do."""
+    rows, seen = [], set()
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DeskError(400, f"line {number} is not JSON") from error
+        if not isinstance(row, dict) or {"custom_id", "method", "url", "body"} - set(row):
+            raise DeskError(400, f"line {number} lacks custom_id, method, url or body")
+        if row["url"] != ENDPOINT or row["method"] != "POST":
+            raise DeskError(400, f"line {number} does not POST to {ENDPOINT}")
+        if row["custom_id"] in seen:
+            raise DeskError(400, f"line {number} repeats custom_id {row['custom_id']}")
+        seen.add(row["custom_id"])
+        rows.append(row)
+    if not rows:
+        raise DeskError(400, "the file has no rows")
+    return rows

@@ -1,0 +1,222 @@
+"""The mini vision server: OpenAI-compatible, on loopback only, and it knows only the drawn world.
+
+    python -m tasks.mini.server --port 8123
+"""
+
+import argparse
+import base64
+import binascii
+import ipaddress
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, UploadFile
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+
+from tasks.mini.batches import BatchDesk, DeskError
+
+MODEL = "mini-vision"
+
+
+class Brain:
+    """Answers chat completions; loads the mini CLIP with its first question."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.eyes: Any = None
+
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return a chat completion. Raises DeskError for a request that can't be answered."""
+        from tasks.mini.answering import Question, describe, fill_schema
+
+        text, images = read_messages(body)
+        with self.lock:
+            if self.eyes is None:
+                from tasks.mini.vision import Eyes
+
+                self.eyes = Eyes()
+            question = Question(text, images, self.eyes)
+            wanted = body.get("response_format") or {"type": "text"}
+            if wanted.get("type") == "json_schema":
+                content = json.dumps(fill_schema(wanted["json_schema"]["schema"], question))
+            elif wanted.get("type") == "json_object":
+                content = json.dumps({"description": describe(question)})
+            else:
+                content = describe(question)
+        usage = {"prompt_tokens": len(text.split()) + 64 * len(images), "completion_tokens": len(content) // 4}
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex[:24]}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": MODEL,
+            "choices": [
+                {
+                    "index": 0,
+                    "finish_reason": "stop",
+                    "message": {"role": "assistant", "content": content, "refusal": None},
+                }
+            ],
+            "usage": {**usage, "total_tokens": sum(usage.values())},
+        }
+
+
+def read_messages(body: dict[str, Any]) -> tuple[str, list[Any]]:
+    """Return the user's text and pictures. Raises DeskError."""
+    from tasks.mini.vision import open_picture
+
+    if body.get("model") != MODEL:
+        raise DeskError(404, f"model {body.get('model')!r} is not served here; ask for {MODEL}")
+    texts, images = [], []
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise DeskError(400, "messages is missing")
+    for message in messages:
+        content = message.get("content") or ""
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts if message.get("role") == "user" else []:
+            if part.get("type") == "text":
+                texts.append(str(part["text"]))
+            elif part.get("type") == "image_url":
+                images.append(open_data_url(str(part["image_url"]["url"]), open_picture))
+    return "\n".join(texts), images
+
+
+def open_data_url(url: str, open_picture: Any) -> Any:
+    """Return the picture of a data URL; nothing is ever fetched. Raises DeskError."""
+    head, _, payload = url.partition(",")
+    if not head.startswith("data:image/") or not head.endswith(";base64"):
+        raise DeskError(400, "image_url must be a base64 data URL; addresses are not fetched")
+    try:
+        return open_picture(base64.b64decode(payload, validate=True))
+    except (ValueError, binascii.Error) as error:
+        raise DeskError(400, str(error)) from error
+
+
+def make_app() -> FastAPI:
+    """Return the application."""
+    app = FastAPI(title="likeness mini vision server", docs_url=None, redoc_url=None)
+    brain = Brain()
+    desk = BatchDesk(brain.answer)
+
+    @app.exception_handler(DeskError)
+    def refuse(_: Request, error: DeskError) -> JSONResponse:
+        detail = {"message": error.message, "type": "invalid_request_error", "code": None, "param": None}
+        return JSONResponse({"error": detail}, status_code=error.status)
+
+    @app.get("/v1/models")
+    def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "likeness"}]}
+
+    @app.post("/v1/chat/completions", response_model=None)
+    def complete(body: dict[str, Any]) -> dict[str, Any] | StreamingResponse:
+        completion = brain.answer(body)
+        if body.get("stream"):
+            return StreamingResponse(stream(completion, body), media_type="text/event-stream")
+        return completion
+
+    @app.post("/v1/files")
+    def upload(request: Request, file: UploadFile) -> dict[str, Any]:
+        return desk.add_file(file.filename or "file", file.file.read(), purpose="batch")
+
+    @app.get("/v1/files")
+    def list_files() -> dict[str, Any]:
+        return {"object": "list", "data": desk.list_files(), "has_more": False}
+
+    @app.get("/v1/files/{file_id}")
+    def show_file(file_id: str) -> dict[str, Any]:
+        return desk.show_file(file_id)
+
+    @app.get("/v1/files/{file_id}/content")
+    def download(file_id: str) -> PlainTextResponse:
+        return PlainTextResponse(desk.read_file(file_id))
+
+    @app.post("/v1/batches")
+    def create_batch(body: dict[str, Any]) -> dict[str, Any]:
+        return desk.create(body)
+
+    @app.get("/v1/batches")
+    def list_batches(limit: int = 20) -> dict[str, Any]:
+        return {"object": "list", "data": desk.list_batches()[:limit], "has_more": False}
+
+    @app.get("/v1/batches/{batch_id}")
+    def show_batch(batch_id: str) -> dict[str, Any]:
+        return desk.show(batch_id)
+
+    @app.post("/v1/batches/{batch_id}/cancel")
+    def cancel_batch(batch_id: str) -> dict[str, Any]:
+        return desk.cancel(batch_id)
+
+    return app
+
+
+def stream(completion: dict[str, Any], body: dict[str, Any]) -> Iterator[str]:
+    """Yield a completion as server-sent events, a few words at a time."""
+    choice = completion["choices"][0]
+    head = {key: completion[key] for key in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
+    content = choice["message"]["content"]
+    deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
+    deltas += [{"content": content[i : i + 24]} for i in range(0, len(content), 24)]
+    for delta in deltas:
+        yield f"data: {json.dumps({**head, 'choices': [{'index': 0, 'delta': delta, 'finish_reason': None}]})}\n\n"
+    yield f"data: {json.dumps({**head, 'choices': [{'index': 0, 'delta': {}, 'finish_reason': 'stop'}]})}\n\n"
+    if (body.get("stream_options") or {}).get("include_usage"):
+        yield f"data: {json.dumps({**head, 'choices': [], 'usage': completion['usage']})}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket on loopback. Raises SystemExit with one line otherwise."""
+    try:
+        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback:
+        raise SystemExit(f"refusing to listen on {host}: the mini vision server has no keys; use 127.0.0.1")
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(64)
+    except OSError as error:
+        raise SystemExit(f"cannot listen on {host}:{port}: {error.strerror}; use another --port") from error
+    return listener
+
+
+def end_with_parent(pid: int) -> None:
+    """Leave as soon as the process that started this one is gone."""
+
+    def watch() -> None:
+        while os.getppid() == pid:
+            time.sleep(0.5)
+        os._exit(0)
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tasks.mini.server", description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="loopback address (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free one and prints it")
+    parser.add_argument("--parent", type=int, help="end when this process, the parent, is gone")
+    options = parser.parse_args(argv)
+    listener = bind(options.host, options.port)
+    if options.parent:
+        end_with_parent(options.parent)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"http://{host}:{listener.getsockname()[1]}/v1", flush=True)
+    server = uvicorn.Server(uvicorn.Config(make_app(), log_level="warning"))
+    server.run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The prior stage: class images from the frozen base model."""
+
+from typing import Any
+
+from prefect import task
+
+from tasks.contract import StageFolder
+from tasks.diffusion.config import DiffusionConfig
+from tasks.manifests import ClassImageSet, ModelRef
+from tasks.prefect_states import finished
+from tasks.prior.config import PriorConfig
+from tasks.runtime import Runtime
+from tasks.wording import write_class_prompt
+
+STAGE_VERSION = 1
+
+
+@task(name="prior", persist_result=False)
+def generate_class_images(
+    config: PriorConfig, diffusion: DiffusionConfig, class_noun: str, base_model: ModelRef, runtime: Runtime
+) -> Any:
+    """Draw class images, or take the stored ones: they serve every subject of the class."""
+    class_prompt = write_class_prompt(config.class_prompt, class_noun=class_noun)
+    sampling = diffusion.model_dump(mode="json", include={"family", "resolution", "sampler", "precision"})
+    manifest = runtime.run_stage(
+        ClassImageSet,
+        "prior",
+        version=STAGE_VERSION,
+        settings=[config.model_dump(mode="json", exclude={"batch_size", "class_prompt"}), sampling, class_prompt],
+        inputs=[base_model.sha256],
+        compute=lambda folder: compute_prior(folder, config, diffusion, class_prompt, base_model, runtime),
+    )
+    return finished(manifest, runtime)
+
+
+def compute_prior(
+    folder: StageFolder,
+    config: PriorConfig,
+    diffusion: DiffusionConfig,
+    class_prompt: str,
+    base_model: ModelRef,
+    runtime: Runtime,
+) -> ClassImageSet:
+    """Draw what is missing and write the manifest."""
+    from tasks.diffusion.base import open_model
+    from tasks.prior.generation import generate_class_images
+
+    images = generate_class_images(
+        folder,
+        config,
+        class_prompt=class_prompt,
+        load_model=lambda: open_model(diffusion),
+        on_progress=runtime.show("class images"),
+    )
+    return folder.finish(
+        ClassImageSet,
+        version=STAGE_VERSION,
+        counts={"images": len(images)},
+        class_prompt=class_prompt,
+        base_model=base_model,
+        images=images,
+    )

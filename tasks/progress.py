@@ -1,0 +1,88 @@
+"""Live progress of long stages: bars on a terminal, lines elsewhere."""
+
+import sys
+import threading
+import time
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+LINE_EVERY_SECONDS = 10.0
+
+
+class ProgressView(Protocol):
+    """Shows how far the parts of a run are."""
+
+    def update(self, name: str, done: int, total: int, detail: str = "") -> None:
+        """Say that `done` of `total` items of a part are finished."""
+
+    def note(self, text: str) -> None:
+        """Say one thing."""
+
+    def close(self) -> None:
+        """Stop showing."""
+
+
+class LineProgress:
+    """One line at the beginning and end of a part, and every ten seconds between."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, float] = {}
+        self.lock = threading.Lock()
+
+    def update(self, name: str, done: int, total: int, detail: str = "") -> None:
+        """Print a line if it is time for one."""
+        now = time.monotonic()
+        with self.lock:
+            last = self.said.get(name)
+            if last is not None and now - last < LINE_EVERY_SECONDS and done < total:
+                return
+            if last is not None and last == float("inf"):
+                return
+            self.said[name] = float("inf") if done >= total else now
+        self.note(f"{name}: {done}/{total}{'  ' + detail if detail else ''}")
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Nothing is left open."""
+
+
+class BarProgress:
+    """A bar per part."""
+
+    def __init__(self) -> None:
+        self.view = Progress(
+            TextColumn("{task.description:<14}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[detail]}"),
+            console=Console(stderr=True),
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.lock = threading.Lock()
+        self.view.start()
+
+    def update(self, name: str, done: int, total: int, detail: str = "") -> None:
+        """Move a part's bar, which appears with its first update."""
+        with self.lock:
+            if name not in self.tasks:
+                self.tasks[name] = self.view.add_task(name, total=total, detail="")
+        self.view.update(self.tasks[name], completed=done, total=total, detail=detail)
+
+    def note(self, text: str) -> None:
+        """Print a line above the bars."""
+        self.view.console.print(text, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Leave the bars as they are."""
+        self.view.stop()
+
+
+def make_progress() -> ProgressView:
+    """Return bars on a terminal, lines elsewhere."""
+    return BarProgress() if sys.stderr.isatty() else LineProgress()

@@ -1,0 +1,94 @@
+"""The published model folder: weights, model card, lineage."""
+
+import json
+from pathlib import Path
+
+from tasks.contract import StageFolder, fetch_folder
+from tasks.manifests import ClassImageSet, Evaluation, ObjectRef, Scorecard, SubjectSet, TunedModel
+from tasks.services.store import Store
+from tasks.wording import name_subject
+
+CARD = """---
+library_name: diffusers
+tags: [text-to-image, dreambooth]
+---
+
+# {title}
+
+A text-to-image model that was taught one {class_noun} from {num_photos} photos (DreamBooth,
+arXiv 2208.12242). Write `{subject}` where the subject should be.
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("PATH TO THIS FOLDER", safety_checker=None)
+pipeline("a photo of {subject}").images[0].save("sample.png")
+```
+
+| | base | tuned | real photos |
+|---|---|---|---|
+| DINO | {base.dino:.3f} | {tuned.dino:.3f} | {ceiling.dino:.3f} |
+| CLIP-I | {base.clip_i:.3f} | {tuned.clip_i:.3f} | {ceiling.clip_i:.3f} |
+| CLIP-T | {base.clip_t:.3f} | {tuned.clip_t:.3f} | {ceiling.clip_t:.3f} |
+
+Base model: {base_model}. Training: {num_steps} steps. `lineage.json` names every input by digest.
+
+The photos' owner decides what this model may be used for. Pictures drawn with it are generated:
+say so where you show them, and don't tune models on people without their consent.
+"""
+
+
+def export_model(
+    folder: StageFolder,
+    *,
+    title: str,
+    local: Path,
+    subject: SubjectSet,
+    prior: ClassImageSet,
+    tuned: TunedModel,
+    evaluation: Evaluation,
+) -> tuple[ObjectRef, ...]:
+    """Store the tuned model beside its card and lineage; `local` holds the same files."""
+    card = CARD.format(
+        title=title,
+        class_noun=subject.class_noun,
+        subject=name_subject(identifier_token=subject.identifier_token, class_noun=subject.class_noun),
+        num_photos=len(subject.images),
+        base=evaluation.metrics["base"],
+        tuned=evaluation.metrics["tuned"],
+        ceiling=evaluation.ceiling,
+        base_model=f"{tuned.base_model.location} ({tuned.base_model.sha256[:12]})",
+        num_steps=tuned.num_steps,
+    )
+    lineage = {
+        "base_model": tuned.base_model.model_dump(),
+        "subject": subject.stage_key,
+        "prior": prior.stage_key,
+        "training": tuned.stage_key,
+        "photos": [image.source_sha256 for image in subject.images],
+        "class_images": [image.image.sha256 for image in prior.images],
+    }
+    fetch_folder(folder.store, tuned.model, below="model", folder=local)
+    (local / "README.md").write_text(card)
+    (local / "lineage.json").write_text(json.dumps(lineage, indent=1))
+    paths = sorted(path for path in local.rglob("*") if path.is_file())
+    return tuple(folder.put_file(f"model/{path.relative_to(local).as_posix()}", path) for path in paths)
+
+
+def read_losses(store: Store, tuned: TunedModel) -> list[dict[str, float]]:
+    """Return the loss log, one row per step."""
+    data = store.find_bytes(tuned.find("losses.jsonl").key) or b""
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def headline_metrics(evaluation: Evaluation, scores: Scorecard) -> dict[str, float]:
+    """Return every figure of a run by a flat name."""
+    figures: dict[str, float] = {}
+    for side, metrics in evaluation.metrics.items():
+        figures.update({f"{side}/{name}": value for name, value in metrics.model_dump().items()})
+    for side, drift in evaluation.drift.items():
+        figures.update({f"{side}/{name}": value for name, value in drift.model_dump().items()})
+    figures.update({f"ceiling/{name}": value for name, value in evaluation.ceiling.model_dump().items()})
+    for side, score in scores.scores.items():
+        figures.update({f"{side}/{name}": value for name, value in score.model_dump().items()})
+    return figures

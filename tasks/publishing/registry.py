@@ -1,0 +1,46 @@
+"""Tell the tracking server about a run: parameters, losses, figures, pictures, the model."""
+
+from pathlib import Path
+
+from tasks.services.tracking import Tracker
+
+
+def track_run(
+    tracker: Tracker,
+    *,
+    name: str,
+    params: dict[str, str],
+    tags: dict[str, str],
+    losses: list[dict[str, float]],
+    figures: dict[str, float],
+    folder: Path,
+    registered_model: str,
+    is_registered: bool,
+) -> tuple[str | None, str | None]:
+    """Log everything and register the model; return tracking run id and model version.
+
+    `folder` holds `model/` and `report/`.
+    """
+    run_id = tracker.start(name=name, params=params, tags=tags)
+    is_failed = True
+    try:
+        rows = [
+            (f"train/{key}", float(value), int(row["step"]))
+            for row in losses
+            for key, value in row.items()
+            if key != "step"
+        ]
+        tracker.log_metrics(rows)
+        last = int(losses[-1]["step"]) if losses else 0
+        tracker.log_metrics([(key, value, last) for key, value in figures.items()])
+        tracker.log_folder(folder / "report", path="report")
+        version = None
+        if is_registered:
+            tracker.log_folder(folder / "model", path="model")
+            version = tracker.register(
+                name=registered_model, path="model", description=f"Tuned by {name}", tags=tags
+            )
+        is_failed = False
+    finally:
+        tracker.finish(is_failed=is_failed)
+    return run_id, version

@@ -1,0 +1,92 @@
+"""What a run holds while it runs: services, progress, the record of its stages."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tasks.contract import StageFolder, compute_stage_key, find_manifest
+from tasks.errors import LikenessError
+from tasks.manifests import Manifest
+from tasks.progress import ProgressView
+from tasks.services.llm.client import LlmService
+from tasks.services.store import Store
+from tasks.services.tracking import Tracker
+
+log = logging.getLogger(__name__)
+M = TypeVar("M", bound=Manifest)
+
+
+@dataclass
+class StageRecord:
+    """What a stage did in this invocation."""
+
+    key: str
+    is_cached: bool = False
+    seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
+    cost_usd: float | None = 0.0
+
+
+@dataclass
+class Runtime:
+    """Services and records of one run; passed to steps, never stored."""
+
+    run_id: str
+    store: Store
+    llm: LlmService
+    tracker: Tracker
+    progress: ProgressView
+    work_folder: Path
+    """Local scratch space that outlives the run: training state, fetched photos."""
+    records: dict[str, StageRecord] = field(default_factory=dict)
+    stopping: threading.Event = field(default_factory=threading.Event)
+    num_training_steps: int = 0
+
+    def show(self, name: str) -> Callable[[int, int], None]:
+        """Return a callback that moves one progress bar and ends a stage when the run stops."""
+
+        def update(done: int, total: int) -> None:
+            if self.stopping.is_set():
+                raise LikenessError("the run is stopping")
+            self.progress.update(name, done, total)
+
+        return update
+
+    def run_stage(
+        self,
+        kind: type[M],
+        stage: str,
+        *,
+        version: int,
+        settings: Any,
+        inputs: Iterable[str],
+        compute: Callable[[StageFolder], M],
+    ) -> M:
+        """Return the stored manifest of a stage if it verifies; else compute it."""
+        key = compute_stage_key(stage, version=version, settings=settings, inputs=inputs)
+        with self.recorded(stage, key) as record:
+            manifest = find_manifest(self.store, kind, stage, key)
+            record.is_cached = manifest is not None
+            if manifest is None:
+                manifest = compute(StageFolder(self.store, stage, key))
+                record.cost_usd = manifest.cost_usd
+            record.counts = manifest.counts
+        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in manifest.counts.items())
+        word = "stored" if record.is_cached else "done"
+        self.progress.note(f"{stage:<11} {word:<6} {record.seconds:6.1f} s  {key[:8]}  {counts}")
+        return manifest
+
+    @contextmanager
+    def recorded(self, stage: str, key: str) -> Iterator[StageRecord]:
+        """Measure a stage."""
+        record = self.records[stage] = StageRecord(key)
+        started = time.monotonic()
+        try:
+            yield record
+        finally:
+            record.seconds = round(time.monotonic() - started, 3)

@@ -1,0 +1,1 @@
+"""The outside world: object store, LLM providers, tracking. Ignorant of DreamBooth."""

@@ -1,0 +1,1 @@
+"""LLM providers through the openai package."""

@@ -1,0 +1,291 @@
+"""Object stores behind one protocol: a local folder, and S3 through boto3.
+
+Keys are `/`-separated paths. A write is all or nothing: readers see the old object or the new.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from tasks.errors import ConfigError, ServiceUnavailable
+from tasks.services.config import StoreConfig
+
+
+class Store(Protocol):
+    """What the pipeline asks of an object store."""
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        """Store an object, replacing any older one."""
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Store an object only where there is none; say whether it was stored."""
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Store a file's content."""
+
+    def find_bytes(self, key: str) -> bytes | None:
+        """Return an object's content, or None."""
+
+    def get_file(self, key: str, path: Path) -> None:
+        """Copy an object to a file."""
+
+    def compute_sha256(self, key: str) -> str | None:
+        """Return the digest of what is stored now, or None."""
+
+    def list_keys(self, prefix: str) -> list[str]:
+        """Return all keys below a prefix, sorted."""
+
+    def delete(self, key: str) -> None:
+        """Remove an object; removing none is not an error."""
+
+    def describe(self, key: str) -> str:
+        """Return an address that a person can open."""
+
+
+def open_store(config: StoreConfig) -> Store:
+    """Return the configured store. Raises ConfigError if it cannot be written."""
+    if config.kind == "local":
+        return LocalStore(Path(config.folder))
+    return S3Store(config)
+
+
+def check_key(key: str) -> str:
+    """Refuse keys that could leave the store's root."""
+    path = PurePosixPath(key)
+    if path.is_absolute() or ".." in path.parts or not key or "\\" in key:
+        raise ConfigError(f"object key {key!r} is not a plain relative path")
+    return key
+
+
+class LocalStore:
+    """Objects as files below one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(
+                f"cannot write to {self.root}: {reason}; set output_dir or store.folder"
+            ) from error
+
+    def path(self, key: str) -> Path:
+        """Return the file of a key."""
+        return self.root / check_key(key)
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        with self._staged(key) as staged:
+            staged.write_bytes(data)
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        target = self.path(key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(name, target)  # atomic, and fails where the object exists
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(name)
+        return True
+
+    def put_file(self, key: str, path: Path) -> None:
+        with self._staged(key) as staged:
+            shutil.copyfile(path, staged)
+
+    def _staged(self, key: str) -> "_StagedFile":
+        return _StagedFile(self.path(key))
+
+    def find_bytes(self, key: str) -> bytes | None:
+        try:
+            return self.path(key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def get_file(self, key: str, path: Path) -> None:
+        try:
+            shutil.copyfile(self.path(key), path)
+        except FileNotFoundError as error:
+            raise ServiceUnavailable(f"object {key} is not in {self.root}") from error
+
+    def compute_sha256(self, key: str) -> str | None:
+        try:
+            with self.path(key).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def list_keys(self, prefix: str) -> list[str]:
+        folder = self.root / PurePosixPath(prefix).parent
+        paths = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".part-"))
+        keys = (p.relative_to(self.root).as_posix() for p in paths)
+        return sorted(key for key in keys if key.startswith(prefix))
+
+    def delete(self, key: str) -> None:
+        self.path(key).unlink(missing_ok=True)
+
+    def describe(self, key: str) -> str:
+        return str(self.path(key))
+
+
+class _StagedFile:
+    """A file written beside its destination, synced, then renamed over it."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __enter__(self) -> Path:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self.target.parent, prefix=".part-")
+        os.close(handle)
+        self.staged = Path(name)
+        return self.staged
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.staged.unlink(missing_ok=True)
+            return
+        self.staged.chmod(0o644)
+        with self.staged.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(self.staged, self.target)
+
+
+class S3Store:
+    """Objects in an S3 bucket; credentials come from boto3's usual places."""
+
+    def __init__(self, config: StoreConfig) -> None:
+        import boto3
+        from botocore.config import Config
+
+        if not config.bucket:
+            raise ConfigError("store.bucket is empty; name the bucket, for example store.bucket=my-bucket")
+        self.bucket = config.bucket
+        self.prefix = config.prefix.strip("/")
+        # Timeouts and attempts are explicit: boto3's own wait a minute per read.
+        self.client: Any = boto3.client(
+            "s3",
+            endpoint_url=config.endpoint_url,
+            region_name=config.region,
+            config=Config(
+                connect_timeout=10,
+                read_timeout=30,
+                retries={"mode": "standard", "total_max_attempts": 5},
+                request_checksum_calculation=config.request_checksums,
+                response_checksum_validation=config.request_checksums,
+            ),
+        )
+        with _translated(f"bucket {self.bucket}"):
+            self.client.head_bucket(Bucket=self.bucket)
+
+    def _name(self, key: str) -> dict[str, str]:
+        key = check_key(key)
+        return {"Bucket": self.bucket, "Key": f"{self.prefix}/{key}" if self.prefix else key}
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        with _translated(key):
+            self.client.put_object(**self._name(key), Body=data)
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        from botocore.exceptions import ClientError
+
+        try:
+            with _translated(key):
+                self.client.put_object(**self._name(key), Body=data, IfNoneMatch="*")
+        except ServiceUnavailable as error:
+            cause = error.__cause__
+            if isinstance(cause, ClientError) and _status(cause) in (409, 412):
+                return False
+            raise
+        return True
+
+    def put_file(self, key: str, path: Path) -> None:
+        with _translated(key):
+            self.client.upload_file(str(path), **self._name(key))
+
+    def find_bytes(self, key: str) -> bytes | None:
+        with _translated(key) as outcome:
+            data: bytes = self.client.get_object(**self._name(key))["Body"].read()
+            return data
+        return outcome.missing()
+
+    def get_file(self, key: str, path: Path) -> None:
+        with _translated(key) as outcome:
+            self.client.download_file(Filename=str(path), **self._name(key))
+            return
+        outcome.missing()
+        raise ServiceUnavailable(f"object {key} is not in bucket {self.bucket}")
+
+    def compute_sha256(self, key: str) -> str | None:
+        with _translated(key) as outcome:
+            hasher = hashlib.sha256()
+            for chunk in self.client.get_object(**self._name(key))["Body"].iter_chunks(1 << 20):
+                hasher.update(chunk)
+            return hasher.hexdigest()
+        return outcome.missing()
+
+    def list_keys(self, prefix: str) -> list[str]:
+        return sorted(self._iter_keys(prefix))
+
+    def _iter_keys(self, prefix: str) -> Iterator[str]:
+        cut = len(self.prefix) + 1 if self.prefix else 0
+        full = f"{self.prefix}/{prefix}" if self.prefix else prefix
+        with _translated(prefix):
+            pages = self.client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=full):
+                for item in page.get("Contents", ()):
+                    yield item["Key"][cut:]
+
+    def delete(self, key: str) -> None:
+        with _translated(key):
+            self.client.delete_object(**self._name(key))
+
+    def describe(self, key: str) -> str:
+        name = self._name(key)
+        return f"s3://{name['Bucket']}/{name['Key']}"
+
+
+class _translated:  # noqa: N801 - reads as a statement
+    """Turn boto3's errors into ours; a missing object ends the block quietly."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> "_translated":
+        return self
+
+    def missing(self) -> None:
+        """Reached only after a block that found no object."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+        if isinstance(error, NoCredentialsError):
+            raise ConfigError(
+                "S3 needs credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
+            ) from error
+        if isinstance(error, ClientError):
+            if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
+                if self.what.startswith("bucket "):
+                    raise ConfigError(f"{self.what} does not exist; create it or set store.bucket") from error
+                return True
+            raise ServiceUnavailable(f"S3 refused {self.what}: {error}") from error
+        if isinstance(error, BotoCoreError | Boto3Error):
+            raise ServiceUnavailable(f"S3 did not answer for {self.what}: {error}") from error
+        return False
+
+
+def _status(error: Any) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -1,0 +1,164 @@
+"""Tracking of metrics and artifacts: MLflow, or nothing. A tracking failure never fails a run
+before publishing."""
+
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from tasks.errors import LikenessError, ServiceUnavailable
+from tasks.services.config import TrackingConfig
+
+log = logging.getLogger(__name__)
+BATCH_SIZE = 500
+
+
+class Tracker(Protocol):
+    """What the pipeline asks of a tracking server."""
+
+    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
+        """Open a tracking run and return its id."""
+
+    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+        """Log (name, value, step) rows in batches."""
+
+    def log_folder(self, folder: Path, *, path: str) -> None:
+        """Log every file of a folder as artifacts below a path."""
+
+    def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
+        """Register the artifacts below a path as a new version of a model; return its version."""
+
+    def finish(self, *, is_failed: bool) -> None:
+        """Close the tracking run."""
+
+
+class NoTracker:
+    """Keeps nothing."""
+
+    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
+        """There is no run."""
+        return None
+
+    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+        """Nothing is kept."""
+
+    def log_folder(self, folder: Path, *, path: str) -> None:
+        """Nothing is kept."""
+
+    def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
+        """There is no registry."""
+        return None
+
+    def finish(self, *, is_failed: bool) -> None:
+        """There is no run."""
+
+
+class MlflowTracker:
+    """Talks to MLflow through its client, on SQLite and a local folder by default."""
+
+    def __init__(self, config: TrackingConfig, *, folder: Path) -> None:
+        self.config = config
+        self.folder = folder.absolute()
+        self.uri = config.uri or f"sqlite:///{self.folder / 'mlflow.db'}"
+        self._client: Any = None
+        self.run_id: str | None = None
+        self.parent_run_id: str | None = None
+
+    @property
+    def client(self) -> Any:
+        """The client; made on first use, since importing MLflow takes seconds."""
+        if self._client is None:
+            from mlflow import MlflowClient
+
+            for name in ("mlflow", "alembic"):
+                logging.getLogger(name).setLevel(logging.ERROR)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        return self._client
+
+    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
+        """Open a run in the configured experiment."""
+        with translated(self.uri):
+            experiment_id = self.find_experiment()
+            if self.parent_run_id:
+                tags = {**tags, "mlflow.parentRunId": self.parent_run_id}
+            run = self.client.create_run(experiment_id, run_name=name, tags=tags)
+            self.run_id = str(run.info.run_id)
+            self.log_params(params)
+        return self.run_id
+
+    def find_experiment(self) -> str:
+        """Return the experiment's id, creating it where it is missing."""
+        found = self.client.get_experiment_by_name(self.config.experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        location = None if self.config.uri else (self.folder / "artifacts").as_uri()
+        return str(self.client.create_experiment(self.config.experiment, artifact_location=location))
+
+    def log_params(self, params: dict[str, str]) -> None:
+        """Log parameters; MLflow takes at most 100 a call and 6000 characters each."""
+        from mlflow.entities import Param
+
+        items = [Param(key, value[:6000]) for key, value in params.items()]
+        for start in range(0, len(items), 100):
+            self.client.log_batch(self.run_id, params=items[start : start + 100])
+
+    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+        """Log metrics in batches: one call each would take 20 ms."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, step) for name, value, step in rows]
+        with translated(self.uri):
+            for start in range(0, len(metrics), BATCH_SIZE):
+                self.client.log_batch(self.run_id, metrics=metrics[start : start + BATCH_SIZE])
+
+    def log_folder(self, folder: Path, *, path: str) -> None:
+        """Log a folder's files."""
+        with translated(self.uri):
+            self.client.log_artifacts(self.run_id, str(folder), artifact_path=path)
+
+    def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
+        """Register what lies below an artifact path; the alias `latest-tuned` moves to it."""
+        from mlflow.exceptions import MlflowException
+
+        with translated(self.uri):
+            try:
+                self.client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            run = self.client.get_run(self.run_id)
+            source = f"{run.info.artifact_uri}/{path}"
+            version = self.client.create_model_version(
+                name, source, run_id=self.run_id, tags=tags, description=description
+            )
+            self.client.set_registered_model_alias(name, "latest-tuned", version.version)
+        return str(version.version)
+
+    def finish(self, *, is_failed: bool) -> None:
+        """Close the run."""
+        if self.run_id is not None:
+            with translated(self.uri):
+                self.client.set_terminated(self.run_id, "FAILED" if is_failed else "FINISHED")
+
+
+def open_tracker(config: TrackingConfig, *, folder: Path) -> Tracker:
+    """Return the configured tracker."""
+    return MlflowTracker(config, folder=folder) if config.kind == "mlflow" else NoTracker()
+
+
+class translated:  # noqa: N801 - reads as a statement
+    """Turn MLflow's errors into ours."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, LikenessError):
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ServiceUnavailable(f"tracking at {self.uri}: {reason}") from error

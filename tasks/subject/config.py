@@ -1,0 +1,38 @@
+"""Settings of the subject stage."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from tasks.settings import Section
+
+
+class SubjectConfig(Section):
+    """Which photos, what they show, and what a photo must be."""
+
+    source: str = Field(description="folder of photos, or store:PREFIX in the object store")
+    class_noun: str = Field(
+        min_length=1, max_length=60, pattern=r"^[A-Za-z][A-Za-z -]*$",
+        description="what the subject is, for example dog; a wrong noun is the costliest mistake",
+    )
+    identifier_token: str = Field(
+        "sks", min_length=1, max_length=20, pattern=r"^[A-Za-z0-9]+$",
+        description="rare token that the subject is bound to",
+    )
+    captioning: Literal["llm", "template"] = Field(
+        "llm", description="llm: inspected and captioned by the LLM; template: no LLM at all"
+    )
+    min_images: int = Field(3, ge=1, le=1000, description="fewest good photos to go on with")
+    max_images: int = Field(20, ge=1, le=1000, description="most photos to read")
+    min_side: int = Field(64, ge=16, description="smallest side of a photo, pixels")
+    max_pixels: int = Field(60_000_000, ge=4096, description="largest photo, pixels")
+    working_side: int = Field(1024, ge=64, description="photos are kept with at most this side, pixels")
+    min_sharpness: float = Field(
+        20.0, ge=0, description="least variance of the Laplacian (luma 0..255 at 256 px); 0 turns it off"
+    )
+    min_brightness: float = Field(0.06, ge=0, le=1, description="least mean luma, 0..1")
+    max_brightness: float = Field(0.94, ge=0, le=1, description="most mean luma, 0..1")
+    min_contrast: float = Field(0.04, ge=0, le=1, description="least standard deviation of luma, 0..1")
+    duplicate_distance: int = Field(
+        6, ge=0, le=64, description="photos whose 64-bit perceptual hashes differ by this or less are one"
+    )

@@ -1,0 +1,180 @@
+"""Read photos: decode fully, apply orientation, drop metadata, measure, find duplicates."""
+
+import hashlib
+import io
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from tasks.errors import ConfigError, SubjectRejected
+from tasks.images import encode_png
+from tasks.manifests import ImageMeasures
+from tasks.services.store import Store
+from tasks.subject.config import SubjectConfig
+from tasks.subject.quality import count_different_bits, find_fault, measure
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MOST_BYTES = 64_000_000
+THUMBNAIL_SIDE = 160
+DEMO_FOLDER = Path(__file__).resolve().parent.parent / "mini" / "demo_subject"
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One decoded photo: its pixels as PNG, without metadata."""
+
+    name: str
+    sha256: str
+    png: bytes
+    measures: ImageMeasures
+
+
+@dataclass(frozen=True)
+class Reject:
+    """One photo that is left out."""
+
+    name: str
+    sha256: str
+    reason: str
+    thumbnail: bytes | None
+
+
+@dataclass(frozen=True)
+class CheckedPhotos:
+    """All photos of a source, sorted out."""
+
+    accepted: tuple[Photo, ...]
+    rejected: tuple[Reject, ...]
+
+    def digests(self) -> list[str]:
+        """Return the content digests of everything that was read."""
+        return [item.sha256 for item in (*self.accepted, *self.rejected)]
+
+
+def check_photos(config: SubjectConfig, store: Store) -> CheckedPhotos:
+    """Read and check every photo of the source.
+
+    Raises:
+        SubjectRejected: too few good photos; names each reject with its reason.
+        ConfigError: the source does not exist.
+    """
+    accepted: list[Photo] = []
+    rejected: list[Reject] = []
+    for name, data in read_source(config, store):
+        outcome = check_photo(name, data, config, accepted)
+        (accepted if isinstance(outcome, Photo) else rejected).append(outcome)  # type: ignore[arg-type]
+    require_enough(len(accepted), config, [(reject.name, reject.reason) for reject in rejected])
+    return CheckedPhotos(tuple(accepted), tuple(rejected))
+
+
+def require_enough(num_good: int, config: SubjectConfig, rejected: list[tuple[str, str]]) -> None:
+    """Raise SubjectRejected where there are fewer good photos than needed."""
+    if num_good >= config.min_images:
+        return
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected[:6])
+    raise SubjectRejected(
+        f"{num_good} good photos in {config.source}, {config.min_images} needed"
+        f"{' (' + reasons + ')' if reasons else ''}. Add photos or lower subject.min_images"
+    )
+
+
+def read_source(config: SubjectConfig, store: Store) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of every file of the source that claims to be a photo."""
+    if config.source.startswith("store:"):
+        prefix = config.source.removeprefix("store:")
+        names = [key for key in store.list_keys(prefix) if key.lower().endswith(SUFFIXES)]
+        check_number(len(names), config)
+        for key in names:
+            yield clean_name(key.rsplit("/", 1)[-1]), store.find_bytes(key) or b""
+        return
+    folder = DEMO_FOLDER if config.source == "demo" else Path(config.source)
+    if not folder.is_dir():
+        raise ConfigError(f"subject.source={config.source} is not a folder; name a folder of photos")
+    # Links and pipes are passed over: a link could lead anywhere, a pipe would wait for ever.
+    paths = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.is_symlink()]
+    paths = [path for path in paths if path.suffix.lower() in SUFFIXES]
+    check_number(len(paths), config)
+    for path in paths:
+        try:
+            yield clean_name(path.name), path.read_bytes() if path.stat().st_size <= MOST_BYTES else b""
+        except OSError:
+            yield clean_name(path.name), b""
+
+
+def check_number(num_files: int, config: SubjectConfig) -> None:
+    """Refuse a source with more photos than will be read."""
+    if num_files > config.max_images:
+        raise SubjectRejected(
+            f"{num_files} photos in {config.source}, at most {config.max_images} are read: "
+            "choose the best, or raise subject.max_images"
+        )
+
+
+def check_photo(name: str, data: bytes, config: SubjectConfig, accepted: list[Photo]) -> Photo | Reject:
+    """Decode and measure one photo; compare it with those already accepted."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        image = decode(data, max_pixels=config.max_pixels)
+    except ValueError as error:
+        return Reject(name, sha256, str(error), None)
+    measures = measure(image)
+    fault = find_fault(measures, config)
+    for other in accepted:
+        distance = count_different_bits(measures.perceptual_hash, other.measures.perceptual_hash)
+        if fault is None and distance <= config.duplicate_distance:
+            fault = f"same as {other.name} (hashes differ in {distance} of 64 bits)"
+    image.thumbnail((config.working_side, config.working_side), Image.Resampling.LANCZOS)
+    if fault is None:
+        return Photo(name, sha256, encode_png(image), measures)
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    return Reject(name, sha256, fault, encode_png(image))
+
+
+def decode(data: bytes, *, max_pixels: int) -> Image.Image:
+    """Return the upright RGB pixels of an encoded photo. Raises ValueError with the reason."""
+    if not data:
+        return fail("empty, unreadable, or over 64 MB")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+                if opened.width * opened.height > max_pixels:
+                    return fail(f"too large: {opened.width}x{opened.height} px (subject.max_pixels)")
+                if getattr(opened, "is_animated", False):
+                    return fail("animated")
+                upright = ImageOps.exif_transpose(opened)
+                return flatten(upright)
+    except Image.DecompressionBombError:
+        return fail("too large to decode (subject.max_pixels)")
+    except UnidentifiedImageError:
+        return fail("not a JPEG, PNG or WebP picture, whatever its name says")
+    except (OSError, SyntaxError) as error:
+        return fail(f"damaged: {error}")
+
+
+def fail(reason: str) -> Image.Image:
+    """Raise the reason; typed as the value it stands in for."""
+    raise ValueError(reason)
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """Return RGB pixels over white, rebuilt so that no metadata goes along."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        base = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(base, layer)
+    elif image.mode.startswith("I;16"):
+        image = image.point(lambda value: value / 256).convert("L")
+    rgb = image.convert("RGB")
+    return Image.frombytes("RGB", rgb.size, rgb.tobytes())
+
+
+def clean_name(name: str) -> str:
+    """Return a file name that is safe to print: no control or direction marks, at most 60 letters."""
+    kept = "".join(c if unicodedata.category(c)[0] not in "CZ" or c == " " else "?" for c in name)
+    return kept if len(kept) <= 60 else kept[:56] + "..."

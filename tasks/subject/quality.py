@@ -1,0 +1,49 @@
+"""What can be measured of a photo without any model, and what follows from it."""
+
+import imagehash
+import numpy as np
+from PIL import Image
+
+from tasks.manifests import ImageMeasures
+from tasks.subject.config import SubjectConfig
+
+MEASURED_SIDE = 256
+
+
+def measure(image: Image.Image) -> ImageMeasures:
+    """Measure sharpness, light and likeness of an RGB photo at a common size."""
+    scale = MEASURED_SIDE / min(image.size)
+    size = (max(3, round(image.width * scale)), max(3, round(image.height * scale)))
+    luma = np.asarray(image.convert("L").resize(size, Image.Resampling.BICUBIC), np.float64)
+    laplacian = (
+        luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * luma[1:-1, 1:-1]
+    )
+    return ImageMeasures(
+        width=image.width,
+        height=image.height,
+        sharpness=round(float(laplacian.var()), 3),
+        brightness=round(float(luma.mean() / 255), 4),
+        contrast=round(float(luma.std() / 255), 4),
+        perceptual_hash=str(imagehash.phash(image)),
+    )
+
+
+def find_fault(measures: ImageMeasures, config: SubjectConfig) -> str | None:
+    """Return why a photo is not good enough, or None."""
+    side = min(measures.width, measures.height)
+    if side < config.min_side:
+        return f"too small: {side} px, at least {config.min_side} (subject.min_side)"
+    if measures.contrast < config.min_contrast:
+        return f"almost one tone: contrast {measures.contrast}, at least {config.min_contrast}"
+    if measures.brightness < config.min_brightness:
+        return f"too dark: brightness {measures.brightness}, at least {config.min_brightness}"
+    if measures.brightness > config.max_brightness:
+        return f"too bright: brightness {measures.brightness}, at most {config.max_brightness}"
+    if measures.sharpness < config.min_sharpness:
+        return f"blurred: sharpness {measures.sharpness}, at least {config.min_sharpness}"
+    return None
+
+
+def count_different_bits(first: str, second: str) -> int:
+    """Return the Hamming distance of two perceptual hashes."""
+    return int(imagehash.hex_to_hash(first) - imagehash.hex_to_hash(second))

@@ -1,0 +1,146 @@
+"""Checkpoints that can be trusted: safetensors and JSON, digests in a manifest, renamed last.
+
+A checkpoint is the folder `step-00000100/`. It is written beside its place, synced and renamed, so
+it exists whole or not at all; loading verifies every digest and falls back to the one before.
+"""
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tasks.contract import digest_file
+from tasks.errors import TrainingFailed
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint holds."""
+
+    step: int
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    losses: list[str]
+    """The lines of the loss log up to this step."""
+
+
+def save_checkpoint(folder: Path, state: TrainingState, *, identity: dict[str, str], num_kept: int) -> Path:
+    """Write a checkpoint and drop the oldest beyond `num_kept` valid ones.
+
+    Raises:
+        TrainingFailed: a weight isn't finite; nothing is written.
+    """
+    for name, tensor in state.weights.items():
+        if not torch.isfinite(tensor).all():
+            raise TrainingFailed(f"weight {name} is not finite at step {state.step}; lower training.learning_rate")
+    target = folder / f"step-{state.step:08d}"
+    staged = folder / f".part-{target.name}"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    save_file(state.weights, staged / "weights.safetensors")
+    save_file(state.moments, staged / "optimizer.safetensors")
+    (staged / "losses.jsonl").write_text("".join(line + "\n" for line in state.losses))
+    files = {path.name: digest_file(path) for path in sorted(staged.iterdir())}
+    manifest = {"schema_version": SCHEMA_VERSION, "step": state.step, "identity": identity, "files": files}
+    (staged / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in staged.iterdir():
+        sync(path)
+    sync(staged)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(staged, target)
+    sync(folder)
+    for old in list_checkpoints(folder)[num_kept:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load_newest(folder: Path, *, identity: dict[str, str]) -> TrainingState | None:
+    """Return the newest checkpoint that verifies, or None where there is none at all.
+
+    Raises:
+        TrainingFailed: a checkpoint belongs to another configuration, data or base model; or there
+            are some and none verifies.
+    """
+    found = list_checkpoints(folder)
+    for path in found:
+        try:
+            return load_checkpoint(path, identity=identity)
+        except (OSError, ValueError, KeyError) as error:
+            log.warning("checkpoint %s is damaged (%s); trying the one before", path.name, error)
+            shutil.rmtree(folder / f".bad-{path.name}", ignore_errors=True)
+            os.replace(path, folder / f".bad-{path.name}")
+    if found:
+        raise TrainingFailed(f"none of {len(found)} checkpoints in {folder} verifies; delete it to start over")
+    return None
+
+
+def load_checkpoint(path: Path, *, identity: dict[str, str]) -> TrainingState:
+    """Read one checkpoint. Raises ValueError if a digest differs, TrainingFailed for another run's."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        raise TrainingFailed(f"{path} has schema {manifest['schema_version']}, not {SCHEMA_VERSION}; delete it")
+    changed = [name for name, value in identity.items() if manifest["identity"].get(name) != value]
+    if changed:
+        raise TrainingFailed(f"{path} belongs to another run: {', '.join(changed)} changed; delete it to start over")
+    for name, expected in manifest["files"].items():
+        if digest_file(path / name) != expected:
+            raise ValueError(f"{name} differs from its manifest")
+    return TrainingState(
+        step=int(manifest["step"]),
+        weights=load_file(path / "weights.safetensors"),
+        moments=load_file(path / "optimizer.safetensors"),
+        losses=(path / "losses.jsonl").read_text().splitlines(),
+    )
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return checkpoint folders, newest step first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.name.startswith("step-") and (path / MANIFEST).exists()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def collect_state(
+    modules: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, losses: list[str]
+) -> TrainingState:
+    """Copy weights and optimizer moments to the CPU, by parameter name."""
+    weights, moments = {}, {}
+    for name, parameter in modules.named_parameters():
+        weights[name] = parameter.detach().cpu().contiguous().clone()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            moments[f"{name}|{key}"] = torch.as_tensor(value).detach().cpu().contiguous().clone()
+    return TrainingState(step, weights, moments, list(losses))
+
+
+@torch.no_grad()
+def restore_state(modules: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+    """Put a checkpoint's weights and moments in place. Raises KeyError where one is missing."""
+    per_parameter: dict[str, dict[str, Tensor]] = {}
+    for joined, value in state.moments.items():
+        name, key = joined.rsplit("|", 1)
+        per_parameter.setdefault(name, {})[key] = value
+    for name, parameter in modules.named_parameters():
+        parameter.copy_(state.weights[name])
+        moments = per_parameter.get(name, {})
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

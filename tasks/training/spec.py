@@ -1,0 +1,76 @@
+"""The frozen order that the supervisor hands to the worker, as one JSON file."""
+
+import math
+from pathlib import Path
+
+from pydantic import Field
+
+from tasks.contract import digest
+from tasks.diffusion.config import DiffusionConfig
+from tasks.settings import Section
+from tasks.training.config import TrainingConfig
+
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on request; run again
+
+
+class TrainingImage(Section):
+    """One picture to learn from."""
+
+    path: str
+    sha256: str
+    prompt: str
+
+
+class TrainingSpec(Section):
+    """Everything the worker needs; it reads no other configuration."""
+
+    stage_key: str
+    folder: str = Field(description="run folder of the worker: checkpoints, logs, result")
+    model_folder: str = Field(description="diffusers folder of the base model")
+    base_model_sha256: str
+    seed: int
+    diffusion: DiffusionConfig
+    training: TrainingConfig
+    instance_images: tuple[TrainingImage, ...]
+    class_images: tuple[TrainingImage, ...]
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return Path(self.folder)
+
+    def identity(self) -> dict[str, str]:
+        """Return digests that a checkpoint must share to be resumed from."""
+        images = [self.instance_images, self.class_images]
+        pairs = [[(image.sha256, image.prompt) for image in group] for group in images]
+        return {
+            "configuration": digest([self.seed, self.training.result_fields(), self.diffusion.resolution]),
+            "data": digest(pairs),
+            "base model": self.base_model_sha256,
+        }
+
+
+class RunFolder:
+    """Names of the files that worker and supervisor share."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.spec = folder / "spec.json"
+        self.checkpoints = folder / "checkpoints"
+        self.losses = folder / "losses.jsonl"
+        self.events = folder / "events.jsonl"
+        self.stop = folder / "stop"
+        self.result = folder / "result.json"
+        self.model = folder / "model"
+        self.log = folder / "worker.log"
+
+
+def compute_learning_rate_factor(config: TrainingConfig, step: int) -> float:
+    """Return the share of the learning rate at an optimizer step, counted from 0."""
+    warmup = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
+    progress = step / config.max_train_steps
+    if config.lr_schedule == "linear":
+        return warmup * (1 - progress)
+    if config.lr_schedule == "cosine":
+        return warmup * 0.5 * (1 + math.cos(math.pi * progress))
+    return warmup

@@ -1,0 +1,126 @@
+"""The training stage: a supervised worker turns photos and class images into a tuned model."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from tasks.contract import StageFolder, fetch_folder
+from tasks.diffusion.config import DiffusionConfig
+from tasks.manifests import ClassImageSet, ModelRef, SubjectSet, TunedModel
+from tasks.prefect_states import finished
+from tasks.runtime import Runtime
+from tasks.training.config import TrainingConfig
+
+STAGE_VERSION = 1
+
+
+@task(name="training", persist_result=False)
+def fine_tune(
+    config: TrainingConfig,
+    diffusion: DiffusionConfig,
+    seed: int,
+    subject: SubjectSet,
+    prior: ClassImageSet,
+    runtime: Runtime,
+) -> Any:
+    """Fine-tune, going on from a checkpoint where an earlier attempt left one.
+
+    Called directly in the flow: signals reach only the main thread.
+    """
+    resolution = diffusion.model_dump(mode="json", include={"family", "resolution"})
+    prior_key = prior.stage_key if config.prior_loss_weight > 0 else ""
+    manifest = runtime.run_stage(
+        TunedModel,
+        "training",
+        version=STAGE_VERSION,
+        settings=[config.result_fields(), resolution, seed],
+        inputs=[prior.base_model.sha256, subject.stage_key, prior_key],
+        compute=lambda folder: compute_training(folder, config, diffusion, seed, subject, prior, runtime),
+    )
+    return finished(manifest, runtime)
+
+
+def compute_training(
+    folder: StageFolder,
+    config: TrainingConfig,
+    diffusion: DiffusionConfig,
+    seed: int,
+    subject: SubjectSet,
+    prior: ClassImageSet,
+    runtime: Runtime,
+) -> TunedModel:
+    """Run the worker to its end and move its result into the store."""
+    from tasks.diffusion.base import find_folder
+    from tasks.training.spec import RunFolder, TrainingSpec
+    from tasks.training.supervisor import run_worker
+
+    work = runtime.work_folder / "training" / folder.stage_key
+    spec = TrainingSpec(
+        stage_key=folder.stage_key,
+        folder=str(work),
+        model_folder=str(find_folder(diffusion)),
+        base_model_sha256=prior.base_model.sha256,
+        seed=seed,
+        diffusion=diffusion,
+        training=config,
+        instance_images=fetch_images(runtime, work, [(i.image, i.instance_prompt) for i in subject.images]),
+        class_images=fetch_images(runtime, work, [(i.image, prior.class_prompt) for i in prior.images])
+        if config.prior_loss_weight > 0
+        else (),
+    )
+    result = run_worker(spec, on_event=lambda event: show_event(event, config, runtime))
+    runtime.num_training_steps = result["num_steps"] - result["start_step"]
+    run = RunFolder(work)
+    model = tuple(folder.put_file(f"model/{name}", run.model / name) for name in result["files"])
+    folder.put_file("losses.jsonl", run.losses)
+    manifest = finish_training(folder, result, prior.base_model, model, subject, prior)
+    shutil.rmtree(work)
+    return manifest
+
+
+def fetch_images(runtime: Runtime, work: Path, pairs: list[tuple[Any, str]]) -> Any:
+    """Copy images to local files and pair them with their prompts."""
+    from tasks.training.spec import TrainingImage
+
+    for ref, _ in pairs:
+        fetch_folder(runtime.store, [ref], below=ref.key.split("/")[1], folder=work / "data")
+    return tuple(
+        TrainingImage(path=str(work / "data" / ref.key.split("/", 2)[2]), sha256=ref.sha256, prompt=prompt)
+        for ref, prompt in pairs
+    )
+
+
+def show_event(event: dict[str, Any], config: TrainingConfig, runtime: Runtime) -> None:
+    """Turn the worker's events into progress."""
+    if event["event"] == "step":
+        runtime.num_training_steps += config.log_every_steps
+        detail = f"loss {event['loss']:.4f}  {event['images_per_second']:.1f} images/s"
+        runtime.progress.update("training", event["step"], config.max_train_steps, detail)
+    elif event["event"] == "started" and event["step"]:
+        runtime.progress.note(f"training goes on from its checkpoint at step {event['step']}")
+
+
+def finish_training(
+    folder: StageFolder,
+    result: dict[str, Any],
+    base_model: ModelRef,
+    model: tuple[Any, ...],
+    subject: SubjectSet,
+    prior: ClassImageSet,
+) -> TunedModel:
+    """Write the manifest."""
+    return folder.finish(
+        TunedModel,
+        version=STAGE_VERSION,
+        counts={"steps": result["num_steps"], "resumed_from_step": result["start_step"]},
+        base_model=base_model,
+        model=model,
+        num_steps=result["num_steps"],
+        trainable_parameters=result["trainable_parameters"],
+        final_loss=result["final_loss"],
+        peak_memory_bytes=result["peak_memory_bytes"],
+        subject_key=subject.stage_key,
+        prior_key=prior.stage_key,
+    )

@@ -1,0 +1,148 @@
+"""Start the training worker, follow it, stop it gently, and believe only its result manifest."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tasks.contract import digest_file
+from tasks.errors import TrainingFailed, TrainingStopped
+from tasks.training.spec import RunFolder, TrainingSpec
+
+POLL_SECONDS = 0.2
+SOURCE_ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def run_worker(spec: TrainingSpec, *, on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Train to the end and return the verified result.
+
+    Any exception in here, a request to cancel included, first lets the worker save and end.
+
+    Raises:
+        TrainingFailed: the worker ended without a result; names step and log.
+        TrainingStopped: it was asked to stop, saved, and will go on in the next run.
+    """
+    run = RunFolder(spec.path)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with locked(run.folder / "lock"):
+        result = read_result(run)
+        if result is not None:
+            return result
+        run.spec.write_text(spec.model_dump_json(indent=1))
+        run.stop.unlink(missing_ok=True)
+        run.events.write_text("")
+        process = start(spec, run)
+        tail = EventTail(run.events, on_event)
+        try:
+            while process.poll() is None:
+                tail.read()
+                time.sleep(POLL_SECONDS)
+        finally:
+            if process.poll() is None:
+                stop(process, run, grace_seconds=spec.training.grace_seconds)
+        tail.read()
+    result = read_result(run)
+    if result is not None:
+        return result
+    if tail.last_event == "stopped":
+        raise TrainingStopped(f"training stopped at step {tail.last_step} and is saved; run again to go on")
+    reason = find_reason(run.log)
+    raise TrainingFailed(f"training ended at step {tail.last_step}: {reason}; see {run.log}")
+
+
+def start(spec: TrainingSpec, run: RunFolder) -> "subprocess.Popen[bytes]":
+    """Start one process per device in a session of its own."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(spec.training.num_devices),
+        "-m", "tasks.training.worker", str(run.spec),
+    ]  # fmt: skip
+    paths = [str(SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "LIKENESS_SUPERVISOR_PID": str(os.getpid()),
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1)),
+    }
+    with run.log.open("ab") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+
+
+def stop(process: "subprocess.Popen[bytes]", run: RunFolder, *, grace_seconds: float) -> None:
+    """Ask the worker to save, give it its grace, then end the whole group."""
+    run.stop.touch()
+    try:
+        process.wait(grace_seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+class EventTail:
+    """Reads whole new lines of the worker's event file."""
+
+    def __init__(self, path: Path, on_event: Callable[[dict[str, Any]], None]) -> None:
+        self.path = path
+        self.on_event = on_event
+        self.position = 0
+        self.last_step = 0
+        self.last_event = ""
+
+    def read(self) -> None:
+        """Hand on what was appended since the last look."""
+        with self.path.open("rb") as file:
+            file.seek(self.position)
+            data = file.read()
+        end = data.rfind(b"\n") + 1
+        self.position += end
+        for line in data[:end].splitlines():
+            event = json.loads(line)
+            self.last_step = int(event.get("step", self.last_step))
+            self.last_event = str(event["event"])
+            self.on_event(event)
+
+
+def read_result(run: RunFolder) -> dict[str, Any] | None:
+    """Return the result manifest if every file of the tuned model verifies."""
+    if not run.result.exists():
+        return None
+    result: dict[str, Any] = json.loads(run.result.read_text())
+    for name, sha256 in result["files"].items():
+        path = run.model / name
+        if not path.exists() or digest_file(path) != sha256:
+            run.result.unlink()
+            return None
+    return result
+
+
+def find_reason(log: Path) -> str:
+    """Return the most telling line of the worker's log."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    for line in reversed(lines):
+        stripped = line.strip()
+        stripped = stripped.split("]:", 1)[-1] if stripped.startswith("[rank") else stripped
+        name = stripped.split(":", 1)[0].rsplit(".", 1)[-1].strip()
+        if name.endswith(("Error", "Failed", "Corrupt", "Rejected", "Exception")) and "ChildFailed" not in name:
+            return stripped[:300]
+    return "the worker was killed or ended without a word"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process. Raises TrainingFailed where another run has it."""
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainingFailed(f"another run is training this very model; wait for it ({path})") from error
+        yield

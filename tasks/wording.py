@@ -1,0 +1,27 @@
+"""How prompts are worded from a class noun and an identifier token."""
+
+
+def choose_article(noun: str) -> str:
+    """Return `a` or `an`."""
+    return "an" if noun[:1].lower() in "aeiou" else "a"
+
+
+def write_class_prompt(template: str, *, class_noun: str) -> str:
+    """Return the class prompt, for example `a photo of a dog`."""
+    return template.format(article=choose_article(class_noun), class_noun=class_noun)
+
+
+def name_subject(*, identifier_token: str, class_noun: str) -> str:
+    """Return what stands for the subject in a prompt, for example `sks dog`."""
+    return f"{identifier_token} {class_noun}"
+
+
+def write_subject_prompt(template: str, *, identifier_token: str, class_noun: str) -> str:
+    """Return an evaluation prompt with the subject."""
+    name = name_subject(identifier_token=identifier_token, class_noun=class_noun)
+    return template.replace("{subject}", name)
+
+
+def write_plain_prompt(template: str, *, class_noun: str) -> str:
+    """Return the same prompt for the class: what CLIP-T compares with."""
+    return template.replace("{subject}", f"{choose_article(class_noun)} {class_noun}")

@@ -122,6 +122,27 @@ def parse_overrides(overrides: Iterable[str]) -> RunRequest:
         raise ConfigError(describe_invalid(error)) from error
 
 
+def split_sweep(words: Iterable[str]) -> tuple[list[str], dict[str, list[Value]]]:
+    """Sort `key=value` words from those with several values. Raises ConfigError for group options."""
+    fixed: list[str] = []
+    space: dict[str, list[Value]] = {}
+    for word in words:
+        if "=" not in word:
+            raise ConfigError(f"{word!r} is not of the form key=value")
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException as error:
+            raise ConfigError(f"cannot read {word!r}: {first_line(error)}") from error
+        if not override.is_choice_sweep():
+            fixed.append(word)
+            continue
+        if override.key_or_group in GROUPS:
+            raise ConfigError(f"{word!r}: sweep single settings, not groups of them")
+        choices: Any = override.value()
+        space[override.key_or_group] = [unquote(value) for value in choices.list]
+    return fixed, space
+
+
 def unquote(value: Any) -> Any:
     """Return the plain value behind Hydra's quoted strings."""
     if isinstance(value, list):

@@ -27,7 +27,7 @@ def export_models(trainer: "Pretrainer", out: Path) -> None:
     vae.register_to_config(scaling_factor=round(scaling_factor, 6))
     unet.set_default_attn_processor()
     text_encoder = CLIPTextModel(clip.config.text_config)
-    text_encoder.load_state_dict(clip.text_model.state_dict(), strict=False)
+    text_encoder.load_state_dict(clip.text_model.state_dict())
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

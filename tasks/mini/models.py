@@ -125,8 +125,8 @@ class SceneClassifier(nn.Module):
                 nn.MaxPool2d(2),
             ]
             channels = out_channels
-        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * 16, 256), nn.SiLU())
-        self.heads = nn.ModuleDict({name: nn.Linear(256, len(v)) for name, v in HEADS.items()})
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * 16, 96), nn.SiLU())
+        self.heads = nn.ModuleDict({name: nn.Linear(96, len(v)) for name, v in HEADS.items()})
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Map ``(B, 3, 64, 64)`` in [-1, 1] to logits by head name."""

@@ -46,7 +46,7 @@ SETTINGS = {
     "clip": PartSettings(1600, 96, 1e-3, 0.995),
     "dino": PartSettings(1500, 96, 7e-4, 0.995),
     "vae": PartSettings(1700, 16, 1e-3, 0.998),
-    "unet": PartSettings(5000, 48, 8e-4, 0.9995),
+    "unet": PartSettings(4000, 48, 8e-4, 0.9995),
 }
 
 

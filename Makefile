@@ -1,0 +1,31 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo test check bench lock clean
+PYTHON ?= python3
+BIN := .venv/bin
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup:  ## make .venv and install the locked dependencies
+	@$(PYTHON) deployments/setup_environment.py
+
+setup-dev:
+	@$(PYTHON) deployments/setup_environment.py --dev
+
+demo: setup  ## run the whole job on the embedded default
+	@$(BIN)/likeness run
+
+test: setup-dev check  ## run all checks and tests
+	@$(BIN)/python -m pytest
+
+check: setup-dev  ## format, lint, types
+	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q . && $(BIN)/mypy
+
+bench: setup-dev  ## measure the main job's figures and print them
+	@$(BIN)/python -m tests.bench.main_job
+
+lock: setup-dev  ## resolve the dependencies anew
+	@$(BIN)/python -m pip install -q uv && PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python deployments/refresh_lock.py
+
+clean:  ## remove the environment and all runs
+	@rm -rf .venv runs build

@@ -1,0 +1,155 @@
+"""The `likeness` command: thin, calls the flows."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tasks.errors import ConfigError, LikenessError
+
+EPILOG = """examples:
+  likeness run                                         the demo: five photos of a drawn fish
+  likeness run subject.source=photos subject.class_noun=mug
+  likeness run training.max_train_steps=400 training.learning_rate=5e-5
+  likeness run diffusion=sd15 llm=openai subject.source=photos subject.class_noun=dog
+  likeness runs                                        what has been run
+  likeness report                                      where the newest report is
+  likeness generate latest "a photo of sks fish at night"
+  likeness sweep training.learning_rate=5e-5,1e-4 training.max_train_steps=150,300
+
+settings are key=value words; conf/run.yaml lists them all with their defaults.
+"""
+RUN_HELP = "run folder's name, or latest"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    options = make_parser().parse_args(argv)
+    try:
+        command: Callable[[argparse.Namespace], int] = options.action
+        return command(options)
+    except LikenessError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; run again to go on from here", file=sys.stderr)
+        return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="likeness",
+        description="Turn 3-5 photos of one subject into a tuned, scored, published text-to-image model.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add = commands.add_parser
+
+    run = add("run", help="run the whole job; with no settings, the demo")
+    run.add_argument("settings", nargs="*", metavar="key=value", help="for example training.max_train_steps=400")
+    run.set_defaults(action=run_job)
+
+    sweep = add("sweep", help="search settings: give each several values")
+    sweep.add_argument("settings", nargs="+", metavar="key=v1,v2", help="several values sweep, one value is fixed")
+    sweep.add_argument("--trials", type=int, default=0, help="how many trials (default: every combination)")
+    sweep.add_argument("--study", default="", help="name of a study to go on with")
+    sweep.set_defaults(action=sweep_settings)
+
+    report = add("report", help="say where a run's report is")
+    report.add_argument("run", nargs="?", default="latest", help=RUN_HELP)
+    report.add_argument("--open", action="store_true", help="open it in the browser")
+    report.set_defaults(action=show_report)
+
+    generate = add("generate", help="draw a picture with a run's tuned model")
+    generate.add_argument("run", help=RUN_HELP)
+    generate.add_argument("prompt", help='for example "a photo of sks fish in the snow"')
+    generate.add_argument("--seed", type=int, help="default: a random one, which is printed")
+    generate.add_argument("--out", type=Path, help="PNG file (default: in the run's folder)")
+    generate.add_argument("--steps", type=int, help="denoising steps (default: as in evaluation)")
+    generate.add_argument("--guidance", type=float, help="guidance scale (default: as in evaluation)")
+    generate.set_defaults(action=generate_picture)
+
+    runs = add("runs", help="list runs, newest first")
+    runs.add_argument("--json", action="store_true", help="print every run's summary.json as one list")
+    runs.set_defaults(action=list_runs)
+    for command in (report, generate, runs):
+        command.add_argument("--output-dir", type=Path, default=Path("runs"), help="default: runs")
+    return parser
+
+
+def run_job(options: argparse.Namespace) -> int:
+    """Run the main job, on an embedded Prefect server where none is configured."""
+    from flows.terminal import run_in_terminal
+
+    return run_in_terminal(options.settings)
+
+
+def sweep_settings(options: argparse.Namespace) -> int:
+    """Run a sweep."""
+    from flows.terminal import sweep_in_terminal
+
+    return sweep_in_terminal(options.settings, num_trials=options.trials, study=options.study)
+
+
+def show_report(options: argparse.Namespace) -> int:
+    """Print where the report is."""
+    folder = find_run(options.output_dir, options.run)
+    path = folder / "report.html"
+    if not path.exists():
+        raise ConfigError(f"run {folder.name} has no report; it did not finish")
+    print(path)
+    if options.open:
+        import webbrowser
+
+        webbrowser.open(path.absolute().as_uri())
+    return 0
+
+
+def generate_picture(options: argparse.Namespace) -> int:
+    """Draw one picture."""
+    from flows.generation import generate
+
+    folder = find_run(options.output_dir, options.run)
+    path, seed = generate(
+        folder,
+        options.prompt,
+        seed=options.seed,
+        out=options.out,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
+    )
+    print(f"{path}  seed {seed}")
+    return 0
+
+
+def list_runs(options: argparse.Namespace) -> int:
+    """Print all runs."""
+    import json
+
+    from flows.runs import list_summaries
+    from flows.terminal import print_runs
+
+    summaries = list_summaries(options.output_dir)
+    if options.json:
+        print(json.dumps(summaries, indent=1))
+    else:
+        print_runs(summaries, folder=options.output_dir)
+    return 0
+
+
+def find_run(output: Path, name: str) -> Path:
+    """Return a run's folder. Raises ConfigError where there is none."""
+    folders = sorted(path.parent for path in output.glob("*/summary.json"))
+    finished = [folder for folder in folders if (folder / "report.html").exists()]
+    if name == "latest" and finished:
+        return finished[-1]
+    matches = [folder for folder in folders if folder.name == name or folder.name.endswith(f"-{name}")]
+    if len(matches) == 1:
+        return matches[0]
+    raise ConfigError(f"no run {name!r} in {output}; `likeness runs` lists them")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""What a person at a terminal sees of a run: early checks, progress, the closing lines."""
+
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from conf.request import RunRequest, compile_request, parse_overrides
+from conf.schema import RunConfig
+from flows.embedded import EmbeddedServer, needs_server
+from tasks.progress import ProgressView, make_progress
+
+
+def run_in_terminal(settings: list[str]) -> int:
+    """Run the main job and print where its results are."""
+    request = parse_overrides(settings)
+    with ready_for_flows(request) as (config, progress, server):
+        from flows.personalize_subject import personalize_subject
+        from flows.runs import progress_of_run
+
+        token = progress_of_run.set(progress)
+        started = time.monotonic()
+        try:
+            summary = personalize_subject(request)
+        finally:
+            progress_of_run.reset(token)
+            progress.close()
+    work = sum(stage["seconds"] for stage in summary["stages"].values())
+    print_summary(summary, config)
+    waited = f", {server.wait_seconds:.1f} s of it for the embedded Prefect server" if server else ""
+    overhead = time.monotonic() - started + (server.wait_seconds if server else 0.0) - work
+    print(f"stages {work:.1f} s, around them {overhead:.1f} s{waited}")
+    return 0
+
+
+@contextlib.contextmanager
+def ready_for_flows(
+    request: RunRequest,
+) -> Iterator[tuple[RunConfig, ProgressView, EmbeddedServer | None]]:
+    """Check what can be checked at once while the embedded Prefect server starts."""
+    config = compile_request(request)
+    signal.signal(signal.SIGTERM, raise_interrupt)
+    quiet_prefect()
+    server = EmbeddedServer() if needs_server() else None
+    try:
+        if server is not None:
+            server.start()
+        check_early(config)
+        importlib.import_module("flows.personalize_subject")
+        if server is not None:
+            server.wait()
+        yield config, make_progress(), server
+    finally:
+        if server is not None:
+            server.stop()
+
+
+def raise_interrupt(signum: int, frame: FrameType | None) -> None:
+    """Let a polite request to end take the same way as Ctrl-C: state is saved, children end."""
+    raise KeyboardInterrupt
+
+
+def check_early(config: RunConfig) -> None:
+    """Refuse photos, folders and keys that can't work before anything is started."""
+    from tasks.errors import ConfigError
+    from tasks.services.store import open_store
+    from tasks.subject.intake import check_photos
+
+    store = open_store(config.store)
+    for role in ("inspector", "captioner", "judge"):
+        variable = config.llm.profile(role).api_key_variable
+        if variable and not os.environ.get(variable):
+            raise ConfigError(f"{variable} is not set; export it, or use llm=local with the drawn world")
+    check_photos(config.subject, store)
+
+
+def quiet_prefect() -> None:
+    """Keep Prefect's own log lines out of a person's way; its settings still win."""
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # errors are printed once, by us
+    if needs_server():
+        # The embedded server ends with the run, often before the last log lines are sent.
+        os.environ.setdefault("PREFECT_LOGGING_TO_API_ENABLED", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def print_summary(summary: dict[str, Any], config: RunConfig) -> None:
+    """Print headline figures and where everything is."""
+    metrics, scores = summary["metrics"], summary["scores"]
+    print(f"\n{'':14}{'base':>8}{'tuned':>8}{'photos':>8}")
+    for key, name in (("dino", "DINO"), ("clip_i", "CLIP-I"), ("clip_t", "CLIP-T"), ("pres", "PRES"), ("div", "DIV")):
+        cells = [metrics[side].get(key) for side in ("base", "tuned", "ceiling")]
+        print(f"{name:14}" + "".join(f"{cell:8.3f}" if cell is not None else f"{'':8}" for cell in cells))
+    for key, name in (("concept_preservation", "judge: subject"), ("prompt_following", "judge: prompt")):
+        cells = [scores.get(side, {}).get(key) for side in ("base", "tuned")]
+        print(f"{name:14}" + "".join(f"{cell:8.2f}" if cell is not None else f"{'–':>8}" for cell in cells))
+    print(f"\nreport    {shorten(summary['paths']['report'])}")
+    print(f"model     {shorten(summary['paths']['model'])}")
+    if config.tracking.kind == "mlflow":
+        uri = config.tracking.uri or f"sqlite:///{shorten(str(Path(config.output_dir).absolute() / 'mlflow.db'))}"
+        print(f"tracking  {Path(sys.executable).parent.name}/mlflow ui --backend-store-uri '{uri}'")
+    cost = summary["cost_usd"]
+    print(
+        f"run       {summary['run_id']}: {summary['wall_seconds']:.1f} s, {summary['llm_calls']} LLM calls, "
+        f"{summary['training_steps']} training steps, {'unknown cost' if cost is None else f'{cost:.4f} USD'}"
+    )
+    noun, token = summary["subject"]["class_noun"], summary["subject"]["identifier_token"]
+    print(f'try       likeness generate latest "a photo of {token} {noun} in the snow"')
+
+
+def shorten(path: str) -> str:
+    """Return a path relative to the working directory where it lies below it."""
+    if "://" in path:
+        return path
+    absolute = Path(path).absolute()
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else path
+
+
+def print_runs(summaries: list[dict[str, Any]], *, folder: Path) -> None:
+    """Print a table of runs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not summaries:
+        print(f"no runs in {folder}; `likeness run` makes one")
+        return
+    table = Table(box=None, header_style="bold")
+    for name in ("run", "status", "seconds", "LLM calls", "steps", "DINO", "CLIP-I", "CLIP-T", "judge"):
+        table.add_column(name, justify="left" if name in ("run", "status") else "right")
+    for summary in summaries:
+        tuned = summary.get("metrics", {}).get("tuned", {})
+        judge = summary.get("scores", {}).get("tuned", {}).get("concept_preservation")
+        table.add_row(
+            summary["run_id"],
+            summary["status"],
+            f"{summary['wall_seconds']:.1f}" if "wall_seconds" in summary else "",
+            str(summary.get("llm_calls", "")),
+            str(summary.get("training_steps", "")),
+            *(f"{tuned[key]:.3f}" if key in tuned else "" for key in ("dino", "clip_i", "clip_t")),
+            f"{judge:.2f}" if judge is not None else "",
+        )
+    Console().print(table)
+
+
+def sweep_in_terminal(settings: list[str], *, num_trials: int, study: str) -> int:
+    """Run a sweep and print its trials."""
+    from flows.sweep_settings import parse_sweep, print_sweep, sweep_settings
+
+    request = parse_sweep(settings, num_trials=num_trials, study=study)
+    with ready_for_flows(request.base) as (_, progress, _):
+        from flows.runs import progress_of_run
+
+        token = progress_of_run.set(progress)
+        try:
+            outcome = sweep_settings(request)
+        finally:
+            progress_of_run.reset(token)
+            progress.close()
+    print_sweep(outcome)
+    return 0

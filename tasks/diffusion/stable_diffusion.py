@@ -1,8 +1,11 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet, noise or velocity prediction."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -10,7 +13,6 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
@@ -154,14 +156,24 @@ class StableDiffusion:
 
     def save(self, folder: Path) -> None:
         """Write a folder that `StableDiffusionPipeline.from_pretrained` reads."""
-        pipeline = StableDiffusionPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
-            scheduler=DDIMScheduler.from_config(self.noise_scheduler.config),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipeline.save_pretrained(folder, safe_serialization=True)
+        parts: dict[str, Any] = {
+            "scheduler": DDIMScheduler.from_config(self.noise_scheduler.config),
+            "text_encoder": self.text_encoder,
+            "tokenizer": self.tokenizer,
+            "unet": self.unet,
+            "vae": self.vae,
+        }
+        # The pipeline class could write this too, but importing it takes seconds of every start.
+        index: dict[str, Any] = {
+            "_class_name": "StableDiffusionPipeline",
+            "_diffusers_version": diffusers.__version__,
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+        }
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+            library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+            index[name] = [library, type(part).__name__]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

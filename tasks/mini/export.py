@@ -21,8 +21,8 @@ CLASSIFIER_FILE = "classifier.safetensors"
 
 def export_models(trainer: "Pretrainer", out: Path) -> None:
     """Write base model, encoders and classifier in half precision."""
-    tokenizer, clip = trainer.tokenizer(), trainer.clip()
-    vae, unet = trainer.vae(), trainer.unet()
+    tokenizer, clip = trainer.tokenizer(), trainer.clip_vision()
+    vae, unet = trainer.vae_decoder(), trainer.unet()
     _, scaling_factor = trainer.latents(vae)
     vae.register_to_config(scaling_factor=round(scaling_factor, 6))
     unet.set_default_attn_processor()

@@ -2,7 +2,8 @@
 
     python -m tasks.mini.pretrain --work build/mini --out tasks/mini/weights
 
-Each part goes on where it was stopped. Parts: classifier, clip, dino, vae, unet, export.
+Each part goes on where it was stopped. `clip_vision` and `vae_decoder` go on alone with halves that
+nothing else depends on, so they can run beside or after `unet`.
 """
 
 import argparse
@@ -20,15 +21,15 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
 from tasks.mini import models
-from tasks.mini.dataset import label_of, load_or_render, scene_of
+from tasks.mini.dataset import label_of, load_or_render, scene_of, view_of
 from tasks.mini.pretrain_loop import PretrainLoop
 from tasks.mini.tokens import MAX_LENGTH, write_tokenizer
-from tasks.mini.world import caption_scene
+from tasks.mini.world import CLASS_NOUNS, PLACE_PHRASES, PLACES, caption_scene
 
 SCENES_SEED, VIEWS_SEED = 1, 2
 NUM_SCENES, NUM_VIEWS, VIEWS_EACH = 32_000, 24_000, 4
 CAPTION_DROPOUT = 0.1
-PARTS = ("classifier", "clip", "dino", "vae", "unet", "export")
+PARTS = ("classifier", "clip", "dino", "vae", "unet", "clip_vision", "vae_decoder", "export")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ SETTINGS = {
     "clip": PartSettings(1600, 96, 1e-3, 0.995),
     "dino": PartSettings(1500, 96, 7e-4, 0.995),
     "vae": PartSettings(1700, 16, 1e-3, 0.998),
+    "clip_vision": PartSettings(1800, 96, 7e-4, 0.995),
+    "vae_decoder": PartSettings(1500, 16, 5e-4, 0.998),
     "unet": PartSettings(4000, 48, 8e-4, 0.9995),
 }
 
@@ -140,15 +143,65 @@ class Pretrainer:
         assert isinstance(trained, CLIPModel)
         return trained
 
+    def clip_vision(self) -> CLIPModel:
+        """Train CLIP's image tower further with its text tower locked (arXiv 2111.07991).
+
+        The denoiser is conditioned on the text tower, which therefore stays as it is. Every picture
+        is told from all nouns and places besides the other captions of its batch.
+        """
+        tokenizer, clip = self.tokenizer(), self.clip()
+        tower = nn.ModuleDict({"vision": clip.vision_model, "projection": clip.visual_projection})
+        tower.requires_grad_(True)
+        nouns = [f"a photo of a {noun}" for noun in CLASS_NOUNS]
+        places = [f"a photo {PLACE_PHRASES[place][0]}" for place in PLACES]
+
+        @torch.no_grad()
+        def encode_texts(texts: list[str]) -> Tensor:
+            pooled = clip.text_model(self.encode(tokenizer, texts)).pooler_output
+            return F.normalize(clip.text_projection(pooled).float(), dim=1)
+
+        def loss(step: int) -> Tensor:
+            indices = self.draw_indices("clip_vision", step, NUM_VIEWS)
+            rng = np.random.default_rng([33, step])
+            is_view = step % 2 == 1
+            rows = indices if is_view else indices * NUM_SCENES // NUM_VIEWS
+            scenes = [
+                view_of(VIEWS_SEED, int(i), num_views=VIEWS_EACH) if is_view else scene_of(SCENES_SEED, int(i))
+                for i in rows
+            ]
+            source = self.views() if is_view else self.images
+            pixels = models.to_pixel_values(torch.from_numpy(source[rows])).to(self.device)
+            pixels = augment(pixels, step) + 0.05 * torch.randn(
+                pixels.shape, generator=torch.Generator().manual_seed(step)
+            ).to(self.device)
+            pooled = tower["vision"](pixel_values=pixels).pooler_output
+            images = F.normalize(tower["projection"](pooled).float(), dim=1) * clip.logit_scale.exp()
+            texts = [caption_scene(scene, rng) for scene in scenes]
+            same = torch.tensor([texts.index(text) for text in texts], device=self.device)
+            target = (same[:, None] == same[None]).float()
+            labels = torch.tensor([label_of(scene) for scene in scenes], device=self.device)
+            return (
+                F.cross_entropy(images @ encode_texts(texts).T, target / target.sum(1, keepdim=True))
+                + F.cross_entropy(images @ encode_texts(nouns).T, labels[:, 0])
+                + F.cross_entropy(images @ encode_texts(places).T, labels[:, 2])
+            )
+
+        self.loop("clip_vision", tower).run(loss)
+        return clip
+
+    def views(self) -> np.ndarray:
+        """Return drawings of the same objects in several poses and places."""
+        return load_or_render(
+            self.work / "views.npy", seed=VIEWS_SEED, num=NUM_VIEWS, num_views=VIEWS_EACH
+        )
+
     def dino(self) -> ViTModel:
         """Train the image encoder without captions: two views of one thing agree (arXiv 2002.05709).
 
         A view is another drawing of the same object (other pose and place), cropped and
         brightened at random.
         """
-        images = load_or_render(
-            self.work / "views.npy", seed=VIEWS_SEED, num=NUM_VIEWS, num_views=VIEWS_EACH
-        )
+        images = self.views()
         module = models.build_dino()
         head = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128))
         both = nn.ModuleDict({"encoder": module, "head": head})
@@ -178,14 +231,27 @@ class Pretrainer:
             pixels = self.pixels(self.draw_indices("vae", step, NUM_SCENES))
             posterior = module.encode(pixels).latent_dist
             image = module.decode(posterior.sample()).sample.float()
-            error = (image - pixels).abs().mean() + 2 * F.mse_loss(image, pixels)
-            for dim in (2, 3):
-                error = error + 0.5 * (image.diff(dim=dim) - pixels.diff(dim=dim)).abs().mean()
-            return error + 1e-5 * posterior.kl().mean() / 1024 * 16
+            return reconstruction_loss(image, pixels) + 1e-5 * posterior.kl().mean() / 1024 * 16
 
         trained = self.loop("vae", module).run(loss)
         assert isinstance(trained, AutoencoderKL)
         return trained
+
+    def vae_decoder(self) -> AutoencoderKL:
+        """Train the decoder further on the cached latents; the encoder stays as it is."""
+        vae = self.vae()
+        latents, _ = self.latents(vae)
+        decoder = nn.ModuleDict({"decoder": vae.decoder, "post": vae.post_quant_conv})
+        decoder.requires_grad_(True)
+
+        def loss(step: int) -> Tensor:
+            indices = self.draw_indices("vae_decoder", step, NUM_SCENES)
+            pixels = self.pixels(indices)
+            mean = latents[indices, 0].float().to(self.device)
+            return reconstruction_loss(decoder["decoder"](decoder["post"](mean)).float(), pixels)
+
+        self.loop("vae_decoder", decoder).run(loss)
+        return vae
 
     @torch.no_grad()
     def latents(self, vae: AutoencoderKL) -> tuple[Tensor, float]:
@@ -238,6 +304,14 @@ class Pretrainer:
         return trained
 
 
+def reconstruction_loss(image: Tensor, pixels: Tensor) -> Tensor:
+    """Return the error of pixels and of the steps between neighbors, which keeps outlines sharp."""
+    error = (image - pixels).abs().mean() + 2 * F.mse_loss(image, pixels)
+    for dim in (2, 3):
+        error = error + 0.5 * (image.diff(dim=dim) - pixels.diff(dim=dim)).abs().mean()
+    return error
+
+
 def augment(pixels: Tensor, seed: int) -> Tensor:
     """Crop, mirror and brighten each picture at random."""
     rng = torch.Generator().manual_seed(seed)
@@ -280,6 +354,8 @@ def main(argv: list[str] | None = None) -> None:
         "dino": trainer.dino,
         "vae": trainer.vae,
         "unet": trainer.unet,
+        "clip_vision": trainer.clip_vision,
+        "vae_decoder": trainer.vae_decoder,
         "export": lambda: export(trainer, options.out),
     }
     for part in options.parts:

@@ -1,0 +1,68 @@
+"""Class images: one seed each, kept one by one."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tasks.contract import StageFolder
+from tasks.diffusion.base import DiffusionModel, open_model
+from tasks.errors import ConfigError
+from tasks.prior.config import PriorConfig
+from tasks.prior.generation import check_picture, generate_class_images
+from tasks.services.store import LocalStore
+from tests.tiny import tiny_diffusion_config
+
+CONFIG = PriorConfig(num_images=5, num_inference_steps=2, guidance_scale=2.0, batch_size=2)
+
+
+class Stop(Exception):
+    """Raised in the middle."""
+
+
+def generate(store: LocalStore, model: DiffusionModel, **options: object) -> tuple[object, ...]:
+    return generate_class_images(
+        StageFolder(store, "prior", "k"),
+        options.get("config", CONFIG),  # type: ignore[arg-type]
+        class_prompt="a photo of a fish",
+        load_model=lambda: model,
+        on_progress=options.get("on_progress", lambda done, total: None),  # type: ignore[arg-type]
+    )
+
+
+def test_an_interrupted_set_is_completed_not_redrawn(tmp_path: Path, tiny_model_folder: Path) -> None:
+    model = open_model(tiny_diffusion_config(tiny_model_folder))
+    whole = generate(LocalStore(tmp_path / "whole"), model)
+    store = LocalStore(tmp_path / "cut")
+
+    def stop_at_two(done: int, total: int) -> None:
+        if done >= 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        generate(store, model, on_progress=stop_at_two)
+    steps: list[int] = []
+    again = generate(store, model, on_progress=lambda done, total: steps.append(done))
+    assert steps == [2, 4, 5]
+    assert [image.image.sha256 for image in again] == [image.image.sha256 for image in whole]  # type: ignore[attr-defined]
+    assert [image.seed for image in again] == [0, 1, 2, 3, 4]  # type: ignore[attr-defined]
+
+
+def test_a_foreign_file_is_not_taken_for_an_image(tmp_path: Path, tiny_model_folder: Path) -> None:
+    model = open_model(tiny_diffusion_config(tiny_model_folder))
+    store = LocalStore(tmp_path)
+    store.put_bytes("02-prior/k/images/000001.png", b"not ours")
+    images = generate(store, model)
+    assert store.compute_sha256("02-prior/k/images/000001.png") == images[1].image.sha256  # type: ignore[attr-defined]
+    assert images[1].image.size_bytes > 100  # type: ignore[attr-defined]
+
+
+def test_a_flat_picture_is_refused() -> None:
+    with pytest.raises(ConfigError, match="class image of seed 3 is flat"):
+        check_picture(Image.new("RGB", (32, 32)), seed=3)
+
+
+def test_a_complete_set_needs_no_model(tmp_path: Path, tiny_model_folder: Path) -> None:
+    store = LocalStore(tmp_path)
+    generate(store, open_model(tiny_diffusion_config(tiny_model_folder)))
+    generate(store, None)  # type: ignore[arg-type]

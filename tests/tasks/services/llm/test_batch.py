@@ -1,0 +1,137 @@
+"""Batch jobs that survive being cut off anywhere."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.errors import ServiceUnavailable
+from tasks.services.llm.batch import ask_batch
+from tasks.services.llm.client import LlmService
+from tasks.services.llm.requests import RequestSpec
+from tests.llm_server import ScriptedServer, scripted_server
+from tests.tasks.services.llm.test_client import GOOD, Reply, make_llm
+
+SPECS = {f"s{n}": RequestSpec("grade", (f"sample {n}",), Reply) for n in range(4)}
+FILES, BATCHES = "POST /v1/files", "POST /v1/batches"
+
+
+class Cut(Exception):
+    """The process ends here."""
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with scripted_server() as running:
+        running.script(GOOD)
+        yield running
+
+
+def ask(llm: LlmService, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Any:
+    return ask_batch(
+        llm, SPECS, role="judge", reply=Reply, state_prefix="05-scoring/k/batches",
+        poll_seconds=0.02, max_wait_seconds=20, on_progress=on_progress,
+    )  # fmt: skip
+
+
+def test_all_rows_are_answered_in_one_job(server: ScriptedServer, tmp_path: Path) -> None:
+    llm = make_llm(server, tmp_path)
+    answers, failures = ask(llm)
+    assert {name: answer[0].grade for name, answer in answers.items()} == dict.fromkeys(SPECS, 2)
+    assert failures == {}
+    assert (server.counts[FILES], server.counts[BATCHES], server.counts["row"]) == (1, 1, 4)
+    assert all(row.is_batch for row in llm.ledger.rows)
+
+
+def test_a_second_run_makes_no_job(server: ScriptedServer, tmp_path: Path) -> None:
+    ask(make_llm(server, tmp_path))
+    answers, _ = ask(make_llm(server, tmp_path))
+    assert len(answers) == 4
+    assert (server.counts[BATCHES], server.counts["row"]) == (1, 4)
+
+
+def cut_after(llm: LlmService, number: int) -> None:
+    """Let the process end right after the state was saved for the n-th time."""
+    plain, saves = llm.store.put_bytes, 0
+
+    def put(key: str, data: bytes) -> None:
+        nonlocal saves
+        plain(key, data)
+        saves += "batches" in key
+        if saves == number:
+            raise Cut
+
+    llm.store.put_bytes = put  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_run_cut_off_at_any_saved_step_pays_for_one_job(
+    server: ScriptedServer, tmp_path: Path, number: int
+) -> None:
+    llm = make_llm(server, tmp_path)
+    cut_after(llm, number)
+    with pytest.raises(Cut):
+        ask(llm)
+    answers, _ = ask(make_llm(server, tmp_path))
+    assert len(answers) == 4
+    assert (server.counts[BATCHES], server.counts["row"]) == (1, 4)
+
+
+def test_a_job_created_but_never_noted_is_adopted(server: ScriptedServer, tmp_path: Path) -> None:
+    llm = make_llm(server, tmp_path)
+    create = llm.client("judge").batches.create
+
+    def create_and_die(**options: Any) -> None:
+        create(**options)
+        raise Cut
+
+    llm.client("judge").batches.create = create_and_die
+    with pytest.raises(Cut):
+        ask(llm)
+    answers, _ = ask(make_llm(server, tmp_path))
+    assert len(answers) == 4
+    assert (server.counts[BATCHES], server.counts["row"]) == (1, 4)
+
+
+def test_only_the_rows_that_failed_are_asked_again(server: ScriptedServer, tmp_path: Path) -> None:
+    server.script(GOOD, (500, {}, b"{}"), GOOD, '{"grade": 7}', GOOD)
+    answers, failures = ask(make_llm(server, tmp_path))
+    assert (len(answers), len(failures)) == (2, 2)
+    assert any("scripted failure" in reason for reason in failures.values())
+    answers, failures = ask(make_llm(server, tmp_path))
+    assert (len(answers), len(failures)) == (4, 0)
+    assert (server.counts[BATCHES], server.counts["row"]) == (2, 6)
+
+
+def test_a_job_that_failed_whole_is_said_so_and_not_adopted_again(server: ScriptedServer, tmp_path: Path) -> None:
+    server.script((500, {}, b"{}"))
+    _, failures = ask(make_llm(server, tmp_path))
+    assert len(failures) == 4
+    server.script(GOOD)
+    answers, _ = ask(make_llm(server, tmp_path))
+    assert len(answers) == 4
+
+
+def test_a_job_that_the_provider_forgot_is_made_anew(server: ScriptedServer, tmp_path: Path) -> None:
+    llm = make_llm(server, tmp_path)
+    cut_after(llm, 3)
+    with pytest.raises(Cut):
+        ask(llm)
+    server.desk.batches.clear()
+    answers, _ = ask(make_llm(server, tmp_path))
+    assert len(answers) == 4
+
+
+def test_waiting_too_long_leaves_the_job_for_the_next_run(server: ScriptedServer, tmp_path: Path) -> None:
+    server.desk.turn.acquire()
+    llm = make_llm(server, tmp_path)
+    with pytest.raises(ServiceUnavailable, match="still validating; run again to pick it up"):
+        ask_batch(
+            llm, SPECS, role="judge", reply=Reply, state_prefix="05-scoring/k/batches",
+            poll_seconds=0.02, max_wait_seconds=0.1, on_progress=lambda done, total: None,
+        )  # fmt: skip
+    server.desk.turn.release()
+    answers, _ = ask(make_llm(server, tmp_path))
+    assert len(answers) == 4
+    assert server.counts[BATCHES] == 1

@@ -1,0 +1,81 @@
+"""One contract for both kinds of store."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import ConfigError
+from tasks.services.config import StoreConfig
+from tasks.services.store import LocalStore, S3Store, Store, open_store
+
+
+def test_what_was_put_is_found(any_store: Store) -> None:
+    any_store.put_bytes("a/b.bin", b"one")
+    any_store.put_bytes("a/b.bin", b"two")
+    assert any_store.find_bytes("a/b.bin") == b"two"
+    assert any_store.find_bytes("a/none") is None
+    assert any_store.compute_sha256("a/none") is None
+
+
+def test_files_go_in_and_come_out(any_store: Store, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"x" * 9_000_000)  # more than one part of an S3 upload
+    any_store.put_file("big", source)
+    any_store.get_file("big", target)
+    assert target.read_bytes() == source.read_bytes()
+    assert any_store.compute_sha256("big") is not None
+
+
+def test_listing_is_sorted_and_bound_to_its_prefix(any_store: Store) -> None:
+    for key in ("p/2", "p/1", "q/1", "p/sub/3"):
+        any_store.put_bytes(key, b"")
+    assert any_store.list_keys("p/") == ["p/1", "p/2", "p/sub/3"]
+    any_store.delete("p/1")
+    any_store.delete("p/1")
+    assert any_store.list_keys("p/") == ["p/2", "p/sub/3"]
+
+
+def test_of_many_creators_one_wins(any_store: Store) -> None:
+    wins: list[int] = []
+
+    def create(number: int) -> None:
+        if any_store.put_new("once", str(number).encode()):
+            wins.append(number)
+
+    threads = [threading.Thread(target=create, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wins) == 1
+    assert any_store.find_bytes("once") == str(wins[0]).encode()
+
+
+@pytest.mark.parametrize("key", ["/etc/passwd", "../outside", "a/../../b", ""])
+def test_keys_cannot_leave_the_root(any_store: Store, key: str) -> None:
+    with pytest.raises(ConfigError, match="not a plain relative path"):
+        any_store.put_bytes(key, b"")
+
+
+def test_an_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(ConfigError, match="cannot write to .*file/store"):
+        LocalStore(blocker / "store")
+
+
+def test_a_missing_bucket_is_named(s3_config: StoreConfig) -> None:
+    with pytest.raises(ConfigError, match="bucket nowhere does not exist"):
+        S3Store(s3_config.model_copy(update={"bucket": "nowhere"}))
+    with pytest.raises(ConfigError, match="store.bucket is empty"):
+        open_store(s3_config.model_copy(update={"bucket": ""}))
+
+
+def test_a_failed_write_leaves_the_old_object(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.put_bytes("a", b"old")
+    with pytest.raises(FileNotFoundError):
+        store.put_file("a", tmp_path / "missing")
+    assert store.find_bytes("a") == b"old"
+    assert store.list_keys("") == ["a"]

@@ -1,0 +1,58 @@
+"""How a model's words become training prompts."""
+
+import pytest
+
+from tasks.subject.captioning import (
+    Caption,
+    ImageInspection,
+    clean_phrase,
+    find_objection,
+    write_caption,
+    write_instance_prompt,
+)
+from tasks.subject.config import SubjectConfig
+
+CONFIG = SubjectConfig(source="x", class_noun="fish")
+
+
+def inspection(**changes: object) -> ImageInspection:
+    good = {
+        "evidence": "A fish.", "is_class_noun_visible": True, "num_subjects": "one",
+        "is_cut_off": False, "has_watermark": False, "verdict": "accept",
+    }  # fmt: skip
+    return ImageInspection.model_validate({**good, **changes})
+
+
+def test_the_subject_is_named_by_code_exactly_once() -> None:
+    caption = Caption(surroundings="behind the fish on a table", view="the sks fish seen from above")
+    prompt = write_instance_prompt(caption, CONFIG)
+    assert prompt == "a photo of sks fish behind on a table, seen from above"
+
+
+def test_without_an_llm_the_prompt_is_the_template() -> None:
+    assert write_instance_prompt(None, CONFIG) == "a photo of sks fish"
+
+
+def test_what_people_read_names_the_class() -> None:
+    assert write_caption(Caption(surroundings="in the snow", view=""), CONFIG) == "a fish in the snow"
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("on a {table}\n\x1b[31m", "on a table 31m"),
+        ("${oc.env:SECRET}", "oc.env SECRET"),
+        ("../../etc", "etc"),
+        ("  on   sand. ", "on sand"),
+        (" ".join(["word"] * 40), " ".join(["word"] * 12)),
+    ],
+)
+def test_a_models_text_is_only_ever_a_short_plain_phrase(text: str, kept: str) -> None:
+    assert clean_phrase(text) == kept
+
+
+def test_objections_name_what_is_wrong() -> None:
+    assert find_objection(inspection(), CONFIG) is None
+    assert "no fish seen" in str(find_objection(inspection(is_class_noun_visible=False), CONFIG))
+    assert "more than one fish" in str(find_objection(inspection(num_subjects="several"), CONFIG))
+    assert "rejects" in str(find_objection(inspection(verdict="reject"), CONFIG))

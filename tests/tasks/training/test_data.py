@@ -1,0 +1,80 @@
+"""Cached posteriors and batches by counter."""
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tasks.diffusion.base import open_model
+from tasks.errors import ArtifactCorrupt
+from tasks.training import draws
+from tasks.training.data import BatchMaker, SampleCounter, load_pixel_values
+from tests.tiny import make_spec
+
+CPU = torch.device("cpu")
+
+
+def test_cached_latents_equal_uncached_ones(tmp_path: Path, tiny_model_folder: Path) -> None:
+    spec = make_spec(tmp_path, tiny_model_folder)
+    model = open_model(spec.diffusion)
+    batch = BatchMaker(model, spec).make([0, 1], CPU)
+    items = draws.choose_items(3, seed=spec.seed, purpose="instance/item", indices=[0, 1])
+    flips = draws.draw_flags(0.5, seed=spec.seed, purpose="instance/flip", indices=[0, 1])
+    for row, (item, flip) in enumerate(zip(items, flips, strict=True)):
+        image = spec.instance_images[item]
+        pixels = load_pixel_values(Path(image.path), resolution=32, sha256=image.sha256)
+        posterior = model.encode_images((pixels.flip(-1) if flip else pixels)[None])
+        noise = draws.draw_normal(
+            tuple(posterior.mean.shape[1:]), seed=spec.seed, purpose="instance/posterior", indices=[row]
+        )
+        expected = posterior.mean[0] + posterior.std[0] * noise[0]
+        torch.testing.assert_close(batch.latents[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_is_instances_then_class_images_with_their_own_prompts(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    spec = make_spec(tmp_path, tiny_model_folder)
+    model = open_model(spec.diffusion)
+    batch = BatchMaker(model, spec).make([0, 1], CPU)
+    expected = model.tokenize(["a photo of sks fish"] * 2 + ["a photo of a fish"] * 2)
+    assert torch.equal(batch.input_ids, expected)
+    assert batch.latents.shape == batch.noise.shape == (4, 4, 16, 16)
+    assert not torch.equal(batch.noise[:2], batch.noise[2:])
+
+
+def test_two_ranks_see_what_one_would(tmp_path: Path, tiny_model_folder: Path) -> None:
+    one = make_spec(tmp_path, tiny_model_folder, train_batch_size=4)
+    two = make_spec(tmp_path, tiny_model_folder, train_batch_size=2)
+    whole = torch.stack(list(islice(SampleCounter(one, start_step=0, rank=0, world_size=1), 5)))
+    ranks = [
+        torch.stack(list(islice(SampleCounter(two, start_step=0, rank=rank, world_size=2), 5))) for rank in (0, 1)
+    ]
+    assert torch.equal(whole, torch.cat(ranks, 1))
+
+
+def test_resuming_continues_the_count(tmp_path: Path, tiny_model_folder: Path) -> None:
+    spec = make_spec(tmp_path, tiny_model_folder, gradient_accumulation_steps=3)
+    whole = torch.stack(list(islice(SampleCounter(spec, start_step=0, rank=0, world_size=1), 12)))
+    rest = torch.stack(list(islice(SampleCounter(spec, start_step=2, rank=0, world_size=1), 6)))
+    assert torch.equal(whole[6:], rest)
+
+
+def test_aspect_is_kept(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (96, 32), (255, 0, 0))
+    wide.paste((0, 0, 255), (32, 0, 64, 32))
+    wide.save(tmp_path / "wide.png")
+    from tasks.contract import digest_file
+
+    pixels = load_pixel_values(tmp_path / "wide.png", resolution=32, sha256=digest_file(tmp_path / "wide.png"))
+    assert torch.equal(pixels[2], torch.ones(32, 32))
+    assert torch.equal(pixels[0], -torch.ones(32, 32))
+
+
+def test_a_photo_that_changed_after_qc_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
+    spec = make_spec(tmp_path, tiny_model_folder)
+    Path(spec.instance_images[1].path).write_bytes(Path(spec.instance_images[0].path).read_bytes())
+    with pytest.raises(ArtifactCorrupt, match="changed after it was checked"):
+        BatchMaker(open_model(spec.diffusion), spec)

@@ -1,0 +1,33 @@
+"""The objective."""
+
+import pytest
+import torch
+
+from tasks.training.losses import prior_preservation_loss
+
+
+def test_halves_are_weighed_apart() -> None:
+    predicted = torch.tensor([1.0, 1.0, 3.0, 3.0]).view(4, 1, 1, 1)
+    loss = prior_preservation_loss(predicted, torch.zeros(4, 1, 1, 1), prior_loss_weight=0.5)
+    assert loss.instance == 1.0
+    assert loss.prior == 9.0
+    assert loss.total == 1.0 + 0.5 * 9.0
+
+
+def test_weight_zero_takes_the_whole_batch_as_instances() -> None:
+    predicted = torch.tensor([1.0, 3.0, 2.0]).view(3, 1, 1, 1)
+    loss = prior_preservation_loss(predicted, torch.zeros(3, 1, 1, 1), prior_loss_weight=0.0)
+    assert loss.prior is None
+    assert loss.total == pytest.approx((1 + 9 + 4) / 3)
+
+
+def test_unequal_halves_are_refused() -> None:
+    with pytest.raises(ValueError, match="no two equal halves"):
+        prior_preservation_loss(torch.zeros(3, 1), torch.zeros(3, 1), prior_loss_weight=1.0)
+
+
+def test_half_precision_is_compared_in_full() -> None:
+    predicted = torch.full((2, 1, 1, 1), 1e-4, dtype=torch.bfloat16)
+    loss = prior_preservation_loss(predicted, torch.zeros_like(predicted), prior_loss_weight=1.0)
+    assert loss.total.dtype == torch.float32
+    assert loss.total > 0

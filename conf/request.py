@@ -45,15 +45,19 @@ class RunRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     subject: Literal["demo", "folder"] = Field(
-        "demo", description="the shipped demo photos, or your own folder",
+        "demo",
+        description="the shipped demo photos, or your own folder",
         json_schema_extra={"position": 0},
     )
     source: str | None = Field(
-        None, description="folder of photos, or store:PREFIX in the object store",
+        None,
+        description="folder of photos, or store:PREFIX in the object store",
         json_schema_extra={"position": 1},
     )
     class_noun: str | None = Field(
-        None, max_length=60, description="what the subject is, for example dog",
+        None,
+        max_length=60,
+        description="what the subject is, for example dog",
         json_schema_extra={"position": 2},
     )
     diffusion: Literal["mini", "sd15"] = Field("mini", description="base model", json_schema_extra={"position": 3})
@@ -91,6 +95,7 @@ def parse_overrides(overrides: Iterable[str]) -> RunRequest:
 
     Raises:
         ConfigError: a word is not of that form, or names nothing.
+
     """
     fields: dict[str, Any] = {}
     settings: dict[str, Value] = {}
@@ -159,6 +164,7 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
 
     Raises:
         ConfigError: a setting is unknown, out of bounds, or missing.
+
     """
     settings = {**request.settings}
     for name in ("source", "class_noun"):

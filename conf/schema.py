@@ -1,7 +1,5 @@
 """`RunConfig`: the shape of a whole run, and the only place for rules across stages."""
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
 from tasks.diffusion.config import DiffusionConfig
@@ -41,17 +39,16 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def check_prior(self) -> "RunConfig":
-        """Prior preservation needs class images."""
+        """Refuse prior preservation without class images."""
         if self.training.prior_loss_weight > 0 and self.prior.num_images == 0:
             raise ValueError(
-                "training.prior_loss_weight is above 0 but prior.num_images is 0: "
-                "set prior=none, or prior.num_images"
+                "training.prior_loss_weight is above 0 but prior.num_images is 0: set prior=none, or prior.num_images"
             )
         return self
 
     @model_validator(mode="after")
     def check_roles(self) -> "RunConfig":
-        """Every role names a profile; the mini vision server knows only the drawn world."""
+        """Refuse roles without a profile, and the mini vision server for the real world."""
         for role in ("inspector", "captioner", "judge"):
             name = getattr(self.llm, role)
             if name not in self.llm.profiles:
@@ -66,7 +63,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def check_photos(self) -> "RunConfig":
-        """The bounds on the photos make sense together."""
+        """Refuse bounds on the photos that contradict each other."""
         if self.subject.min_images > self.subject.max_images:
             raise ValueError("subject.min_images is above subject.max_images")
         if self.subject.min_brightness >= self.subject.max_brightness:
@@ -75,12 +72,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def check_prompts(self) -> "RunConfig":
-        """Every evaluation prompt shows the subject."""
+        """Refuse evaluation prompts that don't show the subject."""
         for prompt in self.evaluation.prompts:
             if "{subject}" not in prompt:
                 raise ValueError(f"evaluation.prompts: {prompt!r} lacks {{subject}}")
         if self.publishing.is_registered and self.tracking.kind == "none":
             raise ValueError("publishing.is_registered needs tracking=mlflow; or set publishing=local")
         return self
-
-

@@ -36,7 +36,9 @@ def main() -> None:
     check_disk()
     python = create_venv()
     install_torch(python)
-    pip(python, "install", "--no-deps", "--require-hashes", *(arg for name in locks for arg in ("-r", str(ROOT / name))))
+    pip(
+        python, "install", "--no-deps", "--require-hashes", *(arg for name in locks for arg in ("-r", str(ROOT / name)))
+    )
     if sys.platform == "linux" and not is_cpu_torch(python):
         pip(python, "install", "--no-deps", "--require-hashes", "-r", str(ROOT / "requirements-cuda.lock"))
     pip(python, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
@@ -85,7 +87,18 @@ def install_torch(python: Path) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(entry[0])
         file.flush()
-        command = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--require-hashes", "-r", file.name]
+        command = [
+            str(python),
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-index",
+            "--require-hashes",
+            "-r",
+            file.name,
+        ]
         subprocess.run(command, check=False, capture_output=True)
 
 

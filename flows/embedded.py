@@ -48,7 +48,11 @@ class EmbeddedServer:
         environment = {**os.environ, **SERVER_ENVIRONMENT}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, preexec_fn=end_with_parent
+                command,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                preexec_fn=end_with_parent,  # noqa: PLW1509 - one C call, before any thread exists
             )
         os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{self.port}/api"
 
@@ -59,7 +63,7 @@ class EmbeddedServer:
         assert self.process is not None
         while time.monotonic() - started < START_SECONDS and self.process.poll() is None:
             try:
-                with urllib.request.urlopen(url, timeout=5):  # noqa: S310 - loopback
+                with urllib.request.urlopen(url, timeout=5):
                     self.wait_seconds = time.monotonic() - started
                     return
             except (urllib.error.URLError, OSError):

@@ -36,9 +36,7 @@ def personalize_subject(request: RunRequest = RunRequest()) -> dict[str, Any]:  
         evaluation = result_of(evaluate(config.evaluation, config.diffusion, tuned, subject, runtime))
         scores = result_of(score_samples(config.scoring, config.llm, evaluation, subject, runtime))
         upstream = (subject, prior, tuned, evaluation, scores)
-        publication = result_of(
-            publish(config.publishing, config.tracking, run.config_rows, upstream, runtime)
-        )
+        publication = result_of(publish(config.publishing, config.tracking, run.config_rows, upstream, runtime))
         summary = run.summarize((*upstream, publication))
         show_artifacts(summary, publication, runtime)
     return summary

@@ -47,6 +47,7 @@ def compute_stage_key(stage: str, *, version: int, settings: Any, inputs: Iterab
         version: its hand-bumped STAGE_VERSION.
         settings: the configuration fields that change the result, and no others.
         inputs: digests or stage keys of everything it reads.
+
     """
     if isinstance(settings, BaseModel):
         settings = settings.model_dump(mode="json")

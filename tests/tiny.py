@@ -16,7 +16,7 @@ from tasks.training.config import TrainingConfig
 from tasks.training.spec import TrainingImage, TrainingSpec
 
 SIDE = 32
-WORDS = "a photo of fish in the snow on beach sks".split()
+WORDS = ["a", "photo", "of", "fish", "in", "the", "snow", "on", "beach", "sks"]
 
 
 def make_tiny_stable_diffusion(folder: Path, *, prediction_type: str = "epsilon") -> Path:

@@ -63,9 +63,7 @@ class DiffusionModel(Protocol):
     def compute_target(self, latents: "Tensor", noise: "Tensor", timesteps: "Tensor") -> "Tensor":
         """Return what the prediction should be: noise or velocity."""
 
-    def predict(
-        self, noisy_latents: "Tensor", timesteps: "Tensor", encoder_hidden_states: "Tensor"
-    ) -> "Tensor":
+    def predict(self, noisy_latents: "Tensor", timesteps: "Tensor", encoder_hidden_states: "Tensor") -> "Tensor":
         """Return the denoiser's prediction."""
 
     @property
@@ -97,6 +95,7 @@ def find_folder(config: DiffusionConfig) -> Path:
 
     Raises:
         ConfigError: there is no such model.
+
     """
     if config.location == "mini":
         return MINI_FOLDER / "base"
@@ -109,11 +108,7 @@ def find_folder(config: DiffusionConfig) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                config.location, revision=config.revision, allow_patterns=list(WEIGHT_PATTERNS)
-            )
-        )
+        return Path(snapshot_download(config.location, revision=config.revision, allow_patterns=list(WEIGHT_PATTERNS)))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"no base model at diffusion.location={config.location}: {reason}") from error

@@ -35,13 +35,9 @@ def load(folder: Path, config: DiffusionConfig) -> "StableDiffusion":
     """Load a diffusers folder in full precision. Raises ConfigError for an incomplete one."""
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        text_encoder = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", use_safetensors=True, dtype=torch.float32
-        )
+        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
         vae = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True, torch_dtype=torch.float32)
-        unet = UNet2DConditionModel.from_pretrained(
-            folder / "unet", use_safetensors=True, torch_dtype=torch.float32
-        )
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True, torch_dtype=torch.float32)
         noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -127,9 +123,7 @@ class StableDiffusion:
         guidance_scale: float,
     ) -> list[Image.Image]:
         """Draw one picture per request, both halves of the guidance in one forward."""
-        with torch.autocast(
-            self.device.type, DTYPES[self.config.precision], enabled=self.config.precision != "fp32"
-        ):
+        with torch.autocast(self.device.type, DTYPES[self.config.precision], enabled=self.config.precision != "fp32"):
             prompts = [request.prompt for request in requests]
             input_ids = self.tokenize([*([""] * len(prompts)), *prompts])
             states = self.encode_prompts(input_ids)
@@ -149,9 +143,7 @@ class StableDiffusion:
         """Return start noise `(B, C, h, w)`; each row depends on its own seed alone."""
         side = self.config.resolution // (2 ** (len(self.vae.config.block_out_channels) - 1))
         shape = (self.unet.config.in_channels, side, side)
-        rows = [
-            torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)) for request in requests
-        ]
+        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)) for request in requests]
         return torch.stack(rows).to(self.device)
 
     def save(self, folder: Path) -> None:

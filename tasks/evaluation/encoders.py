@@ -44,9 +44,7 @@ class Encoders:
         self.clip = CLIPModel.from_pretrained(clip, use_safetensors=True, dtype=torch.float32).to(device).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(clip)
         self.clip_preprocess = Preprocessor(clip)
-        self.dino = ViTModel.from_pretrained(
-            dino, use_safetensors=True, dtype=torch.float32, add_pooling_layer=False
-        )
+        self.dino = ViTModel.from_pretrained(dino, use_safetensors=True, dtype=torch.float32, add_pooling_layer=False)
         self.dino = self.dino.to(device).eval()
         self.dino_preprocess = Preprocessor(dino)
 

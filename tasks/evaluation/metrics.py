@@ -79,9 +79,7 @@ class Measured:
     ceiling: CeilingMetrics
 
 
-def measure_all(
-    photos: Described, subjects: dict[Side, Described], classes: dict[Side, Described]
-) -> Measured:
+def measure_all(photos: Described, subjects: dict[Side, Described], classes: dict[Side, Described]) -> Measured:
     """Measure both sides."""
     return Measured(
         metrics={side: measure_subject(rows, photos) for side, rows in subjects.items()},

@@ -121,10 +121,7 @@ def fill_schema(schema: dict[str, Any], question: Question) -> Any:
         return choose_from(schema["enum"], question)
     kind = schema.get("type")
     if kind == "object" or "properties" in schema:
-        return {
-            name: answer_property(name, child, question)
-            for name, child in schema.get("properties", {}).items()
-        }
+        return {name: answer_property(name, child, question) for name, child in schema.get("properties", {}).items()}
     if kind == "array":
         return [fill_schema(schema.get("items", {}), question)]
     defaults = {"string": describe(question), "boolean": True, "integer": 0, "number": 0.0, "null": None}

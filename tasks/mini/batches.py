@@ -106,8 +106,8 @@ class BatchDesk:
             good, bad = [], []
             for row in rows:
                 if batch["status"] == "cancelling":
-                    bad.append({"custom_id": row["custom_id"], "response": None,
-                                "error": {"code": "batch_cancelled", "message": "the batch was cancelled"}})  # fmt: skip
+                    error = {"code": "batch_cancelled", "message": "the batch was cancelled"}
+                    bad.append({"custom_id": row["custom_id"], "response": None, "error": error})
                     continue
                 line, is_good = self.run_row(row)
                 (good if is_good else bad).append(line)

@@ -31,9 +31,7 @@ def view_of(seed: int, index: int, *, num_views: int) -> Scene:
     scene = sample_scene(np.random.default_rng([seed, index // num_views]), marked_share=0.6)
     rng = np.random.default_rng([seed, index, 1])
     place = str(rng.choice(PLACES))
-    return Scene(
-        scene.class_noun, scene.color, place, scene.look, sample_pose(rng), int(rng.integers(2**31))
-    )
+    return Scene(scene.class_noun, scene.color, place, scene.look, sample_pose(rng), int(rng.integers(2**31)))
 
 
 def render(seed: int, start: int, num: int, num_views: int) -> np.ndarray:

@@ -84,10 +84,7 @@ class Pretrainer:
 
     def captions(self, indices: np.ndarray, step: int) -> list[str]:
         """Return one caption per scene, phrased anew at every step."""
-        return [
-            caption_scene(scene_of(SCENES_SEED, int(i)), np.random.default_rng([9, step, int(i)]))
-            for i in indices
-        ]
+        return [caption_scene(scene_of(SCENES_SEED, int(i)), np.random.default_rng([9, step, int(i)])) for i in indices]
 
     def tokenizer(self) -> CLIPTokenizer:
         """Return the tokenizer over all words of the world."""
@@ -99,9 +96,7 @@ class Pretrainer:
 
     def encode(self, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
         """Return token ids ``(B, 32)``."""
-        tokens = tokenizer(
-            texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
-        )
+        tokens = tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
         return tokens.input_ids.to(self.device)
 
     def classifier(self) -> nn.Module:
@@ -116,8 +111,7 @@ class Pretrainer:
             noise = torch.randn(len(indices), 3, 64, 64, generator=rng).to(self.device)
             logits = module(self.pixels(indices) + 0.06 * noise)
             losses = [
-                F.cross_entropy(logits[name], targets[:, i], ignore_index=-1)
-                for i, name in enumerate(models.HEADS)
+                F.cross_entropy(logits[name], targets[:, i], ignore_index=-1) for i, name in enumerate(models.HEADS)
             ]
             return torch.stack(losses).sum()
 
@@ -191,9 +185,7 @@ class Pretrainer:
 
     def views(self) -> np.ndarray:
         """Return drawings of the same objects in several poses and places."""
-        return load_or_render(
-            self.work / "views.npy", seed=VIEWS_SEED, num=NUM_VIEWS, num_views=VIEWS_EACH
-        )
+        return load_or_render(self.work / "views.npy", seed=VIEWS_SEED, num=NUM_VIEWS, num_views=VIEWS_EACH)
 
     def dino(self) -> ViTModel:
         """Train the image encoder without captions: two views of one thing agree (arXiv 2002.05709).

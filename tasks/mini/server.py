@@ -1,6 +1,6 @@
 """The mini vision server: OpenAI-compatible, on loopback only, and it knows only the drawn world.
 
-    python -m tasks.mini.server --port 8123
+python -m tasks.mini.server --port 8123
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Measure the shipped mini models on prompts, seeds and scenes that pretraining never used.
 
-    python -m tasks.mini.verify --num-prompts 200 --write-card
+python -m tasks.mini.verify --num-prompts 200 --write-card
 """
 
 import argparse

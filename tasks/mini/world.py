@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tasks.mini.objects import DRAWERS, Look
-from tasks.mini.pen import Color, Pen, Transform, ellipse_points, shade
+from tasks.mini.pen import Color, Pen, Transform, ellipse_points
 from tasks.mini.places import PAINTERS, Backdrop
 
 IMAGE_SIZE = 64
@@ -191,9 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     subject.add_argument("--num", type=int, default=5, help="how many photos (default: 5)")
     subject.add_argument("--out", type=Path, required=True, help="folder to write them to")
     options = parser.parse_args(argv)
-    paths = draw_subject(
-        options.class_noun, seed=options.seed, num=options.num, folder=options.out
-    )
+    paths = draw_subject(options.class_noun, seed=options.seed, num=options.num, folder=options.out)
     print(f"{len(paths)} photos of one {options.class_noun} in {options.out}")
 
 

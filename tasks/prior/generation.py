@@ -24,6 +24,7 @@ def generate_class_images(
 
     Raises:
         ConfigError: the base model draws flat pictures.
+
     """
     done: dict[int, ClassImage] = {}
     seeds = range(config.seed, config.seed + config.num_images)
@@ -63,6 +64,4 @@ def chunks(seeds: list[int], size: int) -> Iterator[list[int]]:
 def check_picture(picture: Image.Image, *, seed: int) -> None:
     """Refuse a flat picture: a broken model or number format draws black or gray."""
     if max(ImageStat.Stat(picture).stddev) < 2.0:
-        raise ConfigError(
-            f"class image of seed {seed} is flat; the base model or diffusion.precision is broken"
-        )
+        raise ConfigError(f"class image of seed {seed} is flat; the base model or diffusion.precision is broken")

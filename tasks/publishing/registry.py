@@ -37,9 +37,7 @@ def track_run(
         version = None
         if is_registered:
             tracker.log_folder(folder / "model", path="model")
-            version = tracker.register(
-                name=registered_model, path="model", description=f"Tuned by {name}", tags=tags
-            )
+            version = tracker.register(name=registered_model, path="model", description=f"Tuned by {name}", tags=tags)
         is_failed = False
     finally:
         tracker.finish(is_failed=is_failed)

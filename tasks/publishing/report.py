@@ -86,15 +86,11 @@ def list_metrics(evaluation: Evaluation) -> list[dict[str, Any]]:
         ceiling = getattr(evaluation.ceiling, key)
         gap = ceiling - base
         share = (tuned - base) / gap if key != "clip_t" and gap > 1e-6 else None
-        rows.append(
-            {"name": name, "text": text, "base": base, "tuned": tuned, "ceiling": ceiling, "share": share}
-        )
+        rows.append({"name": name, "text": text, "base": base, "tuned": tuned, "ceiling": ceiling, "share": share})
     return rows
 
 
-def list_samples(
-    samples: Sequence[Sample], graded: dict[str, Judgement]
-) -> list[dict[str, Any]]:
+def list_samples(samples: Sequence[Sample], graded: dict[str, Judgement]) -> list[dict[str, Any]]:
     """Return a row per prompt with its samples of both sides and their grades."""
     subject = [sample for sample in samples if sample.kind == "subject"]
     ordered = sorted(subject, key=lambda sample: (sample.prompt, sample.side, sample.seed))
@@ -122,9 +118,7 @@ def to_data_url(store: Store, ref: ObjectRef) -> str:
 
 def draw_sample_grid(store: Store, evaluation: Evaluation, *, side: int = 128) -> bytes:
     """Return one picture: the base model's samples above, the tuned model's below."""
-    rows = [
-        [s for s in evaluation.samples if s.side == name and s.kind == "subject"] for name in ("base", "tuned")
-    ]
+    rows = [[s for s in evaluation.samples if s.side == name and s.kind == "subject"] for name in ("base", "tuned")]
     width = max(len(row) for row in rows)
     grid = Image.new("RGB", (width * side, len(rows) * side), "white")
     for y, row in enumerate(rows):

@@ -27,6 +27,7 @@ def ask_judge(
 
     Raises:
         ReplyInvalid: more samples failed than `scoring.max_failed_share` allows.
+
     """
     on_progress(0, len(specs))
     if config.executor == "batch":

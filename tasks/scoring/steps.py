@@ -39,9 +39,7 @@ def compute_scores(
     from tasks.scoring.rubric import judge_spec
 
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
-    references = [
-        read_verified(runtime.store, image.image) for image in subject.images[: config.num_reference_images]
-    ]
+    references = [read_verified(runtime.store, image.image) for image in subject.images[: config.num_reference_images]]
     samples = [sample for sample in evaluation.samples if sample.kind == "subject"]
     specs = {
         sample.image.key: judge_spec(
@@ -51,9 +49,7 @@ def compute_scores(
         )
         for sample in samples
     }
-    answers, failures = ask_judge(
-        specs, config, llm=runtime.llm, folder=folder, on_progress=runtime.show("judge")
-    )
+    answers, failures = ask_judge(specs, config, llm=runtime.llm, folder=folder, on_progress=runtime.show("judge"))
     judgements = to_judgements(samples, answers)
     return folder.finish(
         Scorecard,

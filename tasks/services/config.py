@@ -7,8 +7,6 @@ from pydantic import Field
 from tasks.settings import Section
 
 
-
-
 class StoreConfig(Section):
     """Where objects live."""
 

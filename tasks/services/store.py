@@ -72,9 +72,7 @@ class LocalStore:
                 pass
         except OSError as error:
             reason = error.strerror or error
-            raise ConfigError(
-                f"cannot write to {self.root}: {reason}; set output_dir or store.folder"
-            ) from error
+            raise ConfigError(f"cannot write to {self.root}: {reason}; set output_dir or store.folder") from error
 
     def path(self, key: str) -> Path:
         """Return the file of a key."""

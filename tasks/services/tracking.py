@@ -1,5 +1,4 @@
-"""Tracking of metrics and artifacts: MLflow, or nothing. A tracking failure never fails a run
-before publishing."""
+"""Tracking of metrics and artifacts: MLflow, or nothing."""
 
 import logging
 import time

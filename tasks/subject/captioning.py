@@ -104,9 +104,7 @@ def write_instance_prompt(caption: Caption | None, config: SubjectConfig) -> str
     name = name_subject(identifier_token=config.identifier_token, class_noun=config.class_noun)
     if caption is None:
         return f"a photo of {name}"
-    kept = Caption(
-        surroundings=without_name(caption.surroundings, config), view=without_name(caption.view, config)
-    )
+    kept = Caption(surroundings=without_name(caption.surroundings, config), view=without_name(caption.view, config))
     return join_phrases(f"a photo of {name}", kept)
 
 

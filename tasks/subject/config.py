@@ -12,11 +12,16 @@ class SubjectConfig(Section):
 
     source: str = Field(description="folder of photos, or store:PREFIX in the object store")
     class_noun: str = Field(
-        min_length=1, max_length=60, pattern=r"^[A-Za-z][A-Za-z -]*$",
+        min_length=1,
+        max_length=60,
+        pattern=r"^[A-Za-z][A-Za-z -]*$",
         description="what the subject is, for example dog; a wrong noun is the costliest mistake",
     )
     identifier_token: str = Field(
-        "sks", min_length=1, max_length=20, pattern=r"^[A-Za-z0-9]+$",
+        "sks",
+        min_length=1,
+        max_length=20,
+        pattern=r"^[A-Za-z0-9]+$",
         description="rare token that the subject is bound to",
     )
     captioning: Literal["llm", "template"] = Field(

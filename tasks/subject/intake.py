@@ -62,6 +62,7 @@ def check_photos(config: SubjectConfig, store: Store) -> CheckedPhotos:
     Raises:
         SubjectRejected: too few good photos; names each reject with its reason.
         ConfigError: the source does not exist.
+
     """
     accepted: list[Photo] = []
     rejected: list[Reject] = []
@@ -135,7 +136,7 @@ def check_photo(name: str, data: bytes, config: SubjectConfig, accepted: list[Ph
     return Reject(name, sha256, fault, encode_png(image))
 
 
-def decode(data: bytes, *, max_pixels: int) -> Image.Image:
+def decode(data: bytes, *, max_pixels: int) -> Image.Image:  # noqa: PLR0911 - one line per fault
     """Return the upright RGB pixels of an encoded photo. Raises ValueError with the reason."""
     if not data:
         return fail("empty, unreadable, or over 64 MB")

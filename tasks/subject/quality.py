@@ -15,9 +15,7 @@ def measure(image: Image.Image) -> ImageMeasures:
     scale = MEASURED_SIDE / min(image.size)
     size = (max(3, round(image.width * scale)), max(3, round(image.height * scale)))
     luma = np.asarray(image.convert("L").resize(size, Image.Resampling.BICUBIC), np.float64)
-    laplacian = (
-        luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * luma[1:-1, 1:-1]
-    )
+    laplacian = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * luma[1:-1, 1:-1]
     return ImageMeasures(
         width=image.width,
         height=image.height,

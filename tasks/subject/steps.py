@@ -46,9 +46,7 @@ def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, run
     first_row = len(runtime.llm.ledger.rows)
     described = {}
     if config.captioning == "llm":
-        described = captioning.describe_photos(
-            photos, config, llm=runtime.llm, on_progress=runtime.show("captions")
-        )
+        described = captioning.describe_photos(photos, config, llm=runtime.llm, on_progress=runtime.show("captions"))
     images, rejected = [], [store_reject(folder, reject) for reject in photos.rejected]
     for photo in photos.accepted:
         inspection, caption = described.get(photo.sha256, (None, None))
@@ -56,9 +54,7 @@ def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, run
         if objection:
             thumbnail = folder.put(f"rejected/{photo.sha256[:16]}.png", photo.png)
             rejected.append(
-                RejectedImage(
-                    source_name=photo.name, source_sha256=photo.sha256, reason=objection, thumbnail=thumbnail
-                )
+                RejectedImage(source_name=photo.name, source_sha256=photo.sha256, reason=objection, thumbnail=thumbnail)
             )
             continue
         images.append(
@@ -94,5 +90,3 @@ def store_reject(folder: StageFolder, reject: Any) -> RejectedImage:
         reason=reject.reason,
         thumbnail=folder.put(name, reject.thumbnail) if reject.thumbnail else None,
     )
-
-

@@ -40,6 +40,7 @@ def save_checkpoint(folder: Path, state: TrainingState, *, identity: dict[str, s
 
     Raises:
         TrainingFailed: a weight isn't finite; nothing is written.
+
     """
     for name, tensor in state.weights.items():
         if not torch.isfinite(tensor).all():
@@ -71,6 +72,7 @@ def load_newest(folder: Path, *, identity: dict[str, str]) -> TrainingState | No
     Raises:
         TrainingFailed: a checkpoint belongs to another configuration, data or base model; or there
             are some and none verifies.
+
     """
     found = list_checkpoints(folder)
     for path in found:

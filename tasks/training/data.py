@@ -67,6 +67,7 @@ def load_pixel_values(path: Path, *, resolution: int, sha256: str) -> Tensor:
 
     Raises:
         ArtifactCorrupt: the file isn't the one that was inspected.
+
     """
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:

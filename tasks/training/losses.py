@@ -16,9 +16,7 @@ class PriorPreservationLoss(NamedTuple):
     prior: Tensor | None
 
 
-def prior_preservation_loss(
-    noise_pred: Tensor, target: Tensor, *, prior_loss_weight: float
-) -> PriorPreservationLoss:
+def prior_preservation_loss(noise_pred: Tensor, target: Tensor, *, prior_loss_weight: float) -> PriorPreservationLoss:
     """Weigh the subject's error against drift of its class (arXiv 2208.12242).
 
     The batch is `[instance | class]` along dim 0, so both halves share one UNet pass; with weight 0
@@ -31,6 +29,7 @@ def prior_preservation_loss(
 
     Raises:
         ValueError: the batch can't be split into two equal halves.
+
     """
     if prior_loss_weight == 0:
         instance = F.mse_loss(noise_pred.float(), target.float())

@@ -55,9 +55,7 @@ class DreamBoothModule(pl.LightningModule):
         noisy_latents = self.model.add_noise(batch.latents, batch.noise, batch.timesteps)
         target = self.model.compute_target(batch.latents, batch.noise, batch.timesteps)
         noise_pred = self.model.predict(noisy_latents, batch.timesteps, self.encode_unique(batch))
-        loss = prior_preservation_loss(
-            noise_pred, target, prior_loss_weight=self.spec.training.prior_loss_weight
-        )
+        loss = prior_preservation_loss(noise_pred, target, prior_loss_weight=self.spec.training.prior_loss_weight)
         parts = {"loss": loss.total, "instance_loss": loss.instance.detach()}
         if loss.prior is not None:
             parts["prior_loss"] = loss.prior.detach()
@@ -70,9 +68,7 @@ class DreamBoothModule(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Clip all trained parameters together and keep the norm for the next check."""
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(
-            self.trained.parameters(), self.spec.training.max_grad_norm
-        )
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.spec.training.max_grad_norm)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave the sample indices on the CPU, where draws are made."""

@@ -28,6 +28,7 @@ def run_worker(spec: TrainingSpec, *, on_event: Callable[[dict[str, Any]], None]
     Raises:
         TrainingFailed: the worker ended without a result; names step and log.
         TrainingStopped: it was asked to stop, saved, and will go on in the next run.
+
     """
     run = RunFolder(spec.path)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -73,9 +74,7 @@ def start(spec: TrainingSpec, run: RunFolder) -> "subprocess.Popen[bytes]":
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1)),
     }
     with run.log.open("ab") as log:
-        return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 
 
 def stop(process: "subprocess.Popen[bytes]", run: RunFolder, *, grace_seconds: float) -> None:

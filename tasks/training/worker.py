@@ -1,6 +1,6 @@
 """The training process: started by the supervisor, once per device, never importing Prefect.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 1 -m tasks.training.worker SPEC.json
+python -m torch.distributed.run --standalone --nproc-per-node 1 -m tasks.training.worker SPEC.json
 """
 
 import json
@@ -83,9 +83,7 @@ def train(spec: "TrainingSpec") -> int:  # type: ignore[name-defined]  # noqa: F
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        counter = SampleCounter(
-            spec, start_step=start_step, rank=trainer.global_rank, world_size=config.num_devices
-        )
+        counter = SampleCounter(spec, start_step=start_step, rank=trainer.global_rank, world_size=config.num_devices)
         trainer.fit(module, DataLoader(counter, batch_size=None))
         if keeper.was_stopped:
             keeper.tell({"event": "stopped", "step": module.step})

@@ -60,6 +60,7 @@ def ask_batch(
 
     Returns:
         Validated replies with the serving model, and reasons for the rest, both by name.
+
     """
     answers: dict[str, tuple[T, str]] = {}
     names: dict[str, list[str]] = {}
@@ -84,9 +85,7 @@ def ask_batch(
                 try:
                     if row.completion is None:
                         raise ReplyInvalid(row.error)
-                    answers[name] = llm.accept(
-                        specs[name], row.completion, role=role, reply=reply, is_batch=True
-                    )
+                    answers[name] = llm.accept(specs[name], row.completion, role=role, reply=reply, is_batch=True)
                 except ReplyInvalid as error:
                     failures[name] = str(error)
         num_done = len(answers) + len(failures)
@@ -121,9 +120,7 @@ class BatchJob:
         self.input_sha256 = hashlib.sha256(self.data).hexdigest()
         self.state_key = f"{state_prefix}/{self.input_sha256[:24]}.json"
         stored = llm.store.find_bytes(self.state_key)
-        self.state = (
-            BatchState.model_validate_json(stored) if stored else BatchState(input_sha256=self.input_sha256)
-        )
+        self.state = BatchState.model_validate_json(stored) if stored else BatchState(input_sha256=self.input_sha256)
 
     def _call(self, call: Callable[[Any, float], Any]) -> Any:
         return call_with_retries(lambda timeout: call(self.llm.client(self.role), timeout), self.profile)
@@ -187,17 +184,13 @@ class BatchJob:
                 return batch
         return None
 
-    def wait(
-        self, *, poll_seconds: float, max_wait_seconds: float, on_progress: Callable[[int], None]
-    ) -> None:
+    def wait(self, *, poll_seconds: float, max_wait_seconds: float, on_progress: Callable[[int], None]) -> None:
         """Look at the job until it ends, with pauses that grow to `poll_seconds`."""
         self.ensure_created()
         deadline = time.monotonic() + max_wait_seconds
         pause = min(0.2, poll_seconds)
         while True:
-            batch = self._call(
-                lambda client, timeout: client.batches.retrieve(self.state.batch_id, timeout=timeout)
-            )
+            batch = self._call(lambda client, timeout: client.batches.retrieve(self.state.batch_id, timeout=timeout))
             counts = batch.request_counts
             on_progress(min(len(self.lines), counts.completed + counts.failed) if counts else 0)
             if batch.status != self.state.status:
@@ -206,9 +199,7 @@ class BatchJob:
                 self.batch = batch
                 return
             if time.monotonic() > deadline:
-                raise ServiceUnavailable(
-                    f"batch job {batch.id} is still {batch.status}; run again to pick it up"
-                )
+                raise ServiceUnavailable(f"batch job {batch.id} is still {batch.status}; run again to pick it up")
             time.sleep(pause)
             pause = min(poll_seconds, pause * 1.5)
 

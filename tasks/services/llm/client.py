@@ -84,6 +84,7 @@ class LlmService:
             ServiceUnavailable: no answer within the profile's attempts and time.
             ReplyInvalid: no answer that fits, asked twice.
             ConfigError: key or model is refused.
+
         """
         cached = self.find_cached(spec, role=role, reply=reply)
         if cached is not None:

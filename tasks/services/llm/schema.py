@@ -37,9 +37,7 @@ def close(node: Any, definitions: dict[str, Any]) -> Any:
         del node["const"]
     properties = node.get("properties")
     kept = {
-        key: close(value, definitions)
-        for key, value in node.items()
-        if key not in UNSUPPORTED and key != "properties"
+        key: close(value, definitions) for key, value in node.items() if key not in UNSUPPORTED and key != "properties"
     }
     if isinstance(properties, dict):
         kept["properties"] = {name: close(child, definitions) for name, child in properties.items()}
@@ -54,6 +52,7 @@ def parse_reply(model: type[T], content: str | None, *, finish_reason: str | Non
     Raises:
         ReplyInvalid: it is a refusal, empty, cut off, or does not fit the schema. A cut reply is
             never repaired: a shorter valid object would be a wrong one.
+
     """
     if refusal:
         raise ReplyInvalid(f"the model refused: {refusal[:200]}")

@@ -20,7 +20,6 @@ CONFIG = EvaluationConfig(
 )
 
 
-
 def test_both_sides_get_the_same_prompts_and_seeds() -> None:
     planned = plan_samples(CONFIG, class_noun="orca", identifier_token="sks", class_prompt="a photo of an orca")
     sides = {side: [(p.prompt, p.seed, p.kind) for p in planned if p.side == side] for side in ("base", "tuned")}

@@ -33,9 +33,7 @@ def test_cached_latents_equal_uncached_ones(tmp_path: Path, tiny_model_folder: P
         torch.testing.assert_close(batch.latents[row], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_batch_is_instances_then_class_images_with_their_own_prompts(
-    tmp_path: Path, tiny_model_folder: Path
-) -> None:
+def test_a_batch_is_instances_then_class_images_with_their_own_prompts(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder)
     model = open_model(spec.diffusion)
     batch = BatchMaker(model, spec).make([0, 1], CPU)
@@ -49,9 +47,7 @@ def test_two_ranks_see_what_one_would(tmp_path: Path, tiny_model_folder: Path) -
     one = make_spec(tmp_path, tiny_model_folder, train_batch_size=4)
     two = make_spec(tmp_path, tiny_model_folder, train_batch_size=2)
     whole = torch.stack(list(islice(SampleCounter(one, start_step=0, rank=0, world_size=1), 5)))
-    ranks = [
-        torch.stack(list(islice(SampleCounter(two, start_step=0, rank=rank, world_size=2), 5))) for rank in (0, 1)
-    ]
+    ranks = [torch.stack(list(islice(SampleCounter(two, start_step=0, rank=rank, world_size=2), 5))) for rank in (0, 1)]
     assert torch.equal(whole, torch.cat(ranks, 1))
 
 

@@ -66,9 +66,7 @@ def cut_after(llm: LlmService, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
-def test_a_run_cut_off_at_any_saved_step_pays_for_one_job(
-    server: ScriptedServer, tmp_path: Path, number: int
-) -> None:
+def test_a_run_cut_off_at_any_saved_step_pays_for_one_job(server: ScriptedServer, tmp_path: Path, number: int) -> None:
     llm = make_llm(server, tmp_path)
     cut_after(llm, number)
     with pytest.raises(Cut):

@@ -1,0 +1,97 @@
+"""The six directions of the house, read from the source."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+STAGES = ("subject", "prior", "training", "evaluation", "scoring", "publishing")
+HEAVY = {"torch", "diffusers", "transformers", "pytorch_lightning"}
+FILES = sorted(p for top in ("flows", "tasks", "conf") for p in (ROOT / top).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports_of(path: Path, *, top_level_only: bool = False) -> Iterator[str]:
+    """Yield imported module names; imports for type checking alone do not count."""
+    tree = ast.parse(path.read_text())
+    nodes: list[ast.AST] = list(tree.body) if top_level_only else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def roots_of(path: Path, **options: bool) -> set[str]:
+    return {name.split(".")[0] for name in imports_of(path, **options)}
+
+
+def test_stages_never_import_each_other() -> None:
+    for stage in STAGES:
+        others = tuple(f"tasks.{other}" for other in STAGES if other != stage)
+        for path in (ROOT / "tasks" / stage).rglob("*.py"):
+            found = [name for name in imports_of(path) if name.startswith(others)]
+            assert not found, f"{name_of(path)} imports {found}"
+
+
+def test_only_flows_and_steps_import_prefect() -> None:
+    for path in FILES:
+        is_allowed = name_of(path).startswith("flows/") or path.name in ("steps.py", "prefect_states.py")
+        assert is_allowed or "prefect" not in roots_of(path), name_of(path)
+
+
+def test_heavy_libraries_are_imported_where_they_are_used() -> None:
+    for path in FILES:
+        name = name_of(path)
+        if name.startswith(("flows/", "conf/")) or path.name in ("steps.py", "config.py", "manifests.py"):
+            assert not HEAVY & roots_of(path, top_level_only=True), name
+
+
+def test_sdks_stay_in_services() -> None:
+    for path in FILES:
+        if not name_of(path).startswith("tasks/services/"):
+            assert not {"openai", "boto3", "botocore", "mlflow"} & roots_of(path), name_of(path)
+
+
+def test_hydra_stays_in_conf() -> None:
+    for path in FILES:
+        if not name_of(path).startswith("conf/"):
+            assert not {"hydra", "omegaconf"} & roots_of(path), name_of(path)
+
+
+def test_services_know_nothing_of_dreambooth() -> None:
+    for path in (ROOT / "tasks" / "services").rglob("*.py"):
+        allowed = ("tasks.services", "tasks.errors", "tasks.settings")
+        found = [n for n in imports_of(path) if n.startswith("tasks") and not n.startswith(allowed)]
+        assert not found, f"{name_of(path)} imports {found}"
+
+
+@pytest.mark.parametrize("module", ["flows.cli", "flows.personalize_subject", "conf.request"])
+def test_importing_the_entrances_loads_no_heavy_library(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_command_line_starts_without_prefect() -> None:
+    code = "import sys, flows.cli; print('prefect' in sys.modules, 'hydra' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_files_and_functions_stay_small() -> None:
+    for path in FILES:
+        text = path.read_text()
+        assert text.count("\n") <= 400, name_of(path)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                limit = 75 if node.name in ("make_app",) else 60
+                assert length <= limit, f"{name_of(path)}:{node.name} has {length} lines"

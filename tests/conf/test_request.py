@@ -1,0 +1,172 @@
+"""From a request to a configuration, by every way in."""
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from pydantic import ValidationError
+
+from conf.request import (
+    FOLDER,
+    GROUPS,
+    RunRequest,
+    compile_request,
+    compute_config_digest,
+    parse_overrides,
+    split_sweep,
+)
+from conf.schema import RunConfig
+from tasks.errors import ConfigError
+
+WORDS = [
+    "subject.source=photos", "subject.class_noun=mug", "experiment=smoke", "training.learning_rate=3e-5",
+    'evaluation.prompts=["{subject}","{subject} at night"]', "prior=none",
+]  # fmt: skip
+FORM = {
+    "subject": "folder",
+    "source": "photos",
+    "class_noun": "mug",
+    "experiment": "smoke",
+    "prior": "none",
+    "settings": {"training.learning_rate": 3e-5, "evaluation.prompts": ["{subject}", "{subject} at night"]},
+}
+
+
+def test_one_request_by_four_routes_is_one_configuration() -> None:
+    from flows.sweep_settings import make_trial, parse_sweep
+
+    command_line = parse_overrides(WORDS)
+    deployment = RunRequest.model_validate(FORM)
+    schedule = RunRequest.model_validate_json(json.dumps(FORM))
+    sweep = parse_sweep([*(w for w in WORDS if "learning_rate" not in w), "training.learning_rate=1e-5,3e-5"])
+    trial = make_trial(sweep.base, {"training.learning_rate": 3e-5})
+    digests = {compute_config_digest(compile_request(r)) for r in (command_line, deployment, schedule, trial)}
+    assert len(digests) == 1
+
+
+def test_the_forms_choices_are_the_files_in_conf() -> None:
+    for group in GROUPS:
+        options = {path.stem for path in (FOLDER / group).glob("*.yaml")}
+        annotation = RunRequest.model_fields[group].annotation
+        choices = {c for part in (annotation, *get_args(annotation)) for c in get_args(part) if isinstance(c, str)}
+        choices |= {c for c in get_args(annotation) if isinstance(c, str)}
+        assert choices == options, group
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}")
+def test_every_group_option_composes(path: Path) -> None:
+    extra = {"sd15": ["llm=openai"], "openai": [], "server": []}.get(path.stem, [])
+    words = [f"{path.parent.name}={path.stem}", "subject.source=x", "subject.class_noun=dog", *extra]
+    assert isinstance(compile_request(parse_overrides([*words, "store.bucket=b"])), RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("training.lerning_rate=1", "did you mean training.learning_rate"),
+        ("learning_rate=1", "did you mean training.learning_rate"),
+        ("training.learning_rate=nan", "training.learning_rate: .*finite"),
+        ("training.learning_rate=-1", "training.learning_rate: .*greater than 0"),
+        ("training.max_train_steps=abc", "training.max_train_steps: .*integer"),
+        ("diffusion=sdxx", "diffusion: Input should be 'mini' or 'sd15'"),
+        ("nonsense", "not of the form key=value"),
+        ("+training.new=1", "use key=value"),
+        ("~training", "not of the form"),
+        ("training.max_train_steps=1,2", "one value"),
+        ("training={max_train_steps: 3}", "give single values"),
+        ("prior.num_images=0", "prior.num_images is 0: set prior=none"),
+        ("diffusion=sd15", "knows only the drawn world.*set llm=openai"),
+        ("evaluation.prompts=[a dog]", "lacks {subject}"),
+        ("subject.identifier_token='a b'", "subject.identifier_token"),
+        ("tracking.kind=none", "publishing.is_registered needs"),
+        ("subject.min_images=30", "above subject.max_images"),
+    ],
+)
+def test_what_is_wrong_is_named_with_the_way_out(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compile_request(parse_overrides([word]))
+
+
+def test_a_class_noun_left_out_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match=r"subject.class_noun is not set; add subject.class_noun="):
+        compile_request(parse_overrides(["subject.source=photos"]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"_target_": "os.system"},
+        {"training._target_": "x"},
+        {"hydra/launcher": "x"},
+        {"output_dir": "${oc.env:HOME}"},
+        {"evaluation.prompts": ["{subject}", "${oc.env:HOME}"]},
+        {"training.max_train_steps": {"nested": 1}},
+        {"+training.x": 1},
+        {"training..x": 1},
+        {"trаining.max_train_steps": 1},  # a Cyrillic letter
+    ],
+)
+def test_requests_carry_names_and_plain_values_only(settings: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        RunRequest.model_validate({"settings": settings})
+
+
+def test_unknown_request_fields_are_refused() -> None:
+    with pytest.raises(ValidationError, match="extra_forbidden"):
+        RunRequest.model_validate({"sauce": "x"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("subject.source", "/etc"),
+        ("subject.source", "../.."),
+        ("output_dir", "/tmp/elsewhere"),
+        ("store.folder", "/"),
+        ("diffusion.location", "../../models/evil"),
+        ("tracking.uri", "http://elsewhere"),
+    ],
+)
+def test_a_deployments_paths_stay_in_its_roots(tmp_path: Path, name: str, value: str) -> None:
+    request = RunRequest.model_validate({"settings": {name: value}, "class_noun": "dog"})
+    with pytest.raises(ConfigError, match=f"{name}: .*outside the allowed folders"):
+        compile_request(request, roots=(tmp_path,))
+
+
+def test_paths_inside_the_roots_are_taken(tmp_path: Path) -> None:
+    settings = {"subject.source": str(tmp_path / "photos"), "output_dir": str(tmp_path / "runs")}
+    request = RunRequest.model_validate({"settings": settings, "class_noun": "dog"})
+    assert compile_request(request, roots=(tmp_path,)).output_dir == str(tmp_path / "runs")
+
+
+def test_sweeps_take_settings_with_several_values() -> None:
+    fixed, space = split_sweep(["experiment=smoke", "training.learning_rate=1e-5,3e-5", "seed=1,2"])
+    assert fixed == ["experiment=smoke"]
+    assert space == {"training.learning_rate": [1e-5, 3e-5], "seed": [1, 2]}
+    with pytest.raises(ConfigError, match="not groups"):
+        split_sweep(["prior=none,class_images"])
+
+
+def test_composing_from_many_threads_is_safe() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(8) as pool:
+        digests = set(pool.map(lambda _: compute_config_digest(compile_request(RunRequest())), range(24)))
+    assert len(digests) == 1
+
+
+def test_every_setting_is_documented_and_every_default_stands_in_one_file() -> None:
+    import yaml
+    from pydantic import BaseModel
+
+    def check(model: type[BaseModel], values: dict[str, object], where: str) -> None:
+        for name, field in model.model_fields.items():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                check(kind, values[name], f"{where}{name}.")  # type: ignore[arg-type]
+            else:
+                assert name in values, f"conf/run.yaml lacks {where}{name}"
+                assert field.description or name in RunConfig.model_fields or name == "profiles", f"{where}{name}"
+
+    check(RunConfig, yaml.safe_load((FOLDER / "run.yaml").read_text()), "")

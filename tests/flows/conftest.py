@@ -1,0 +1,66 @@
+"""One real run of the whole job, shared by the tests of the ways in."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LIKENESS = [sys.executable, "-m", "flows.cli"]
+QUICK = ["experiment=smoke", "training.num_threads=2"]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A folder to run in, with a Prefect home of its own."""
+
+    folder: Path
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "runs"
+
+    def environment(self) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+        return {
+            **kept,
+            "PREFECT_HOME": str(self.folder / "prefect"),
+            "PYTHONPATH": str(ROOT),
+            "HF_HUB_OFFLINE": "1",
+            "LIKENESS_ROOTS": str(self.folder),
+        }
+
+    def likeness(self, *words: str, timeout: float = 280) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [*LIKENESS, *words], cwd=self.folder, env=self.environment(),
+            capture_output=True, text=True, timeout=timeout, check=False,
+        )  # fmt: skip
+
+    def run(self, *words: str) -> "subprocess.CompletedProcess[str]":
+        return self.likeness("run", *QUICK, *words)
+
+    def newest(self) -> dict[str, Any]:
+        paths = sorted(self.output.glob("*/summary.json"))
+        summary: dict[str, Any] = json.loads(paths[-1].read_text())
+        return summary
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A folder with a space in its name."""
+    folder = tmp_path_factory.mktemp("work") / "a place"
+    folder.mkdir()
+    return Workplace(folder)
+
+
+@pytest.fixture(scope="session")
+def first_run(workplace: Workplace) -> dict[str, Any]:
+    """The summary of the first run of the quick demo."""
+    done = workplace.run()
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workplace.newest()

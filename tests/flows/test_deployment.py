@@ -1,0 +1,148 @@
+"""The deployment on a real Prefect server and worker, both on loopback."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.flows.conftest import ROOT, Workplace
+
+PREFECT = [sys.executable, "-m", "prefect"]
+
+
+class Service:
+    """A running Prefect server with the deployment and a worker."""
+
+    def __init__(self, url: str, environment: dict[str, str]) -> None:
+        self.url = url
+        self.environment = environment
+
+    def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", data, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.loads(response.read())
+
+    def deployment(self) -> Any:
+        return self.call("/deployments/name/personalize-subject/personalize-subject")
+
+    def trigger(self, request: dict[str, Any]) -> Any:
+        body = {"parameters": {"request": request}, "enforce_parameter_schema": True}
+        return self.call(f"/deployments/{self.deployment()['id']}/create_flow_run", body)
+
+    def wait(self, run_id: str, *, seconds: float = 200) -> Any:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            run = self.call(f"/flow_runs/{run_id}")
+            if run["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+                return run
+            time.sleep(1)
+        raise AssertionError(f"flow run is still {run['state']['name']}")
+
+
+def wait_for(url: str, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    raise AssertionError("the Prefect server did not start")
+
+
+@pytest.fixture(scope="module")
+def service(
+    workplace: Workplace, first_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    environment = {**workplace.environment(), "PREFECT_API_URL": url, "LIKENESS_HOME": str(ROOT)}
+    environment["PREFECT_WORKER_QUERY_SECONDS"] = "1"
+    log = (tmp_path_factory.mktemp("service") / "log").open("wb")
+    options: dict[str, Any] = {"env": environment, "stdout": log, "stderr": log}
+    server = subprocess.Popen([*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)], **options)
+    worker = None
+    try:
+        wait_for(f"{url}/health", server)
+        for words in (
+            ["work-pool", "create", "likeness", "--type", "process"],
+            ["--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"],
+        ):
+            done = subprocess.run(
+                [*PREFECT, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+        worker = subprocess.Popen([*PREFECT, "worker", "start", "--pool", "likeness"], cwd=workplace.folder, **options)
+        yield Service(url, environment)
+    finally:
+        for process in (worker, server):
+            if process is not None:
+                process.terminate()
+                process.wait(60)
+        log.close()
+
+
+def test_the_form_has_enums_bounds_and_descriptions(service: Service) -> None:
+    schema = service.deployment()["parameter_openapi_schema"]
+    definition = schema["definitions"]["RunRequest"]
+    assert definition["additionalProperties"] is False
+    assert definition["properties"]["diffusion"]["enum"] == ["mini", "sd15"]
+    assert all("description" in field for field in definition["properties"].values())
+
+
+def test_the_schedule_is_there_and_paused(service: Service) -> None:
+    schedules = service.deployment()["schedules"]
+    assert [schedule["active"] for schedule in schedules] == [False]
+    assert schedules[0]["schedule"]["cron"] == "0 3 * * *"
+
+
+@pytest.mark.parametrize("request_", [{"sauce": "x"}, {"diffusion": "sdxx"}])
+def test_what_does_not_fit_the_form_is_refused_before_a_run_is_made(service: Service, request_: dict[str, str]) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        service.trigger(request_)
+    assert caught.value.code in (409, 422)
+
+
+def test_a_run_through_the_api_finishes_and_is_the_command_lines_run(
+    service: Service, workplace: Workplace, first_run: dict[str, Any]
+) -> None:
+    settings = {"output_dir": str(workplace.output), "training.num_threads": 2}
+    run = service.wait(service.trigger({"experiment": "smoke", "settings": settings})["id"])
+    assert run["state"]["type"] == "COMPLETED", run["state"]
+    summary = workplace.newest()
+    assert summary["run_id"] != first_run["run_id"]
+    assert all(stage["cached"] for name, stage in summary["stages"].items() if name != "publishing")
+    assert summary["metrics"] == first_run["metrics"]
+    states = {
+        r["name"].rsplit("-", 1)[0]: r["state_name"]
+        for r in service.call("/task_runs/filter", {"sort": "END_TIME_DESC"})
+    }
+    assert states["training"] == "Cached"
+    keys = {artifact["key"] for artifact in service.call("/artifacts/filter", {})}
+    assert {"report-fish", "metrics-fish", "stages-fish", "samples-fish"} <= keys
+
+
+def test_paths_outside_the_roots_fail_the_run_with_the_reason(service: Service) -> None:
+    run = service.wait(service.trigger({"settings": {"output_dir": "/"}})["id"])
+    assert run["state"]["type"] == "FAILED"
+    assert "outside the allowed folders" in run["state"]["message"]
+
+
+def test_no_secret_of_the_environment_is_in_the_database(service: Service, workplace: Workplace) -> None:
+    assert os.environ.get("CANARY") is None
+    database = b"".join(path.read_bytes() for path in Path(workplace.folder / "prefect").glob("*.db*"))
+    assert b"personalize-subject" in database
+    assert b"AWS_SECRET" not in database

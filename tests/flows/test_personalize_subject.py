@@ -1,0 +1,100 @@
+"""The whole job, for real, on the embedded default."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tasks.contract import PREFIXES
+from tests.flows.conftest import Workplace
+
+
+def test_six_stages_turn_photos_into_a_published_model(first_run: dict[str, Any]) -> None:
+    assert list(first_run["stages"]) == list(PREFIXES)
+    assert not any(stage["cached"] for stage in first_run["stages"].values())
+    assert first_run["training_steps"] == 6
+    assert first_run["llm_calls"] == 10 + 4
+    assert first_run["cost_usd"] == 0.0
+    for side in ("base", "tuned"):
+        assert set(first_run["metrics"][side]) == {"dino", "clip_i", "clip_t", "pres", "div"}
+        assert set(first_run["scores"][side]) == {"concept_preservation", "prompt_following"}
+    model = Path(first_run["paths"]["model"])
+    assert {"README.md", "lineage.json", "model_index.json", "unet", "vae", "text_encoder"} <= {
+        p.name for p in model.iterdir()
+    }
+    assert all(Path(path).exists() for path in first_run["paths"]["manifests"].values())
+
+
+def test_the_report_holds_everything_inside_itself(first_run: dict[str, Any]) -> None:
+    html = Path(first_run["paths"]["report"]).read_text()
+    assert html.count("data:image/png;base64,") >= 5 + 4 + 4 + 4
+    assert "http://" not in html
+    assert "https://" not in html
+    for text in ("DINO", "CLIP-T", "PRES", "sks fish", "loss", "Time and money"):
+        assert text in html
+
+
+def test_running_again_computes_nothing(first_run: dict[str, Any], workplace: Workplace) -> None:
+    done = workplace.run()
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = workplace.newest()
+    assert again["run_id"] != first_run["run_id"]
+    assert all(stage["cached"] for stage in again["stages"].values())
+    assert (again["llm_calls"], again["training_steps"]) == (0, 0)
+    assert again["metrics"] == first_run["metrics"]
+    assert again["config_digest"] == first_run["config_digest"]
+
+
+def test_a_changed_setting_recomputes_only_what_depends_on_it(first_run: dict[str, Any], workplace: Workplace) -> None:
+    done = workplace.run("evaluation.seed=5", "publishing=local", "tracking=none")
+    assert done.returncode == 0, done.stderr[-3000:]
+    cached = {name: stage["cached"] for name, stage in workplace.newest()["stages"].items()}
+    assert cached == {
+        "subject": True, "prior": True, "training": True, "evaluation": False, "scoring": False, "publishing": False,
+    }  # fmt: skip
+
+
+def test_a_picture_is_drawn_with_the_tuned_model(first_run: dict[str, Any], workplace: Workplace) -> None:
+    words = ["generate", first_run["run_id"], "a photo of sks fish at night", "--steps", "2", "--seed", "4"]
+    done = workplace.likeness(*words, "--out", "new folder/one.png")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "new folder/one.png  seed 4"
+    assert Image.open(workplace.folder / "new folder" / "one.png").size == (64, 64)
+
+
+def test_runs_and_reports_are_listed(first_run: dict[str, Any], workplace: Workplace) -> None:
+    listed = json.loads(workplace.likeness("runs", "--json").stdout)
+    assert first_run["run_id"] in [summary["run_id"] for summary in listed]
+    assert listed == sorted(listed, key=lambda summary: summary["run_id"], reverse=True)
+    assert first_run["run_id"] in workplace.likeness("runs").stdout
+    report = workplace.likeness("report", first_run["run_id"]).stdout.strip()
+    assert (workplace.folder / report).exists()
+
+
+def test_tracking_has_losses_metrics_artifacts_and_the_model(first_run: dict[str, Any], workplace: Workplace) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{workplace.output / 'mlflow.db'}"
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    version = client.get_model_version_by_alias("likeness-fish", "latest-tuned")
+    assert first_run["registered"] == {"model": "likeness-fish", "version": "1"}
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training.max_train_steps"] == "6"
+    assert run.data.metrics["tuned/dino"] == first_run["metrics"]["tuned"]["dino"]
+    assert len(client.get_metric_history(version.run_id, "train/loss")) == 6
+    names = {item.path for item in client.list_artifacts(version.run_id)}
+    assert names == {"model", "report"}
+
+
+def test_a_damaged_object_is_computed_anew(first_run: dict[str, Any], workplace: Workplace) -> None:
+    manifest = json.loads(Path(first_run["paths"]["manifests"]["evaluation"]).read_text())
+    key = manifest["samples"][0]["image"]["key"]
+    (workplace.output / "store" / key).write_bytes(b"flipped")
+    done = workplace.run()
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = workplace.newest()
+    assert again["stages"]["training"]["cached"]
+    assert not again["stages"]["evaluation"]["cached"]
+    assert again["metrics"] == first_run["metrics"]

@@ -1,0 +1,59 @@
+"""A sweep: trials share what they don't change, and a stopped study goes on."""
+
+import pytest
+
+from flows.sweep_settings import compute_objective, parse_sweep
+from tasks.errors import ConfigError
+from tests.flows.conftest import QUICK, Workplace
+
+
+def test_trials_share_stages_and_the_best_is_named(first_run: dict[str, object], workplace: Workplace) -> None:
+    words = ["sweep", *QUICK, "training.learning_rate=1e-4,3e-4", "tracking=mlflow"]
+    done = workplace.likeness(*words, timeout=290)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # The first value is the default, which the first run already trained; the second is new.
+    assert "2 new trials; stages taken from the store: subject 2, prior 2, training 1, evaluation 1" in done.stdout
+    assert done.stdout.count("\n* ") == 1
+    again = workplace.likeness(*words)
+    assert "0 new trials" in again.stdout
+
+
+def test_parent_and_child_runs_are_tracked(first_run: dict[str, object], workplace: Workplace) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{workplace.output / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("likeness")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    parents = {run.info.run_id for run in runs if run.data.tags.get("likeness.kind") == "sweep"}
+    children = [run for run in runs if run.data.tags.get("likeness.kind") == "trial"]
+    assert len(children) == 2
+    assert all(run.data.tags["mlflow.parentRunId"] in parents for run in children)
+
+
+def test_a_sweep_without_several_values_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no setting has several values"):
+        parse_sweep(["training.learning_rate=1e-5"])
+
+
+def test_every_value_is_checked_before_anything_runs() -> None:
+    with pytest.raises(ConfigError, match="greater than 0"):
+        parse_sweep(["training.learning_rate=1e-5,-1"])
+    with pytest.raises(ConfigError, match="did you mean training.learning_rate"):
+        parse_sweep(["training.lerning_rate=1e-5,1e-4"])
+
+
+def test_the_same_sweep_is_the_same_study() -> None:
+    words = ["training.learning_rate=1e-5,1e-4"]
+    assert parse_sweep(words).study_name == parse_sweep(words).study_name
+    assert parse_sweep(words).study_name != parse_sweep(["seed=1,2"]).study_name
+
+
+def test_objectives_are_read_from_the_summary() -> None:
+    summary = {
+        "metrics": {"tuned": {"dino": 0.5, "clip_t": 0.4, "clip_i": 0.7}},
+        "scores": {"tuned": {"concept_preservation": 3.0}},
+    }
+    assert compute_objective(summary, "dino_x_clip_t") == pytest.approx(0.2)
+    assert compute_objective(summary, "concept_preservation") == 3.0
+    assert compute_objective(summary, "clip_i") == 0.7

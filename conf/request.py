@@ -61,7 +61,7 @@ class RunRequest(BaseModel):
         json_schema_extra={"position": 2},
     )
     diffusion: Literal["mini", "sd15"] = Field("mini", description="base model", json_schema_extra={"position": 3})
-    experiment: Literal["none", "smoke", "prior_off"] = Field(
+    experiment: Literal["none", "smoke"] = Field(
         "none", description="a named set of changes to the defaults", json_schema_extra={"position": 4}
     )
     prior: Literal["class_images", "none"] = Field("class_images", description="prior preservation")

@@ -101,7 +101,8 @@ def open_study(request: SweepRequest, output: Path) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     storage = JournalStorage(JournalFileBackend(str(folder / f"{request.study_name}.journal")))
     is_grid = not request.num_trials or request.num_trials >= request.num_combinations
-    sampler = optuna.samplers.GridSampler(request.space, seed=0) if is_grid else optuna.samplers.TPESampler(seed=0)
+    space: Any = request.space
+    sampler = optuna.samplers.GridSampler(space, seed=0) if is_grid else optuna.samplers.TPESampler(seed=0)
     study = optuna.create_study(
         storage=storage, study_name=request.study_name, sampler=sampler, direction="maximize", load_if_exists=True
     )

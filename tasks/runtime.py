@@ -46,6 +46,7 @@ class Runtime:
     records: dict[str, StageRecord] = field(default_factory=dict)
     stopping: threading.Event = field(default_factory=threading.Event)
     num_training_steps: int = 0
+    first_training_step: int = 0
 
     def show(self, name: str) -> Callable[[int, int], None]:
         """Return a callback that moves one progress bar and ends a stage when the run stops."""

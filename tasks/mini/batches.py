@@ -103,11 +103,12 @@ class BatchDesk:
             batch["request_counts"]["total"] = len(rows)
             if batch["status"] == "validating":
                 batch["status"] = "in_progress"
-            good, bad = [], []
+            good: list[dict[str, Any]] = []
+            bad: list[dict[str, Any]] = []
             for row in rows:
                 if batch["status"] == "cancelling":
-                    error = {"code": "batch_cancelled", "message": "the batch was cancelled"}
-                    bad.append({"custom_id": row["custom_id"], "response": None, "error": error})
+                    fault = {"code": "batch_cancelled", "message": "the batch was cancelled"}
+                    bad.append({"custom_id": row["custom_id"], "response": None, "error": fault})
                     continue
                 line, is_good = self.run_row(row)
                 (good if is_good else bad).append(line)

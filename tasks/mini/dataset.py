@@ -55,7 +55,8 @@ def load_or_render(path: Path, *, seed: int, num: int, num_views: int = 0) -> np
         temporary = path.with_suffix(".part.npy")
         np.save(temporary, np.concatenate(chunks))
         temporary.rename(path)
-    return np.load(path, mmap_mode="r")
+    images: np.ndarray = np.load(path, mmap_mode="r")
+    return images
 
 
 def label_of(scene: Scene) -> tuple[int, int, int]:

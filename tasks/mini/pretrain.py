@@ -97,7 +97,8 @@ class Pretrainer:
     def encode(self, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
         """Return token ids ``(B, 32)``."""
         tokens = tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
-        return tokens.input_ids.to(self.device)
+        input_ids: Tensor = tokens.input_ids
+        return input_ids.to(self.device)
 
     def classifier(self) -> nn.Module:
         """Train the examiner on labels."""
@@ -223,7 +224,8 @@ class Pretrainer:
             pixels = self.pixels(self.draw_indices("vae", step, NUM_SCENES))
             posterior = module.encode(pixels).latent_dist
             image = module.decode(posterior.sample()).sample.float()
-            return reconstruction_loss(image, pixels) + 1e-5 * posterior.kl().mean() / 1024 * 16
+            divergence: Tensor = posterior.kl().mean()
+            return reconstruction_loss(image, pixels) + 1e-5 * divergence / 1024 * 16
 
         trained = self.loop("vae", module).run(loss)
         assert isinstance(trained, AutoencoderKL)

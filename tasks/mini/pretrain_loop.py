@@ -89,7 +89,7 @@ class PretrainLoop:
             with torch.autocast(self.device.type, torch.bfloat16):
                 loss = compute_loss(self.step)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
             self.optimizer.step()
             self.step += 1

@@ -10,7 +10,6 @@ import ipaddress
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -74,13 +73,14 @@ def read_messages(body: dict[str, Any]) -> tuple[str, list[Any]]:
 
     if body.get("model") != MODEL:
         raise DeskError(404, f"model {body.get('model')!r} is not served here; ask for {MODEL}")
-    texts, images = [], []
+    texts: list[str] = []
+    images: list[Any] = []
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise DeskError(400, "messages is missing")
     for message in messages:
         content = message.get("content") or ""
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for part in parts if message.get("role") == "user" else []:
             if part.get("type") == "text":
                 texts.append(str(part["text"]))
@@ -219,4 +219,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -213,25 +213,24 @@ class S3Store:
             self.client.upload_file(str(path), **self._name(key))
 
     def find_bytes(self, key: str) -> bytes | None:
-        with _translated(key) as outcome:
+        with _translated(key):
             data: bytes = self.client.get_object(**self._name(key))["Body"].read()
             return data
-        return outcome.missing()
+        return None
 
     def get_file(self, key: str, path: Path) -> None:
-        with _translated(key) as outcome:
+        with _translated(key):
             self.client.download_file(Filename=str(path), **self._name(key))
             return
-        outcome.missing()
         raise ServiceUnavailable(f"object {key} is not in bucket {self.bucket}")
 
     def compute_sha256(self, key: str) -> str | None:
-        with _translated(key) as outcome:
+        with _translated(key):
             hasher = hashlib.sha256()
             for chunk in self.client.get_object(**self._name(key))["Body"].iter_chunks(1 << 20):
                 hasher.update(chunk)
             return hasher.hexdigest()
-        return outcome.missing()
+        return None
 
     def list_keys(self, prefix: str) -> list[str]:
         return sorted(self._iter_keys(prefix))
@@ -260,11 +259,8 @@ class _translated:  # noqa: N801 - reads as a statement
     def __init__(self, what: str) -> None:
         self.what = what
 
-    def __enter__(self) -> "_translated":
-        return self
-
-    def missing(self) -> None:
-        """Reached only after a block that found no object."""
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         from boto3.exceptions import Boto3Error

@@ -53,7 +53,7 @@ class CheckedPhotos:
 
     def digests(self) -> list[str]:
         """Return the content digests of everything that was read."""
-        return [item.sha256 for item in (*self.accepted, *self.rejected)]
+        return [photo.sha256 for photo in self.accepted] + [reject.sha256 for reject in self.rejected]
 
 
 def check_photos(config: SubjectConfig, store: Store) -> CheckedPhotos:

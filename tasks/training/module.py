@@ -46,7 +46,7 @@ class DreamBoothModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Set the learning rate as a function of the step, so that nothing has to be resumed."""
         factor = compute_learning_rate_factor(self.spec.training, self.step)
-        for group in self.optimizers(use_pl_optimizer=False).param_groups:
+        for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = group["base_lr"] * factor
 
     def training_step(self, indices: Tensor, batch_idx: int) -> dict[str, Tensor]:

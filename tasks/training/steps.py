@@ -71,7 +71,6 @@ def compute_training(
         else (),
     )
     result = run_worker(spec, on_event=lambda event: show_event(event, config, runtime))
-    runtime.num_training_steps = result["num_steps"] - result["start_step"]
     run = RunFolder(work)
     model = tuple(folder.put_file(f"model/{name}", run.model / name) for name in result["files"])
     folder.put_file("losses.jsonl", run.losses)
@@ -93,13 +92,15 @@ def fetch_images(runtime: Runtime, work: Path, pairs: list[tuple[Any, str]]) -> 
 
 
 def show_event(event: dict[str, Any], config: TrainingConfig, runtime: Runtime) -> None:
-    """Turn the worker's events into progress."""
-    if event["event"] == "step":
-        runtime.num_training_steps += config.log_every_steps
+    """Turn the worker's events into progress and count the steps of this run."""
+    if event["event"] == "started":
+        runtime.first_training_step = event["step"]
+        if event["step"]:
+            runtime.progress.note(f"training goes on from its checkpoint at step {event['step']}")
+    elif event["event"] == "step":
+        runtime.num_training_steps = event["step"] - runtime.first_training_step
         detail = f"loss {event['loss']:.4f}  {event['images_per_second']:.1f} images/s"
         runtime.progress.update("training", event["step"], config.max_train_steps, detail)
-    elif event["event"] == "started" and event["step"]:
-        runtime.progress.note(f"training goes on from its checkpoint at step {event['step']}")
 
 
 def finish_training(

@@ -145,14 +145,15 @@ def main() -> None:
     print(f"| peak memory, all processes | {first.peak_bytes / 2**30:.2f} GiB | 3 GiB |")
     print(f"| around the stages, embedded server | {second.overhead:.1f} s | 25 s |")
     print(f"| around the stages, running server | {served.overhead:.1f} s | 8 s |")
-    rows = [quality_row("fish (demo)", first, measure(out, "experiment=prior_off", "prior=none"))]
+    rows = [quality_row("fish (demo)", first, measure(out, "prior=none"))]
     for noun, seed in () if options.quick else SUBJECTS:
         folder = out / "photos" / noun
         draw_subject(noun, seed=seed, num=5, folder=folder)
         words = (f"subject.source={folder}", f"subject.class_noun={noun}")
         rows.append(quality_row(noun, measure(out, *words), measure(out, "prior=none", *words)))
-    names = "subject | DINO (photos) | of the way | CLIP-I (photos) | of the way | CLIP-T | PRES on / off | DIV on / off | judge"
-    print(f"\n| {names} |\n|{'---|' * 9}")
+    names = ["subject", "DINO (photos)", "of the way", "CLIP-I (photos)", "of the way", "CLIP-T"]
+    names += ["PRES on / off", "DIV on / off", "judge"]
+    print(f"\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
     print("\n".join(rows))
 
 

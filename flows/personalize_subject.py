@@ -31,7 +31,7 @@ def personalize_subject(request: RunRequest = RunRequest()) -> dict[str, Any]:  
             config.prior, config.diffusion, config.subject.class_noun, run.base_model, runtime
         )
         subject = result_of(prepare_subject(config.subject, config.llm, photos, runtime))
-        prior = result_of(drawing.wait() or drawing.state)
+        prior = drawing.result()
         tuned = result_of(fine_tune(config.training, config.diffusion, config.seed, subject, prior, runtime))
         evaluation = result_of(evaluate(config.evaluation, config.diffusion, tuned, subject, runtime))
         scores = result_of(score_samples(config.scoring, config.llm, evaluation, subject, runtime))

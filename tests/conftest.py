@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 from tasks.services.config import StoreConfig
 from tasks.services.store import LocalStore, S3Store, Store
 from tests.tiny import make_tiny_stable_diffusion
+from tests.workplace import Workplace
 
 
 def refuse_remote(event: str, args: tuple[object, ...]) -> None:
@@ -80,3 +82,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A folder with a space in its name."""
+    folder = tmp_path_factory.mktemp("work") / "a place"
+    folder.mkdir()
+    return Workplace(folder)
+
+
+@pytest.fixture(scope="session")
+def first_run(workplace: Workplace) -> dict[str, Any]:
+    """The summary of the first run of the quick demo."""
+    done = workplace.run()
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workplace.newest()

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.conftest import Workplace
 from tests.tiny import draw_photos
+from tests.workplace import Workplace
 
 
 @pytest.fixture

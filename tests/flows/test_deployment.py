@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.flows.conftest import ROOT, Workplace
+from tests.workplace import ROOT, Workplace
 
 PREFECT = [sys.executable, "-m", "prefect"]
 

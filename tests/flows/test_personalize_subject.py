@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from tasks.contract import PREFIXES
-from tests.flows.conftest import Workplace
+from tests.workplace import Workplace
 
 
 def test_six_stages_turn_photos_into_a_published_model(first_run: dict[str, Any]) -> None:

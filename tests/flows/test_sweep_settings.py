@@ -4,7 +4,7 @@ import pytest
 
 from flows.sweep_settings import compute_objective, parse_sweep
 from tasks.errors import ConfigError
-from tests.flows.conftest import QUICK, Workplace
+from tests.workplace import QUICK, Workplace
 
 
 def test_trials_share_stages_and_the_best_is_named(first_run: dict[str, object], workplace: Workplace) -> None:

@@ -1,4 +1,4 @@
-"""One real run of the whole job, shared by the tests of the ways in."""
+"""A folder in which tests type commands as a person would."""
 
 import json
 import os
@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 LIKENESS = [sys.executable, "-m", "flows.cli"]
 QUICK = ["experiment=smoke", "training.num_threads=2"]
 
@@ -41,6 +39,12 @@ class Workplace:
             capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
 
+    def start(self, *words: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [*LIKENESS, "run", *QUICK, *words], cwd=self.folder, env=self.environment(),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
     def run(self, *words: str) -> "subprocess.CompletedProcess[str]":
         return self.likeness("run", *QUICK, *words)
 
@@ -48,19 +52,3 @@ class Workplace:
         paths = sorted(self.output.glob("*/summary.json"))
         summary: dict[str, Any] = json.loads(paths[-1].read_text())
         return summary
-
-
-@pytest.fixture(scope="session")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """A folder with a space in its name."""
-    folder = tmp_path_factory.mktemp("work") / "a place"
-    folder.mkdir()
-    return Workplace(folder)
-
-
-@pytest.fixture(scope="session")
-def first_run(workplace: Workplace) -> dict[str, Any]:
-    """The summary of the first run of the quick demo."""
-    done = workplace.run()
-    assert done.returncode == 0, done.stderr[-3000:]
-    return workplace.newest()

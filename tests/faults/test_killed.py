@@ -1,0 +1,87 @@
+"""Runs that are cut off: nothing computed or paid for is lost, and the next run goes on."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.tiny import draw_photos
+from tests.workplace import Workplace
+
+
+def wait_until(happened: Callable[[], bool], *, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.02)
+
+
+def count_lines(pattern: str, folder: Path) -> int:
+    return sum(path.read_text().count("\n") for path in folder.glob(pattern))
+
+
+def find_children(pid: int, word: str) -> list[psutil.Process]:
+    try:
+        children = psutil.Process(pid).children(recursive=True)
+        return [child for child in children if word in " ".join(child.cmdline())]
+    except psutil.Error:
+        return []
+
+
+def test_a_run_killed_while_training_leaves_no_process_and_goes_on(
+    first_run: dict[str, Any], workplace: Workplace
+) -> None:
+    words = ["seed=99", "training.max_train_steps=40", "training.checkpoint_every_steps=2"]
+    process = workplace.start(*words)
+    work = workplace.output / "work" / "training"
+    wait_until(lambda: process.poll() is not None or bool(list(work.glob("*/checkpoints/step-*"))))
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert alive == []
+    done = workplace.run(*words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = workplace.newest()
+    assert summary["stages"]["prior"]["cached"]
+    assert summary["stages"]["subject"]["cached"]
+    assert 0 < summary["training_steps"] < 40
+    assert summary["stages"]["training"]["counts"]["resumed_from_step"] == 40 - summary["training_steps"]
+
+
+def test_a_polite_end_saves_and_says_how_to_go_on(first_run: dict[str, Any], workplace: Workplace) -> None:
+    words = ["seed=98", "training.max_train_steps=400", "training.checkpoint_every_steps=400"]
+    process = workplace.start(*words)
+    work = workplace.output / "work" / "training"
+    wait_until(lambda: process.poll() is not None or count_lines("*/losses.jsonl", work) > 0)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert stderr.strip().splitlines()[-1] == "stopped; run again to go on from here"
+    assert list(work.glob("*/checkpoints/step-*"))
+
+
+def test_a_vision_server_killed_mid_run_is_one_line_and_no_answer_is_asked_twice(workplace: Workplace) -> None:
+    draw_photos(workplace.folder / "fish photos", num=4, seed=21, size=256)
+    words = [
+        "subject.source=fish photos", "subject.class_noun=fish", "prior=none", "training.max_train_steps=1",
+        "llm.profiles.local.concurrency=1", "output_dir=other runs",
+    ]  # fmt: skip
+    output = workplace.folder / "other runs"
+    process = workplace.start(*words)
+    wait_until(lambda: process.poll() is not None or count_lines("*/ledger.jsonl", output) >= 2)
+    for child in find_children(process.pid, "tasks.mini.server"):
+        child.kill()
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 4, stderr
+    assert "ServiceUnavailable: the mini vision server does not answer" in stderr.splitlines()[-1]
+    paid = count_lines("*/ledger.jsonl", output)
+    assert paid >= 2
+    done = workplace.run(*words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ledger = sorted(output.glob("*/ledger.jsonl"))[-1].read_text()
+    assert ledger.count('"cached"') >= 2

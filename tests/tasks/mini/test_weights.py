@@ -1,0 +1,41 @@
+"""The shipped weights: whole, small, and doing what their card says."""
+
+import json
+
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPModel, ViTModel
+
+from tasks.diffusion.base import MINI_FOLDER
+from tasks.mini.tokens import RARE_TOKENS
+from tasks.mini.verify import TARGETS, check_digests, measure_encoders, measure_generation
+
+
+def test_every_file_is_what_its_digest_says() -> None:
+    check_digests(MINI_FOLDER)
+    named = set(json.loads((MINI_FOLDER / "digests.json").read_text()))
+    there = {str(p.relative_to(MINI_FOLDER)) for p in MINI_FOLDER.rglob("*") if p.is_file()}
+    assert there - named == {"digests.json", "README.md"}
+
+
+def test_weights_are_small_safetensors() -> None:
+    weights = list(MINI_FOLDER.rglob("*.safetensors"))
+    assert sum(path.stat().st_size for path in weights) <= 24_000_000
+    assert not [p for p in MINI_FOLDER.rglob("*") if p.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+
+
+def test_they_load_like_any_other_model() -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(MINI_FOLDER / "base", safety_checker=None)
+    assert pipeline.vae.config.latent_channels == 4
+    tokens = pipeline.tokenizer(list(RARE_TOKENS)).input_ids
+    assert all(len(ids) == 3 for ids in tokens)
+    assert len({tuple(ids) for ids in tokens}) == len(RARE_TOKENS)
+    CLIPModel.from_pretrained(MINI_FOLDER / "clip")
+    ViTModel.from_pretrained(MINI_FOLDER / "dino", add_pooling_layer=False)
+
+
+def test_the_figures_of_the_card_hold_on_a_small_draw() -> None:
+    # Fewer prompts than the card's own measurement, so a few points of slack for chance.
+    figures = {**measure_generation(40), **measure_encoders(120)}
+    for name, wanted in TARGETS.items():
+        slack = 0.3 if "psnr" in name else 0.08
+        assert figures[name] >= wanted - slack, f"{name}: {figures[name]:.3f}"

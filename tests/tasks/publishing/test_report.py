@@ -1,0 +1,93 @@
+"""The report's figures and curves."""
+
+from pathlib import Path
+
+import pytest
+
+from tasks.contract import StageFolder
+from tasks.images import decode_png, encode_png
+from tasks.manifests import CeilingMetrics, DriftMetrics, Evaluation, ObjectRef, Sample, SubjectMetrics
+from tasks.publishing.export import headline_metrics
+from tasks.publishing.report import draw_curves, draw_sample_grid, list_metrics, list_samples, smoothed
+from tasks.services.store import LocalStore
+from tests.tiny import draw_photo
+
+
+def make_evaluation(store: LocalStore) -> Evaluation:
+    folder = StageFolder(store, "evaluation", "k")
+    samples = []
+    for side in ("base", "tuned"):
+        for number, prompt in enumerate(["a photo of sks fish", "sks fish at night"]):
+            image = folder.put(f"{side}-{number}.png", encode_png(draw_photo(number, size=64)))
+            samples.append(
+                Sample.model_validate(
+                    {"image": image, "side": side, "kind": "subject", "prompt": prompt, "class_prompt": "c", "seed": 1}
+                )
+            )
+    return folder.finish(
+        Evaluation, version=1, counts={}, samples=tuple(samples),
+        metrics={
+            "base": SubjectMetrics(dino=0.2, clip_i=0.5, clip_t=0.4),
+            "tuned": SubjectMetrics(dino=0.5, clip_i=0.7, clip_t=0.3),
+        },
+        drift={"base": DriftMetrics(pres=0.1, div=0.9), "tuned": DriftMetrics(pres=0.2, div=0.8)},
+        ceiling=CeilingMetrics(dino=0.8, clip_i=0.9, clip_t=0.5),
+    )  # fmt: skip
+
+
+def test_the_way_to_the_real_photos_is_a_share(store: LocalStore) -> None:
+    rows = {row["name"]: row for row in list_metrics(make_evaluation(store))}
+    assert rows["DINO"]["share"] == pytest.approx(0.5)
+    assert rows["CLIP-I"]["share"] == pytest.approx(0.5)
+    assert rows["CLIP-T"]["share"] is None
+
+
+def test_samples_stand_by_prompt_in_the_order_they_were_asked_for(store: LocalStore) -> None:
+    rows = list_samples(make_evaluation(store).samples, {})
+    assert [row["prompt"] for row in rows] == ["a photo of sks fish", "sks fish at night"]
+    assert all(len(row["base"]) == len(row["tuned"]) == 1 for row in rows)
+
+
+def test_the_grid_has_base_above_tuned(store: LocalStore) -> None:
+    grid = decode_png(draw_sample_grid(store, make_evaluation(store), side=64))
+    assert grid.size == (128, 128)
+
+
+def test_curves_share_one_scale_and_stay_in_their_frame() -> None:
+    losses = [{"step": i, "loss": 1.0, "instance_loss": 2.0 - i / 50, "prior_loss": 0.5} for i in range(100)]
+    curves = draw_curves(losses, width=100, height=50)
+    assert [curve["name"] for curve in curves] == ["instance loss", "prior loss"]
+    points = [tuple(map(float, p.split(","))) for curve in curves for p in curve["points"].split()]
+    assert all(0 <= x <= 100.1 and 0 <= y <= 50 for x, y in points)
+    assert curves[0]["last"] < curves[0]["first"]
+    assert draw_curves([]) == []
+
+
+def test_smoothing_keeps_the_mean_of_a_level_curve() -> None:
+    assert smoothed([3.0] * 40) == [3.0] * 40
+
+
+def test_headline_metrics_are_flat_and_complete(store: LocalStore) -> None:
+    from tasks.manifests import Scorecard, SideScores
+
+    scores = StageFolder(store, "scoring", "k").finish(
+        Scorecard, version=1, counts={}, served_model="m", judgements=(), failed=(),
+        scores={"tuned": SideScores(concept_preservation=3, prompt_following=4)},
+    )  # fmt: skip
+    figures = headline_metrics(make_evaluation(store), scores)
+    assert figures["tuned/dino"] == 0.5
+    assert figures["ceiling/clip_t"] == 0.5
+    assert figures["tuned/concept_preservation"] == 3
+    assert len(figures) == 6 + 4 + 3 + 2
+
+
+def test_the_card_is_filled(tmp_path: Path, store: LocalStore) -> None:
+    from tasks.publishing.export import CARD
+
+    text = CARD.format(
+        title="T", class_noun="fish", subject="sks fish", num_photos=5, num_steps=3, base_model="b",
+        base=SubjectMetrics(dino=0.1, clip_i=0.2, clip_t=0.3), tuned=SubjectMetrics(dino=0.4, clip_i=0.5, clip_t=0.6),
+        ceiling=CeilingMetrics(dino=0.7, clip_i=0.8, clip_t=0.9),
+    )  # fmt: skip
+    assert "| DINO | 0.100 | 0.400 | 0.700 |" in text
+    assert ObjectRef(key="a", sha256="b", size_bytes=1).key == "a"

@@ -72,6 +72,7 @@ class RunRequest(BaseModel):
     llm: Literal["local", "openai", "xai", "openrouter", "server"] = Field("local", description="LLM provider")
     store: Literal["local", "s3"] = Field("local", description="where objects live")
     tracking: Literal["mlflow", "none"] = Field("mlflow", description="where metrics are tracked")
+    seed: int | None = Field(None, ge=0, le=2**31 - 1, description="seed of training draws; empty: the default")
     settings: dict[str, Value] = Field(
         default_factory=dict,
         description="single values by dotted name, for example training.learning_rate: 2e-6",
@@ -171,6 +172,8 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
         value = getattr(request, name)
         if value is not None:
             settings[f"subject.{name}"] = value
+    if request.seed is not None:
+        settings["seed"] = request.seed
     is_own = request.subject == "demo" and "subject.source" in settings
     choices = {group: getattr(request, group) for group in GROUPS}
     choices["subject"] = "folder" if is_own else choices["subject"]

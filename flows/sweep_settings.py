@@ -102,7 +102,7 @@ def open_study(request: SweepRequest, output: Path) -> Any:
     storage = JournalStorage(JournalFileBackend(str(folder / f"{request.study_name}.journal")))
     is_grid = not request.num_trials or request.num_trials >= request.num_combinations
     space: Any = request.space
-    sampler = optuna.samplers.GridSampler(space, seed=0) if is_grid else optuna.samplers.TPESampler(seed=0)
+    sampler = optuna.samplers.GridSampler(space, seed=0) if is_grid else optuna.samplers.TPESampler()
     study = optuna.create_study(
         storage=storage, study_name=request.study_name, sampler=sampler, direction="maximize", load_if_exists=True
     )

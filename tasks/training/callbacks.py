@@ -85,8 +85,7 @@ class StepKeeper(pl.Callback):
             return
         self.saved_step = module.step
         if trainer.is_global_zero:
-            optimizer = trainer.optimizers[0]
-            state = collect_state(module.trained, optimizer, step=module.step, losses=self.losses)
+            state = collect_state(module.trained, module.optimizer, step=module.step, losses=self.losses)
             save_checkpoint(
                 self.run.checkpoints,
                 state,

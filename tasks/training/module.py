@@ -26,6 +26,7 @@ class DreamBoothModule(pl.LightningModule):
         self.trained.requires_grad_(True)
         self.trained.train()
         self.grad_norm = torch.zeros(())
+        self.optimizer = self.make_optimizer()
 
     @property
     def step(self) -> int:
@@ -33,6 +34,10 @@ class DreamBoothModule(pl.LightningModule):
         return self.start_step + int(self.trainer.global_step)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer, whose moments a checkpoint may already have restored."""
+        return self.optimizer
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
         """Return AdamW with one learning rate per trained module."""
         config = self.spec.training
         rates = {"text_encoder": config.text_encoder_learning_rate or config.learning_rate}
@@ -46,7 +51,7 @@ class DreamBoothModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Set the learning rate as a function of the step, so that nothing has to be resumed."""
         factor = compute_learning_rate_factor(self.spec.training, self.step)
-        for group in self.trainer.optimizers[0].param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
 
     def training_step(self, indices: Tensor, batch_idx: int) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@
     |-- ConfigError           fix the configuration
     |-- SubjectRejected       fix the photos
     |-- ServiceUnavailable    wait; retried by the steps that talk to services
+    |   `-- StillPending      a batch job runs on; run again later
     |-- ReplyInvalid          retried within a small bound
     |-- ArtifactCorrupt       rebuild: the stored object is not what its manifest says
     |-- TrainingFailed        see the log it names
@@ -38,6 +39,12 @@ class ServiceUnavailable(LikenessError):
 
     exit_code = 4
     is_retryable = True
+
+
+class StillPending(ServiceUnavailable):
+    """A remote job is not finished; asking again at once would not help."""
+
+    is_retryable = False
 
 
 class ReplyInvalid(LikenessError):

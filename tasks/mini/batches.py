@@ -117,7 +117,7 @@ class BatchDesk:
             batch["status"] = "finalizing"
             for name, lines in (("output", good), ("error", bad)):
                 if lines:
-                    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+                    data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
                     file = self.add_file(f"{batch['id']}_{name}.jsonl", data, purpose="batch_output")
                     batch[f"{name}_file_id"] = file["id"]
             batch["status"] = "cancelled" if is_cancelled else "completed"

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tasks.contract import digest_file
+from tasks.contract import digest, digest_file
 from tasks.errors import TrainingFailed
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class TrainingState:
 
 
 def save_checkpoint(folder: Path, state: TrainingState, *, identity: dict[str, str], num_kept: int) -> Path:
-    """Write a checkpoint and drop the oldest beyond `num_kept` valid ones.
+    """Write a checkpoint, then drop all but the newest `num_kept`.
 
     Raises:
         TrainingFailed: a weight isn't finite; nothing is written.
@@ -54,7 +54,7 @@ def save_checkpoint(folder: Path, state: TrainingState, *, identity: dict[str, s
     (staged / "losses.jsonl").write_text("".join(line + "\n" for line in state.losses))
     files = {path.name: digest_file(path) for path in sorted(staged.iterdir())}
     manifest = {"schema_version": SCHEMA_VERSION, "step": state.step, "identity": identity, "files": files}
-    (staged / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (staged / MANIFEST).write_text(json.dumps({**manifest, "sha256": digest(manifest)}, indent=1))
     for path in staged.iterdir():
         sync(path)
     sync(staged)
@@ -82,14 +82,16 @@ def load_newest(folder: Path, *, identity: dict[str, str]) -> TrainingState | No
             log.warning("checkpoint %s is damaged (%s); trying the one before", path.name, error)
             shutil.rmtree(folder / f".bad-{path.name}", ignore_errors=True)
             os.replace(path, folder / f".bad-{path.name}")
-    if found:
-        raise TrainingFailed(f"none of {len(found)} checkpoints in {folder} verifies; delete it to start over")
+    if found or list(folder.glob(".bad-*")):
+        raise TrainingFailed(f"no checkpoint in {folder} verifies; delete that folder to start over")
     return None
 
 
 def load_checkpoint(path: Path, *, identity: dict[str, str]) -> TrainingState:
     """Read one checkpoint. Raises ValueError if a digest differs, TrainingFailed for another run's."""
     manifest = json.loads((path / MANIFEST).read_text())
+    if manifest.pop("sha256", None) != digest(manifest):
+        raise ValueError(f"{MANIFEST} differs from its own digest")
     if manifest["schema_version"] != SCHEMA_VERSION:
         raise TrainingFailed(f"{path} has schema {manifest['schema_version']}, not {SCHEMA_VERSION}; delete it")
     changed = [name for name, value in identity.items() if manifest["identity"].get(name) != value]

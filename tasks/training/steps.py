@@ -6,9 +6,9 @@ from typing import Any
 
 from prefect import task
 
-from tasks.contract import StageFolder, fetch_folder
+from tasks.contract import StageFolder, fetch_folder, find_manifest
 from tasks.diffusion.config import DiffusionConfig
-from tasks.manifests import ClassImageSet, ModelRef, SubjectSet, TunedModel
+from tasks.manifests import ClassImageSet, SubjectSet, TunedModel
 from tasks.prefect_states import finished
 from tasks.runtime import Runtime
 from tasks.training.config import TrainingConfig
@@ -51,31 +51,32 @@ def compute_training(
     prior: ClassImageSet,
     runtime: Runtime,
 ) -> TunedModel:
-    """Run the worker to its end and move its result into the store."""
+    """Run the worker to its end and move its result into the store, one run at a time."""
     from tasks.diffusion.base import find_folder
-    from tasks.training.spec import RunFolder, TrainingSpec
-    from tasks.training.supervisor import run_worker
+    from tasks.training.spec import TrainingSpec
+    from tasks.training.supervisor import locked, run_worker
 
     work = runtime.work_folder / "training" / folder.stage_key
-    spec = TrainingSpec(
-        stage_key=folder.stage_key,
-        folder=str(work),
-        model_folder=str(find_folder(diffusion)),
-        base_model_sha256=prior.base_model.sha256,
-        seed=seed,
-        diffusion=diffusion,
-        training=config,
-        instance_images=fetch_images(runtime, work, [(i.image, i.instance_prompt) for i in subject.images]),
-        class_images=fetch_images(runtime, work, [(i.image, prior.class_prompt) for i in prior.images])
-        if config.prior_loss_weight > 0
-        else (),
-    )
-    result = run_worker(spec, on_event=lambda event: show_event(event, config, runtime))
-    run = RunFolder(work)
-    model = tuple(folder.put_file(f"model/{name}", run.model / name) for name in result["files"])
-    folder.put_file("losses.jsonl", run.losses)
-    manifest = finish_training(folder, result, prior.base_model, model, subject, prior)
-    shutil.rmtree(work)
+    with locked(work.with_suffix(".lock")) as descriptor:
+        finished_meanwhile = find_manifest(runtime.store, TunedModel, "training", folder.stage_key)
+        if finished_meanwhile is not None:
+            return finished_meanwhile
+        spec = TrainingSpec(
+            stage_key=folder.stage_key,
+            folder=str(work),
+            model_folder=str(find_folder(diffusion)),
+            base_model_sha256=prior.base_model.sha256,
+            seed=seed,
+            diffusion=diffusion,
+            training=config,
+            instance_images=fetch_images(runtime, work, [(i.image, i.instance_prompt) for i in subject.images]),
+            class_images=fetch_images(runtime, work, [(i.image, prior.class_prompt) for i in prior.images])
+            if config.prior_loss_weight > 0
+            else (),
+        )
+        result = run_worker(spec, on_event=lambda event: show_event(event, config, runtime), inherited=(descriptor,))
+        manifest = store_result(folder, work, result, subject, prior)
+        shutil.rmtree(work)
     return manifest
 
 
@@ -103,20 +104,20 @@ def show_event(event: dict[str, Any], config: TrainingConfig, runtime: Runtime) 
         runtime.progress.update("training", event["step"], config.max_train_steps, detail)
 
 
-def finish_training(
-    folder: StageFolder,
-    result: dict[str, Any],
-    base_model: ModelRef,
-    model: tuple[Any, ...],
-    subject: SubjectSet,
-    prior: ClassImageSet,
+def store_result(
+    folder: StageFolder, work: Path, result: dict[str, Any], subject: SubjectSet, prior: ClassImageSet
 ) -> TunedModel:
-    """Write the manifest."""
+    """Store weights and loss log and write the manifest."""
+    from tasks.training.spec import RunFolder
+
+    run = RunFolder(work)
+    model = tuple(folder.put_file(f"model/{name}", run.model / name) for name in result["files"])
+    folder.put_file("losses.jsonl", run.losses)
     return folder.finish(
         TunedModel,
         version=STAGE_VERSION,
         counts={"steps": result["num_steps"], "resumed_from_step": result["start_step"]},
-        base_model=base_model,
+        base_model=prior.base_model,
         model=model,
         num_steps=result["num_steps"],
         trainable_parameters=result["trainable_parameters"],

@@ -1,5 +1,6 @@
 """Start the training worker, follow it, stop it gently, and believe only its result manifest."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -17,10 +18,13 @@ from tasks.errors import TrainingFailed, TrainingStopped
 from tasks.training.spec import RunFolder, TrainingSpec
 
 POLL_SECONDS = 0.2
+LOCK_SECONDS = 10.0
 SOURCE_ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def run_worker(spec: TrainingSpec, *, on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def run_worker(
+    spec: TrainingSpec, *, on_event: Callable[[dict[str, Any]], None], inherited: tuple[int, ...] = ()
+) -> dict[str, Any]:
     """Train to the end and return the verified result.
 
     Any exception in here, a request to cancel included, first lets the worker save and end.
@@ -32,34 +36,34 @@ def run_worker(spec: TrainingSpec, *, on_event: Callable[[dict[str, Any]], None]
     """
     run = RunFolder(spec.path)
     run.folder.mkdir(parents=True, exist_ok=True)
-    with locked(run.folder / "lock"):
-        result = read_result(run)
-        if result is not None:
-            return result
-        run.spec.write_text(spec.model_dump_json(indent=1))
-        run.stop.unlink(missing_ok=True)
-        run.events.write_text("")
-        process = start(spec, run)
-        tail = EventTail(run.events, on_event)
-        try:
-            while process.poll() is None:
-                tail.read()
-                time.sleep(POLL_SECONDS)
-        finally:
-            if process.poll() is None:
-                stop(process, run, grace_seconds=spec.training.grace_seconds)
-        tail.read()
+    result = read_result(run)
+    if result is not None:
+        return result
+    run.spec.write_text(spec.model_dump_json(indent=1))
+    run.stop.unlink(missing_ok=True)
+    run.events.write_text("")
+    log_start = run.log.stat().st_size if run.log.exists() else 0
+    process = start(spec, run, inherited=inherited)
+    tail = EventTail(run.events, on_event)
+    try:
+        while process.poll() is None:
+            tail.read()
+            time.sleep(POLL_SECONDS)
+    finally:
+        if process.poll() is None:
+            stop(process, run, grace_seconds=spec.training.grace_seconds)
+    tail.read()
     result = read_result(run)
     if result is not None:
         return result
     if tail.last_event == "stopped":
         raise TrainingStopped(f"training stopped at step {tail.last_step} and is saved; run again to go on")
-    reason = find_reason(run.log)
+    reason = find_reason(run.log, start=log_start)
     raise TrainingFailed(f"training ended at step {tail.last_step}: {reason}; see {run.log}")
 
 
-def start(spec: TrainingSpec, run: RunFolder) -> "subprocess.Popen[bytes]":
-    """Start one process per device in a session of its own."""
+def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()) -> "subprocess.Popen[bytes]":
+    """Start one process per device in a session of its own, holding the given descriptors."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         "--nproc-per-node", str(spec.training.num_devices),
@@ -74,15 +78,25 @@ def start(spec: TrainingSpec, run: RunFolder) -> "subprocess.Popen[bytes]":
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1)),
     }
     with run.log.open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            pass_fds=inherited,
+        )
 
 
 def stop(process: "subprocess.Popen[bytes]", run: RunFolder, *, grace_seconds: float) -> None:
     """Ask the worker to save, give it its grace, then end the whole group."""
     run.stop.touch()
-    try:
-        process.wait(grace_seconds)
-    except subprocess.TimeoutExpired:
+    deadline = time.monotonic() + grace_seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        # A second Ctrl-C must not cut off the save that the first one asked for.
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(POLL_SECONDS)
+    if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
@@ -124,10 +138,10 @@ def read_result(run: RunFolder) -> dict[str, Any] | None:
     return result
 
 
-def find_reason(log: Path) -> str:
-    """Return the most telling line of the worker's log."""
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    for line in reversed(lines):
+def find_reason(log: Path, *, start: int = 0) -> str:
+    """Return the most telling line of the worker's log, from a byte position on."""
+    text = log.read_bytes()[start:].decode(errors="replace") if log.exists() else ""
+    for line in reversed(text.splitlines()):
         stripped = line.strip()
         stripped = stripped.split("]:", 1)[-1] if stripped.startswith("[rank") else stripped
         name = stripped.split(":", 1)[0].rsplit(".", 1)[-1].strip()
@@ -137,11 +151,24 @@ def find_reason(log: Path) -> str:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process. Raises TrainingFailed where another run has it."""
+def locked(path: Path, *, seconds: float = LOCK_SECONDS) -> Iterator[int]:
+    """Hold a lock for as long as this process, or one that inherited the descriptor, lives.
+
+    Waits a little: the worker of a run that was killed ends itself within two seconds.
+
+    Raises:
+        TrainingFailed: another run has it.
+
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrainingFailed(f"another run is training this very model; wait for it ({path})") from error
-        yield
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise TrainingFailed(f"another run is training this very model; wait for it ({path})") from error
+                time.sleep(POLL_SECONDS)
+        yield file.fileno()

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tasks.contract import digest_file
-from tasks.diffusion.base import DiffusionModel, open_model
+from tasks.diffusion.base import DiffusionModel, choose_device, open_model
 from tasks.training.callbacks import StepKeeper, watch_supervisor
 from tasks.training.checkpoints import load_newest, restore_state
 from tasks.training.data import SampleCounter
@@ -75,7 +75,7 @@ def fit(spec: TrainingSpec, module: DreamBoothModule, keeper: StepKeeper) -> Non
     trainer = pl.Trainer(
         max_steps=config.max_train_steps - module.start_step,
         max_epochs=-1,
-        accelerator="cpu" if spec.diffusion.device == "cpu" else "auto",
+        accelerator=choose_device(spec.diffusion).type,
         devices=config.num_devices,
         strategy="auto" if config.num_devices == 1 else "ddp",
         precision="bf16-mixed" if config.precision == "bf16" else "32-true",

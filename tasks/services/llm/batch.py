@@ -11,26 +11,32 @@ import io
 import json
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from pydantic import BaseModel
 
-from tasks.errors import ReplyInvalid, ServiceUnavailable
+from tasks.errors import ReplyInvalid, StillPending
 from tasks.services.llm.client import LlmService, T, call_with_retries
 from tasks.services.llm.requests import RequestSpec
 
 ENDPOINT = "/v1/chat/completions"
 TERMINAL = ("completed", "failed", "expired", "cancelled")
 MOST_ROWS, MOST_BYTES = 50_000, 190_000_000  # providers' published limits, with a margin
+MOST_LISTED = 2_000
 
 
 class BatchState(BaseModel):
     """How far a batch job is."""
 
     input_sha256: str
+    attempt: int
+    custom_ids: tuple[str, ...]
     file_id: str = ""
     batch_id: str = ""
     status: str = "planned"
+    is_harvested: bool = False
+    """Whether every row's outcome is stored: only then may its rows be asked again."""
 
 
 class BatchReply(BaseModel):
@@ -62,44 +68,98 @@ def ask_batch(
         Validated replies with the serving model, and reasons for the rest, both by name.
 
     """
-    answers: dict[str, tuple[T, str]] = {}
     names: dict[str, list[str]] = {}
+    for name, spec in specs.items():
+        names.setdefault(spec.compute_key(llm.profile(role)), []).append(name)
+    rows = {custom_id: specs[named[0]] for custom_id, named in names.items()}
+    answers: dict[str, tuple[T, str]] = {}
     for name, spec in specs.items():
         cached = llm.find_cached(spec, role=role, reply=reply)
         if cached is not None:
             answers[name] = cached
-        else:
-            names.setdefault(spec.compute_key(llm.profile(role)), []).append(name)
     failures: dict[str, str] = {}
-    rows = {custom_id: specs[named[0]] for custom_id, named in names.items()}
-    num_done = len(answers)
-    for chunk in split_rows(llm, rows, role=role):
-        job = BatchJob(llm, chunk, role=role, state_prefix=state_prefix)
+    jobs = plan_jobs(llm, rows, role=role, reply=reply, state_prefix=state_prefix)
+    for job in jobs:
+        done_before = sum(len(other.lines) for other in jobs[: jobs.index(job)])
         job.wait(
             poll_seconds=poll_seconds,
             max_wait_seconds=max_wait_seconds,
-            on_progress=lambda done, base=num_done: on_progress(base + done, len(specs)),  # type: ignore[misc]
+            on_progress=lambda done, base=done_before: on_progress(base + done, len(specs)),  # type: ignore[misc]
         )
         for custom_id, row in job.harvest().items():
-            for name in names[custom_id]:
-                try:
-                    if row.completion is None:
-                        raise ReplyInvalid(row.error)
-                    answers[name] = llm.accept(specs[name], row.completion, role=role, reply=reply, is_batch=True)
-                except ReplyInvalid as error:
-                    failures[name] = str(error)
-        num_done = len(answers) + len(failures)
-        on_progress(num_done, len(specs))
+            reason = keep_row(llm, rows[custom_id], row, role=role, reply=reply)
+            if reason:
+                failures.update(dict.fromkeys(names[custom_id], reason))
+        job.mark_harvested()
+    for name, spec in specs.items():
+        if name not in failures and name not in answers:
+            kept = llm.read_kept(spec, role=role, reply=reply)
+            if kept is None:
+                failures[name] = "no reply was kept for this row"
+            else:
+                answers[name] = kept
+    on_progress(len(specs), len(specs))
     return answers, failures
 
 
-def split_rows(llm: LlmService, rows: dict[str, RequestSpec], *, role: str) -> list[dict[str, bytes]]:
-    """Return JSONL lines by custom id, cut into files within the providers' limits."""
+def plan_jobs(
+    llm: LlmService, rows: dict[str, RequestSpec], *, role: str, reply: type[T], state_prefix: str
+) -> list["BatchJob"]:
+    """Return the jobs that earlier attempts left unfinished, then new ones for rows in none of them."""
+    states = [
+        BatchState.model_validate_json(llm.store.find_bytes(key) or b"")
+        for key in llm.store.list_keys(f"{state_prefix}/")
+    ]
+    jobs, covered = [], set()
+    for state in states:
+        if not state.is_harvested and set(state.custom_ids) <= set(rows):
+            lines = make_lines(llm, {custom_id: rows[custom_id] for custom_id in state.custom_ids}, role=role)
+            jobs.append(BatchJob(llm, lines, state, role=role, state_prefix=state_prefix))
+            covered.update(state.custom_ids)
+    missing = {
+        custom_id: spec
+        for custom_id, spec in rows.items()
+        if custom_id not in covered and llm.read_kept(spec, role=role, reply=reply) is None
+    }
+    for lines in split_lines(make_lines(llm, missing, role=role)):
+        sha256 = hashlib.sha256(b"".join(lines.values())).hexdigest()
+        attempt = sum(state.input_sha256 == sha256 for state in states)
+        state = BatchState(input_sha256=sha256, attempt=attempt, custom_ids=tuple(lines))
+        jobs.append(BatchJob(llm, lines, state, role=role, state_prefix=state_prefix))
+    return jobs
+
+
+def keep_row(llm: LlmService, spec: RequestSpec, row: BatchReply, *, role: str, reply: type[T]) -> str:
+    """Store one row's reply, unless an earlier attempt did; return why it can't be, or nothing."""
+    if llm.read_kept(spec, role=role, reply=reply) is not None:
+        return ""
+    try:
+        if row.completion is None:
+            raise ReplyInvalid(row.error)
+        llm.accept(spec, row.completion, role=role, reply=reply, is_batch=True)
+    except ReplyInvalid as error:
+        return str(error)
+    return ""
+
+
+def make_lines(llm: LlmService, rows: dict[str, RequestSpec], *, role: str) -> dict[str, bytes]:
+    """Return one JSONL line per custom id, in order of id."""
+    profile = llm.profile(role)
+    return {
+        custom_id: json.dumps(
+            {"custom_id": custom_id, "method": "POST", "url": ENDPOINT, "body": rows[custom_id].body(profile)},
+            sort_keys=True,
+        ).encode()
+        + b"\n"
+        for custom_id in sorted(rows)
+    }
+
+
+def split_lines(lines: dict[str, bytes]) -> list[dict[str, bytes]]:
+    """Cut lines into files within the providers' limits."""
     chunks: list[dict[str, bytes]] = []
     size = MOST_BYTES
-    for custom_id, spec in sorted(rows.items()):
-        row = {"custom_id": custom_id, "method": "POST", "url": ENDPOINT, "body": spec.body(llm.profile(role))}
-        line = json.dumps(row, sort_keys=True).encode() + b"\n"
+    for custom_id, line in lines.items():
         if size + len(line) > MOST_BYTES or len(chunks[-1]) >= MOST_ROWS:
             chunks.append({})
             size = 0
@@ -111,21 +171,21 @@ def split_rows(llm: LlmService, rows: dict[str, RequestSpec], *, role: str) -> l
 class BatchJob:
     """One remote job, found again by the digest of its input."""
 
-    def __init__(self, llm: LlmService, lines: dict[str, bytes], *, role: str, state_prefix: str) -> None:
+    def __init__(
+        self, llm: LlmService, lines: dict[str, bytes], state: BatchState, *, role: str, state_prefix: str
+    ) -> None:
         self.llm = llm
         self.lines = lines
+        self.state = state
         self.role = role
         self.profile = llm.profile(role)
-        self.data = b"".join(lines.values())
-        self.input_sha256 = hashlib.sha256(self.data).hexdigest()
-        self.state_key = f"{state_prefix}/{self.input_sha256[:24]}.json"
-        stored = llm.store.find_bytes(self.state_key)
-        self.state = BatchState.model_validate_json(stored) if stored else BatchState(input_sha256=self.input_sha256)
+        self.state_key = f"{state_prefix}/{state.input_sha256[:24]}-{state.attempt}.json"
+        self.mark = f"{state.input_sha256}/{state.attempt}"
 
     def _call(self, call: Callable[[Any, float], Any]) -> Any:
         return call_with_retries(lambda timeout: call(self.llm.client(self.role), timeout), self.profile)
 
-    def _save(self, **changes: str) -> None:
+    def _save(self, **changes: str | bool) -> None:
         self.state = self.state.model_copy(update=changes)
         self.llm.store.put_bytes(self.state_key, self.state.model_dump_json().encode())
 
@@ -140,11 +200,11 @@ class BatchJob:
         if adopted is not None:
             self._save(batch_id=adopted.id, file_id=adopted.input_file_id, status=adopted.status)
             return
-        name = f"likeness-{self.input_sha256[:24]}.jsonl"
+        name = f"likeness-{self.state.input_sha256[:24]}.jsonl"
         if not self.state.file_id:
             upload = self._call(
                 lambda client, timeout: client.files.create(
-                    file=(name, io.BytesIO(self.data)), purpose="batch", timeout=timeout
+                    file=(name, io.BytesIO(b"".join(self.lines.values()))), purpose="batch", timeout=timeout
                 )
             )
             self._save(file_id=upload.id, status="uploaded")
@@ -155,7 +215,7 @@ class BatchJob:
                 input_file_id=self.state.file_id,
                 endpoint=ENDPOINT,
                 completion_window="24h",
-                metadata={"likeness_input": self.input_sha256},
+                metadata={"likeness_input": self.mark},
                 timeout=timeout,
             ),
             single,
@@ -175,12 +235,10 @@ class BatchJob:
         return False
 
     def _find_remote(self) -> Any | None:
-        """Return a live or finished remote job with this very input."""
-        page = self._call(lambda client, timeout: client.batches.list(limit=100, timeout=timeout))
-        for batch in page.data:
-            is_ours = (batch.metadata or {}).get("likeness_input") == self.input_sha256
-            num_failed = batch.request_counts.failed if batch.request_counts else 0
-            if is_ours and not num_failed and batch.status not in ("failed", "cancelled", "cancelling"):
+        """Return the remote job that an earlier attempt created but didn't write down."""
+        batches = self._call(lambda client, timeout: client.batches.list(limit=100, timeout=timeout))
+        for batch in islice(batches, MOST_LISTED):
+            if (batch.metadata or {}).get("likeness_input") == self.mark:
                 return batch
         return None
 
@@ -199,7 +257,7 @@ class BatchJob:
                 self.batch = batch
                 return
             if time.monotonic() > deadline:
-                raise ServiceUnavailable(f"batch job {batch.id} is still {batch.status}; run again to pick it up")
+                raise StillPending(f"batch job {batch.id} is still {batch.status}; run again to pick it up")
             time.sleep(pause)
             pause = min(poll_seconds, pause * 1.5)
 
@@ -209,24 +267,34 @@ class BatchJob:
         for file_id in (self.batch.output_file_id, self.batch.error_file_id):
             if file_id:
                 content = self._call(lambda client, timeout: client.files.content(file_id, timeout=timeout))  # noqa: B023
-                for line in content.text.splitlines():
-                    row = json.loads(line)
-                    if row.get("custom_id") in self.lines:
-                        outcomes.setdefault(row["custom_id"], read_row(row))
+                # Not splitlines: it would also cut at line separators inside a reply's text.
+                for line in content.content.split(b"\n"):
+                    custom_id, outcome = read_row(line)
+                    if custom_id in self.lines:
+                        outcomes.setdefault(custom_id, outcome)
         reason = f"batch job ended as {self.batch.status} without this row"
+        errors = getattr(self.batch.errors, "data", None)
+        if errors:
+            reason = f"batch job {self.batch.status}: {errors[0].message}"
         for custom_id in self.lines:
             outcomes.setdefault(custom_id, BatchReply(completion=None, error=reason))
-        if any(outcome.completion is None for outcome in outcomes.values()):
-            # The rows that failed are asked anew by the next attempt, in a job of their own.
-            self.llm.store.delete(self.state_key)
         return outcomes
 
+    def mark_harvested(self) -> None:
+        """Note that every row's outcome is stored."""
+        self._save(is_harvested=True)
 
-def read_row(row: dict[str, Any]) -> BatchReply:
-    """Sort one line of an output or error file."""
+
+def read_row(line: bytes) -> tuple[str, BatchReply]:
+    """Sort one line of an output or error file: its custom id and outcome."""
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return "", BatchReply(completion=None, error="unreadable line")
     response = row.get("response") or {}
+    custom_id = str(row.get("custom_id"))
     if row.get("error") is None and response.get("status_code") == 200:
-        return BatchReply(completion=response.get("body"), error="")
+        return custom_id, BatchReply(completion=response.get("body"), error="")
     detail = row.get("error") or (response.get("body") or {}).get("error") or {}
     message = detail.get("message") if isinstance(detail, dict) else str(detail)
-    return BatchReply(completion=None, error=str(message or f"status {response.get('status_code')}"))
+    return custom_id, BatchReply(completion=None, error=str(message or f"status {response.get('status_code')}"))

@@ -65,7 +65,14 @@ class LlmService:
             client.close()
 
     def find_cached(self, spec: RequestSpec, *, role: str, reply: type[T]) -> tuple[T, str] | None:
-        """Return a validated reply of an earlier run and the model that gave it."""
+        """Return a kept reply and the model that gave it, and book that nothing was paid."""
+        found = self.read_kept(spec, role=role, reply=reply)
+        if found is not None:
+            self.ledger.book(self.profile(role), role=role, outcome="cached", served_model=found[1])
+        return found
+
+    def read_kept(self, spec: RequestSpec, *, role: str, reply: type[T]) -> tuple[T, str] | None:
+        """Return a validated reply in the store and the model that gave it."""
         data = self.store.find_bytes(self._cache_key(spec, role))
         if data is None:
             return None
@@ -74,7 +81,6 @@ class LlmService:
             parsed = parse_reply(reply, cached.content, finish_reason="stop", refusal=None)
         except (ValidationError, ReplyInvalid):
             return None
-        self.ledger.book(self.profile(role), role=role, outcome="cached", served_model=cached.served_model)
         return parsed, cached.served_model
 
     def ask(self, spec: RequestSpec, *, role: str, reply: type[T]) -> tuple[T, str]:
@@ -139,9 +145,10 @@ class LlmService:
         except ReplyInvalid:
             self.ledger.book(self.profile(role), outcome="invalid", **booked)
             raise
-        self.ledger.book(self.profile(role), outcome="ok", **booked)
+        # Stored before it is booked: a run that ends in between must not pay for it again.
         kept = CachedReply(content=content, served_model=served, tokens=tokens)
         self.store.put_bytes(self._cache_key(spec, role), kept.model_dump_json().encode())
+        self.ledger.book(self.profile(role), outcome="ok", **booked)
         return parsed, served
 
     def _cache_key(self, spec: RequestSpec, role: str) -> str:

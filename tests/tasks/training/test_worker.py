@@ -52,9 +52,9 @@ def kill_at_step(spec: TrainingSpec, step: int) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> tuple[TrainingSpec, RunFolder]:
     """A run that nothing disturbs."""
-    spec = make_spec(tmp_path_factory.mktemp("whole"), tiny_model_folder, max_train_steps=60, checkpoint_every_steps=5)
+    spec = make_spec(tmp_path_factory.mktemp("whole"), tiny_model_folder, max_train_steps=150, checkpoint_every_steps=5)
     result = run_worker(spec, on_event=lambda event: None)
-    assert result["num_steps"] == 60
+    assert result["num_steps"] == 150
     return spec, RunFolder(spec.path)
 
 
@@ -68,13 +68,13 @@ def test_a_run_that_was_killed_twice_ends_bit_equal(
     starts: list[int] = []
     result = run_worker(again, on_event=lambda e: starts.append(e["step"]) if e["event"] == "started" else None)
     run = RunFolder(again.path)
-    assert 30 <= result["start_step"] < 60
+    assert 30 <= result["start_step"] < 150
     assert starts == [result["start_step"]]
     first, second = weights(whole), weights(run)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert run.losses.read_text() == whole.losses.read_text()
-    assert [json.loads(line)["step"] for line in run.losses.read_text().splitlines()] == list(range(1, 61))
+    assert [json.loads(line)["step"] for line in run.losses.read_text().splitlines()] == list(range(1, 151))
 
 
 def test_training_changes_unet_and_text_encoder_and_leaves_the_vae(
@@ -130,7 +130,7 @@ def test_a_second_run_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait(10)
-    with pytest.raises(TrainingFailed, match="another run is training"), locked(tmp_path / "lock"):
+    with pytest.raises(TrainingFailed, match="another run is training"), locked(tmp_path / "lock", seconds=0.3):
         pass
     release.set()
     thread.join()

@@ -1,5 +1,6 @@
 """Batch jobs that survive being cut off anywhere."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from tasks.errors import ServiceUnavailable
 from tasks.services.llm.batch import ask_batch
 from tasks.services.llm.client import LlmService
 from tasks.services.llm.requests import RequestSpec
-from tests.llm_server import ScriptedServer, scripted_server
+from tests.llm_server import ScriptedServer, completion, scripted_server
 from tests.tasks.services.llm.test_client import GOOD, Reply, make_llm
 
 SPECS = {f"s{n}": RequestSpec("grade", (f"sample {n}",), Reply) for n in range(4)}
@@ -52,20 +53,20 @@ def test_a_second_run_makes_no_job(server: ScriptedServer, tmp_path: Path) -> No
 
 
 def cut_after(llm: LlmService, number: int) -> None:
-    """Let the process end right after the state was saved for the n-th time."""
+    """Let the process end right after the n-th object was stored: states and replies alike."""
     plain, saves = llm.store.put_bytes, 0
 
     def put(key: str, data: bytes) -> None:
         nonlocal saves
         plain(key, data)
-        saves += "batches" in key
+        saves += 1
         if saves == number:
             raise Cut
 
     llm.store.put_bytes = put  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize("number", range(1, 9))
 def test_a_run_cut_off_at_any_saved_step_pays_for_one_job(server: ScriptedServer, tmp_path: Path, number: int) -> None:
     llm = make_llm(server, tmp_path)
     cut_after(llm, number)
@@ -109,6 +110,24 @@ def test_a_job_that_failed_whole_is_said_so_and_not_adopted_again(server: Script
     server.script(GOOD)
     answers, _ = ask(make_llm(server, tmp_path))
     assert len(answers) == 4
+
+
+def test_a_harvest_cut_off_after_a_failed_row_asks_only_that_row_again(server: ScriptedServer, tmp_path: Path) -> None:
+    server.script(GOOD, (500, {}, b"{}"), GOOD)
+    llm = make_llm(server, tmp_path)
+    cut_after(llm, 6)
+    with pytest.raises(Cut):
+        ask(llm)
+    assert len(ask(make_llm(server, tmp_path))[1]) == 1
+    answers, failures = ask(make_llm(server, tmp_path))
+    assert (len(answers), len(failures)) == (4, 0)
+    assert (server.counts[BATCHES], server.counts["row"]) == (2, 5)
+
+
+def test_line_separators_inside_a_reply_are_text(server: ScriptedServer, tmp_path: Path) -> None:
+    content = '{"grade": 2, "note": "a\u2028b"}'
+    server.script((200, {}, json.dumps(completion(content), ensure_ascii=False).encode()))
+    assert len(ask(make_llm(server, tmp_path))[0]) == 4
 
 
 def test_a_job_that_the_provider_forgot_is_made_anew(server: ScriptedServer, tmp_path: Path) -> None:

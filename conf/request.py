@@ -67,8 +67,8 @@ class RunRequest(BaseModel):
     prior: Literal["class_images", "none"] = Field("class_images", description="prior preservation")
     training: Literal["full", "unet"] = Field("full", description="what is trained")
     evaluation: Literal["standard", "thorough"] = Field("standard", description="how much is sampled")
-    scoring: Literal["batch", "sync"] | None = Field(None, description="how the judge is called; empty: as llm says")
-    publishing: Literal["registry", "local"] | None = Field(None, description="where the model goes")
+    scoring: Literal["auto", "batch", "sync"] = Field("auto", description="how the judge is called; auto: as llm says")
+    publishing: Literal["auto", "registry", "local"] = Field("auto", description="where the model goes")
     llm: Literal["local", "openai", "xai", "openrouter", "server"] = Field("local", description="LLM provider")
     store: Literal["local", "s3"] = Field("local", description="where objects live")
     tracking: Literal["mlflow", "none"] = Field("mlflow", description="where metrics are tracked")
@@ -230,10 +230,15 @@ def suggest(key: str, known: Iterable[str]) -> str:
 
 
 def check_paths(settings: dict[str, Value], roots: tuple[Path, ...]) -> None:
-    """Refuse paths outside the allowed roots. Raises ConfigError."""
+    """Refuse paths outside the allowed roots, and where secrets could be sent. Raises ConfigError."""
+    for name in settings:
+        if re.fullmatch(r"llm\.profiles\..*\.(base_url|api_key_variable)|store\.endpoint_url", name):
+            raise ConfigError(f"{name} is set in conf/ on the worker's machine, not by a request")
     for name in PATH_FIELDS:
         value = settings.get(name)
-        if not isinstance(value, str) or value.startswith("store:") or value in ("demo", "mini", ""):
+        if not isinstance(value, str) or value in ("demo", "mini", ""):
+            continue
+        if name == "subject.source" and value.startswith("store:"):
             continue
         is_hub = name.startswith(("diffusion", "evaluation")) and re.fullmatch(r"[\w.-]+/[\w.-]+", value)
         if is_hub and ".." not in value and not Path(value).exists():

@@ -30,7 +30,7 @@ def main() -> None:
     check_python()
     locks = ["requirements.lock", *(["requirements-dev.lock"] if options.dev else [])]
     stamp = VENV / "locks.sha256"
-    wanted = digest_of([*locks, "pyproject.toml"])
+    wanted = digest_of([*locks, "pyproject.toml"])  # covers where the checkout lies, too
     if stamp.exists() and wanted in stamp.read_text().split():
         return
     check_disk()
@@ -40,6 +40,7 @@ def main() -> None:
         python, "install", "--no-deps", "--require-hashes", *(arg for name in locks for arg in ("-r", str(ROOT / name)))
     )
     if sys.platform == "linux" and not is_cpu_torch(python):
+        check_disk(8_000_000_000)
         pip(python, "install", "--no-deps", "--require-hashes", "-r", str(ROOT / "requirements-cuda.lock"))
     pip(python, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
     runtime_only = digest_of(["requirements.lock", "pyproject.toml"])
@@ -53,23 +54,30 @@ def check_python() -> None:
         stop(f"Python 3.11 to 3.13 is needed, this is {found}; set PYTHON, for example: make demo PYTHON=python3.11")
 
 
-def check_disk() -> None:
+def check_disk(needed: int = NEEDED_BYTES) -> None:
     """Stop with one line where there is too little disk."""
     free = shutil.disk_usage(ROOT).free
-    if free < NEEDED_BYTES:
-        stop(f"{free / 1e9:.1f} GB of disk are free in {ROOT}, {NEEDED_BYTES / 1e9:.0f} GB are needed")
+    if free < needed:
+        stop(f"{free / 1e9:.1f} GB of disk are free in {ROOT}, {needed / 1e9:.0f} GB are needed")
 
 
 def create_venv() -> Path:
     """Create the virtual environment if it is missing and return its Python."""
     python = VENV / "bin" / "python"
-    if not python.exists():
+    if not has_pip(python):
         say(f"creating {VENV}")
         try:
-            venv.create(VENV, with_pip=True, clear=VENV.exists())
+            venv.create(VENV, with_pip=True, clear=VENV.exists(), symlinks=True)
         except (OSError, subprocess.CalledProcessError) as error:
             stop(f"cannot create {VENV}: {error}; on Debian: apt install python3-venv")
     return python
+
+
+def has_pip(python: Path) -> bool:
+    """Whether the environment is whole: a set-up that was cut off leaves a Python without pip."""
+    if not python.exists():
+        return False
+    return subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
 
 
 def install_torch(python: Path) -> None:
@@ -126,7 +134,8 @@ def pip(python: Path, *arguments: str) -> None:
 
 def digest_of(names: list[str]) -> str:
     """Return a digest of some files of the checkout."""
-    return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names)).hexdigest()
+    contents = [str(ROOT).encode(), *((ROOT / name).read_bytes() for name in names)]
+    return hashlib.sha256(b"".join(contents)).hexdigest()
 
 
 def say(text: str) -> None:

@@ -31,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     except LikenessError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; run again to go on from here", file=sys.stderr)
         return 130
@@ -53,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sweep = add("sweep", help="search settings: give each several values")
     sweep.add_argument("settings", nargs="+", metavar="key=v1,v2", help="several values sweep, one value is fixed")
-    sweep.add_argument("--trials", type=int, default=0, help="how many trials (default: every combination)")
+    sweep.add_argument("--trials", type=whole_number, default=0, help="how many trials (default: every combination)")
     sweep.add_argument("--study", default="", help="name of a study to go on with")
     sweep.set_defaults(action=sweep_settings)
 
@@ -65,10 +68,10 @@ def make_parser() -> argparse.ArgumentParser:
     generate = add("generate", help="draw a picture with a run's tuned model")
     generate.add_argument("run", help=RUN_HELP)
     generate.add_argument("prompt", help='for example "a photo of sks fish in the snow"')
-    generate.add_argument("--seed", type=int, help="default: a random one, which is printed")
+    generate.add_argument("--seed", type=whole_number, help="default: a random one, which is printed")
     generate.add_argument("--out", type=Path, help="PNG file (default: in the run's folder)")
-    generate.add_argument("--steps", type=int, help="denoising steps (default: as in evaluation)")
-    generate.add_argument("--guidance", type=float, help="guidance scale (default: as in evaluation)")
+    generate.add_argument("--steps", type=positive_number, help="denoising steps (default: as in evaluation)")
+    generate.add_argument("--guidance", type=guidance_number, help="guidance scale (default: as in evaluation)")
     generate.set_defaults(action=generate_picture)
 
     runs = add("runs", help="list runs, newest first")
@@ -77,6 +80,30 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (report, generate, runs):
         command.add_argument("--output-dir", type=Path, default=Path("runs"), help="default: runs")
     return parser
+
+
+def whole_number(text: str) -> int:
+    """Read a seed or count: 0 to 2**63."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return value
+
+
+def positive_number(text: str) -> int:
+    """Read a number of steps: 1 to 1000."""
+    value = int(text)
+    if not 1 <= value <= 1000:
+        raise argparse.ArgumentTypeError("must be 1 to 1000")
+    return value
+
+
+def guidance_number(text: str) -> float:
+    """Read a guidance scale: 1 to 30."""
+    value = float(text)
+    if not 1 <= value <= 30:
+        raise argparse.ArgumentTypeError("must be 1 to 30")
+    return value
 
 
 def run_job(options: argparse.Namespace) -> int:

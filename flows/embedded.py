@@ -5,13 +5,13 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tasks.errors import ServiceUnavailable
+from tasks.errors import ConfigError, ServiceUnavailable
 
 START_SECONDS = 120.0
 PR_SET_PDEATHSIG, SIGTERM = 1, 15
@@ -28,8 +28,10 @@ SERVER_ENVIRONMENT = {
 class EmbeddedServer:
     """Prefect's API in a process of its own on a free loopback port."""
 
-    def __init__(self) -> None:
-        self.log = Path(tempfile.mkstemp(prefix="likeness-prefect-", suffix=".log")[1])
+    def __init__(self, output: Path) -> None:
+        # A home of its own: the user's Prefect database may belong to another version.
+        self.home = Path(os.environ.get("PREFECT_HOME") or output.absolute() / ".prefect")
+        self.log = self.home / "server.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.wait_seconds = 0.0
 
@@ -45,13 +47,19 @@ class EmbeddedServer:
             sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app",
             "--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error", "--lifespan", "on",
         ]  # fmt: skip
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.home}: {error.strerror}; set output_dir") from error
+        os.environ["PREFECT_HOME"] = str(self.home)
         environment = {**os.environ, **SERVER_ENVIRONMENT}
-        with self.log.open("ab") as log:
+        with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
                 stdout=log,
                 stderr=log,
                 env=environment,
+                start_new_session=True,  # Ctrl-C is for the run, which still needs its server to end well
                 preexec_fn=end_with_parent,  # noqa: PLW1509 - one C call, before any thread exists
             )
         os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{self.port}/api"
@@ -71,7 +79,7 @@ class EmbeddedServer:
         raise ServiceUnavailable(f"the embedded Prefect server did not start; see {self.log}")
 
     def stop(self) -> None:
-        """End the server and forget its log."""
+        """End the server."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
@@ -79,7 +87,6 @@ class EmbeddedServer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        self.log.unlink(missing_ok=True)
 
 
 def end_with_parent() -> None:
@@ -89,5 +96,13 @@ def end_with_parent() -> None:
 
 
 def needs_server() -> bool:
-    """Whether no Prefect server is configured."""
-    return not os.environ.get("PREFECT_API_URL")
+    """Whether no Prefect server is configured, in the environment or in the active profile."""
+    if os.environ.get("PREFECT_API_URL"):
+        return False
+    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
+    try:
+        profiles = tomllib.loads((home / "profiles.toml").read_text())
+    except (OSError, ValueError):
+        return True
+    name = os.environ.get("PREFECT_PROFILE") or profiles.get("active", "")
+    return not profiles.get("profiles", {}).get(name, {}).get("PREFECT_API_URL")

@@ -24,6 +24,10 @@ def generate(
     from tasks.services.store import open_store
 
     config = RunConfig.model_validate_json((folder / "config.json").read_text())
+    own_store = f"{config.output_dir}/store"
+    if config.store.folder == own_store:  # relative to where the run was started; its folder knows better
+        moved = config.store.model_copy(update={"folder": str(folder.parent / "store")})
+        config = config.model_copy(update={"store": moved, "output_dir": str(folder.parent)})
     summary = json.loads((folder / "summary.json").read_text())
     if summary["status"] != "finished":
         raise ConfigError(f"run {folder.name} did not finish; it has no model")

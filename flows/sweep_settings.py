@@ -3,63 +3,18 @@
 A study is kept in `<output_dir>/sweeps/<study>.journal`, so a sweep that was stopped goes on.
 """
 
-import math
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prefect import flow
-from pydantic import BaseModel, ConfigDict, Field
 
-from conf.request import RunRequest, Value, compile_request, parse_overrides, split_sweep
+from conf.request import compile_request
 from conf.schema import RunConfig
+from conf.sweep import SweepRequest
 from flows.personalize_subject import personalize_subject
-from tasks.contract import digest
 from tasks.errors import ConfigError, LikenessError
 from tasks.services.tracking import MlflowTracker
-
-OBJECTIVES = ("dino_x_clip_t", "dino", "clip_i", "clip_t", "concept_preservation")
-
-
-class SweepRequest(BaseModel):
-    """A base request and the values to try."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    base: RunRequest = Field(default_factory=RunRequest, description="what every trial shares")
-    space: dict[str, list[Value]] = Field(min_length=1, description="setting: the values to try")
-    num_trials: int = Field(0, ge=0, description="trials in all; 0: every combination")
-    study: str = Field("", pattern=r"^[A-Za-z0-9_-]*$", description="name to go on with; empty: made from the request")
-    objective: Literal["dino_x_clip_t", "dino", "clip_i", "clip_t", "concept_preservation"] = Field(
-        "dino_x_clip_t", description="what is maximized, of the tuned model"
-    )
-
-    @property
-    def study_name(self) -> str:
-        """Return the study's name: the same request goes on with the same study."""
-        return self.study or f"sweep-{digest([self.base, self.space, self.objective])[:10]}"
-
-    @property
-    def num_combinations(self) -> int:
-        """Return how many different trials there are."""
-        return math.prod(len(values) for values in self.space.values())
-
-
-def parse_sweep(words: Iterable[str], *, num_trials: int = 0, study: str = "") -> SweepRequest:
-    """Turn `key=v1,v2` words into a sweep. Raises ConfigError where none has several values."""
-    fixed, space = split_sweep(words)
-    if not space:
-        raise ConfigError("no setting has several values; give one, for example training.learning_rate=1e-5,3e-5")
-    request = SweepRequest(base=parse_overrides(fixed), space=space, num_trials=num_trials, study=study)
-    for trial in ({k: v[0] for k, v in space.items()}, {k: v[-1] for k, v in space.items()}):
-        compile_request(make_trial(request.base, trial))
-    return request
-
-
-def make_trial(base: RunRequest, values: dict[str, Any]) -> RunRequest:
-    """Return the request of one trial."""
-    return base.model_copy(update={"settings": {**base.settings, **values}})
 
 
 @flow(name="sweep-settings", persist_result=False)
@@ -67,47 +22,62 @@ def sweep_settings(request: SweepRequest) -> dict[str, Any]:
     """Run trials until the study has enough; name the best."""
     config = compile_request(request.base)
     study = open_study(request, Path(config.output_dir))
-    parent = open_tracking(config, request)
-    total = min(request.num_trials or request.num_combinations, request.num_combinations)
+    num_left = count_left(study, request)
+    parent = open_tracking(config, request) if num_left else None
     rows: list[dict[str, Any]] = []
-    while count_done(study) < total:
-        trial = study.ask()
-        values = {key: trial.suggest_categorical(key, options) for key, options in request.space.items()}
-        try:
-            summary = personalize_subject(make_trial(request.base, values))
-        except LikenessError as error:
-            study.tell(trial, state=trial_state("FAIL"))
-            rows.append({"trial": trial.number, "values": values, "error": str(error)})
-            continue
-        value = compute_objective(summary, request.objective)
-        trial.set_user_attr("run_id", summary["run_id"])
-        study.tell(trial, value)
-        track_trial(config, parent, summary, values, value)
-        rows.append({"trial": trial.number, "values": values, "value": value, "summary": summary})
-    if parent is not None:
-        parent.finish(is_failed=False)
+    is_failed = True
+    try:
+        for _ in range(num_left):
+            rows.append(run_trial(study, request, config, parent))
+        is_failed = False
+    finally:
+        if parent is not None:
+            parent.finish(is_failed=is_failed)
     return collect_outcome(study, request, rows)
 
 
+def run_trial(study: Any, request: SweepRequest, config: RunConfig, parent: MlflowTracker | None) -> dict[str, Any]:
+    """Ask for a trial's values, run the main job with them, and tell the study."""
+    trial = study.ask()
+    values = {key: trial.suggest_categorical(key, options) for key, options in request.space.items()}
+    try:
+        summary = personalize_subject(request.make_trial(values))
+    except LikenessError as error:
+        study.tell(trial, state=trial_state("FAIL"))
+        return {"trial": trial.number, "values": values, "error": str(error)}
+    value = compute_objective(summary, request.objective)
+    trial.set_user_attr("run_id", summary["run_id"])
+    study.tell(trial, value)
+    track_trial(config, parent, summary, values, value)
+    return {"trial": trial.number, "values": values, "value": value, "summary": summary}
+
+
 def open_study(request: SweepRequest, output: Path) -> Any:
-    """Return the persistent study; trials that an earlier process left running count as failed."""
+    """Return the persistent study; trials that an earlier process left running count as failed.
+
+    A grid's missing combinations are queued: Optuna's own grid sampler stops the study, which only
+    works inside its `optimize`.
+    """
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
-    from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     folder = output / "sweeps"
     folder.mkdir(parents=True, exist_ok=True)
     storage = JournalStorage(JournalFileBackend(str(folder / f"{request.study_name}.journal")))
-    is_grid = not request.num_trials or request.num_trials >= request.num_combinations
-    space: Any = request.space
-    sampler = optuna.samplers.GridSampler(space, seed=0) if is_grid else optuna.samplers.TPESampler()
     study = optuna.create_study(
-        storage=storage, study_name=request.study_name, sampler=sampler, direction="maximize", load_if_exists=True
+        storage=storage, study_name=request.study_name, direction="maximize", load_if_exists=True
     )
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
+    for trial in study.get_trials(deepcopy=False, states=(trial_state("RUNNING"),)):
+        study.tell(trial.number, state=trial_state("FAIL"))
+    if request.is_grid:
+        complete = [trial.params for trial in study.get_trials(deepcopy=False, states=(trial_state("COMPLETE"),))]
+        waiting = study.get_trials(deepcopy=False, states=(trial_state("WAITING"),))
+        queued = [trial.system_attrs.get("fixed_params") for trial in waiting]
+        for values in request.combinations():
+            if values not in complete and values not in queued:
+                study.enqueue_trial(values)
     return study
 
 
@@ -118,9 +88,12 @@ def trial_state(name: str) -> Any:
     return TrialState[name]
 
 
-def count_done(study: Any) -> int:
-    """Return how many trials ended, well or badly, in this study."""
-    return len(study.get_trials(deepcopy=False, states=(trial_state("COMPLETE"), trial_state("FAIL"))))
+def count_left(study: Any, request: SweepRequest) -> int:
+    """Return how many trials the study still lacks; failed ones are tried again."""
+    if request.is_grid:
+        return len(study.get_trials(deepcopy=False, states=(trial_state("WAITING"),)))
+    done = len(study.get_trials(deepcopy=False, states=(trial_state("COMPLETE"),)))
+    return max(0, request.num_trials - done)
 
 
 def compute_objective(summary: dict[str, Any], name: str) -> float:

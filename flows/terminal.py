@@ -47,8 +47,8 @@ def ready_for_flows(
     """Check what can be checked at once while the embedded Prefect server starts."""
     config = compile_request(request)
     signal.signal(signal.SIGTERM, raise_interrupt)
-    quiet_prefect()
-    server = EmbeddedServer() if needs_server() else None
+    server = EmbeddedServer(Path(config.output_dir)) if needs_server() else None
+    prepare_environment(is_embedded=server is not None)
     try:
         if server is not None:
             server.start()
@@ -81,15 +81,24 @@ def check_early(config: RunConfig) -> None:
     check_photos(config.subject, store)
 
 
-def quiet_prefect() -> None:
-    """Keep Prefect's own log lines out of a person's way; its settings still win."""
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # errors are printed once, by us
-    if needs_server():
+def prepare_environment(*, is_embedded: bool) -> None:
+    """Keep libraries quiet, off the network and off proxies for loopback; what is set still wins."""
+    defaults = {
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",  # errors are printed once, by us
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+    }
+    if is_embedded:
         # The embedded server ends with the run, often before the last log lines are sent.
-        os.environ.setdefault("PREFECT_LOGGING_TO_API_ENABLED", "false")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
+        defaults["PREFECT_LOGGING_TO_API_ENABLED"] = "false"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    for name in ("NO_PROXY", "no_proxy"):
+        hosts = [host for host in os.environ.get(name, "").split(",") if host]
+        os.environ[name] = ",".join(dict.fromkeys([*hosts, "127.0.0.1", "localhost"]))
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
@@ -103,11 +112,12 @@ def print_summary(summary: dict[str, Any], config: RunConfig) -> None:
     for key, name in (("concept_preservation", "judge: subject"), ("prompt_following", "judge: prompt")):
         cells = [scores.get(side, {}).get(key) for side in ("base", "tuned")]
         print(f"{name:14}" + "".join(f"{cell:8.2f}" if cell is not None else f"{'–':>8}" for cell in cells))
+    mlflow = Path(sys.executable).parent / "mlflow"
     print(f"\nreport    {shorten(summary['paths']['report'])}")
     print(f"model     {shorten(summary['paths']['model'])}")
     if config.tracking.kind == "mlflow":
         uri = config.tracking.uri or f"sqlite:///{shorten(str(Path(config.output_dir).absolute() / 'mlflow.db'))}"
-        print(f"tracking  {Path(sys.executable).parent.name}/mlflow ui --backend-store-uri '{uri}'")
+        print(f"tracking  {shorten(str(mlflow))} ui --backend-store-uri '{uri}'")
     cost = summary["cost_usd"]
     print(
         f"run       {summary['run_id']}: {summary['wall_seconds']:.1f} s, {summary['llm_calls']} LLM calls, "
@@ -153,11 +163,12 @@ def print_runs(summaries: list[dict[str, Any]], *, folder: Path) -> None:
 
 def sweep_in_terminal(settings: list[str], *, num_trials: int, study: str) -> int:
     """Run a sweep and print its trials."""
-    from flows.sweep_settings import parse_sweep, print_sweep, sweep_settings
+    from conf.sweep import parse_sweep
 
     request = parse_sweep(settings, num_trials=num_trials, study=study)
     with ready_for_flows(request.base) as (_, progress, _):
         from flows.runs import progress_of_run
+        from flows.sweep_settings import print_sweep, sweep_settings
 
         token = progress_of_run.set(progress)
         try:

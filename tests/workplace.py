@@ -30,6 +30,8 @@ class Workplace:
             "PREFECT_HOME": str(self.folder / "prefect"),
             "PYTHONPATH": str(ROOT),
             "HF_HUB_OFFLINE": "1",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
             "LIKENESS_ROOTS": str(self.folder),
         }
 

@@ -22,8 +22,13 @@ if TYPE_CHECKING:
 
 MINI_FOLDER = Path(__file__).resolve().parent.parent / "mini" / "weights"
 FAMILIES = {"stable_diffusion": "tasks.diffusion.stable_diffusion"}
-# Anything else in a model folder could be code or a pickle.
-WEIGHT_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model")
+# Anything else in a repository could be code, a pickle, or gigabytes of another precision.
+WEIGHT_PATTERNS = (
+    "model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt",
+    "text_encoder/config.json", "text_encoder/model.safetensors",
+    "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,9 @@ class Encoders:
         self.device = device
         clip = find_encoder(config.clip, config.clip_revision, mini="clip")
         dino = find_encoder(config.dino, config.dino_revision, mini="dino")
+        for folder in (clip, dino):
+            if not list(folder.glob("*.safetensors")):
+                raise ConfigError(f"{folder} holds no safetensors weights; see evaluation.encoders")
         self.clip = CLIPModel.from_pretrained(clip, use_safetensors=True, dtype=torch.float32).to(device).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(clip)
         self.clip_preprocess = Preprocessor(clip)

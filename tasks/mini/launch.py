@@ -31,7 +31,9 @@ class LocalServer:
             environment = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT), "OMP_NUM_THREADS": "1"}
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("ab") as log:
-                self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True)
+                self.process = subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True, start_new_session=True
+                )
             self.base_url = self.read_address(self.process)
             return self.base_url
 

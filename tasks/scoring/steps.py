@@ -19,7 +19,7 @@ def score_samples(
     config: ScoringConfig, llm: LlmConfig, evaluation: Evaluation, subject: SubjectSet, runtime: Runtime
 ) -> Any:
     """Have the samples graded, or take the stored grades."""
-    settings = [config.num_reference_images, config.max_failed_share, llm.profile("judge").model]
+    settings = [config.num_reference_images, config.max_failed_share, llm.profile("judge").identity()]
     manifest = runtime.run_stage(
         Scorecard,
         "scoring",

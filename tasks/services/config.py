@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from tasks.settings import Section
+from tasks.settings import Section, refuse_user_info
 
 
 class StoreConfig(Section):
@@ -16,6 +16,7 @@ class StoreConfig(Section):
     prefix: str = Field("likeness", description="key prefix inside the bucket (kind: s3)")
     endpoint_url: str | None = Field(None, description="S3-compatible endpoint; null is AWS")
     region: str = Field("us-east-1", description="region of the bucket")
+    check_endpoint = field_validator("endpoint_url")(refuse_user_info)
     request_checksums: Literal["when_supported", "when_required"] = Field(
         "when_supported", description="when_required suits stores that refuse new checksum headers"
     )
@@ -26,5 +27,6 @@ class TrackingConfig(Section):
 
     kind: Literal["mlflow", "none"] = Field("mlflow", description="mlflow, or no tracking")
     uri: str = Field("", description="tracking URI; empty is an SQLite file in output_dir")
+    check_uri = field_validator("uri")(refuse_user_info)
     experiment: str = Field("likeness", description="experiment name")
     registered_model: str = Field("", description="registry name; empty: likeness-<class noun>")

@@ -125,6 +125,8 @@ class LocalStore:
             return None
 
     def list_keys(self, prefix: str) -> list[str]:
+        if ".." in PurePosixPath(prefix).parts or prefix.startswith("/"):
+            raise ConfigError(f"object prefix {prefix!r} is not a plain relative path")
         folder = self.root / PurePosixPath(prefix).parent
         paths = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".part-"))
         keys = (p.relative_to(self.root).as_posix() for p in paths)

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import struct
 import unicodedata
 import warnings
 from collections.abc import Iterator
@@ -94,10 +95,13 @@ def read_source(config: SubjectConfig, store: Store) -> Iterator[tuple[str, byte
             yield clean_name(key.rsplit("/", 1)[-1]), store.find_bytes(key) or b""
         return
     folder = DEMO_FOLDER if config.source == "demo" else Path(config.source)
-    if not folder.is_dir():
-        raise ConfigError(f"subject.source={config.source} is not a folder; name a folder of photos")
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        reason = "is not a folder" if not isinstance(error, PermissionError) else "can't be read"
+        raise ConfigError(f"subject.source={config.source} {reason}; name a folder of photos") from error
     # Links and pipes are passed over: a link could lead anywhere, a pipe would wait for ever.
-    paths = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.is_symlink()]
+    paths = [p for p in entries if p.is_file() and not p.is_symlink()]
     paths = [path for path in paths if path.suffix.lower() in SUFFIXES]
     check_number(len(paths), config)
     for path in paths:
@@ -121,7 +125,7 @@ def check_photo(name: str, data: bytes, config: SubjectConfig, accepted: list[Ph
     sha256 = hashlib.sha256(data).hexdigest()
     try:
         image = decode(data, max_pixels=config.max_pixels)
-    except ValueError as error:
+    except Unfit as error:
         return Reject(name, sha256, str(error), None)
     measures = measure(image)
     fault = find_fault(measures, config)
@@ -136,31 +140,31 @@ def check_photo(name: str, data: bytes, config: SubjectConfig, accepted: list[Ph
     return Reject(name, sha256, fault, encode_png(image))
 
 
-def decode(data: bytes, *, max_pixels: int) -> Image.Image:  # noqa: PLR0911 - one line per fault
-    """Return the upright RGB pixels of an encoded photo. Raises ValueError with the reason."""
+def decode(data: bytes, *, max_pixels: int) -> Image.Image:
+    """Return the upright RGB pixels of an encoded photo. Raises Unfit with the reason."""
     if not data:
-        return fail("empty, unreadable, or over 64 MB")
+        raise Unfit("empty, unreadable, or over 64 MB")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
                 if opened.width * opened.height > max_pixels:
-                    return fail(f"too large: {opened.width}x{opened.height} px (subject.max_pixels)")
+                    raise Unfit(f"too large: {opened.width}x{opened.height} px (subject.max_pixels)")
                 if getattr(opened, "is_animated", False):
-                    return fail("animated")
+                    raise Unfit("animated")
                 upright = ImageOps.exif_transpose(opened)
                 return flatten(upright)
-    except Image.DecompressionBombError:
-        return fail("too large to decode (subject.max_pixels)")
-    except UnidentifiedImageError:
-        return fail("not a JPEG, PNG or WebP picture, whatever its name says")
-    except (OSError, SyntaxError) as error:
-        return fail(f"damaged: {error}")
+    except Image.DecompressionBombError as error:
+        raise Unfit("too large to decode (subject.max_pixels)") from error
+    except UnidentifiedImageError as error:
+        raise Unfit("not a JPEG, PNG or WebP picture, whatever its name says") from error
+    # Pillow answers damaged files and metadata with many kinds of errors.
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error) as error:
+        raise Unfit(f"damaged: {error}") from error
 
 
-def fail(reason: str) -> Image.Image:
-    """Raise the reason; typed as the value it stands in for."""
-    raise ValueError(reason)
+class Unfit(Exception):
+    """Why a photo can't be used."""
 
 
 def flatten(image: Image.Image) -> Image.Image:

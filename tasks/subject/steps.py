@@ -25,8 +25,8 @@ def check_photos(config: SubjectConfig, runtime: Runtime) -> Any:
 @task(name="subject", persist_result=False, retries=1, retry_delay_seconds=3, retry_condition_fn=should_retry)
 def prepare_subject(config: SubjectConfig, llm: LlmConfig, photos: Any, runtime: Runtime) -> Any:
     """Inspect and caption the photos; keep rejects with their reasons."""
-    settings = config.model_dump(mode="json", exclude={"source", "max_images", "max_pixels"})
-    models = [llm.profile(role).model for role in ("inspector", "captioner")]
+    settings = config.model_dump(mode="json", exclude={"source", "max_images"})
+    models = [llm.profile(role).identity() for role in ("inspector", "captioner")]
     is_asked = config.captioning == "llm"
     manifest = runtime.run_stage(
         SubjectSet,

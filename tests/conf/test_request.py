@@ -34,13 +34,13 @@ FORM = {
 
 
 def test_one_request_by_four_routes_is_one_configuration() -> None:
-    from flows.sweep_settings import make_trial, parse_sweep
+    from conf.sweep import parse_sweep
 
     command_line = parse_overrides(WORDS)
     deployment = RunRequest.model_validate(FORM)
     schedule = RunRequest.model_validate_json(json.dumps(FORM))
     sweep = parse_sweep([*(w for w in WORDS if "learning_rate" not in w), "training.learning_rate=1e-5,3e-5"])
-    trial = make_trial(sweep.base, {"training.learning_rate": 3e-5})
+    trial = sweep.make_trial({"training.learning_rate": 3e-5})
     digests = {compute_config_digest(compile_request(r)) for r in (command_line, deployment, schedule, trial)}
     assert len(digests) == 1
 
@@ -81,6 +81,8 @@ def test_every_group_option_composes(path: Path) -> None:
         ("subject.identifier_token='a b'", "subject.identifier_token"),
         ("tracking.kind=none", "publishing.is_registered needs"),
         ("subject.min_images=30", "above subject.max_images"),
+        ("prior.class_prompt='a {foo}'", "prior.class_prompt: .*only"),
+        ("tracking.uri='http://me:secret@host'", "would be stored and logged"),
     ],
 )
 def test_what_is_wrong_is_named_with_the_way_out(word: str, message: str) -> None:
@@ -126,12 +128,29 @@ def test_unknown_request_fields_are_refused() -> None:
         ("store.folder", "/"),
         ("diffusion.location", "../../models/evil"),
         ("tracking.uri", "http://elsewhere"),
+        ("output_dir", "store:/../../../tmp/x"),
     ],
 )
 def test_a_deployments_paths_stay_in_its_roots(tmp_path: Path, name: str, value: str) -> None:
     request = RunRequest.model_validate({"settings": {name: value}, "class_noun": "dog"})
     with pytest.raises(ConfigError, match=f"{name}: .*outside the allowed folders"):
         compile_request(request, roots=(tmp_path,))
+
+
+@pytest.mark.parametrize("name", ["base_url", "api_key_variable"])
+def test_a_deployment_cannot_say_where_keys_are_sent(tmp_path: Path, name: str) -> None:
+    settings = {f"llm.profiles.openai.{name}": "AWS_SECRET_ACCESS_KEY"}
+    request = RunRequest.model_validate({"llm": "openai", "settings": settings})
+    with pytest.raises(ConfigError, match="not by a request"):
+        compile_request(request, roots=(tmp_path,))
+
+
+def test_explicit_choices_win_over_the_models_and_providers_values() -> None:
+    config = compile_request(parse_overrides(["prior=none", "llm=server", "scoring=batch", "experiment=smoke"]))
+    assert config.prior.num_images == 0
+    assert config.scoring.executor == "batch"
+    assert compile_request(parse_overrides(["llm=server"])).scoring.executor == "sync"
+    assert not compile_request(parse_overrides(["tracking=none"])).publishing.is_registered
 
 
 def test_paths_inside_the_roots_are_taken(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The deployment on a real Prefect server and worker, both on loopback."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 
 from tests.workplace import ROOT, Workplace
 
+CANARY = "canary-3b1f"
 PREFECT = [sys.executable, "-m", "prefect"]
 
 
@@ -70,7 +70,7 @@ def service(
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}/api"
     environment = {**workplace.environment(), "PREFECT_API_URL": url, "LIKENESS_HOME": str(ROOT)}
-    environment["PREFECT_WORKER_QUERY_SECONDS"] = "1"
+    environment |= {"PREFECT_WORKER_QUERY_SECONDS": "1", "OPENAI_API_KEY": CANARY}
     log = (tmp_path_factory.mktemp("service") / "log").open("wb")
     options: dict[str, Any] = {"env": environment, "stdout": log, "stderr": log}
     server = subprocess.Popen([*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)], **options)
@@ -142,7 +142,9 @@ def test_paths_outside_the_roots_fail_the_run_with_the_reason(service: Service) 
 
 
 def test_no_secret_of_the_environment_is_in_the_database(service: Service, workplace: Workplace) -> None:
-    assert os.environ.get("CANARY") is None
+    assert service.environment["OPENAI_API_KEY"] == CANARY
     database = b"".join(path.read_bytes() for path in Path(workplace.folder / "prefect").glob("*.db*"))
     assert b"personalize-subject" in database
-    assert b"AWS_SECRET" not in database
+    assert CANARY.encode() not in database
+    for path in workplace.output.rglob("*"):
+        assert not path.is_file() or CANARY.encode() not in path.read_bytes(), path

@@ -2,7 +2,8 @@
 
 import pytest
 
-from flows.sweep_settings import compute_objective, parse_sweep
+from conf.sweep import parse_sweep
+from flows.sweep_settings import compute_objective
 from tasks.errors import ConfigError
 from tests.workplace import QUICK, Workplace
 
@@ -38,7 +39,7 @@ def test_a_sweep_without_several_values_is_refused() -> None:
 
 def test_every_value_is_checked_before_anything_runs() -> None:
     with pytest.raises(ConfigError, match="greater than 0"):
-        parse_sweep(["training.learning_rate=1e-5,-1"])
+        parse_sweep(["training.learning_rate=1e-5,-1,1e-4"])
     with pytest.raises(ConfigError, match="did you mean training.learning_rate"):
         parse_sweep(["training.lerning_rate=1e-5,1e-4"])
 

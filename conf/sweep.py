@@ -1,0 +1,59 @@
+"""`SweepRequest`: a base request and the values to try."""
+
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from conf.request import RunRequest, Value, compile_request, describe_invalid, parse_overrides, split_sweep
+from tasks.contract import digest
+from tasks.errors import ConfigError
+
+
+class SweepRequest(BaseModel):
+    """A base request and the values to try."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: RunRequest = Field(default_factory=RunRequest, description="what every trial shares")
+    space: dict[str, list[Value]] = Field(min_length=1, description="setting: the values to try")
+    num_trials: int = Field(0, ge=0, description="finished trials in all; 0: every combination")
+    study: str = Field("", pattern=r"^[A-Za-z0-9_-]*$", description="name to go on with; empty: made from the request")
+    objective: Literal["dino_x_clip_t", "dino", "clip_i", "clip_t", "concept_preservation"] = Field(
+        "dino_x_clip_t", description="what is maximized, of the tuned model"
+    )
+
+    @property
+    def study_name(self) -> str:
+        """Return the study's name: the same request goes on with the same study."""
+        return self.study or f"sweep-{digest([self.base, self.space, self.objective])[:10]}"
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether every combination is tried."""
+        return self.num_trials == 0 or self.num_trials >= math.prod(map(len, self.space.values()))
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """Return the settings of every trial of a grid."""
+        return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*self.space.values())]
+
+    def make_trial(self, values: dict[str, Any]) -> RunRequest:
+        """Return the request of one trial."""
+        return self.base.model_copy(update={"settings": {**self.base.settings, **values}})
+
+
+def parse_sweep(words: Iterable[str], *, num_trials: int = 0, study: str = "") -> SweepRequest:
+    """Turn `key=v1,v2` words into a sweep. Raises ConfigError where a value can't be."""
+    fixed, space = split_sweep(words)
+    if not space:
+        raise ConfigError("no setting has several values; give one, for example training.learning_rate=1e-5,3e-5")
+    try:
+        request = SweepRequest(base=parse_overrides(fixed), space=space, num_trials=num_trials, study=study)
+    except ValidationError as error:
+        raise ConfigError(describe_invalid(error)) from error
+    for key, values in space.items():
+        for value in values:
+            compile_request(request.make_trial({key: value}))
+    return request

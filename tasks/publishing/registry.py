@@ -4,12 +4,15 @@ from pathlib import Path
 
 from tasks.services.tracking import Tracker
 
+PUBLICATION_TAG = "likeness.publication"
+
 
 def track_run(
     tracker: Tracker,
     *,
     name: str,
     params: dict[str, str],
+    publication_key: str,
     tags: dict[str, str],
     losses: list[dict[str, float]],
     figures: dict[str, float],
@@ -21,7 +24,8 @@ def track_run(
 
     `folder` holds `model/` and `report/`.
     """
-    run_id = tracker.start(name=name, params=params, tags=tags)
+    tracker.forget(tag=PUBLICATION_TAG, value=publication_key)
+    run_id = tracker.start(name=name, params=params, tags={**tags, PUBLICATION_TAG: publication_key})
     is_failed = True
     try:
         rows = [

@@ -73,6 +73,7 @@ def compute_publication(
             runtime.tracker,
             name=runtime.run_id,
             params=dict(config_rows),
+            publication_key=folder.stage_key,
             tags={"likeness.training": tuned.stage_key, "likeness.subject": subject.stage_key},
             losses=losses,
             figures=headline_metrics(evaluation, scores),

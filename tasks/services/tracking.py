@@ -19,6 +19,9 @@ class Tracker(Protocol):
     def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
         """Open a tracking run and return its id."""
 
+    def forget(self, *, tag: str, value: str) -> None:
+        """Remove runs with a tag, and model versions made of them: an attempt that was cut off."""
+
     def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
         """Log (name, value, step) rows in batches."""
 
@@ -38,6 +41,9 @@ class NoTracker:
     def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
         """There is no run."""
         return None
+
+    def forget(self, *, tag: str, value: str) -> None:
+        """Nothing is kept."""
 
     def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
         """Nothing is kept."""
@@ -86,6 +92,16 @@ class MlflowTracker:
             self.run_id = str(run.info.run_id)
             self.log_params(params)
         return self.run_id
+
+    def forget(self, *, tag: str, value: str) -> None:
+        """Remove what an attempt that was cut off left behind."""
+        with translated(self.uri):
+            runs = self.client.search_runs([self.find_experiment()], f"tags.`{tag}` = '{value}'")
+            for run in runs:
+                versions = self.client.search_model_versions(f"run_id='{run.info.run_id}'")
+                for version in versions:
+                    self.client.delete_model_version(version.name, version.version)
+                self.client.delete_run(run.info.run_id)
 
     def find_experiment(self) -> str:
         """Return the experiment's id, creating it where it is missing."""

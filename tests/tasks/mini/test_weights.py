@@ -1,6 +1,7 @@
 """The shipped weights: whole, small, and doing what their card says."""
 
 import json
+import re
 
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel, ViTModel
@@ -33,9 +34,18 @@ def test_they_load_like_any_other_model() -> None:
     ViTModel.from_pretrained(MINI_FOLDER / "dino", add_pooling_layer=False)
 
 
+def read_card() -> dict[str, float]:
+    rows = re.findall(
+        r"^\| ([a-zA-Z -]+(?: \(dB\))?) \| ([0-9.]+) \|", (MINI_FOLDER / "README.md").read_text(), re.MULTILINE
+    )
+    return {name: float(value) for name, value in rows}
+
+
 def test_the_figures_of_the_card_hold_on_a_small_draw() -> None:
-    # Fewer prompts than the card's own measurement, so a few points of slack for chance.
+    card = read_card()
+    assert set(TARGETS) <= set(card)
+    # Fewer prompts than the card's own measurement, so some slack for chance.
     figures = {**measure_generation(40), **measure_encoders(120)}
-    for name, wanted in TARGETS.items():
-        slack = 0.3 if "psnr" in name else 0.08
-        assert figures[name] >= wanted - slack, f"{name}: {figures[name]:.3f}"
+    for name in TARGETS:
+        slack = 0.4 if "psnr" in name else 0.12
+        assert figures[name] >= card[name] - slack, f"{name}: {figures[name]:.3f}, the card says {card[name]}"

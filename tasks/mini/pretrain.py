@@ -47,7 +47,7 @@ SETTINGS = {
     "clip": PartSettings(1600, 96, 1e-3, 0.995),
     "dino": PartSettings(700, 96, 7e-4, 0.995),
     "vae": PartSettings(1700, 16, 1e-3, 0.998),
-    "clip_vision": PartSettings(900, 96, 7e-4, 0.995),
+    "clip_vision": PartSettings(2000, 96, 7e-4, 0.995),
     "vae_decoder": PartSettings(600, 16, 5e-4, 0.998),
     "unet": PartSettings(4400, 48, 8e-4, 0.998),
 }
@@ -169,15 +169,21 @@ class Pretrainer:
             pixels = augment(pixels, step) + 0.05 * torch.randn(
                 pixels.shape, generator=torch.Generator().manual_seed(step)
             ).to(self.device)
+            if is_view:
+                # Swapped color channels give things colors that they never had: a noun is a shape.
+                pixels = pixels[:, rng.permutation(3)]
             pooled = tower["vision"](pixel_values=pixels).pooler_output
             images = F.normalize(tower["projection"](pooled).float(), dim=1) * clip.logit_scale.exp()
+            labels = torch.tensor([label_of(scene) for scene in scenes], device=self.device)
+            by_noun = F.cross_entropy(images @ encode_texts(nouns).T, labels[:, 0])
+            if is_view:
+                return by_noun
             texts = [caption_scene(scene, rng) for scene in scenes]
             same = torch.tensor([texts.index(text) for text in texts], device=self.device)
             target = (same[:, None] == same[None]).float()
-            labels = torch.tensor([label_of(scene) for scene in scenes], device=self.device)
             return (
-                F.cross_entropy(images @ encode_texts(texts).T, target / target.sum(1, keepdim=True))
-                + F.cross_entropy(images @ encode_texts(nouns).T, labels[:, 0])
+                by_noun
+                + F.cross_entropy(images @ encode_texts(texts).T, target / target.sum(1, keepdim=True))
                 + F.cross_entropy(images @ encode_texts(places).T, labels[:, 2])
             )
 

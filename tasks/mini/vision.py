@@ -25,9 +25,9 @@ class Seen:
     """What the eyes make of one picture."""
 
     class_noun: str
-    class_confidence: float
+    class_shares: dict[str, float]
+    """How likely each class noun is; they sum to one."""
     place: str
-    place_confidence: float
     colors: tuple[str, ...]
     """Names of the main colors near the middle, most frequent first."""
     brightness: float
@@ -78,11 +78,12 @@ class Eyes:
             for place in PLACES
         }
         place = max(by_place, key=lambda name: by_place[name])
-        shares = count_colors(image)
-        order = np.argsort(shares)[::-1]
-        colors = tuple(PALETTE_NAMES[i] for i in order if shares[i] > 0.12 and PALETTE_NAMES[i] in COLORS)
+        counts = count_colors(image)
+        order = np.argsort(counts)[::-1]
+        colors = tuple(PALETTE_NAMES[i] for i in order if counts[i] > 0.12 and PALETTE_NAMES[i] in COLORS)
         brightness = float(np.asarray(image.convert("L"), float).mean() / 255)
-        return Seen(noun, float(nouns.max()), place, by_place[place], colors[:3], brightness)
+        shares = dict(zip(CLASS_NOUNS, nouns.tolist(), strict=True))
+        return Seen(noun, shares, place, colors[:3], brightness)
 
 
 def count_colors(image: Image.Image) -> np.ndarray:

@@ -158,7 +158,7 @@ def print_runs(summaries: list[dict[str, Any]], *, folder: Path) -> None:
             *(f"{tuned[key]:.3f}" if key in tuned else "" for key in ("dino", "clip_i", "clip_t")),
             f"{judge:.2f}" if judge is not None else "",
         )
-    Console().print(table)
+    Console(width=160).print(table)
 
 
 def sweep_in_terminal(settings: list[str], *, num_trials: int, study: str) -> int:

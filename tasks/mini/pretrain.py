@@ -43,9 +43,9 @@ class PartSettings:
 
 
 SETTINGS = {
-    "classifier": PartSettings(700, 64, 2e-3, 0.99),
+    "classifier": PartSettings(500, 64, 2e-3, 0.99),
     "clip": PartSettings(1600, 96, 1e-3, 0.995),
-    "dino": PartSettings(700, 96, 7e-4, 0.995),
+    "dino": PartSettings(400, 96, 7e-4, 0.995),
     "vae": PartSettings(1700, 16, 1e-3, 0.998),
     "clip_vision": PartSettings(2000, 96, 7e-4, 0.995),
     "vae_decoder": PartSettings(600, 16, 5e-4, 0.998),

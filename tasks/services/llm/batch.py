@@ -110,7 +110,8 @@ def plan_jobs(
         BatchState.model_validate_json(llm.store.find_bytes(key) or b"")
         for key in llm.store.list_keys(f"{state_prefix}/")
     ]
-    jobs, covered = [], set()
+    jobs: list[BatchJob] = []
+    covered: set[str] = set()
     for state in states:
         if not state.is_harvested and set(state.custom_ids) <= set(rows):
             lines = make_lines(llm, {custom_id: rows[custom_id] for custom_id in state.custom_ids}, role=role)

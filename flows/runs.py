@@ -103,6 +103,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     """Compile a request, open its services, and close them whatever happens."""
     from conf.request import allowed_roots
     from tasks.diffusion.base import identify_model
+    from tasks.evaluation.encoder_folders import find_encoders
     from tasks.mini.launch import LocalServer
     from tasks.services.llm.client import LlmService
     from tasks.services.llm.ledger import Ledger
@@ -129,7 +130,9 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
         work_folder=output / "work",
     )
     try:
-        yield Run(run_id, folder, request, config, identify_model(config.diffusion), runtime, started)
+        base_model = identify_model(config.diffusion)
+        find_encoders(config.evaluation.encoders)  # a missing one must not wait for the end of training
+        yield Run(run_id, folder, request, config, base_model, runtime, started)
     except BaseException as error:
         runtime.stopping.set()
         write_failure(folder, run_id, error)

@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 from tasks.services.config import StoreConfig
 from tasks.services.store import LocalStore, S3Store, Store
 from tests.tiny import make_tiny_stable_diffusion
-from tests.workplace import Workplace
+from tests.workplace import Workplace, serve_prefect
 
 
 def refuse_remote(event: str, args: tuple[object, ...]) -> None:
@@ -85,11 +85,12 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """A folder with a space in its name."""
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    """A folder with a space in its name and a running Prefect server."""
     folder = tmp_path_factory.mktemp("work") / "a place"
     folder.mkdir()
-    return Workplace(folder)
+    with serve_prefect(folder) as url:
+        yield Workplace(folder, url)
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,15 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +21,16 @@ QUICK = ["experiment=smoke", "training.num_threads=2"]
 
 @dataclass(frozen=True)
 class Workplace:
-    """A folder to run in, with a Prefect home of its own."""
+    """A folder to run in, with a Prefect home of its own.
+
+    Without `server_url` every command starts the embedded Prefect server.
+    """
 
     folder: Path
+    server_url: str | None = None
+
+    def embedded(self) -> "Workplace":
+        return replace(self, server_url=None)
 
     @property
     def output(self) -> Path:
@@ -27,7 +40,8 @@ class Workplace:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
         return {
             **kept,
-            "PREFECT_HOME": str(self.folder / "prefect"),
+            "PREFECT_HOME": str(self.folder / ("prefect" if self.server_url else "prefect embedded")),
+            **({"PREFECT_API_URL": self.server_url} if self.server_url else {}),
             "PYTHONPATH": str(ROOT),
             "HF_HUB_OFFLINE": "1",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -54,3 +68,30 @@ class Workplace:
         paths = sorted(self.output.glob("*/summary.json"))
         summary: dict[str, Any] = json.loads(paths[-1].read_text())
         return summary
+
+
+@contextmanager
+def serve_prefect(folder: Path) -> Iterator[str]:
+    """Run a Prefect server on a free loopback port and yield its API's address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (folder / "prefect-server.log").open("wb") as log:
+        environment = Workplace(folder, url).environment()
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None, (folder / "prefect-server.log").read_text()
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, OSError):
+                assert time.monotonic() < deadline, "the Prefect server did not start"
+                time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)

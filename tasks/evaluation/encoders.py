@@ -9,9 +9,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
-from tasks.diffusion.base import MINI_FOLDER
-from tasks.errors import ConfigError
 from tasks.evaluation.config import EncoderConfig
+from tasks.evaluation.encoder_folders import find_encoders
 
 BATCH_SIZE = 32
 
@@ -39,15 +38,11 @@ class Encoders:
 
     def __init__(self, config: EncoderConfig, device: torch.device) -> None:
         self.device = device
-        clip = find_encoder(config.clip, config.clip_revision, mini="clip")
-        dino = find_encoder(config.dino, config.dino_revision, mini="dino")
-        for folder in (clip, dino):
-            if not list(folder.glob("*.safetensors")):
-                raise ConfigError(f"{folder} holds no safetensors weights; see evaluation.encoders")
-        self.clip = CLIPModel.from_pretrained(clip, use_safetensors=True, dtype=torch.float32).to(device).eval()
+        clip, dino = find_encoders(config)
+        self.clip = CLIPModel.from_pretrained(clip, dtype=torch.float32, weights_only=True).to(device).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(clip)
         self.clip_preprocess = Preprocessor(clip)
-        self.dino = ViTModel.from_pretrained(dino, use_safetensors=True, dtype=torch.float32, add_pooling_layer=False)
+        self.dino = ViTModel.from_pretrained(dino, dtype=torch.float32, weights_only=True, add_pooling_layer=False)
         self.dino = self.dino.to(device).eval()
         self.dino_preprocess = Preprocessor(dino)
 
@@ -82,20 +77,3 @@ class Encoders:
         )
         pooled = self.clip.text_model(input_ids=tokens.input_ids.to(self.device)).pooler_output
         return F.normalize(self.clip.text_projection(pooled), dim=1)
-
-
-def find_encoder(location: str, revision: str | None, *, mini: str) -> Path:
-    """Return an encoder's local folder. Raises ConfigError where there is none."""
-    if location == "mini":
-        return MINI_FOLDER / mini
-    if Path(location).is_dir():
-        return Path(location)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.txt"]
-    try:
-        return Path(snapshot_download(location, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"no encoder at {location}: {reason}; see evaluation.encoders") from error

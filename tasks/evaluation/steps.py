@@ -1,14 +1,13 @@
 """The evaluation stage: samples of base and tuned model, and what is measured of them."""
 
-from pathlib import Path
 from typing import Any
 
 from prefect import task
 
-from tasks.contract import StageFolder, digest_folder, fetch_folder, read_verified
-from tasks.diffusion.base import MINI_FOLDER
+from tasks.contract import StageFolder, fetch_folder, read_verified
 from tasks.diffusion.config import DiffusionConfig
 from tasks.evaluation.config import EvaluationConfig
+from tasks.evaluation.encoder_folders import identify_encoders
 from tasks.manifests import Evaluation, Side, SubjectSet, TunedModel
 from tasks.prefect_states import finished
 from tasks.runtime import Runtime
@@ -28,18 +27,11 @@ def evaluate(
         Evaluation,
         "evaluation",
         version=STAGE_VERSION,
-        settings=[config.model_dump(mode="json", exclude={"batch_size"}), sampling, identify_encoders(config)],
+        settings=[config.model_dump(mode="json", exclude={"batch_size"}), sampling, identify_encoders(config.encoders)],
         inputs=[tuned.stage_key, subject.stage_key],
         compute=lambda folder: compute_evaluation(folder, config, diffusion, tuned, subject, runtime),
     )
     return finished(manifest, runtime)
-
-
-def identify_encoders(config: EvaluationConfig) -> list[str]:
-    """Return digests of the encoders that lie in a folder; hub ones are known by their revision."""
-    names = {"clip": config.encoders.clip, "dino": config.encoders.dino}
-    folders = [MINI_FOLDER / kind if name == "mini" else Path(name) for kind, name in names.items()]
-    return [digest_folder(folder) if folder.is_dir() else "" for folder in folders]
 
 
 def compute_evaluation(

@@ -19,11 +19,10 @@ class Transform:
     center: Point = (0.5, 0.5)
     scale: float = 0.5
     degrees: float = 0.0
-    is_mirrored: bool = False
 
     def apply(self, point: Point) -> Point:
         """Return the canvas fraction of one object-space point."""
-        x, y = (-point[0] if self.is_mirrored else point[0]), point[1]
+        x, y = point
         angle = math.radians(self.degrees)
         cos, sin = math.cos(angle), math.sin(angle)
         return (

@@ -45,11 +45,11 @@ class PartSettings:
 SETTINGS = {
     "classifier": PartSettings(500, 64, 2e-3, 0.99),
     "clip": PartSettings(1600, 96, 1e-3, 0.995),
-    "dino": PartSettings(400, 96, 7e-4, 0.995),
+    "dino": PartSettings(1200, 96, 7e-4, 0.995),
     "vae": PartSettings(1700, 16, 1e-3, 0.998),
-    "clip_vision": PartSettings(2000, 96, 7e-4, 0.995),
-    "vae_decoder": PartSettings(600, 16, 5e-4, 0.998),
-    "unet": PartSettings(4400, 48, 8e-4, 0.998),
+    "clip_vision": PartSettings(3500, 96, 7e-4, 0.995),
+    "vae_decoder": PartSettings(1200, 16, 5e-4, 0.998),
+    "unet": PartSettings(9500, 48, 8e-4, 0.998),
 }
 
 

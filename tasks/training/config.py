@@ -23,7 +23,7 @@ class TrainingConfig(Section):
     weight_decay: float = Field(1e-2, ge=0, le=1, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     prior_loss_weight: float = Field(1.0, ge=0, le=100, description="weight of the class half; 0 needs no class images")
-    flip_probability: float = Field(0.5, ge=0, le=1, description="share of mirrored instance images")
+    flip_probability: float = Field(0.0, ge=0, le=1, description="share of mirrored instance images")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over fp32 weights")
     is_deterministic: bool = Field(True, description="deterministic kernels, so that resume is bit-equal")
     checkpoint_every_steps: int = Field(100, ge=1, description="steps between checkpoints")

@@ -19,6 +19,7 @@ from tasks.training.spec import RunFolder, TrainingSpec
 
 POLL_SECONDS = 0.2
 LOCK_SECONDS = 10.0
+WORKER_MODULE = "tasks.training.worker"
 SOURCE_ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -67,7 +68,7 @@ def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         "--nproc-per-node", str(spec.training.num_devices),
-        "-m", "tasks.training.worker", str(run.spec),
+        "-m", WORKER_MODULE, str(run.spec),
     ]  # fmt: skip
     paths = [str(SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {

@@ -48,51 +48,29 @@ class Service:
         raise AssertionError(f"flow run is still {run['state']['name']}")
 
 
-def wait_for(url: str, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
-    raise AssertionError("the Prefect server did not start")
-
-
 @pytest.fixture(scope="module")
 def service(
     workplace: Workplace, first_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/api"
-    environment = {**workplace.environment(), "PREFECT_API_URL": url, "LIKENESS_HOME": str(ROOT)}
-    environment |= {"PREFECT_WORKER_QUERY_SECONDS": "1", "OPENAI_API_KEY": CANARY}
-    log = (tmp_path_factory.mktemp("service") / "log").open("wb")
-    options: dict[str, Any] = {"env": environment, "stdout": log, "stderr": log}
-    server = subprocess.Popen([*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)], **options)
-    worker = None
+    assert workplace.server_url
+    environment = {**workplace.environment(), "LIKENESS_HOME": str(ROOT), "OPENAI_API_KEY": CANARY}
+    environment["PREFECT_WORKER_QUERY_SECONDS"] = "1"
+    for words in (
+        ["work-pool", "create", "likeness", "--type", "process"],
+        ["--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"],
+    ):
+        done = subprocess.run(
+            [*PREFECT, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path_factory.mktemp("service") / "log").open("wb") as log:
+        command = [*PREFECT, "worker", "start", "--pool", "likeness"]
+        worker = subprocess.Popen(command, cwd=workplace.folder, env=environment, stdout=log, stderr=log)
     try:
-        wait_for(f"{url}/health", server)
-        for words in (
-            ["work-pool", "create", "likeness", "--type", "process"],
-            ["--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"],
-        ):
-            done = subprocess.run(
-                [*PREFECT, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
-        worker = subprocess.Popen([*PREFECT, "worker", "start", "--pool", "likeness"], cwd=workplace.folder, **options)
-        yield Service(url, environment)
+        yield Service(workplace.server_url, environment)
     finally:
-        for process in (worker, server):
-            if process is not None:
-                process.terminate()
-                process.wait(60)
-        log.close()
+        worker.terminate()
+        worker.wait(60)
 
 
 def test_the_form_has_enums_bounds_and_descriptions(service: Service) -> None:
@@ -131,6 +109,12 @@ def test_a_run_through_the_api_finishes_and_is_the_command_lines_run(
     assert states["training"] == "Cached"
     keys = {artifact["key"] for artifact in service.call("/artifacts/filter", {})}
     assert {"report-fish", "metrics-fish", "stages-fish", "samples-fish"} <= keys
+
+
+def test_a_path_outside_the_allowed_folders_fails_the_run(service: Service) -> None:
+    run = service.wait(service.trigger({"settings": {"output_dir": "/"}})["id"])
+    assert run["state"]["type"] == "FAILED"
+    assert "lies outside the allowed folders" in run["state"]["message"]
 
 
 def test_no_secret_of_the_environment_is_in_the_database(service: Service, workplace: Workplace) -> None:

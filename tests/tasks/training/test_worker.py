@@ -1,10 +1,7 @@
 """The worker as a process: killed, stopped, resumed, always bit-equal in the end."""
 
 import json
-import os
-import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from tasks.errors import TrainingFailed
+from tasks.training import supervisor
 from tasks.training.spec import RunFolder, TrainingSpec
-from tasks.training.supervisor import EventTail, find_reason, locked, run_worker, start
+from tasks.training.supervisor import find_reason, locked, run_worker
 from tests.tiny import make_spec
+
+STEPS = 20
 
 
 def weights(run: RunFolder) -> dict[str, torch.Tensor]:
@@ -30,51 +30,37 @@ def moved(spec: TrainingSpec, folder: Path) -> TrainingSpec:
     return spec.model_copy(update={"folder": str(folder)})
 
 
-def kill_at_step(spec: TrainingSpec, step: int) -> None:
-    """Start the worker and end its whole group with SIGKILL once it reports a step."""
-    run = RunFolder(spec.path)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    run.spec.write_text(spec.model_dump_json())
-    run.events.write_text("")
-    process = start(spec, run)
-    seen: list[dict[str, Any]] = []
-    tail = EventTail(run.events, seen.append)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        tail.read()
-        if any(event["event"] == "step" and event["step"] >= step for event in seen):
-            break
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> tuple[TrainingSpec, RunFolder]:
     """A run that nothing disturbs."""
-    spec = make_spec(tmp_path_factory.mktemp("whole"), tiny_model_folder, max_train_steps=150, checkpoint_every_steps=5)
+    spec = make_spec(
+        tmp_path_factory.mktemp("whole"), tiny_model_folder, max_train_steps=STEPS, checkpoint_every_steps=5
+    )
     result = run_worker(spec, on_event=lambda event: None)
-    assert result["num_steps"] == 150
+    assert result["num_steps"] == STEPS
     return spec, RunFolder(spec.path)
 
 
-def test_a_run_that_was_killed_twice_ends_bit_equal(
-    tmp_path: Path, uninterrupted: tuple[TrainingSpec, RunFolder]
+def test_a_run_that_is_killed_again_and_again_ends_bit_equal(
+    tmp_path: Path, uninterrupted: tuple[TrainingSpec, RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, whole = uninterrupted
     again = moved(spec, tmp_path / "again")
-    kill_at_step(again, 7)
-    kill_at_step(again, 31)
+    run = RunFolder(again.path)
+    monkeypatch.setattr(supervisor, "WORKER_MODULE", "tests.faults.worker")
+    for fault in ("forward:8", "save:10", "drop:15"):
+        monkeypatch.setenv("LIKENESS_TEST_FAULT", fault)
+        with pytest.raises(TrainingFailed):
+            run_worker(again, on_event=lambda event: None)
+    monkeypatch.delenv("LIKENESS_TEST_FAULT")
     starts: list[int] = []
     result = run_worker(again, on_event=lambda e: starts.append(e["step"]) if e["event"] == "started" else None)
-    run = RunFolder(again.path)
-    assert 30 <= result["start_step"] < 150
-    assert starts == [result["start_step"]]
+    assert starts == [result["start_step"]] == [15]
     first, second = weights(whole), weights(run)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert run.losses.read_text() == whole.losses.read_text()
-    assert [json.loads(line)["step"] for line in run.losses.read_text().splitlines()] == list(range(1, 151))
+    assert [json.loads(line)["step"] for line in run.losses.read_text().splitlines()] == list(range(1, STEPS + 1))
 
 
 def test_training_changes_unet_and_text_encoder_and_leaves_the_vae(

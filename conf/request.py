@@ -28,10 +28,13 @@ from tasks.contract import digest
 from tasks.errors import ConfigError
 
 FOLDER = Path(__file__).resolve().parent
-GROUPS = (
-    "subject", "prior", "training", "evaluation", "scoring", "publishing",
-    "diffusion", "llm", "store", "tracking", "experiment",
-)  # fmt: skip
+# Groups of conf/ by the request's field.
+GROUPS = {
+    "subject": "subject", "prior": "prior", "method": "training/method", "evaluation": "evaluation",
+    "scoring": "scoring", "publishing": "publishing", "diffusion": "diffusion", "llm": "llm",
+    "store": "store", "tracking": "tracking", "experiment": "experiment",
+}  # fmt: skip
+FIELDS = {group: field for field, group in GROUPS.items()}
 PATH_FIELDS = ("output_dir", "subject.source", "store.folder", "diffusion.location",
                "evaluation.encoders.clip", "evaluation.encoders.dino", "tracking.uri")  # fmt: skip
 COMPOSING = threading.Lock()  # GlobalHydra is one per process
@@ -60,12 +63,18 @@ class RunRequest(BaseModel):
         description="what the subject is, for example dog",
         json_schema_extra={"position": 2},
     )
-    diffusion: Literal["mini", "sd15"] = Field("mini", description="base model", json_schema_extra={"position": 3})
+    diffusion: Literal["mini", "sd15", "sd21", "sdxl", "sd35-medium", "flux-dev"] = Field(
+        "mini", description="base model", json_schema_extra={"position": 3}
+    )
     experiment: Literal["none", "smoke"] = Field(
         "none", description="a named set of changes to the defaults", json_schema_extra={"position": 4}
     )
     prior: Literal["class_images", "none"] = Field("class_images", description="prior preservation")
-    training: Literal["full", "unet"] = Field("full", description="what is trained")
+    method: Literal["auto", "full", "lora", "token", "token+lora", "token+full"] = Field(
+        "auto",
+        description="what is learned: all weights, adapters, a new token, or a token and one of these; "
+        "auto: as the base model's preset says",
+    )
     evaluation: Literal["standard", "thorough"] = Field("standard", description="how much is sampled")
     scoring: Literal["auto", "batch", "sync"] = Field("auto", description="how the judge is called; auto: as llm says")
     publishing: Literal["auto", "registry", "local"] = Field("auto", description="where the model goes")
@@ -116,8 +125,8 @@ def parse_overrides(overrides: Iterable[str]) -> RunRequest:
         if isinstance(value, dict):
             raise ConfigError(f"{key}: give single values, for example {key}.name=value")
         plain = unquote(value)
-        if key in GROUPS:
-            fields[key] = plain
+        if key in FIELDS:
+            fields[FIELDS[key]] = plain
         else:
             settings[key] = plain
     if "subject.source" in settings and "subject" not in fields:
@@ -142,7 +151,7 @@ def split_sweep(words: Iterable[str]) -> tuple[list[str], dict[str, list[Value]]
         if not override.is_choice_sweep():
             fixed.append(word)
             continue
-        if override.key_or_group in GROUPS:
+        if override.key_or_group in FIELDS:
             raise ConfigError(f"{word!r}: sweep single settings, not groups of them")
         choices: Any = override.value()
         space[override.key_or_group] = [unquote(value) for value in choices.list]
@@ -175,7 +184,7 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
     if request.seed is not None:
         settings["seed"] = request.seed
     is_own = request.subject == "demo" and "subject.source" in settings
-    choices = {group: getattr(request, group) for group in GROUPS}
+    choices = {group: getattr(request, field) for field, group in GROUPS.items()}
     choices["subject"] = "folder" if is_own else choices["subject"]
     if roots is not None:
         check_paths(settings, roots)

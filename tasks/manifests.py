@@ -116,9 +116,12 @@ class TunedModel(Manifest):
 
     base_model: ModelRef
     model: tuple[ObjectRef, ...]
-    """The files of a diffusers folder, below `model/`."""
+    """Below `model/`: a diffusers folder, or adapters (LoRA, learned token) for the base model."""
+    family: str
+    method: str
     num_steps: int
     trainable_parameters: int
+    total_parameters: int
     final_loss: float
     peak_memory_bytes: int
     subject_key: str

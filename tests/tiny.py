@@ -88,6 +88,8 @@ def make_spec(tmp_path: Path, model_folder: Path, **changes: Any) -> TrainingSpe
         model_folder=str(model_folder),
         base_model_sha256=digest_folder(model_folder),
         seed=5,
+        identifier_token="sks",
+        class_noun="fish",
         diffusion=tiny_diffusion_config(model_folder),
         training=training,
         instance_images=images(photos, "a photo of sks fish"),

@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tasks.contract import digest, digest_folder
 from tasks.diffusion.config import DiffusionConfig
@@ -20,15 +20,18 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
+    from tasks.diffusion.noise import NoiseProcess
+
 MINI_FOLDER = Path(__file__).resolve().parent.parent / "mini" / "weights"
-FAMILIES = {"stable_diffusion": "tasks.diffusion.stable_diffusion"}
+FAMILIES = {
+    "stable_diffusion": "tasks.diffusion.stable_diffusion",
+    "stable_diffusion_xl": "tasks.diffusion.stable_diffusion_xl",
+    "stable_diffusion_3": "tasks.diffusion.stable_diffusion_3",
+    "flux": "tasks.diffusion.flux",
+}
 # Anything else in a repository could be code, a pickle, or gigabytes of another precision.
-WEIGHT_PATTERNS = (
-    "model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt",
-    "text_encoder/config.json", "text_encoder/model.safetensors",
-    "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
-    "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
-)  # fmt: skip
+WANTED = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
+UNWANTED = ("*fp16*", "*non_ema*", "safety_checker/*", "feature_extractor/*", "image_encoder/*", "*openvino*")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,19 @@ class Posterior:
 
     mean: "Tensor"
     std: "Tensor"
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is told of prompts: states `(B, L, D)` and, in most families, one pooled row `(B, P)`."""
+
+    encoder_hidden_states: "Tensor"
+    pooled: "Tensor | None" = None
+
+    def take(self, rows: "Tensor") -> "Conditioning":
+        """Return the conditioning of the given rows."""
+        pooled = None if self.pooled is None else self.pooled[rows]
+        return Conditioning(self.encoder_hidden_states[rows], pooled)
 
 
 @dataclass(frozen=True)
@@ -50,30 +66,35 @@ class SamplingRequest:
 class DiffusionModel(Protocol):
     """A loaded base or tuned model. B images, C latent channels, h = H/8 (mini: H/4)."""
 
+    device: "torch.device"
+    noise: "NoiseProcess"
+    denoiser_name: str
+    lora_targets: "dict[str, tuple[str, ...]]"
+    parts: "dict[str, Any]"
+
     def trainable_modules(self, *, is_text_encoder_trained: bool) -> "dict[str, nn.Module]":
         """Return the modules that fine-tuning changes; everything else is frozen."""
 
     def tokenize(self, prompts: Sequence[str]) -> "Tensor":
-        """Return token ids `(B, L)`."""
+        """Return token ids `(B, L)`, those of all tokenizers side by side."""
 
-    def encode_prompts(self, input_ids: "Tensor") -> "Tensor":
-        """Return `encoder_hidden_states` `(B, L, D)`."""
+    def encode_prompts(self, input_ids: "Tensor") -> Conditioning:
+        """Return what the denoiser is told."""
 
     def encode_images(self, pixel_values: "Tensor") -> Posterior:
         """Return the scaled posterior of `(B, 3, H, W)` in [-1, 1]."""
 
-    def add_noise(self, latents: "Tensor", noise: "Tensor", timesteps: "Tensor") -> "Tensor":
-        """Return `noisy_latents`."""
+    def predict(
+        self, noisy_latents: "Tensor", timesteps: "Tensor", conditioning: Conditioning, sizes: "Tensor"
+    ) -> "Tensor":
+        """Return the denoiser's prediction.
 
-    def compute_target(self, latents: "Tensor", noise: "Tensor", timesteps: "Tensor") -> "Tensor":
-        """Return what the prediction should be: noise or velocity."""
+        `sizes` `(B, 6)`: original height and width, top and left of the crop, target height and width
+        in pixels; only Stable Diffusion XL reads it.
+        """
 
-    def predict(self, noisy_latents: "Tensor", timesteps: "Tensor", encoder_hidden_states: "Tensor") -> "Tensor":
-        """Return the denoiser's prediction."""
-
-    @property
-    def num_train_timesteps(self) -> int:
-        """Number of noise levels in training."""
+    def apply_adapters(self, folder: Path) -> None:
+        """Put learned tokens and LoRA weights that lie in a folder into this model."""
 
     def sample(
         self,
@@ -89,9 +110,12 @@ class DiffusionModel(Protocol):
 
 
 def open_model(config: DiffusionConfig, *, folder: Path | None = None) -> DiffusionModel:
-    """Load the configured base model, or the tuned weights in a folder."""
+    """Load the configured base model, or the tuned one in a folder: whole, or adapters for the base model."""
     family = importlib.import_module(FAMILIES[config.family])
-    model: DiffusionModel = family.load(folder or find_folder(config), config)
+    is_whole = folder is not None and (folder / "model_index.json").is_file()
+    model: DiffusionModel = family.load(folder if is_whole else find_folder(config), config)
+    if folder is not None:
+        model.apply_adapters(folder)
     return model
 
 
@@ -113,7 +137,13 @@ def find_folder(config: DiffusionConfig) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(config.location, revision=config.revision, allow_patterns=list(WEIGHT_PATTERNS)))
+        local = snapshot_download(
+            config.location,
+            revision=config.revision,
+            allow_patterns=list(WANTED),
+            ignore_patterns=list(UNWANTED),
+        )
+        return Path(local)
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"no base model at diffusion.location={config.location}: {reason}") from error

@@ -10,7 +10,9 @@ from tasks.settings import Section
 class DiffusionConfig(Section):
     """Which base model, and how it is sampled."""
 
-    family: Literal["stable_diffusion"] = Field("stable_diffusion", description="model adapter")
+    family: Literal["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux"] = Field(
+        "stable_diffusion", description="model adapter"
+    )
     location: str = Field(description="diffusers folder, hub repository, or mini: the shipped model")
     revision: str | None = Field(None, description="pinned commit of a hub repository")
     resolution: int = Field(512, ge=32, le=4096, description="side of training images and samples, pixels")

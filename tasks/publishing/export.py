@@ -19,10 +19,10 @@ A text-to-image model that was taught one {class_noun} from {num_photos} photos 
 arXiv 2208.12242). Write `{subject}` where the subject should be.
 
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("PATH TO THIS FOLDER", safety_checker=None)
-pipeline("a photo of {subject}").images[0].save("sample.png")
+{loading}
+pipeline("a photo of {spoken}").images[0].save("sample.png")
 ```
 
 | | base | tuned | real photos |
@@ -31,11 +31,42 @@ pipeline("a photo of {subject}").images[0].save("sample.png")
 | CLIP-I | {base.clip_i:.3f} | {tuned.clip_i:.3f} | {ceiling.clip_i:.3f} |
 | CLIP-T | {base.clip_t:.3f} | {tuned.clip_t:.3f} | {ceiling.clip_t:.3f} |
 
-Base model: {base_model}. Training: {num_steps} steps. `lineage.json` names every input by digest.
+Base model: {base_model}. Training: method {method}, {num_steps} steps. `lineage.json` names every input by digest.
 
 The photos' owner decides what this model may be used for. Pictures drawn with it are generated:
 say so where you show them, and don't tune models on people without their consent.
 """
+
+
+WHOLE = 'pipeline = DiffusionPipeline.from_pretrained("THIS FOLDER")'
+BASE = 'pipeline = DiffusionPipeline.from_pretrained("{location}", revision={revision!r})'
+LORA = 'pipeline.load_lora_weights("THIS FOLDER", weight_name="pytorch_lora_weights.safetensors")'
+ONE_ENCODER = (
+    'pipeline.load_textual_inversion("THIS FOLDER", weight_name="learned_embeds.safetensors", token="<{token}>")'
+)
+TWO_ENCODERS = """from safetensors.torch import load_file
+
+vectors = load_file("THIS FOLDER/learned_embeds.safetensors")
+pipeline.load_textual_inversion(
+    vectors["clip_l"], token="<{token}>", text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer
+)
+pipeline.load_textual_inversion(
+    vectors["clip_g"], token="<{token}>", text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2
+)"""
+
+
+def write_loading(tuned: TunedModel, identifier_token: str) -> str:
+    """Return the lines of Python that load what a method learned."""
+    if tuned.method.endswith("full"):
+        return WHOLE
+    base = tuned.base_model
+    lines = [BASE.format(location=base.location, revision=base.revision)]
+    if tuned.method.startswith("token"):
+        has_one_encoder = tuned.family in ("stable_diffusion", "flux")
+        lines.append((ONE_ENCODER if has_one_encoder else TWO_ENCODERS).format(token=identifier_token))
+    if tuned.method.endswith("lora"):
+        lines.append(LORA)
+    return "\n".join(lines)
 
 
 def export_model(
@@ -49,8 +80,13 @@ def export_model(
     evaluation: Evaluation,
 ) -> tuple[ObjectRef, ...]:
     """Store the tuned model beside its card and lineage; `local` holds the same files."""
+    spoken = subject.identifier_token
+    if tuned.method.startswith("token"):
+        spoken = f"<{spoken}>"  # diffusers spells out all of its vectors itself
     card = CARD.format(
         title=title,
+        loading=write_loading(tuned, subject.identifier_token),
+        spoken=name_subject(identifier_token=spoken, class_noun=subject.class_noun),
         class_noun=subject.class_noun,
         subject=name_subject(identifier_token=subject.identifier_token, class_noun=subject.class_noun),
         num_photos=len(subject.images),
@@ -58,6 +94,7 @@ def export_model(
         tuned=evaluation.metrics["tuned"],
         ceiling=evaluation.ceiling,
         base_model=f"{tuned.base_model.location} ({tuned.base_model.sha256[:12]})",
+        method=tuned.method,
         num_steps=tuned.num_steps,
     )
     lineage = {
@@ -76,9 +113,10 @@ def export_model(
 
 
 def read_losses(store: Store, tuned: TunedModel) -> list[dict[str, float]]:
-    """Return the loss log, one row per step."""
+    """Return the loss log, one row per step but those that were left out."""
     data = store.find_bytes(tuned.find("losses.jsonl").key) or b""
-    return [json.loads(line) for line in data.splitlines()]
+    rows = [json.loads(line) for line in data.splitlines()]
+    return [row for row in rows if None not in row.values()]
 
 
 def headline_metrics(evaluation: Evaluation, scores: Scorecard) -> dict[str, float]:

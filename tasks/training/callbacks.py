@@ -1,6 +1,8 @@
 """What happens around steps: loss log, checkpoints, the stop file, the watch on the parent."""
 
 import json
+import logging
+import math
 import os
 import threading
 import time
@@ -14,16 +16,20 @@ from tasks.training.checkpoints import collect_state, save_checkpoint
 from tasks.training.module import DreamBoothModule
 from tasks.training.spec import RunFolder, TrainingSpec
 
+log = logging.getLogger(__name__)
+
 
 class StepKeeper(pl.Callback):
     """Logs losses, saves checkpoints and stops when asked, always at an optimizer step."""
 
-    def __init__(self, spec: TrainingSpec, run: RunFolder, *, losses: list[str]) -> None:
+    def __init__(self, spec: TrainingSpec, run: RunFolder, *, identity: dict[str, str], losses: list[str]) -> None:
         self.spec = spec
         self.run = run
+        self.identity = identity
         self.losses = losses
         self.pending: list[dict[str, Any]] = []
         self.micro: list[dict[str, torch.Tensor]] = []
+        self.num_skipped = count_skipped(losses)
         self.was_stopped = False
         self.saved_step = -1
 
@@ -32,7 +38,7 @@ class StepKeeper(pl.Callback):
         self.started = self.ticked = time.monotonic()
         if trainer.is_global_zero:
             self.run.losses.write_text("".join(line + "\n" for line in self.losses))
-            self.tell({"event": "started", "step": self.module(pl_module).step})
+            tell(self.run, {"event": "started", "step": self.module(pl_module).step})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -42,7 +48,9 @@ class StepKeeper(pl.Callback):
         if len(self.micro) < self.spec.training.gradient_accumulation_steps:
             return
         module = self.module(pl_module)
+        module.update_average()
         means = {key: torch.stack([row[key] for row in self.micro]).mean() for key in self.micro[0]}
+        means["loss"] = means.pop("total_loss")
         self.pending.append({"step": module.step, **means, "grad_norm": module.grad_norm})
         self.micro = []
         config = self.spec.training
@@ -60,12 +68,7 @@ class StepKeeper(pl.Callback):
         """Bring the pending losses to the host, check them, and log one line per step."""
         now = time.monotonic()
         for row in self.pending:
-            plain = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
-            if not all(map(torch.isfinite, map(torch.tensor, plain.values()))):
-                raise TrainingFailed(
-                    f"loss or gradient is not finite at step {plain['step']}; lower training.learning_rate"
-                )
-            self.losses.append(json.dumps(plain))
+            self.losses.append(json.dumps(self.check(row)))
         if trainer.is_global_zero and self.pending:
             with self.run.losses.open("a") as file:
                 file.write("".join(line + "\n" for line in self.losses[-len(self.pending) :]))
@@ -74,9 +77,33 @@ class StepKeeper(pl.Callback):
             halves = 2 if config.prior_loss_weight > 0 else 1
             per_step = config.train_batch_size * config.gradient_accumulation_steps * config.num_devices * halves
             rate = per_step * len(self.pending) / max(1e-9, now - self.ticked)
-            self.tell({"event": "step", **last, "images_per_second": round(rate, 2)})
+            tell(self.run, {"event": "step", **last, "images_per_second": round(rate, 2)})
         self.pending = []
         self.ticked = now
+
+    def check(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a row with plain numbers, None where one isn't finite: such a step was left out.
+
+        Raises:
+            TrainingFailed: too many steps in a row were left out, or the first one changed nothing.
+
+        """
+        plain = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+        step, config = plain["step"], self.spec.training
+        if plain["grad_norm"] == 0.0 and not self.losses:
+            raise TrainingFailed("the first step changed nothing: no gradient reaches what is trained")
+        is_whole = all(math.isfinite(value) for value in plain.values())
+        self.num_skipped = 0 if is_whole else self.num_skipped + 1
+        if self.num_skipped > config.max_skipped_steps:
+            size = config.train_batch_size * config.gradient_accumulation_steps * config.num_devices
+            raise TrainingFailed(
+                f"loss or gradient was not finite in {self.num_skipped} steps up to step {step} "
+                f"(samples {(step - self.num_skipped) * size} to {step * size - 1}); "
+                "lower the learning rate, or train in fp32"
+            )
+        if not is_whole:
+            log.warning("step %s was left out: loss or gradient is not finite", step)
+        return {key: value if math.isfinite(value) else None for key, value in plain.items()}
 
     def save(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
         """Save once per step; every rank waits until the first one has written."""
@@ -85,27 +112,44 @@ class StepKeeper(pl.Callback):
             return
         self.saved_step = module.step
         if trainer.is_global_zero:
-            state = collect_state(module.trained, module.optimizer, step=module.step, losses=self.losses)
+            state = collect_state(
+                dict(module.named_trained()),
+                module.optimizer,
+                step=module.step,
+                averages=module.average,
+                losses=self.losses,
+            )
             save_checkpoint(
                 self.run.checkpoints,
                 state,
-                identity=self.spec.identity(),
+                identity=self.identity,
                 num_kept=self.spec.training.num_checkpoints_kept,
             )
-            self.tell({"event": "checkpoint", "step": module.step})
+            tell(self.run, {"event": "checkpoint", "step": module.step})
         trainer.strategy.barrier()
         self.ticked = time.monotonic()
-
-    def tell(self, event: dict[str, Any]) -> None:
-        """Append one event for the supervisor."""
-        with self.run.events.open("a") as file:
-            file.write(json.dumps(event) + "\n")
 
     @staticmethod
     def module(pl_module: pl.LightningModule) -> DreamBoothModule:
         """Return the module by its own type."""
         assert isinstance(pl_module, DreamBoothModule)
         return pl_module
+
+
+def tell(run: RunFolder, event: dict[str, Any]) -> None:
+    """Append one event for the supervisor."""
+    with run.events.open("a") as file:
+        file.write(json.dumps(event) + "\n")
+
+
+def count_skipped(losses: list[str]) -> int:
+    """Return how many of the last steps were left out."""
+    num = 0
+    for line in reversed(losses):
+        if None not in json.loads(line).values():
+            break
+        num += 1
+    return num
 
 
 def watch_supervisor(pid: int) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tasks.errors import TrainingFailed
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -31,6 +32,8 @@ class TrainingState:
     step: int
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
+    averages: dict[str, Tensor]
+    """Averaged weights; empty where none are kept."""
     losses: list[str]
     """The lines of the loss log up to this step."""
 
@@ -51,6 +54,7 @@ def save_checkpoint(folder: Path, state: TrainingState, *, identity: dict[str, s
     staged.mkdir(parents=True)
     save_file(state.weights, staged / "weights.safetensors")
     save_file(state.moments, staged / "optimizer.safetensors")
+    save_file(state.averages, staged / "averages.safetensors")
     (staged / "losses.jsonl").write_text("".join(line + "\n" for line in state.losses))
     files = {path.name: digest_file(path) for path in sorted(staged.iterdir())}
     manifest = {"schema_version": SCHEMA_VERSION, "step": state.step, "identity": identity, "files": files}
@@ -104,6 +108,7 @@ def load_checkpoint(path: Path, *, identity: dict[str, str]) -> TrainingState:
         step=int(manifest["step"]),
         weights=load_file(path / "weights.safetensors"),
         moments=load_file(path / "optimizer.safetensors"),
+        averages=load_file(path / "averages.safetensors"),
         losses=(path / "losses.jsonl").read_text().splitlines(),
     )
 
@@ -117,28 +122,42 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def collect_state(
-    modules: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, losses: list[str]
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: int,
+    averages: Mapping[str, Tensor],
+    losses: list[str],
 ) -> TrainingState:
-    """Copy weights and optimizer moments to the CPU, by parameter name."""
+    """Copy weights, averages and optimizer moments to the CPU, by parameter name."""
     weights, moments = {}, {}
-    for name, parameter in modules.named_parameters():
-        weights[name] = parameter.detach().cpu().contiguous().clone()
+    for name, parameter in parameters.items():
+        weights[name] = copy_to_cpu(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{name}|{key}"] = torch.as_tensor(value).detach().cpu().contiguous().clone()
-    return TrainingState(step, weights, moments, list(losses))
+            moments[f"{name}|{key}"] = copy_to_cpu(torch.as_tensor(value))
+    kept = {name: copy_to_cpu(value) for name, value in averages.items()}
+    return TrainingState(step, weights, moments, kept, list(losses))
+
+
+def copy_to_cpu(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy on the CPU."""
+    return tensor.detach().cpu().contiguous().clone()
 
 
 @torch.no_grad()
-def restore_state(modules: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+def restore_state(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: TrainingState
+) -> None:
     """Put a checkpoint's weights and moments in place. Raises KeyError where one is missing."""
     per_parameter: dict[str, dict[str, Tensor]] = {}
     for joined, value in state.moments.items():
         name, key = joined.rsplit("|", 1)
         per_parameter.setdefault(name, {})[key] = value
-    for name, parameter in modules.named_parameters():
+    for name, parameter in parameters.items():
         parameter.copy_(state.weights[name])
         moments = per_parameter.get(name, {})
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+        if moments:
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
 
 
 def sync(path: Path) -> None:

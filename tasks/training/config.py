@@ -7,9 +7,40 @@ from pydantic import Field
 from tasks.settings import Section
 
 
+class LoraSettings(Section):
+    """Low-rank adapters (arXiv 2106.09685)."""
+
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="AdamW learning rate of the denoiser's adapters")
+    text_encoder_learning_rate: float | None = Field(
+        None, gt=0, le=1, description="learning rate of the text encoder's adapters; null: as the denoiser's"
+    )
+    rank: int = Field(16, ge=1, le=512, description="width of the adapters; size and memory grow with it")
+    alpha: float = Field(16.0, gt=0, description="the change is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
+    is_dora: bool = Field(False, description="learn magnitudes apart (arXiv 2402.09353); slower")
+    target_modules: tuple[str, ...] = Field((), description="layers of the denoiser; empty: as the family says")
+
+
+class TokenSettings(Section):
+    """A learned token (arXiv 2208.01618)."""
+
+    num_vectors: int = Field(1, ge=1, le=32, description="embedding vectors of the token")
+    learning_rate: float = Field(5e-4, gt=0, le=1, description="AdamW learning rate of the vectors")
+    init: str = Field("", description="words to begin from; empty: the class noun")
+    switch_step: int = Field(
+        0, ge=0, description="token+...: until this step the token alone is trained, then the weights alone; 0: both"
+    )
+
+
 class TrainingConfig(Section):
     """How the weights are fine-tuned."""
 
+    method: Literal["full", "lora", "token", "token+lora", "token+full"] = Field(
+        "full", description="what is learned: all weights, adapters, a token, or a token and one of these"
+    )
+    lora: LoraSettings = LoraSettings()
+    token: TokenSettings = TokenSettings()
+    is_denoiser_trained: bool = Field(True, description="train the UNet or transformer")
     max_train_steps: int = Field(800, ge=1, le=1_000_000, description="optimizer steps")
     train_batch_size: int = Field(1, ge=1, le=256, description="instance images per device and step")
     gradient_accumulation_steps: int = Field(1, ge=1, le=1024, description="forwards per optimizer step")
@@ -23,9 +54,32 @@ class TrainingConfig(Section):
     weight_decay: float = Field(1e-2, ge=0, le=1, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     prior_loss_weight: float = Field(1.0, ge=0, le=100, description="weight of the class half; 0 needs no class images")
+    snr_gamma: float | None = Field(
+        None, gt=0, description="min-SNR weighting of every example (arXiv 2303.09556), usually 5; null: none"
+    )
+    caption_dropout: float = Field(
+        0.0, ge=0, le=1, description="share of instance prompts left empty; keeps guidance working in long runs"
+    )
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="publish averaged weights, 0.999 for long runs; costs one copy of what is trained"
+    )
+    is_gradient_checkpointed: bool = Field(
+        False, description="recompute activations backward: much less memory, about a third slower, same mathematics"
+    )
+    num_crop_variants: int = Field(
+        0, ge=0, le=64, description="random crops kept per photo; 0: the centre alone, 4 approximates free cropping"
+    )
     flip_probability: float = Field(0.0, ge=0, le=1, description="share of mirrored instance images")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over fp32 weights")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="bf16, fp16: autocast over fp32 weights; fp16 scales the loss"
+    )
+    frozen_precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="number format of frozen weights; half of it fits larger models, and rounds"
+    )
     is_deterministic: bool = Field(True, description="deterministic kernels, so that resume is bit-equal")
+    max_skipped_steps: int = Field(
+        3, ge=0, description="steps in a row with a loss or gradient that isn't finite, left out before training stops"
+    )
     checkpoint_every_steps: int = Field(100, ge=1, description="steps between checkpoints")
     num_checkpoints_kept: int = Field(2, ge=2, description="valid checkpoints kept while training")
     log_every_steps: int = Field(10, ge=1, description="steps between log lines")

@@ -1,7 +1,7 @@
 """Training data in memory: the VAE's posterior of every picture, and batches drawn by counter.
 
-The posterior (mean and deviation) is cached per picture and mirroring and sampled anew at every
-step, so the cache gives what encoding pixels at every step would.
+The posterior (mean and deviation) is cached per picture and variant (crop, mirroring) and sampled anew
+at every step, so the cache gives what encoding the same pixels at every step would.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -25,14 +25,23 @@ ENCODE_BATCH = 8
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Cached posteriors `(N, 2, C, h, w)` (plain, mirrored) and token ids `(N, L)`."""
+    """Cached posteriors of N pictures in V variants: a row's picture and prompt share one index.
+
+    `mean` and `std` are `(N, V, C, h, w)`, `sizes` `(N, V, 6)`, `input_ids` `(N, L)`.
+    """
 
     mean: Tensor
     std: Tensor
+    sizes: Tensor
     input_ids: Tensor
 
     def __len__(self) -> int:
         return len(self.mean)
+
+    @property
+    def num_variants(self) -> int:
+        """Crops and mirrorings per picture."""
+        return self.mean.shape[1]
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,16 @@ class TrainingBatch:
     noise: Tensor
     timesteps: Tensor
     input_ids: Tensor
+    sizes: Tensor
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a picture is cut: the crop's place in the free room `[0, 1]` on both axes, and mirroring."""
+
+    left: float = 0.5
+    top: float = 0.5
+    is_mirrored: bool = False
 
 
 class SampleCounter(IterableDataset[Tensor]):
@@ -62,8 +81,13 @@ class SampleCounter(IterableDataset[Tensor]):
             first += self.stride
 
 
-def load_pixel_values(path: Path, *, resolution: int, sha256: str) -> Tensor:
-    """Return a picture as `(3, H, W)` in [-1, 1], cropped at its centre, its aspect kept.
+def load_pixel_values(
+    path: Path, *, resolution: int, sha256: str, variant: Variant = Variant()
+) -> tuple[Tensor, list[int]]:
+    """Return a picture as `(3, H, W)` in [-1, 1], its aspect kept, and its six sizes.
+
+    The sizes are original height and width, top and left of the crop, and the side twice, in pixels
+    (those of Stable Diffusion XL, arXiv 2307.01952).
 
     Raises:
         ArtifactCorrupt: the file isn't the one that was inspected.
@@ -73,30 +97,53 @@ def load_pixel_values(path: Path, *, resolution: int, sha256: str) -> Tensor:
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ArtifactCorrupt(f"{path} changed after it was checked; run again to fetch it anew")
     with Image.open(path) as opened:
-        image = ImageOps.fit(opened.convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS)
-    array = torch.from_numpy(np.asarray(image).copy())
-    return array.permute(2, 0, 1).float() / 127.5 - 1.0
+        image = opened.convert("RGB")
+    original = (image.height, image.width)
+    factor = resolution / min(original)
+    width, height = (max(resolution, round(side * factor)) for side in image.size)
+    left, top = round((width - resolution) * variant.left), round((height - resolution) * variant.top)
+    image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    image = image.crop((left, top, left + resolution, top + resolution))
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1.0
+    return pixels.flip(-1) if variant.is_mirrored else pixels, [*original, top, left, resolution, resolution]
+
+
+def plan_variants(spec: TrainingSpec, index: int) -> list[Variant]:
+    """Return the variants of an instance image; random crops are a function of seed, image and number."""
+    num = spec.training.num_crop_variants
+    if num == 0:
+        places = [(0.5, 0.5)]
+    else:
+        rows = [index * num + i for i in range(num)]
+        left = draws.draw_uniform(seed=spec.seed, purpose="instance/crop-left", indices=rows)
+        top = draws.draw_uniform(seed=spec.seed, purpose="instance/crop-top", indices=rows)
+        places = list(zip(left.tolist(), top.tolist(), strict=True))
+    mirrorings = (False, True) if spec.training.flip_probability > 0 else (False,)
+    return [Variant(left, top, is_mirrored) for is_mirrored in mirrorings for left, top in places]
 
 
 def encode_set(
-    model: DiffusionModel, images: tuple[TrainingImage, ...], *, resolution: int, is_mirrored: bool
+    model: DiffusionModel, images: tuple[TrainingImage, ...], *, resolution: int, variants: list[list[Variant]]
 ) -> ImageSet:
-    """Return the cached posteriors of a set of pictures."""
-    means, stds = [], []
-    for start in range(0, len(images), ENCODE_BATCH):
-        pixels = torch.stack(
-            [
-                load_pixel_values(Path(image.path), resolution=resolution, sha256=image.sha256)
-                for image in images[start : start + ENCODE_BATCH]
-            ]
-        )
-        variants = [model.encode_images(pixels)]
-        if is_mirrored:
-            variants.append(model.encode_images(pixels.flip(-1)))
-        means.append(torch.stack([v.mean.float().cpu() for v in variants], 1))
-        stds.append(torch.stack([v.std.float().cpu() for v in variants], 1))
-    input_ids = model.tokenize([image.prompt for image in images])
-    return ImageSet(torch.cat(means), torch.cat(stds), input_ids)
+    """Return the cached posteriors of a set of pictures, one list of variants each."""
+    jobs = [(image, variant) for image, row in zip(images, variants, strict=True) for variant in row]
+    means, stds, sizes = [], [], []
+    for start in range(0, len(jobs), ENCODE_BATCH):
+        loaded = [
+            load_pixel_values(Path(image.path), resolution=resolution, sha256=image.sha256, variant=variant)
+            for image, variant in jobs[start : start + ENCODE_BATCH]
+        ]
+        posterior = model.encode_images(torch.stack([pixels for pixels, _ in loaded]))
+        means.append(posterior.mean.float().cpu())
+        stds.append(posterior.std.float().cpu())
+        sizes += [six for _, six in loaded]
+    shape = (len(images), -1)
+    return ImageSet(
+        mean=torch.cat(means).unflatten(0, shape),
+        std=torch.cat(stds).unflatten(0, shape),
+        sizes=torch.tensor(sizes, dtype=torch.float32).unflatten(0, shape),
+        input_ids=model.tokenize([image.prompt for image in images]),
+    )
 
 
 class BatchMaker:
@@ -104,12 +151,15 @@ class BatchMaker:
 
     def __init__(self, model: DiffusionModel, spec: TrainingSpec) -> None:
         self.spec = spec
-        self.num_train_timesteps = model.num_train_timesteps
+        self.noise = model.noise
         resolution = spec.diffusion.resolution
-        flips = spec.training.flip_probability > 0
-        self.sets = {"instance": encode_set(model, spec.instance_images, resolution=resolution, is_mirrored=flips)}
+        instance, classes = spec.instance_images, spec.class_images
+        variants = [plan_variants(spec, i) for i in range(len(instance))]
+        self.sets = {"instance": encode_set(model, instance, resolution=resolution, variants=variants)}
         if spec.training.prior_loss_weight > 0:
-            self.sets["class"] = encode_set(model, spec.class_images, resolution=resolution, is_mirrored=False)
+            plain = [[Variant()]] * len(classes)
+            self.sets["class"] = encode_set(model, classes, resolution=resolution, variants=plain)
+        self.empty_ids = model.tokenize([""])[0]
 
     def make(self, indices: list[int], device: torch.device) -> TrainingBatch:
         """Return the batch; the halves have draws of their own."""
@@ -117,20 +167,31 @@ class BatchMaker:
         columns = [torch.cat(column).to(device) for column in zip(*halves, strict=True)]
         return TrainingBatch(*columns)
 
-    def make_half(self, kind: str, indices: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return latents, noise, timesteps and token ids of one half."""
+    def make_half(self, kind: str, indices: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return latents, noise, timesteps, token ids and sizes of one half."""
         images, seed = self.sets[kind], self.spec.seed
         items = draws.choose_items(len(images), seed=seed, purpose=f"{kind}/item", indices=indices)
-        variants = torch.zeros(len(indices), dtype=torch.long)
-        if kind == "instance" and self.spec.training.flip_probability > 0:
-            probability = self.spec.training.flip_probability
-            flags = draws.draw_flags(probability, seed=seed, purpose="instance/flip", indices=indices)
-            variants = flags.long()
+        variants = self.choose_variants(kind, indices)
         shape = tuple(images.mean.shape[2:])
         posterior = draws.draw_normal(shape, seed=seed, purpose=f"{kind}/posterior", indices=indices)
         noise = draws.draw_normal(shape, seed=seed, purpose=f"{kind}/noise", indices=indices)
-        timesteps = draws.draw_integers(
-            self.num_train_timesteps, seed=seed, purpose=f"{kind}/timestep", indices=indices
-        )
+        uniform = draws.draw_uniform(seed=seed, purpose=f"{kind}/timestep", indices=indices)
         latents = images.mean[items, variants] + images.std[items, variants] * posterior
-        return latents, noise, timesteps, images.input_ids[items]
+        input_ids = images.input_ids[items]
+        if kind == "instance" and self.spec.training.caption_dropout > 0:
+            share = self.spec.training.caption_dropout
+            dropped = draws.draw_flags(share, seed=seed, purpose="instance/caption", indices=indices)
+            input_ids = torch.where(dropped[:, None], self.empty_ids, input_ids)
+        return latents, noise, self.noise.choose_timesteps(uniform), input_ids, images.sizes[items, variants]
+
+    def choose_variants(self, kind: str, indices: list[int]) -> Tensor:
+        """Return which variant of its picture each sample shows."""
+        training, seed = self.spec.training, self.spec.seed
+        num_crops = max(1, training.num_crop_variants)
+        if kind != "instance":
+            return torch.zeros(len(indices), dtype=torch.long)
+        chosen = draws.draw_integers(num_crops, seed=seed, purpose="instance/crop", indices=indices)
+        if training.flip_probability > 0:
+            share = training.flip_probability
+            chosen = chosen + num_crops * draws.draw_flags(share, seed=seed, purpose="instance/flip", indices=indices)
+        return chosen

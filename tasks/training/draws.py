@@ -10,16 +10,26 @@ import torch
 from torch import Tensor
 
 
+def make_seed(seed: int, purpose: str, index: int) -> int:
+    """Return a number that stands for one purpose of one sample."""
+    text = f"{seed}/{purpose}/{index}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
 def make_generator(seed: int, purpose: str, index: int) -> torch.Generator:
     """Return a generator of its own for one purpose of one sample."""
-    text = f"{seed}/{purpose}/{index}".encode()
-    value = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
-    return torch.Generator().manual_seed(value)
+    return torch.Generator().manual_seed(make_seed(seed, purpose, index))
 
 
 def draw_normal(shape: tuple[int, ...], *, seed: int, purpose: str, indices: list[int]) -> Tensor:
     """Return one standard normal `shape` per sample index: `(len(indices), *shape)`."""
     return torch.stack([torch.randn(shape, generator=make_generator(seed, purpose, i)) for i in indices])
+
+
+def draw_uniform(*, seed: int, purpose: str, indices: list[int]) -> Tensor:
+    """Return one number in `[0, 1)` per sample index."""
+    rows = [torch.rand((), generator=make_generator(seed, purpose, i), dtype=torch.float64) for i in indices]
+    return torch.stack(rows)
 
 
 def draw_integers(high: int, *, seed: int, purpose: str, indices: list[int]) -> Tensor:

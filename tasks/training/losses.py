@@ -2,8 +2,10 @@
 
 from typing import NamedTuple
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
+
+from tasks.diffusion.noise import NoiseProcess
 
 # Shapes: B images per half, C latent channels, h x w latent side.
 
@@ -16,27 +18,42 @@ class PriorPreservationLoss(NamedTuple):
     prior: Tensor | None
 
 
-def prior_preservation_loss(noise_pred: Tensor, target: Tensor, *, prior_loss_weight: float) -> PriorPreservationLoss:
+def prior_preservation_loss(
+    noise_pred: Tensor, target: Tensor, *, prior_loss_weight: float, weights: Tensor | None = None
+) -> PriorPreservationLoss:
     """Weigh the subject's error against drift of its class (arXiv 2208.12242).
 
-    The batch is `[instance | class]` along dim 0, so both halves share one UNet pass; with weight 0
+    The batch is `[instance | class]` along dim 0, so both halves share one forward; with weight 0
     it holds instances alone.
 
     Args:
         noise_pred: `(2B, C, h, w)`, compared in float32 (half precision underflows late in training).
-        target: noise or velocity; same shape.
+        target: noise, velocity or flow; same shape.
         prior_loss_weight: 0 keeps only the instance half.
+        weights: `(2B,)`, one per example, for both halves alike.
 
     Raises:
         ValueError: the batch can't be split into two equal halves.
 
     """
+    errors = (noise_pred.float() - target.float()).square().flatten(1).mean(1)
+    if weights is not None:
+        errors = errors * weights
     if prior_loss_weight == 0:
-        instance = F.mse_loss(noise_pred.float(), target.float())
+        instance = errors.mean()
         return PriorPreservationLoss(instance, instance, None)
-    if len(noise_pred) % 2:
-        raise ValueError(f"a batch of {len(noise_pred)} has no two equal halves")
-    predicted, wanted = noise_pred.float().chunk(2), target.float().chunk(2)
-    instance = F.mse_loss(predicted[0], wanted[0])
-    prior = F.mse_loss(predicted[1], wanted[1])
+    if len(errors) % 2:
+        raise ValueError(f"a batch of {len(errors)} has no two equal halves")
+    instance, prior = (half.mean() for half in errors.chunk(2))
     return PriorPreservationLoss(instance + prior_loss_weight * prior, instance, prior)
+
+
+def min_snr_weights(noise: NoiseProcess, timesteps: Tensor, *, snr_gamma: float) -> Tensor:
+    """Return one weight `(B,)` per example that caps the SNR at `snr_gamma` (arXiv 2303.09556).
+
+    The paper weighs errors of the clean latents by min(SNR, gamma); an error of the prediction counts
+    by the share of clean error that it causes: min(SNR, gamma) / SNR for noise, / (SNR + 1) for
+    velocity, x sigma squared for rectified flow.
+    """
+    capped = noise.compute_snr(timesteps).clamp_max(snr_gamma)
+    return torch.nan_to_num(capped * noise.compute_clean_share(timesteps), nan=1.0).float()

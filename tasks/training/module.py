@@ -4,29 +4,45 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tasks.diffusion.base import DiffusionModel
+from tasks.diffusion.base import Conditioning
+from tasks.diffusion.latent_model import LatentModel
+from tasks.training import draws
 from tasks.training.data import BatchMaker, TrainingBatch
-from tasks.training.losses import prior_preservation_loss
+from tasks.training.losses import min_snr_weights, prior_preservation_loss
+from tasks.training.methods import Trainable, prepare
 from tasks.training.spec import TrainingSpec, compute_learning_rate_factor
 
 
 class DreamBoothModule(pl.LightningModule):
-    """Fine-tunes the denoiser and, where asked for, the text encoder."""
+    """Fine-tunes what the configured method learns."""
 
-    def __init__(self, model: DiffusionModel, spec: TrainingSpec, *, start_step: int = 0) -> None:
+    def __init__(self, model: LatentModel, spec: TrainingSpec, *, start_step: int = 0) -> None:
         super().__init__()
         self.model = model
         self.spec = spec
         self.start_step = start_step
-        self.batches = BatchMaker(model, spec)
-        trained = model.trainable_modules(is_text_encoder_trained=spec.training.is_text_encoder_trained)
-        self.trained = nn.ModuleDict(trained)
-        self.trained.requires_grad_(True)
-        self.trained.train()
+        self.trainable: Trainable = prepare(model, spec)
+        self.batches = BatchMaker(model, spec)  # after the token, which prompts are spelled with
+        model.vae.cpu()  # its work is done
+        self.trained = self.trainable.modules
+        if spec.training.is_gradient_checkpointed:
+            checkpoint_gradients(model)
         self.grad_norm = torch.zeros(())
+        self.is_skipped = torch.zeros((), dtype=torch.bool)
         self.optimizer = self.make_optimizer()
+        self.average = {n: p.detach().clone() for n, p in self.named_trained()} if spec.training.ema_decay else {}
+        self.prompts = PromptCache(model) if self.is_text_frozen else None
+
+    def named_trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Return what is trained, by name."""
+        return list(self.trainable.named_parameters())
+
+    @property
+    def is_text_frozen(self) -> bool:
+        """Whether every prompt has the same encoding at every step."""
+        return not any(name.startswith("text_encoder") for name in self.trainable.modules)
 
     @property
     def step(self) -> int:
@@ -38,43 +54,111 @@ class DreamBoothModule(pl.LightningModule):
         return self.optimizer
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """Return AdamW with one learning rate per trained module."""
-        config = self.spec.training
-        rates = {"text_encoder": config.text_encoder_learning_rate or config.learning_rate}
+        """Return AdamW with one learning rate per group; vectors of a token don't decay."""
+        decay = self.spec.training.weight_decay
         groups = [
-            {"params": list(module.parameters()), "lr": rate, "base_lr": rate}
-            for name, module in self.trained.items()
-            for rate in [rates.get(name, config.learning_rate)]
+            {
+                "params": group.parameters,
+                "lr": group.learning_rate,
+                "base_lr": group.learning_rate,
+                "weight_decay": 0.0 if group.name.endswith("_token") else decay,
+            }
+            for group in self.trainable.groups
         ]
-        return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.AdamW(groups, fused=True)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        """Set the learning rate as a function of the step, so that nothing has to be resumed."""
+        """Set rates and the dropout's seed as functions of the step, so that nothing has to be resumed."""
         factor = compute_learning_rate_factor(self.spec.training, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
+        torch.manual_seed(draws.make_seed(self.spec.seed, "dropout", int(batch[0])))
 
     def training_step(self, indices: Tensor, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of the batch that the sample indices stand for."""
+        training, noise = self.spec.training, self.model.noise
         batch = self.batches.make(indices.tolist(), self.device)
-        noisy_latents = self.model.add_noise(batch.latents, batch.noise, batch.timesteps)
-        target = self.model.compute_target(batch.latents, batch.noise, batch.timesteps)
-        noise_pred = self.model.predict(noisy_latents, batch.timesteps, self.encode_unique(batch))
-        loss = prior_preservation_loss(noise_pred, target, prior_loss_weight=self.spec.training.prior_loss_weight)
-        parts = {"loss": loss.total, "instance_loss": loss.instance.detach()}
+        noisy_latents = noise.add_noise(batch.latents, batch.noise, batch.timesteps)
+        target = noise.compute_target(batch.latents, batch.noise, batch.timesteps)
+        noise_pred = self.model.predict(noisy_latents, batch.timesteps, self.encode_unique(batch), batch.sizes)
+        weights = None
+        if training.snr_gamma is not None:
+            weights = min_snr_weights(noise, batch.timesteps, snr_gamma=training.snr_gamma)
+        loss = prior_preservation_loss(
+            noise_pred, target, prior_loss_weight=training.prior_loss_weight, weights=weights
+        )
+        # Lightning divides what it finds under "loss" by the number of accumulated forwards.
+        parts = {"loss": loss.total, "total_loss": loss.total.detach(), "instance_loss": loss.instance.detach()}
         if loss.prior is not None:
             parts["prior_loss"] = loss.prior.detach()
         return parts
 
-    def encode_unique(self, batch: TrainingBatch) -> Tensor:
+    def encode_unique(self, batch: TrainingBatch) -> Conditioning:
         """Encode each different prompt once: the class half usually has just one."""
         unique, inverse = torch.unique(batch.input_ids, dim=0, return_inverse=True)
-        return self.model.encode_prompts(unique)[inverse]
+        told = self.prompts.encode(unique) if self.prompts else self.model.encode_prompts(unique)
+        return told.take(inverse)
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Clip all trained parameters together and keep the norm for the next check."""
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.spec.training.max_grad_norm)
+        """Leave resting groups out, clip the others together, keep the norm for the next check."""
+        for group in self.trainable.groups:
+            if not group.is_active(self.step):
+                for parameter in group.parameters:
+                    parameter.grad = None
+        parameters = [parameter for _, parameter in self.named_trained()]
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.spec.training.max_grad_norm)
+        self.is_skipped = ~torch.isfinite(self.grad_norm)
+        if self.spec.training.precision != "fp16":
+            # The fused kernel leaves everything as it is where this says so, without asking the host;
+            # in fp16 the gradient scaler sets it.
+            self.optimizer.found_inf = self.is_skipped.float()  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Move the averaged weights toward the trained ones, faster in the beginning."""
+        if not self.average:
+            return
+        decay = min(self.spec.training.ema_decay, (1 + self.step) / (10 + self.step))
+        for name, parameter in self.named_trained():
+            self.average[name] = self.average[name].to(parameter).lerp_(parameter, 1 - decay)
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        """Put the averaged weights in place of the trained ones, to be published."""
+        for name, parameter in self.named_trained():
+            if name in self.average:
+                parameter.copy_(self.average[name])
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave the sample indices on the CPU, where draws are made."""
         return batch
+
+
+class PromptCache:
+    """Encodings of prompts, computed once: right only while no text encoder is trained."""
+
+    def __init__(self, model: LatentModel) -> None:
+        self.model = model
+        self.rows: dict[bytes, Conditioning] = {}
+
+    @torch.no_grad()
+    def encode(self, input_ids: Tensor) -> Conditioning:
+        """Return the conditioning of ids `(B, L)`, encoding those not met before."""
+        keys = [row.cpu().numpy().tobytes() for row in input_ids]
+        for i, key in enumerate(keys):
+            if key not in self.rows:
+                self.rows[key] = self.model.encode_prompts(input_ids[i : i + 1])
+        rows = [self.rows[key] for key in keys]
+        pooled = [row.pooled for row in rows if row.pooled is not None]
+        return Conditioning(
+            torch.cat([row.encoder_hidden_states for row in rows]), torch.cat(pooled) if pooled else None
+        )
+
+
+def checkpoint_gradients(model: LatentModel) -> None:
+    """Recompute activations backward in the denoiser and the text encoders that are trained."""
+    model.denoiser.enable_gradient_checkpointing()
+    for encoder in model.text_encoders.values():
+        if any(p.requires_grad for p in encoder.parameters()):
+            # The reentrant kind needs inputs that require gradients, which token ids can't.
+            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -29,6 +29,8 @@ class TrainingSpec(Section):
     model_folder: str = Field(description="diffusers folder of the base model")
     base_model_sha256: str
     seed: int
+    identifier_token: str
+    class_noun: str
     diffusion: DiffusionConfig
     training: TrainingConfig
     instance_images: tuple[TrainingImage, ...]
@@ -44,7 +46,15 @@ class TrainingSpec(Section):
         images = [self.instance_images, self.class_images]
         pairs = [[(image.sha256, image.prompt) for image in group] for group in images]
         return {
-            "configuration": digest([self.seed, self.training.result_fields(), self.diffusion.resolution]),
+            "configuration": digest(
+                [
+                    self.seed,
+                    self.identifier_token,
+                    self.class_noun,
+                    self.training.result_fields(),
+                    self.diffusion.resolution,
+                ]
+            ),
             "data": digest(pairs),
             "base model": self.base_model_sha256,
         }

@@ -13,7 +13,7 @@ from tasks.prefect_states import finished
 from tasks.runtime import Runtime
 from tasks.training.config import TrainingConfig
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 
 @task(name="training", persist_result=False)
@@ -67,6 +67,8 @@ def compute_training(
             model_folder=str(find_folder(diffusion)),
             base_model_sha256=prior.base_model.sha256,
             seed=seed,
+            identifier_token=subject.identifier_token,
+            class_noun=subject.class_noun,
             diffusion=diffusion,
             training=config,
             instance_images=fetch_images(runtime, work, [(i.image, i.instance_prompt) for i in subject.images]),
@@ -75,7 +77,7 @@ def compute_training(
             else (),
         )
         result = run_worker(spec, on_event=lambda event: show_event(event, config, runtime), inherited=(descriptor,))
-        manifest = store_result(folder, work, result, subject, prior)
+        manifest = store_result(folder, spec, result, subject, prior)
         shutil.rmtree(work)
     return manifest
 
@@ -98,29 +100,43 @@ def show_event(event: dict[str, Any], config: TrainingConfig, runtime: Runtime) 
         runtime.first_training_step = event["step"]
         if event["step"]:
             runtime.progress.note(f"training goes on from its checkpoint at step {event['step']}")
+    elif event["event"] == "note":
+        runtime.progress.note(event["text"])
     elif event["event"] == "step":
         runtime.num_training_steps = event["step"] - runtime.first_training_step
-        detail = f"loss {event['loss']:.4f}  {event['images_per_second']:.1f} images/s"
+        loss = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
+        detail = f"loss {loss}  {event['images_per_second']:.1f} images/s"
         runtime.progress.update("training", event["step"], config.max_train_steps, detail)
 
 
 def store_result(
-    folder: StageFolder, work: Path, result: dict[str, Any], subject: SubjectSet, prior: ClassImageSet
+    folder: StageFolder,
+    spec: Any,
+    result: dict[str, Any],
+    subject: SubjectSet,
+    prior: ClassImageSet,
 ) -> TunedModel:
     """Store weights and loss log and write the manifest."""
     from tasks.training.spec import RunFolder
 
-    run = RunFolder(work)
+    run = RunFolder(spec.path)
     model = tuple(folder.put_file(f"model/{name}", run.model / name) for name in result["files"])
     folder.put_file("losses.jsonl", run.losses)
     return folder.finish(
         TunedModel,
         version=STAGE_VERSION,
-        counts={"steps": result["num_steps"], "resumed_from_step": result["start_step"]},
+        counts={
+            "steps": result["num_steps"],
+            "resumed_from_step": result["start_step"],
+            "micro_batch_size": result["micro_batch_size"],
+        },
         base_model=prior.base_model,
         model=model,
         num_steps=result["num_steps"],
+        family=spec.diffusion.family,
+        method=spec.training.method,
         trainable_parameters=result["trainable_parameters"],
+        total_parameters=result["total_parameters"],
         final_loss=result["final_loss"],
         peak_memory_bytes=result["peak_memory_bytes"],
         subject_key=subject.stage_key,

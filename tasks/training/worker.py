@@ -11,18 +11,25 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from tasks.contract import digest_file
-from tasks.diffusion.base import DiffusionModel, choose_device, open_model
-from tasks.training.callbacks import StepKeeper, watch_supervisor
+from tasks.diffusion.base import choose_device, open_model
+from tasks.diffusion.latent_model import LatentModel
+from tasks.errors import TrainingFailed
+from tasks.training.callbacks import StepKeeper, tell, watch_supervisor
 from tasks.training.checkpoints import load_newest, restore_state
 from tasks.training.data import SampleCounter
+from tasks.training.methods import save_learned
 from tasks.training.module import DreamBoothModule
 from tasks.training.spec import STOPPED_EXIT_CODE, RunFolder, TrainingSpec
+
+PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 def main(argv: list[str]) -> int:
@@ -50,22 +57,65 @@ def set_up_process(spec: TrainingSpec) -> None:
 
 
 def train(spec: TrainingSpec) -> int:
+    """Train to the end; out of memory, go on with half the images at a time and the same effective batch.
+
+    Raises:
+        TrainingFailed: one image at a time doesn't fit either.
+
+    """
+    identity = spec.identity()
+    while True:
+        try:
+            return attempt(spec, identity)
+        except torch.OutOfMemoryError as error:
+            if spec.training.num_devices > 1 or spec.training.train_batch_size % 2:
+                raise TrainingFailed(
+                    f"out of memory with {spec.training.train_batch_size} instance images at a time; lower "
+                    "training.train_batch_size, or set training.is_gradient_checkpointed=true, "
+                    "training.frozen_precision=bf16 or training/method=lora"
+                ) from error
+            spec = halve_batch(spec)
+        torch.cuda.empty_cache()
+
+
+def halve_batch(spec: TrainingSpec) -> TrainingSpec:
+    """Return the spec with half the images per forward and twice the forwards: the same samples per step."""
+    training = spec.training
+    smaller = training.model_copy(
+        update={
+            "train_batch_size": training.train_batch_size // 2,
+            "gradient_accumulation_steps": training.gradient_accumulation_steps * 2,
+        }
+    )
+    tell(
+        RunFolder(spec.path),
+        {
+            "event": "note",
+            "text": f"out of memory: going on with {smaller.train_batch_size} instance images at a time, "
+            f"{smaller.gradient_accumulation_steps} times a step",
+        },
+    )
+    return spec.model_copy(update={"training": smaller})
+
+
+def attempt(spec: TrainingSpec, identity: dict[str, str]) -> int:
     """Build everything, resume where a checkpoint is, fit, and write the result."""
     run = RunFolder(spec.path)
-    model = open_model(spec.diffusion, folder=Path(spec.model_folder))
-    state = load_newest(run.checkpoints, identity=spec.identity())
+    model = cast(LatentModel, open_model(spec.diffusion, folder=Path(spec.model_folder)))
+    state = load_newest(run.checkpoints, identity=identity)
     start_step = state.step if state else 0
     module = DreamBoothModule(model, spec, start_step=start_step)
     if state is not None:
-        restore_state(module.trained, module.optimizer, state)
-    keeper = StepKeeper(spec, run, losses=state.losses if state else [])
+        restore_state(dict(module.named_trained()), module.optimizer, state)
+        module.average.update(state.averages)
+    keeper = StepKeeper(spec, run, identity=identity, losses=state.losses if state else [])
     if start_step < spec.training.max_train_steps:
         fit(spec, module, keeper)
         if keeper.was_stopped:
-            keeper.tell({"event": "stopped", "step": module.step})
+            tell(run, {"event": "stopped", "step": module.step})
             return STOPPED_EXIT_CODE
     if int(os.environ.get("RANK", "0")) == 0:
-        write_result(run, module, model, keeper.losses)
+        write_result(run, module, keeper.losses)
     return 0
 
 
@@ -78,7 +128,7 @@ def fit(spec: TrainingSpec, module: DreamBoothModule, keeper: StepKeeper) -> Non
         accelerator=choose_device(spec.diffusion).type,
         devices=config.num_devices,
         strategy="auto" if config.num_devices == 1 else "ddp",
-        precision="bf16-mixed" if config.precision == "bf16" else "32-true",
+        precision=PRECISIONS[config.precision],
         accumulate_grad_batches=config.gradient_accumulation_steps,
         use_distributed_sampler=False,  # order is a function of the sample counter
         callbacks=[keeper],
@@ -91,21 +141,28 @@ def fit(spec: TrainingSpec, module: DreamBoothModule, keeper: StepKeeper) -> Non
     trainer.fit(module, DataLoader(counter, batch_size=None))
 
 
-def write_result(run: RunFolder, module: DreamBoothModule, model: DiffusionModel, losses: list[str]) -> None:
+def write_result(run: RunFolder, module: DreamBoothModule, losses: list[str]) -> None:
     """Save loss log and tuned model, then the manifest that says that they are whole."""
     run.losses.write_text("".join(line + "\n" for line in losses))
     shutil.rmtree(run.model, ignore_errors=True)
-    model.save(run.model)
+    module.take_average()
+    save_learned(module.model, module.spec, module.trainable, run.model)
     paths = sorted(path for path in run.model.rglob("*") if path.is_file())
-    tail = [json.loads(line)["loss"] for line in losses[-20:]]
+    tail = [loss for line in losses[-20:] if (loss := json.loads(line)["loss"]) is not None]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
+    trained = sum(parameter.numel() for _, parameter in module.named_trained())
+    total = sum(
+        p.numel() for part in module.model.parts.values() if isinstance(part, nn.Module) for p in part.parameters()
+    )
     result = {
         "num_steps": module.spec.training.max_train_steps,
         "start_step": module.start_step,
-        "final_loss": sum(tail) / len(tail),
-        "trainable_parameters": sum(p.numel() for p in module.trained.parameters()),
+        "final_loss": sum(tail) / max(1, len(tail)),
+        "micro_batch_size": module.spec.training.train_batch_size,
+        "trainable_parameters": trained,
+        "total_parameters": total,
         "peak_memory_bytes": int(peak),
         "files": {path.relative_to(run.model).as_posix(): digest_file(path) for path in paths},
     }

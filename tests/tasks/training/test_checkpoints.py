@@ -14,7 +14,8 @@ IDENTITY = {"configuration": "c", "data": "d", "base model": "m"}
 
 
 def state(step: int, value: float = 1.0) -> TrainingState:
-    return TrainingState(step, {"w": torch.full((3,), value * step)}, {"w|exp_avg": torch.ones(3)}, ['{"step": 1}'])
+    weights = {"w": torch.full((3,), value * step)}
+    return TrainingState(step, weights, {"w|exp_avg": torch.ones(3)}, {"w": torch.zeros(3)}, ['{"step": 1}'])
 
 
 def save(folder: Path, *steps: int) -> None:

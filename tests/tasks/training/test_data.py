@@ -17,14 +17,14 @@ CPU = torch.device("cpu")
 
 
 def test_cached_latents_equal_uncached_ones(tmp_path: Path, tiny_model_folder: Path) -> None:
-    spec = make_spec(tmp_path, tiny_model_folder)
+    spec = make_spec(tmp_path, tiny_model_folder, flip_probability=0.5)
     model = open_model(spec.diffusion)
     batch = BatchMaker(model, spec).make([0, 1], CPU)
     items = draws.choose_items(3, seed=spec.seed, purpose="instance/item", indices=[0, 1])
     flips = draws.draw_flags(0.5, seed=spec.seed, purpose="instance/flip", indices=[0, 1])
     for row, (item, flip) in enumerate(zip(items, flips, strict=True)):
         image = spec.instance_images[item]
-        pixels = load_pixel_values(Path(image.path), resolution=32, sha256=image.sha256)
+        pixels, _ = load_pixel_values(Path(image.path), resolution=32, sha256=image.sha256)
         posterior = model.encode_images((pixels.flip(-1) if flip else pixels)[None])
         noise = draws.draw_normal(
             tuple(posterior.mean.shape[1:]), seed=spec.seed, purpose="instance/posterior", indices=[row]
@@ -64,7 +64,8 @@ def test_aspect_is_kept(tmp_path: Path) -> None:
     wide.save(tmp_path / "wide.png")
     from tasks.contract import digest_file
 
-    pixels = load_pixel_values(tmp_path / "wide.png", resolution=32, sha256=digest_file(tmp_path / "wide.png"))
+    pixels, sizes = load_pixel_values(tmp_path / "wide.png", resolution=32, sha256=digest_file(tmp_path / "wide.png"))
+    assert sizes == [32, 96, 0, 32, 32, 32]
     assert torch.equal(pixels[2], torch.ones(32, 32))
     assert torch.equal(pixels[0], -torch.ones(32, 32))
 

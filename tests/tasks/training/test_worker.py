@@ -3,14 +3,15 @@
 import json
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tasks.errors import TrainingFailed
-from tasks.training import supervisor
+from tasks.training import supervisor, worker
+from tasks.training.module import DreamBoothModule
 from tasks.training.spec import RunFolder, TrainingSpec
 from tasks.training.supervisor import find_reason, locked, run_worker
 from tests.tiny import make_spec
@@ -28,6 +29,34 @@ def weights(run: RunFolder) -> dict[str, torch.Tensor]:
 
 def moved(spec: TrainingSpec, folder: Path) -> TrainingSpec:
     return spec.model_copy(update={"folder": str(folder)})
+
+
+class InProcess(Protocol):
+    def __call__(
+        self, spec: TrainingSpec, *, spoil: frozenset[int] | set[int] = ..., memory_for: int = ...
+    ) -> RunFolder: ...
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> InProcess:
+    """Train in this process, with losses spoiled at some steps or memory for a few images only."""
+    forward = DreamBoothModule.training_step
+
+    def run(spec: TrainingSpec, *, spoil: frozenset[int] | set[int] = frozenset(), memory_for: int = 64) -> RunFolder:
+        def faulty(module: DreamBoothModule, indices: torch.Tensor, batch_idx: int) -> dict[str, torch.Tensor]:
+            if len(indices) > memory_for:
+                raise torch.OutOfMemoryError("too much")
+            out = forward(module, indices, batch_idx)
+            return {k: v * float("nan") for k, v in out.items()} if module.step + 1 in spoil else out
+
+        monkeypatch.setattr(DreamBoothModule, "training_step", faulty)
+        spec.path.mkdir(parents=True, exist_ok=True)
+        run = RunFolder(spec.path)
+        run.events.write_text("")
+        assert worker.train(spec) == 0
+        return run
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +153,35 @@ def test_a_second_run_on_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_silent_end_is_said_to_be_one(tmp_path: Path) -> None:
     assert "killed or ended without a word" in find_reason(tmp_path / "none.log")
+
+
+def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path, tiny_model_folder: Path, in_process: InProcess) -> None:
+    spec = make_spec(tmp_path, tiny_model_folder, max_train_steps=4)
+    run = in_process(spec, spoil={2})
+    rows = [json.loads(line) for line in run.losses.read_text().splitlines()]
+    assert [row["loss"] is None for row in rows] == [False, True, False, False]
+    assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
+
+
+def test_too_many_steps_that_are_not_finite_stop_training_with_their_samples(
+    tmp_path: Path, tiny_model_folder: Path, in_process: InProcess
+) -> None:
+    spec = make_spec(tmp_path, tiny_model_folder, max_train_steps=8, max_skipped_steps=1)
+    with pytest.raises(TrainingFailed, match=r"in 2 steps up to step 4 \(samples 4 to 7\)"):
+        in_process(spec, spoil={3, 4})
+    assert not RunFolder(spec.path).result.exists()
+
+
+def test_out_of_memory_halves_the_images_at_a_time_and_keeps_the_samples(
+    tmp_path: Path, tiny_model_folder: Path, in_process: InProcess
+) -> None:
+    whole = in_process(make_spec(tmp_path / "whole", tiny_model_folder, train_batch_size=4, max_train_steps=3))
+    spec = make_spec(tmp_path / "halved", tiny_model_folder, train_batch_size=4, max_train_steps=3)
+    halved = in_process(spec, memory_for=2)
+    assert json.loads(halved.result.read_text())["micro_batch_size"] == 2
+    assert "going on with 2 instance images at a time, 2 times a step" in halved.events.read_text()
+    first, second = ([json.loads(line) for line in r.losses.read_text().splitlines()] for r in (whole, halved))
+    for one, other in zip(first, second, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    with pytest.raises(TrainingFailed, match=r"out of memory with 1 instance images at a time; lower"):
+        in_process(make_spec(tmp_path / "none", tiny_model_folder, train_batch_size=2), memory_for=0)

@@ -1,0 +1,228 @@
+"""What the families share: a frozen VAE, noising, tokenizing, saving, and drawing through a pipeline."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tasks.diffusion.base import Conditioning, Posterior, SamplingRequest, choose_device
+from tasks.diffusion.config import DiffusionConfig
+from tasks.diffusion.learned_tokens import (
+    EMBEDS_FILE,
+    LearnedEmbedding,
+    add_token,
+    load_tokens,
+    placeholders,
+    write_prompt,
+)
+from tasks.diffusion.noise import NoiseProcess
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class LatentModel:
+    """A loaded model on its device. A family says how prompts are encoded and what is predicted."""
+
+    pipeline_class: ClassVar[str]
+    denoiser_name: ClassVar[str]
+    text_encoder_names: ClassVar[tuple[str, ...]]
+    max_lengths: ClassVar[dict[str, int]] = {}
+    """Token limits of tokenizers that name none that suits the family."""
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]]
+    """Names of the layers that LoRA adapts, by part."""
+
+    def __init__(self, parts: dict[str, Any], noise: NoiseProcess, config: DiffusionConfig) -> None:
+        self.config = config
+        self.noise = noise
+        self.device = choose_device(config)
+        self.parts = parts
+        self.identifier_token = ""
+        self.learned: dict[str, LearnedEmbedding] = {}
+        self.placeholders: dict[str, list[str]] = {}
+        for part in parts.values():
+            if isinstance(part, nn.Module):
+                part.to(self.device).eval().requires_grad_(False)
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder; always frozen."""
+        return self.parts["vae"]
+
+    @property
+    def denoiser(self) -> Any:
+        """The UNet or transformer."""
+        return self.parts[self.denoiser_name]
+
+    @property
+    def text_encoders(self) -> dict[str, Any]:
+        """The text encoders that are there, by part name."""
+        return {name: self.parts[name] for name in self.text_encoder_names if name in self.parts}
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """The tokenizer of every text encoder that is there."""
+        return {name: self.parts[name.replace("text_encoder", "tokenizer")] for name in self.text_encoders}
+
+    def trainable_modules(self, *, is_text_encoder_trained: bool) -> dict[str, nn.Module]:
+        """Return the denoiser and, where asked for, the CLIP text encoders; T5 is never trained."""
+        modules: dict[str, nn.Module] = {self.denoiser_name: self.denoiser}
+        if is_text_encoder_trained:
+            modules |= {n: e for n, e in self.text_encoders.items() if "T5" not in type(e).__name__}
+        return modules
+
+    def max_length(self, name: str) -> int:
+        """Return the number of tokens that a text encoder gets."""
+        return self.max_lengths.get(name) or int(self.tokenizers[name].model_max_length)
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Return the ids of all tokenizers side by side, `(B, L1 + L2 + ...)`, padded and cut."""
+        columns = [
+            tokenizer(
+                self.spell(prompts, name),
+                padding="max_length",
+                max_length=self.max_length(name),
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            for name, tokenizer in self.tokenizers.items()
+        ]
+        return torch.cat(columns, 1) if columns else torch.zeros(len(prompts), 0, dtype=torch.long)
+
+    def spell(self, prompts: Sequence[str], name: str) -> list[str]:
+        """Return prompts as one tokenizer takes them: the identifier token as its learned vectors."""
+        names = self.placeholders.get(name, [])
+        return [write_prompt(prompt, self.identifier_token, names) if names else prompt for prompt in prompts]
+
+    def learn_token(self, identifier_token: str, vectors: dict[str, Tensor]) -> dict[str, LearnedEmbedding]:
+        """Give text encoders vectors `(V, D)` of a new token; prompts go on to say the identifier token."""
+        self.identifier_token = identifier_token
+        for name, rows in vectors.items():
+            names = placeholders(identifier_token, len(rows))
+            tokenizer = self.tokenizers[name]
+            if names[0] not in tokenizer.get_vocab():
+                self.learned[name] = add_token(tokenizer, self.parts[name], names, rows)
+            self.placeholders[name] = names
+        return self.learned
+
+    def apply_adapters(self, folder: Path) -> None:
+        """Put learned tokens and LoRA weights that lie in a folder into this model."""
+        if (folder / EMBEDS_FILE).is_file():
+            identifier_token, vectors = load_tokens(folder / EMBEDS_FILE)
+            self.learn_token(identifier_token, vectors)
+            self.bake_tokens()
+        if (folder / LORA_FILE).is_file():
+            from tasks.diffusion.lora import fuse_lora
+
+            fuse_lora(self, folder)
+
+    @torch.no_grad()
+    def bake_tokens(self) -> None:
+        """Turn learned vectors into ordinary rows of the embedding tables."""
+        for name, learned in self.learned.items():
+            rows = torch.cat([learned.weight, learned.vectors.to(learned.weight)])
+            table = nn.Embedding.from_pretrained(rows, freeze=True)
+            self.parts[name].set_input_embeddings(table)
+            self.parts[name].config.vocab_size = len(rows)
+        self.learned = {}
+
+    def split_ids(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Return each text encoder's own ids, on the device."""
+        lengths = [self.max_length(name) for name in self.text_encoders]
+        return dict(zip(self.text_encoders, input_ids.to(self.device).split(lengths, 1), strict=True))
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: Tensor) -> Posterior:
+        """Return the posterior, scaled to the denoiser's latents."""
+        posterior = self.vae.encode(pixel_values.to(self.device)).latent_dist
+        factor, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+        return Posterior(mean=(posterior.mean - shift) * factor, std=posterior.std * factor)
+
+    def encode_prompts(self, input_ids: Tensor) -> Conditioning:
+        """Return what the denoiser is told of the prompts."""
+        raise NotImplementedError
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
+        """Return the denoiser's prediction."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def sample(
+        self, requests: Sequence[SamplingRequest], *, num_inference_steps: int, guidance_scale: float
+    ) -> list[Image.Image]:
+        """Draw one picture per request through diffusers' pipeline, each from its own seed."""
+        pipeline = self.make_pipeline()
+        generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+        with torch.autocast(self.device.type, DTYPES[self.config.precision], enabled=self.config.precision != "fp32"):
+            pictures: list[Image.Image] = pipeline(
+                **self.pipeline_inputs([request.prompt for request in requests]),
+                generator=generators,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                height=self.config.resolution,
+                width=self.config.resolution,
+            ).images
+        return pictures
+
+    def make_pipeline(self) -> Any:
+        """Return a pipeline over the loaded parts; nothing is read again."""
+        pipeline_class = getattr(diffusers, self.pipeline_class)
+        names = [name for name in index_names(self) if name != "scheduler"]
+        pipeline = pipeline_class(scheduler=self.make_sampler(), **{name: self.parts.get(name) for name in names})
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def make_sampler(self) -> Any:
+        """Return the scheduler of sampling."""
+        raise NotImplementedError
+
+    def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
+        """Return the prompts as the pipeline takes them, encoded here."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that the family's pipeline reads."""
+        # The pipeline class could write this too, but importing it takes seconds of every start.
+        index: dict[str, Any] = {"_class_name": self.pipeline_class, "_diffusers_version": diffusers.__version__}
+        index |= {name: [None, None] for name in index_names(self)}
+        for name, part in {**self.parts, "scheduler": self.saved_scheduler()}.items():
+            part.save_pretrained(folder / name)
+            library = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"
+            index[name] = [library, type(part).__name__]
+        if self.pipeline_class == "StableDiffusionPipeline":
+            index["requires_safety_checker"] = False
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def saved_scheduler(self) -> Any:
+        """Return the scheduler that a saved folder names."""
+        return self.make_sampler()
+
+
+PIPELINE_PARTS = {
+    "StableDiffusionPipeline": (
+        "feature_extractor", "image_encoder", "safety_checker", "scheduler",
+        "text_encoder", "tokenizer", "unet", "vae",
+    ),
+    "StableDiffusionXLPipeline": (
+        "feature_extractor", "image_encoder", "scheduler",
+        "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae",
+    ),
+    "StableDiffusion3Pipeline": (
+        "feature_extractor", "image_encoder", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3",
+        "tokenizer", "tokenizer_2", "tokenizer_3", "transformer", "vae",
+    ),
+    "FluxPipeline": (
+        "feature_extractor", "image_encoder", "scheduler",
+        "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae",
+    ),
+}  # fmt: skip
+
+
+def index_names(model: LatentModel) -> tuple[str, ...]:
+    """Return the parts that a family's `model_index.json` names."""
+    return PIPELINE_PARTS[model.pipeline_class]

@@ -1,0 +1,101 @@
+"""Learned tokens (textual inversion, arXiv 2208.01618): new vectors beside a frozen embedding table.
+
+A token of several vectors is written as diffusers does: `<sks>`, `<sks>_1`, ...; prompts keep the
+plain identifier token, which is replaced when they are tokenized.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tasks.errors import ConfigError
+
+EMBEDS_FILE = "learned_embeds.safetensors"
+# Names that tools expect where a model has several text encoders.
+LONG_NAMES = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+
+
+class LearnedEmbedding(nn.Module):
+    """An embedding table with trainable rows behind its frozen ones."""
+
+    def __init__(self, table: nn.Embedding, vectors: Tensor) -> None:
+        super().__init__()
+        self.table = table
+        self.vectors = nn.Parameter(vectors.detach().clone().to(table.weight.device, torch.float32))
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen rows."""
+        return self.table.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Look up ids `(..., L)`; those past the table are learned vectors."""
+        first = self.table.num_embeddings
+        known: Tensor = self.table(input_ids.clamp_max(first - 1))
+        learned = self.vectors[(input_ids - first).clamp_min(0)].to(known.dtype)
+        return torch.where((input_ids >= first)[..., None], learned, known)
+
+
+def placeholders(identifier_token: str, num_vectors: int) -> list[str]:
+    """Return the names of a token's vectors."""
+    return [f"<{identifier_token}>", *(f"<{identifier_token}>_{i}" for i in range(1, num_vectors))]
+
+
+def add_token(tokenizer: Any, text_encoder: Any, names: list[str], vectors: Tensor) -> LearnedEmbedding:
+    """Give a text encoder new tokens with the vectors `(V, D)`. Raises ConfigError if a name is taken."""
+    table = text_encoder.get_input_embeddings()
+    if tokenizer.add_tokens(names) != len(names):
+        raise ConfigError(
+            f"the tokenizer already knows one of {', '.join(names)}; choose another subject.identifier_token"
+        )
+    ids = tokenizer.convert_tokens_to_ids(names)
+    if ids != list(range(table.num_embeddings, table.num_embeddings + len(names))):
+        raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens for {table.num_embeddings} embeddings")
+    learned = LearnedEmbedding(table, vectors)
+    text_encoder.set_input_embeddings(learned)
+    return learned
+
+
+def initial_vectors(tokenizer: Any, text_encoder: Any, words: str, num_vectors: int) -> Tensor:
+    """Return the vectors `(V, D)` of some words, repeated as often as needed."""
+    ids = tokenizer(words, add_special_tokens=False).input_ids
+    if not ids:
+        raise ConfigError(f"{words!r} has no tokens to begin from; set training.token_init")
+    table = text_encoder.get_input_embeddings().weight
+    rows = [ids[i % len(ids)] for i in range(num_vectors)]
+    vectors: Tensor = table[rows].detach().float().clone()
+    return vectors
+
+
+def write_prompt(prompt: str, identifier_token: str, names: list[str]) -> str:
+    """Return the prompt with the identifier token spelled as its learned vectors."""
+    return re.sub(rf"(?<!\w){re.escape(identifier_token)}(?!\w)", " ".join(names), prompt)
+
+
+def save_tokens(folder: Path, identifier_token: str, vectors: dict[str, Tensor]) -> Path:
+    """Write vectors by text encoder, as `load_textual_inversion` takes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {name: tensor.detach().float().cpu().contiguous() for name, tensor in vectors.items()}
+    token = f"<{identifier_token}>"
+    tensors = (
+        {token: plain["text_encoder"]}
+        if set(plain) == {"text_encoder"}
+        else {LONG_NAMES[name]: tensor for name, tensor in plain.items()}
+    )
+    path = folder / EMBEDS_FILE
+    save_file(tensors, path, metadata={"token": token, "identifier_token": identifier_token})
+    return path
+
+
+def load_tokens(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Return the identifier token and its vectors by text encoder."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    by_long_name = {long: name for name, long in LONG_NAMES.items()}
+    return metadata["identifier_token"], {by_long_name.get(key, "text_encoder"): t for key, t in tensors.items()}

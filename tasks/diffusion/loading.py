@@ -1,0 +1,83 @@
+"""Load the parts of a diffusers folder: safetensors and known classes only, refusals by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from tasks.errors import ConfigError
+
+# Classes that a model_index.json may name; anything else would be code from the repository.
+KNOWN: dict[str, tuple[str, ...]] = {
+    "transformers": (
+        "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel",
+        "CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast",
+    ),
+    "diffusers": ("AutoencoderKL", "UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"),
+}  # fmt: skip
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+def load_parts(folder: Path, names: tuple[str, ...], *, optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the named parts in full precision; optional ones that the folder leaves out are missing.
+
+    Raises:
+        ConfigError: a part is missing, is a pickle, or would need code from the repository.
+
+    """
+    index = json.loads((folder / "model_index.json").read_text())
+    scripts = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
+    if scripts:
+        raise ConfigError(f"{folder} brings code of its own ({scripts[0]}), which is never run; remove it")
+    parts = {}
+    for name in (*names, *optional):
+        library, class_name = index.get(name) or (None, None)
+        if class_name is None:
+            if name in names:
+                raise ConfigError(f"{folder} has no {name}")
+            continue
+        if class_name not in KNOWN.get(library, ()):
+            raise ConfigError(f"{folder}: {name} is a {library}.{class_name}, which this family doesn't load")
+        parts[name] = load_part(
+            folder / name, getattr(transformers if library == "transformers" else diffusers, class_name)
+        )
+    return parts
+
+
+def load_part(folder: Path, part_class: Any) -> Any:
+    """Load one part. Raises ConfigError for a pickle or a broken folder."""
+    is_tokenizer = "Tokenizer" in part_class.__name__
+    if not is_tokenizer:
+        check_weights(folder)
+    try:
+        if is_tokenizer:
+            return part_class.from_pretrained(folder)
+        key = "dtype" if issubclass(part_class, transformers.PreTrainedModel) else "torch_dtype"
+        return part_class.from_pretrained(folder, use_safetensors=True, **{key: torch.float32})
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{folder} cannot be loaded as {part_class.__name__}: {reason}") from error
+
+
+def check_weights(folder: Path) -> None:
+    """Raise ConfigError unless a part's folder holds safetensors."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is missing")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise ConfigError(f"{folder} holds {pickles[0]}, a pickle; only safetensors are loaded")
+    raise ConfigError(f"{folder} holds no weights")
+
+
+def load_scheduler(folder: Path, scheduler_class: Any) -> Any:
+    """Load the noise schedule. Raises ConfigError where it is missing."""
+    try:
+        return scheduler_class.from_pretrained(folder / "scheduler")
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{folder}/scheduler cannot be loaded as {scheduler_class.__name__}: {reason}") from error

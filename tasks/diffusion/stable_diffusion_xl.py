@@ -1,0 +1,73 @@
+"""Stable Diffusion XL (arXiv 2307.01952): two CLIP text encoders, sizes as a condition, a larger UNet."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from torch import Tensor
+
+from tasks.diffusion.base import Conditioning
+from tasks.diffusion.config import DiffusionConfig
+from tasks.diffusion.latent_model import LatentModel
+from tasks.diffusion.loading import load_parts, load_scheduler
+from tasks.diffusion.noise import GaussianDiffusion
+from tasks.diffusion.stable_diffusion import CLIP_LORA_TARGETS, SAMPLERS, UNET_LORA_TARGETS
+
+
+def load(folder: Path, config: DiffusionConfig) -> "StableDiffusionXl":
+    """Load a diffusers folder. Raises ConfigError for an incomplete one."""
+    names = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae")
+    parts = load_parts(folder, names)
+    return StableDiffusionXl(parts, GaussianDiffusion(load_scheduler(folder, DDPMScheduler)), config)
+
+
+class StableDiffusionXl(LatentModel):
+    """A loaded model on its device."""
+
+    pipeline_class = "StableDiffusionXLPipeline"
+    denoiser_name = "unet"
+    text_encoder_names = ("text_encoder", "text_encoder_2")
+    lora_targets: ClassVar = {
+        "unet": UNET_LORA_TARGETS,
+        "text_encoder": CLIP_LORA_TARGETS,
+        "text_encoder_2": CLIP_LORA_TARGETS,
+    }
+    noise: GaussianDiffusion
+
+    def encode_prompts(self, input_ids: Tensor) -> Conditioning:
+        """Return both encoders' last states but one, side by side, and the second one's pooled text."""
+        states, pooled = [], None
+        for name, ids in self.split_ids(input_ids).items():
+            out = self.parts[name](ids, output_hidden_states=True)
+            states.append(out.hidden_states[-2])
+            pooled = out[0]
+        return Conditioning(torch.cat(states, -1), pooled)
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
+        """Return the UNet's prediction, told of original size, crop and target size."""
+        added = {"text_embeds": conditioning.pooled, "time_ids": sizes.to(noisy_latents)}
+        states = conditioning.encoder_hidden_states
+        prediction: Tensor = self.denoiser(
+            noisy_latents, timesteps, states, added_cond_kwargs=added, return_dict=False
+        )[0]
+        return prediction
+
+    def make_sampler(self) -> Any:
+        """Return the configured denoising method on the model's own schedule."""
+        return SAMPLERS[self.config.sampler].from_config(self.noise.scheduler.config)
+
+    def saved_scheduler(self) -> Any:
+        """Return Euler, as the base model has."""
+        return EulerDiscreteScheduler.from_config(self.noise.scheduler.config)
+
+    def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
+        """Return encoded prompts; the empty one is zeros, as the model was trained."""
+        told = self.encode_prompts(self.tokenize(prompts))
+        assert told.pooled is not None
+        return {
+            "prompt_embeds": told.encoder_hidden_states,
+            "pooled_prompt_embeds": told.pooled,
+            "negative_prompt_embeds": torch.zeros_like(told.encoder_hidden_states),
+            "negative_pooled_prompt_embeds": torch.zeros_like(told.pooled),
+        }

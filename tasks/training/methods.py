@@ -1,0 +1,162 @@
+"""What is learned: all weights, low-rank adapters, a new token, or a token and one of these."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tasks.diffusion.latent_model import DTYPES, LatentModel
+from tasks.diffusion.learned_tokens import initial_vectors, save_tokens
+from tasks.errors import ConfigError
+from tasks.training.spec import TrainingSpec
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate, and the steps in which they are trained."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    learning_rate: float
+    first_step: int = 0
+    end_step: int | None = None
+
+    def is_active(self, step: int) -> bool:
+        """Whether the group is trained at an optimizer step, counted from 0."""
+        return step >= self.first_step and (self.end_step is None or step < self.end_step)
+
+
+@dataclass
+class Trainable:
+    """The parts of a model that hold what is learned."""
+
+    modules: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+    groups: list[ParameterGroup] = field(default_factory=list)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield what is trained, by name."""
+        for name, parameter in self.modules.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
+
+
+def prepare(model: LatentModel, spec: TrainingSpec) -> Trainable:
+    """Make trainable what the configured method learns; everything else stays frozen.
+
+    Raises:
+        ConfigError: nothing would be trained.
+
+    """
+    training = spec.training
+    torch.manual_seed(spec.seed)  # the adapters' random half
+    trainable = Trainable()
+    parts = names_of_parts(model, spec)
+    switch = training.token.switch_step if training.method.startswith("token") else 0
+    if training.method.endswith("full"):
+        add_full(model, spec, trainable, parts, first_step=switch)
+    if training.method.endswith("lora"):
+        add_adapters(model, spec, trainable, parts, first_step=switch)
+    if training.method.startswith("token"):
+        add_token(model, spec, trainable)
+    if not any(group.parameters for group in trainable.groups):
+        raise ConfigError(
+            "nothing would be trained: set training.is_denoiser_trained or training.is_text_encoder_trained"
+        )
+    if training.frozen_precision != "fp32":
+        for name, part in model.parts.items():
+            if isinstance(part, nn.Module) and name != "vae":  # it is used once, before training
+                cast_frozen(part, DTYPES[training.frozen_precision])
+    return trainable
+
+
+def names_of_parts(model: LatentModel, spec: TrainingSpec) -> list[str]:
+    """Return the parts whose weights or adapters are trained."""
+    names = list(model.trainable_modules(is_text_encoder_trained=spec.training.is_text_encoder_trained))
+    return [name for name in names if spec.training.is_denoiser_trained or name != model.denoiser_name]
+
+
+def add_full(
+    model: LatentModel, spec: TrainingSpec, trainable: Trainable, parts: list[str], *, first_step: int
+) -> None:
+    """Train all weights of the parts."""
+    training = spec.training
+    for name in parts:
+        module = model.parts[name]
+        module.requires_grad_(True).train()
+        trainable.modules[name] = module
+        is_denoiser = name == model.denoiser_name
+        rate = training.learning_rate if is_denoiser else training.text_encoder_learning_rate
+        group = ParameterGroup(name, list(module.parameters()), rate or training.learning_rate, first_step)
+        trainable.groups.append(group)
+
+
+def add_adapters(
+    model: LatentModel, spec: TrainingSpec, trainable: Trainable, parts: list[str], *, first_step: int
+) -> None:
+    """Train low-rank adapters in the parts."""
+    from tasks.diffusion.lora import add_lora
+
+    lora = spec.training.lora
+    adapted = add_lora(
+        model, parts, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout,
+        is_dora=lora.is_dora, target_modules=lora.target_modules,
+    )  # fmt: skip
+    for name, module in adapted.items():
+        module.train()
+        trainable.modules[name] = module
+        rate = lora.learning_rate if name == model.denoiser_name else lora.text_encoder_learning_rate
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        trainable.groups.append(ParameterGroup(name, parameters, rate or lora.learning_rate, first_step))
+
+
+def add_token(model: LatentModel, spec: TrainingSpec, trainable: Trainable) -> None:
+    """Train the vectors of a new token in every CLIP text encoder."""
+    token = spec.training.token
+    words = token.init or spec.class_noun
+    names = [n for n in model.trainable_modules(is_text_encoder_trained=True) if n != model.denoiser_name]
+    if not names:
+        raise ConfigError("this model has no CLIP text encoder to learn a token in; set training/method=lora")
+    vectors = {
+        name: initial_vectors(model.tokenizers[name], model.parts[name], words, token.num_vectors) for name in names
+    }
+    end = token.switch_step or None if spec.training.method != "token" else None
+    for name, learned in model.learn_token(spec.identifier_token, vectors).items():
+        learned.to(model.device).train()
+        learned.table.requires_grad_(False)
+        if name not in trainable.modules:
+            trainable.modules[f"{name}_token"] = learned
+        group = ParameterGroup(f"{name}_token", [learned.vectors], token.learning_rate, 0, end)
+        others = [drop_from(g, learned.vectors, learned.table.weight) for g in trainable.groups]
+        trainable.groups = [*others, group]
+
+
+def drop_from(group: ParameterGroup, *parameters: nn.Parameter) -> ParameterGroup:
+    """Return the group without some parameters."""
+    ids = {id(parameter) for parameter in parameters}
+    kept = [parameter for parameter in group.parameters if id(parameter) not in ids]
+    return ParameterGroup(group.name, kept, group.learning_rate, group.first_step, group.end_step)
+
+
+def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Store frozen weights in half precision; what is trained stays in float32."""
+    for parameter in module.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def save_learned(model: LatentModel, spec: TrainingSpec, trainable: Trainable, folder: Path) -> None:
+    """Write what was learned: a whole diffusers folder for full methods, adapters and token else."""
+    training = spec.training
+    vectors = {name: learned.vectors for name, learned in model.learned.items()}
+    if vectors:
+        save_tokens(folder, spec.identifier_token, vectors)
+    if training.method.endswith("lora"):
+        from tasks.diffusion.lora import save_lora
+
+        names = [name for name in trainable.modules if not name.endswith("_token")]
+        save_lora(model, folder, names, alpha=training.lora.alpha, is_dora=training.lora.is_dora)
+    if training.method.endswith("full"):
+        model.bake_tokens()
+        model.save(folder)

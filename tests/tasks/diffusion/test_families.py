@@ -1,0 +1,137 @@
+"""Every family on a tiny random-weight model of its true architecture."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from tasks.diffusion.base import SamplingRequest, open_model
+from tasks.diffusion.config import DiffusionConfig
+from tasks.diffusion.latent_model import LatentModel
+from tasks.errors import ConfigError
+from tests.tiny import SIDE, make_tiny_stable_diffusion
+from tests.tiny_families import make_tiny_flux, make_tiny_sd3, make_tiny_sdxl
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "stable_diffusion": make_tiny_stable_diffusion,
+    "stable_diffusion_xl": make_tiny_sdxl,
+    "stable_diffusion_3": make_tiny_sd3,
+    "flux": make_tiny_flux,
+}
+PROMPTS = ["a photo of sks fish", "a fish on the beach"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: make(tmp_path_factory.mktemp(family) / "model") for family, make in MAKERS.items()}
+
+
+def config_of(family: str, folder: Path) -> DiffusionConfig:
+    return DiffusionConfig(family=family, location=str(folder), resolution=SIDE, device="cpu", sampler="euler")
+
+
+def open_family(family: str, folder: Path) -> LatentModel:
+    model = open_model(config_of(family, folder))
+    assert isinstance(model, LatentModel)
+    return model
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_a_prediction_has_the_targets_shape_and_a_gradient(folders: dict[str, Path], family: str) -> None:
+    model = open_family(family, folders[family])
+    for module in model.trainable_modules(is_text_encoder_trained=True).values():
+        module.requires_grad_(True)
+    posterior = model.encode_images(torch.rand(2, 3, SIDE, SIDE) * 2 - 1)
+    noise = torch.randn(posterior.mean.shape)
+    timesteps = model.noise.choose_timesteps(torch.tensor([0.1, 0.9]))
+    sizes = torch.tensor([[64.0, 48, 0, 8, SIDE, SIDE]] * 2)
+    told = model.encode_prompts(model.tokenize(PROMPTS))
+    noisy = model.noise.add_noise(posterior.mean, noise, timesteps)
+    target = model.noise.compute_target(posterior.mean, noise, timesteps)
+    predicted = model.predict(noisy, timesteps, told, sizes)
+    assert predicted.shape == target.shape == posterior.mean.shape
+    (predicted - target).square().mean().backward()
+    for name, module in model.trainable_modules(is_text_encoder_trained=True).items():
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters()), name
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_a_picture_depends_on_its_seed_not_on_its_batch(folders: dict[str, Path], family: str) -> None:
+    model = open_family(family, folders[family])
+    requests = [SamplingRequest(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+    together = model.sample(requests, num_inference_steps=2, guidance_scale=3.0)
+    alone = [model.sample([request], num_inference_steps=2, guidance_scale=3.0)[0] for request in requests]
+    for first, second in zip(together, alone, strict=True):
+        assert first.size == (SIDE, SIDE)
+        assert np.abs(np.asarray(first, int) - np.asarray(second, int)).max() <= 1
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_a_saved_model_is_read_by_diffusers_and_by_us(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
+    model = open_family(family, folders[family])
+    model.save(tmp_path / "saved")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert type(pipeline).__name__ == model.pipeline_class
+    again = open_family(family, tmp_path / "saved")
+    for name, tensor in model.denoiser.state_dict().items():
+        assert torch.equal(tensor, again.denoiser.state_dict()[name])
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion_xl", "stable_diffusion_3", "flux"])
+def test_encoded_prompts_equal_those_of_the_pipeline(folders: dict[str, Path], family: str) -> None:
+    model = open_family(family, folders[family])
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folders[family])
+    arguments = {
+        "stable_diffusion_xl": {"do_classifier_free_guidance": False},
+        "stable_diffusion_3": {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False},
+        "flux": {"prompt_2": None},
+    }[family]
+    theirs = pipeline.encode_prompt(PROMPTS, device=torch.device("cpu"), **arguments)
+    told = model.encode_prompts(model.tokenize(PROMPTS))
+    assert told.pooled is not None
+    pooled = theirs[1] if family == "flux" else theirs[2]
+    torch.testing.assert_close(told.encoder_hidden_states, theirs[0])
+    torch.testing.assert_close(told.pooled, pooled)
+
+
+@pytest.mark.parametrize(
+    "missing", [("text_encoder_3",), ("text_encoder",), ("text_encoder_2",), ("text_encoder", "text_encoder_3")]
+)
+def test_text_encoders_of_stable_diffusion_3_may_be_absent(tmp_path: Path, missing: tuple[str, ...]) -> None:
+    whole = open_family("stable_diffusion_3", make_tiny_sd3(tmp_path / "whole" / "model"))
+    model = open_family("stable_diffusion_3", make_tiny_sd3(tmp_path / "part" / "model", missing=missing))
+    assert set(model.text_encoders) == {"text_encoder", "text_encoder_2", "text_encoder_3"} - set(missing)
+    told, full = (m.encode_prompts(m.tokenize(PROMPTS)) for m in (model, whole))
+    assert told.encoder_hidden_states.shape == full.encoder_hidden_states.shape
+    assert told.pooled is not None
+    assert full.pooled is not None
+    assert told.pooled.shape == full.pooled.shape
+    assert len(model.sample([SamplingRequest(PROMPTS[0], 1)], num_inference_steps=1, guidance_scale=2.0)) == 1
+
+
+def test_what_a_repository_may_not_hold_is_refused_by_name(folders: dict[str, Path], tmp_path: Path) -> None:
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(folders["stable_diffusion"], tmp_path / name))
+
+    pickled = copy("pickled")
+    next((pickled / "unet").glob("*.safetensors")).unlink()
+    (pickled / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"x")
+    scripted = copy("scripted")
+    (scripted / "unet" / "my_unet.py").write_text("raise SystemExit")
+    foreign, lacking = copy("foreign"), copy("lacking")
+    for folder, value in ((foreign, ["my_code", "MyUNet"]), (lacking, [None, None])):
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps({**index, "unet": value}))
+    for folder, message in (
+        (pickled, "holds diffusion_pytorch_model.bin, a pickle; only safetensors"),
+        (scripted, r"brings code of its own \(unet/my_unet.py\)"),
+        (foreign, "unet is a my_code.MyUNet"),
+        (lacking, "has no unet"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_family("stable_diffusion", folder)

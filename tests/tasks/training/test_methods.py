@@ -1,0 +1,220 @@
+"""What each method learns, leaves alone, and writes in the formats that other tools read."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from tasks.diffusion.base import SamplingRequest, open_model
+from tasks.diffusion.latent_model import LORA_FILE, LatentModel
+from tasks.diffusion.learned_tokens import EMBEDS_FILE
+from tasks.diffusion.lora import KOHYA_FILE
+from tasks.errors import ConfigError, TrainingFailed
+from tasks.training import worker
+from tasks.training.module import DreamBoothModule
+from tasks.training.spec import RunFolder, TrainingSpec
+from tests.tiny import make_spec
+from tests.tiny_families import make_tiny_flux, make_tiny_sd3, make_tiny_sdxl
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "stable_diffusion_xl": make_tiny_sdxl,
+    "stable_diffusion_3": make_tiny_sd3,
+    "flux": make_tiny_flux,
+}
+PROMPT = "a photo of sks fish"
+
+
+def train(tmp_path: Path, model_folder: Path, *, family: str = "stable_diffusion", **changes: object) -> RunFolder:
+    """Train in this process and return the run's folder."""
+    spec = family_spec(tmp_path, model_folder, family=family, **changes)
+    spec.path.mkdir(parents=True, exist_ok=True)
+    run = RunFolder(spec.path)
+    run.events.write_text("")
+    assert worker.train(spec) == 0
+    return run
+
+
+def family_spec(tmp_path: Path, model_folder: Path, *, family: str, **changes: object) -> TrainingSpec:
+    settings = {"max_train_steps": 3, "train_batch_size": 1, "checkpoint_every_steps": 2, **changes}
+    spec = make_spec(tmp_path, model_folder, **settings)
+    diffusion = spec.diffusion.model_copy(update={"family": family, "sampler": "ddim"})
+    return spec.model_copy(update={"diffusion": diffusion})
+
+
+def draw(spec: TrainingSpec, folder: Path | None) -> np.ndarray:
+    model = open_model(spec.diffusion, folder=folder)
+    picture = model.sample([SamplingRequest(PROMPT, 3)], num_inference_steps=4, guidance_scale=3.0)[0]
+    return np.asarray(picture, int)
+
+
+def weights(model: LatentModel, part: str) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.parts[part].state_dict().items()}
+
+
+FILES = {
+    "full": {"model_index.json"},
+    "lora": {LORA_FILE, KOHYA_FILE},
+    "token": {EMBEDS_FILE},
+    "token+lora": {EMBEDS_FILE, LORA_FILE, KOHYA_FILE},
+    "token+full": {EMBEDS_FILE, "model_index.json"},
+}
+
+
+@pytest.mark.parametrize("method", FILES)
+def test_every_method_changes_the_pictures_and_writes_its_files(
+    tmp_path: Path, tiny_model_folder: Path, method: str
+) -> None:
+    rates = {"lora": {"learning_rate": 3e-2}, "token": {"learning_rate": 0.3, "num_vectors": 2}}
+    run = train(tmp_path, tiny_model_folder, method=method, **rates)
+    assert {path.name for path in run.model.iterdir() if path.is_file()} == FILES[method]
+    spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion", method=method)
+    assert np.abs(draw(spec, run.model) - draw(spec, None)).max() > 0
+
+
+def reference_pipeline(folder: Path) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_reference(pipeline: StableDiffusionPipeline, prompt: str) -> np.ndarray:
+    latents = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(3))
+    picture = pipeline(prompt, num_inference_steps=4, guidance_scale=3.0, height=32, width=32, latents=latents)
+    return np.asarray(picture.images[0], int)
+
+
+@pytest.mark.parametrize("is_dora", [False, True])
+def test_adapters_load_in_diffusers_as_here(tmp_path: Path, tiny_model_folder: Path, is_dora: bool) -> None:
+    lora = {"learning_rate": 3e-2, "rank": 4, "alpha": 8.0, "is_dora": is_dora}
+    run = train(tmp_path, tiny_model_folder, method="lora", lora=lora)
+    spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion", method="lora", lora=lora)
+    pipeline = reference_pipeline(tiny_model_folder)
+    plain = draw_reference(pipeline, PROMPT)
+    pipeline.load_lora_weights(run.model, weight_name=LORA_FILE)
+    theirs = draw_reference(pipeline, PROMPT)
+    assert np.abs(theirs - plain).max() > 1
+    assert np.abs(theirs - draw(spec, run.model)).max() <= 1
+    assert (run.model / KOHYA_FILE).exists() is not is_dora
+
+
+def test_adapters_in_kohyas_naming_draw_the_same(tmp_path: Path, tiny_model_folder: Path) -> None:
+    lora = {"learning_rate": 3e-2, "rank": 4, "alpha": 8.0}
+    run = train(tmp_path, tiny_model_folder, method="lora", lora=lora)
+    kohya = load_file(run.model / KOHYA_FILE)
+    assert {key.split("_")[1] for key in kohya} == {"unet", "te"}
+    assert {float(value) for key, value in kohya.items() if key.endswith(".alpha")} == {8.0}
+    pictures = []
+    for name in (LORA_FILE, KOHYA_FILE):
+        pipeline = reference_pipeline(tiny_model_folder)
+        pipeline.load_lora_weights(run.model, weight_name=name)
+        pictures.append(draw_reference(pipeline, PROMPT))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_a_token_loads_in_diffusers_as_here(tmp_path: Path, tiny_model_folder: Path) -> None:
+    token = {"learning_rate": 0.3, "num_vectors": 2}
+    run = train(tmp_path, tiny_model_folder, method="token", token=token)
+    spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion", method="token", token=token)
+    pipeline = reference_pipeline(tiny_model_folder)
+    pipeline.load_textual_inversion(run.model, weight_name=EMBEDS_FILE, token="<sks>")
+    theirs = draw_reference(pipeline, "a photo of <sks> fish")
+    assert np.abs(theirs - draw(spec, run.model)).max() <= 1
+
+
+def test_a_whole_model_with_a_token_loads_in_diffusers_as_here(tmp_path: Path, tiny_model_folder: Path) -> None:
+    token = {"learning_rate": 0.3, "num_vectors": 1}
+    run = train(tmp_path, tiny_model_folder, method="token+full", token=token)
+    spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion", method="token+full", token=token)
+    theirs = draw_reference(reference_pipeline(run.model), "a photo of <sks> fish")
+    assert np.abs(theirs - draw(spec, run.model)).max() <= 1
+
+
+def test_a_token_alone_leaves_every_weight_as_it_was(tmp_path: Path, tiny_model_folder: Path) -> None:
+    run = train(tmp_path, tiny_model_folder, method="token", token={"learning_rate": 0.3, "num_vectors": 2})
+    spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion", method="token")
+    base, tuned = open_model(spec.diffusion), open_model(spec.diffusion, folder=run.model)
+    assert isinstance(base, LatentModel)
+    assert isinstance(tuned, LatentModel)
+    for part in ("unet", "vae", "text_encoder"):
+        before, after = weights(base, part), weights(tuned, part)
+        for name, tensor in before.items():
+            assert torch.equal(tensor, after[name][: len(tensor)] if tensor.ndim else after[name]), name
+    vectors = load_file(run.model / EMBEDS_FILE)["<sks>"]
+    assert vectors.shape == (2, 16)
+    table = base.parts["text_encoder"].get_input_embeddings().weight
+    noun = base.tokenizers["text_encoder"]("fish", add_special_tokens=False).input_ids[0]
+    assert not torch.equal(vectors[0], table[noun])
+
+
+@pytest.mark.parametrize(("switch", "is_token_alone"), [(3, True), (1, False)])
+def test_until_the_switch_the_token_alone_is_trained(
+    tmp_path: Path, tiny_model_folder: Path, switch: int, is_token_alone: bool
+) -> None:
+    token = {"learning_rate": 0.3, "switch_step": switch}
+    run = train(tmp_path, tiny_model_folder, method="token+lora", token=token, lora={"learning_rate": 1e-2})
+    ups = [tensor for name, tensor in load_file(run.model / LORA_FILE).items() if "lora_B" in name or ".up." in name]
+    assert ups
+    assert all(not tensor.any() for tensor in ups) is is_token_alone
+
+
+def test_after_the_switch_the_token_rests(tmp_path: Path, tiny_model_folder: Path) -> None:
+    vectors = []
+    for steps in (1, 3):
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        token = {"learning_rate": 0.3, "switch_step": 1}
+        run = train(folder, tiny_model_folder, method="token+lora", token=token, max_train_steps=steps)
+        vectors.append(load_file(run.model / EMBEDS_FILE)["<sks>"])
+    assert torch.equal(*vectors)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "token+lora"])
+@pytest.mark.parametrize("family", MAKERS)
+def test_every_family_trains_end_to_end(tmp_path: Path, family: str, method: str) -> None:
+    folder = MAKERS[family](tmp_path / "base" / "model")
+    changes = {"method": method, "snr_gamma": 5.0, "lora": {"learning_rate": 3e-2}, "learning_rate": 1e-2}
+    run = train(tmp_path, folder, family=family, is_gradient_checkpointed=True, **changes)
+    spec = family_spec(tmp_path, folder, family=family, method=method)
+    assert np.abs(draw(spec, run.model) - draw(spec, None)).max() > 0
+    if method == "lora":
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+        pipeline.load_lora_weights(run.model, weight_name=LORA_FILE)
+        assert pipeline.get_active_adapters()
+
+
+def test_a_configuration_that_trains_nothing_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
+    spec = make_spec(tmp_path, tiny_model_folder, is_denoiser_trained=False, is_text_encoder_trained=False)
+    model = open_model(spec.diffusion)
+    assert isinstance(model, LatentModel)
+    with pytest.raises(ConfigError, match="nothing would be trained"):
+        DreamBoothModule(model, spec)
+
+
+def test_a_first_step_that_changes_nothing_is_refused(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_gradient(module: DreamBoothModule, *_: object) -> dict[str, torch.Tensor]:
+        loss = torch.stack([p.sum() for _, p in module.named_trained()]).sum() * 0.0
+        return {"loss": loss, "total_loss": loss.detach()}
+
+    monkeypatch.setattr(DreamBoothModule, "training_step", without_gradient)
+    with pytest.raises(TrainingFailed, match="first step changed nothing"):
+        train(tmp_path, tiny_model_folder)
+
+
+def test_frozen_weights_may_be_half_precision_and_what_is_trained_is_not(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    spec = make_spec(tmp_path, tiny_model_folder, method="lora", frozen_precision="bf16", precision="bf16")
+    model = open_model(spec.diffusion)
+    assert isinstance(model, LatentModel)
+    module = DreamBoothModule(model, spec)
+    assert {p.dtype for _, p in module.named_trained()} == {torch.float32}
+    frozen = {p.dtype for p in model.denoiser.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}

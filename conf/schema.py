@@ -47,6 +47,17 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def check_validation(self) -> "RunConfig":
+        """Refuse what needs validations where there are none, and sample prompts without the subject."""
+        validation = self.training.validation
+        if validation.every_steps == 0 and (validation.keep == "best" or validation.is_early_stopping):
+            raise ValueError("training.validation: keep=best and is_early_stopping need every_steps above 0")
+        for prompt in validation.sample_prompts:
+            if "{subject}" not in prompt:
+                raise ValueError(f"training.validation.sample_prompts: {prompt!r} lacks {{subject}}")
+        return self
+
+    @model_validator(mode="after")
     def check_roles(self) -> "RunConfig":
         """Refuse roles without a profile, and the mini vision server for the real world."""
         for role in ("inspector", "captioner", "judge"):

@@ -74,6 +74,10 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--guidance", type=guidance_number, help="guidance scale (default: as in evaluation)")
     generate.set_defaults(action=generate_picture)
 
+    estimate = add("estimate", help="predict the memory that training takes, before anything is loaded")
+    estimate.add_argument("settings", nargs="*", metavar="key=value", help="as for run")
+    estimate.set_defaults(action=estimate_memory)
+
     runs = add("runs", help="list runs, newest first")
     runs.add_argument("--json", action="store_true", help="print every run's summary.json as one list")
     runs.set_defaults(action=list_runs)
@@ -148,6 +152,14 @@ def generate_picture(options: argparse.Namespace) -> int:
         guidance_scale=options.guidance,
     )
     print(f"{path}  seed {seed}")
+    return 0
+
+
+def estimate_memory(options: argparse.Namespace) -> int:
+    """Print what training would take, for the configured method and the others."""
+    from flows.estimates import print_estimates
+
+    print_estimates(options.settings)
     return 0
 
 

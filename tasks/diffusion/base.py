@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tasks.contract import digest, digest_folder
 from tasks.diffusion.config import DiffusionConfig
@@ -31,6 +31,7 @@ FAMILIES = {
 }
 # Anything else in a repository could be code, a pickle, or gigabytes of another precision.
 WANTED = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
+DESCRIPTIONS = ("model_index.json", "*/*.json", "*/*.txt")
 UNWANTED = ("*fp16*", "*non_ema*", "safety_checker/*", "feature_extractor/*", "image_encoder/*", "*openvino*")
 
 
@@ -68,9 +69,6 @@ class DiffusionModel(Protocol):
 
     device: "torch.device"
     noise: "NoiseProcess"
-    denoiser_name: str
-    lora_targets: "dict[str, tuple[str, ...]]"
-    parts: "dict[str, Any]"
 
     def trainable_modules(self, *, is_text_encoder_trained: bool) -> "dict[str, nn.Module]":
         """Return the modules that fine-tuning changes; everything else is frozen."""
@@ -119,8 +117,8 @@ def open_model(config: DiffusionConfig, *, folder: Path | None = None) -> Diffus
     return model
 
 
-def find_folder(config: DiffusionConfig) -> Path:
-    """Return the local folder of the base model, downloading a hub repository at its revision.
+def find_folder(config: DiffusionConfig, *, wanted: tuple[str, ...] = WANTED) -> Path:
+    """Return the local folder of the base model, downloading a hub repository's wanted files at its revision.
 
     Raises:
         ConfigError: there is no such model.
@@ -140,7 +138,7 @@ def find_folder(config: DiffusionConfig) -> Path:
         local = snapshot_download(
             config.location,
             revision=config.revision,
-            allow_patterns=list(WANTED),
+            allow_patterns=list(wanted),
             ignore_patterns=list(UNWANTED),
         )
         return Path(local)

@@ -37,10 +37,12 @@ class LatentModel:
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]
     """Names of the layers that LoRA adapts, by part."""
 
-    def __init__(self, parts: dict[str, Any], noise: NoiseProcess, config: DiffusionConfig) -> None:
+    def __init__(
+        self, parts: dict[str, Any], noise: NoiseProcess, config: DiffusionConfig, device: torch.device | None = None
+    ) -> None:
         self.config = config
         self.noise = noise
-        self.device = choose_device(config)
+        self.device = device or choose_device(config)
         self.parts = parts
         self.identifier_token = ""
         self.learned: dict[str, LearnedEmbedding] = {}
@@ -126,7 +128,7 @@ class LatentModel:
         """Turn learned vectors into ordinary rows of the embedding tables."""
         for name, learned in self.learned.items():
             rows = torch.cat([learned.weight, learned.vectors.to(learned.weight)])
-            table = nn.Embedding.from_pretrained(rows, freeze=True)
+            table = nn.Embedding(rows.shape[0], rows.shape[1], _weight=rows).requires_grad_(False)
             self.parts[name].set_input_embeddings(table)
             self.parts[name].config.vocab_size = len(rows)
         self.learned = {}
@@ -134,7 +136,7 @@ class LatentModel:
     def split_ids(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Return each text encoder's own ids, on the device."""
         lengths = [self.max_length(name) for name in self.text_encoders]
-        return dict(zip(self.text_encoders, input_ids.to(self.device).split(lengths, 1), strict=True))
+        return dict(zip(self.text_encoders, torch.split(input_ids.to(self.device), lengths, 1), strict=True))
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> Posterior:

@@ -5,6 +5,7 @@ plain identifier token, which is replaced when they are tokenized.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def write_prompt(prompt: str, identifier_token: str, names: list[str]) -> str:
     return re.sub(rf"(?<!\w){re.escape(identifier_token)}(?!\w)", " ".join(names), prompt)
 
 
-def save_tokens(folder: Path, identifier_token: str, vectors: dict[str, Tensor]) -> Path:
+def save_tokens(folder: Path, identifier_token: str, vectors: Mapping[str, Tensor]) -> Path:
     """Write vectors by text encoder, as `load_textual_inversion` takes them."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().float().cpu().contiguous() for name, tensor in vectors.items()}

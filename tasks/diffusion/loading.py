@@ -34,7 +34,7 @@ def load_parts(folder: Path, names: tuple[str, ...], *, optional: tuple[str, ...
         raise ConfigError(f"{folder} brings code of its own ({scripts[0]}), which is never run; remove it")
     parts = {}
     for name in (*names, *optional):
-        library, class_name = index.get(name) or (None, None)
+        library, class_name = index.get(name) or ("", None)
         if class_name is None:
             if name in names:
                 raise ConfigError(f"{folder} has no {name}")

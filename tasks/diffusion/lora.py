@@ -28,7 +28,7 @@ def add_lora(model: LatentModel, parts: list[str], *, rank: int, alpha: float, d
         targets = target_modules if name == model.denoiser_name and target_modules else model.lora_targets[name]
         settings = LoraConfig(
             r=rank,
-            lora_alpha=alpha,
+            lora_alpha=alpha,  # type: ignore[arg-type]
             lora_dropout=dropout,
             use_dora=is_dora,
             init_lora_weights="gaussian",

@@ -59,7 +59,8 @@ class GaussianDiffusion:
     def compute_snr(self, timesteps: Tensor) -> Tensor:
         """Return signal over noise power."""
         self.snr = self.snr.to(timesteps.device)
-        return self.snr[timesteps]
+        snr: Tensor = self.snr[timesteps]
+        return snr
 
     def compute_clean_share(self, timesteps: Tensor) -> Tensor:
         """Return 1/SNR for noise, 1/(SNR + 1) for velocity."""
@@ -83,7 +84,8 @@ class RectifiedFlow:
         inside = uniform.double().clamp(1e-6, 1 - 1e-6)
         position = torch.sigmoid(torch.special.ndtri(inside))
         index = (position * len(self.timesteps)).long().clamp_max(len(self.timesteps) - 1)
-        return self.timesteps.to(uniform.device)[index]
+        timesteps: Tensor = self.timesteps.to(uniform.device)[index]
+        return timesteps
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the point of the straight path."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from tasks.services.tracking import Tracker
 
 PUBLICATION_TAG = "likeness.publication"
+SAMPLES = "training_samples"
 
 
 def track_run(
@@ -22,7 +23,7 @@ def track_run(
 ) -> tuple[str | None, str | None]:
     """Log everything and register the model; return tracking run id and model version.
 
-    `folder` holds `model/` and `report/`.
+    `folder` holds `model/`, `report/` and, where training drew any, `training_samples/`.
     """
     tracker.forget(tag=PUBLICATION_TAG, value=publication_key)
     run_id = tracker.start(name=name, params=params, tags={**tags, PUBLICATION_TAG: publication_key})
@@ -38,6 +39,8 @@ def track_run(
         last = int(losses[-1]["step"]) if losses else 0
         tracker.log_metrics([(key, value, last) for key, value in figures.items()])
         tracker.log_folder(folder / "report", path="report")
+        if (folder / SAMPLES).is_dir():
+            tracker.log_folder(folder / SAMPLES, path=SAMPLES)
         version = None
         if is_registered:
             tracker.log_folder(folder / "model", path="model")

@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import task
 
-from tasks.contract import StageFolder
+from tasks.contract import StageFolder, fetch_folder
 from tasks.manifests import ClassImageSet, Evaluation, Publication, Scorecard, SubjectSet, TunedModel
 from tasks.prefect_states import finished, should_retry
 from tasks.publishing.config import PublishingConfig
@@ -47,7 +47,7 @@ def compute_publication(
 ) -> Publication:
     """Write model folder and report, tell the tracking server, write the manifest."""
     from tasks.publishing.export import export_model, headline_metrics, read_losses
-    from tasks.publishing.registry import track_run
+    from tasks.publishing.registry import SAMPLES, track_run
     from tasks.publishing.report import ReportInputs, draw_sample_grid, render_report
 
     subject, prior, tuned, evaluation, scores = upstream
@@ -67,6 +67,8 @@ def compute_publication(
         (local / "report" / "index.html").write_text(html)
         grid = draw_sample_grid(runtime.store, evaluation)
         (local / "report" / "samples.png").write_bytes(grid)
+        grids = [ref for ref in tuned.objects if "/samples/" in ref.key]
+        fetch_folder(runtime.store, grids, below="samples", folder=local / SAMPLES)
         runtime.show("publishing")(2, 3)
         registered = tracking.registered_model or f"likeness-{subject.class_noun.replace(' ', '-').lower()}"
         run_id, version = track_run(

@@ -15,6 +15,8 @@ from tasks.errors import TrainingFailed
 from tasks.training.checkpoints import collect_state, save_checkpoint
 from tasks.training.module import DreamBoothModule
 from tasks.training.spec import RunFolder, TrainingSpec
+from tasks.training.validation import compute_validation_loss, draw_grid, has_settled, keep_best
+from tasks.wording import write_subject_prompt
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ class StepKeeper(pl.Callback):
         self.losses = losses
         self.pending: list[dict[str, Any]] = []
         self.micro: list[dict[str, torch.Tensor]] = []
+        self.validations: dict[int, torch.Tensor] = {}
         self.num_skipped = count_skipped(losses)
         self.was_stopped = False
         self.saved_step = -1
@@ -44,6 +47,7 @@ class StepKeeper(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Act after a micro-batch; all but the bookkeeping waits for a full optimizer step."""
+        self.run.alive(trainer.global_rank).touch()
         self.micro.append({key: value.detach() for key, value in outputs.items()})
         if len(self.micro) < self.spec.training.gradient_accumulation_steps:
             return
@@ -53,10 +57,20 @@ class StepKeeper(pl.Callback):
         means["loss"] = means.pop("total_loss")
         self.pending.append({"step": module.step, **means, "grad_norm": module.grad_norm})
         self.micro = []
-        config = self.spec.training
+        config, validation = self.spec.training, self.spec.training.validation
         is_last = module.step >= config.max_train_steps
-        if is_last or module.step % config.log_every_steps == 0:
+        is_validated = bool(validation.every_steps) and module.step % validation.every_steps == 0
+        if is_validated:
+            with trainer.precision_plugin.forward_context():
+                self.validations[module.step] = compute_validation_loss(module)
+        if is_last or is_validated or module.step % config.log_every_steps == 0:
             self.flush(trainer)
+        if is_validated and trainer.is_global_zero and validation.keep == "best":
+            keep_best(self.run, module, self.losses, identity=self.identity)
+        if is_validated and validation.is_early_stopping and has_settled(self.losses, validation):
+            is_last = trainer.should_stop = True
+        if validation.sample_every_steps and module.step % validation.sample_every_steps == 0:
+            self.draw_samples(trainer, module)
         is_stop = bool(trainer.strategy.reduce_boolean_decision(self.run.stop.exists(), all=False))
         if is_stop or is_last or module.step % config.checkpoint_every_steps == 0:
             self.save(trainer, module)
@@ -67,7 +81,7 @@ class StepKeeper(pl.Callback):
     def flush(self, trainer: pl.Trainer) -> None:
         """Bring the pending losses to the host, check them, and log one line per step."""
         now = time.monotonic()
-        for row in self.pending:
+        for row in self.gather(trainer):
             self.losses.append(json.dumps(self.check(row)))
         if trainer.is_global_zero and self.pending:
             with self.run.losses.open("a") as file:
@@ -81,15 +95,30 @@ class StepKeeper(pl.Callback):
         self.pending = []
         self.ticked = now
 
-    def check(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return a row with plain numbers, None where one isn't finite: such a step was left out.
+    def gather(self, trainer: pl.Trainer) -> list[dict[str, float]]:
+        """Bring the pending rows to the host, as means over all ranks: one transfer, one exchange."""
+        if not self.pending:
+            return []
+        names = [name for name in self.pending[0] if name != "step"]
+        rows = torch.stack([torch.stack([row[name].float() for name in names]) for row in self.pending])
+        if trainer.world_size > 1:
+            rows = trainer.strategy.reduce(rows, reduce_op="mean")
+        numbers = []
+        for row, values in zip(self.pending, rows.tolist(), strict=True):
+            plain = {"step": row["step"], **dict(zip(names, values, strict=True))}
+            if row["step"] in self.validations:
+                plain["validation_loss"] = self.validations.pop(row["step"]).item()
+            numbers.append(plain)
+        return numbers
+
+    def check(self, plain: dict[str, float]) -> dict[str, Any]:
+        """Return a row of the loss log, None where a number isn't finite: such a step was left out.
 
         Raises:
             TrainingFailed: too many steps in a row were left out, or the first one changed nothing.
 
         """
-        plain = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
-        step, config = plain["step"], self.spec.training
+        step, config = int(plain["step"]), self.spec.training
         if plain["grad_norm"] == 0.0 and not self.losses:
             raise TrainingFailed("the first step changed nothing: no gradient reaches what is trained")
         is_whole = all(math.isfinite(value) for value in plain.values())
@@ -104,6 +133,16 @@ class StepKeeper(pl.Callback):
         if not is_whole:
             log.warning("step %s was left out: loss or gradient is not finite", step)
         return {key: value if math.isfinite(value) else None for key, value in plain.items()}
+
+    def draw_samples(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
+        """Draw a grid between two steps; training goes on from the same weights."""
+        if trainer.is_global_zero:
+            self.run.samples.mkdir(exist_ok=True)
+            words = {"identifier_token": self.spec.identifier_token, "class_noun": self.spec.class_noun}
+            prompts = [write_subject_prompt(p, **words) for p in self.spec.training.validation.sample_prompts]
+            draw_grid(module, prompts).save(self.run.samples / f"step-{module.step:08d}.png")
+            tell(self.run, {"event": "samples", "step": module.step})
+        trainer.strategy.barrier()
 
     def save(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
         """Save once per step; every rank waits until the first one has written."""

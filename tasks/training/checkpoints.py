@@ -9,10 +9,11 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,6 +37,8 @@ class TrainingState:
     """Averaged weights; empty where none are kept."""
     losses: list[str]
     """The lines of the loss log up to this step."""
+    groups: list[dict[str, float]] = field(default_factory=list)
+    """Numbers that the optimizer keeps per group, such as Prodigy's estimate of the rate."""
 
 
 def save_checkpoint(folder: Path, state: TrainingState, *, identity: dict[str, str], num_kept: int) -> Path:
@@ -50,11 +53,29 @@ def save_checkpoint(folder: Path, state: TrainingState, *, identity: dict[str, s
             raise TrainingFailed(f"weight {name} is not finite at step {state.step}; lower training.learning_rate")
     target = folder / f"step-{state.step:08d}"
     staged = folder / f".part-{target.name}"
+    try:
+        write_checkpoint(staged, state, identity=identity)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(staged, target)
+        sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise TrainingFailed(
+            f"cannot save step {state.step} in {folder}: {error}; make room and run again to go on from the one before"
+        ) from error
+    for old in list_checkpoints(folder)[num_kept:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def write_checkpoint(staged: Path, state: TrainingState, *, identity: dict[str, str]) -> None:
+    """Write every file of a checkpoint, its manifest last, and flush them to disk."""
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     save_file(state.weights, staged / "weights.safetensors")
     save_file(state.moments, staged / "optimizer.safetensors")
     save_file(state.averages, staged / "averages.safetensors")
+    (staged / "groups.json").write_text(json.dumps(state.groups))
     (staged / "losses.jsonl").write_text("".join(line + "\n" for line in state.losses))
     files = {path.name: digest_file(path) for path in sorted(staged.iterdir())}
     manifest = {"schema_version": SCHEMA_VERSION, "step": state.step, "identity": identity, "files": files}
@@ -62,12 +83,6 @@ def save_checkpoint(folder: Path, state: TrainingState, *, identity: dict[str, s
     for path in staged.iterdir():
         sync(path)
     sync(staged)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(staged, target)
-    sync(folder)
-    for old in list_checkpoints(folder)[num_kept:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
 
 
 def load_newest(folder: Path, *, identity: dict[str, str]) -> TrainingState | None:
@@ -110,6 +125,7 @@ def load_checkpoint(path: Path, *, identity: dict[str, str]) -> TrainingState:
         moments=load_file(path / "optimizer.safetensors"),
         averages=load_file(path / "averages.safetensors"),
         losses=(path / "losses.jsonl").read_text().splitlines(),
+        groups=json.loads((path / "groups.json").read_text()),
     )
 
 
@@ -136,7 +152,11 @@ def collect_state(
         for key, value in optimizer.state.get(parameter, {}).items():
             moments[f"{name}|{key}"] = copy_to_cpu(torch.as_tensor(value))
     kept = {name: copy_to_cpu(value) for name, value in averages.items()}
-    return TrainingState(step, weights, moments, kept, list(losses))
+    groups = [
+        {key: value for key, value in group.items() if isinstance(value, int | float)}
+        for group in optimizer.param_groups
+    ]
+    return TrainingState(step, weights, moments, kept, list(losses), groups)
 
 
 def copy_to_cpu(tensor: Tensor) -> Tensor:
@@ -153,6 +173,8 @@ def restore_state(
     for joined, value in state.moments.items():
         name, key = joined.rsplit("|", 1)
         per_parameter.setdefault(name, {})[key] = value
+    for group, numbers in zip(optimizer.param_groups, state.groups, strict=True):
+        group.update(numbers)
     for name, parameter in parameters.items():
         parameter.copy_(state.weights[name])
         moments = per_parameter.get(name, {})

@@ -32,6 +32,22 @@ class TokenSettings(Section):
     )
 
 
+class ValidationSettings(Section):
+    """A loss without chance in it: fixed photos, noise and timesteps."""
+
+    every_steps: int = Field(0, ge=0, description="steps between validations; 0: none")
+    keep: Literal["last", "best"] = Field(
+        "last", description="which weights are published: best validation loss, or last"
+    )
+    is_early_stopping: bool = Field(
+        False, description="stop where the loss has settled (DVAR, arXiv 2302.04841); changes the number of steps"
+    )
+    window: int = Field(8, ge=2, le=1000, description="validations that have to be settled")
+    threshold: float = Field(0.15, gt=0, lt=1, description="settled: variance in the window over that of all")
+    sample_every_steps: int = Field(0, ge=0, description="steps between sample grids; 0: none")
+    sample_prompts: tuple[str, ...] = Field(("a photo of {subject}",), description="templates of the sample grids")
+
+
 class TrainingConfig(Section):
     """How the weights are fine-tuned."""
 
@@ -40,6 +56,7 @@ class TrainingConfig(Section):
     )
     lora: LoraSettings = LoraSettings()
     token: TokenSettings = TokenSettings()
+    validation: ValidationSettings = ValidationSettings()
     is_denoiser_trained: bool = Field(True, description="train the UNet or transformer")
     max_train_steps: int = Field(800, ge=1, le=1_000_000, description="optimizer steps")
     train_batch_size: int = Field(1, ge=1, le=256, description="instance images per device and step")
@@ -49,8 +66,15 @@ class TrainingConfig(Section):
         None, gt=0, le=1, description="learning rate of the text encoder; null: as the denoiser's"
     )
     is_text_encoder_trained: bool = Field(True, description="train the text encoder beside the denoiser")
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = Field(
+        "adamw", description="adamw8bit: moments in 8 bits, approximate; prodigy: finds its rate, set learning_rate=1"
+    )
+    lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = Field(
+        "constant", description="after warm-up"
+    )
     lr_warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    lr_num_cycles: int = Field(1, ge=1, le=1000, description="cycles of cosine_with_restarts")
+    lr_power: float = Field(1.0, gt=0, le=10, description="exponent of polynomial")
     weight_decay: float = Field(1e-2, ge=0, le=1, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     prior_loss_weight: float = Field(1.0, ge=0, le=100, description="weight of the class half; 0 needs no class images")
@@ -76,6 +100,11 @@ class TrainingConfig(Section):
     frozen_precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="number format of frozen weights; half of it fits larger models, and rounds"
     )
+    is_tf32: bool = Field(True, description="19-bit matrix products for fp32 on recent GPUs; rounds")
+    is_channels_last: bool = Field(False, description="NHWC memory for UNets, faster on GPUs in half precision; rounds")
+    is_compiled: bool = Field(
+        False, description="compile the denoiser's repeated blocks: a minute at start, then faster; rounds"
+    )
     is_deterministic: bool = Field(True, description="deterministic kernels, so that resume is bit-equal")
     max_skipped_steps: int = Field(
         3, ge=0, description="steps in a row with a loss or gradient that isn't finite, left out before training stops"
@@ -85,12 +114,15 @@ class TrainingConfig(Section):
     log_every_steps: int = Field(10, ge=1, description="steps between log lines")
     num_devices: int = Field(1, ge=1, le=64, description="processes, one per device")
     num_threads: int = Field(0, ge=0, description="CPU threads per process; 0: all cores")
+    stall_seconds: float = Field(
+        1800.0, gt=0, description="time without a forward on some rank after which the run is ended as stuck"
+    )
     grace_seconds: float = Field(25.0, gt=0, description="time to save after a request to stop")
 
     def result_fields(self) -> dict[str, object]:
         """Return the fields that change the result: the ones that a stage key covers."""
         unchanged = {
             "checkpoint_every_steps", "num_checkpoints_kept", "log_every_steps",
-            "num_threads", "grace_seconds",
+            "num_threads", "grace_seconds", "stall_seconds", "max_skipped_steps",
         }  # fmt: skip
         return self.model_dump(mode="json", exclude=unchanged)

@@ -137,11 +137,12 @@ def encode_set(
         means.append(posterior.mean.float().cpu())
         stds.append(posterior.std.float().cpu())
         sizes += [six for _, six in loaded]
-    shape = (len(images), -1)
+    num = len(images)
+    mean, std = torch.cat(means), torch.cat(stds)
     return ImageSet(
-        mean=torch.cat(means).unflatten(0, shape),
-        std=torch.cat(stds).unflatten(0, shape),
-        sizes=torch.tensor(sizes, dtype=torch.float32).unflatten(0, shape),
+        mean=mean.view(num, -1, *mean.shape[1:]),
+        std=std.view(num, -1, *std.shape[1:]),
+        sizes=torch.tensor(sizes, dtype=torch.float32).view(num, -1, 6),
         input_ids=model.tokenize([image.prompt for image in images]),
     )
 

@@ -132,7 +132,7 @@ def add_token(model: LatentModel, spec: TrainingSpec, trainable: Trainable) -> N
         trainable.groups = [*others, group]
 
 
-def drop_from(group: ParameterGroup, *parameters: nn.Parameter) -> ParameterGroup:
+def drop_from(group: ParameterGroup, *parameters: torch.Tensor) -> ParameterGroup:
     """Return the group without some parameters."""
     ids = {id(parameter) for parameter in parameters}
     kept = [parameter for parameter in group.parameters if id(parameter) not in ids]

@@ -12,6 +12,7 @@ from tasks.training import draws
 from tasks.training.data import BatchMaker, TrainingBatch
 from tasks.training.losses import min_snr_weights, prior_preservation_loss
 from tasks.training.methods import Trainable, prepare
+from tasks.training.optimizers import has_fused_skip, make_optimizer
 from tasks.training.spec import TrainingSpec, compute_learning_rate_factor
 
 
@@ -54,7 +55,7 @@ class DreamBoothModule(pl.LightningModule):
         return self.optimizer
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """Return AdamW with one learning rate per group; vectors of a token don't decay."""
+        """Return the optimizer with one learning rate per group; vectors of a token don't decay."""
         decay = self.spec.training.weight_decay
         groups = [
             {
@@ -65,7 +66,7 @@ class DreamBoothModule(pl.LightningModule):
             }
             for group in self.trainable.groups
         ]
-        return torch.optim.AdamW(groups, fused=True)
+        return make_optimizer(groups, self.spec.training)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Set rates and the dropout's seed as functions of the step, so that nothing has to be resumed."""
@@ -108,7 +109,10 @@ class DreamBoothModule(pl.LightningModule):
         parameters = [parameter for _, parameter in self.named_trained()]
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.spec.training.max_grad_norm)
         self.is_skipped = ~torch.isfinite(self.grad_norm)
-        if self.spec.training.precision != "fp16":
+        if not has_fused_skip(self.optimizer):
+            if bool(self.is_skipped):
+                self.optimizer.zero_grad(set_to_none=True)
+        elif self.spec.training.precision != "fp16":
             # The fused kernel leaves everything as it is where this says so, without asking the host;
             # in fp16 the gradient scaler sets it.
             self.optimizer.found_inf = self.is_skipped.float()  # type: ignore[attr-defined]

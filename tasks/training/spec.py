@@ -72,15 +72,24 @@ class RunFolder:
         self.stop = folder / "stop"
         self.result = folder / "result.json"
         self.model = folder / "model"
+        self.best = folder / "best"
+        self.samples = folder / "samples"
         self.log = folder / "worker.log"
+
+    def alive(self, rank: int) -> Path:
+        """Return the file that a rank touches at every forward."""
+        return self.folder / f"alive-{rank}"
 
 
 def compute_learning_rate_factor(config: TrainingConfig, step: int) -> float:
     """Return the share of the learning rate at an optimizer step, counted from 0."""
     warmup = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
     progress = step / config.max_train_steps
-    if config.lr_schedule == "linear":
-        return warmup * (1 - progress)
-    if config.lr_schedule == "cosine":
-        return warmup * 0.5 * (1 + math.cos(math.pi * progress))
-    return warmup
+    shapes: dict[str, float] = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "cosine_with_restarts": 0.5 * (1 + math.cos(math.pi * (progress * config.lr_num_cycles % 1.0))),
+        "polynomial": (1 - progress) ** config.lr_power,
+    }
+    return warmup * shapes[config.lr_schedule]

@@ -122,11 +122,14 @@ def store_result(
     run = RunFolder(spec.path)
     model = tuple(folder.put_file(f"model/{name}", run.model / name) for name in result["files"])
     folder.put_file("losses.jsonl", run.losses)
+    for path in sorted(run.samples.glob("*.png")):
+        folder.put_file(f"samples/{path.name}", path)
     return folder.finish(
         TunedModel,
         version=STAGE_VERSION,
         counts={
             "steps": result["num_steps"],
+            "published_step": result["published_step"],
             "resumed_from_step": result["start_step"],
             "micro_batch_size": result["micro_batch_size"],
         },

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tasks.contract import digest_file
 from tasks.errors import TrainingFailed, TrainingStopped
@@ -46,9 +48,11 @@ def run_worker(
     log_start = run.log.stat().st_size if run.log.exists() else 0
     process = start(spec, run, inherited=inherited)
     tail = EventTail(run.events, on_event)
+    started = time.time()
     try:
         while process.poll() is None:
             tail.read()
+            check_alive(run, spec, started=started, process=process, step=tail.last_step)
             time.sleep(POLL_SECONDS)
     finally:
         if process.poll() is None:
@@ -89,6 +93,26 @@ def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()
         )
 
 
+def check_alive(
+    run: RunFolder, spec: TrainingSpec, *, started: float, process: "subprocess.Popen[bytes]", step: int
+) -> None:
+    """End all ranks where one stands still: a stopped rank would keep the others waiting for ever.
+
+    Raises:
+        TrainingFailed: naming the rank.
+
+    """
+    limit = spec.training.stall_seconds
+    for rank in range(spec.training.num_devices):
+        path = run.alive(rank)
+        seen = max(started, path.stat().st_mtime) if path.exists() else started
+        if time.time() - seen > limit:
+            end_all(process)
+            raise TrainingFailed(
+                f"rank {rank} did no forward for {limit:.0f} s after step {step}; all ranks were ended; see {run.log}"
+            )
+
+
 def stop(process: "subprocess.Popen[bytes]", run: RunFolder, *, grace_seconds: float) -> None:
     """Ask the worker to save, give it its grace, then end the whole group."""
     run.stop.touch()
@@ -98,8 +122,18 @@ def stop(process: "subprocess.Popen[bytes]", run: RunFolder, *, grace_seconds: f
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(POLL_SECONDS)
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end_all(process)
+
+
+def end_all(process: "subprocess.Popen[bytes]") -> None:
+    """Kill the launcher and every rank; ranks have sessions of their own, so a group isn't enough."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
+    process.wait()
 
 
 class EventTail:
@@ -142,12 +176,17 @@ def read_result(run: RunFolder) -> dict[str, Any] | None:
 def find_reason(log: Path, *, start: int = 0) -> str:
     """Return the most telling line of the worker's log, from a byte position on."""
     text = log.read_bytes()[start:].decode(errors="replace") if log.exists() else ""
+    found = []
     for line in reversed(text.splitlines()):
         stripped = line.strip()
-        stripped = stripped.split("]:", 1)[-1] if stripped.startswith("[rank") else stripped
+        stripped = stripped.split("]:", 1)[-1].strip() if stripped.startswith("[rank") else stripped
         name = stripped.split(":", 1)[0].rsplit(".", 1)[-1].strip()
         if name.endswith(("Error", "Failed", "Corrupt", "Rejected", "Exception")) and "ChildFailed" not in name:
-            return stripped[:300]
+            found.append(stripped[:300])
+    # The other ranks then lose their connection, which explains nothing.
+    telling = [line for line in found if not re.search("Connection closed by peer|Connection reset|NCCL", line)]
+    if found:
+        return (telling or found)[0]
     return "the worker was killed or ended without a word"
 
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -27,7 +28,9 @@ from tasks.training.checkpoints import load_newest, restore_state
 from tasks.training.data import SampleCounter
 from tasks.training.methods import save_learned
 from tasks.training.module import DreamBoothModule
+from tasks.training.optimizers import set_up_kernels
 from tasks.training.spec import STOPPED_EXIT_CODE, RunFolder, TrainingSpec
+from tasks.training.validation import has_settled, read_validations, take_best
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -104,18 +107,22 @@ def attempt(spec: TrainingSpec, identity: dict[str, str]) -> int:
     model = cast(LatentModel, open_model(spec.diffusion, folder=Path(spec.model_folder)))
     state = load_newest(run.checkpoints, identity=identity)
     start_step = state.step if state else 0
+    set_up_kernels(model, spec.training)
     module = DreamBoothModule(model, spec, start_step=start_step)
     if state is not None:
         restore_state(dict(module.named_trained()), module.optimizer, state)
         module.average.update(state.averages)
     keeper = StepKeeper(spec, run, identity=identity, losses=state.losses if state else [])
-    if start_step < spec.training.max_train_steps:
+    has_stopped_early = spec.training.validation.is_early_stopping and has_settled(
+        keeper.losses, spec.training.validation
+    )
+    if start_step < spec.training.max_train_steps and not has_stopped_early:
         fit(spec, module, keeper)
         if keeper.was_stopped:
             tell(run, {"event": "stopped", "step": module.step})
             return STOPPED_EXIT_CODE
     if int(os.environ.get("RANK", "0")) == 0:
-        write_result(run, module, keeper.losses)
+        write_result(run, module, keeper.losses, identity=identity)
     return 0
 
 
@@ -127,7 +134,7 @@ def fit(spec: TrainingSpec, module: DreamBoothModule, keeper: StepKeeper) -> Non
         max_epochs=-1,
         accelerator=choose_device(spec.diffusion).type,
         devices=config.num_devices,
-        strategy="auto" if config.num_devices == 1 else "ddp",
+        strategy=choose_strategy(spec),
         precision=PRECISIONS[config.precision],
         accumulate_grad_batches=config.gradient_accumulation_steps,
         use_distributed_sampler=False,  # order is a function of the sample counter
@@ -141,11 +148,25 @@ def fit(spec: TrainingSpec, module: DreamBoothModule, keeper: StepKeeper) -> Non
     trainer.fit(module, DataLoader(counter, batch_size=None))
 
 
-def write_result(run: RunFolder, module: DreamBoothModule, losses: list[str]) -> None:
+def choose_strategy(spec: TrainingSpec) -> Any:
+    """Return how several devices share the work."""
+    if spec.training.num_devices == 1:
+        return "auto"
+    # Families with several text encoders read states before the last layer, whose weights then rest.
+    has_resting = spec.diffusion.family != "stable_diffusion"
+    return DDPStrategy(find_unused_parameters=has_resting, gradient_as_bucket_view=True)
+
+
+def write_result(run: RunFolder, module: DreamBoothModule, losses: list[str], *, identity: dict[str, str]) -> None:
     """Save loss log and tuned model, then the manifest that says that they are whole."""
     run.losses.write_text("".join(line + "\n" for line in losses))
     shutil.rmtree(run.model, ignore_errors=True)
-    module.take_average()
+    num_steps = json.loads(losses[-1])["step"]
+    published_step = num_steps
+    if module.spec.training.validation.keep == "best" and read_validations(losses):
+        published_step = take_best(run, module, losses, identity=identity)
+    else:
+        module.take_average()
     save_learned(module.model, module.spec, module.trainable, run.model)
     paths = sorted(path for path in run.model.rglob("*") if path.is_file())
     tail = [loss for line in losses[-20:] if (loss := json.loads(line)["loss"]) is not None]
@@ -157,7 +178,8 @@ def write_result(run: RunFolder, module: DreamBoothModule, losses: list[str]) ->
         p.numel() for part in module.model.parts.values() if isinstance(part, nn.Module) for p in part.parameters()
     )
     result = {
-        "num_steps": module.spec.training.max_train_steps,
+        "num_steps": num_steps,
+        "published_step": published_step,
         "start_step": module.start_step,
         "final_loss": sum(tail) / max(1, len(tail)),
         "micro_batch_size": module.spec.training.train_batch_size,

@@ -1,7 +1,8 @@
-"""The training worker with one planned death: LIKENESS_TEST_FAULT=POINT:STEP, SIGKILL at that point.
+"""The training worker with one planned fault: LIKENESS_TEST_FAULT=POINT:STEP[:RANK].
 
-`forward:8` ends it in the forward of step 8; `save:10` with the checkpoint of step 10 written but not
-yet in its place; `drop:15` with that of step 15 in its place and older ones not yet dropped.
+`start:0` ends it before anything is loaded, `forward:8` in the forward of step 8; `save:10` with the
+checkpoint of step 10 written but not yet in its place; `drop:15` with that of step 15 in its place and
+older ones not yet dropped: all by SIGKILL. `stop:8` halts it for ever, `raise:8` raises.
 """
 
 import os
@@ -38,7 +39,23 @@ def plan(point: str, step: int) -> None:
             die()
         return listing(folder)
 
-    if point == "forward":
+    def halting_forward(module: DreamBoothModule, *args: Any) -> Any:
+        if module.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return forward(module, *args)
+
+    def raising_forward(module: DreamBoothModule, *args: Any) -> Any:
+        if module.step + 1 == step:
+            raise ValueError("planned fault")
+        return forward(module, *args)
+
+    if point == "start":
+        die()
+    elif point == "stop":
+        DreamBoothModule.training_step = halting_forward  # type: ignore[assignment]
+    elif point == "raise":
+        DreamBoothModule.training_step = raising_forward  # type: ignore[assignment]
+    elif point == "forward":
         DreamBoothModule.training_step = dying_forward  # type: ignore[assignment]
     elif point == "save":
         os.replace = dying_replace  # type: ignore[assignment]
@@ -52,5 +69,7 @@ if __name__ == "__main__":
     assert callbacks.save_checkpoint is checkpoints.save_checkpoint
     fault = os.environ.get("LIKENESS_TEST_FAULT")
     if fault:
-        plan(fault.split(":")[0], int(fault.split(":")[1]))
+        point, step, *rank = fault.split(":")
+        if os.environ.get("RANK", "0") == (rank[0] if rank else "0"):
+            plan(point, int(step))
     sys.exit(worker.main(sys.argv[1:]))

@@ -43,7 +43,7 @@ def test_wrong_input_gets_one_line(place: Workplace, words: list[str], code: int
 
 def test_help_teaches(place: Workplace) -> None:
     text = place.likeness("--help").stdout
-    for word in ("run", "report", "generate", "runs", "sweep", "examples:", "subject.class_noun="):
+    for word in ("run", "report", "generate", "estimate", "runs", "sweep", "examples:", "subject.class_noun="):
         assert word in text
 
 

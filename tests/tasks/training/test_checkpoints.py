@@ -1,5 +1,6 @@
 """Checkpoints that can be trusted."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from tasks.contract import digest
 from tasks.errors import TrainingFailed
+from tasks.training import checkpoints
 from tasks.training.checkpoints import MANIFEST, TrainingState, list_checkpoints, load_newest, save_checkpoint
 
 IDENTITY = {"configuration": "c", "data": "d", "base model": "m"}
@@ -94,3 +96,18 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailed, match="weight w is not finite at step 3"):
         save_checkpoint(tmp_path, state(3, float("nan")), identity=IDENTITY, num_kept=2)
     assert list_checkpoints(tmp_path) == []
+
+
+def test_a_full_disk_keeps_the_checkpoints_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 2)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(TrainingFailed, match=r"cannot save step 4 .*No space left.*make room and run again"):
+        save(tmp_path, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    loaded = load_newest(tmp_path, identity=IDENTITY)
+    assert loaded is not None
+    assert loaded.step == 2

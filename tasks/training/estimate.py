@@ -1,0 +1,224 @@
+"""Predict the peak memory of training before anything is loaded: shapes alone, on torch's meta device.
+
+Weights, gradients, optimizer moments and averages are counted exactly; activations are those that a
+forward would keep for the backward, found by running one without numbers.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from tasks.diffusion.base import Conditioning
+from tasks.diffusion.config import DiffusionConfig
+from tasks.diffusion.flux import Flux
+from tasks.diffusion.latent_model import DTYPES, LatentModel
+from tasks.diffusion.loading import KNOWN, load_scheduler
+from tasks.diffusion.noise import GaussianDiffusion, NoiseProcess, RectifiedFlow
+from tasks.diffusion.stable_diffusion import StableDiffusion
+from tasks.diffusion.stable_diffusion_3 import StableDiffusion3
+from tasks.diffusion.stable_diffusion_xl import StableDiffusionXl
+from tasks.errors import ConfigError
+from tasks.training.config import TrainingConfig
+
+META = torch.device("meta")
+FAMILIES: dict[str, type[LatentModel]] = {
+    "stable_diffusion": StableDiffusion,
+    "stable_diffusion_xl": StableDiffusionXl,
+    "stable_diffusion_3": StableDiffusion3,
+    "flux": Flux,
+}
+# What the allocator and the kernels' workspaces take besides, as a share of all else and in bytes.
+OVERHEAD_SHARE, OVERHEAD_BYTES = 0.05, 600 * 2**20
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes at the peak of a training step on one device."""
+
+    weights: int
+    gradients: int
+    moments: int
+    averages: int
+    activations: int
+    trainable_parameters: int
+    total_parameters: int
+
+    @property
+    def total(self) -> int:
+        """All of it, with the allocator's share."""
+        plain = self.weights + self.gradients + self.moments + self.averages + self.activations
+        return int(plain * (1 + OVERHEAD_SHARE)) + OVERHEAD_BYTES
+
+
+def estimate_memory(folder: Path, diffusion: DiffusionConfig, training: TrainingConfig) -> MemoryEstimate:
+    """Return what training would take, from the configuration files in a model's folder alone."""
+    model = build_empty(folder, diffusion)
+    trained = choose_trained(model, training)
+    trainable = sum(p.numel() for p in trained)
+    ids = {id(p) for p in trained}
+    total = weights = 0
+    frozen_size = DTYPES[training.frozen_precision].itemsize
+    for name, part in model.parts.items():
+        for parameter in part.parameters() if isinstance(part, nn.Module) else ():
+            total += parameter.numel()
+            if name != "vae":  # it leaves the device once the latents are cached
+                weights += parameter.numel() * (4 if id(parameter) in ids else frozen_size)
+    if training.precision != "fp32":
+        weights += trainable * 2  # autocast keeps a copy of the weights in half precision
+    moment_size = 2 if training.optimizer == "adamw8bit" else 8
+    return MemoryEstimate(
+        weights=weights,
+        gradients=trainable * 4,
+        moments=trainable * (moment_size if training.optimizer != "prodigy" else 16),
+        averages=trainable * 4 if training.ema_decay else 0,
+        activations=count_activations(model, training),
+        trainable_parameters=trainable,
+        total_parameters=total,
+    )
+
+
+def build_empty(folder: Path, config: DiffusionConfig) -> LatentModel:
+    """Return the family's model with shapes and without numbers."""
+    index = json.loads((folder / "model_index.json").read_text())
+    family = FAMILIES[config.family]
+    parts: dict[str, Any] = {}
+    for name in (*family.text_encoder_names, family.denoiser_name, "vae"):
+        library, class_name = index.get(name) or ("", None)
+        if class_name is None:
+            continue
+        if class_name not in KNOWN.get(library, ()):
+            raise ConfigError(f"{folder}: {name} is a {library}.{class_name}, which this family doesn't load")
+        part_class = getattr(transformers if library == "transformers" else diffusers, class_name)
+        with META:
+            if library == "transformers":
+                parts[name] = part_class(part_class.config_class.from_pretrained(folder / name))
+            else:
+                parts[name] = part_class.from_config(part_class.load_config(folder / name))
+    has_flow = config.family in ("stable_diffusion_3", "flux")
+    noise: NoiseProcess = (
+        RectifiedFlow(load_scheduler(folder, FlowMatchEulerDiscreteScheduler))
+        if has_flow
+        else GaussianDiffusion(load_scheduler(folder, DDPMScheduler))
+    )
+    model: LatentModel = EMPTY[config.family](parts, noise, config, META)
+    return model
+
+
+def choose_trained(model: LatentModel, training: TrainingConfig) -> list[nn.Parameter]:
+    """Make trainable what the method learns, and return it."""
+    from tasks.diffusion.lora import add_lora
+
+    trained: list[nn.Parameter] = []
+    names = list(model.trainable_modules(is_text_encoder_trained=training.is_text_encoder_trained))
+    names = [name for name in names if training.is_denoiser_trained or name != model.denoiser_name]
+    if training.method.endswith("lora"):
+        lora = training.lora
+        with META:
+            add_lora(
+                model, names, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout,
+                is_dora=lora.is_dora, target_modules=lora.target_modules,
+            )  # fmt: skip
+        trained = [p for name in names for p in model.parts[name].parameters() if p.requires_grad]
+    elif training.method.endswith("full"):
+        for name in names:
+            model.parts[name].requires_grad_(True)
+        trained = [p for name in names for p in model.parts[name].parameters()]
+    if training.method.startswith("token"):
+        able = model.trainable_modules(is_text_encoder_trained=True)
+        for table in (model.parts[name].get_input_embeddings() for name in model.text_encoders if name in able):
+            table.requires_grad_(True)  # the gradient passes through the whole encoder
+            vectors = torch.empty(training.token.num_vectors, table.weight.shape[1], device=META)
+            trained = [parameter for parameter in trained if parameter is not table.weight]
+            trained.append(nn.Parameter(vectors))
+    return trained
+
+
+def count_activations(model: LatentModel, training: TrainingConfig) -> int:
+    """Return the bytes that one forward keeps for the backward."""
+    halves = 2 if training.prior_loss_weight > 0 else 1
+    rows = training.train_batch_size * halves
+    if training.is_gradient_checkpointed:
+        model.denoiser.train()
+        model.denoiser.enable_gradient_checkpointing()
+    channels = int(model.vae.config.latent_channels)
+    side = model.config.resolution // 2 ** (len(model.vae.config.block_out_channels) - 1)
+    latents = torch.zeros(rows, channels, side, side, device=META)
+    timesteps = torch.zeros(rows, device=META)
+    modules = [part for part in model.parts.values() if isinstance(part, nn.Module)]
+    weights = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), flash_attention():
+        told = encode_empty(model, rows)
+        model.predict(latents, timesteps, told, torch.zeros(rows, 6, device=META))
+    total = sum(storage.nbytes() for storage in kept.values())
+    return total if training.precision == "fp32" else int(total * 0.55)
+
+
+class FlashAttention(torch.autograd.Function):
+    """What a fused attention kernel keeps: its inputs and its output, no matrix of weights."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return an output of the right shape."""
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        """Nothing is ever run backward here."""
+        raise NotImplementedError
+
+
+@contextmanager
+def flash_attention() -> Iterator[None]:
+    """Let attention keep what fused kernels do; on the meta device torch would take the plain ones."""
+    plain = F.scaled_dot_product_attention
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return FlashAttention.apply(query, key, value)  # type: ignore[no-any-return, no-untyped-call]
+
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+def encode_empty(model: LatentModel, rows: int) -> Conditioning:
+    """Return the conditioning of prompts without words."""
+    length = sum(model.max_length(name) for name in model.text_encoders)
+    return model.encode_prompts(torch.zeros(rows, length, dtype=torch.long, device=META))
+
+
+class WithoutTokenizers:
+    """Token limits for models that are only shapes."""
+
+    max_lengths: dict[str, int]
+    parts: dict[str, Any]
+
+    def max_length(self, name: str) -> int:
+        """Return the family's limit, or the encoder's own."""
+        return self.max_lengths.get(name) or int(self.parts[name].config.max_position_embeddings)
+
+
+EMPTY: dict[str, Any] = {
+    name: type(f"Empty{family.__name__}", (WithoutTokenizers, family), {}) for name, family in FAMILIES.items()
+}

@@ -1,0 +1,47 @@
+"""Optimizers by name, and the kernels that a step runs on."""
+
+from typing import Any
+
+import torch
+
+from tasks.diffusion.latent_model import LatentModel
+from tasks.errors import ConfigError
+from tasks.training.config import TrainingConfig
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
+    """Return the configured optimizer. Raises ConfigError where its package is missing."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    if config.optimizer == "prodigy":
+        try:
+            from prodigyopt import Prodigy
+        except ImportError as error:
+            raise ConfigError(
+                "training.optimizer=prodigy needs the package prodigyopt; pip install prodigyopt"
+            ) from error
+        optimizer: torch.optim.Optimizer = Prodigy(groups, safeguard_warmup=True, use_bias_correction=True)
+        return optimizer
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            "training.optimizer=adamw8bit needs the package bitsandbytes; pip install bitsandbytes"
+        ) from error
+    eight_bit: torch.optim.Optimizer = AdamW8bit(groups)
+    return eight_bit
+
+
+def has_fused_skip(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step can be left out on the device, without asking the host."""
+    return isinstance(optimizer, torch.optim.AdamW)
+
+
+def set_up_kernels(model: LatentModel, config: TrainingConfig) -> None:
+    """Choose matrix precision, memory format and compilation."""
+    torch.backends.cuda.matmul.allow_tf32 = config.is_tf32
+    torch.backends.cudnn.allow_tf32 = config.is_tf32
+    if config.is_channels_last and model.denoiser_name == "unet":
+        model.denoiser.to(memory_format=torch.channels_last)
+    if config.is_compiled:
+        model.denoiser.compile_repeated_blocks()

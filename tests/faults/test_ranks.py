@@ -1,0 +1,89 @@
+"""Two processes on one machine (gloo): the same draws as one, exact resume, and no rank left behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tasks.errors import TrainingFailed
+from tasks.training import supervisor
+from tasks.training.spec import RunFolder, TrainingSpec
+from tasks.training.supervisor import run_worker
+from tests.tiny import make_spec
+
+STEPS = 8
+
+
+def weights(run: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(run.model / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def losses(run: RunFolder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.losses.read_text().splitlines()]
+
+
+def spec_of(folder: Path, model: Path, *, ranks: int) -> TrainingSpec:
+    changes = {"train_batch_size": 2 // ranks, "num_devices": ranks, "gradient_accumulation_steps": 2}
+    return make_spec(folder, model, max_train_steps=STEPS, checkpoint_every_steps=3, ema_decay=0.9, **changes)
+
+
+def train(spec: TrainingSpec) -> RunFolder:
+    run_worker(spec, on_event=lambda event: None)
+    return RunFolder(spec.path)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> tuple[TrainingSpec, RunFolder]:
+    """A run of two ranks that nothing disturbs."""
+    spec = spec_of(tmp_path_factory.mktemp("two"), tiny_model_folder, ranks=2)
+    return spec, train(spec)
+
+
+def test_two_ranks_do_what_one_does_up_to_the_order_of_sums(
+    tmp_path: Path, tiny_model_folder: Path, two_ranks: tuple[TrainingSpec, RunFolder]
+) -> None:
+    one = train(spec_of(tmp_path, tiny_model_folder, ranks=1))
+    _, two = two_ranks
+    for row, other in zip(losses(one), losses(two), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, weights(two)[name], rtol=2e-3, atol=2e-4)
+
+
+def test_two_ranks_that_were_killed_end_bit_equal(
+    tmp_path: Path, two_ranks: tuple[TrainingSpec, RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, whole = two_ranks
+    again = spec.model_copy(update={"folder": str(tmp_path / "again")})
+    monkeypatch.setattr(supervisor, "WORKER_MODULE", "tests.faults.worker")
+    for fault in ("forward:5:1", "save:6:0"):
+        monkeypatch.setenv("LIKENESS_TEST_FAULT", fault)
+        with pytest.raises(TrainingFailed):
+            run_worker(again, on_event=lambda event: None)
+    monkeypatch.delenv("LIKENESS_TEST_FAULT")
+    run = train(again)
+    assert json.loads(run.result.read_text())["start_step"] == 3
+    assert run.losses.read_text() == whole.losses.read_text()
+    assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(whole).items())
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("raise:2:1", "ValueError: planned fault"), ("stop:2:1", r"rank \d did no forward for 20 s after step")],
+)
+def test_no_rank_outlives_one_that_raises_or_stands_still(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str, message: str
+) -> None:
+    spec = spec_of(tmp_path, tiny_model_folder, ranks=2)
+    patient = spec.training.model_copy(update={"stall_seconds": 20.0})
+    monkeypatch.setattr(supervisor, "WORKER_MODULE", "tests.faults.worker")
+    monkeypatch.setenv("LIKENESS_TEST_FAULT", fault)
+    with pytest.raises(TrainingFailed, match=message):
+        run_worker(spec.model_copy(update={"training": patient}), on_event=lambda event: None)
+    assert not RunFolder(spec.path).result.exists()
+    left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+    assert [p for p in left if p.status() != psutil.STATUS_ZOMBIE] == []

@@ -1,0 +1,77 @@
+"""A loss without chance in it, and what hangs on it: best weights, early stopping, sample grids."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tasks.training import worker
+from tasks.training.config import ValidationSettings
+from tasks.training.spec import RunFolder
+from tasks.training.validation import has_settled, read_validations
+from tests.tiny import make_spec
+
+
+def train(tmp_path: Path, model: Path, **changes: object) -> RunFolder:
+    spec = make_spec(tmp_path, model, **changes)
+    spec.path.mkdir(parents=True, exist_ok=True)
+    run = RunFolder(spec.path)
+    run.events.write_text("")
+    assert worker.train(spec) == 0
+    return run
+
+
+def weights(run: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(run.model / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_validating_and_sampling_leave_training_as_it_is(tmp_path: Path, tiny_model_folder: Path) -> None:
+    plain = train(tmp_path / "plain", tiny_model_folder)
+    watched = {"every_steps": 2, "sample_every_steps": 3, "sample_prompts": ("a photo of {subject}", "{subject}")}
+    run = train(tmp_path / "watched", tiny_model_folder, validation=watched)
+    assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(plain).items())
+    losses = run.losses.read_text().splitlines()
+    assert [step for step, _ in read_validations(losses)] == [2, 4, 6, 8]
+    assert [path.name for path in sorted(run.samples.iterdir())] == ["step-00000003.png", "step-00000006.png"]
+    assert Image.open(run.samples / "step-00000003.png").size == (64, 64)
+
+
+def test_the_same_weights_have_the_same_validation_loss(tmp_path: Path, tiny_model_folder: Path) -> None:
+    runs = [
+        train(tmp_path / str(steps), tiny_model_folder, max_train_steps=steps, validation={"every_steps": 2})
+        for steps in (2, 4)
+    ]
+    first, second = (dict(read_validations(run.losses.read_text().splitlines())) for run in runs)
+    assert first[2] == second[2]
+    assert second[2] != second[4]
+
+
+def test_the_best_weights_are_published(tmp_path: Path, tiny_model_folder: Path) -> None:
+    wild = {"learning_rate": 1.0, "text_encoder_learning_rate": 1e-6}
+    run = train(tmp_path / "best", tiny_model_folder, validation={"every_steps": 2, "keep": "best"}, **wild)
+    validations = read_validations(run.losses.read_text().splitlines())
+    best = min(validations, key=lambda pair: pair[1])[0]
+    result = json.loads(run.result.read_text())
+    assert result["published_step"] == best
+    assert best < result["num_steps"] == 8
+    short = train(tmp_path / "short", tiny_model_folder, max_train_steps=best, **wild)
+    assert all(torch.equal(tensor, weights(short)[name]) for name, tensor in weights(run).items())
+
+
+def test_training_stops_where_the_loss_has_settled(tmp_path: Path, tiny_model_folder: Path) -> None:
+    settings = {"every_steps": 1, "is_early_stopping": True, "window": 2, "threshold": 0.9}
+    run = train(tmp_path, tiny_model_folder, max_train_steps=40, validation=settings)
+    steps = json.loads(run.result.read_text())["num_steps"]
+    assert 4 <= steps < 40
+    assert len(run.losses.read_text().splitlines()) == steps
+
+
+@pytest.mark.parametrize(("late", "is_settled"), [([0.5, 0.5001, 0.4999], True), ([0.2, 0.7, 0.4], False)])
+def test_settled_means_little_variance_of_late(late: list[float], is_settled: bool) -> None:
+    values = [1.0, 0.8, 0.6, *late]
+    lines = [json.dumps({"step": i, "validation_loss": value}) for i, value in enumerate(values)]
+    assert has_settled(lines, ValidationSettings(window=3)) is is_settled
+    assert not has_settled(lines[:5], ValidationSettings(window=3))

@@ -30,7 +30,8 @@ from tasks.errors import ConfigError
 FOLDER = Path(__file__).resolve().parent
 # Groups of conf/ by the request's field.
 GROUPS = {
-    "subject": "subject", "prior": "prior", "method": "training/method", "evaluation": "evaluation",
+    "subject": "subject", "prior": "prior", "method": "training/method",
+    "devices": "training/devices", "evaluation": "evaluation",
     "scoring": "scoring", "publishing": "publishing", "diffusion": "diffusion", "llm": "llm",
     "store": "store", "tracking": "tracking", "experiment": "experiment",
 }  # fmt: skip
@@ -74,6 +75,9 @@ class RunRequest(BaseModel):
         "auto",
         description="what is learned: all weights, adapters, a new token, or a token and one of these; "
         "auto: as the base model's preset says",
+    )
+    devices: Literal["one", "all", "nodes"] = Field(
+        "one", description="one GPU or the CPU, all GPUs of the machine, or those of several machines"
     )
     evaluation: Literal["standard", "thorough"] = Field("standard", description="how much is sampled")
     scoring: Literal["auto", "batch", "sync"] = Field("auto", description="how the judge is called; auto: as llm says")

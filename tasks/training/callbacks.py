@@ -89,7 +89,7 @@ class StepKeeper(pl.Callback):
             last = json.loads(self.losses[-1])
             config = self.spec.training
             halves = 2 if config.prior_loss_weight > 0 else 1
-            per_step = config.train_batch_size * config.gradient_accumulation_steps * config.num_devices * halves
+            per_step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size * halves
             rate = per_step * len(self.pending) / max(1e-9, now - self.ticked)
             tell(self.run, {"event": "step", **last, "images_per_second": round(rate, 2)})
         self.pending = []
@@ -124,7 +124,7 @@ class StepKeeper(pl.Callback):
         is_whole = all(math.isfinite(value) for value in plain.values())
         self.num_skipped = 0 if is_whole else self.num_skipped + 1
         if self.num_skipped > config.max_skipped_steps:
-            size = config.train_batch_size * config.gradient_accumulation_steps * config.num_devices
+            size = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
             raise TrainingFailed(
                 f"loss or gradient was not finite in {self.num_skipped} steps up to step {step} "
                 f"(samples {(step - self.num_skipped) * size} to {step * size - 1}); "

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.settings import Section
 
@@ -112,17 +112,31 @@ class TrainingConfig(Section):
     checkpoint_every_steps: int = Field(100, ge=1, description="steps between checkpoints")
     num_checkpoints_kept: int = Field(2, ge=2, description="valid checkpoints kept while training")
     log_every_steps: int = Field(10, ge=1, description="steps between log lines")
-    num_devices: int = Field(1, ge=1, le=64, description="processes, one per device")
+    num_devices: int = Field(1, ge=0, le=64, description="processes on a machine, one per device; 0: all its GPUs")
+    num_nodes: int = Field(1, ge=1, le=1024, description="machines; above 1 they share output_dir")
+    rendezvous: str = Field("", description="HOST:PORT of the first machine, where there are several")
     num_threads: int = Field(0, ge=0, description="CPU threads per process; 0: all cores")
     stall_seconds: float = Field(
         1800.0, gt=0, description="time without a forward on some rank after which the run is ended as stuck"
     )
     grace_seconds: float = Field(25.0, gt=0, description="time to save after a request to stop")
 
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.num_devices * self.num_nodes
+
+    @model_validator(mode="after")
+    def check_rendezvous(self) -> "TrainingConfig":
+        """Refuse several machines without a place to meet."""
+        if self.num_nodes > 1 and ":" not in self.rendezvous:
+            raise ValueError("num_nodes is above 1: set training.rendezvous to HOST:PORT of the first machine")
+        return self
+
     def result_fields(self) -> dict[str, object]:
         """Return the fields that change the result: the ones that a stage key covers."""
         unchanged = {
             "checkpoint_every_steps", "num_checkpoints_kept", "log_every_steps",
-            "num_threads", "grace_seconds", "stall_seconds", "max_skipped_steps",
+            "num_threads", "rendezvous", "grace_seconds", "stall_seconds", "max_skipped_steps",
         }  # fmt: skip
         return self.model_dump(mode="json", exclude=unchanged)

@@ -29,6 +29,7 @@ def fine_tune(
 
     Called directly in the flow: signals reach only the main thread.
     """
+    config = count_devices(config)
     resolution = diffusion.model_dump(mode="json", include={"family", "resolution"})
     prior_key = prior.stage_key if config.prior_loss_weight > 0 else ""
     manifest = runtime.run_stage(
@@ -40,6 +41,15 @@ def fine_tune(
         compute=lambda folder: compute_training(folder, config, diffusion, seed, subject, prior, runtime),
     )
     return finished(manifest, runtime)
+
+
+def count_devices(config: TrainingConfig) -> TrainingConfig:
+    """Return the configuration with the number of devices that `all` stands for here."""
+    if config.num_devices:
+        return config
+    import torch
+
+    return config.model_copy(update={"num_devices": max(1, torch.cuda.device_count())})
 
 
 def compute_training(

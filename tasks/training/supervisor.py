@@ -69,9 +69,16 @@ def run_worker(
 
 def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()) -> "subprocess.Popen[bytes]":
     """Start one process per device in a session of its own, holding the given descriptors."""
+    training = spec.training
+    meeting = ["--standalone"]
+    if training.num_nodes > 1:
+        meeting = [
+            "--nnodes", str(training.num_nodes), "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", training.rendezvous, "--rdzv-id", spec.stage_key,
+        ]  # fmt: skip
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(spec.training.num_devices),
+        sys.executable, "-m", "torch.distributed.run", *meeting,
+        "--nproc-per-node", str(training.num_devices),
         "-m", WORKER_MODULE, str(run.spec),
     ]  # fmt: skip
     paths = [str(SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -103,7 +110,7 @@ def check_alive(
 
     """
     limit = spec.training.stall_seconds
-    for rank in range(spec.training.num_devices):
+    for rank in range(spec.training.world_size):
         path = run.alive(rank)
         seen = max(started, path.stat().st_mtime) if path.exists() else started
         if time.time() - seen > limit:

@@ -71,7 +71,7 @@ def train(spec: TrainingSpec) -> int:
         try:
             return attempt(spec, identity)
         except torch.OutOfMemoryError as error:
-            if spec.training.num_devices > 1 or spec.training.train_batch_size % 2:
+            if spec.training.world_size > 1 or spec.training.train_batch_size % 2:
                 raise TrainingFailed(
                     f"out of memory with {spec.training.train_batch_size} instance images at a time; lower "
                     "training.train_batch_size, or set training.is_gradient_checkpointed=true, "
@@ -134,6 +134,7 @@ def fit(spec: TrainingSpec, module: DreamBoothModule, keeper: StepKeeper) -> Non
         max_epochs=-1,
         accelerator=choose_device(spec.diffusion).type,
         devices=config.num_devices,
+        num_nodes=config.num_nodes,
         strategy=choose_strategy(spec),
         precision=PRECISIONS[config.precision],
         accumulate_grad_batches=config.gradient_accumulation_steps,
@@ -144,13 +145,13 @@ def fit(spec: TrainingSpec, module: DreamBoothModule, keeper: StepKeeper) -> Non
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    counter = SampleCounter(spec, start_step=module.start_step, rank=trainer.global_rank, world_size=config.num_devices)
+    counter = SampleCounter(spec, start_step=module.start_step, rank=trainer.global_rank, world_size=config.world_size)
     trainer.fit(module, DataLoader(counter, batch_size=None))
 
 
 def choose_strategy(spec: TrainingSpec) -> Any:
     """Return how several devices share the work."""
-    if spec.training.num_devices == 1:
+    if spec.training.world_size == 1:
         return "auto"
     # Families with several text encoders read states before the last layer, whose weights then rest.
     has_resting = spec.diffusion.family != "stable_diffusion"

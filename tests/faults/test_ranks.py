@@ -1,6 +1,8 @@
 """Two processes on one machine (gloo): the same draws as one, exact resume, and no rank left behind."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tasks.training import supervisor
 from tasks.training.spec import RunFolder, TrainingSpec
 from tasks.training.supervisor import run_worker
 from tests.tiny import make_spec
+from tests.workplace import ROOT
 
 STEPS = 8
 
@@ -87,3 +90,27 @@ def test_no_rank_outlives_one_that_raises_or_stands_still(
     assert not RunFolder(spec.path).result.exists()
     left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
     assert [p for p in left if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_two_machines_do_what_two_ranks_of_one_do(
+    tmp_path: Path, two_ranks: tuple[TrainingSpec, RunFolder], free_port: int
+) -> None:
+    spec, whole = two_ranks
+    nodes = {"num_devices": 1, "num_nodes": 2, "rendezvous": f"127.0.0.1:{free_port}"}
+    again = spec.model_copy(
+        update={"folder": str(tmp_path / "nodes"), "training": spec.training.model_copy(update=nodes)}
+    )
+    run = RunFolder(again.path)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port}", "--rdzv-id", spec.stage_key,
+        "-m", "tasks.training.worker", str(run.spec),
+    ]  # fmt: skip
+    with (tmp_path / "second.log").open("wb") as log:
+        second = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    try:
+        run_worker(again, on_event=lambda event: None)
+        assert second.wait(60) == 0
+    finally:
+        second.kill()
+    assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(whole).items())

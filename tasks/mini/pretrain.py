@@ -49,7 +49,7 @@ SETTINGS = {
     "vae": PartSettings(1700, 16, 1e-3, 0.998),
     "clip_vision": PartSettings(3500, 96, 7e-4, 0.995),
     "vae_decoder": PartSettings(1200, 16, 5e-4, 0.998),
-    "unet": PartSettings(9500, 48, 8e-4, 0.998),
+    "unet": PartSettings(8800, 48, 8e-4, 0.998),
 }
 
 

@@ -28,3 +28,4 @@ class PriorConfig(Section):
     guidance_scale: float = Field(7.5, ge=1, le=30, description="classifier-free guidance")
     seed: int = Field(0, ge=0, description="seed of the first class image; the next takes seed + 1")
     batch_size: int = Field(8, ge=1, le=256, description="images per denoising batch")
+    num_devices: int = Field(1, ge=1, le=64, description="GPUs that draw at once; the images are the same")

@@ -11,16 +11,15 @@ from tasks.images import encode_png
 from tasks.manifests import ClassImage
 from tasks.prior.config import PriorConfig
 
+Draw = Callable[[list[int]], Iterator[tuple[int, Image.Image]]]
+
 
 def generate_class_images(
-    folder: StageFolder,
-    config: PriorConfig,
-    *,
-    class_prompt: str,
-    load_model: Callable[[], DiffusionModel],
-    on_progress: Callable[[int, int], None],
+    folder: StageFolder, config: PriorConfig, *, draw: Draw, on_progress: Callable[[int, int], None]
 ) -> tuple[ClassImage, ...]:
     """Return the class images, drawing only those that an earlier attempt didn't store.
+
+    `draw` yields each seed with its picture, in any order.
 
     Raises:
         ConfigError: the base model draws flat pictures.
@@ -34,20 +33,25 @@ def generate_class_images(
             done[seed] = ClassImage(image=ref, seed=seed)
     missing = [seed for seed in seeds if seed not in done]
     on_progress(len(done), config.num_images)
-    model = load_model() if missing else None
-    for chunk in chunks(missing, config.batch_size):
-        assert model is not None
+    for seed, picture in draw(missing) if missing else ():
+        check_picture(picture, seed=seed)
+        ref = folder.put_resumable(name_of(seed), encode_png(picture))
+        done[seed] = ClassImage(image=ref, seed=seed)
+        on_progress(len(done), config.num_images)
+    return tuple(done[seed] for seed in seeds)
+
+
+def draw_pictures(
+    model: DiffusionModel, config: PriorConfig, *, class_prompt: str, seeds: list[int]
+) -> Iterator[tuple[int, Image.Image]]:
+    """Yield each seed with its picture, drawn in batches."""
+    for chunk in chunks(seeds, config.batch_size):
         pictures = model.sample(
             [SamplingRequest(prompt=class_prompt, seed=seed) for seed in chunk],
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
         )
-        for seed, picture in zip(chunk, pictures, strict=True):
-            check_picture(picture, seed=seed)
-            ref = folder.put_resumable(name_of(seed), encode_png(picture))
-            done[seed] = ClassImage(image=ref, seed=seed)
-        on_progress(len(done), config.num_images)
-    return tuple(done[seed] for seed in seeds)
+        yield from zip(chunk, pictures, strict=True)
 
 
 def name_of(seed: int) -> str:

@@ -26,7 +26,11 @@ def generate_class_images(
         ClassImageSet,
         "prior",
         version=STAGE_VERSION,
-        settings=[config.model_dump(mode="json", exclude={"batch_size", "class_prompt"}), sampling, class_prompt],
+        settings=[
+            config.model_dump(mode="json", exclude={"batch_size", "class_prompt", "num_devices"}),
+            sampling,
+            class_prompt,
+        ],
         inputs=[base_model.sha256],
         compute=lambda folder: compute_prior(folder, config, diffusion, class_prompt, base_model, runtime),
     )
@@ -43,15 +47,15 @@ def compute_prior(
 ) -> ClassImageSet:
     """Draw what is missing and write the manifest."""
     from tasks.diffusion.base import open_model
-    from tasks.prior.generation import generate_class_images
+    from tasks.prior.generation import draw_pictures, generate_class_images
+    from tasks.prior.sharding import draw_on_devices
 
-    images = generate_class_images(
-        folder,
-        config,
-        class_prompt=class_prompt,
-        load_model=lambda: open_model(diffusion),
-        on_progress=runtime.show("class images"),
-    )
+    def draw(seeds: list[int]) -> Any:
+        if config.num_devices > 1:
+            return draw_on_devices(diffusion, config, class_prompt=class_prompt, seeds=seeds)
+        return draw_pictures(open_model(diffusion), config, class_prompt=class_prompt, seeds=seeds)
+
+    images = generate_class_images(folder, config, draw=draw, on_progress=runtime.show("class images"))
     return folder.finish(
         ClassImageSet,
         version=STAGE_VERSION,

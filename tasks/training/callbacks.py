@@ -71,12 +71,18 @@ class StepKeeper(pl.Callback):
             is_last = trainer.should_stop = True
         if validation.sample_every_steps and module.step % validation.sample_every_steps == 0:
             self.draw_samples(trainer, module)
-        is_stop = bool(trainer.strategy.reduce_boolean_decision(self.run.stop.exists(), all=False))
+        is_stop = self.is_asked_to_stop(trainer, module)
         if is_stop or is_last or module.step % config.checkpoint_every_steps == 0:
             self.save(trainer, module)
         if is_stop and not is_last:
             self.was_stopped = True
             trainer.should_stop = True
+
+    def is_asked_to_stop(self, trainer: pl.Trainer, module: DreamBoothModule) -> bool:
+        """Whether the stop file is there; several ranks agree at log lines, since to agree they wait."""
+        if trainer.world_size > 1 and module.step % self.spec.training.log_every_steps:
+            return False
+        return bool(trainer.strategy.reduce_boolean_decision(self.run.stop.exists(), all=False))
 
     def flush(self, trainer: pl.Trainer) -> None:
         """Bring the pending losses to the host, check them, and log one line per step."""

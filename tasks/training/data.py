@@ -46,13 +46,13 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """One forward: `[instance | class]` along dim 0."""
+    """One forward: `[instance | class]` along dim 0; token ids stay on the CPU, the rest is on the device."""
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
-    input_ids: Tensor
     sizes: Tensor
+    input_ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,11 @@ class BatchMaker:
     def make(self, indices: list[int], device: torch.device) -> TrainingBatch:
         """Return the batch; the halves have draws of their own."""
         halves = [self.make_half(kind, indices) for kind in self.sets]
-        columns = [torch.cat(column).to(device) for column in zip(*halves, strict=True)]
-        return TrainingBatch(*columns)
+        *columns, input_ids = [torch.cat(column) for column in zip(*halves, strict=True)]
+        return TrainingBatch(*(send(column, device) for column in columns), input_ids)
 
     def make_half(self, kind: str, indices: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return latents, noise, timesteps, token ids and sizes of one half."""
+        """Return latents, noise, timesteps, sizes and token ids of one half."""
         images, seed = self.sets[kind], self.spec.seed
         items = draws.choose_items(len(images), seed=seed, purpose=f"{kind}/item", indices=indices)
         variants = self.choose_variants(kind, indices)
@@ -183,7 +183,7 @@ class BatchMaker:
             share = self.spec.training.caption_dropout
             dropped = draws.draw_flags(share, seed=seed, purpose="instance/caption", indices=indices)
             input_ids = torch.where(dropped[:, None], self.empty_ids, input_ids)
-        return latents, noise, self.noise.choose_timesteps(uniform), input_ids, images.sizes[items, variants]
+        return latents, noise, self.noise.choose_timesteps(uniform), images.sizes[items, variants], input_ids
 
     def choose_variants(self, kind: str, indices: list[int]) -> Tensor:
         """Return which variant of its picture each sample shows."""
@@ -196,3 +196,10 @@ class BatchMaker:
             share = training.flip_probability
             chosen = chosen + num_crops * draws.draw_flags(share, seed=seed, purpose="instance/flip", indices=indices)
         return chosen
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor to the device; from pinned memory, since a plain copy would wait for the step before."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from tasks.diffusion.base import Conditioning
 from tasks.diffusion.latent_model import LatentModel
 from tasks.training import draws
-from tasks.training.data import BatchMaker, TrainingBatch
+from tasks.training.data import BatchMaker, TrainingBatch, send
 from tasks.training.losses import min_snr_weights, prior_preservation_loss
 from tasks.training.methods import Trainable, prepare
 from tasks.training.optimizers import has_fused_skip, make_optimizer
@@ -95,10 +95,13 @@ class DreamBoothModule(pl.LightningModule):
         return parts
 
     def encode_unique(self, batch: TrainingBatch) -> Conditioning:
-        """Encode each different prompt once: the class half usually has just one."""
+        """Encode each different prompt once: the class half usually has just one.
+
+        What differs is found on the CPU: on a GPU the answer's size would have to be waited for.
+        """
         unique, inverse = torch.unique(batch.input_ids, dim=0, return_inverse=True)
-        told = self.prompts.encode(unique) if self.prompts else self.model.encode_prompts(unique)
-        return told.take(inverse)
+        told = self.prompts.encode(unique) if self.prompts else self.model.encode_prompts(send(unique, self.device))
+        return told.take(send(inverse, self.device))
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Leave resting groups out, clip the others together, keep the norm for the next check."""
@@ -148,7 +151,7 @@ class PromptCache:
     @torch.no_grad()
     def encode(self, input_ids: Tensor) -> Conditioning:
         """Return the conditioning of ids `(B, L)`, encoding those not met before."""
-        keys = [row.cpu().numpy().tobytes() for row in input_ids]
+        keys = [row.numpy().tobytes() for row in input_ids]
         for i, key in enumerate(keys):
             if key not in self.rows:
                 self.rows[key] = self.model.encode_prompts(input_ids[i : i + 1])

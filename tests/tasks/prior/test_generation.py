@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -9,11 +10,13 @@ from tasks.contract import StageFolder
 from tasks.diffusion.base import DiffusionModel, open_model
 from tasks.errors import ConfigError
 from tasks.prior.config import PriorConfig
-from tasks.prior.generation import check_picture, generate_class_images
+from tasks.prior.generation import check_picture, draw_pictures, generate_class_images
+from tasks.prior.sharding import draw_on_devices
 from tasks.services.store import LocalStore
 from tests.tiny import tiny_diffusion_config
 
 CONFIG = PriorConfig(num_images=5, num_inference_steps=2, guidance_scale=2.0, batch_size=2)
+PROMPT = "a photo of a fish"
 
 
 class Stop(Exception):
@@ -24,8 +27,7 @@ def generate(store: LocalStore, model: DiffusionModel, **options: object) -> tup
     return generate_class_images(
         StageFolder(store, "prior", "k"),
         options.get("config", CONFIG),  # type: ignore[arg-type]
-        class_prompt="a photo of a fish",
-        load_model=lambda: model,
+        draw=options.get("draw", lambda seeds: draw_pictures(model, CONFIG, class_prompt=PROMPT, seeds=seeds)),  # type: ignore[arg-type]
         on_progress=options.get("on_progress", lambda done, total: None),  # type: ignore[arg-type]
     )
 
@@ -43,7 +45,7 @@ def test_an_interrupted_set_is_completed_not_redrawn(tmp_path: Path, tiny_model_
         generate(store, model, on_progress=stop_at_two)
     steps: list[int] = []
     again = generate(store, model, on_progress=lambda done, total: steps.append(done))
-    assert steps == [2, 4, 5]
+    assert steps == [2, 3, 4, 5]
     assert [image.image.sha256 for image in again] == [image.image.sha256 for image in whole]  # type: ignore[attr-defined]
     assert [image.seed for image in again] == [0, 1, 2, 3, 4]  # type: ignore[attr-defined]
 
@@ -66,3 +68,29 @@ def test_a_complete_set_needs_no_model(tmp_path: Path, tiny_model_folder: Path) 
     store = LocalStore(tmp_path)
     generate(store, open_model(tiny_diffusion_config(tiny_model_folder)))
     generate(store, None)  # type: ignore[arg-type]
+
+
+def test_the_set_does_not_depend_on_the_number_of_devices(tmp_path: Path, tiny_model_folder: Path) -> None:
+    diffusion = tiny_diffusion_config(tiny_model_folder)
+    model = open_model(diffusion)
+    config = CONFIG.model_copy(update={"num_devices": 2})
+
+    def draw(seeds: list[int]) -> object:
+        return draw_on_devices(diffusion, config, class_prompt=PROMPT, seeds=seeds)
+
+    one = generate(LocalStore(tmp_path / "one"), model)
+    two = generate(LocalStore(tmp_path / "two"), model, config=config, draw=draw)
+    assert [image.seed for image in two] == [0, 1, 2, 3, 4]  # type: ignore[attr-defined]
+    for first, second in zip(one, two, strict=True):
+        a, b = (
+            np.asarray(Image.open(tmp_path / place / image.image.key), int)  # type: ignore[attr-defined]
+            for place, image in (("one", first), ("two", second))
+        )
+        assert np.abs(a - b).max() <= 1  # batches differ, so kernels may sum in another order
+
+
+def test_a_device_that_fails_is_named(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"num_devices": 2})
+    drawing = draw_on_devices(tiny_diffusion_config(tmp_path), config, class_prompt=PROMPT, seeds=[1, 2])
+    with pytest.raises(ConfigError, match=r"on device \d failed: .*no model_index.json"):
+        list(drawing)

@@ -1,0 +1,27 @@
+"""One process of sharded class-image drawing: python -m tasks.prior.worker SHARD.json PARENT_PID."""
+
+import os
+import sys
+from pathlib import Path
+
+from tasks.diffusion.base import open_model
+from tasks.prior.generation import draw_pictures
+from tasks.prior.sharding import Shard
+
+
+def main(argv: list[str]) -> None:
+    """Draw a shard's pictures, each written beside its place and renamed; stop where the parent is gone."""
+    shard = Shard.model_validate_json(Path(argv[0]).read_text())
+    parent, out = int(argv[1]), Path(shard.folder)
+    model = open_model(shard.diffusion)
+    seeds = list(shard.seeds)
+    for seed, picture in draw_pictures(model, shard.prior, class_prompt=shard.class_prompt, seeds=seeds):
+        if os.getppid() != parent:
+            return
+        staged = out / f".{seed}.png"
+        picture.save(staged, format="PNG")
+        os.replace(staged, out / f"{seed}.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

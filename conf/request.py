@@ -129,7 +129,11 @@ def parse_overrides(overrides: Iterable[str]) -> RunRequest:
         if isinstance(value, dict):
             raise ConfigError(f"{key}: give single values, for example {key}.name=value")
         plain = unquote(value)
-        if key in FIELDS:
+        if key == "tracking" and isinstance(plain, list):
+            kinds = [kind for kind in plain if kind in ("mlflow", "none")]
+            fields["tracking"] = kinds[0] if kinds else "none"
+            settings["tracking.also"] = [kind for kind in plain if kind not in kinds]
+        elif key in FIELDS:
             fields[FIELDS[key]] = plain
         else:
             settings[key] = plain

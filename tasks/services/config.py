@@ -26,6 +26,8 @@ class TrackingConfig(Section):
     """Where metrics and artifacts are tracked."""
 
     kind: Literal["mlflow", "none"] = Field("mlflow", description="mlflow, or no tracking")
+    also: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="loggers beside it")
+    wandb_mode: Literal["offline", "online"] = Field("offline", description="online wants WANDB_API_KEY")
     uri: str = Field("", description="tracking URI; empty is an SQLite file in output_dir")
     check_uri = field_validator("uri")(refuse_user_info)
     experiment: str = Field("likeness", description="experiment name")

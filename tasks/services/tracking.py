@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -160,8 +160,14 @@ class MlflowTracker:
 
 
 def open_tracker(config: TrackingConfig, *, folder: Path) -> Tracker:
-    """Return the configured tracker."""
-    return MlflowTracker(config, folder=folder) if config.kind == "mlflow" else NoTracker()
+    """Return the configured tracker, and others beside it. Raises ConfigError where a package is missing."""
+    first: Tracker = MlflowTracker(config, folder=folder) if config.kind == "mlflow" else NoTracker()
+    if not config.also:
+        return first
+    from tasks.services.loggers import TensorboardLogger, Trackers, WandbLogger
+
+    loggers: dict[str, Callable[..., Tracker]] = {"tensorboard": TensorboardLogger, "wandb": WandbLogger}
+    return Trackers(first, [loggers[name](config, folder=folder.absolute()) for name in config.also])
 
 
 class translated:  # noqa: N801 - reads as a statement

@@ -60,6 +60,7 @@ OPTIONS = [(group, path.stem) for group in GROUPS.values() for path in sorted((F
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_group_option_composes(group: str, option: str) -> None:
     extra = ["llm=openai"] if group == "diffusion" and option != "mini" else []
+    extra += ["training.rendezvous=host:29500"] if option == "nodes" else []
     words = [f"{group}={option}", "subject.source=x", "subject.class_noun=dog", *extra]
     assert isinstance(compile_request(parse_overrides([*words, "store.bucket=b"])), RunConfig)
 
@@ -192,3 +193,12 @@ def test_every_setting_is_documented_and_every_default_stands_in_one_file() -> N
                 assert field.description or name in RunConfig.model_fields or name == "profiles", f"{where}{name}"
 
     check(RunConfig, yaml.safe_load((FOLDER / "run.yaml").read_text()), "")
+
+
+def test_loggers_are_added_by_one_word() -> None:
+    config = compile_request(parse_overrides(["tracking=[mlflow,tensorboard]"]))
+    assert (config.tracking.kind, config.tracking.also) == ("mlflow", ("tensorboard",))
+    config = compile_request(parse_overrides(["tracking=[wandb]"]))
+    assert (config.tracking.kind, config.tracking.also) == ("none", ("wandb",))
+    with pytest.raises(ConfigError, match="'tensorboard' or 'wandb'"):
+        compile_request(parse_overrides(["tracking=[mlflow,tensorbord]"]))

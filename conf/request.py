@@ -130,9 +130,7 @@ def parse_overrides(overrides: Iterable[str]) -> RunRequest:
             raise ConfigError(f"{key}: give single values, for example {key}.name=value")
         plain = unquote(value)
         if key == "tracking" and isinstance(plain, list):
-            kinds = [kind for kind in plain if kind in ("mlflow", "none")]
-            fields["tracking"] = kinds[0] if kinds else "none"
-            settings["tracking.also"] = [kind for kind in plain if kind not in kinds]
+            fields["tracking"], settings["tracking.also"] = split_trackers(plain)
         elif key in FIELDS:
             fields[FIELDS[key]] = plain
         else:
@@ -143,6 +141,12 @@ def parse_overrides(overrides: Iterable[str]) -> RunRequest:
         return RunRequest(**fields, settings=settings)
     except ValidationError as error:
         raise ConfigError(describe_invalid(error)) from error
+
+
+def split_trackers(names: list[Any]) -> tuple[str, list[Any]]:
+    """Return the tracker that keeps runs and models, and the loggers beside it."""
+    kinds = [name for name in names if name in ("mlflow", "none")]
+    return (kinds[0] if kinds else "none"), [name for name in names if name not in kinds]
 
 
 def split_sweep(words: Iterable[str]) -> tuple[list[str], dict[str, list[Value]]]:

@@ -166,7 +166,8 @@ class BatchMaker:
         """Return the batch; the halves have draws of their own."""
         halves = [self.make_half(kind, indices) for kind in self.sets]
         *columns, input_ids = [torch.cat(column) for column in zip(*halves, strict=True)]
-        return TrainingBatch(*(send(column, device) for column in columns), input_ids)
+        latents, noise, timesteps, sizes = (send(column, device) for column in columns)
+        return TrainingBatch(latents, noise, timesteps, sizes, input_ids)
 
     def make_half(self, kind: str, indices: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return latents, noise, timesteps, sizes and token ids of one half."""

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -122,13 +122,7 @@ def parse_overrides(overrides: Iterable[str]) -> RunRequest:
     except HydraException as error:
         raise ConfigError(f"cannot read {' '.join(words)!r}: {first_line(error)}") from error
     for override in parsed:
-        key = override.key_or_group
-        if override.type is not OverrideType.CHANGE or override.is_sweep_override():
-            raise ConfigError(f"{override.input_line!r}: use key=value with one value")
-        value = override.value()
-        if isinstance(value, dict):
-            raise ConfigError(f"{key}: give single values, for example {key}.name=value")
-        plain = unquote(value)
+        key, plain = override.key_or_group, read_value(override)
         if key == "tracking" and isinstance(plain, list):
             fields["tracking"], settings["tracking.also"] = split_trackers(plain)
         elif key in FIELDS:
@@ -141,6 +135,17 @@ def parse_overrides(overrides: Iterable[str]) -> RunRequest:
         return RunRequest(**fields, settings=settings)
     except ValidationError as error:
         raise ConfigError(describe_invalid(error)) from error
+
+
+def read_value(override: Override) -> Any:
+    """Return the one plain value of an override. Raises ConfigError for anything else."""
+    if override.type is not OverrideType.CHANGE or override.is_sweep_override():
+        raise ConfigError(f"{override.input_line!r}: use key=value with one value")
+    value = override.value()
+    if isinstance(value, dict):
+        name = override.key_or_group
+        raise ConfigError(f"{name}: give single values, for example {name}.name=value")
+    return unquote(value)
 
 
 def split_trackers(names: list[Any]) -> tuple[str, list[Any]]:

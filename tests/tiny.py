@@ -85,6 +85,7 @@ def make_spec(tmp_path: Path, model_folder: Path, **changes: Any) -> TrainingSpe
     return TrainingSpec(
         stage_key="test",
         folder=str(tmp_path / "run"),
+        latent_folder=str(tmp_path / "latents"),
         model_folder=str(model_folder),
         base_model_sha256=digest_folder(model_folder),
         seed=5,

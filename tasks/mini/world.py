@@ -81,7 +81,7 @@ def jitter_color(color: Color, rng: np.random.Generator, amount: float = 12.0) -
 
 
 def sample_pose(rng: np.random.Generator) -> Transform:
-    """Draw a position, size and tilt; things face right, as a tilt is no way to say `left`."""
+    """Draw a position, size and tilt; things face one way, since captions name none."""
     scale = float(rng.uniform(0.27, 0.41))
     return Transform(
         center=(float(rng.uniform(0.4, 0.6)), float(rng.uniform(0.5, 0.62))),

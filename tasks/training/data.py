@@ -5,6 +5,8 @@ at every step, so the cache gives what encoding the same pixels at every step wo
 """
 
 import hashlib
+import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -93,10 +96,7 @@ def load_pixel_values(
         ArtifactCorrupt: the file isn't the one that was inspected.
 
     """
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ArtifactCorrupt(f"{path} changed after it was checked; run again to fetch it anew")
-    with Image.open(path) as opened:
+    with Image.open(io.BytesIO(check_digest(path, sha256))) as opened:
         image = opened.convert("RGB")
     original = (image.height, image.width)
     factor = resolution / min(original)
@@ -122,10 +122,35 @@ def plan_variants(spec: TrainingSpec, index: int) -> list[Variant]:
     return [Variant(left, top, is_mirrored) for is_mirrored in mirrorings for left, top in places]
 
 
+def load_set(model: DiffusionModel, spec: TrainingSpec, kind: str, variants: list[list[Variant]]) -> ImageSet:
+    """Return one half's posteriors: mapped from disk where they were made before, else encoded and kept."""
+    images = spec.instance_images if kind == "instance" else spec.class_images
+    path = spec.latents_path(kind)
+    if not path.is_file():
+        encoded = encode_set(model, images, resolution=spec.diffusion.resolution, variants=variants)
+        if int(os.environ.get("RANK", "0")) > 0:
+            return encoded  # the first rank writes; the others need not wait for it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_suffix(f".{os.getpid()}.part")
+        save_file({"mean": encoded.mean, "std": encoded.std, "sizes": encoded.sizes}, staged)
+        os.replace(staged, path)
+    for image in images:
+        check_digest(Path(image.path), image.sha256)
+    return ImageSet(**load_file(path), input_ids=model.tokenize([image.prompt for image in images]))
+
+
+def check_digest(path: Path, sha256: str) -> bytes:
+    """Return a file's bytes. Raises ArtifactCorrupt if it isn't the one that was inspected."""
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ArtifactCorrupt(f"{path} changed after it was checked; run again to fetch it anew")
+    return data
+
+
 def encode_set(
     model: DiffusionModel, images: tuple[TrainingImage, ...], *, resolution: int, variants: list[list[Variant]]
 ) -> ImageSet:
-    """Return the cached posteriors of a set of pictures, one list of variants each."""
+    """Return the posteriors of a set of pictures, one list of variants each."""
     jobs = [(image, variant) for image, row in zip(images, variants, strict=True) for variant in row]
     means, stds, sizes = [], [], []
     for start in range(0, len(jobs), ENCODE_BATCH):
@@ -134,8 +159,8 @@ def encode_set(
             for image, variant in jobs[start : start + ENCODE_BATCH]
         ]
         posterior = model.encode_images(torch.stack([pixels for pixels, _ in loaded]))
-        means.append(posterior.mean.float().cpu())
-        stds.append(posterior.std.float().cpu())
+        means.append(posterior.mean.float().cpu().contiguous())
+        stds.append(posterior.std.float().cpu().contiguous())
         sizes += [six for _, six in loaded]
     num = len(images)
     mean, std = torch.cat(means), torch.cat(stds)
@@ -153,13 +178,10 @@ class BatchMaker:
     def __init__(self, model: DiffusionModel, spec: TrainingSpec) -> None:
         self.spec = spec
         self.noise = model.noise
-        resolution = spec.diffusion.resolution
-        instance, classes = spec.instance_images, spec.class_images
-        variants = [plan_variants(spec, i) for i in range(len(instance))]
-        self.sets = {"instance": encode_set(model, instance, resolution=resolution, variants=variants)}
+        variants = [plan_variants(spec, i) for i in range(len(spec.instance_images))]
+        self.sets = {"instance": load_set(model, spec, "instance", variants)}
         if spec.training.prior_loss_weight > 0:
-            plain = [[Variant()]] * len(classes)
-            self.sets["class"] = encode_set(model, classes, resolution=resolution, variants=plain)
+            self.sets["class"] = load_set(model, spec, "class", [[Variant()]] * len(spec.class_images))
         self.empty_ids = model.tokenize([""])[0]
 
     def make(self, indices: list[int], device: torch.device) -> TrainingBatch:

@@ -26,6 +26,7 @@ class TrainingSpec(Section):
 
     stage_key: str
     folder: str = Field(description="run folder of the worker: checkpoints, logs, result")
+    latent_folder: str = Field(description="where cached latents lie, shared by runs")
     model_folder: str = Field(description="diffusers folder of the base model")
     base_model_sha256: str
     seed: int
@@ -40,6 +41,16 @@ class TrainingSpec(Section):
     def path(self) -> Path:
         """The run folder."""
         return Path(self.folder)
+
+    def latents_path(self, kind: str) -> Path:
+        """Return the cache file of one half, named by everything that its latents depend on."""
+        images, crops = self.class_images, [0, False, 0]
+        if kind == "instance":
+            training = self.training
+            seed = self.seed if training.num_crop_variants else 0
+            images, crops = self.instance_images, [training.num_crop_variants, training.flip_probability > 0, seed]
+        content = [self.base_model_sha256, self.diffusion.resolution, [i.sha256 for i in images], crops]
+        return Path(self.latent_folder) / f"{digest(content)[:32]}.safetensors"
 
     def identity(self) -> dict[str, str]:
         """Return digests that a checkpoint must share to be resumed from."""

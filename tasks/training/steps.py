@@ -63,6 +63,7 @@ def compute_training(
 ) -> TunedModel:
     """Run the worker to its end and move its result into the store, one run at a time."""
     from tasks.diffusion.base import find_folder
+    from tasks.training.latent_cache import fetch_latents, keep_latents
     from tasks.training.spec import TrainingSpec
     from tasks.training.supervisor import locked, run_worker
 
@@ -74,6 +75,7 @@ def compute_training(
         spec = TrainingSpec(
             stage_key=folder.stage_key,
             folder=str(work),
+            latent_folder=str(runtime.work_folder / "latents"),
             model_folder=str(find_folder(diffusion)),
             base_model_sha256=prior.base_model.sha256,
             seed=seed,
@@ -86,8 +88,10 @@ def compute_training(
             if config.prior_loss_weight > 0
             else (),
         )
+        fetch_latents(runtime.store, spec)
         result = run_worker(spec, on_event=lambda event: show_event(event, config, runtime), inherited=(descriptor,))
         manifest = store_result(folder, spec, result, subject, prior)
+        keep_latents(runtime.store, spec)
         shutil.rmtree(work)
     return manifest
 

@@ -74,7 +74,7 @@ class Case:
             return tuple(TrainingImage(path=str(p), sha256=digest_file(p), prompt=prompt) for p in paths)
 
         return TrainingSpec(
-            stage_key="bench", folder=str(folder), model_folder=str(self.model),
+            stage_key="bench", folder=str(folder), latent_folder=str(folder / "latents"), model_folder=str(self.model),
             base_model_sha256=digest_folder(self.model) if self.model.stat().st_size < 1e6 else "bench",
             seed=1, identifier_token="sks", class_noun="fish",
             diffusion=DiffusionConfig(location=str(self.model), resolution=self.resolution),

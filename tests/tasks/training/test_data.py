@@ -9,8 +9,10 @@ from PIL import Image
 
 from tasks.diffusion.base import open_model
 from tasks.errors import ArtifactCorrupt
+from tasks.services.store import LocalStore
 from tasks.training import draws
 from tasks.training.data import BatchMaker, SampleCounter, load_pixel_values
+from tasks.training.latent_cache import fetch_latents, keep_latents
 from tests.tiny import make_spec
 
 CPU = torch.device("cpu")
@@ -75,3 +77,43 @@ def test_a_photo_that_changed_after_qc_is_refused(tmp_path: Path, tiny_model_fol
     Path(spec.instance_images[1].path).write_bytes(Path(spec.instance_images[0].path).read_bytes())
     with pytest.raises(ArtifactCorrupt, match="changed after it was checked"):
         BatchMaker(open_model(spec.diffusion), spec)
+
+
+def test_latents_are_encoded_once_for_all_runs(
+    tmp_path: Path, tiny_model_folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec(tmp_path / "first", tiny_model_folder)
+    model = open_model(spec.diffusion)
+    first = BatchMaker(model, spec).make([0, 1, 2], CPU)
+    keep_latents(store, spec)
+    again = spec.model_copy(update={"latent_folder": str(tmp_path / "elsewhere"), "seed": spec.seed})
+    fetch_latents(store, again)
+    monkeypatch.setattr(type(model), "encode_images", None)  # calling it would be an error
+    second = BatchMaker(model, again).make([0, 1, 2], CPU)
+    assert torch.equal(first.latents, second.latents)
+    changed = spec.model_copy(update={"instance_images": spec.instance_images[:2]})
+    with pytest.raises(TypeError):
+        BatchMaker(model, changed)
+
+
+def test_damaged_latents_of_the_store_are_not_used(tmp_path: Path, tiny_model_folder: Path, store: LocalStore) -> None:
+    spec = make_spec(tmp_path / "first", tiny_model_folder)
+    BatchMaker(open_model(spec.diffusion), spec)
+    keep_latents(store, spec)
+    name = spec.latents_path("instance").name
+    store.put_bytes(f"latents/{name}", b"x" * spec.latents_path("instance").stat().st_size)
+    again = spec.model_copy(update={"latent_folder": str(tmp_path / "elsewhere")})
+    fetch_latents(store, again)
+    assert not again.latents_path("instance").exists()
+    assert again.latents_path("class").exists()
+
+
+def test_other_crops_or_photos_are_other_latents(tmp_path: Path, tiny_model_folder: Path) -> None:
+    spec = make_spec(tmp_path, tiny_model_folder)
+    crops, flips, rate = (
+        spec.model_copy(update={"training": spec.training.model_copy(update=change)})
+        for change in ({"num_crop_variants": 2}, {"flip_probability": 0.5}, {"learning_rate": 1.0})
+    )
+    paths = [s.latents_path("instance") for s in (spec, crops, flips)]
+    assert len(set(paths)) == 3
+    assert rate.latents_path("instance") == spec.latents_path("instance")

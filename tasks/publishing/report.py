@@ -74,6 +74,7 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
             for side in ("base", "tuned")
         },
         curves=draw_curves(inputs.losses),
+        training_grids=[ref for ref in inputs.tuned.objects if "/samples/" in ref.key],
         stages=inputs.stages(),
     )
 

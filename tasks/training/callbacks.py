@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from tasks.errors import TrainingFailed
-from tasks.training.checkpoints import collect_state, save_checkpoint
+from tasks.training.checkpoints import TrainingState, collect_state, save_checkpoint
 from tasks.training.module import DreamBoothModule
 from tasks.training.spec import RunFolder, TrainingSpec
 from tasks.training.validation import compute_validation_loss, draw_grid, has_settled, keep_best
@@ -24,21 +24,26 @@ log = logging.getLogger(__name__)
 class StepKeeper(pl.Callback):
     """Logs losses, saves checkpoints and stops when asked, always at an optimizer step."""
 
-    def __init__(self, spec: TrainingSpec, run: RunFolder, *, identity: dict[str, str], losses: list[str]) -> None:
+    def __init__(
+        self, spec: TrainingSpec, run: RunFolder, *, identity: dict[str, str], state: TrainingState | None
+    ) -> None:
         self.spec = spec
         self.run = run
         self.identity = identity
-        self.losses = losses
+        self.losses = list(state.losses) if state else []
+        self.scaler = state.scaler if state else {}
         self.pending: list[dict[str, Any]] = []
         self.micro: list[dict[str, torch.Tensor]] = []
         self.validations: dict[int, torch.Tensor] = {}
-        self.num_skipped = count_skipped(losses)
+        self.num_skipped = count_skipped(self.losses)
         self.was_stopped = False
         self.saved_step = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the loss log as the checkpoint knows it and start the clock."""
-        self.started = self.ticked = time.monotonic()
+        self.ticked = time.monotonic()
+        if self.scaler:
+            trainer.precision_plugin.load_state_dict(self.scaler)
         if trainer.is_global_zero:
             self.run.losses.write_text("".join(line + "\n" for line in self.losses))
             tell(self.run, {"event": "started", "step": self.module(pl_module).step})
@@ -163,6 +168,7 @@ class StepKeeper(pl.Callback):
                 step=module.step,
                 averages=module.average,
                 losses=self.losses,
+                scaler=trainer.precision_plugin.state_dict(),
             )
             save_checkpoint(
                 self.run.checkpoints,

@@ -39,6 +39,8 @@ class TrainingState:
     """The lines of the loss log up to this step."""
     groups: list[dict[str, float]] = field(default_factory=list)
     """Numbers that the optimizer keeps per group, such as Prodigy's estimate of the rate."""
+    scaler: dict[str, float] = field(default_factory=dict)
+    """What the gradient scaler of fp16 has found; empty in other formats."""
 
 
 def save_checkpoint(folder: Path, state: TrainingState, *, identity: dict[str, str], num_kept: int) -> Path:
@@ -75,7 +77,7 @@ def write_checkpoint(staged: Path, state: TrainingState, *, identity: dict[str, 
     save_file(state.weights, staged / "weights.safetensors")
     save_file(state.moments, staged / "optimizer.safetensors")
     save_file(state.averages, staged / "averages.safetensors")
-    (staged / "groups.json").write_text(json.dumps(state.groups))
+    (staged / "numbers.json").write_text(json.dumps({"groups": state.groups, "scaler": state.scaler}))
     (staged / "losses.jsonl").write_text("".join(line + "\n" for line in state.losses))
     files = {path.name: digest_file(path) for path in sorted(staged.iterdir())}
     manifest = {"schema_version": SCHEMA_VERSION, "step": state.step, "identity": identity, "files": files}
@@ -125,7 +127,7 @@ def load_checkpoint(path: Path, *, identity: dict[str, str]) -> TrainingState:
         moments=load_file(path / "optimizer.safetensors"),
         averages=load_file(path / "averages.safetensors"),
         losses=(path / "losses.jsonl").read_text().splitlines(),
-        groups=json.loads((path / "groups.json").read_text()),
+        **json.loads((path / "numbers.json").read_text()),
     )
 
 
@@ -144,6 +146,7 @@ def collect_state(
     step: int,
     averages: Mapping[str, Tensor],
     losses: list[str],
+    scaler: dict[str, float],
 ) -> TrainingState:
     """Copy weights, averages and optimizer moments to the CPU, by parameter name."""
     weights, moments = {}, {}
@@ -156,7 +159,7 @@ def collect_state(
         {key: value for key, value in group.items() if isinstance(value, int | float)}
         for group in optimizer.param_groups
     ]
-    return TrainingState(step, weights, moments, kept, list(losses), groups)
+    return TrainingState(step, weights, moments, kept, list(losses), groups, scaler)
 
 
 def copy_to_cpu(tensor: Tensor) -> Tensor:

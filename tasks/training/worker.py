@@ -112,7 +112,7 @@ def attempt(spec: TrainingSpec, identity: dict[str, str]) -> int:
     if state is not None:
         restore_state(dict(module.named_trained()), module.optimizer, state)
         module.average.update(state.averages)
-    keeper = StepKeeper(spec, run, identity=identity, losses=state.losses if state else [])
+    keeper = StepKeeper(spec, run, identity=identity, state=state)
     has_stopped_early = spec.training.validation.is_early_stopping and has_settled(
         keeper.losses, spec.training.validation
     )

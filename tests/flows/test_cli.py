@@ -1,5 +1,6 @@
 """What the command line says to wrong input: one line, an exit code, nothing half done."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ from tests.workplace import Workplace
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Workplace:
-    return Workplace(tmp_path)
+def place(tmp_path: Path, workplace: Workplace) -> Workplace:
+    return replace(workplace, folder=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,9 @@ PATH_FIELDS = ("output_dir", "subject.source", "store.folder", "diffusion.locati
                "evaluation.encoders.clip", "evaluation.encoders.dino", "tracking.uri")  # fmt: skip
 COMPOSING = threading.Lock()  # GlobalHydra is one per process
 
+# Where keys are sent and ranks meet: never taken from a request.
+HOST_FIELDS = r"llm\.profiles\..*\.(base_url|api_key_variable)|store\.endpoint_url|training\.rendezvous"
+
 Value = bool | int | float | str | None | list[bool | int | float | str]
 
 
@@ -258,7 +261,7 @@ def suggest(key: str, known: Iterable[str]) -> str:
 def check_paths(settings: dict[str, Value], roots: tuple[Path, ...]) -> None:
     """Refuse paths outside the allowed roots, and where secrets could be sent. Raises ConfigError."""
     for name in settings:
-        if re.fullmatch(r"llm\.profiles\..*\.(base_url|api_key_variable)|store\.endpoint_url", name):
+        if re.fullmatch(HOST_FIELDS, name):
             raise ConfigError(f"{name} is set in conf/ on the worker's machine, not by a request")
     for name in PATH_FIELDS:
         value = settings.get(name)

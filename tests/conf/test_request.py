@@ -149,6 +149,12 @@ def test_a_deployment_cannot_say_where_keys_are_sent(tmp_path: Path, name: str) 
         compile_request(request, roots=(tmp_path,))
 
 
+def test_a_deployment_cannot_say_where_ranks_meet(tmp_path: Path) -> None:
+    request = RunRequest.model_validate({"settings": {"training.rendezvous": "elsewhere:29500"}})
+    with pytest.raises(ConfigError, match="training.rendezvous is set in conf/"):
+        compile_request(request, roots=(tmp_path,))
+
+
 def test_explicit_choices_win_over_the_models_and_providers_values() -> None:
     config = compile_request(parse_overrides(["prior=none", "llm=server", "scoring=batch", "experiment=smoke"]))
     assert config.prior.num_images == 0

@@ -41,7 +41,9 @@ PATH_FIELDS = ("output_dir", "subject.source", "store.folder", "diffusion.locati
 COMPOSING = threading.Lock()  # GlobalHydra is one per process
 
 # Where keys are sent and ranks meet: never taken from a request.
-HOST_FIELDS = r"llm\.profiles\..*\.(base_url|api_key_variable)|store\.endpoint_url|training\.rendezvous"
+HOST_FIELDS = (
+    r"llm\.profiles\..*\.(base_url|api_key_variable)|store\.endpoint_url|training\.rendezvous|tracking\.wandb_mode"
+)
 
 Value = bool | int | float | str | None | list[bool | int | float | str]
 

@@ -1,5 +1,7 @@
 """`RunConfig`: the shape of a whole run, and the only place for rules across stages."""
 
+import importlib.util
+
 from pydantic import Field, model_validator
 
 from tasks.diffusion.config import DiffusionConfig
@@ -55,6 +57,21 @@ class RunConfig(Section):
         for prompt in validation.sample_prompts:
             if "{subject}" not in prompt:
                 raise ValueError(f"training.validation.sample_prompts: {prompt!r} lacks {{subject}}")
+        return self
+
+    @model_validator(mode="after")
+    def check_packages(self) -> "RunConfig":
+        """Refuse settings whose optional package is missing, before anything is paid for."""
+        packages = {
+            "prodigy": "prodigyopt",
+            "adamw8bit": "bitsandbytes",
+            "tensorboard": "tensorboard",
+            "wandb": "wandb",
+        }
+        for setting in (self.training.optimizer, *self.tracking.also):
+            package = packages.get(setting)
+            if package and importlib.util.find_spec(package) is None:
+                raise ValueError(f"{setting} needs the package {package}: pip install {package}")
         return self
 
     @model_validator(mode="after")

@@ -12,18 +12,21 @@ cd "${LIKENESS_HOME:?the checkout}"
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 meeting="$head:29500"
 work="${LIKENESS_OUTPUT:-runs}/work/training"
+mkdir -p "$work"
 marker=$(mktemp -p "${LIKENESS_OUTPUT:-runs}" .slurm-XXXXXX)
 
 srun --nodes=1 --ntasks=1 --nodelist="$head" .venv/bin/likeness run training/devices=nodes \
   training.num_nodes="$SLURM_NNODES" training.num_devices="$SLURM_GPUS_ON_NODE" \
   training.rendezvous="$meeting" "output_dir=${LIKENESS_OUTPUT:-runs}" "$@" &
 main=$!
+# Slurm tells this script before the time is up; training then saves and ends.
+trap 'kill -TERM "$main"; wait "$main"' TERM
 
 # The order to train appears once the photos are captioned and the class images drawn.
 spec=
 while [ -z "$spec" ] && kill -0 "$main" 2>/dev/null; do
   sleep 5
-  spec=$(find "$work" -name spec.json -newer "$marker" 2>/dev/null | head -n 1)
+  spec=$(find "$work" -name spec.json -newer "$marker" 2>/dev/null | head -n 1 || true)
 done
 if [ -n "$spec" ]; then
   srun --nodes=$((SLURM_NNODES - 1)) --ntasks-per-node=1 --exclude="$head" .venv/bin/python -m torch.distributed.run \

@@ -107,11 +107,22 @@ class DiffusionModel(Protocol):
         """Write a diffusers folder, safetensors only."""
 
 
-def open_model(config: DiffusionConfig, *, folder: Path | None = None) -> DiffusionModel:
-    """Load the configured base model, or the tuned one in a folder: whole, or adapters for the base model."""
+def open_model(
+    config: DiffusionConfig, *, folder: Path | None = None, frozen_precision: str = "fp32"
+) -> DiffusionModel:
+    """Load the configured base model, or the tuned one in a folder: whole, or adapters for the base model.
+
+    `frozen_precision` is the number format of the weights, all but the VAE's: half of it halves the
+    memory of weights that aren't trained.
+    """
+    import torch
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     family = importlib.import_module(FAMILIES[config.family])
     is_whole = folder is not None and (folder / "model_index.json").is_file()
-    model: DiffusionModel = family.load(folder if is_whole else find_folder(config), config)
+    model: DiffusionModel = family.load(
+        folder if is_whole else find_folder(config), config, dtype=dtypes[frozen_precision]
+    )
     if folder is not None:
         model.apply_adapters(folder)
     return model

@@ -15,7 +15,9 @@ class DiffusionConfig(Section):
     )
     location: str = Field(description="diffusers folder, hub repository, or mini: the shipped model")
     revision: str | None = Field(None, description="pinned commit of a hub repository")
-    resolution: int = Field(512, ge=32, le=4096, description="side of training images and samples, pixels")
+    resolution: int = Field(
+        512, ge=32, le=4096, multiple_of=16, description="side of training images and samples, pixels"
+    )
     sampler: Literal["ddim", "dpm++", "euler"] = Field("dpm++", description="denoising method of sampling")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="number format of sampling")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")

@@ -18,11 +18,11 @@ T5_LENGTH = 512
 TRAINING_GUIDANCE = 1.0  # photos are the plain distribution, not the one that guidance sharpens
 
 
-def load(folder: Path, config: DiffusionConfig) -> "Flux":
+def load(folder: Path, config: DiffusionConfig, *, dtype: torch.dtype = torch.float32) -> "Flux":
     """Load a diffusers folder. Raises ConfigError for an incomplete one."""
     names = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "transformer", "vae")
     noise = RectifiedFlow(load_scheduler(folder, FlowMatchEulerDiscreteScheduler))
-    return Flux(load_parts(folder, names), noise, config)
+    return Flux(load_parts(folder, names, dtype=dtype), noise, config)
 
 
 class Flux(LatentModel):

@@ -1,5 +1,6 @@
 """What the families share: a frozen VAE, noising, tokenizing, saving, and drawing through a pipeline."""
 
+import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -203,6 +204,13 @@ class LatentModel:
     def saved_scheduler(self) -> Any:
         """Return the scheduler that a saved folder names."""
         return self.make_sampler()
+
+
+def release_memory() -> None:
+    """Give the device's memory back: the next stage may be another process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 PIPELINE_PARTS = {

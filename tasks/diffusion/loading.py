@@ -21,8 +21,10 @@ KNOWN: dict[str, tuple[str, ...]] = {
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
-def load_parts(folder: Path, names: tuple[str, ...], *, optional: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the named parts in full precision; optional ones that the folder leaves out are missing.
+def load_parts(
+    folder: Path, names: tuple[str, ...], *, optional: tuple[str, ...] = (), dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Return the named parts, the VAE in full precision; optional ones that the folder leaves out are missing.
 
     Raises:
         ConfigError: a part is missing, is a pickle, or would need code from the repository.
@@ -41,13 +43,12 @@ def load_parts(folder: Path, names: tuple[str, ...], *, optional: tuple[str, ...
             continue
         if class_name not in KNOWN.get(library, ()):
             raise ConfigError(f"{folder}: {name} is a {library}.{class_name}, which this family doesn't load")
-        parts[name] = load_part(
-            folder / name, getattr(transformers if library == "transformers" else diffusers, class_name)
-        )
+        part_class = getattr(transformers if library == "transformers" else diffusers, class_name)
+        parts[name] = load_part(folder / name, part_class, dtype=torch.float32 if name == "vae" else dtype)
     return parts
 
 
-def load_part(folder: Path, part_class: Any) -> Any:
+def load_part(folder: Path, part_class: Any, *, dtype: torch.dtype) -> Any:
     """Load one part. Raises ConfigError for a pickle or a broken folder."""
     is_tokenizer = "Tokenizer" in part_class.__name__
     if not is_tokenizer:
@@ -56,7 +57,7 @@ def load_part(folder: Path, part_class: Any) -> Any:
         if is_tokenizer:
             return part_class.from_pretrained(folder)
         key = "dtype" if issubclass(part_class, transformers.PreTrainedModel) else "torch_dtype"
-        return part_class.from_pretrained(folder, use_safetensors=True, **{key: torch.float32})
+        return part_class.from_pretrained(folder, use_safetensors=True, **{key: dtype})
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{folder} cannot be loaded as {part_class.__name__}: {reason}") from error

@@ -9,6 +9,7 @@ from diffusers.training_utils import _collate_lora_metadata  # how diffusers' ow
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -49,10 +50,17 @@ def save_lora(model: LatentModel, folder: Path, names: list[str], *, alpha: floa
     metadata: dict[str, Any] = {}
     plain: dict[str, Any] = {}
     for name in names:
-        state = get_peft_model_state_dict(model.parts[name])
+        part = model.parts[name]
+        settings = part.peft_config["default"]
+        settings.base_model_name_or_path = None  # a path of the machine that trained
+        settings.target_modules = sorted(settings.target_modules)
+        state = get_peft_model_state_dict(part)
+        if name in model.text_encoders and not hasattr(part, "text_model"):
+            # transformers 5 flattened this class; every tool knows its layers by their older names.
+            state = {f"text_model.{key}": value for key, value in state.items()}
         plain |= {f"{name}.{key}": value.detach().cpu() for key, value in state.items()}
         layers[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(state)
-        metadata[name] = model.parts[name]
+        metadata[name] = part
     folder.mkdir(parents=True, exist_ok=True)
     collated = _collate_lora_metadata(metadata)
     pipeline_class.save_lora_weights(folder, safe_serialization=True, **layers, **collated)
@@ -70,5 +78,7 @@ def fuse_lora(model: LatentModel, folder: Path) -> None:
     """Add a saved adapter to the weights, through diffusers' own loader."""
     pipeline = model.make_pipeline()
     pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
-    pipeline.fuse_lora()
+    with safe_open(folder / LORA_FILE, "pt") as file:
+        names = sorted({key.split(".")[0] for key in file.keys()})  # noqa: SIM118 - not a dict
+    pipeline.fuse_lora(components=names)  # Flux would leave its text encoder out
     pipeline.unload_lora_weights()

@@ -10,6 +10,8 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from tasks.errors import ConfigError
+
 
 class NoiseProcess(Protocol):
     """Shapes: latents `(B, C, h, w)`, timesteps and everything per sample `(B,)`."""
@@ -36,6 +38,8 @@ class GaussianDiffusion:
     def __init__(self, scheduler: DDPMScheduler) -> None:
         self.scheduler = scheduler
         self.prediction_type = str(scheduler.config.prediction_type)
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ConfigError(f"prediction_type={self.prediction_type} of the base model's scheduler can't be trained")
         self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
         alphas = scheduler.alphas_cumprod
         self.snr = alphas / (1 - alphas)

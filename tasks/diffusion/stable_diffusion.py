@@ -24,9 +24,9 @@ UNET_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 CLIP_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def load(folder: Path, config: DiffusionConfig) -> "StableDiffusion":
+def load(folder: Path, config: DiffusionConfig, *, dtype: torch.dtype = torch.float32) -> "StableDiffusion":
     """Load a diffusers folder. Raises ConfigError for an incomplete one."""
-    parts = load_parts(folder, ("tokenizer", "text_encoder", "unet", "vae"))
+    parts = load_parts(folder, ("tokenizer", "text_encoder", "unet", "vae"), dtype=dtype)
     return StableDiffusion(parts, GaussianDiffusion(load_scheduler(folder, DDPMScheduler)), config)
 
 

@@ -19,10 +19,10 @@ CLIP_LENGTH = 77
 T5_LENGTH = 256
 
 
-def load(folder: Path, config: DiffusionConfig) -> "StableDiffusion3":
+def load(folder: Path, config: DiffusionConfig, *, dtype: torch.dtype = torch.float32) -> "StableDiffusion3":
     """Load a diffusers folder; any text encoder may be missing. Raises ConfigError."""
     encoders = [f"{kind}{end}" for end in ("", "_2", "_3") for kind in ("tokenizer", "text_encoder")]
-    parts = load_parts(folder, ("transformer", "vae"), optional=tuple(encoders))
+    parts = load_parts(folder, ("transformer", "vae"), optional=tuple(encoders), dtype=dtype)
     noise = RectifiedFlow(load_scheduler(folder, FlowMatchEulerDiscreteScheduler))
     return StableDiffusion3(parts, noise, config)
 

@@ -15,10 +15,10 @@ from tasks.diffusion.noise import GaussianDiffusion
 from tasks.diffusion.stable_diffusion import CLIP_LORA_TARGETS, SAMPLERS, UNET_LORA_TARGETS
 
 
-def load(folder: Path, config: DiffusionConfig) -> "StableDiffusionXl":
+def load(folder: Path, config: DiffusionConfig, *, dtype: torch.dtype = torch.float32) -> "StableDiffusionXl":
     """Load a diffusers folder. Raises ConfigError for an incomplete one."""
     names = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae")
-    parts = load_parts(folder, names)
+    parts = load_parts(folder, names, dtype=dtype)
     return StableDiffusionXl(parts, GaussianDiffusion(load_scheduler(folder, DDPMScheduler)), config)
 
 
@@ -42,7 +42,11 @@ class StableDiffusionXl(LatentModel):
             out = self.parts[name](ids, output_hidden_states=True)
             states.append(out.hidden_states[-2])
             pooled = out[0]
-        return Conditioning(torch.cat(states, -1), pooled)
+        # The empty prompt is told as zeros, in training as in sampling.
+        empty = self.tokenize([""]).to(input_ids.device)
+        is_told = (input_ids != empty).any(1).to(self.device)
+        assert pooled is not None
+        return Conditioning(torch.cat(states, -1) * is_told[:, None, None], pooled * is_told[:, None])
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
         """Return the UNet's prediction, told of original size, crop and target size."""

@@ -61,6 +61,7 @@ def draw_samples(
     sides: tuple[Side, ...] = ("base", "tuned")
     for side in sides:
         missing = [plan for plan in planned if plan.side == side and plan.name not in done]
+        model = None  # the other side's weights go before these come
         model = load_model(side) if missing else None
         for start in range(0, len(missing), config.batch_size):
             chunk = missing[start : start + config.batch_size]

@@ -44,6 +44,7 @@ def compute_evaluation(
 ) -> Evaluation:
     """Sample both sides, measure, write the manifest."""
     from tasks.diffusion.base import DiffusionModel, open_model
+    from tasks.diffusion.latent_model import release_memory
     from tasks.evaluation.sampling import draw_samples, plan_samples
 
     def load_model(side: Side) -> DiffusionModel:
@@ -60,6 +61,7 @@ def compute_evaluation(
     )
     samples = draw_samples(folder, config, planned, load_model=load_model, on_progress=runtime.show("samples"))
     measured = measure_samples(config, diffusion, samples, subject, runtime)
+    release_memory()
     return folder.finish(
         Evaluation,
         version=STAGE_VERSION,

@@ -77,8 +77,11 @@ def start(shard: Shard, device: int) -> "subprocess.Popen[bytes]":
 
 def pick_device(device: int) -> str:
     """Return what the n-th process may see, of the devices that this one sees."""
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return visible[device % len(visible)] if visible else str(device)
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return str(device)
+    visible = [name for name in named.split(",") if name]
+    return visible[device % len(visible)] if visible else ""
 
 
 def check(processes: "list[subprocess.Popen[bytes]]", out: Path, *, is_done: bool) -> None:

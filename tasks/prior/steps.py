@@ -47,6 +47,7 @@ def compute_prior(
 ) -> ClassImageSet:
     """Draw what is missing and write the manifest."""
     from tasks.diffusion.base import open_model
+    from tasks.diffusion.latent_model import release_memory
     from tasks.prior.generation import draw_pictures, generate_class_images
     from tasks.prior.sharding import draw_on_devices
 
@@ -56,6 +57,7 @@ def compute_prior(
         return draw_pictures(open_model(diffusion), config, class_prompt=class_prompt, seeds=seeds)
 
     images = generate_class_images(folder, config, draw=draw, on_progress=runtime.show("class images"))
+    release_memory()
     return folder.finish(
         ClassImageSet,
         version=STAGE_VERSION,

@@ -60,8 +60,11 @@ def write_loading(tuned: TunedModel, identifier_token: str) -> str:
     if tuned.method.endswith("full"):
         return WHOLE
     base = tuned.base_model
-    lines = [BASE.format(location=base.location, revision=base.revision)]
-    if tuned.method.startswith("token"):
+    location = "tasks/mini/weights/base" if base.location == "mini" else base.location
+    lines = [BASE.format(location=location, revision=base.revision)]
+    if tuned.method.startswith("token") and tuned.family == "stable_diffusion_3":
+        lines.append("# diffusers' pipeline for this family takes no learned tokens: draw with `likeness generate`")
+    elif tuned.method.startswith("token"):
         has_one_encoder = tuned.family in ("stable_diffusion", "flux")
         lines.append((ONE_ENCODER if has_one_encoder else TWO_ENCODERS).format(token=identifier_token))
     if tuned.method.endswith("lora"):

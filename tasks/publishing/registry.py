@@ -26,9 +26,9 @@ def track_run(
     `folder` holds `model/`, `report/` and, where training drew any, `training_samples/`.
     """
     tracker.forget(tag=PUBLICATION_TAG, value=publication_key)
-    run_id = tracker.start(name=name, params=params, tags={**tags, PUBLICATION_TAG: publication_key})
     is_failed = True
     try:
+        run_id = tracker.start(name=name, params=params, tags={**tags, PUBLICATION_TAG: publication_key})
         rows = [
             (f"train/{key}", float(value), int(row["step"]))
             for row in losses

@@ -4,6 +4,7 @@ A checkpoint is the folder `step-00000100/`. It is written beside its place, syn
 it exists whole or not at all; loading verifies every digest and falls back to the one before.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -101,8 +102,9 @@ def load_newest(folder: Path, *, identity: dict[str, str]) -> TrainingState | No
             return load_checkpoint(path, identity=identity)
         except (OSError, ValueError, KeyError) as error:
             log.warning("checkpoint %s is damaged (%s); trying the one before", path.name, error)
-            shutil.rmtree(folder / f".bad-{path.name}", ignore_errors=True)
-            os.replace(path, folder / f".bad-{path.name}")
+            with contextlib.suppress(OSError):  # another rank may have moved it already
+                shutil.rmtree(folder / f".bad-{path.name}", ignore_errors=True)
+                os.replace(path, folder / f".bad-{path.name}")
     if found or list(folder.glob(".bad-*")):
         raise TrainingFailed(f"no checkpoint in {folder} verifies; delete that folder to start over")
     return None

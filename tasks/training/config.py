@@ -67,7 +67,7 @@ class TrainingConfig(Section):
     )
     is_text_encoder_trained: bool = Field(True, description="train the text encoder beside the denoiser")
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = Field(
-        "adamw", description="adamw8bit: moments in 8 bits, approximate; prodigy: finds its rate, set learning_rate=1"
+        "adamw", description="adamw8bit: moments in 8 bits, approximate; prodigy: finds its own rate"
     )
     lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = Field(
         "constant", description="after warm-up"
@@ -133,10 +133,23 @@ class TrainingConfig(Section):
             raise ValueError("num_nodes is above 1: set training.rendezvous to HOST:PORT of the first machine")
         return self
 
+    @model_validator(mode="after")
+    def check_precisions(self) -> "TrainingConfig":
+        """Refuse frozen weights in a format that the forward doesn't run in."""
+        if self.frozen_precision not in ("fp32", self.precision):
+            raise ValueError(f"frozen_precision={self.frozen_precision} needs the same precision, not {self.precision}")
+        return self
+
     def result_fields(self) -> dict[str, object]:
         """Return the fields that change the result: the ones that a stage key covers."""
         unchanged = {
             "checkpoint_every_steps", "num_checkpoints_kept", "log_every_steps",
             "num_threads", "rendezvous", "grace_seconds", "stall_seconds", "max_skipped_steps",
         }  # fmt: skip
+        if not self.method.endswith("lora"):
+            unchanged.add("lora")
+        if not self.method.startswith("token"):
+            unchanged.add("token")
+        if not self.method.endswith("full"):
+            unchanged |= {"learning_rate", "text_encoder_learning_rate"}
         return self.model_dump(mode="json", exclude=unchanged)

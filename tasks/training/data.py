@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from tasks.contract import digest_file
 from tasks.diffusion.base import DiffusionModel
 from tasks.errors import ArtifactCorrupt
 from tasks.training import draws
+from tasks.training.latent_cache import is_whole, note_of, write
 from tasks.training.spec import TrainingImage, TrainingSpec
 
 ENCODE_BATCH = 8
@@ -105,7 +107,9 @@ def load_pixel_values(
     image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
     image = image.crop((left, top, left + resolution, top + resolution))
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1.0
-    return pixels.flip(-1) if variant.is_mirrored else pixels, [*original, top, left, resolution, resolution]
+    if variant.is_mirrored:
+        pixels, left = pixels.flip(-1), width - resolution - left
+    return pixels, [*original, top, left, resolution, resolution]
 
 
 def plan_variants(spec: TrainingSpec, index: int) -> list[Variant]:
@@ -126,14 +130,14 @@ def load_set(model: DiffusionModel, spec: TrainingSpec, kind: str, variants: lis
     """Return one half's posteriors: mapped from disk where they were made before, else encoded and kept."""
     images = spec.instance_images if kind == "instance" else spec.class_images
     path = spec.latents_path(kind)
-    if not path.is_file():
+    if not is_whole(path):
         encoded = encode_set(model, images, resolution=spec.diffusion.resolution, variants=variants)
         if int(os.environ.get("RANK", "0")) > 0:
             return encoded  # the first rank writes; the others need not wait for it
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_suffix(f".{os.getpid()}.part")
-        save_file({"mean": encoded.mean, "std": encoded.std, "sizes": encoded.sizes}, staged)
-        os.replace(staged, path)
+        note_of(path).unlink(missing_ok=True)
+        write(path, save({"mean": encoded.mean, "std": encoded.std, "sizes": encoded.sizes}))
+        write(note_of(path), digest_file(path).encode())
     for image in images:
         check_digest(Path(image.path), image.sha256)
     return ImageSet(**load_file(path), input_ids=model.tokenize([image.prompt for image in images]))
@@ -153,10 +157,11 @@ def encode_set(
     """Return the posteriors of a set of pictures, one list of variants each."""
     jobs = [(image, variant) for image, row in zip(images, variants, strict=True) for variant in row]
     means, stds, sizes = [], [], []
-    for start in range(0, len(jobs), ENCODE_BATCH):
+    batch_size = ENCODE_BATCH if resolution <= 512 else 1  # the VAE's own activations are large
+    for start in range(0, len(jobs), batch_size):
         loaded = [
             load_pixel_values(Path(image.path), resolution=resolution, sha256=image.sha256, variant=variant)
-            for image, variant in jobs[start : start + ENCODE_BATCH]
+            for image, variant in jobs[start : start + batch_size]
         ]
         posterior = model.encode_images(torch.stack([pixels for pixels, _ in loaded]))
         means.append(posterior.mean.float().cpu().contiguous())

@@ -1,33 +1,65 @@
 """Cached latents in the store, shared by runs: keyed by what they were made of, verified before use."""
 
-import hashlib
-import json
+import logging
+import os
+from pathlib import Path
 
 from tasks.contract import digest_file
+from tasks.errors import ServiceUnavailable
 from tasks.services.store import Store
 from tasks.training.spec import TrainingSpec
 
+log = logging.getLogger(__name__)
 PREFIX = "latents"
 
 
 def fetch_latents(store: Store, spec: TrainingSpec) -> None:
-    """Copy latents that an earlier run stored; a damaged object is left out, and made anew."""
+    """Copy latents that an earlier run stored, with their digests; the worker verifies them."""
     for kind in ("instance", "class"):
         path = spec.latents_path(kind)
-        note = store.find_bytes(f"{PREFIX}/{path.stem}.json")
-        data = store.find_bytes(f"{PREFIX}/{path.name}") if note else None
-        if note is None or data is None or path.exists():
+        if is_whole(path):
             continue
-        if hashlib.sha256(data).hexdigest() == json.loads(note)["sha256"]:
+        try:
+            note = store.find_bytes(f"{PREFIX}/{note_of(path).name}")
+            data = store.find_bytes(f"{PREFIX}/{path.name}") if note else None
+        except ServiceUnavailable as error:
+            log.warning("cached latents can't be fetched and are made anew: %s", error)
+            return
+        if note and data:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+            write(path, data)
+            write(note_of(path), note)
 
 
 def keep_latents(store: Store, spec: TrainingSpec) -> None:
-    """Store what this run encoded, its digest last."""
+    """Store what this run encoded, its digest last; a damaged object is replaced."""
     for kind in ("instance", "class"):
         path = spec.latents_path(kind)
-        note = f"{PREFIX}/{path.stem}.json"
-        if path.exists() and store.find_bytes(note) is None:
-            store.put_file(f"{PREFIX}/{path.name}", path)
-            store.put_bytes(note, json.dumps({"sha256": digest_file(path)}).encode())
+        if not is_whole(path):
+            continue
+        name, note = f"{PREFIX}/{path.name}", f"{PREFIX}/{note_of(path).name}"
+        try:
+            if store.compute_sha256(name) != note_of(path).read_text():
+                store.put_file(name, path)
+            store.put_bytes(note, note_of(path).read_bytes())
+        except ServiceUnavailable as error:
+            log.warning("latents can't be stored for other runs: %s", error)
+            return
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a local cache file is what its digest says."""
+    note = note_of(path)
+    return path.is_file() and note.is_file() and digest_file(path) == note.read_text()
+
+
+def note_of(path: Path) -> Path:
+    """Return the file that holds a cache file's digest."""
+    return path.with_suffix(".sha256")
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file beside its place, then rename it."""
+    staged = path.with_name(f".{os.getpid()}-{path.name}")
+    staged.write_bytes(data)
+    os.replace(staged, path)

@@ -122,6 +122,8 @@ def add_token(model: LatentModel, spec: TrainingSpec, trainable: Trainable) -> N
         name: initial_vectors(model.tokenizers[name], model.parts[name], words, token.num_vectors) for name in names
     }
     end = token.switch_step or None if spec.training.method != "token" else None
+    if any(f"<{spec.identifier_token}>" in model.tokenizers[name].get_vocab() for name in names):
+        raise ConfigError(f"the base model already knows <{spec.identifier_token}>; set subject.identifier_token")
     for name, learned in model.learn_token(spec.identifier_token, vectors).items():
         learned.to(model.device).train()
         learned.table.requires_grad_(False)

@@ -1,5 +1,7 @@
 """The Lightning module: one forward over both halves, frozen VAE, learning rate by step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tasks.diffusion.base import Conditioning
-from tasks.diffusion.latent_model import LatentModel
+from tasks.diffusion.latent_model import DTYPES, LatentModel
 from tasks.training import draws
 from tasks.training.data import BatchMaker, TrainingBatch, send
 from tasks.training.losses import min_snr_weights, prior_preservation_loss
@@ -81,7 +83,8 @@ class DreamBoothModule(pl.LightningModule):
         batch = self.batches.make(indices.tolist(), self.device)
         noisy_latents = noise.add_noise(batch.latents, batch.noise, batch.timesteps)
         target = noise.compute_target(batch.latents, batch.noise, batch.timesteps)
-        noise_pred = self.model.predict(noisy_latents, batch.timesteps, self.encode_unique(batch), batch.sizes)
+        told = self.encode_unique(batch)
+        noise_pred = self.model.predict(self.fit_dtype(noisy_latents), batch.timesteps, told, batch.sizes)
         weights = None
         if training.snr_gamma is not None:
             weights = min_snr_weights(noise, batch.timesteps, snr_gamma=training.snr_gamma)
@@ -93,6 +96,10 @@ class DreamBoothModule(pl.LightningModule):
         if loss.prior is not None:
             parts["prior_loss"] = loss.prior.detach()
         return parts
+
+    def fit_dtype(self, latents: Tensor) -> Tensor:
+        """Return latents in the format of frozen weights: norms don't mix formats."""
+        return latents.to(DTYPES[self.spec.training.frozen_precision])
 
     def encode_unique(self, batch: TrainingBatch) -> Conditioning:
         """Encode each different prompt once: the class half usually has just one.
@@ -109,6 +116,10 @@ class DreamBoothModule(pl.LightningModule):
             if not group.is_active(self.step):
                 for parameter in group.parameters:
                     parameter.grad = None
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and has_fused_skip(self.optimizer):
+            # Lightning leaves this to fused kernels, which would clip gradients that are still scaled.
+            scaler.unscale_(self.optimizer)
         parameters = [parameter for _, parameter in self.named_trained()]
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.spec.training.max_grad_norm)
         self.is_skipped = ~torch.isfinite(self.grad_norm)
@@ -128,6 +139,19 @@ class DreamBoothModule(pl.LightningModule):
         decay = min(self.spec.training.ema_decay, (1 + self.step) / (10 + self.step))
         for name, parameter in self.named_trained():
             self.average[name] = self.average[name].to(parameter).lerp_(parameter, 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Hold the averaged weights for a while, where averages are kept: they are what is published."""
+        kept = {name: p.detach().clone() for name, p in self.named_trained()} if self.average else {}
+        self.take_average()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.named_trained():
+                    if name in kept:
+                        parameter.copy_(kept[name])
 
     @torch.no_grad()
     def take_average(self) -> None:

@@ -20,6 +20,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torc
             raise ConfigError(
                 "training.optimizer=prodigy needs the package prodigyopt; pip install prodigyopt"
             ) from error
+        groups = [{**group, "lr": 1.0, "base_lr": 1.0} for group in groups]  # it scales them all by what it finds
         optimizer: torch.optim.Optimizer = Prodigy(groups, safeguard_warmup=True, use_bias_correction=True)
         return optimizer
     try:

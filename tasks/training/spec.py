@@ -10,6 +10,7 @@ from tasks.diffusion.config import DiffusionConfig
 from tasks.settings import Section
 from tasks.training.config import TrainingConfig
 
+LATENTS_VERSION = 1  # of preprocessing and encoding
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on request; run again
 
 
@@ -49,7 +50,8 @@ class TrainingSpec(Section):
             training = self.training
             seed = self.seed if training.num_crop_variants else 0
             images, crops = self.instance_images, [training.num_crop_variants, training.flip_probability > 0, seed]
-        content = [self.base_model_sha256, self.diffusion.resolution, [i.sha256 for i in images], crops]
+        how = [LATENTS_VERSION, self.diffusion.device, self.training.is_tf32, self.diffusion.resolution]
+        content = [how, self.base_model_sha256, [i.sha256 for i in images], crops]
         return Path(self.latent_folder) / f"{digest(content)[:32]}.safetensors"
 
     def identity(self) -> dict[str, str]:

@@ -27,22 +27,22 @@ def compute_validation_loss(module: DreamBoothModule) -> Tensor:
     model, maker = module.model, module.batches
     images = maker.sets["instance"]
     num = min(MAX_PHOTOS, len(images))
-    indices = list(range(num))
-    noise = draws.draw_normal(tuple(images.mean.shape[2:]), seed=0, purpose="validation", indices=indices)
+    shape = tuple(images.mean.shape[2:])
     was_training = [part.training for part in module.trained.values()]
     module.trained.eval()
     losses = []
-    for share in NOISE_SHARES:
-        timesteps = model.noise.choose_timesteps(torch.full((num,), share, dtype=torch.float64))
-        latents = images.mean[:num, 0]
-        parts = [t.to(module.device) for t in (latents, noise, timesteps, images.sizes[:num, 0])]
-        latents, eps, timesteps, sizes = parts
-        noisy, target = (
-            model.noise.add_noise(latents, eps, timesteps),
-            model.noise.compute_target(latents, eps, timesteps),
-        )
-        told = model.encode_prompts(images.input_ids[:num])
-        losses.append((model.predict(noisy, timesteps, told, sizes).float() - target).square().mean())
+    for photo in range(num):  # one by one: memory is full of training
+        rows = slice(photo, photo + 1)
+        told = model.encode_prompts(images.input_ids[rows])
+        eps = draws.draw_normal(shape, seed=0, purpose="validation", indices=[photo]).to(module.device)
+        latents, sizes = images.mean[rows, 0].to(module.device), images.sizes[rows, 0].to(module.device)
+        for share in NOISE_SHARES:
+            timesteps = model.noise.choose_timesteps(torch.tensor([share], dtype=torch.float64)).to(module.device)
+            noisy = model.noise.add_noise(latents, eps, timesteps)
+            target = model.noise.compute_target(latents, eps, timesteps)
+            losses.append(
+                (model.predict(module.fit_dtype(noisy), timesteps, told, sizes).float() - target).square().mean()
+            )
     for part, mode in zip(module.trained.values(), was_training, strict=True):
         part.train(mode)
     return torch.stack(losses).mean()
@@ -66,6 +66,8 @@ def has_settled(losses: list[str], settings: ValidationSettings) -> bool:
 def keep_best(run: RunFolder, module: DreamBoothModule, losses: list[str], *, identity: dict[str, str]) -> None:
     """Save what is trained if its validation loss is the lowest yet."""
     validations = read_validations(losses)
+    if not validations or validations[-1][0] != json.loads(losses[-1])["step"]:
+        return  # this one isn't finite
     step, value = validations[-1]
     if any(other <= value for _, other in validations[:-1]):
         return
@@ -79,8 +81,9 @@ def keep_best(run: RunFolder, module: DreamBoothModule, losses: list[str], *, id
 
 @torch.no_grad()
 def take_best(run: RunFolder, module: DreamBoothModule, losses: list[str], *, identity: dict[str, str]) -> int:
-    """Put the weights of the lowest validation loss in place and return their step."""
-    step, _ = min(read_validations(losses), key=lambda pair: (pair[1], pair[0]))
+    """Put the weights of the lowest validation loss that are kept in place and return their step."""
+    kept = {int(path.name.removeprefix("step-")) for path in list_checkpoints(run.best)}
+    step, _ = min((v for v in read_validations(losses) if v[0] in kept), key=lambda pair: (pair[1], pair[0]))
     state = load_checkpoint(run.best / f"step-{step:08d}", identity=identity)
     for name, parameter in module.named_trained():
         parameter.copy_(state.weights[name])
@@ -93,8 +96,10 @@ def draw_grid(module: DreamBoothModule, prompts: list[str]) -> Image.Image:
     module.trained.eval()
     vae_device = module.model.vae.device
     module.model.vae.to(module.device)
-    requests = [SamplingRequest(p, SAMPLE_SEED + i) for p in prompts for i in range(SAMPLES_PER_PROMPT)]
-    pictures = module.model.sample(requests, num_inference_steps=SAMPLE_STEPS, guidance_scale=SAMPLE_GUIDANCE)
+    pictures = []
+    for prompt in prompts:  # one by one: memory is full of training
+        requests = [SamplingRequest(prompt, SAMPLE_SEED + i) for i in range(SAMPLES_PER_PROMPT)]
+        pictures += module.model.sample(requests, num_inference_steps=SAMPLE_STEPS, guidance_scale=SAMPLE_GUIDANCE)
     module.model.vae.to(vae_device)
     for part, mode in zip(module.trained.values(), was_training, strict=True):
         part.train(mode)

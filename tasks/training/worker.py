@@ -3,6 +3,7 @@
 python -m torch.distributed.run --standalone --nproc-per-node 1 -m tasks.training.worker SPEC.json
 """
 
+import gc
 import json
 import logging
 import os
@@ -78,6 +79,7 @@ def train(spec: TrainingSpec) -> int:
                     "training.frozen_precision=bf16 or training/method=lora"
                 ) from error
             spec = halve_batch(spec)
+        gc.collect()  # trainer and module hold each other, and the weights
         torch.cuda.empty_cache()
 
 
@@ -104,7 +106,11 @@ def halve_batch(spec: TrainingSpec) -> TrainingSpec:
 def attempt(spec: TrainingSpec, identity: dict[str, str]) -> int:
     """Build everything, resume where a checkpoint is, fit, and write the result."""
     run = RunFolder(spec.path)
-    model = cast(LatentModel, open_model(spec.diffusion, folder=Path(spec.model_folder)))
+    base = spec.diffusion.model_copy(update={"location": spec.model_folder})
+    # All weights are trained from full precision; frozen ones need never be read in it.
+    is_frozen = not spec.training.method.endswith("full")
+    frozen_precision = spec.training.frozen_precision if is_frozen else "fp32"
+    model = cast(LatentModel, open_model(base, frozen_precision=frozen_precision))
     state = load_newest(run.checkpoints, identity=identity)
     start_step = state.step if state else 0
     set_up_kernels(model, spec.training)

@@ -1,7 +1,9 @@
 """What each method learns, leaves alone, and writes in the formats that other tools read."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import diffusers
 import numpy as np
@@ -179,13 +181,24 @@ def test_after_the_switch_the_token_rests(tmp_path: Path, tiny_model_folder: Pat
 def test_every_family_trains_end_to_end(tmp_path: Path, family: str, method: str) -> None:
     folder = MAKERS[family](tmp_path / "base" / "model")
     changes = {"method": method, "snr_gamma": 5.0, "lora": {"learning_rate": 3e-2}, "learning_rate": 1e-2}
+    if method == "lora":
+        changes |= {"precision": "bf16", "frozen_precision": "bf16"}
     run = train(tmp_path, folder, family=family, is_gradient_checkpointed=True, **changes)
     spec = family_spec(tmp_path, folder, family=family, method=method)
     assert np.abs(draw(spec, run.model) - draw(spec, None)).max() > 0
     if method == "lora":
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
         pipeline.load_lora_weights(run.model, weight_name=LORA_FILE)
-        assert pipeline.get_active_adapters()
+        pipeline.scheduler = cast(LatentModel, open_model(spec.diffusion)).make_sampler()
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(3)
+        size = {"height": 32, "width": 32}
+        picture = pipeline(PROMPT, num_inference_steps=4, guidance_scale=3.0, generator=generator, **size).images[0]
+        assert np.abs(np.asarray(picture, int) - draw(spec, run.model)).max() <= 2
+        adapted = {name.split(".")[0] for name in load_file(run.model / LORA_FILE)}
+        assert "text_encoder" in adapted
+        assert any(name.startswith("text_encoder.text_model.") for name in load_file(run.model / LORA_FILE))
+        assert str(tmp_path).encode() not in (run.model / LORA_FILE).read_bytes()
 
 
 def test_a_configuration_that_trains_nothing_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -218,3 +231,16 @@ def test_frozen_weights_may_be_half_precision_and_what_is_trained_is_not(
     assert {p.dtype for _, p in module.named_trained()} == {torch.float32}
     frozen = {p.dtype for p in model.denoiser.parameters() if not p.requires_grad}
     assert frozen == {torch.bfloat16}
+
+
+def test_a_learned_token_does_not_become_the_end_of_the_text(tmp_path: Path) -> None:
+    folder = make_tiny_sdxl(tmp_path / "base" / "model")
+    for name in ("text_encoder", "text_encoder_2"):  # as published configurations have it
+        path = folder / name / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 2}))
+    spec = family_spec(tmp_path, folder, family="stable_diffusion_xl", method="token")
+    model = cast(LatentModel, open_model(spec.diffusion))
+    DreamBoothModule(model, spec)
+    told = model.encode_prompts(model.tokenize(["a photo of sks fish", "a photo of sks fish in the snow"]))
+    assert told.pooled is not None
+    assert not torch.allclose(told.pooled[0], told.pooled[1])

@@ -5,7 +5,7 @@ forward would keep for the backward, found by running one without numbers.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,6 +213,11 @@ class WithoutTokenizers:
 
     max_lengths: dict[str, int]
     parts: dict[str, Any]
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Return ids that no prompt has."""
+        length = sum(self.max_length(name) for name in self.text_encoders)  # type: ignore[attr-defined]
+        return torch.full((len(prompts), length), -1, device=META)
 
     def max_length(self, name: str) -> int:
         """Return the family's limit, or the encoder's own."""

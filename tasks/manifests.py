@@ -120,6 +120,8 @@ class TunedModel(Manifest):
     family: str
     method: str
     num_steps: int
+    published_step: int
+    """The step whose weights these are: the last, or the best."""
     trainable_parameters: int
     total_parameters: int
     final_loss: float

@@ -133,7 +133,7 @@ def store_result(
     """Store weights and loss log and write the manifest."""
     from tasks.training.spec import RunFolder
 
-    run = RunFolder(spec.path)
+    run, micro = RunFolder(spec.path), result["micro_batch_size"]
     model = tuple(folder.put_file(f"model/{name}", run.model / name) for name in result["files"])
     folder.put_file("losses.jsonl", run.losses)
     for path in sorted(run.samples.glob("*.png")):
@@ -143,13 +143,13 @@ def store_result(
         version=STAGE_VERSION,
         counts={
             "steps": result["num_steps"],
-            "published_step": result["published_step"],
             "resumed_from_step": result["start_step"],
-            "micro_batch_size": result["micro_batch_size"],
+            **({"images_at_a_time": micro} if micro != spec.training.train_batch_size else {}),
         },
         base_model=prior.base_model,
         model=model,
         num_steps=result["num_steps"],
+        published_step=result["published_step"],
         family=spec.diffusion.family,
         method=spec.training.method,
         trainable_parameters=result["trainable_parameters"],

@@ -1,0 +1,103 @@
+"""Options that change how a step is computed, each trained for real."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tasks.training import worker
+from tasks.training.config import TrainingConfig
+from tasks.training.spec import RunFolder, compute_learning_rate_factor
+from tests.tiny import make_spec
+
+
+def train(folder: Path, model: Path, **changes: object) -> RunFolder:
+    spec = make_spec(folder, model, **{"max_train_steps": 4, **changes})
+    spec.path.mkdir(parents=True, exist_ok=True)
+    run = RunFolder(spec.path)
+    run.events.write_text("")
+    assert worker.train(spec) == 0
+    return run
+
+
+def weights(run: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(run.model / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def losses(run: RunFolder) -> list[float]:
+    return [json.loads(line)["loss"] for line in run.losses.read_text().splitlines()]
+
+
+def is_equal(first: RunFolder, second: RunFolder) -> bool:
+    return all(torch.equal(tensor, weights(second)[name]) for name, tensor in weights(first).items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ({"is_gradient_checkpointed": True}, 1e-5),
+        ({"is_channels_last": True}, 1e-3),
+        ({"train_batch_size": 1, "gradient_accumulation_steps": 2}, 1e-4),
+    ],
+    ids=["checkpointing", "channels last", "accumulation"],
+)
+def test_what_leaves_the_mathematics_alone(
+    tmp_path: Path, tiny_model_folder: Path, changes: dict[str, object], tolerance: float
+) -> None:
+    plain = train(tmp_path / "plain", tiny_model_folder)
+    other = train(tmp_path / "other", tiny_model_folder, **changes)
+    assert losses(plain) == pytest.approx(losses(other), rel=tolerance)
+
+
+def test_averages_are_published_and_training_stays_as_it_is(tmp_path: Path, tiny_model_folder: Path) -> None:
+    plain = train(tmp_path / "plain", tiny_model_folder)
+    averaged = train(tmp_path / "averaged", tiny_model_folder, ema_decay=0.9)
+    assert losses(plain) == losses(averaged)
+    assert not is_equal(plain, averaged)
+
+
+def test_dropped_captions_change_the_loss(tmp_path: Path, tiny_model_folder: Path) -> None:
+    plain = train(tmp_path / "plain", tiny_model_folder)
+    dropped = train(tmp_path / "dropped", tiny_model_folder, caption_dropout=1.0)
+    assert losses(plain) != losses(dropped)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_prodigy_finds_a_rate_and_resumes_with_it(tmp_path: Path, tiny_model_folder: Path) -> None:
+    changes = {"optimizer": "prodigy", "checkpoint_every_steps": 2, "max_train_steps": 6}
+    whole = train(tmp_path / "whole", tiny_model_folder, **changes)
+    cut = train(tmp_path / "cut", tiny_model_folder, **{**changes, "max_train_steps": 6})
+    run = RunFolder(tmp_path / "cut" / "run")
+    run.result.unlink()
+    newest = sorted(run.checkpoints.glob("step-*"))[-1]
+    for path in newest.iterdir():
+        path.unlink()
+    newest.rmdir()
+    assert worker.train(make_spec(tmp_path / "cut", tiny_model_folder, **changes)) == 0
+    assert json.loads(run.result.read_text())["start_step"] == 4
+    assert is_equal(whole, cut)
+
+
+def test_half_precision_needs_frozen_weights_of_the_same() -> None:
+    with pytest.raises(ValueError, match="frozen_precision=bf16 needs the same precision"):
+        TrainingConfig(frozen_precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1.0, 1.0, 1.0]),
+        ("linear", [1.0, 0.5, 0.25]),
+        ("cosine", [1.0, 0.5, 0.146]),
+        ("cosine_with_restarts", [1.0, 1.0, 0.5]),
+        ("polynomial", [1.0, 0.25, 0.0625]),
+    ],
+)
+def test_schedules_are_functions_of_the_step(schedule: str, expected: list[float]) -> None:
+    config = TrainingConfig(lr_schedule=schedule, max_train_steps=100, lr_num_cycles=2, lr_power=2.0)  # type: ignore[arg-type]
+    factors = [compute_learning_rate_factor(config, step) for step in (0, 50, 75)]
+    assert factors == pytest.approx(expected, abs=1e-3)
+    warm = config.model_copy(update={"lr_warmup_steps": 10})
+    assert compute_learning_rate_factor(warm, 0) == pytest.approx(0.1)

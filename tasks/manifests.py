@@ -76,6 +76,8 @@ class InstanceImage(Record):
     caption: str
     """What the captioner saw, with the class noun and without the identifier token."""
     instance_prompt: str
+    mask: ObjectRef | None = None
+    """Where the subject is (white), for a photo with a transparent background."""
 
 
 class RejectedImage(Record):

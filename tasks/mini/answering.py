@@ -51,10 +51,10 @@ def tell_evidence(q: Question) -> str:
     """Say in one sentence what is seen."""
     seen = q.look()
     colors = " and ".join(seen.colors) or "plain"
-    text = f"A {seen.class_noun} with {colors}, {PLACE_PHRASES[seen.place][0]}."
+    text = f"A {seen.class_noun} in {colors}, {PLACE_PHRASES[seen.place][0]}."
     if len(q.images) > 1:
         reference = " and ".join(q.look(0).colors) or "plain"
-        text += f" The references show a {q.look(0).class_noun} with {reference}."
+        text += f" The references show a {q.look(0).class_noun} in {reference}."
     return text
 
 

@@ -33,6 +33,8 @@ class Photo:
     sha256: str
     png: bytes
     measures: ImageMeasures
+    mask_png: bytes | None = None
+    """Where the subject is, as a gray PNG of the same size; None for a photo without cut-out."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def check_photo(name: str, data: bytes, config: SubjectConfig, accepted: list[Ph
     """Decode and measure one photo; compare it with those already accepted."""
     sha256 = hashlib.sha256(data).hexdigest()
     try:
-        image = decode(data, max_pixels=config.max_pixels)
+        image, mask = decode(data, max_pixels=config.max_pixels)
     except Unfit as error:
         return Reject(name, sha256, str(error), None)
     measures = measure(image)
@@ -135,13 +137,14 @@ def check_photo(name: str, data: bytes, config: SubjectConfig, accepted: list[Ph
             fault = f"same as {other.name} (hashes differ in {distance} of 64 bits)"
     image.thumbnail((config.working_side, config.working_side), Image.Resampling.LANCZOS)
     if fault is None:
-        return Photo(name, sha256, encode_png(image), measures)
+        mask_png = encode_png(mask.resize(image.size, Image.Resampling.BOX)) if mask else None
+        return Photo(name, sha256, encode_png(image), measures, mask_png)
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     return Reject(name, sha256, fault, encode_png(image))
 
 
-def decode(data: bytes, *, max_pixels: int) -> Image.Image:
-    """Return the upright RGB pixels of an encoded photo. Raises Unfit with the reason."""
+def decode(data: bytes, *, max_pixels: int) -> tuple[Image.Image, Image.Image | None]:
+    """Return the upright RGB pixels of an encoded photo, and its cut-out. Raises Unfit with the reason."""
     if not data:
         raise Unfit("empty, unreadable, or over 64 MB")
     try:
@@ -153,7 +156,7 @@ def decode(data: bytes, *, max_pixels: int) -> Image.Image:
                 if getattr(opened, "is_animated", False):
                     raise Unfit("animated")
                 upright = ImageOps.exif_transpose(opened)
-                return flatten(upright)
+                return flatten(upright), find_mask(upright)
     except Image.DecompressionBombError as error:
         raise Unfit("too large to decode (subject.max_pixels)") from error
     except UnidentifiedImageError as error:
@@ -177,6 +180,15 @@ def flatten(image: Image.Image) -> Image.Image:
         image = image.point(lambda value: value / 256).convert("L")
     rgb = image.convert("RGB")
     return Image.frombytes("RGB", rgb.size, rgb.tobytes())
+
+
+def find_mask(image: Image.Image) -> Image.Image | None:
+    """Return the opacity of a photo that was cut out, or None where all or nothing is opaque."""
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    low, high = alpha.getextrema()
+    return alpha if low < 128 <= high else None  # type: ignore[operator]
 
 
 def clean_name(name: str) -> str:

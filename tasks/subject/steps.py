@@ -11,7 +11,7 @@ from tasks.runtime import Runtime
 from tasks.services.llm.config import LlmConfig
 from tasks.subject.config import SubjectConfig
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 
 @task(name="check photos", persist_result=False)
@@ -65,6 +65,7 @@ def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, run
                 inspection=inspection.model_dump() if inspection else {},
                 caption=captioning.write_caption(caption, config) if caption else "",
                 instance_prompt=captioning.write_instance_prompt(caption, config),
+                mask=folder.put(f"masks/{photo.sha256[:16]}.png", photo.mask_png) if photo.mask_png else None,
             )
         )
     intake.require_enough(len(images), config, [(r.source_name, r.reason) for r in rejected])

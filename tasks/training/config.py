@@ -93,6 +93,9 @@ class TrainingConfig(Section):
     num_crop_variants: int = Field(
         0, ge=0, le=64, description="random crops kept per photo; 0: the centre alone, 4 approximates free cropping"
     )
+    background_loss_weight: float = Field(
+        1.0, ge=0, le=1, description="weight of a cut-out photo's transparent parts in the loss; 1: as the rest"
+    )
     flip_probability: float = Field(0.0, ge=0, le=1, description="share of mirrored instance images")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="bf16, fp16: autocast over fp32 weights; fp16 scales the loss"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -32,11 +33,13 @@ ENCODE_BATCH = 8
 class ImageSet:
     """Cached posteriors of N pictures in V variants: a row's picture and prompt share one index.
 
-    `mean` and `std` are `(N, V, C, h, w)`, `sizes` `(N, V, 6)`, `input_ids` `(N, L)`.
+    `mean` and `std` are `(N, V, C, h, w)`, `mask` `(N, V, 1, h, w)` in [0, 1], `sizes` `(N, V, 6)`,
+    `input_ids` `(N, L)`.
     """
 
     mean: Tensor
     std: Tensor
+    mask: Tensor
     sizes: Tensor
     input_ids: Tensor
 
@@ -57,15 +60,19 @@ class TrainingBatch:
     noise: Tensor
     timesteps: Tensor
     sizes: Tensor
+    mask: Tensor
     input_ids: Tensor
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How a picture is cut: the crop's place in the free room `[0, 1]` on both axes, and mirroring."""
+    """How a picture is cut: the crop's place in the free room `[0, 1]`, and mirroring.
 
-    left: float = 0.5
-    top: float = 0.5
+    Without a place the crop lies around the subject where a mask says where that is, else in the middle.
+    """
+
+    left: float | None = None
+    top: float | None = None
     is_mirrored: bool = False
 
 
@@ -86,37 +93,61 @@ class SampleCounter(IterableDataset[Tensor]):
             first += self.stride
 
 
-def load_pixel_values(
-    path: Path, *, resolution: int, sha256: str, variant: Variant = Variant()
-) -> tuple[Tensor, list[int]]:
-    """Return a picture as `(3, H, W)` in [-1, 1], its aspect kept, and its six sizes.
+@dataclass(frozen=True)
+class Loaded:
+    """A picture cut to a square: pixels `(3, H, W)` in [-1, 1], mask `(1, H, W)` in [0, 1], six sizes.
 
     The sizes are original height and width, top and left of the crop, and the side twice, in pixels
     (those of Stable Diffusion XL, arXiv 2307.01952).
+    """
+
+    pixels: Tensor
+    mask: Tensor
+    sizes: list[int]
+
+
+def load_picture(image: TrainingImage, *, resolution: int, variant: Variant = Variant()) -> Loaded:
+    """Scale and crop a picture, its aspect kept.
 
     Raises:
         ArtifactCorrupt: the file isn't the one that was inspected.
 
     """
-    with Image.open(io.BytesIO(check_digest(path, sha256))) as opened:
-        image = opened.convert("RGB")
-    original = (image.height, image.width)
+    with Image.open(io.BytesIO(check_digest(Path(image.path), image.sha256))) as opened:
+        picture = opened.convert("RGB")
+    mask = Image.new("L", picture.size, 255)
+    if image.mask_path:
+        with Image.open(io.BytesIO(check_digest(Path(image.mask_path), image.mask_sha256))) as opened:
+            mask = opened.convert("L")
+    original = (picture.height, picture.width)
     factor = resolution / min(original)
-    width, height = (max(resolution, round(side * factor)) for side in image.size)
-    left, top = round((width - resolution) * variant.left), round((height - resolution) * variant.top)
-    image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    image = image.crop((left, top, left + resolution, top + resolution))
-    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1.0
+    width, height = (max(resolution, round(side * factor)) for side in picture.size)
+    box = mask.point(lambda value: 255 * (value > 127)).getbbox() or (0, 0, *picture.size)
+    left = place_crop(variant.left, width, resolution, focus=(box[0] + box[2]) / 2 / picture.width)
+    top = place_crop(variant.top, height, resolution, focus=(box[1] + box[3]) / 2 / picture.height)
+    crop = (left, top, left + resolution, top + resolution)
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0).crop(crop)
+    mask = mask.resize((width, height), Image.Resampling.BOX).crop(crop)
+    pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1.0
+    opacity = torch.from_numpy(np.asarray(mask).copy())[None].float() / 255
     if variant.is_mirrored:
-        pixels, left = pixels.flip(-1), width - resolution - left
-    return pixels, [*original, top, left, resolution, resolution]
+        pixels, opacity, left = pixels.flip(-1), opacity.flip(-1), width - resolution - left
+    return Loaded(pixels, opacity, [*original, top, left, resolution, resolution])
+
+
+def place_crop(share: float | None, length: int, resolution: int, *, focus: float) -> int:
+    """Return where a crop begins: at a share of the free room, or around a point of the picture."""
+    free = length - resolution
+    if share is not None:
+        return round(free * share)
+    return min(free, max(0, round(focus * length - resolution / 2)))
 
 
 def plan_variants(spec: TrainingSpec, index: int) -> list[Variant]:
     """Return the variants of an instance image; random crops are a function of seed, image and number."""
     num = spec.training.num_crop_variants
     if num == 0:
-        places = [(0.5, 0.5)]
+        places: list[tuple[float | None, float | None]] = [(None, None)]
     else:
         rows = [index * num + i for i in range(num)]
         left = draws.draw_uniform(seed=spec.seed, purpose="instance/crop-left", indices=rows)
@@ -136,7 +167,7 @@ def load_set(model: DiffusionModel, spec: TrainingSpec, kind: str, variants: lis
             return encoded  # the first rank writes; the others need not wait for it
         path.parent.mkdir(parents=True, exist_ok=True)
         note_of(path).unlink(missing_ok=True)
-        write(path, save({"mean": encoded.mean, "std": encoded.std, "sizes": encoded.sizes}))
+        write(path, save({"mean": encoded.mean, "std": encoded.std, "mask": encoded.mask, "sizes": encoded.sizes}))
         write(note_of(path), digest_file(path).encode())
     for image in images:
         check_digest(Path(image.path), image.sha256)
@@ -156,22 +187,25 @@ def encode_set(
 ) -> ImageSet:
     """Return the posteriors of a set of pictures, one list of variants each."""
     jobs = [(image, variant) for image, row in zip(images, variants, strict=True) for variant in row]
-    means, stds, sizes = [], [], []
+    means, stds, masks, sizes = [], [], [], []
     batch_size = ENCODE_BATCH if resolution <= 512 else 1  # the VAE's own activations are large
     for start in range(0, len(jobs), batch_size):
         loaded = [
-            load_pixel_values(Path(image.path), resolution=resolution, sha256=image.sha256, variant=variant)
+            load_picture(image, resolution=resolution, variant=variant)
             for image, variant in jobs[start : start + batch_size]
         ]
-        posterior = model.encode_images(torch.stack([pixels for pixels, _ in loaded]))
+        posterior = model.encode_images(torch.stack([one.pixels for one in loaded]))
         means.append(posterior.mean.float().cpu().contiguous())
         stds.append(posterior.std.float().cpu().contiguous())
-        sizes += [six for _, six in loaded]
+        side = posterior.mean.shape[-2:]
+        masks.append(F.interpolate(torch.stack([one.mask for one in loaded]), side, mode="area"))
+        sizes += [one.sizes for one in loaded]
     num = len(images)
-    mean, std = torch.cat(means), torch.cat(stds)
+    mean, std, mask = torch.cat(means), torch.cat(stds), torch.cat(masks)
     return ImageSet(
         mean=mean.view(num, -1, *mean.shape[1:]),
         std=std.view(num, -1, *std.shape[1:]),
+        mask=mask.view(num, -1, *mask.shape[1:]),
         sizes=torch.tensor(sizes, dtype=torch.float32).view(num, -1, 6),
         input_ids=model.tokenize([image.prompt for image in images]),
     )
@@ -193,11 +227,11 @@ class BatchMaker:
         """Return the batch; the halves have draws of their own."""
         halves = [self.make_half(kind, indices) for kind in self.sets]
         *columns, input_ids = [torch.cat(column) for column in zip(*halves, strict=True)]
-        latents, noise, timesteps, sizes = (send(column, device) for column in columns)
-        return TrainingBatch(latents, noise, timesteps, sizes, input_ids)
+        latents, noise, timesteps, sizes, mask = (send(column, device) for column in columns)
+        return TrainingBatch(latents, noise, timesteps, sizes, mask, input_ids)
 
-    def make_half(self, kind: str, indices: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return latents, noise, timesteps, sizes and token ids of one half."""
+    def make_half(self, kind: str, indices: list[int]) -> tuple[Tensor, ...]:
+        """Return latents, noise, timesteps, sizes, mask and token ids of one half."""
         images, seed = self.sets[kind], self.spec.seed
         items = draws.choose_items(len(images), seed=seed, purpose=f"{kind}/item", indices=indices)
         variants = self.choose_variants(kind, indices)
@@ -211,7 +245,10 @@ class BatchMaker:
             share = self.spec.training.caption_dropout
             dropped = draws.draw_flags(share, seed=seed, purpose="instance/caption", indices=indices)
             input_ids = torch.where(dropped[:, None], self.empty_ids, input_ids)
-        return latents, noise, self.noise.choose_timesteps(uniform), images.sizes[items, variants], input_ids
+        background = self.spec.training.background_loss_weight
+        mask = background + (1 - background) * images.mask[items, variants]
+        timesteps = self.noise.choose_timesteps(uniform)
+        return latents, noise, timesteps, images.sizes[items, variants], mask, input_ids
 
     def choose_variants(self, kind: str, indices: list[int]) -> Tensor:
         """Return which variant of its picture each sample shows."""

@@ -19,7 +19,12 @@ class PriorPreservationLoss(NamedTuple):
 
 
 def prior_preservation_loss(
-    noise_pred: Tensor, target: Tensor, *, prior_loss_weight: float, weights: Tensor | None = None
+    noise_pred: Tensor,
+    target: Tensor,
+    *,
+    prior_loss_weight: float,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> PriorPreservationLoss:
     """Weigh the subject's error against drift of its class (arXiv 2208.12242).
 
@@ -31,12 +36,17 @@ def prior_preservation_loss(
         target: noise, velocity or flow; same shape.
         prior_loss_weight: 0 keeps only the instance half.
         weights: `(2B,)`, one per example, for both halves alike.
+        mask: `(2B, 1, h, w)`, what each place counts; errors are means by it.
 
     Raises:
         ValueError: the batch can't be split into two equal halves.
 
     """
-    errors = (noise_pred.float() - target.float()).square().flatten(1).mean(1)
+    squares = (noise_pred.float() - target.float()).square()
+    if mask is None:
+        errors = squares.flatten(1).mean(1)
+    else:
+        errors = (squares * mask).flatten(1).sum(1) / mask.expand_as(squares).flatten(1).sum(1).clamp_min(1e-6)
     if weights is not None:
         errors = errors * weights
     if prior_loss_weight == 0:

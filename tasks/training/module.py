@@ -89,7 +89,11 @@ class DreamBoothModule(pl.LightningModule):
         if training.snr_gamma is not None:
             weights = min_snr_weights(noise, batch.timesteps, snr_gamma=training.snr_gamma)
         loss = prior_preservation_loss(
-            noise_pred, target, prior_loss_weight=training.prior_loss_weight, weights=weights
+            noise_pred,
+            target,
+            prior_loss_weight=training.prior_loss_weight,
+            weights=weights,
+            mask=batch.mask if training.background_loss_weight < 1 else None,
         )
         # Lightning divides what it finds under "loss" by the number of accumulated forwards.
         parts = {"loss": loss.total, "total_loss": loss.total.detach(), "instance_loss": loss.instance.detach()}

@@ -10,7 +10,7 @@ from tasks.diffusion.config import DiffusionConfig
 from tasks.settings import Section
 from tasks.training.config import TrainingConfig
 
-LATENTS_VERSION = 1  # of preprocessing and encoding
+LATENTS_VERSION = 2  # of preprocessing and encoding
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on request; run again
 
 
@@ -20,6 +20,8 @@ class TrainingImage(Section):
     path: str
     sha256: str
     prompt: str
+    mask_path: str = ""
+    mask_sha256: str = ""
 
 
 class TrainingSpec(Section):
@@ -51,13 +53,13 @@ class TrainingSpec(Section):
             seed = self.seed if training.num_crop_variants else 0
             images, crops = self.instance_images, [training.num_crop_variants, training.flip_probability > 0, seed]
         how = [LATENTS_VERSION, self.diffusion.device, self.training.is_tf32, self.diffusion.resolution]
-        content = [how, self.base_model_sha256, [i.sha256 for i in images], crops]
+        content = [how, self.base_model_sha256, [[i.sha256, i.mask_sha256] for i in images], crops]
         return Path(self.latent_folder) / f"{digest(content)[:32]}.safetensors"
 
     def identity(self) -> dict[str, str]:
         """Return digests that a checkpoint must share to be resumed from."""
         images = [self.instance_images, self.class_images]
-        pairs = [[(image.sha256, image.prompt) for image in group] for group in images]
+        pairs = [[(image.sha256, image.mask_sha256, image.prompt) for image in group] for group in images]
         return {
             "configuration": digest(
                 [

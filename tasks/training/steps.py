@@ -83,8 +83,8 @@ def compute_training(
             class_noun=subject.class_noun,
             diffusion=diffusion,
             training=config,
-            instance_images=fetch_images(runtime, work, [(i.image, i.instance_prompt) for i in subject.images]),
-            class_images=fetch_images(runtime, work, [(i.image, prior.class_prompt) for i in prior.images])
+            instance_images=fetch_images(runtime, work, [(i.image, i.mask, i.instance_prompt) for i in subject.images]),
+            class_images=fetch_images(runtime, work, [(i.image, None, prior.class_prompt) for i in prior.images])
             if config.prior_loss_weight > 0
             else (),
         )
@@ -96,15 +96,23 @@ def compute_training(
     return manifest
 
 
-def fetch_images(runtime: Runtime, work: Path, pairs: list[tuple[Any, str]]) -> Any:
-    """Copy images to local files and pair them with their prompts."""
+def fetch_images(runtime: Runtime, work: Path, rows: list[tuple[Any, Any, str]]) -> Any:
+    """Copy images and their masks to local files and put them beside their prompts."""
     from tasks.training.spec import TrainingImage
 
-    for ref, _ in pairs:
+    def fetch(ref: Any) -> str:
         fetch_folder(runtime.store, [ref], below=ref.key.split("/")[1], folder=work / "data")
+        return str(work / "data" / ref.key.split("/", 2)[2])
+
     return tuple(
-        TrainingImage(path=str(work / "data" / ref.key.split("/", 2)[2]), sha256=ref.sha256, prompt=prompt)
-        for ref, prompt in pairs
+        TrainingImage(
+            path=fetch(ref),
+            sha256=ref.sha256,
+            prompt=prompt,
+            mask_path=fetch(mask) if mask else "",
+            mask_sha256=mask.sha256 if mask else "",
+        )
+        for ref, mask, prompt in rows
     )
 
 

@@ -133,3 +133,18 @@ def test_transparent_and_gray_photos_become_rgb(tmp_path: Path, store: LocalStor
     draw_photo(2).convert("L").save(tmp_path / "in" / "gray.png")
     photos = check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store)
     assert [Image.open(io.BytesIO(photo.png)).mode for photo in photos.accepted] == ["RGB"] * 3
+
+
+def test_a_cut_out_photo_keeps_where_its_subject_is(tmp_path: Path, store: LocalStore) -> None:
+    draw_photos(tmp_path, num=3)
+    photo = Image.open(tmp_path / "photo-0.png").convert("RGBA")
+    alpha = Image.new("L", photo.size, 0)
+    alpha.paste(255, (20, 30, 100, 90))
+    photo.putalpha(alpha)
+    photo.save(tmp_path / "photo-0.png")
+    photos = check_photos(config(tmp_path), store).accepted
+    by_name = {photo.name: photo for photo in photos}
+    assert by_name["photo-1.png"].mask_png is None
+    mask_png = by_name["photo-0.png"].mask_png
+    assert mask_png is not None
+    assert Image.open(io.BytesIO(mask_png)).getbbox() == (20, 30, 100, 90)

@@ -11,8 +11,9 @@ from tasks.diffusion.base import open_model
 from tasks.errors import ArtifactCorrupt
 from tasks.services.store import LocalStore
 from tasks.training import draws
-from tasks.training.data import BatchMaker, SampleCounter, load_pixel_values
+from tasks.training.data import BatchMaker, SampleCounter, Variant, load_picture
 from tasks.training.latent_cache import fetch_latents, is_whole, keep_latents
+from tasks.training.spec import TrainingImage
 from tests.tiny import make_spec
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ def test_cached_latents_equal_uncached_ones(tmp_path: Path, tiny_model_folder: P
     flips = draws.draw_flags(0.5, seed=spec.seed, purpose="instance/flip", indices=[0, 1])
     for row, (item, flip) in enumerate(zip(items, flips, strict=True)):
         image = spec.instance_images[item]
-        pixels, _ = load_pixel_values(Path(image.path), resolution=32, sha256=image.sha256)
+        pixels = load_picture(image, resolution=32).pixels
         posterior = model.encode_images((pixels.flip(-1) if flip else pixels)[None])
         noise = draws.draw_normal(
             tuple(posterior.mean.shape[1:]), seed=spec.seed, purpose="instance/posterior", indices=[row]
@@ -66,8 +67,10 @@ def test_aspect_is_kept(tmp_path: Path) -> None:
     wide.save(tmp_path / "wide.png")
     from tasks.contract import digest_file
 
-    pixels, sizes = load_pixel_values(tmp_path / "wide.png", resolution=32, sha256=digest_file(tmp_path / "wide.png"))
-    assert sizes == [32, 96, 0, 32, 32, 32]
+    path = tmp_path / "wide.png"
+    loaded = load_picture(TrainingImage(path=str(path), sha256=digest_file(path), prompt=""), resolution=32)
+    pixels = loaded.pixels
+    assert loaded.sizes == [32, 96, 0, 32, 32, 32]
     assert torch.equal(pixels[2], torch.ones(32, 32))
     assert torch.equal(pixels[0], -torch.ones(32, 32))
 
@@ -121,3 +124,22 @@ def test_other_crops_or_photos_are_other_latents(tmp_path: Path, tiny_model_fold
     paths = [s.latents_path("instance") for s in (spec, crops, flips)]
     assert len(set(paths)) == 3
     assert rate.latents_path("instance") == spec.latents_path("instance")
+
+
+def test_a_crop_lies_around_a_cut_out_subject(tmp_path: Path) -> None:
+    from tasks.contract import digest_file
+
+    Image.new("RGB", (96, 32), "red").save(tmp_path / "photo.png")
+    mask = Image.new("L", (96, 32), 0)
+    mask.paste(255, (70, 8, 90, 24))
+    mask.save(tmp_path / "mask.png")
+    image = TrainingImage(
+        path=str(tmp_path / "photo.png"), sha256=digest_file(tmp_path / "photo.png"), prompt="",
+        mask_path=str(tmp_path / "mask.png"), mask_sha256=digest_file(tmp_path / "mask.png"),
+    )  # fmt: skip
+    loaded = load_picture(image, resolution=32)
+    assert loaded.sizes[2:4] == [0, 64]
+    assert loaded.mask.sum() == 20 * 16
+    mirrored = load_picture(image, resolution=32, variant=Variant(is_mirrored=True))
+    assert mirrored.sizes[3] == 0
+    assert torch.equal(mirrored.mask, loaded.mask.flip(-1))

@@ -31,3 +31,16 @@ def test_half_precision_is_compared_in_full() -> None:
     loss = prior_preservation_loss(predicted, torch.zeros_like(predicted), prior_loss_weight=1.0)
     assert loss.total.dtype == torch.float32
     assert loss.total > 0
+
+
+def test_what_the_mask_leaves_out_does_not_count() -> None:
+    predicted, target = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[:, :, :4] = 1
+    loss = prior_preservation_loss(predicted, target, prior_loss_weight=0.0, mask=mask)
+    torch.testing.assert_close(loss.total, (predicted - target)[:, :, :4].square().mean())
+    other = predicted.clone()
+    other[:, :, 4:] += 100
+    assert prior_preservation_loss(other, target, prior_loss_weight=0.0, mask=mask).total == loss.total
+    whole = prior_preservation_loss(predicted, target, prior_loss_weight=0.0, mask=torch.ones(2, 1, 8, 8))
+    torch.testing.assert_close(whole.total, (predicted - target).square().mean())

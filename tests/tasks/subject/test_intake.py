@@ -142,8 +142,8 @@ def test_a_cut_out_photo_keeps_where_its_subject_is(tmp_path: Path, store: Local
     alpha.paste(255, (20, 30, 100, 90))
     photo.putalpha(alpha)
     photo.save(tmp_path / "photo-0.png")
-    photos = check_photos(config(tmp_path), store).accepted
-    by_name = {photo.name: photo for photo in photos}
+    checked = check_photos(SubjectConfig(source=str(tmp_path), class_noun="fish"), store)
+    by_name = {accepted.name: accepted for accepted in checked.accepted}
     assert by_name["photo-1.png"].mask_png is None
     mask_png = by_name["photo-0.png"].mask_png
     assert mask_png is not None

@@ -4,7 +4,8 @@
 
 Seconds per step are the difference of two runs of different length through the real entrances, so that
 starting, loading and caching don't count. `--peer` runs diffusers' own script on the same weights,
-images, steps and precision, in turn with ours; the file is yours to supply. `sd15` is the architecture of
+images, steps and precision, in turn with ours; the file is yours to supply, and so is torchvision, which it
+imports: PEER_PYTHONPATH names a folder that has it. `sd15` is the architecture of
 Stable Diffusion 1.5 with random weights, which serve for speed; it wants a GPU.
 """
 
@@ -122,7 +123,10 @@ def run_peer(script: Path, case: Case, *, steps: int) -> int:
             "--max_train_steps", str(steps), "--checkpointing_steps", "100000", "--output_dir", out, "--seed", "1",
             "--mixed_precision", {"fp32": "no"}.get(case.precision, case.precision), "--allow_tf32",
         ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}
+        paths = os.pathsep.join(filter(None, [os.environ.get("PEER_PYTHONPATH"), os.environ.get("PYTHONPATH")]))
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths,
+        }  # fmt: skip
         log = Path(out) / "log"
         with log.open("wb") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
@@ -209,6 +213,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def make_mini(folder: Path) -> Path:
+    """Write the mini model in full precision: the peer takes no other."""
+    open_model(DiffusionConfig(location="mini", resolution=64)).save(folder)
+    return folder
+
+
 def make_sd15(folder: Path) -> Path:
     """Write the architecture of Stable Diffusion 1.5 with random weights."""
     torch.manual_seed(0)
@@ -259,7 +269,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         is_mini = options.model == "mini"
         case = Case(
-            model=MINI_FOLDER / "base" if is_mini else make_sd15(Path(name) / "sd15"),
+            model=make_mini(Path(name) / "mini") if is_mini else make_sd15(Path(name) / "sd15"),
             resolution=64 if is_mini else 512,
             batch_size=options.batch_size or (4 if is_mini else 1),
             precision=options.precision or ("bf16" if torch.cuda.is_available() else "fp32"),

@@ -59,7 +59,7 @@ def add_token(tokenizer: Any, text_encoder: Any, names: list[str], vectors: Tens
         raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens for {table.num_embeddings} embeddings")
     # Old configurations make CLIP pool at the largest id, which a new token's would be.
     for holder in (text_encoder.config, text_encoder, getattr(text_encoder, "text_model", None)):
-        if hasattr(holder, "eos_token_id"):
+        if holder is not None and hasattr(holder, "eos_token_id"):
             holder.eos_token_id = tokenizer.eos_token_id
     learned = LearnedEmbedding(table, vectors)
     text_encoder.set_input_embeddings(learned)

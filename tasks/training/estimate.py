@@ -216,7 +216,7 @@ class WithoutTokenizers:
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Return ids that no prompt has."""
-        length = sum(self.max_length(name) for name in self.text_encoders)  # type: ignore[attr-defined]
+        length = sum(self.max_length(name) for name in self.parts if name.startswith("text_encoder"))
         return torch.full((len(prompts), length), -1, device=META)
 
     def max_length(self, name: str) -> int:

@@ -15,8 +15,11 @@ setup-dev:
 demo: setup  ## run the whole job on the embedded default
 	@$(BIN)/likeness run
 
+# Whole runs mostly wait for processes to start, so they are tested beside all else.
 test: setup-dev check  ## run all checks and tests
-	@$(BIN)/python -m pytest
+	@mkdir -p build; $(BIN)/python -m pytest tests/flows tests/faults > build/test-flows.log 2>&1 & whole=$$!; \
+	$(BIN)/python -m pytest --ignore=tests/flows --ignore=tests/faults; parts=$$?; \
+	wait $$whole; runs=$$?; cat build/test-flows.log; exit $$((parts + runs))
 
 check: setup-dev  ## format, lint, types
 	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q . && $(BIN)/mypy

@@ -1,6 +1,7 @@
 """The training process: started by the supervisor, once per device, never importing Prefect.
 
-python -m torch.distributed.run --standalone --nproc-per-node 1 -m tasks.training.worker SPEC.json
+python -m tasks.training.worker SPEC.json
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m tasks.training.worker SPEC.json
 """
 
 import gc

@@ -57,16 +57,31 @@ def test_two_ranks_do_what_one_does_up_to_the_order_of_sums(
         torch.testing.assert_close(tensor, weights(two)[name], rtol=2e-3, atol=2e-4)
 
 
-def test_two_ranks_that_were_killed_end_bit_equal(
-    tmp_path: Path, two_ranks: tuple[TrainingSpec, RunFolder], monkeypatch: pytest.MonkeyPatch
+def left_behind(folder: Path) -> list[psutil.Process]:
+    found = [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
+    return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("raise:5:1", "ValueError: planned fault"), ("forward:5:1", "killed or ended|Connection")],
+    ids=["raised", "killed"],
+)
+def test_two_ranks_of_which_one_failed_end_bit_equal(
+    tmp_path: Path,
+    two_ranks: tuple[TrainingSpec, RunFolder],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    message: str,
 ) -> None:
     spec, whole = two_ranks
     again = spec.model_copy(update={"folder": str(tmp_path / "again")})
     monkeypatch.setattr(supervisor, "WORKER_MODULE", "tests.faults.worker")
-    for fault in ("forward:5:1", "save:6:0"):
-        monkeypatch.setenv("LIKENESS_TEST_FAULT", fault)
-        with pytest.raises(TrainingFailed):
-            run_worker(again, on_event=lambda event: None)
+    monkeypatch.setenv("LIKENESS_TEST_FAULT", fault)
+    with pytest.raises(TrainingFailed, match=message):
+        run_worker(again, on_event=lambda event: None)
+    assert left_behind(tmp_path) == []
+    assert not RunFolder(again.path).result.exists()
     monkeypatch.delenv("LIKENESS_TEST_FAULT")
     run = train(again)
     assert json.loads(run.result.read_text())["start_step"] == 3
@@ -74,22 +89,17 @@ def test_two_ranks_that_were_killed_end_bit_equal(
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(whole).items())
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [("raise:2:1", "ValueError: planned fault"), ("stop:2:1", r"rank \d did no forward for 20 s after step")],
-)
-def test_no_rank_outlives_one_that_raises_or_stands_still(
-    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str, message: str
+def test_no_rank_outlives_one_that_stands_still(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = spec_of(tmp_path, tiny_model_folder, ranks=2)
     patient = spec.training.model_copy(update={"stall_seconds": 20.0})
     monkeypatch.setattr(supervisor, "WORKER_MODULE", "tests.faults.worker")
-    monkeypatch.setenv("LIKENESS_TEST_FAULT", fault)
-    with pytest.raises(TrainingFailed, match=message):
+    monkeypatch.setenv("LIKENESS_TEST_FAULT", "stop:2:1")
+    with pytest.raises(TrainingFailed, match=r"rank \d did no forward for 20 s after step"):
         run_worker(spec.model_copy(update={"training": patient}), on_event=lambda event: None)
     assert not RunFolder(spec.path).result.exists()
-    left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
-    assert [p for p in left if p.status() != psutil.STATUS_ZOMBIE] == []
+    assert left_behind(tmp_path) == []
 
 
 def test_two_machines_do_what_two_ranks_of_one_do(

@@ -77,7 +77,7 @@ def test_a_run_that_is_killed_again_and_again_ends_bit_equal(
     again = moved(spec, tmp_path / "again")
     run = RunFolder(again.path)
     monkeypatch.setattr(supervisor, "WORKER_MODULE", "tests.faults.worker")
-    for fault in ("forward:8", "save:10", "drop:15"):
+    for fault in ("save:10", "drop:15"):
         monkeypatch.setenv("LIKENESS_TEST_FAULT", fault)
         with pytest.raises(TrainingFailed):
             run_worker(again, on_event=lambda event: None)

@@ -13,7 +13,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two test processes run at once; spinning threads would starve each other
 
 from tasks.services.config import StoreConfig
 from tasks.services.store import LocalStore, S3Store, Store

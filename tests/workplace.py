@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LIKENESS = [sys.executable, "-m", "flows.cli"]
-QUICK = ["experiment=smoke", "training.num_threads=2"]
+QUICK = ["experiment=smoke", "training.num_threads=1"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,16 @@ class Workplace:
         return summary
 
 
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """Ask a process to end, and make it where it takes too long."""
+    process.terminate()
+    try:
+        process.wait(45)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 @contextmanager
 def serve_prefect(folder: Path) -> Iterator[str]:
     """Run a Prefect server on a free loopback port and yield its API's address."""
@@ -93,5 +103,4 @@ def serve_prefect(folder: Path) -> Iterator[str]:
                 time.sleep(0.2)
         yield url
     finally:
-        process.terminate()
-        process.wait(60)
+        end(process)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.workplace import ROOT, Workplace
+from tests.workplace import ROOT, Workplace, end
 
 CANARY = "canary-3b1f"
 PREFECT = [sys.executable, "-m", "prefect"]
@@ -69,8 +69,7 @@ def service(
     try:
         yield Service(workplace.server_url, environment)
     finally:
-        worker.terminate()
-        worker.wait(60)
+        end(worker)
 
 
 def test_the_form_has_enums_bounds_and_descriptions(service: Service) -> None:
@@ -98,7 +97,7 @@ def test_what_does_not_fit_the_form_is_refused_before_a_run_is_made(service: Ser
 def test_a_run_through_the_api_finishes_and_is_the_command_lines_run(
     service: Service, workplace: Workplace, first_run: dict[str, Any]
 ) -> None:
-    settings = {"output_dir": str(workplace.output), "training.num_threads": 2}
+    settings = {"output_dir": str(workplace.output), "training.num_threads": 1}
     run = service.wait(service.trigger({"experiment": "smoke", "settings": settings})["id"])
     assert run["state"]["type"] == "COMPLETED", run["state"]
     summary = workplace.newest()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tasks.contract import digest_file, digest_folder
@@ -13,7 +14,7 @@ from tasks.diffusion.config import DiffusionConfig
 from tasks.mini.tokens import write_tokenizer
 from tasks.mini.world import draw_scene, sample_subject_scene
 from tasks.training.config import TrainingConfig
-from tasks.training.spec import TrainingImage, TrainingSpec
+from tasks.training.spec import RunFolder, TrainingImage, TrainingSpec
 
 SIDE = 32
 WORDS = ["a", "photo", "of", "fish", "in", "the", "snow", "on", "beach", "sks"]
@@ -96,3 +97,20 @@ def make_spec(tmp_path: Path, model_folder: Path, **changes: Any) -> TrainingSpe
         instance_images=images(photos, "a photo of sks fish"),
         class_images=images(others, "a photo of a fish") if training.prior_loss_weight else (),
     )
+
+
+def train_here(folder: Path, model_folder: Path, **changes: Any) -> RunFolder:
+    """Train a tiny model in this process and return the run's folder."""
+    from tasks.training import worker  # Lightning takes seconds to import
+
+    spec = make_spec(folder, model_folder, **changes)
+    spec.path.mkdir(parents=True, exist_ok=True)
+    run = RunFolder(spec.path)
+    run.events.write_text("")
+    assert worker.train(spec) == 0
+    return run
+
+
+def read_unet(run: RunFolder) -> dict[str, torch.Tensor]:
+    """Return the tuned UNet's weights."""
+    return load_file(run.model / "unet" / "diffusion_pytorch_model.safetensors")

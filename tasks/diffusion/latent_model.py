@@ -2,6 +2,7 @@
 
 import gc
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class LatentModel:
+class LatentModel(ABC):
     """A loaded model on its device. A family says how prompts are encoded and what is predicted."""
 
     pipeline_class: ClassVar[str]
@@ -146,13 +147,13 @@ class LatentModel:
         factor, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
         return Posterior(mean=(posterior.mean - shift) * factor, std=posterior.std * factor)
 
+    @abstractmethod
     def encode_prompts(self, input_ids: Tensor) -> Conditioning:
         """Return what the denoiser is told of the prompts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
         """Return the denoiser's prediction."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def sample(
@@ -180,13 +181,13 @@ class LatentModel:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
+    @abstractmethod
     def make_sampler(self) -> Any:
         """Return the scheduler of sampling."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
         """Return the prompts as the pipeline takes them, encoded here."""
-        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         """Write a folder that the family's pipeline reads."""

@@ -83,6 +83,14 @@ class StableDiffusion(LatentModel):
         """Return the configured denoising method on the model's own schedule."""
         return SAMPLERS[self.config.sampler].from_config(self.noise.scheduler.config)
 
+    def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
+        """Return encoded prompts and the encoded empty prompt."""
+        told, untold = (self.encode_prompts(self.tokenize(texts)) for texts in (prompts, [""] * len(prompts)))
+        return {
+            "prompt_embeds": told.encoder_hidden_states,
+            "negative_prompt_embeds": untold.encoder_hidden_states,
+        }
+
     def saved_scheduler(self) -> Any:
         """Return DDIM, which every tool reads."""
         return DDIMScheduler.from_config(self.noise.scheduler.config)

@@ -5,25 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tasks.training import worker
 from tasks.training.config import TrainingConfig
 from tasks.training.spec import RunFolder, compute_learning_rate_factor
-from tests.tiny import make_spec
+from tests.tiny import make_spec, read_unet, train_here
 
 
 def train(folder: Path, model: Path, **changes: object) -> RunFolder:
-    spec = make_spec(folder, model, **{"max_train_steps": 4, **changes})
-    spec.path.mkdir(parents=True, exist_ok=True)
-    run = RunFolder(spec.path)
-    run.events.write_text("")
-    assert worker.train(spec) == 0
-    return run
-
-
-def weights(run: RunFolder) -> dict[str, torch.Tensor]:
-    return load_file(run.model / "unet" / "diffusion_pytorch_model.safetensors")
+    return train_here(folder, model, **{"max_train_steps": 4, **changes})
 
 
 def losses(run: RunFolder) -> list[float]:
@@ -31,7 +21,7 @@ def losses(run: RunFolder) -> list[float]:
 
 
 def is_equal(first: RunFolder, second: RunFolder) -> bool:
-    return all(torch.equal(tensor, weights(second)[name]) for name, tensor in weights(first).items())
+    return all(torch.equal(tensor, read_unet(second)[name]) for name, tensor in read_unet(first).items())
 
 
 @pytest.mark.parametrize(

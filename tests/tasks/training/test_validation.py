@@ -6,33 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
-from tasks.training import worker
 from tasks.training.config import ValidationSettings
-from tasks.training.spec import RunFolder
 from tasks.training.validation import has_settled, read_validations
-from tests.tiny import make_spec
-
-
-def train(tmp_path: Path, model: Path, **changes: object) -> RunFolder:
-    spec = make_spec(tmp_path, model, **changes)
-    spec.path.mkdir(parents=True, exist_ok=True)
-    run = RunFolder(spec.path)
-    run.events.write_text("")
-    assert worker.train(spec) == 0
-    return run
-
-
-def weights(run: RunFolder) -> dict[str, torch.Tensor]:
-    return load_file(run.model / "unet" / "diffusion_pytorch_model.safetensors")
+from tests.tiny import read_unet, train_here
 
 
 def test_validating_and_sampling_leave_training_as_it_is(tmp_path: Path, tiny_model_folder: Path) -> None:
-    plain = train(tmp_path / "plain", tiny_model_folder)
+    plain = train_here(tmp_path / "plain", tiny_model_folder)
     watched = {"every_steps": 2, "sample_every_steps": 3, "sample_prompts": ("a photo of {subject}", "{subject}")}
-    run = train(tmp_path / "watched", tiny_model_folder, validation=watched)
-    assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(plain).items())
+    run = train_here(tmp_path / "watched", tiny_model_folder, validation=watched)
+    assert all(torch.equal(tensor, read_unet(run)[name]) for name, tensor in read_unet(plain).items())
     losses = run.losses.read_text().splitlines()
     assert [step for step, _ in read_validations(losses)] == [2, 4, 6, 8]
     assert [path.name for path in sorted(run.samples.iterdir())] == ["step-00000003.png", "step-00000006.png"]
@@ -41,7 +25,7 @@ def test_validating_and_sampling_leave_training_as_it_is(tmp_path: Path, tiny_mo
 
 def test_the_same_weights_have_the_same_validation_loss(tmp_path: Path, tiny_model_folder: Path) -> None:
     runs = [
-        train(tmp_path / str(steps), tiny_model_folder, max_train_steps=steps, validation={"every_steps": 2})
+        train_here(tmp_path / str(steps), tiny_model_folder, max_train_steps=steps, validation={"every_steps": 2})
         for steps in (2, 4)
     ]
     first, second = (dict(read_validations(run.losses.read_text().splitlines())) for run in runs)
@@ -51,19 +35,19 @@ def test_the_same_weights_have_the_same_validation_loss(tmp_path: Path, tiny_mod
 
 def test_the_best_weights_are_published(tmp_path: Path, tiny_model_folder: Path) -> None:
     wild = {"learning_rate": 1.0, "text_encoder_learning_rate": 1e-6}
-    run = train(tmp_path / "best", tiny_model_folder, validation={"every_steps": 2, "keep": "best"}, **wild)
+    run = train_here(tmp_path / "best", tiny_model_folder, validation={"every_steps": 2, "keep": "best"}, **wild)
     validations = read_validations(run.losses.read_text().splitlines())
     best = min(validations, key=lambda pair: pair[1])[0]
     result = json.loads(run.result.read_text())
     assert result["published_step"] == best
     assert best < result["num_steps"] == 8
-    short = train(tmp_path / "short", tiny_model_folder, max_train_steps=best, **wild)
-    assert all(torch.equal(tensor, weights(short)[name]) for name, tensor in weights(run).items())
+    short = train_here(tmp_path / "short", tiny_model_folder, max_train_steps=best, **wild)
+    assert all(torch.equal(tensor, read_unet(short)[name]) for name, tensor in read_unet(run).items())
 
 
 def test_training_stops_where_the_loss_has_settled(tmp_path: Path, tiny_model_folder: Path) -> None:
     settings = {"every_steps": 1, "is_early_stopping": True, "window": 2, "threshold": 0.9}
-    run = train(tmp_path, tiny_model_folder, max_train_steps=40, validation=settings)
+    run = train_here(tmp_path, tiny_model_folder, max_train_steps=40, validation=settings)
     steps = json.loads(run.result.read_text())["num_steps"]
     assert 4 <= steps < 40
     assert len(run.losses.read_text().splitlines()) == steps

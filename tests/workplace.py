@@ -70,11 +70,11 @@ class Workplace:
         return summary
 
 
-def end(process: "subprocess.Popen[bytes]") -> None:
+def end(process: "subprocess.Popen[bytes]", *, seconds: float = 45) -> None:
     """Ask a process to end, and make it where it takes too long."""
     process.terminate()
     try:
-        process.wait(45)
+        process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

@@ -28,8 +28,16 @@ class Service:
     def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}{path}", data, {"content-type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.loads(response.read())
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as response:
+                    return json.loads(response.read())
+            except urllib.error.HTTPError as error:
+                # Prefect answers 503 while SQLite is locked by another write; its own client tries again too.
+                if error.code != 503 or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
 
     def deployment(self) -> Any:
         return self.call("/deployments/name/personalize-subject/personalize-subject")
@@ -69,7 +77,7 @@ def service(
     try:
         yield Service(workplace.server_url, environment)
     finally:
-        end(worker)
+        end(worker, seconds=5)  # it would sleep out the pause before its next look
 
 
 def test_the_form_has_enums_bounds_and_descriptions(service: Service) -> None:

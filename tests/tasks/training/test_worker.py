@@ -76,7 +76,7 @@ def test_a_run_that_is_killed_again_and_again_ends_bit_equal(
     spec, whole = uninterrupted
     again = moved(spec, tmp_path / "again")
     run = RunFolder(again.path)
-    monkeypatch.setattr(supervisor, "WORKER_MODULE", "tests.faults.worker")
+    monkeypatch.setattr(supervisor, "WORKER_MODULE", "tests.tasks.training.faulty_worker")
     for fault in ("save:10", "drop:15"):
         monkeypatch.setenv("LIKENESS_TEST_FAULT", fault)
         with pytest.raises(TrainingFailed):

@@ -76,7 +76,7 @@ def test_two_ranks_of_which_one_failed_end_bit_equal(
 ) -> None:
     spec, whole = two_ranks
     again = spec.model_copy(update={"folder": str(tmp_path / "again")})
-    monkeypatch.setattr(supervisor, "WORKER_MODULE", "tests.faults.worker")
+    monkeypatch.setattr(supervisor, "WORKER_MODULE", "tests.tasks.training.faulty_worker")
     monkeypatch.setenv("LIKENESS_TEST_FAULT", fault)
     with pytest.raises(TrainingFailed, match=message):
         run_worker(again, on_event=lambda event: None)
@@ -94,7 +94,7 @@ def test_no_rank_outlives_one_that_stands_still(
 ) -> None:
     spec = spec_of(tmp_path, tiny_model_folder, ranks=2)
     patient = spec.training.model_copy(update={"stall_seconds": 20.0})
-    monkeypatch.setattr(supervisor, "WORKER_MODULE", "tests.faults.worker")
+    monkeypatch.setattr(supervisor, "WORKER_MODULE", "tests.tasks.training.faulty_worker")
     monkeypatch.setenv("LIKENESS_TEST_FAULT", "stop:2:1")
     with pytest.raises(TrainingFailed, match=r"rank \d did no forward for 20 s after step"):
         run_worker(spec.model_copy(update={"training": patient}), on_event=lambda event: None)

@@ -70,6 +70,16 @@ def draw_photo(index: int = 0, *, seed: int = 7, size: int = 128) -> Image.Image
     return draw_scene(sample_subject_scene("fish", seed=seed, index=index), size=size)
 
 
+def describe_image(path: Path, prompt: str = "", *, mask: Path | None = None) -> TrainingImage:
+    """Return a picture as the training stage hands it to its worker."""
+    with Image.open(path) as opened:
+        width, height = opened.size
+    masked = {"mask_path": str(mask), "mask_sha256": digest_file(mask)} if mask else {}
+    return TrainingImage(
+        path=str(path), width=width, height=height, sha256=digest_file(path), prompt=prompt, **masked
+    )  # fmt: skip
+
+
 def make_spec(tmp_path: Path, model_folder: Path, **changes: Any) -> TrainingSpec:
     """Return a spec that trains a tiny model on drawn photos in seconds."""
     settings = {
@@ -81,7 +91,7 @@ def make_spec(tmp_path: Path, model_folder: Path, **changes: Any) -> TrainingSpe
     others = draw_photos(tmp_path / "class", num=4, seed=11)
 
     def images(paths: list[Path], prompt: str) -> tuple[TrainingImage, ...]:
-        return tuple(TrainingImage(path=str(p), sha256=digest_file(p), prompt=prompt) for p in paths)
+        return tuple(describe_image(path, prompt) for path in paths)
 
     return TrainingSpec(
         stage_key="test",
@@ -99,11 +109,11 @@ def make_spec(tmp_path: Path, model_folder: Path, **changes: Any) -> TrainingSpe
     )
 
 
-def train_here(folder: Path, model_folder: Path, **changes: Any) -> RunFolder:
+def train_here(folder: Path, model_folder: Path, *, spec: TrainingSpec | None = None, **changes: Any) -> RunFolder:
     """Train a tiny model in this process and return the run's folder."""
     from tasks.training import worker  # Lightning takes seconds to import
 
-    spec = make_spec(folder, model_folder, **changes)
+    spec = spec or make_spec(folder, model_folder, **changes)
     spec.path.mkdir(parents=True, exist_ok=True)
     run = RunFolder(spec.path)
     run.events.write_text("")

@@ -93,6 +93,9 @@ class TrainingConfig(Section):
     num_crop_variants: int = Field(
         0, ge=0, le=64, description="random crops kept per photo; 0: the centre alone, 4 approximates free cropping"
     )
+    is_aspect_bucketed: bool = Field(
+        False, description="train photos in their own shape, at about resolution squared; for SDXL and later"
+    )
     background_loss_weight: float = Field(
         1.0, ge=0, le=1, description="weight of a cut-out photo's transparent parts in the loss; 1: as the rest"
     )

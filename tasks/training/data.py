@@ -23,6 +23,7 @@ from tasks.contract import digest_file
 from tasks.diffusion.base import DiffusionModel
 from tasks.errors import ArtifactCorrupt
 from tasks.training import draws
+from tasks.training.buckets import Size
 from tasks.training.latent_cache import is_whole, note_of, write
 from tasks.training.spec import TrainingImage, TrainingSpec
 
@@ -46,11 +47,6 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.mean)
 
-    @property
-    def num_variants(self) -> int:
-        """Crops and mirrorings per picture."""
-        return self.mean.shape[1]
-
 
 @dataclass(frozen=True)
 class TrainingBatch:
@@ -62,6 +58,8 @@ class TrainingBatch:
     sizes: Tensor
     mask: Tensor
     input_ids: Tensor
+    share: float = 1.0
+    """This batch's part of its rank's samples; below 1 where they are of several sizes."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +93,9 @@ class SampleCounter(IterableDataset[Tensor]):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A picture cut to a square: pixels `(3, H, W)` in [-1, 1], mask `(1, H, W)` in [0, 1], six sizes.
+    """A picture cut to size: pixels `(3, H, W)` in [-1, 1], mask `(1, H, W)` in [0, 1], six sizes.
 
-    The sizes are original height and width, top and left of the crop, and the side twice, in pixels
+    The sizes are original height and width, top and left of the crop, and its height and width, in pixels
     (those of Stable Diffusion XL, arXiv 2307.01952).
     """
 
@@ -106,8 +104,8 @@ class Loaded:
     sizes: list[int]
 
 
-def load_picture(image: TrainingImage, *, resolution: int, variant: Variant = Variant()) -> Loaded:
-    """Scale and crop a picture, its aspect kept.
+def load_picture(image: TrainingImage, *, size: Size, variant: Variant = Variant()) -> Loaded:
+    """Scale a picture until it covers the size, its aspect kept, and crop what is over.
 
     Raises:
         ArtifactCorrupt: the file isn't the one that was inspected.
@@ -120,27 +118,27 @@ def load_picture(image: TrainingImage, *, resolution: int, variant: Variant = Va
         with Image.open(io.BytesIO(check_digest(Path(image.mask_path), image.mask_sha256))) as opened:
             mask = opened.convert("L")
     original = (picture.height, picture.width)
-    factor = resolution / min(original)
-    width, height = (max(resolution, round(side * factor)) for side in picture.size)
+    factor = max(size.width / picture.width, size.height / picture.height)
+    width, height = max(size.width, round(picture.width * factor)), max(size.height, round(picture.height * factor))
     box = mask.point(lambda value: 255 * (value > 127)).getbbox() or (0, 0, *picture.size)
-    left = place_crop(variant.left, width, resolution, focus=(box[0] + box[2]) / 2 / picture.width)
-    top = place_crop(variant.top, height, resolution, focus=(box[1] + box[3]) / 2 / picture.height)
-    crop = (left, top, left + resolution, top + resolution)
+    left = place_crop(variant.left, width, size.width, focus=(box[0] + box[2]) / 2 / picture.width)
+    top = place_crop(variant.top, height, size.height, focus=(box[1] + box[3]) / 2 / picture.height)
+    crop = (left, top, left + size.width, top + size.height)
     picture = picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0).crop(crop)
     mask = mask.resize((width, height), Image.Resampling.BOX).crop(crop)
     pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1.0
     opacity = torch.from_numpy(np.asarray(mask).copy())[None].float() / 255
     if variant.is_mirrored:
-        pixels, opacity, left = pixels.flip(-1), opacity.flip(-1), width - resolution - left
-    return Loaded(pixels, opacity, [*original, top, left, resolution, resolution])
+        pixels, opacity, left = pixels.flip(-1), opacity.flip(-1), width - size.width - left
+    return Loaded(pixels, opacity, [*original, top, left, size.height, size.width])
 
 
-def place_crop(share: float | None, length: int, resolution: int, *, focus: float) -> int:
+def place_crop(share: float | None, length: int, side: int, *, focus: float) -> int:
     """Return where a crop begins: at a share of the free room, or around a point of the picture."""
-    free = length - resolution
+    free = length - side
     if share is not None:
         return round(free * share)
-    return min(free, max(0, round(focus * length - resolution / 2)))
+    return min(free, max(0, round(focus * length - side / 2)))
 
 
 def plan_variants(spec: TrainingSpec, index: int) -> list[Variant]:
@@ -157,12 +155,14 @@ def plan_variants(spec: TrainingSpec, index: int) -> list[Variant]:
     return [Variant(left, top, is_mirrored) for is_mirrored in mirrorings for left, top in places]
 
 
-def load_set(model: DiffusionModel, spec: TrainingSpec, kind: str, variants: list[list[Variant]]) -> ImageSet:
-    """Return one half's posteriors: mapped from disk where they were made before, else encoded and kept."""
-    images = spec.instance_images if kind == "instance" else spec.class_images
-    path = spec.latents_path(kind)
+def load_set(
+    model: DiffusionModel, spec: TrainingSpec, kind: str, size: Size, variants: list[list[Variant]]
+) -> ImageSet:
+    """Return one half's posteriors in a size: mapped from disk where they were made before, else encoded and kept."""
+    images = spec.images_of(kind, size)
+    path = spec.latents_path(kind, size)
     if not is_whole(path):
-        encoded = encode_set(model, images, resolution=spec.diffusion.resolution, variants=variants)
+        encoded = encode_set(model, images, size=size, variants=variants)
         if int(os.environ.get("RANK", "0")) > 0:
             return encoded  # the first rank writes; the others need not wait for it
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,22 +183,21 @@ def check_digest(path: Path, sha256: str) -> bytes:
 
 
 def encode_set(
-    model: DiffusionModel, images: tuple[TrainingImage, ...], *, resolution: int, variants: list[list[Variant]]
+    model: DiffusionModel, images: tuple[TrainingImage, ...], *, size: Size, variants: list[list[Variant]]
 ) -> ImageSet:
     """Return the posteriors of a set of pictures, one list of variants each."""
     jobs = [(image, variant) for image, row in zip(images, variants, strict=True) for variant in row]
     means, stds, masks, sizes = [], [], [], []
-    batch_size = ENCODE_BATCH if resolution <= 512 else 1  # the VAE's own activations are large
+    batch_size = ENCODE_BATCH if size.width * size.height <= 512**2 else 1  # the VAE's own activations are large
     for start in range(0, len(jobs), batch_size):
         loaded = [
-            load_picture(image, resolution=resolution, variant=variant)
-            for image, variant in jobs[start : start + batch_size]
+            load_picture(image, size=size, variant=variant) for image, variant in jobs[start : start + batch_size]
         ]
         posterior = model.encode_images(torch.stack([one.pixels for one in loaded]))
         means.append(posterior.mean.float().cpu().contiguous())
         stds.append(posterior.std.float().cpu().contiguous())
-        side = posterior.mean.shape[-2:]
-        masks.append(F.interpolate(torch.stack([one.mask for one in loaded]), side, mode="area"))
+        grid = posterior.mean.shape[-2:]
+        masks.append(F.interpolate(torch.stack([one.mask for one in loaded]), grid, mode="area"))
         sizes += [one.sizes for one in loaded]
     num = len(images)
     mean, std, mask = torch.cat(means), torch.cat(stds), torch.cat(masks)
@@ -211,29 +210,62 @@ def encode_set(
     )
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """Instance images of one size, by their number among all, and the class images cut to it."""
+
+    indices: list[int]
+    sets: dict[str, ImageSet]
+
+
 class BatchMaker:
-    """Builds the batch that a list of global sample indices stands for."""
+    """Builds the batches that a list of global sample indices stands for."""
 
     def __init__(self, model: DiffusionModel, spec: TrainingSpec) -> None:
         self.spec = spec
         self.noise = model.noise
-        variants = [plan_variants(spec, i) for i in range(len(spec.instance_images))]
-        self.sets = {"instance": load_set(model, spec, "instance", variants)}
-        if spec.training.prior_loss_weight > 0:
-            self.sets["class"] = load_set(model, spec, "class", [[Variant()]] * len(spec.class_images))
+        self.buckets = []
+        for size, indices in spec.sort_into_buckets().items():
+            sets = {"instance": load_set(model, spec, "instance", size, [plan_variants(spec, i) for i in indices])}
+            if spec.training.prior_loss_weight > 0:
+                sets["class"] = load_set(model, spec, "class", size, [[Variant()]] * len(spec.class_images))
+            self.buckets.append(Bucket(indices, sets))
         self.empty_ids = model.tokenize([""])[0]
 
-    def make(self, indices: list[int], device: torch.device) -> TrainingBatch:
-        """Return the batch; the halves have draws of their own."""
-        halves = [self.make_half(kind, indices) for kind in self.sets]
+    def make(self, indices: list[int], device: torch.device) -> list[TrainingBatch]:
+        """Return one batch per size among the samples; the halves have draws of their own.
+
+        A class image is cut to the size of the instance image beside it, so both share one forward.
+        """
+        chosen = self.choose_items("instance", len(self.spec.instance_images), indices)
+        batches = []
+        for bucket in self.buckets:
+            pairs = [(i, bucket.indices.index(item)) for i, item in zip(indices, chosen, strict=True)
+                     if item in bucket.indices]  # fmt: skip
+            if pairs:
+                rows, items = [i for i, _ in pairs], [item for _, item in pairs]
+                batches.append(self.make_batch(bucket, rows, items, share=len(rows) / len(indices), device=device))
+        return batches
+
+    def make_batch(
+        self, bucket: Bucket, indices: list[int], items: list[int], *, share: float, device: torch.device
+    ) -> TrainingBatch:
+        """Return the batch of samples that show instance images of one bucket."""
+        halves = [self.make_half("instance", bucket.sets["instance"], indices, items)]
+        if "class" in bucket.sets:
+            others = bucket.sets["class"]
+            halves.append(self.make_half("class", others, indices, self.choose_items("class", len(others), indices)))
         *columns, input_ids = [torch.cat(column) for column in zip(*halves, strict=True)]
         latents, noise, timesteps, sizes, mask = (send(column, device) for column in columns)
-        return TrainingBatch(latents, noise, timesteps, sizes, mask, input_ids)
+        return TrainingBatch(latents, noise, timesteps, sizes, mask, input_ids, share)
 
-    def make_half(self, kind: str, indices: list[int]) -> tuple[Tensor, ...]:
+    def choose_items(self, kind: str, num: int, indices: list[int]) -> list[int]:
+        """Return which picture each sample shows."""
+        return draws.choose_items(num, seed=self.spec.seed, purpose=f"{kind}/item", indices=indices)
+
+    def make_half(self, kind: str, images: ImageSet, indices: list[int], items: list[int]) -> tuple[Tensor, ...]:
         """Return latents, noise, timesteps, sizes, mask and token ids of one half."""
-        images, seed = self.sets[kind], self.spec.seed
-        items = draws.choose_items(len(images), seed=seed, purpose=f"{kind}/item", indices=indices)
+        seed = self.spec.seed
         variants = self.choose_variants(kind, indices)
         shape = tuple(images.mean.shape[2:])
         posterior = draws.draw_normal(shape, seed=seed, purpose=f"{kind}/posterior", indices=indices)

@@ -15,8 +15,7 @@ PREFIX = "latents"
 
 def fetch_latents(store: Store, spec: TrainingSpec) -> None:
     """Copy latents that an earlier run stored, with their digests; the worker verifies them."""
-    for kind in ("instance", "class"):
-        path = spec.latents_path(kind)
+    for path in spec.latents_paths():
         if is_whole(path):
             continue
         try:
@@ -33,8 +32,7 @@ def fetch_latents(store: Store, spec: TrainingSpec) -> None:
 
 def keep_latents(store: Store, spec: TrainingSpec) -> None:
     """Store what this run encoded, its digest last; a damaged object is replaced."""
-    for kind in ("instance", "class"):
-        path = spec.latents_path(kind)
+    for path in spec.latents_paths():
         if not is_whole(path):
             continue
         name, note = f"{PREFIX}/{path.name}", f"{PREFIX}/{note_of(path).name}"

@@ -12,7 +12,7 @@ from tasks.diffusion.base import Conditioning
 from tasks.diffusion.latent_model import DTYPES, LatentModel
 from tasks.training import draws
 from tasks.training.data import BatchMaker, TrainingBatch, send
-from tasks.training.losses import min_snr_weights, prior_preservation_loss
+from tasks.training.losses import PriorPreservationLoss, min_snr_weights, prior_preservation_loss
 from tasks.training.methods import Trainable, prepare
 from tasks.training.optimizers import has_fused_skip, make_optimizer
 from tasks.training.spec import TrainingSpec, compute_learning_rate_factor
@@ -78,9 +78,20 @@ class DreamBoothModule(pl.LightningModule):
         torch.manual_seed(draws.make_seed(self.spec.seed, "dropout", int(batch[0])))
 
     def training_step(self, indices: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        """Return the loss of the batch that the sample indices stand for."""
+        """Return the loss of the samples that the indices stand for: one forward per size among them."""
+        parts: dict[str, Tensor] = {}
+        for batch in self.batches.make(indices.tolist(), self.device):
+            loss = self.compute_loss(batch)
+            # Lightning divides what it finds under "loss" by the number of accumulated forwards.
+            told = {"loss": loss.total, "total_loss": loss.total.detach(), "instance_loss": loss.instance.detach()}
+            if loss.prior is not None:
+                told["prior_loss"] = loss.prior.detach()
+            parts = {name: parts.get(name, 0.0) + batch.share * value for name, value in told.items()}
+        return parts
+
+    def compute_loss(self, batch: TrainingBatch) -> PriorPreservationLoss:
+        """Return the loss of one batch and its halves."""
         training, noise = self.spec.training, self.model.noise
-        batch = self.batches.make(indices.tolist(), self.device)
         noisy_latents = noise.add_noise(batch.latents, batch.noise, batch.timesteps)
         target = noise.compute_target(batch.latents, batch.noise, batch.timesteps)
         told = self.encode_unique(batch)
@@ -88,18 +99,13 @@ class DreamBoothModule(pl.LightningModule):
         weights = None
         if training.snr_gamma is not None:
             weights = min_snr_weights(noise, batch.timesteps, snr_gamma=training.snr_gamma)
-        loss = prior_preservation_loss(
+        return prior_preservation_loss(
             noise_pred,
             target,
             prior_loss_weight=training.prior_loss_weight,
             weights=weights,
             mask=batch.mask if training.background_loss_weight < 1 else None,
         )
-        # Lightning divides what it finds under "loss" by the number of accumulated forwards.
-        parts = {"loss": loss.total, "total_loss": loss.total.detach(), "instance_loss": loss.instance.detach()}
-        if loss.prior is not None:
-            parts["prior_loss"] = loss.prior.detach()
-        return parts
 
     def fit_dtype(self, latents: Tensor) -> Tensor:
         """Return latents in the format of frozen weights: norms don't mix formats."""

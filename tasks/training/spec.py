@@ -8,9 +8,10 @@ from pydantic import Field
 from tasks.contract import digest
 from tasks.diffusion.config import DiffusionConfig
 from tasks.settings import Section
+from tasks.training.buckets import Size, choose_bucket
 from tasks.training.config import TrainingConfig
 
-LATENTS_VERSION = 2  # of preprocessing and encoding
+LATENTS_VERSION = 3  # of preprocessing and encoding
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on request; run again
 
 
@@ -18,6 +19,8 @@ class TrainingImage(Section):
     """One picture to learn from."""
 
     path: str
+    width: int
+    height: int
     sha256: str
     prompt: str
     mask_path: str = ""
@@ -45,14 +48,37 @@ class TrainingSpec(Section):
         """The run folder."""
         return Path(self.folder)
 
-    def latents_path(self, kind: str) -> Path:
-        """Return the cache file of one half, named by everything that its latents depend on."""
-        images, crops = self.class_images, [0, False, 0]
+    def sort_into_buckets(self) -> dict[Size, list[int]]:
+        """Return which instance images are trained in which size; without buckets all in the one square."""
+        resolution, buckets = self.diffusion.resolution, dict[Size, list[int]]()
+        for index, image in enumerate(self.instance_images):
+            size = Size(resolution, resolution)
+            if self.training.is_aspect_bucketed:
+                size = choose_bucket((image.width, image.height), resolution)
+            buckets.setdefault(size, []).append(index)
+        return dict(sorted(buckets.items()))
+
+    def images_of(self, kind: str, size: Size) -> tuple[TrainingImage, ...]:
+        """Return the instance images of a size, or the class images, which are cut to every size."""
+        if kind == "class":
+            return self.class_images
+        return tuple(self.instance_images[index] for index in self.sort_into_buckets()[size])
+
+    def latents_paths(self) -> list[Path]:
+        """Return the cache files of both halves."""
+        kinds = ("instance", "class") if self.class_images else ("instance",)
+        return [self.latents_path(kind, size) for kind in kinds for size in self.sort_into_buckets()]
+
+    def latents_path(self, kind: str, size: Size) -> Path:
+        """Return the cache file of one half in one size, named by everything that its latents depend on."""
+        images, crops = self.images_of(kind, size), [0, False, 0]
         if kind == "instance":
             training = self.training
             seed = self.seed if training.num_crop_variants else 0
-            images, crops = self.instance_images, [training.num_crop_variants, training.flip_probability > 0, seed]
-        how = [LATENTS_VERSION, self.diffusion.device, self.training.is_tf32, self.diffusion.resolution]
+            crops = [training.num_crop_variants, training.flip_probability > 0, seed]
+            if training.num_crop_variants:  # a crop is a function of its picture's number
+                crops += self.sort_into_buckets()[size]
+        how = [LATENTS_VERSION, self.diffusion.device, self.training.is_tf32, list(size)]
         content = [how, self.base_model_sha256, [[i.sha256, i.mask_sha256] for i in images], crops]
         return Path(self.latent_folder) / f"{digest(content)[:32]}.safetensors"
 

@@ -98,7 +98,13 @@ def compute_training(
 
 def fetch_images(runtime: Runtime, work: Path, rows: list[tuple[Any, Any, str]]) -> Any:
     """Copy images and their masks to local files and put them beside their prompts."""
+    from PIL import Image
+
     from tasks.training.spec import TrainingImage
+
+    def measure(path: str) -> dict[str, int]:
+        with Image.open(path) as opened:
+            return {"width": opened.width, "height": opened.height}
 
     def fetch(ref: Any) -> str:
         fetch_folder(runtime.store, [ref], below=ref.key.split("/")[1], folder=work / "data")
@@ -106,7 +112,8 @@ def fetch_images(runtime: Runtime, work: Path, rows: list[tuple[Any, Any, str]])
 
     return tuple(
         TrainingImage(
-            path=fetch(ref),
+            path=(path := fetch(ref)),
+            **measure(path),
             sha256=ref.sha256,
             prompt=prompt,
             mask_path=fetch(mask) if mask else "",

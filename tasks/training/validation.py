@@ -24,18 +24,17 @@ ALL = 1_000_000_000
 @torch.no_grad()
 def compute_validation_loss(module: DreamBoothModule) -> Tensor:
     """Return the mean error on fixed photos, noise and timesteps: a scalar that depends on weights alone."""
-    model, maker = module.model, module.batches
-    images = maker.sets["instance"]
-    num = min(MAX_PHOTOS, len(images))
-    shape = tuple(images.mean.shape[2:])
+    model = module.model
+    rows = [(index, bucket.sets["instance"], row)
+            for bucket in module.batches.buckets for row, index in enumerate(bucket.indices)]  # fmt: skip
     was_training = [part.training for part in module.trained.values()]
     module.trained.eval()
     losses = []
-    for photo in range(num):  # one by one: memory is full of training
-        rows = slice(photo, photo + 1)
-        told = model.encode_prompts(images.input_ids[rows])
-        eps = draws.draw_normal(shape, seed=0, purpose="validation", indices=[photo]).to(module.device)
-        latents, sizes = images.mean[rows, 0].to(module.device), images.sizes[rows, 0].to(module.device)
+    for index, images, row in sorted(rows, key=lambda told: told[0])[:MAX_PHOTOS]:  # one by one: memory is full
+        told = model.encode_prompts(images.input_ids[row : row + 1])
+        shape = tuple(images.mean.shape[2:])
+        eps = draws.draw_normal(shape, seed=0, purpose="validation", indices=[index]).to(module.device)
+        latents, sizes = images.mean[row, :1].to(module.device), images.sizes[row, :1].to(module.device)
         for share in NOISE_SHARES:
             timesteps = model.noise.choose_timesteps(torch.tensor([share], dtype=torch.float64)).to(module.device)
             noisy = model.noise.add_noise(latents, eps, timesteps)

@@ -28,7 +28,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tasks.contract import digest_file, digest_folder
+from tasks.contract import digest_folder
 from tasks.diffusion.base import MINI_FOLDER, open_model
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.latent_model import DTYPES, LatentModel
@@ -38,6 +38,7 @@ from tasks.training.losses import prior_preservation_loss
 from tasks.training.module import DreamBoothModule
 from tasks.training.spec import TrainingImage, TrainingSpec
 from tasks.training.supervisor import run_worker
+from tests.tiny import describe_image
 
 INSTANCE_PROMPT, CLASS_PROMPT = "a photo of sks fish", "a photo of a fish"
 
@@ -72,7 +73,7 @@ class Case:
 
         def images(kind: str, prompt: str) -> tuple[TrainingImage, ...]:
             paths = sorted(self.halves[kind].iterdir())
-            return tuple(TrainingImage(path=str(p), sha256=digest_file(p), prompt=prompt) for p in paths)
+            return tuple(describe_image(path, prompt) for path in paths)
 
         return TrainingSpec(
             stage_key="bench", folder=str(folder), latent_folder=str(folder / "latents"), model_folder=str(self.model),
@@ -173,7 +174,7 @@ def profile_step(case: Case, *, num: int = 8) -> tuple[dict[str, float], float]:
     def step(index: int) -> None:
         with torch.autocast(device.type, DTYPES[case.precision], enabled=case.precision != "fp32"):
             rows = list(range(index * case.batch_size, (index + 1) * case.batch_size))
-            batch = timed("drawing the batch", lambda: module.batches.make(rows, device))
+            [batch] = timed("drawing the batch", lambda: module.batches.make(rows, device))
             told = timed("text encoder", lambda: module.encode_unique(batch))
             noise = module.model.noise
             noisy = noise.add_noise(batch.latents, batch.noise, batch.timesteps)

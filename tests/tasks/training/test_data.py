@@ -11,23 +11,24 @@ from tasks.diffusion.base import open_model
 from tasks.errors import ArtifactCorrupt
 from tasks.services.store import LocalStore
 from tasks.training import draws
+from tasks.training.buckets import Size
 from tasks.training.data import BatchMaker, SampleCounter, Variant, load_picture
 from tasks.training.latent_cache import fetch_latents, is_whole, keep_latents
-from tasks.training.spec import TrainingImage
-from tests.tiny import make_spec
+from tests.tiny import describe_image, make_spec
 
 CPU = torch.device("cpu")
+SQUARE = Size(32, 32)
 
 
 def test_cached_latents_equal_uncached_ones(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder, flip_probability=0.5)
     model = open_model(spec.diffusion)
-    batch = BatchMaker(model, spec).make([0, 1], CPU)
+    [batch] = BatchMaker(model, spec).make([0, 1], CPU)
     items = draws.choose_items(3, seed=spec.seed, purpose="instance/item", indices=[0, 1])
     flips = draws.draw_flags(0.5, seed=spec.seed, purpose="instance/flip", indices=[0, 1])
     for row, (item, flip) in enumerate(zip(items, flips, strict=True)):
         image = spec.instance_images[item]
-        pixels = load_picture(image, resolution=32).pixels
+        pixels = load_picture(image, size=SQUARE).pixels
         posterior = model.encode_images((pixels.flip(-1) if flip else pixels)[None])
         noise = draws.draw_normal(
             tuple(posterior.mean.shape[1:]), seed=spec.seed, purpose="instance/posterior", indices=[row]
@@ -39,7 +40,7 @@ def test_cached_latents_equal_uncached_ones(tmp_path: Path, tiny_model_folder: P
 def test_a_batch_is_instances_then_class_images_with_their_own_prompts(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder)
     model = open_model(spec.diffusion)
-    batch = BatchMaker(model, spec).make([0, 1], CPU)
+    [batch] = BatchMaker(model, spec).make([0, 1], CPU)
     expected = model.tokenize(["a photo of sks fish"] * 2 + ["a photo of a fish"] * 2)
     assert torch.equal(batch.input_ids, expected)
     assert batch.latents.shape == batch.noise.shape == (4, 4, 16, 16)
@@ -65,10 +66,8 @@ def test_aspect_is_kept(tmp_path: Path) -> None:
     wide = Image.new("RGB", (96, 32), (255, 0, 0))
     wide.paste((0, 0, 255), (32, 0, 64, 32))
     wide.save(tmp_path / "wide.png")
-    from tasks.contract import digest_file
-
     path = tmp_path / "wide.png"
-    loaded = load_picture(TrainingImage(path=str(path), sha256=digest_file(path), prompt=""), resolution=32)
+    loaded = load_picture(describe_image(path), size=SQUARE)
     pixels = loaded.pixels
     assert loaded.sizes == [32, 96, 0, 32, 32, 32]
     assert torch.equal(pixels[2], torch.ones(32, 32))
@@ -87,12 +86,12 @@ def test_latents_are_encoded_once_for_all_runs(
 ) -> None:
     spec = make_spec(tmp_path / "first", tiny_model_folder)
     model = open_model(spec.diffusion)
-    first = BatchMaker(model, spec).make([0, 1, 2], CPU)
+    [first] = BatchMaker(model, spec).make([0, 1, 2], CPU)
     keep_latents(store, spec)
     again = spec.model_copy(update={"latent_folder": str(tmp_path / "elsewhere"), "seed": spec.seed})
     fetch_latents(store, again)
     monkeypatch.setattr(type(model), "encode_images", None)  # calling it would be an error
-    second = BatchMaker(model, again).make([0, 1, 2], CPU)
+    [second] = BatchMaker(model, again).make([0, 1, 2], CPU)
     assert torch.equal(first.latents, second.latents)
     changed = spec.model_copy(update={"instance_images": spec.instance_images[:2]})
     with pytest.raises(TypeError):
@@ -103,16 +102,16 @@ def test_damaged_latents_of_the_store_are_not_used(tmp_path: Path, tiny_model_fo
     spec = make_spec(tmp_path / "first", tiny_model_folder)
     BatchMaker(open_model(spec.diffusion), spec)
     keep_latents(store, spec)
-    name = spec.latents_path("instance").name
-    store.put_bytes(f"latents/{name}", b"x" * spec.latents_path("instance").stat().st_size)
+    name = spec.latents_path("instance", SQUARE).name
+    store.put_bytes(f"latents/{name}", b"x" * spec.latents_path("instance", SQUARE).stat().st_size)
     again = spec.model_copy(update={"latent_folder": str(tmp_path / "elsewhere")})
     fetch_latents(store, again)
-    assert not is_whole(again.latents_path("instance"))
-    assert is_whole(again.latents_path("class"))
+    assert not is_whole(again.latents_path("instance", SQUARE))
+    assert is_whole(again.latents_path("class", SQUARE))
     BatchMaker(open_model(spec.diffusion), again)
-    assert again.latents_path("instance").read_bytes() == spec.latents_path("instance").read_bytes()
+    assert again.latents_path("instance", SQUARE).read_bytes() == spec.latents_path("instance", SQUARE).read_bytes()
     keep_latents(store, again)
-    assert store.find_bytes(f"latents/{name}") == spec.latents_path("instance").read_bytes()
+    assert store.find_bytes(f"latents/{name}") == spec.latents_path("instance", SQUARE).read_bytes()
 
 
 def test_other_crops_or_photos_are_other_latents(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -121,25 +120,20 @@ def test_other_crops_or_photos_are_other_latents(tmp_path: Path, tiny_model_fold
         spec.model_copy(update={"training": spec.training.model_copy(update=change)})
         for change in ({"num_crop_variants": 2}, {"flip_probability": 0.5}, {"learning_rate": 1.0})
     )
-    paths = [s.latents_path("instance") for s in (spec, crops, flips)]
+    paths = [s.latents_path("instance", SQUARE) for s in (spec, crops, flips)]
     assert len(set(paths)) == 3
-    assert rate.latents_path("instance") == spec.latents_path("instance")
+    assert rate.latents_path("instance", SQUARE) == spec.latents_path("instance", SQUARE)
 
 
 def test_a_crop_lies_around_a_cut_out_subject(tmp_path: Path) -> None:
-    from tasks.contract import digest_file
-
     Image.new("RGB", (96, 32), "red").save(tmp_path / "photo.png")
     mask = Image.new("L", (96, 32), 0)
     mask.paste(255, (70, 8, 90, 24))
     mask.save(tmp_path / "mask.png")
-    image = TrainingImage(
-        path=str(tmp_path / "photo.png"), sha256=digest_file(tmp_path / "photo.png"), prompt="",
-        mask_path=str(tmp_path / "mask.png"), mask_sha256=digest_file(tmp_path / "mask.png"),
-    )  # fmt: skip
-    loaded = load_picture(image, resolution=32)
+    image = describe_image(tmp_path / "photo.png", mask=tmp_path / "mask.png")
+    loaded = load_picture(image, size=SQUARE)
     assert loaded.sizes[2:4] == [0, 64]
     assert loaded.mask.sum() == 20 * 16
-    mirrored = load_picture(image, resolution=32, variant=Variant(is_mirrored=True))
+    mirrored = load_picture(image, size=SQUARE, variant=Variant(is_mirrored=True))
     assert mirrored.sizes[3] == 0
     assert torch.equal(mirrored.mask, loaded.mask.flip(-1))

@@ -38,8 +38,8 @@ def indices_of(spec: TrainingSpec, *, rank: int, world_size: int, num: int) -> l
 def test_d1_cached_latents_stay_with_their_captions(captioned: tuple[TrainingSpec, BatchMaker]) -> None:
     spec, maker = captioned
     indices = list(range(60))
-    batch = maker.make(indices, CPU)
-    images = maker.sets["instance"]
+    [batch] = maker.make(indices, CPU)
+    images = maker.buckets[0].sets["instance"]
     eps = draws.draw_normal(tuple(images.mean.shape[2:]), seed=spec.seed, purpose="instance/posterior", indices=indices)
     for row in range(60):
         item = next(i for i in range(3) if torch.equal(images.input_ids[i], batch.input_ids[row]))
@@ -53,15 +53,15 @@ def test_d2_every_rank_sees_every_image(captioned: tuple[TrainingSpec, BatchMake
     for rank in range(2):
         indices = indices_of(spec, rank=rank, world_size=2, num=9)
         items = draws.choose_items(
-            len(maker.sets["instance"]), seed=spec.seed, purpose="instance/item", indices=indices
+            len(maker.buckets[0].sets["instance"]), seed=spec.seed, purpose="instance/item", indices=indices
         )
         assert set(items) == {0, 1, 2}
 
 
 def test_d3_every_class_image_is_used(captioned: tuple[TrainingSpec, BatchMaker]) -> None:
     spec, maker = captioned
-    num = len(maker.sets["class"])
-    assert num > len(maker.sets["instance"])
+    num = len(maker.buckets[0].sets["class"])
+    assert num > len(maker.buckets[0].sets["instance"])
     items = draws.choose_items(num, seed=spec.seed, purpose="class/item", indices=list(range(num)))
     assert sorted(items) == list(range(num))
 
@@ -95,7 +95,7 @@ def test_d4_d5_every_example_of_both_halves_has_its_own_weight(
 
 def test_d6_ranks_draw_different_noise_and_timesteps(captioned: tuple[TrainingSpec, BatchMaker]) -> None:
     spec, maker = captioned
-    first, second = (maker.make(indices_of(spec, rank=rank, world_size=2, num=4), CPU) for rank in range(2))
+    [first], [second] = (maker.make(indices_of(spec, rank=rank, world_size=2, num=4), CPU) for rank in range(2))
     assert not torch.equal(first.timesteps, second.timesteps)
     for mine in first.noise:
         assert not any(torch.equal(mine, theirs) for theirs in second.noise)
@@ -104,7 +104,7 @@ def test_d6_ranks_draw_different_noise_and_timesteps(captioned: tuple[TrainingSp
 def test_d7_mirroring_and_crops_are_drawn_anew_at_every_step(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder, flip_probability=0.5, num_crop_variants=3)
     maker = BatchMaker(open_model(spec.diffusion), spec)
-    assert maker.sets["instance"].num_variants == 6
+    assert maker.buckets[0].sets["instance"].mean.shape[1] == 6
     indices = list(range(180))
     items = draws.choose_items(3, seed=spec.seed, purpose="instance/item", indices=indices)
     variants = maker.choose_variants("instance", indices).tolist()

@@ -1,0 +1,37 @@
+"""Aspect buckets: sizes of about the same area, so that a photo is trained nearly as it was framed."""
+
+import math
+from typing import NamedTuple
+
+MAX_ASPECT = 2.0
+
+
+class Size(NamedTuple):
+    """Width and height in pixels."""
+
+    width: int
+    height: int
+
+
+def list_buckets(resolution: int) -> list[Size]:
+    """Return sizes with no more pixels than the square of `resolution`, at most twice as long as wide.
+
+    Sides are multiples of 64 px, which every denoiser halves evenly (SDXL, arXiv 2307.01952, appendix I);
+    of 8 px below 512 px, for small models.
+    """
+    step = 64 if resolution >= 512 else 8
+    sizes = {Size(resolution, resolution)}
+    for side in range(step, int(resolution * MAX_ASPECT) + 1, step):
+        other = resolution**2 // side // step * step
+        if other and max(side / other, other / side) <= MAX_ASPECT:
+            sizes |= {Size(side, other), Size(other, side)}
+    return sorted(sizes)
+
+
+def choose_bucket(picture: tuple[int, int], resolution: int) -> Size:
+    """Return the bucket whose shape is nearest to a picture's width and height; of equals, the largest."""
+    aspect = math.log(picture[0] / picture[1])
+    return min(
+        list_buckets(resolution),
+        key=lambda size: (round(abs(math.log(size.width / size.height) - aspect), 9), -size.width * size.height),
+    )

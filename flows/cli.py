@@ -72,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", type=Path, help="PNG file (default: in the run's folder)")
     generate.add_argument("--steps", type=positive_number, help="denoising steps (default: as in evaluation)")
     generate.add_argument("--guidance", type=guidance_number, help="guidance scale (default: as in evaluation)")
+    generate.add_argument("--candidate", type=positive_number, metavar="STEP", help="weights kept of another step")
     generate.set_defaults(action=generate_picture)
 
     estimate = add("estimate", help="predict the memory that training takes, before anything is loaded")
@@ -150,6 +151,7 @@ def generate_picture(options: argparse.Namespace) -> int:
         out=options.out,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,
+        candidate=options.candidate,
     )
     print(f"{path}  seed {seed}")
     return 0

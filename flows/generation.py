@@ -1,12 +1,17 @@
 """Draw single pictures with a run's tuned model."""
 
 import json
+import re
 import secrets
 from pathlib import Path
+from typing import Any
 
 from conf.schema import RunConfig
 from tasks.errors import ConfigError
-from tasks.manifests import Publication
+from tasks.manifests import Publication, TunedModel
+from tasks.services.store import Store
+
+CANDIDATE = re.compile(r"/candidates/step-(\d+)/")
 
 
 def generate(
@@ -17,9 +22,14 @@ def generate(
     out: Path | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    candidate: int | None = None,
 ) -> tuple[Path, int]:
-    """Draw one picture and return its file and seed. Raises ConfigError for an unfinished run."""
-    from tasks.contract import fetch_folder, find_manifest
+    """Draw one picture and return its file and seed, with the published weights or those kept of a step.
+
+    Raises:
+        ConfigError: the run did not finish, or kept no weights of that step.
+
+    """
     from tasks.diffusion.base import SamplingRequest, open_model
     from tasks.services.store import open_store
 
@@ -32,12 +42,7 @@ def generate(
     if summary["status"] != "finished":
         raise ConfigError(f"run {folder.name} did not finish; it has no model")
     store = open_store(config.store)
-    key = summary["stages"]["publishing"]["key"]
-    publication = find_manifest(store, Publication, "publishing", key)
-    if publication is None:
-        raise ConfigError(f"the model of run {folder.name} is gone from the store; run it again")
-    local = Path(config.output_dir) / "work" / "published" / key
-    weights = fetch_folder(store, publication.model, below="model", folder=local)
+    weights = fetch_weights(store, summary, candidate=candidate, work=Path(config.output_dir) / "work")
     seed = secrets.randbelow(2**31) if seed is None else seed
     model = open_model(config.diffusion, folder=weights)
     picture = model.sample(
@@ -52,3 +57,23 @@ def generate(
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}; set --out") from error
     return path, seed
+
+
+def fetch_weights(store: Store, summary: dict[str, Any], *, candidate: int | None, work: Path) -> Path:
+    """Copy the published weights, or a candidate's, to local files."""
+    from tasks.contract import fetch_folder, find_manifest
+
+    name, stage = summary["run_id"], "publishing" if candidate is None else "training"
+    key = summary["stages"][stage]["key"]
+    manifest = find_manifest(store, Publication if candidate is None else TunedModel, stage, key)
+    if manifest is None:
+        raise ConfigError(f"the model of run {name} is gone from the store; run it again")
+    if isinstance(manifest, Publication):
+        return fetch_folder(store, manifest.model, below="model", folder=work / "published" / key)
+    below = f"candidates/step-{candidate:08d}"
+    refs = [ref for ref in manifest.objects if f"/{below}/" in ref.key]
+    if not refs:
+        steps = sorted({int(found[1]) for ref in manifest.objects if (found := CANDIDATE.search(ref.key))})
+        kept = ", ".join(map(str, steps)) or "none; see training.validation.num_kept"
+        raise ConfigError(f"run {name} kept no weights of step {candidate} beside the published ones (kept: {kept})")
+    return fetch_folder(store, refs, below=below, folder=work / "candidates" / key / str(candidate))

@@ -32,7 +32,8 @@ def personalize_subject(request: RunRequest = RunRequest()) -> dict[str, Any]:  
         )
         subject = result_of(prepare_subject(config.subject, config.llm, photos, runtime))
         prior = drawing.result()
-        tuned = result_of(fine_tune(config.training, config.diffusion, config.seed, subject, prior, runtime))
+        encoders = config.evaluation.encoders
+        tuned = result_of(fine_tune(config.training, config.diffusion, config.seed, subject, prior, encoders, runtime))
         evaluation = result_of(evaluate(config.evaluation, config.diffusion, tuned, subject, runtime))
         scores = result_of(score_samples(config.scoring, config.llm, evaluation, subject, runtime))
         upstream = (subject, prior, tuned, evaluation, scores)

@@ -103,7 +103,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     """Compile a request, open its services, and close them whatever happens."""
     from conf.request import allowed_roots
     from tasks.diffusion.base import identify_model
-    from tasks.evaluation.encoder_folders import find_encoders
+    from tasks.encoders.folders import find_encoders
     from tasks.mini.launch import LocalServer
     from tasks.services.llm.client import LlmService
     from tasks.services.llm.ledger import Ledger

@@ -81,10 +81,6 @@ class StageFolder:
         self.refs[key] = ref
         return ref
 
-    def put_json(self, name: str, value: Any) -> ObjectRef:
-        """Store a value as JSON."""
-        return self.put(name, json.dumps(value, indent=1, sort_keys=True).encode())
-
     def keep(self, ref: ObjectRef) -> ObjectRef:
         """Name an object of this folder that an earlier attempt already stored."""
         self.refs[ref.key] = ref

@@ -107,13 +107,11 @@ class DiffusionModel(Protocol):
         """Write a diffusers folder, safetensors only."""
 
 
-def open_model(
-    config: DiffusionConfig, *, folder: Path | None = None, frozen_precision: str = "fp32"
-) -> DiffusionModel:
+def open_model(config: DiffusionConfig, *, folder: Path | None = None, precision: str | None = None) -> DiffusionModel:
     """Load the configured base model, or the tuned one in a folder: whole, or adapters for the base model.
 
-    `frozen_precision` is the number format of the weights, all but the VAE's: half of it halves the
-    memory of weights that aren't trained.
+    `precision` is the number format of the weights, all but the VAE's: half of it halves their
+    memory. None: as they are computed with, which is all that drawing needs.
     """
     import torch
 
@@ -121,7 +119,7 @@ def open_model(
     family = importlib.import_module(FAMILIES[config.family])
     is_whole = folder is not None and (folder / "model_index.json").is_file()
     model: DiffusionModel = family.load(
-        folder if is_whole else find_folder(config), config, dtype=dtypes[frozen_precision]
+        folder if is_whole else find_folder(config), config, dtype=dtypes[precision or config.precision]
     )
     if folder is not None:
         model.apply_adapters(folder)

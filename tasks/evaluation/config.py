@@ -2,16 +2,8 @@
 
 from pydantic import Field
 
+from tasks.encoders.config import EncoderConfig
 from tasks.settings import Section
-
-
-class EncoderConfig(Section):
-    """The image encoders that measure; a local folder or a hub repository at a revision."""
-
-    clip: str = Field(description="CLIP model: CLIP-I and CLIP-T")
-    clip_revision: str | None = Field(None, description="pinned commit of the CLIP model")
-    dino: str = Field(description="self-supervised ViT: DINO")
-    dino_revision: str | None = Field(None, description="pinned commit of the DINO model")
 
 
 class EvaluationConfig(Section):

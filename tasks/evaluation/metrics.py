@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from tasks.evaluation.encoders import Encoders
+from tasks.encoders.descriptors import Encoders
 from tasks.manifests import CeilingMetrics, DriftMetrics, Side, SubjectMetrics
 
 

@@ -6,8 +6,8 @@ from prefect import task
 
 from tasks.contract import StageFolder, fetch_folder, read_verified
 from tasks.diffusion.config import DiffusionConfig
+from tasks.encoders.folders import identify_encoders
 from tasks.evaluation.config import EvaluationConfig
-from tasks.evaluation.encoder_folders import identify_encoders
 from tasks.manifests import Evaluation, Side, SubjectSet, TunedModel
 from tasks.prefect_states import finished
 from tasks.runtime import Runtime
@@ -78,7 +78,7 @@ def measure_samples(
 ) -> Any:
     """Encode photos and samples and compare them."""
     from tasks.diffusion.base import choose_device
-    from tasks.evaluation.encoders import Encoders
+    from tasks.encoders.descriptors import Encoders
     from tasks.evaluation.metrics import describe, measure_all
     from tasks.images import decode_png
 

@@ -12,11 +12,12 @@ import pytorch_lightning as pl
 import torch
 
 from tasks.errors import TrainingFailed
-from tasks.training.checkpoints import TrainingState, collect_state, save_checkpoint
+from tasks.training.candidates import is_candidate, keep_candidate
+from tasks.training.checkpoints import TrainingState, collect_state, copy_to_cpu, save_checkpoint
 from tasks.training.module import DreamBoothModule
+from tasks.training.similarity import SimilarityMeter
 from tasks.training.spec import RunFolder, TrainingSpec
-from tasks.training.validation import compute_validation_loss, draw_grid, has_settled, keep_best
-from tasks.wording import write_subject_prompt
+from tasks.training.validation import compute_validation_loss, draw_samples, has_settled, join_grid
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ class StepKeeper(pl.Callback):
         self.scaler = state.scaler if state else {}
         self.pending: list[dict[str, Any]] = []
         self.micro: list[dict[str, torch.Tensor]] = []
-        self.validations: dict[int, torch.Tensor] = {}
+        self.validations: dict[int, dict[str, torch.Tensor]] = {}
+        self.meter: SimilarityMeter | None = None
         self.num_skipped = count_skipped(self.losses)
         self.was_stopped = False
         self.saved_step = -1
@@ -70,11 +72,11 @@ class StepKeeper(pl.Callback):
         is_validated = bool(validation.every_steps) and module.step % validation.every_steps == 0
         if is_validated:
             with trainer.precision_plugin.forward_context(), module.averaged():
-                self.validations[module.step] = compute_validation_loss(module)
+                self.validations[module.step] = self.validate(module)
         if is_last or is_validated or module.step % config.log_every_steps == 0:
             self.flush(trainer)
         if is_validated and trainer.is_global_zero and validation.keep == "best":
-            keep_best(self.run, module, self.losses, identity=self.identity)
+            self.keep_candidate(module)
         if is_validated and validation.is_early_stopping:
             has_settled_here = has_settled(self.losses, validation)
             if trainer.strategy.reduce_boolean_decision(has_settled_here, all=False):
@@ -87,6 +89,21 @@ class StepKeeper(pl.Callback):
         if is_stop and not is_last:
             self.was_stopped = True
             trainer.should_stop = True
+
+    def validate(self, module: DreamBoothModule) -> dict[str, torch.Tensor]:
+        """Return what the weights as they are reach, by name in the loss log."""
+        found = {"validation_loss": compute_validation_loss(module)}
+        if self.spec.training.validation.metric == "similarity":
+            self.meter = self.meter or SimilarityMeter(self.spec, module.device)
+            found["validation_similarity"] = self.meter.measure(module)
+        return found
+
+    def keep_candidate(self, module: DreamBoothModule) -> None:
+        """Save what is trained if it is among the best yet."""
+        if is_candidate(self.losses, self.spec.training.validation):
+            values = module.average or dict(module.named_trained())
+            weights = {name: copy_to_cpu(value) for name, value in values.items()}
+            keep_candidate(self.run, self.spec, weights, self.losses, identity=self.identity)
 
     def is_asked_to_stop(self, trainer: pl.Trainer, module: DreamBoothModule) -> bool:
         """Whether the stop file is there; several ranks agree at log lines, since to agree they wait."""
@@ -123,7 +140,7 @@ class StepKeeper(pl.Callback):
         for row, values in zip(self.pending, rows.tolist(), strict=True):
             plain = {"step": row["step"], **dict(zip(names, values, strict=True))}
             if row["step"] in self.validations:
-                plain["validation_loss"] = self.validations.pop(row["step"]).item()
+                plain |= {name: value.item() for name, value in self.validations.pop(row["step"]).items()}
             numbers.append(plain)
         return numbers
 
@@ -137,7 +154,7 @@ class StepKeeper(pl.Callback):
         step, config = int(plain["step"]), self.spec.training
         if plain["grad_norm"] == 0.0 and not self.losses and config.caption_dropout == 0:
             raise TrainingFailed("the first step changed nothing: no gradient reaches what is trained")
-        is_whole = all(math.isfinite(value) for name, value in plain.items() if name != "validation_loss")
+        is_whole = all(math.isfinite(value) for name, value in plain.items() if "validation" not in name)
         self.num_skipped = 0 if is_whole else self.num_skipped + 1
         # In fp16 the scaler begins too high on purpose and finds its place by leaving steps out.
         limit = max(config.max_skipped_steps, 20 if config.precision == "fp16" else 0)
@@ -156,9 +173,7 @@ class StepKeeper(pl.Callback):
         """Draw a grid between two steps; training goes on from the same weights."""
         if trainer.is_global_zero:
             self.run.samples.mkdir(exist_ok=True)
-            words = {"identifier_token": self.spec.identifier_token, "class_noun": self.spec.class_noun}
-            prompts = [write_subject_prompt(p, **words) for p in self.spec.training.validation.sample_prompts]
-            draw_grid(module, prompts).save(self.run.samples / f"step-{module.step:08d}.png")
+            join_grid(draw_samples(module)).save(self.run.samples / f"step-{module.step:08d}.png")
             tell(self.run, {"event": "samples", "step": module.step})
         trainer.strategy.barrier()
 
@@ -205,8 +220,7 @@ def count_skipped(losses: list[str]) -> int:
     num = 0
     for line in reversed(losses):
         row = json.loads(line)
-        row.pop("validation_loss", None)
-        if None not in row.values():
+        if all(value is not None for name, value in row.items() if "validation" not in name):
             break
         num += 1
     return num

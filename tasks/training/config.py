@@ -36,9 +36,11 @@ class ValidationSettings(Section):
     """A loss without chance in it: fixed photos, noise and timesteps."""
 
     every_steps: int = Field(0, ge=0, description="steps between validations; 0: none")
-    keep: Literal["last", "best"] = Field(
-        "last", description="which weights are published: best validation loss, or last"
+    keep: Literal["last", "best"] = Field("last", description="which weights are published: the last, or the best")
+    metric: Literal["loss", "similarity"] = Field(
+        "loss", description="what is best: validation loss, or DINO x CLIP-T of samples, which costs drawing them"
     )
+    num_kept: int = Field(1, ge=1, le=20, description="best weights kept with the tuned model, the published included")
     is_early_stopping: bool = Field(
         False, description="stop where the loss has settled (DVAR, arXiv 2302.04841); changes the number of steps"
     )

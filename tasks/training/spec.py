@@ -7,6 +7,7 @@ from pydantic import Field
 
 from tasks.contract import digest
 from tasks.diffusion.config import DiffusionConfig
+from tasks.encoders.config import EncoderConfig
 from tasks.settings import Section
 from tasks.training.buckets import Size, choose_bucket
 from tasks.training.config import TrainingConfig
@@ -40,6 +41,7 @@ class TrainingSpec(Section):
     class_noun: str
     diffusion: DiffusionConfig
     training: TrainingConfig
+    encoders: EncoderConfig | None = Field(None, description="needed where the best weights are the most similar")
     instance_images: tuple[TrainingImage, ...]
     class_images: tuple[TrainingImage, ...]
 
@@ -114,6 +116,7 @@ class RunFolder:
         self.result = folder / "result.json"
         self.model = folder / "model"
         self.best = folder / "best"
+        self.candidates = folder / "candidates"
         self.samples = folder / "samples"
         self.log = folder / "worker.log"
 

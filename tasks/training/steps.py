@@ -8,6 +8,8 @@ from prefect import task
 
 from tasks.contract import StageFolder, fetch_folder, find_manifest
 from tasks.diffusion.config import DiffusionConfig
+from tasks.encoders.config import EncoderConfig
+from tasks.encoders.folders import identify_encoders
 from tasks.manifests import ClassImageSet, SubjectSet, TunedModel
 from tasks.prefect_states import finished
 from tasks.runtime import Runtime
@@ -23,6 +25,7 @@ def fine_tune(
     seed: int,
     subject: SubjectSet,
     prior: ClassImageSet,
+    encoders: EncoderConfig,
     runtime: Runtime,
 ) -> Any:
     """Fine-tune, going on from a checkpoint where an earlier attempt left one.
@@ -31,14 +34,15 @@ def fine_tune(
     """
     config = count_devices(config)
     resolution = diffusion.model_dump(mode="json", include={"family", "resolution"})
+    measuring = [] if config.validation.metric == "loss" else [encoders.model_dump(), identify_encoders(encoders)]
     prior_key = prior.stage_key if config.prior_loss_weight > 0 else ""
     manifest = runtime.run_stage(
         TunedModel,
         "training",
         version=STAGE_VERSION,
-        settings=[config.result_fields(), resolution, seed],
+        settings=[config.result_fields(), resolution, seed, *measuring],
         inputs=[prior.base_model.sha256, subject.stage_key, prior_key],
-        compute=lambda folder: compute_training(folder, config, diffusion, seed, subject, prior, runtime),
+        compute=lambda folder: compute_training(folder, config, diffusion, seed, subject, prior, encoders, runtime),
     )
     return finished(manifest, runtime)
 
@@ -59,6 +63,7 @@ def compute_training(
     seed: int,
     subject: SubjectSet,
     prior: ClassImageSet,
+    encoders: EncoderConfig,
     runtime: Runtime,
 ) -> TunedModel:
     """Run the worker to its end and move its result into the store, one run at a time."""
@@ -83,6 +88,7 @@ def compute_training(
             class_noun=subject.class_noun,
             diffusion=diffusion,
             training=config,
+            encoders=encoders,
             instance_images=fetch_images(runtime, work, [(i.image, i.mask, i.instance_prompt) for i in subject.images]),
             class_images=fetch_images(runtime, work, [(i.image, None, prior.class_prompt) for i in prior.images])
             if config.prior_loss_weight > 0
@@ -151,6 +157,8 @@ def store_result(
     run, micro = RunFolder(spec.path), result["micro_batch_size"]
     model = tuple(folder.put_file(f"model/{name}", run.model / name) for name in result["files"])
     folder.put_file("losses.jsonl", run.losses)
+    for path in sorted(path for path in run.candidates.rglob("*") if path.is_file()):
+        folder.put_file(path.relative_to(run.folder).as_posix(), path)
     for path in sorted(run.samples.glob("*.png")):
         folder.put_file(f"samples/{path.name}", path)
     return folder.finish(

@@ -1,7 +1,6 @@
-"""A loss without chance in it, the choice of weights by it, and when it has settled."""
+"""A loss without chance in it, when it has settled, and samples of the weights as they are."""
 
 import json
-import shutil
 from statistics import pvariance
 
 import torch
@@ -10,15 +9,13 @@ from torch import Tensor
 
 from tasks.diffusion.base import SamplingRequest
 from tasks.training import draws
-from tasks.training.checkpoints import TrainingState, copy_to_cpu, list_checkpoints, load_checkpoint, save_checkpoint
 from tasks.training.config import ValidationSettings
 from tasks.training.module import DreamBoothModule
-from tasks.training.spec import RunFolder
+from tasks.wording import write_subject_prompt
 
 MAX_PHOTOS = 8
 NOISE_SHARES = (0.1, 0.35, 0.6, 0.85)
 SAMPLE_SEED, SAMPLE_STEPS, SAMPLE_GUIDANCE, SAMPLES_PER_PROMPT = 7, 20, 3.0, 2
-ALL = 1_000_000_000
 
 
 @torch.no_grad()
@@ -62,48 +59,30 @@ def has_settled(losses: list[str], settings: ValidationSettings) -> bool:
     return total == 0 or pvariance(values[-settings.window :]) / total < settings.threshold
 
 
-def keep_best(run: RunFolder, module: DreamBoothModule, losses: list[str], *, identity: dict[str, str]) -> None:
-    """Save what is trained if its validation loss is the lowest yet."""
-    validations = read_validations(losses)
-    if not validations or validations[-1][0] != json.loads(losses[-1])["step"]:
-        return  # this one isn't finite
-    step, value = validations[-1]
-    if any(other <= value for _, other in validations[:-1]):
-        return
-    values = module.average or dict(module.named_trained())
-    state = TrainingState(step, {name: copy_to_cpu(v) for name, v in values.items()}, {}, {}, [])
-    save_checkpoint(run.best, state, identity=identity, num_kept=ALL)
-    for path in list_checkpoints(run.best):
-        if int(path.name.removeprefix("step-")) < step:
-            shutil.rmtree(path)
-
-
-@torch.no_grad()
-def take_best(run: RunFolder, module: DreamBoothModule, losses: list[str], *, identity: dict[str, str]) -> int:
-    """Put the weights of the lowest validation loss that are kept in place and return their step."""
-    kept = {int(path.name.removeprefix("step-")) for path in list_checkpoints(run.best)}
-    step, _ = min((v for v in read_validations(losses) if v[0] in kept), key=lambda pair: (pair[1], pair[0]))
-    state = load_checkpoint(run.best / f"step-{step:08d}", identity=identity)
-    for name, parameter in module.named_trained():
-        parameter.copy_(state.weights[name])
-    return step
-
-
-def draw_grid(module: DreamBoothModule, prompts: list[str]) -> Image.Image:
+def draw_samples(module: DreamBoothModule) -> list[list[Image.Image]]:
     """Draw a row of samples per prompt with the weights as they are; nothing is loaded again."""
+    spec = module.spec
+    words = {"identifier_token": spec.identifier_token, "class_noun": spec.class_noun}
     was_training = [part.training for part in module.trained.values()]
     module.trained.eval()
     vae_device = module.model.vae.device
     module.model.vae.to(module.device)
-    pictures = []
-    for prompt in prompts:  # one by one: memory is full of training
+    rows = []
+    for template in spec.training.validation.sample_prompts:  # one by one: memory is full of training
+        prompt = write_subject_prompt(template, **words)
         requests = [SamplingRequest(prompt, SAMPLE_SEED + i) for i in range(SAMPLES_PER_PROMPT)]
-        pictures += module.model.sample(requests, num_inference_steps=SAMPLE_STEPS, guidance_scale=SAMPLE_GUIDANCE)
+        rows.append(module.model.sample(requests, num_inference_steps=SAMPLE_STEPS, guidance_scale=SAMPLE_GUIDANCE))
     module.model.vae.to(vae_device)
     for part, mode in zip(module.trained.values(), was_training, strict=True):
         part.train(mode)
-    side = pictures[0].width
-    grid = Image.new("RGB", (side * SAMPLES_PER_PROMPT, side * len(prompts)))
-    for i, picture in enumerate(pictures):
-        grid.paste(picture, (side * (i % SAMPLES_PER_PROMPT), side * (i // SAMPLES_PER_PROMPT)))
+    return rows
+
+
+def join_grid(rows: list[list[Image.Image]]) -> Image.Image:
+    """Return rows of equally large pictures as one."""
+    width, height = rows[0][0].size
+    grid = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            grid.paste(picture, (width * x, height * y))
     return grid

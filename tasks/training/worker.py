@@ -13,7 +13,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -22,17 +22,17 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tasks.contract import digest_file
-from tasks.diffusion.base import choose_device, open_model
-from tasks.diffusion.latent_model import LatentModel
+from tasks.diffusion.base import choose_device
 from tasks.errors import TrainingFailed
 from tasks.training.callbacks import StepKeeper, tell, watch_supervisor
+from tasks.training.candidates import list_candidates, open_base, step_of, write_candidate
 from tasks.training.checkpoints import load_newest, restore_state
 from tasks.training.data import SampleCounter
 from tasks.training.methods import save_learned
 from tasks.training.module import DreamBoothModule
 from tasks.training.optimizers import set_up_kernels
 from tasks.training.spec import STOPPED_EXIT_CODE, RunFolder, TrainingSpec
-from tasks.training.validation import has_settled, read_validations, take_best
+from tasks.training.validation import has_settled
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -107,11 +107,7 @@ def halve_batch(spec: TrainingSpec) -> TrainingSpec:
 def attempt(spec: TrainingSpec, identity: dict[str, str]) -> int:
     """Build everything, resume where a checkpoint is, fit, and write the result."""
     run = RunFolder(spec.path)
-    base = spec.diffusion.model_copy(update={"location": spec.model_folder})
-    # All weights are trained from full precision; frozen ones need never be read in it.
-    is_frozen = not spec.training.method.endswith("full")
-    frozen_precision = spec.training.frozen_precision if is_frozen else "fp32"
-    model = cast(LatentModel, open_model(base, frozen_precision=frozen_precision))
+    model = open_base(spec)
     state = load_newest(run.checkpoints, identity=identity)
     start_step = state.step if state else 0
     set_up_kernels(model, spec.training)
@@ -167,15 +163,22 @@ def choose_strategy(spec: TrainingSpec) -> Any:
 
 def write_result(run: RunFolder, module: DreamBoothModule, losses: list[str], *, identity: dict[str, str]) -> None:
     """Save loss log and tuned model, then the manifest that says that they are whole."""
+    spec = module.spec
     run.losses.write_text("".join(line + "\n" for line in losses))
     shutil.rmtree(run.model, ignore_errors=True)
     num_steps = json.loads(losses[-1])["step"]
     published_step = num_steps
-    if module.spec.training.validation.keep == "best" and read_validations(losses):
-        published_step = take_best(run, module, losses, identity=identity)
+    shutil.rmtree(run.candidates, ignore_errors=True)
+    candidates = list_candidates(run, losses, spec.training.validation)
+    if candidates:
+        best, *others = candidates
+        published_step = step_of(best)
+        write_candidate(best, spec, run.model, identity=identity)
+        for path in others:
+            write_candidate(path, spec, run.candidates / path.name, identity=identity)
     else:
         module.take_average()
-    save_learned(module.model, module.spec, module.trainable, run.model)
+        save_learned(module.model, spec, module.trainable, run.model)
     paths = sorted(path for path in run.model.rglob("*") if path.is_file())
     tail = [loss for line in losses[-20:] if (loss := json.loads(line)["loss"]) is not None]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -190,7 +193,7 @@ def write_result(run: RunFolder, module: DreamBoothModule, losses: list[str], *,
         "published_step": published_step,
         "start_step": module.start_step,
         "final_loss": sum(tail) / max(1, len(tail)),
-        "micro_batch_size": module.spec.training.train_batch_size,
+        "micro_batch_size": spec.training.train_batch_size,
         "trainable_parameters": trained,
         "total_parameters": total,
         "peak_memory_bytes": int(peak),

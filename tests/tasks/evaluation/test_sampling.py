@@ -4,7 +4,8 @@ from pathlib import Path
 
 from tasks.contract import StageFolder
 from tasks.diffusion.base import DiffusionModel, open_model
-from tasks.evaluation.config import EncoderConfig, EvaluationConfig
+from tasks.encoders.config import EncoderConfig
+from tasks.evaluation.config import EvaluationConfig
 from tasks.evaluation.sampling import draw_samples, plan_samples
 from tasks.manifests import Side
 from tasks.services.store import LocalStore

@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from tasks.diffusion.base import SamplingRequest, open_model
+from tasks.encoders.config import EncoderConfig
+from tasks.encoders.descriptors import Encoders
 from tasks.training import callbacks
 from tasks.training.config import ValidationSettings
 from tasks.training.validation import has_settled, read_validations
-from tests.tiny import read_unet, train_here
+from tests.tiny import make_spec, read_unet, train_here
 
 
 def test_validating_and_sampling_leave_training_as_it_is(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -44,6 +48,45 @@ def test_the_best_weights_are_published(
     assert (result["published_step"], result["num_steps"]) == (4, 8)
     short = train_here(tmp_path / "short", tiny_model_folder, max_train_steps=4)
     assert all(torch.equal(tensor, read_unet(short)[name]) for name, tensor in read_unet(run).items())
+
+
+def test_the_best_few_are_kept_and_written_as_the_published_one_is(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = iter((0.9, 0.4, 0.6, 0.5))
+    monkeypatch.setattr(callbacks, "compute_validation_loss", lambda module: torch.tensor(next(measured)))
+    validation = {"every_steps": 2, "keep": "best", "num_kept": 3}
+    run = train_here(tmp_path / "best", tiny_model_folder, method="lora", validation=validation)
+    assert json.loads(run.result.read_text())["published_step"] == 4
+    assert [path.name for path in sorted(run.candidates.iterdir())] == ["step-00000006", "step-00000008"]
+    last = train_here(tmp_path / "last", tiny_model_folder, method="lora")
+    name = "pytorch_lora_weights.safetensors"
+    kept, plain = load_file(run.candidates / "step-00000008" / name), load_file(last.model / name)
+    assert all(torch.equal(tensor, kept[key]) for key, tensor in plain.items())
+
+
+def test_similarity_is_that_of_samples_drawn_of_the_weights(tmp_path: Path, tiny_model_folder: Path) -> None:
+    prompts = ("a photo of {subject}", "{subject} in the snow")
+    encoders = EncoderConfig(clip="mini", dino="mini")
+    validation = {"every_steps": 4, "keep": "best", "metric": "similarity", "sample_prompts": prompts}
+    spec = make_spec(tmp_path, tiny_model_folder, validation=validation).model_copy(update={"encoders": encoders})
+    run = train_here(tmp_path, tiny_model_folder, spec=spec)
+    logged = {row["step"]: row["validation_similarity"] for row in map(json.loads, run.losses.read_text().splitlines())
+              if "validation_similarity" in row}  # fmt: skip
+    best = json.loads(run.result.read_text())["published_step"]
+    assert logged[best] == max(logged.values())
+    # The same, from the published weights and by other code.
+    model = open_model(spec.diffusion, folder=run.model)
+    told = [("a photo of sks fish", "a photo of a fish"), ("sks fish in the snow", "a fish in the snow")]
+    measure = Encoders(encoders, torch.device("cpu"))
+    photos = measure.encode_dino([Image.open(image.path).convert("RGB") for image in spec.instance_images])
+    dino, clip_t = [], []
+    for prompt, plain in told:
+        requests = [SamplingRequest(prompt, seed) for seed in (7, 8)]
+        pictures = model.sample(requests, num_inference_steps=20, guidance_scale=3.0)
+        dino += [float(row @ photo) for row in measure.encode_dino(pictures) for photo in photos]
+        clip_t += [float(row @ measure.encode_texts([plain])[0]) for row in measure.encode_clip(pictures)]
+    assert logged[best] == pytest.approx(sum(dino) / len(dino) * sum(clip_t) / len(clip_t), abs=1e-4)
 
 
 def test_training_stops_where_the_loss_has_settled(tmp_path: Path, tiny_model_folder: Path) -> None:

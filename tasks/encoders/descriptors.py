@@ -9,8 +9,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
-from tasks.evaluation.config import EncoderConfig
-from tasks.evaluation.encoder_folders import find_encoders
+from tasks.encoders.config import EncoderConfig
+from tasks.encoders.folders import find_encoders
 
 BATCH_SIZE = 32
 

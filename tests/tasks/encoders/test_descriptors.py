@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from tasks.diffusion.base import MINI_FOLDER
+from tasks.encoders.config import EncoderConfig
+from tasks.encoders.descriptors import Encoders
+from tasks.encoders.folders import find_encoders
 from tasks.errors import ConfigError
-from tasks.evaluation.config import EncoderConfig
-from tasks.evaluation.encoder_folders import find_encoders
-from tasks.evaluation.encoders import Encoders
 from tests.tiny import draw_photo
 
 CPU = torch.device("cpu")

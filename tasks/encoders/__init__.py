@@ -1,0 +1,1 @@
+"""Encoders that measure: CLIP and DINO."""

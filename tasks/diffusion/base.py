@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
+    from tasks.diffusion.latent_model import LatentModel
     from tasks.diffusion.noise import NoiseProcess
 
 MINI_FOLDER = Path(__file__).resolve().parent.parent / "mini" / "weights"
 FAMILIES = {
-    "stable_diffusion": "tasks.diffusion.stable_diffusion",
-    "stable_diffusion_xl": "tasks.diffusion.stable_diffusion_xl",
-    "stable_diffusion_3": "tasks.diffusion.stable_diffusion_3",
-    "flux": "tasks.diffusion.flux",
+    "stable_diffusion": "tasks.diffusion.stable_diffusion:StableDiffusion",
+    "stable_diffusion_xl": "tasks.diffusion.stable_diffusion_xl:StableDiffusionXl",
+    "stable_diffusion_3": "tasks.diffusion.stable_diffusion_3:StableDiffusion3",
+    "flux": "tasks.diffusion.flux:Flux",
 }
 # Anything else in a repository could be code, a pickle, or gigabytes of another precision.
 WANTED = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
@@ -116,14 +117,19 @@ def open_model(config: DiffusionConfig, *, folder: Path | None = None, precision
     import torch
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    family = importlib.import_module(FAMILIES[config.family])
     is_whole = folder is not None and (folder / "model_index.json").is_file()
-    model: DiffusionModel = family.load(
-        folder if is_whole else find_folder(config), config, dtype=dtypes[precision or config.precision]
-    )
+    source = folder if folder is not None and is_whole else find_folder(config)
+    model: DiffusionModel = find_family(config.family).load(source, config, dtype=dtypes[precision or config.precision])
     if folder is not None:
         model.apply_adapters(folder)
     return model
+
+
+def find_family(name: str) -> "type[LatentModel]":
+    """Return a family's adapter."""
+    module, class_name = FAMILIES[name].split(":")
+    family: type[LatentModel] = getattr(importlib.import_module(module), class_name)
+    return family
 
 
 def find_folder(config: DiffusionConfig, *, wanted: tuple[str, ...] = WANTED) -> Path:

@@ -1,6 +1,5 @@
 """Flux.1: rectified flow in a transformer over packed latents, with guidance distilled into it."""
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -8,9 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from tasks.diffusion.base import Conditioning
-from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.latent_model import LatentModel
-from tasks.diffusion.loading import load_parts, load_scheduler
 from tasks.diffusion.noise import RectifiedFlow
 from tasks.diffusion.stable_diffusion import CLIP_LORA_TARGETS
 
@@ -18,18 +15,13 @@ T5_LENGTH = 512
 TRAINING_GUIDANCE = 1.0  # photos are the plain distribution, not the one that guidance sharpens
 
 
-def load(folder: Path, config: DiffusionConfig, *, dtype: torch.dtype = torch.float32) -> "Flux":
-    """Load a diffusers folder. Raises ConfigError for an incomplete one."""
-    names = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "transformer", "vae")
-    noise = RectifiedFlow(load_scheduler(folder, FlowMatchEulerDiscreteScheduler))
-    return Flux(load_parts(folder, names, dtype=dtype), noise, config)
-
-
 class Flux(LatentModel):
     """A loaded model on its device."""
 
     pipeline_class = "FluxPipeline"
     denoiser_name = "transformer"
+    denoiser_class = "FluxTransformer2DModel"
+    noise_class = RectifiedFlow
     text_encoder_names = ("text_encoder", "text_encoder_2")
     max_lengths: ClassVar = {"text_encoder_2": T5_LENGTH}
     lora_targets: ClassVar = {

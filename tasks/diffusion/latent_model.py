@@ -5,7 +5,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import diffusers
 import torch
@@ -22,7 +22,8 @@ from tasks.diffusion.learned_tokens import (
     placeholders,
     write_prompt,
 )
-from tasks.diffusion.noise import NoiseProcess
+from tasks.diffusion.loading import load_parts, load_scheduler
+from tasks.diffusion.noise import GaussianDiffusion, NoiseProcess, RectifiedFlow
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,7 +34,14 @@ class LatentModel(ABC):
 
     pipeline_class: ClassVar[str]
     denoiser_name: ClassVar[str]
+    denoiser_class: ClassVar[str]
+    noise_class: ClassVar[type[GaussianDiffusion] | type[RectifiedFlow]]
     text_encoder_names: ClassVar[tuple[str, ...]]
+    is_any_encoder_optional: ClassVar[bool] = False
+    unused_parts: ClassVar[tuple[str, ...]] = ("feature_extractor", "image_encoder")
+    """Parts that the pipeline's index names and nothing here reads."""
+    has_resting_layers: ClassVar[bool] = True
+    """Whether layers get no gradient, as the last of a text encoder whose states are read before it."""
     max_lengths: ClassVar[dict[str, int]] = {}
     """Token limits of tokenizers that name none that suits the family."""
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]
@@ -53,6 +61,25 @@ class LatentModel(ABC):
             if isinstance(part, nn.Module):
                 part.to(self.device).eval().requires_grad_(False)
 
+    @classmethod
+    def load(cls, folder: Path, config: DiffusionConfig, *, dtype: torch.dtype = torch.float32) -> Self:
+        """Load a diffusers folder. Raises ConfigError for an incomplete one."""
+        texts = tuple(part for name in cls.text_encoder_names for part in (name, tokenizer_of(name)))
+        wanted = (cls.denoiser_name, "vae", *(() if cls.is_any_encoder_optional else texts))
+        parts = load_parts(folder, wanted, optional=texts, denoiser_class=cls.denoiser_class, dtype=dtype)
+        return cls(parts, cls.load_noise(folder), config)
+
+    @classmethod
+    def load_noise(cls, folder: Path) -> GaussianDiffusion | RectifiedFlow:
+        """Return the noise process on the model's own schedule."""
+        return cls.noise_class(load_scheduler(folder, cls.noise_class.scheduler_class))
+
+    @classmethod
+    def index_names(cls) -> list[str]:
+        """Return the parts that the family's `model_index.json` names."""
+        encoders = cls.text_encoder_names
+        return ["scheduler", "vae", cls.denoiser_name, *encoders, *map(tokenizer_of, encoders), *cls.unused_parts]
+
     @property
     def vae(self) -> Any:
         """The autoencoder; always frozen."""
@@ -71,7 +98,7 @@ class LatentModel(ABC):
     @property
     def tokenizers(self) -> dict[str, Any]:
         """The tokenizer of every text encoder that is there."""
-        return {name: self.parts[name.replace("text_encoder", "tokenizer")] for name in self.text_encoders}
+        return {name: self.parts[tokenizer_of(name)] for name in self.text_encoders}
 
     def trainable_modules(self, *, is_text_encoder_trained: bool) -> dict[str, nn.Module]:
         """Return the denoiser and, where asked for, the CLIP text encoders; T5 is never trained."""
@@ -176,7 +203,7 @@ class LatentModel(ABC):
     def make_pipeline(self) -> Any:
         """Return a pipeline over the loaded parts; nothing is read again."""
         pipeline_class = getattr(diffusers, self.pipeline_class)
-        names = [name for name in index_names(self) if name != "scheduler"]
+        names = [name for name in self.index_names() if name != "scheduler"]
         pipeline = pipeline_class(scheduler=self.make_sampler(), **{name: self.parts.get(name) for name in names})
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -193,7 +220,7 @@ class LatentModel(ABC):
         """Write a folder that the family's pipeline reads."""
         # The pipeline class could write this too, but importing it takes seconds of every start.
         index: dict[str, Any] = {"_class_name": self.pipeline_class, "_diffusers_version": diffusers.__version__}
-        index |= {name: [None, None] for name in index_names(self)}
+        index |= {name: [None, None] for name in self.index_names()}
         for name, part in {**self.parts, "scheduler": self.saved_scheduler()}.items():
             part.save_pretrained(folder / name)
             library = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"
@@ -214,26 +241,6 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-PIPELINE_PARTS = {
-    "StableDiffusionPipeline": (
-        "feature_extractor", "image_encoder", "safety_checker", "scheduler",
-        "text_encoder", "tokenizer", "unet", "vae",
-    ),
-    "StableDiffusionXLPipeline": (
-        "feature_extractor", "image_encoder", "scheduler",
-        "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae",
-    ),
-    "StableDiffusion3Pipeline": (
-        "feature_extractor", "image_encoder", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3",
-        "tokenizer", "tokenizer_2", "tokenizer_3", "transformer", "vae",
-    ),
-    "FluxPipeline": (
-        "feature_extractor", "image_encoder", "scheduler",
-        "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae",
-    ),
-}  # fmt: skip
-
-
-def index_names(model: LatentModel) -> tuple[str, ...]:
-    """Return the parts that a family's `model_index.json` names."""
-    return PIPELINE_PARTS[model.pipeline_class]
+def tokenizer_of(text_encoder_name: str) -> str:
+    """Return the name of a text encoder's tokenizer."""
+    return text_encoder_name.replace("text_encoder", "tokenizer")

@@ -10,19 +10,24 @@ import transformers
 
 from tasks.errors import ConfigError
 
-# Classes that a model_index.json may name; anything else would be code from the repository.
+# Classes that a model_index.json may name, beside the family's denoiser; anything else would be foreign code.
 KNOWN: dict[str, tuple[str, ...]] = {
     "transformers": (
         "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel",
         "CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast",
     ),
-    "diffusers": ("AutoencoderKL", "UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"),
+    "diffusers": ("AutoencoderKL",),
 }  # fmt: skip
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 def load_parts(
-    folder: Path, names: tuple[str, ...], *, optional: tuple[str, ...] = (), dtype: torch.dtype = torch.float32
+    folder: Path,
+    names: tuple[str, ...],
+    *,
+    denoiser_class: str,
+    optional: tuple[str, ...] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Return the named parts, the VAE in full precision; optional ones that the folder leaves out are missing.
 
@@ -30,22 +35,31 @@ def load_parts(
         ConfigError: a part is missing, is a pickle, or would need code from the repository.
 
     """
-    index = json.loads((folder / "model_index.json").read_text())
     scripts = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
     if scripts:
         raise ConfigError(f"{folder} brings code of its own ({scripts[0]}), which is never run; remove it")
-    parts = {}
-    for name in (*names, *optional):
+    classes = find_classes(folder, (*names, *optional), denoiser_class=denoiser_class)
+    missing = [name for name in names if name not in classes]
+    if missing:
+        raise ConfigError(f"{folder} has no {missing[0]}")
+    return {
+        name: load_part(folder / name, part_class, dtype=torch.float32 if name == "vae" else dtype)
+        for name, part_class in classes.items()
+    }
+
+
+def find_classes(folder: Path, names: tuple[str, ...], *, denoiser_class: str) -> dict[str, Any]:
+    """Return the classes of the named parts that the folder has. Raises ConfigError for foreign ones."""
+    index = json.loads((folder / "model_index.json").read_text())
+    classes = {}
+    for name in names:
         library, class_name = index.get(name) or ("", None)
         if class_name is None:
-            if name in names:
-                raise ConfigError(f"{folder} has no {name}")
             continue
-        if class_name not in KNOWN.get(library, ()):
+        if class_name not in KNOWN.get(library, ()) and (library, class_name) != ("diffusers", denoiser_class):
             raise ConfigError(f"{folder}: {name} is a {library}.{class_name}, which this family doesn't load")
-        part_class = getattr(transformers if library == "transformers" else diffusers, class_name)
-        parts[name] = load_part(folder / name, part_class, dtype=torch.float32 if name == "vae" else dtype)
-    return parts
+        classes[name] = getattr(transformers if library == "transformers" else diffusers, class_name)
+    return classes
 
 
 def load_part(folder: Path, part_class: Any, *, dtype: torch.dtype) -> Any:

@@ -4,7 +4,7 @@ Two processes: Gaussian diffusion (Stable Diffusion 1.x, 2.x, XL) and rectified 
 Timesteps come from one uniform draw per sample, so that they are a function of the sample alone.
 """
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -34,6 +34,8 @@ class NoiseProcess(Protocol):
 
 class GaussianDiffusion:
     """The schedule of Stable Diffusion 1.x, 2.x and XL: noise or velocity is predicted."""
+
+    scheduler_class: ClassVar = DDPMScheduler
 
     def __init__(self, scheduler: DDPMScheduler) -> None:
         self.scheduler = scheduler
@@ -77,6 +79,8 @@ class RectifiedFlow:
 
     Draws follow the logit-normal density of Stable Diffusion 3 (arXiv 2403.03206, section 3.1).
     """
+
+    scheduler_class: ClassVar = FlowMatchEulerDiscreteScheduler
 
     def __init__(self, scheduler: FlowMatchEulerDiscreteScheduler) -> None:
         self.scheduler = scheduler

@@ -1,18 +1,15 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet, noise or velocity prediction."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
 from tasks.diffusion.base import Conditioning, SamplingRequest
-from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.latent_model import DTYPES, LatentModel
-from tasks.diffusion.loading import load_parts, load_scheduler
 from tasks.diffusion.noise import GaussianDiffusion
 
 SAMPLERS = {
@@ -24,18 +21,16 @@ UNET_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 CLIP_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def load(folder: Path, config: DiffusionConfig, *, dtype: torch.dtype = torch.float32) -> "StableDiffusion":
-    """Load a diffusers folder. Raises ConfigError for an incomplete one."""
-    parts = load_parts(folder, ("tokenizer", "text_encoder", "unet", "vae"), dtype=dtype)
-    return StableDiffusion(parts, GaussianDiffusion(load_scheduler(folder, DDPMScheduler)), config)
-
-
 class StableDiffusion(LatentModel):
     """A loaded model on its device."""
 
     pipeline_class = "StableDiffusionPipeline"
     denoiser_name = "unet"
+    denoiser_class = "UNet2DConditionModel"
+    noise_class = GaussianDiffusion
     text_encoder_names = ("text_encoder",)
+    unused_parts = ("feature_extractor", "image_encoder", "safety_checker")
+    has_resting_layers = False
     lora_targets: ClassVar = {"unet": UNET_LORA_TARGETS, "text_encoder": CLIP_LORA_TARGETS}
     noise: GaussianDiffusion
 

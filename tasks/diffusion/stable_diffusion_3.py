@@ -1,6 +1,5 @@
 """Stable Diffusion 3 and 3.5 (arXiv 2403.03206): rectified flow, MMDiT, up to three text encoders."""
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -9,9 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from tasks.diffusion.base import Conditioning
-from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.latent_model import LatentModel
-from tasks.diffusion.loading import load_parts, load_scheduler
 from tasks.diffusion.noise import RectifiedFlow
 from tasks.diffusion.stable_diffusion import CLIP_LORA_TARGETS
 
@@ -19,20 +16,15 @@ CLIP_LENGTH = 77
 T5_LENGTH = 256
 
 
-def load(folder: Path, config: DiffusionConfig, *, dtype: torch.dtype = torch.float32) -> "StableDiffusion3":
-    """Load a diffusers folder; any text encoder may be missing. Raises ConfigError."""
-    encoders = [f"{kind}{end}" for end in ("", "_2", "_3") for kind in ("tokenizer", "text_encoder")]
-    parts = load_parts(folder, ("transformer", "vae"), optional=tuple(encoders), dtype=dtype)
-    noise = RectifiedFlow(load_scheduler(folder, FlowMatchEulerDiscreteScheduler))
-    return StableDiffusion3(parts, noise, config)
-
-
 class StableDiffusion3(LatentModel):
     """A loaded model on its device."""
 
     pipeline_class = "StableDiffusion3Pipeline"
     denoiser_name = "transformer"
+    denoiser_class = "SD3Transformer2DModel"
+    noise_class = RectifiedFlow
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    is_any_encoder_optional = True
     max_lengths: ClassVar = {"text_encoder_3": T5_LENGTH}
     lora_targets: ClassVar = {
         "transformer": ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),

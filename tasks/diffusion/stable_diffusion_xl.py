@@ -1,25 +1,15 @@
 """Stable Diffusion XL (arXiv 2307.01952): two CLIP text encoders, sizes as a condition, a larger UNet."""
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
 from tasks.diffusion.base import Conditioning
-from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.latent_model import LatentModel
-from tasks.diffusion.loading import load_parts, load_scheduler
 from tasks.diffusion.noise import GaussianDiffusion
 from tasks.diffusion.stable_diffusion import CLIP_LORA_TARGETS, SAMPLERS, UNET_LORA_TARGETS
-
-
-def load(folder: Path, config: DiffusionConfig, *, dtype: torch.dtype = torch.float32) -> "StableDiffusionXl":
-    """Load a diffusers folder. Raises ConfigError for an incomplete one."""
-    names = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae")
-    parts = load_parts(folder, names, dtype=dtype)
-    return StableDiffusionXl(parts, GaussianDiffusion(load_scheduler(folder, DDPMScheduler)), config)
 
 
 class StableDiffusionXl(LatentModel):
@@ -27,6 +17,8 @@ class StableDiffusionXl(LatentModel):
 
     pipeline_class = "StableDiffusionXLPipeline"
     denoiser_name = "unet"
+    denoiser_class = "UNet2DConditionModel"
+    noise_class = GaussianDiffusion
     text_encoder_names = ("text_encoder", "text_encoder_2")
     lora_targets: ClassVar = {
         "unet": UNET_LORA_TARGETS,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tasks.contract import digest_file
 from tasks.diffusion.base import MINI_FOLDER, SamplingRequest
 from tasks.diffusion.config import DiffusionConfig
-from tasks.diffusion.stable_diffusion import StableDiffusion, load
+from tasks.diffusion.stable_diffusion import StableDiffusion
 from tasks.mini import models
 from tasks.mini.dataset import HELD_OUT_SEED, label_of, scene_of
 from tasks.mini.export import CLASSIFIER_FILE
@@ -55,7 +55,7 @@ def check_digests(folder: Path) -> None:
 
 def load_base() -> StableDiffusion:
     """Return the shipped base model."""
-    return load(MINI_FOLDER / "base", DiffusionConfig(location="mini", resolution=64))
+    return StableDiffusion.load(MINI_FOLDER / "base", DiffusionConfig(location="mini", resolution=64))
 
 
 def load_classifier() -> models.SceneClassifier:

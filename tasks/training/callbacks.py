@@ -13,7 +13,7 @@ import torch
 
 from tasks.errors import TrainingFailed
 from tasks.training.candidates import is_candidate, keep_candidate
-from tasks.training.checkpoints import TrainingState, collect_state, copy_to_cpu, save_checkpoint
+from tasks.training.checkpoints import TrainingState, collect_state, copy_all, save_checkpoint
 from tasks.training.module import DreamBoothModule
 from tasks.training.similarity import SimilarityMeter
 from tasks.training.spec import RunFolder, TrainingSpec
@@ -75,8 +75,8 @@ class StepKeeper(pl.Callback):
                 self.validations[module.step] = self.validate(module)
         if is_last or is_validated or module.step % config.log_every_steps == 0:
             self.flush(trainer)
-        if is_validated and trainer.is_global_zero and validation.keep == "best":
-            self.keep_candidate(module)
+        if is_validated and validation.keep == "best":
+            self.keep_candidate(trainer, module)
         if is_validated and validation.is_early_stopping:
             has_settled_here = has_settled(self.losses, validation)
             if trainer.strategy.reduce_boolean_decision(has_settled_here, all=False):
@@ -98,11 +98,14 @@ class StepKeeper(pl.Callback):
             found["validation_similarity"] = self.meter.measure(module)
         return found
 
-    def keep_candidate(self, module: DreamBoothModule) -> None:
-        """Save what is trained if it is among the best yet."""
-        if is_candidate(self.losses, self.spec.training.validation):
-            values = module.average or dict(module.named_trained())
-            weights = {name: copy_to_cpu(value) for name, value in values.items()}
+    def keep_candidate(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
+        """Save what is trained if it is among the best yet; ranks agree, since they may have to gather it."""
+        is_good = is_candidate(self.losses, self.spec.training.validation)
+        if not trainer.strategy.reduce_boolean_decision(is_good, all=False):
+            return
+        if trainer.is_global_zero or module.is_sharded:
+            weights = copy_all(module.average or dict(module.named_trained()), is_kept=trainer.is_global_zero)
+        if trainer.is_global_zero:
             keep_candidate(self.run, self.spec, weights, self.losses, identity=self.identity)
 
     def is_asked_to_stop(self, trainer: pl.Trainer, module: DreamBoothModule) -> bool:
@@ -171,9 +174,10 @@ class StepKeeper(pl.Callback):
 
     def draw_samples(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
         """Draw a grid between two steps; training goes on from the same weights."""
+        rows = draw_samples(module) if trainer.is_global_zero or module.is_sharded else []
         if trainer.is_global_zero:
             self.run.samples.mkdir(exist_ok=True)
-            join_grid(draw_samples(module)).save(self.run.samples / f"step-{module.step:08d}.png")
+            join_grid(rows).save(self.run.samples / f"step-{module.step:08d}.png")
             tell(self.run, {"event": "samples", "step": module.step})
         trainer.strategy.barrier()
 
@@ -183,7 +187,7 @@ class StepKeeper(pl.Callback):
         if self.saved_step == module.step:
             return
         self.saved_step = module.step
-        if trainer.is_global_zero:
+        if trainer.is_global_zero or module.is_sharded:
             state = collect_state(
                 dict(module.named_trained()),
                 module.optimizer,
@@ -191,7 +195,9 @@ class StepKeeper(pl.Callback):
                 averages=module.average,
                 losses=self.losses,
                 scaler=trainer.precision_plugin.state_dict(),
+                is_writer=trainer.is_global_zero,
             )
+        if trainer.is_global_zero:
             save_checkpoint(
                 self.run.checkpoints,
                 state,

@@ -57,8 +57,9 @@ def write_candidate(path: Path, spec: TrainingSpec, folder: Path, *, identity: d
 
 @torch.no_grad()
 def write_weights(weights: dict[str, Tensor], spec: TrainingSpec, folder: Path) -> None:
-    """Write trained weights as a model is published, through a fresh base model."""
-    model = open_base(spec)
+    """Write trained weights as a model is published, through a fresh base model; the devices are full."""
+    on_cpu = spec.model_copy(update={"diffusion": spec.diffusion.model_copy(update={"device": "cpu"})})
+    model = open_base(on_cpu)
     trainable = prepare(model, spec)
     for name, parameter in trainable.named_parameters():
         parameter.copy_(weights[name])

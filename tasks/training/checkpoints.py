@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tasks.contract import digest, digest_file
 from tasks.errors import TrainingFailed
+from tasks.training.sharding import gather, spread
 
 log = logging.getLogger(__name__)
 
@@ -149,14 +150,18 @@ def collect_state(
     averages: Mapping[str, Tensor],
     losses: list[str],
     scaler: dict[str, float],
+    is_writer: bool = True,
 ) -> TrainingState:
-    """Copy weights, averages and optimizer moments to the CPU, by parameter name."""
-    weights, moments = {}, {}
+    """Copy weights, averages and optimizer moments to the CPU, by parameter name.
+
+    Where they lie in slices every rank has to take part, but only the writer keeps what it gets.
+    """
+    weights = copy_all(parameters, is_kept=is_writer)
+    moments: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        weights[name] = copy_to_cpu(parameter)
-        for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{name}|{key}"] = copy_to_cpu(torch.as_tensor(value))
-    kept = {name: copy_to_cpu(value) for name, value in averages.items()}
+        state = {f"{name}|{key}": torch.as_tensor(value) for key, value in optimizer.state.get(parameter, {}).items()}
+        moments |= copy_all(state, is_kept=is_writer)
+    kept = copy_all(averages, is_kept=is_writer)
     groups = [
         {key: value for key, value in group.items() if isinstance(value, int | float)}
         for group in optimizer.param_groups
@@ -164,9 +169,14 @@ def collect_state(
     return TrainingState(step, weights, moments, kept, list(losses), groups, scaler)
 
 
-def copy_to_cpu(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy on the CPU."""
-    return tensor.detach().cpu().contiguous().clone()
+def copy_all(tensors: Mapping[str, Tensor], *, is_kept: bool = True) -> dict[str, Tensor]:
+    """Return whole, contiguous copies on the CPU, gathered from all ranks where they lie in slices."""
+    copies = {}
+    for name, tensor in tensors.items():
+        whole = gather(tensor.detach())
+        if is_kept:
+            copies[name] = whole.cpu().contiguous().clone()
+    return copies
 
 
 @torch.no_grad()
@@ -181,10 +191,10 @@ def restore_state(
     for group, numbers in zip(optimizer.param_groups, state.groups, strict=True):
         group.update(numbers)
     for name, parameter in parameters.items():
-        parameter.copy_(state.weights[name])
+        parameter.copy_(spread(state.weights[name], like=parameter))
         moments = per_parameter.get(name, {})
         if moments:
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+            optimizer.state[parameter] = {key: spread(value, like=parameter) for key, value in moments.items()}
 
 
 def sync(path: Path) -> None:

@@ -121,6 +121,9 @@ class TrainingConfig(Section):
     num_checkpoints_kept: int = Field(2, ge=2, description="valid checkpoints kept while training")
     log_every_steps: int = Field(10, ge=1, description="steps between log lines")
     num_devices: int = Field(1, ge=0, le=64, description="processes on a machine, one per device; 0: all its GPUs")
+    is_sharded: bool = Field(
+        False, description="spread what is trained over all devices (FSDP), for models that don't fit on one"
+    )
     num_nodes: int = Field(1, ge=1, le=1024, description="machines; above 1 they share output_dir")
     rendezvous: str = Field("", description="HOST:PORT of the first machine, where there are several")
     num_threads: int = Field(0, ge=0, description="CPU threads per process; 0: all cores")
@@ -139,6 +142,19 @@ class TrainingConfig(Section):
         """Refuse several machines without a place to meet."""
         if self.num_nodes > 1 and ":" not in self.rendezvous:
             raise ValueError("num_nodes is above 1: set training.rendezvous to HOST:PORT of the first machine")
+        return self
+
+    @model_validator(mode="after")
+    def check_sharding(self) -> "TrainingConfig":
+        """Refuse what sharded training doesn't do."""
+        if not self.is_sharded:
+            return self
+        if self.method.startswith("token"):
+            raise ValueError("is_sharded doesn't learn tokens; set training/method=full or lora")
+        if self.optimizer != "adamw" or self.precision == "fp16":
+            raise ValueError("is_sharded needs optimizer=adamw and precision fp32 or bf16")
+        if self.is_aspect_bucketed and self.train_batch_size > 1:
+            raise ValueError("is_sharded with is_aspect_bucketed needs train_batch_size=1: ranks run in step")
         return self
 
     @model_validator(mode="after")

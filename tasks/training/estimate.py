@@ -4,39 +4,24 @@ Weights, gradients, optimizer moments and averages are counted exactly; activati
 forward would keep for the backward, found by running one without numbers.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from tasks.diffusion.base import Conditioning
+from tasks.diffusion.base import Conditioning, find_family
 from tasks.diffusion.config import DiffusionConfig
-from tasks.diffusion.flux import Flux
 from tasks.diffusion.latent_model import DTYPES, LatentModel
-from tasks.diffusion.loading import KNOWN, load_scheduler
-from tasks.diffusion.noise import GaussianDiffusion, NoiseProcess, RectifiedFlow
-from tasks.diffusion.stable_diffusion import StableDiffusion
-from tasks.diffusion.stable_diffusion_3 import StableDiffusion3
-from tasks.diffusion.stable_diffusion_xl import StableDiffusionXl
-from tasks.errors import ConfigError
+from tasks.diffusion.loading import find_classes
 from tasks.training.config import TrainingConfig
 
 META = torch.device("meta")
-FAMILIES: dict[str, type[LatentModel]] = {
-    "stable_diffusion": StableDiffusion,
-    "stable_diffusion_xl": StableDiffusionXl,
-    "stable_diffusion_3": StableDiffusion3,
-    "flux": Flux,
-}
 # What the allocator and the kernels' workspaces take besides, as a share of all else and in bytes.
 OVERHEAD_SHARE, OVERHEAD_BYTES = 0.05, 600 * 2**20
 
@@ -68,19 +53,22 @@ def estimate_memory(folder: Path, diffusion: DiffusionConfig, training: Training
     ids = {id(p) for p in trained}
     total = weights = 0
     frozen_size = DTYPES[training.frozen_precision].itemsize
+    shards = max(1, training.world_size) if training.is_sharded else 1
     for name, part in model.parts.items():
-        for parameter in part.parameters() if isinstance(part, nn.Module) else ():
+        parameters = list(part.parameters()) if isinstance(part, nn.Module) else []
+        num_shards = shards if any(id(parameter) in ids for parameter in parameters) else 1
+        for parameter in parameters:
             total += parameter.numel()
             if name != "vae":  # it leaves the device once the latents are cached
-                weights += parameter.numel() * (4 if id(parameter) in ids else frozen_size)
-    if training.precision != "fp32":
+                weights += parameter.numel() * (4 if id(parameter) in ids else frozen_size) // num_shards
+    if training.precision != "fp32" and shards == 1:
         weights += trainable * 2  # autocast keeps a copy of the weights in half precision
-    moment_size = 2 if training.optimizer == "adamw8bit" else 8
+    moment_size = {"adamw8bit": 2, "prodigy": 16}.get(training.optimizer, 8)
     return MemoryEstimate(
         weights=weights,
-        gradients=trainable * 4,
-        moments=trainable * (moment_size if training.optimizer != "prodigy" else 16),
-        averages=trainable * 4 if training.ema_decay else 0,
+        gradients=trainable * 4 // shards,
+        moments=trainable * moment_size // shards,
+        averages=trainable * 4 // shards if training.ema_decay else 0,
         activations=count_activations(model, training),
         trainable_parameters=trainable,
         total_parameters=total,
@@ -89,28 +77,17 @@ def estimate_memory(folder: Path, diffusion: DiffusionConfig, training: Training
 
 def build_empty(folder: Path, config: DiffusionConfig) -> LatentModel:
     """Return the family's model with shapes and without numbers."""
-    index = json.loads((folder / "model_index.json").read_text())
-    family = FAMILIES[config.family]
+    family = find_family(config.family)
+    names = (*family.text_encoder_names, family.denoiser_name, "vae")
     parts: dict[str, Any] = {}
-    for name in (*family.text_encoder_names, family.denoiser_name, "vae"):
-        library, class_name = index.get(name) or ("", None)
-        if class_name is None:
-            continue
-        if class_name not in KNOWN.get(library, ()):
-            raise ConfigError(f"{folder}: {name} is a {library}.{class_name}, which this family doesn't load")
-        part_class = getattr(transformers if library == "transformers" else diffusers, class_name)
+    for name, part_class in find_classes(folder, names, denoiser_class=family.denoiser_class).items():
         with META:
-            if library == "transformers":
+            if issubclass(part_class, transformers.PreTrainedModel):
                 parts[name] = part_class(part_class.config_class.from_pretrained(folder / name))
             else:
                 parts[name] = part_class.from_config(part_class.load_config(folder / name))
-    has_flow = config.family in ("stable_diffusion_3", "flux")
-    noise: NoiseProcess = (
-        RectifiedFlow(load_scheduler(folder, FlowMatchEulerDiscreteScheduler))
-        if has_flow
-        else GaussianDiffusion(load_scheduler(folder, DDPMScheduler))
-    )
-    model: LatentModel = EMPTY[config.family](parts, noise, config, META)
+    empty: Any = type(f"Empty{family.__name__}", (WithoutTokenizers, family), {})
+    model: LatentModel = empty(parts, family.load_noise(folder), config, META)
     return model
 
 
@@ -222,8 +199,3 @@ class WithoutTokenizers:
     def max_length(self, name: str) -> int:
         """Return the family's limit, or the encoder's own."""
         return self.max_lengths.get(name) or int(self.parts[name].config.max_position_embeddings)
-
-
-EMPTY: dict[str, Any] = {
-    name: type(f"Empty{family.__name__}", (WithoutTokenizers, family), {}) for name, family in FAMILIES.items()
-}

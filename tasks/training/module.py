@@ -15,6 +15,7 @@ from tasks.training.data import BatchMaker, TrainingBatch, send
 from tasks.training.losses import PriorPreservationLoss, min_snr_weights, prior_preservation_loss
 from tasks.training.methods import Trainable, prepare
 from tasks.training.optimizers import has_fused_skip, make_optimizer
+from tasks.training.sharding import gather, shard
 from tasks.training.spec import TrainingSpec, compute_learning_rate_factor
 
 
@@ -29,6 +30,9 @@ class DreamBoothModule(pl.LightningModule):
         self.trainable: Trainable = prepare(model, spec)
         self.batches = BatchMaker(model, spec)  # after the token, which prompts are spelled with
         model.vae.cpu()  # its work is done
+        self.is_sharded = spec.training.is_sharded and spec.training.world_size > 1
+        if self.is_sharded:
+            shard(self.trainable, model.device)
         self.trained = self.trainable.modules
         if spec.training.is_gradient_checkpointed:
             checkpoint_gradients(model)
@@ -51,6 +55,9 @@ class DreamBoothModule(pl.LightningModule):
     def step(self) -> int:
         """Optimizer steps since the very beginning, over all resumed runs."""
         return self.start_step + int(self.trainer.global_step)
+
+    def configure_model(self) -> None:
+        """Leave the model as it is: where Lightning asks for shards, they are there."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer, whose moments a checkpoint may already have restored."""
@@ -131,7 +138,7 @@ class DreamBoothModule(pl.LightningModule):
             # Lightning leaves this to fused kernels, which would clip gradients that are still scaled.
             scaler.unscale_(self.optimizer)
         parameters = [parameter for _, parameter in self.named_trained()]
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.spec.training.max_grad_norm)
+        self.grad_norm = gather(torch.nn.utils.clip_grad_norm_(parameters, self.spec.training.max_grad_norm))
         self.is_skipped = ~torch.isfinite(self.grad_norm)
         if not has_fused_skip(self.optimizer):
             if bool(self.is_skipped):

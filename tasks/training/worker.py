@@ -17,20 +17,21 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
 from tasks.contract import digest_file
-from tasks.diffusion.base import choose_device
+from tasks.diffusion.base import choose_device, find_family
 from tasks.errors import TrainingFailed
 from tasks.training.callbacks import StepKeeper, tell, watch_supervisor
-from tasks.training.candidates import list_candidates, open_base, step_of, write_candidate
-from tasks.training.checkpoints import load_newest, restore_state
+from tasks.training.candidates import list_candidates, open_base, step_of, write_candidate, write_weights
+from tasks.training.checkpoints import copy_all, load_newest, restore_state
 from tasks.training.data import SampleCounter
 from tasks.training.methods import save_learned
 from tasks.training.module import DreamBoothModule
 from tasks.training.optimizers import set_up_kernels
+from tasks.training.sharding import join_processes, spread
 from tasks.training.spec import STOPPED_EXIT_CODE, RunFolder, TrainingSpec
 from tasks.training.validation import has_settled
 
@@ -108,13 +109,17 @@ def attempt(spec: TrainingSpec, identity: dict[str, str]) -> int:
     """Build everything, resume where a checkpoint is, fit, and write the result."""
     run = RunFolder(spec.path)
     model = open_base(spec)
+    if spec.training.is_sharded and spec.training.world_size > 1:
+        join_processes(model.device)
     state = load_newest(run.checkpoints, identity=identity)
     start_step = state.step if state else 0
     set_up_kernels(model, spec.training)
     module = DreamBoothModule(model, spec, start_step=start_step)
     if state is not None:
         restore_state(dict(module.named_trained()), module.optimizer, state)
-        module.average.update(state.averages)
+        for name, parameter in module.named_trained():
+            if name in state.averages:
+                module.average[name] = spread(state.averages[name], like=parameter)
     keeper = StepKeeper(spec, run, identity=identity, state=state)
     has_stopped_early = spec.training.validation.is_early_stopping and has_settled(
         keeper.losses, spec.training.validation
@@ -124,8 +129,12 @@ def attempt(spec: TrainingSpec, identity: dict[str, str]) -> int:
         if keeper.was_stopped:
             tell(run, {"event": "stopped", "step": module.step})
             return STOPPED_EXIT_CODE
-    if int(os.environ.get("RANK", "0")) == 0:
-        write_result(run, module, keeper.losses, identity=identity)
+    rank = int(os.environ.get("RANK", "0"))
+    weights = None
+    if module.is_sharded:  # all ranks have to take part
+        weights = copy_all(module.average or dict(module.named_trained()), is_kept=rank == 0)
+    if rank == 0:
+        write_result(run, module, keeper.losses, weights=weights, identity=identity)
     return 0
 
 
@@ -156,13 +165,24 @@ def choose_strategy(spec: TrainingSpec) -> Any:
     """Return how several devices share the work."""
     if spec.training.world_size == 1:
         return "auto"
-    # Families with several text encoders read states before the last layer, whose weights then rest.
-    has_resting = spec.diffusion.family != "stable_diffusion"
+    if spec.training.is_sharded:
+        return ModelParallelStrategy(data_parallel_size=spec.training.world_size, tensor_parallel_size=1)
+    has_resting = find_family(spec.diffusion.family).has_resting_layers
     return DDPStrategy(find_unused_parameters=has_resting, gradient_as_bucket_view=True)
 
 
-def write_result(run: RunFolder, module: DreamBoothModule, losses: list[str], *, identity: dict[str, str]) -> None:
-    """Save loss log and tuned model, then the manifest that says that they are whole."""
+def write_result(
+    run: RunFolder,
+    module: DreamBoothModule,
+    losses: list[str],
+    *,
+    weights: dict[str, torch.Tensor] | None,
+    identity: dict[str, str],
+) -> None:
+    """Save loss log and tuned model, then the manifest that says that they are whole.
+
+    `weights` are the last ones where the module itself has only its slices of them.
+    """
     spec = module.spec
     run.losses.write_text("".join(line + "\n" for line in losses))
     shutil.rmtree(run.model, ignore_errors=True)
@@ -176,6 +196,8 @@ def write_result(run: RunFolder, module: DreamBoothModule, losses: list[str], *,
         write_candidate(best, spec, run.model, identity=identity)
         for path in others:
             write_candidate(path, spec, run.candidates / path.name, identity=identity)
+    elif weights is not None:
+        write_weights(weights, spec, run.model)
     else:
         module.take_average()
         save_learned(module.model, spec, module.trainable, run.model)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tasks.errors import TrainingFailed
 from tasks.training import supervisor
+from tasks.training.config import ValidationSettings
 from tasks.training.spec import RunFolder, TrainingSpec
 from tasks.training.supervisor import run_worker
 from tests.tiny import make_spec
@@ -84,6 +85,32 @@ def test_two_ranks_of_which_one_failed_end_bit_equal(
     assert not RunFolder(again.path).result.exists()
     monkeypatch.delenv("LIKENESS_TEST_FAULT")
     run = train(again)
+    assert json.loads(run.result.read_text())["start_step"] == 3
+    assert run.losses.read_text() == whole.losses.read_text()
+    assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(whole).items())
+
+
+def test_sharded_ranks_do_the_same_and_resume_bit_equal(
+    tmp_path: Path, two_ranks: tuple[TrainingSpec, RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, plain = two_ranks
+    validation = {"every_steps": 4, "keep": "best", "sample_every_steps": 4}
+    changes = {"is_sharded": True, "validation": ValidationSettings(**validation)}
+    sharded = spec.model_copy(update={"training": spec.training.model_copy(update=changes)})
+    whole = train(sharded.model_copy(update={"folder": str(tmp_path / "whole")}))
+    for row, other in zip(losses(plain), losses(whole), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    for name, tensor in weights(plain).items():
+        torch.testing.assert_close(tensor, weights(whole)[name], rtol=2e-3, atol=2e-4)
+    assert (whole.samples / "step-00000004.png").is_file()
+
+    cut = sharded.model_copy(update={"folder": str(tmp_path / "cut")})
+    monkeypatch.setattr(supervisor, "WORKER_MODULE", "tests.tasks.training.faulty_worker")
+    monkeypatch.setenv("LIKENESS_TEST_FAULT", "forward:5:1")
+    with pytest.raises(TrainingFailed):
+        run_worker(cut, on_event=lambda event: None)
+    monkeypatch.delenv("LIKENESS_TEST_FAULT")
+    run = train(cut)
     assert json.loads(run.result.read_text())["start_step"] == 3
     assert run.losses.read_text() == whole.losses.read_text()
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(whole).items())

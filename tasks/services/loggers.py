@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.services.config import TrackingConfig
 from tasks.services.tracking import NoTracker, Tracker
 
@@ -68,14 +68,19 @@ class WandbLogger(NoTracker):
     def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
         """Open a run in the project that is named as the experiment."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.run = self.wandb.init(
-            project=self.config.experiment,
-            name=name,
-            config={**params, **tags},
-            dir=str(self.folder),
-            mode=self.config.wandb_mode,
-            settings=self.wandb.Settings(silent=True),
-        )
+        try:
+            self.run = self.wandb.init(
+                project=self.config.experiment,
+                name=name,
+                config={**params, **tags},
+                dir=str(self.folder),
+                mode=self.config.wandb_mode,
+                settings=self.wandb.Settings(silent=True),
+            )
+        except (self.wandb.errors.UsageError, self.wandb.errors.AuthenticationError) as error:
+            raise ConfigError(f"W&B refuses: {error}; run `wandb login`, or set tracking.wandb_mode=offline") from error
+        except self.wandb.errors.Error as error:
+            raise ServiceUnavailable(f"W&B does not answer: {error}; tracking.wandb_mode=offline needs none") from error
         return str(self.run.id)
 
     def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:

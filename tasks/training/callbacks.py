@@ -20,6 +20,7 @@ from tasks.training.spec import RunFolder, TrainingSpec
 from tasks.training.validation import compute_validation_loss, draw_samples, has_settled, join_grid
 
 log = logging.getLogger(__name__)
+LOOK_SECONDS = 2.0
 
 
 class StepKeeper(pl.Callback):
@@ -39,6 +40,7 @@ class StepKeeper(pl.Callback):
         self.meter: SimilarityMeter | None = None
         self.num_skipped = count_skipped(self.losses)
         self.was_stopped = False
+        self.steps_between_looks = 1
         self.saved_step = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -109,14 +111,18 @@ class StepKeeper(pl.Callback):
             keep_candidate(self.run, self.spec, weights, self.losses, identity=self.identity)
 
     def is_asked_to_stop(self, trainer: pl.Trainer, module: DreamBoothModule) -> bool:
-        """Whether the stop file is there; several ranks agree at log lines, since to agree they wait."""
-        if trainer.world_size > 1 and module.step % self.spec.training.log_every_steps:
+        """Whether the stop file is there; several ranks look every few seconds, since to agree they wait."""
+        if trainer.world_size > 1 and module.step % self.steps_between_looks:
             return False
         return bool(trainer.strategy.reduce_boolean_decision(self.run.stop.exists(), all=False))
 
     def flush(self, trainer: pl.Trainer) -> None:
         """Bring the pending losses to the host, check them, and log one line per step."""
         now = time.monotonic()
+        if self.pending:
+            seconds = torch.tensor((now - self.ticked) / len(self.pending), device=trainer.strategy.root_device)
+            mean = float(trainer.strategy.reduce(seconds, reduce_op="mean"))  # so that all ranks look at once
+            self.steps_between_looks = max(1, int(LOOK_SECONDS / max(mean, 1e-9)))
         for row in self.gather(trainer):
             self.losses.append(json.dumps(self.check(row)))
         if trainer.is_global_zero and self.pending:

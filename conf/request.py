@@ -81,8 +81,8 @@ class RunRequest(BaseModel):
         description="what is learned: all weights, adapters, a new token, or a token and one of these; "
         "auto: as the base model's preset says",
     )
-    devices: Literal["one", "all", "nodes"] = Field(
-        "one", description="one GPU or the CPU, all GPUs of the machine, or those of several machines"
+    devices: Literal["one", "all", "sharded", "nodes"] = Field(
+        "one", description="one GPU or the CPU, all GPUs of the machine, weights sharded over them, or several machines"
     )
     evaluation: Literal["standard", "thorough"] = Field("standard", description="how much is sampled")
     scoring: Literal["auto", "batch", "sync"] = Field("auto", description="how the judge is called; auto: as llm says")

@@ -87,7 +87,7 @@ class RunRequest(BaseModel):
     evaluation: Literal["standard", "thorough"] = Field("standard", description="how much is sampled")
     scoring: Literal["auto", "batch", "sync"] = Field("auto", description="how the judge is called; auto: as llm says")
     publishing: Literal["auto", "registry", "local"] = Field("auto", description="where the model goes")
-    llm: Literal["local", "openai", "xai", "openrouter", "server"] = Field("local", description="LLM provider")
+    llm: Literal["local", "openai", "xai", "openrouter", "azure", "vllm"] = Field("local", description="LLM provider")
     store: Literal["local", "s3"] = Field("local", description="where objects live")
     tracking: Literal["mlflow", "none"] = Field("mlflow", description="where metrics are tracked")
     seed: int | None = Field(None, ge=0, le=2**31 - 1, description="seed of training draws; empty: the default")

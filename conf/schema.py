@@ -76,17 +76,16 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def check_roles(self) -> "RunConfig":
-        """Refuse roles without a profile, and the mini vision server for the real world."""
-        for role in ("inspector", "captioner", "judge"):
-            name = getattr(self.llm, role)
-            if name not in self.llm.profiles:
-                known = ", ".join(self.llm.profiles) or "none"
-                raise ValueError(f"llm.{role} names profile {name!r}; there are: {known}")
+        """Refuse the mini vision server for the real world, and batches where there are none."""
+        for name in self.llm.used_profiles():
             if self.llm.profiles[name].base_url is None and not self.is_mini:
                 raise ValueError(
-                    f"llm.{role} uses the mini vision server, which knows only the drawn world, "
-                    f"with base model {self.diffusion.location}: set llm=openai (or xai, openrouter, server)"
+                    f"llm profile {name} is the mini vision server, which knows only the drawn world, "
+                    f"with base model {self.diffusion.location}: set llm=openai (or xai, openrouter, azure, vllm)"
                 )
+        judge = self.llm.profile("judge")
+        if self.scoring.executor == "batch" and judge.capabilities.batch == "none":
+            raise ValueError(f"{judge.model} has no batch API that is known here: set scoring=sync")
         return self
 
     @model_validator(mode="after")

@@ -119,7 +119,13 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     write_json(folder / "config.json", config.model_dump(mode="json"))
     write_json(folder / "request.json", request.model_dump(mode="json"))
     server = LocalServer(folder / "vision-server.log")
-    llm = LlmService(config.llm, store=store, ledger=Ledger(folder / "ledger.jsonl"), start_local=server.start)
+    llm = LlmService(
+        config.llm,
+        store=store,
+        ledger=Ledger(folder / "ledger.jsonl"),
+        budget=open_budget(config, output),
+        start_local=server.start,
+    )
     shared = progress_of_run.get()
     runtime = Runtime(
         run_id=run_id,
@@ -142,6 +148,15 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
             runtime.progress.close()
         llm.close()
         server.stop()
+
+
+def open_budget(config: RunConfig, output: Path) -> Any:
+    """Return the cap on what this configuration may cost, whichever runs of it spend it."""
+    from tasks.services.llm.ledger import Budget
+
+    uncapped = config.model_copy(update={"llm": config.llm.model_copy(update={"budget_usd": None})})
+    path = output / "work" / "budgets" / f"{compute_config_digest(uncapped)}.jsonl"
+    return Budget(path, config.llm.budget_usd)
 
 
 def write_failure(folder: Path, run_id: str, error: BaseException) -> None:

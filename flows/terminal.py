@@ -69,15 +69,13 @@ def raise_interrupt(signum: int, frame: FrameType | None) -> None:
 
 def check_early(config: RunConfig) -> None:
     """Refuse photos, folders and keys that can't work before anything is started."""
-    from tasks.errors import ConfigError
+    from tasks.services.llm.transport import read_key
     from tasks.services.store import open_store
     from tasks.subject.intake import check_photos
 
     store = open_store(config.store)
-    for role in ("inspector", "captioner", "judge"):
-        variable = config.llm.profile(role).api_key_variable
-        if variable and not os.environ.get(variable):
-            raise ConfigError(f"{variable} is not set; export it, or use llm=local with the drawn world")
+    for name in config.llm.used_profiles():
+        read_key(config.llm.profiles[name])
     check_photos(config.subject, store)
 
 

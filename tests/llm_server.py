@@ -23,7 +23,7 @@ def completion(content: str | None, **changes: Any) -> dict[str, Any]:
     choice = {"index": 0, "message": message, "finish_reason": changes.pop("finish_reason", "stop")}
     usage = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
     return {
-        "id": "c", "object": "chat.completion", "created": 1, "model": "served-model",
+        "id": "c", "object": "chat.completion", "created": 1, "model": "asked-model-2026-11-01",
         "choices": [choice], "usage": usage, **changes,
     }  # fmt: skip
 
@@ -34,6 +34,7 @@ class ScriptedServer:
     def __init__(self) -> None:
         self.answers: list[Answer | str] = []
         self.counts: Counter[str] = Counter()
+        self.asking = threading.Lock()
         self.bodies: list[dict[str, Any]] = []
         self.desk = BatchDesk(self.answer_row)
         self.url = ""
@@ -83,8 +84,10 @@ def make_handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:
             data = self.rfile.read(int(self.headers["content-length"]))
             server.counts[f"POST {self.path}"] += 1
             if self.path == "/v1/chat/completions":
-                server.bodies.append(json.loads(data))
-                self.reply(*server.next_answer())
+                with server.asking:
+                    server.bodies.append(json.loads(data))
+                    answer = server.next_answer()
+                self.reply(*answer)
             elif self.path == "/v1/files":
                 start = data.index(b'{"body"')
                 end = data.rindex(b"}\n") + 2
@@ -109,9 +112,9 @@ def make_handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:
 
 
 @contextmanager
-def scripted_server() -> Iterator[ScriptedServer]:
+def scripted_server(server: ScriptedServer | None = None) -> Iterator[ScriptedServer]:
     """Serve on a free loopback port."""
-    server = ScriptedServer()
+    server = server or ScriptedServer()
     http = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(server))
     thread = threading.Thread(target=http.serve_forever, daemon=True)
     thread.start()

@@ -9,10 +9,10 @@ from tasks.manifests import Judgement, Sample, Side, SideScores
 from tasks.scoring.config import ScoringConfig
 from tasks.scoring.rubric import SampleJudgement
 from tasks.services.llm.batch import ask_batch
-from tasks.services.llm.client import LlmService
+from tasks.services.llm.client import Answer, LlmService
 from tasks.services.llm.requests import RequestSpec
 
-Answers = dict[str, tuple[SampleJudgement, str]]
+Answers = dict[str, Answer[SampleJudgement]]
 
 
 def ask_judge(
@@ -56,7 +56,7 @@ def ask_each(
     answers: Answers = {}
     failures: dict[str, str] = {}
 
-    def ask(name: str) -> tuple[SampleJudgement, str] | str:
+    def ask(name: str) -> Answer[SampleJudgement] | str:
         try:
             return llm.ask(specs[name], role="judge", reply=SampleJudgement)
         except ReplyInvalid as error:
@@ -79,9 +79,9 @@ def to_judgements(samples: list[Sample], answers: Answers) -> tuple[Judgement, .
             sample=sample.image,
             side=sample.side,
             prompt=sample.prompt,
-            evidence=answers[sample.image.key][0].evidence[:500],
-            concept_preservation=answers[sample.image.key][0].concept_preservation,
-            prompt_following=answers[sample.image.key][0].prompt_following,
+            evidence=answers[sample.image.key].reply.evidence[:500],
+            concept_preservation=answers[sample.image.key].reply.concept_preservation,
+            prompt_following=answers[sample.image.key].reply.prompt_following,
         )
         for sample in samples
         if sample.image.key in answers

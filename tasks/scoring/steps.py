@@ -19,7 +19,7 @@ def score_samples(
     config: ScoringConfig, llm: LlmConfig, evaluation: Evaluation, subject: SubjectSet, runtime: Runtime
 ) -> Any:
     """Have the samples graded, or take the stored grades."""
-    settings = [config.num_reference_images, config.max_failed_share, llm.profile("judge").identity()]
+    settings = [config.num_reference_images, config.max_failed_share, llm.identity("judge")]
     manifest = runtime.run_stage(
         Scorecard,
         "scoring",
@@ -60,7 +60,7 @@ def compute_scores(
             "failed": len(failures),
             "llm_calls": ledger.count_calls(since=first_row),
         },
-        served_model=next((served for _, served in answers.values()), ""),
+        served_model=next((answer.served_model for answer in answers.values()), ""),
         judgements=judgements,
         failed=tuple(f"{key}: {reason}" for key, reason in failures.items()),
         scores=average(judgements),

@@ -70,9 +70,9 @@ def describe_photos(
     described: dict[str, tuple[ImageInspection, Caption]] = {}
 
     def describe(photo: Photo) -> tuple[ImageInspection, Caption]:
-        inspection, _ = llm.ask(inspect_spec(photo, config), role="inspector", reply=ImageInspection)
-        caption, _ = llm.ask(caption_spec(photo, config), role="captioner", reply=Caption)
-        return inspection, caption
+        inspection = llm.ask(inspect_spec(photo, config), role="inspector", reply=ImageInspection)
+        caption = llm.ask(caption_spec(photo, config), role="captioner", reply=Caption)
+        return inspection.reply, caption.reply
 
     on_progress(0, len(photos.accepted))
     with ThreadPoolExecutor(profile.concurrency) as pool:

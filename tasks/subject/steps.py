@@ -26,7 +26,7 @@ def check_photos(config: SubjectConfig, runtime: Runtime) -> Any:
 def prepare_subject(config: SubjectConfig, llm: LlmConfig, photos: Any, runtime: Runtime) -> Any:
     """Inspect and caption the photos; keep rejects with their reasons."""
     settings = config.model_dump(mode="json", exclude={"source", "max_images"})
-    models = [llm.profile(role).identity() for role in ("inspector", "captioner")]
+    models = [llm.identity(role) for role in ("inspector", "captioner")]
     is_asked = config.captioning == "llm"
     manifest = runtime.run_stage(
         SubjectSet,

@@ -61,6 +61,7 @@ OPTIONS = [(group, path.stem) for group in GROUPS.values() for path in sorted((F
 def test_every_group_option_composes(group: str, option: str) -> None:
     extra = ["llm=openai"] if group == "diffusion" and option != "mini" else []
     extra += ["training.rendezvous=host:29500"] if option == "nodes" else []
+    extra += ["llm.profiles.azure-nano.base_url=https://x.example/v1"] if option == "azure" else []
     words = [f"{group}={option}", "subject.source=x", "subject.class_noun=dog", *extra]
     assert isinstance(compile_request(parse_overrides([*words, "store.bucket=b"])), RunConfig)
 
@@ -143,7 +144,7 @@ def test_a_deployments_paths_stay_in_its_roots(tmp_path: Path, name: str, value:
 
 @pytest.mark.parametrize("name", ["base_url", "api_key_variable"])
 def test_a_deployment_cannot_say_where_keys_are_sent(tmp_path: Path, name: str) -> None:
-    settings = {f"llm.profiles.openai.{name}": "AWS_SECRET_ACCESS_KEY"}
+    settings = {f"llm.profiles.openai-luna.{name}": "AWS_SECRET_ACCESS_KEY"}
     request = RunRequest.model_validate({"llm": "openai", "settings": settings})
     with pytest.raises(ConfigError, match="not by a request"):
         compile_request(request, roots=(tmp_path,))
@@ -156,10 +157,10 @@ def test_a_deployment_cannot_say_where_ranks_meet(tmp_path: Path) -> None:
 
 
 def test_explicit_choices_win_over_the_models_and_providers_values() -> None:
-    config = compile_request(parse_overrides(["prior=none", "llm=server", "scoring=batch", "experiment=smoke"]))
+    config = compile_request(parse_overrides(["prior=none", "llm=openai", "scoring=sync", "experiment=smoke"]))
     assert config.prior.num_images == 0
-    assert config.scoring.executor == "batch"
-    assert compile_request(parse_overrides(["llm=server"])).scoring.executor == "sync"
+    assert config.scoring.executor == "sync"
+    assert compile_request(parse_overrides(["llm=vllm"])).scoring.executor == "sync"
     assert not compile_request(parse_overrides(["tracking=none"])).publishing.is_registered
 
 

@@ -17,8 +17,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from tasks.errors import ReplyInvalid, StillPending
-from tasks.services.llm.client import LlmService, T, call_with_retries
-from tasks.services.llm.requests import RequestSpec
+from tasks.services.llm.client import Answer, LlmService, T
+from tasks.services.llm.ledger import LedgerRow, Usage, compute_cost
+from tasks.services.llm.requests import RequestSpec, count_body_tokens
+from tasks.services.llm.transport import call_with_retries
 
 ENDPOINT = "/v1/chat/completions"
 TERMINAL = ("completed", "failed", "expired", "cancelled")
@@ -35,6 +37,9 @@ class BatchState(BaseModel):
     file_id: str = ""
     batch_id: str = ""
     status: str = "planned"
+    reservation: str = ""
+    reserved_usd: float = 0.0
+    """What is set aside of the budget until the job is harvested."""
     is_harvested: bool = False
     """Whether every row's outcome is stored: only then may its rows be asked again."""
 
@@ -56,8 +61,8 @@ def ask_batch(
     poll_seconds: float,
     max_wait_seconds: float,
     on_progress: Callable[[int, int], None],
-) -> tuple[dict[str, tuple[T, str]], dict[str, str]]:
-    """Answer many requests through the provider's batch API.
+) -> tuple[dict[str, Answer[T]], dict[str, str]]:
+    """Answer many requests through the batch API of a role's first profile.
 
     Args:
         specs: requests by a name of the caller's.
@@ -65,20 +70,21 @@ def ask_batch(
         on_progress: called with rows done and rows in all.
 
     Returns:
-        Validated replies with the serving model, and reasons for the rest, both by name.
+        Validated replies, and reasons for the rest, both by name.
 
     """
+    profile = llm.config.rungs(role)[0]
     names: dict[str, list[str]] = {}
     for name, spec in specs.items():
-        names.setdefault(spec.compute_key(llm.profile(role)), []).append(name)
+        names.setdefault(spec.compute_key(llm.config.profiles[profile]), []).append(name)
     rows = {custom_id: specs[named[0]] for custom_id, named in names.items()}
-    answers: dict[str, tuple[T, str]] = {}
+    answers: dict[str, Answer[T]] = {}
     for name, spec in specs.items():
-        cached = llm.find_cached(spec, role=role, reply=reply)
+        cached = llm.find_cached(spec, name=profile, role=role, reply=reply)
         if cached is not None:
             answers[name] = cached
     failures: dict[str, str] = {}
-    jobs = plan_jobs(llm, rows, role=role, reply=reply, state_prefix=state_prefix)
+    jobs = plan_jobs(llm, rows, name=profile, reply=reply, state_prefix=state_prefix)
     for job in jobs:
         done_before = sum(len(other.lines) for other in jobs[: jobs.index(job)])
         job.wait(
@@ -86,14 +92,15 @@ def ask_batch(
             max_wait_seconds=max_wait_seconds,
             on_progress=lambda done, base=done_before: on_progress(base + done, len(specs)),  # type: ignore[misc]
         )
-        for custom_id, row in job.harvest().items():
-            reason = keep_row(llm, rows[custom_id], row, role=role, reply=reply)
+        outcomes = job.harvest()
+        for custom_id, outcome in outcomes.items():
+            reason = keep_row(llm, rows[custom_id], outcome, role=role, name=profile, reply=reply)
             if reason:
                 failures.update(dict.fromkeys(names[custom_id], reason))
-        job.mark_harvested()
+        job.mark_harvested(outcomes)
     for name, spec in specs.items():
         if name not in failures and name not in answers:
-            kept = llm.read_kept(spec, role=role, reply=reply)
+            kept = llm.read_kept(spec, name=profile, reply=reply)
             if kept is None:
                 failures[name] = "no reply was kept for this row"
             else:
@@ -103,7 +110,7 @@ def ask_batch(
 
 
 def plan_jobs(
-    llm: LlmService, rows: dict[str, RequestSpec], *, role: str, reply: type[T], state_prefix: str
+    llm: LlmService, rows: dict[str, RequestSpec], *, name: str, reply: type[T], state_prefix: str
 ) -> list["BatchJob"]:
     """Return the jobs that earlier attempts left unfinished, then new ones for rows in none of them."""
     states = [
@@ -114,41 +121,49 @@ def plan_jobs(
     covered: set[str] = set()
     for state in states:
         if not state.is_harvested and set(state.custom_ids) <= set(rows):
-            lines = make_lines(llm, {custom_id: rows[custom_id] for custom_id in state.custom_ids}, role=role)
-            jobs.append(BatchJob(llm, lines, state, role=role, state_prefix=state_prefix))
+            lines = make_lines(llm, {custom_id: rows[custom_id] for custom_id in state.custom_ids}, name=name)
+            jobs.append(BatchJob(llm, lines, state, name=name, state_prefix=state_prefix))
             covered.update(state.custom_ids)
     missing = {
         custom_id: spec
         for custom_id, spec in rows.items()
-        if custom_id not in covered and llm.read_kept(spec, role=role, reply=reply) is None
+        if custom_id not in covered and llm.read_kept(spec, name=name, reply=reply) is None
     }
-    for lines in split_lines(make_lines(llm, missing, role=role)):
+    for lines in split_lines(make_lines(llm, missing, name=name)):
         sha256 = hashlib.sha256(b"".join(lines.values())).hexdigest()
         attempt = sum(state.input_sha256 == sha256 for state in states)
         state = BatchState(input_sha256=sha256, attempt=attempt, custom_ids=tuple(lines))
-        jobs.append(BatchJob(llm, lines, state, role=role, state_prefix=state_prefix))
+        jobs.append(BatchJob(llm, lines, state, name=name, state_prefix=state_prefix))
     return jobs
 
 
-def keep_row(llm: LlmService, spec: RequestSpec, row: BatchReply, *, role: str, reply: type[T]) -> str:
+def keep_row(llm: LlmService, spec: RequestSpec, outcome: BatchReply, *, role: str, name: str, reply: type[T]) -> str:
     """Store one row's reply, unless an earlier attempt did; return why it can't be, or nothing."""
-    if llm.read_kept(spec, role=role, reply=reply) is not None:
+    if llm.read_kept(spec, name=name, reply=reply) is not None:
         return ""
+    row = LedgerRow(role, name, llm.config.profiles[name].model, outcome="", is_batch=True)
     try:
-        if row.completion is None:
-            raise ReplyInvalid(row.error)
-        llm.accept(spec, row.completion, role=role, reply=reply, is_batch=True)
+        if outcome.completion is None:
+            raise ReplyInvalid(outcome.error)
+        llm.accept(spec, outcome.completion, row=row, reply=reply)
     except ReplyInvalid as error:
         return str(error)
     return ""
 
 
-def make_lines(llm: LlmService, rows: dict[str, RequestSpec], *, role: str) -> dict[str, bytes]:
+def make_lines(llm: LlmService, rows: dict[str, RequestSpec], *, name: str) -> dict[str, bytes]:
     """Return one JSONL line per custom id, in order of id."""
-    profile = llm.profile(role)
+    if not rows:
+        return {}
+    profile, structure = llm.config.profiles[name], llm.structure(name)
     return {
         custom_id: json.dumps(
-            {"custom_id": custom_id, "method": "POST", "url": ENDPOINT, "body": rows[custom_id].body(profile)},
+            {
+                "custom_id": custom_id,
+                "method": "POST",
+                "url": ENDPOINT,
+                "body": rows[custom_id].body(profile, structure),
+            },
             sort_keys=True,
         ).encode()
         + b"\n"
@@ -173,20 +188,20 @@ class BatchJob:
     """One remote job, found again by the digest of its input."""
 
     def __init__(
-        self, llm: LlmService, lines: dict[str, bytes], state: BatchState, *, role: str, state_prefix: str
+        self, llm: LlmService, lines: dict[str, bytes], state: BatchState, *, name: str, state_prefix: str
     ) -> None:
         self.llm = llm
         self.lines = lines
         self.state = state
-        self.role = role
-        self.profile = llm.profile(role)
+        self.name = name
+        self.profile = llm.config.profiles[name]
         self.state_key = f"{state_prefix}/{state.input_sha256[:24]}-{state.attempt}.json"
         self.mark = f"{state.input_sha256}/{state.attempt}"
 
     def _call(self, call: Callable[[Any, float], Any]) -> Any:
-        return call_with_retries(lambda timeout: call(self.llm.client(self.role), timeout), self.profile)
+        return call_with_retries(lambda timeout: call(self.llm.client(self.name), timeout), self.profile)
 
-    def _save(self, **changes: str | bool) -> None:
+    def _save(self, **changes: str | bool | float) -> None:
         self.state = self.state.model_copy(update=changes)
         self.llm.store.put_bytes(self.state_key, self.state.model_dump_json().encode())
 
@@ -209,10 +224,13 @@ class BatchJob:
                 )
             )
             self._save(file_id=upload.id, status="uploaded")
+        if not self.state.reservation:
+            worst = self.worst_case()
+            self._save(reservation=self.llm.budget.reserve(worst), reserved_usd=worst)
         # One attempt only: after a doubtful answer the next run looks for the job by its metadata.
         single = self.profile.model_copy(update={"max_attempts": 1})
         batch = call_with_retries(
-            lambda timeout: self.llm.client(self.role).batches.create(
+            lambda timeout: self.llm.client(self.name).batches.create(
                 input_file_id=self.state.file_id,
                 endpoint=ENDPOINT,
                 completion_window="24h",
@@ -223,12 +241,20 @@ class BatchJob:
         )
         self._save(batch_id=batch.id, status=batch.status)
 
+    def worst_case(self) -> float:
+        """Return the most that the job could cost."""
+        usage = Usage()
+        for line in self.lines.values():
+            tokens = count_body_tokens(json.loads(line)["body"], self.profile)
+            usage = Usage(usage.input_tokens + tokens[0], output_tokens=usage.output_tokens + tokens[1])
+        return compute_cost(self.profile.prices, usage, is_batch=True)[0] or 0.0
+
     def _is_lost(self) -> bool:
         """Whether the provider no longer knows the job, as after the local server's end."""
         import openai
 
         try:
-            self.llm.client(self.role).batches.retrieve(self.state.batch_id, timeout=30)
+            self.llm.client(self.name).batches.retrieve(self.state.batch_id, timeout=30)
         except openai.NotFoundError:
             return True
         except openai.OpenAIError:
@@ -281,8 +307,16 @@ class BatchJob:
             outcomes.setdefault(custom_id, BatchReply(completion=None, error=reason))
         return outcomes
 
-    def mark_harvested(self) -> None:
-        """Note that every row's outcome is stored."""
+    def mark_harvested(self, outcomes: dict[str, BatchReply]) -> None:
+        """Note that every row's outcome is stored, and give back what of the budget was not needed."""
+        if self.state.reservation:
+            costs = [
+                self.llm.price(self.name, outcome.completion, is_batch=True)[0]
+                for outcome in outcomes.values()
+                if outcome.completion is not None
+            ]
+            spent = self.state.reserved_usd if None in costs else sum(cost for cost in costs if cost is not None)
+            self.llm.budget.settle(self.state.reservation, reserved=self.state.reserved_usd, spent=spent)
         self._save(is_harvested=True)
 
 

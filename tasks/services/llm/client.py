@@ -1,24 +1,41 @@
-"""Ask a model and get a validated record back: cache, retries, deadline and ledger in one place."""
+"""Ask a role and get a validated record back: cache, rungs, repair, budget and ledger in one place."""
 
-import os
-import random
+import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from tasks.errors import BudgetExceeded, ConfigError, LikenessError, ReplyInvalid, ServiceUnavailable
-from tasks.services.llm.config import LlmConfig, ProfileConfig
-from tasks.services.llm.ledger import Ledger
-from tasks.services.llm.requests import RequestSpec
+from tasks.errors import LikenessError, ReplyInvalid
+from tasks.services.llm.config import LlmConfig, ProfileConfig, Structure
+from tasks.services.llm.dialects import read_content, read_trace
+from tasks.services.llm.ledger import Budget, Ledger, LedgerRow, Usage, compute_cost, read_usage
+from tasks.services.llm.probing import find_structure
+from tasks.services.llm.requests import RequestSpec, count_body_tokens
 from tasks.services.llm.schema import parse_reply
+from tasks.services.llm.transport import call_with_retries, is_surely_unpaid, make_client
 from tasks.services.store import Store
 
+log = logging.getLogger(__name__)
 T = TypeVar("T", bound=BaseModel)
-LONGEST_WAIT_SECONDS = 60.0
+REFUSAL_DAYS = 1.0
+
+
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    """A validated reply, and how it came about."""
+
+    reply: T
+    profile: str
+    served_model: str
+    rung: int = 0
+    reason: str = ""
+    """Why it was not asked of, or not taken from, the rung before."""
+    trace: str = ""
+    """What the model thought aloud, where its provider tells."""
 
 
 class CachedReply(BaseModel):
@@ -26,7 +43,14 @@ class CachedReply(BaseModel):
 
     content: str
     served_model: str
-    tokens: tuple[int, int]
+    trace: str = ""
+
+
+class Refusal(BaseModel):
+    """A reply that could not be used, so that the same profile isn't asked again at once."""
+
+    reason: str
+    at: float
 
 
 class LlmService:
@@ -38,42 +62,182 @@ class LlmService:
         *,
         store: Store,
         ledger: Ledger,
+        budget: Budget | None = None,
         start_local: Callable[[], str] | None = None,
     ) -> None:
         self.config = config
         self.store = store
         self.ledger = ledger
+        self.budget = budget or Budget()
         self.start_local = start_local
         self.clients: dict[str, Any] = {}
-        self.lock = threading.Lock()
+        self.structures: dict[str, Structure] = {}
+        self.lock = threading.RLock()
 
     def profile(self, role: str) -> ProfileConfig:
-        """Return the profile of a role."""
+        """Return a role's first profile."""
         return self.config.profile(role)
 
-    def client(self, role: str) -> Any:
-        """Return the openai client of a role, made once per profile."""
-        name = str(getattr(self.config, role))
+    def client(self, name: str) -> Any:
+        """Return the openai client of a profile, made once."""
         with self.lock:
             if name not in self.clients:
-                self.clients[name] = make_client(self.profile(role), start_local=self.start_local)
+                self.clients[name] = make_client(self.config.profiles[name], start_local=self.start_local)
             return self.clients[name]
+
+    def structure(self, name: str) -> Structure:
+        """Return how a profile is asked for a schema; found out once where its YAML doesn't say."""
+        with self.lock:
+            if name not in self.structures:
+                profile = self.config.profiles[name]
+                known = profile.capabilities.structure
+                self.structures[name] = (
+                    known if known != "auto" else find_structure(profile, store=self.store, call=self._make_probe(name))
+                )
+            return self.structures[name]
 
     def close(self) -> None:
         """Close all connections."""
         for client in self.clients.values():
             client.close()
 
-    def find_cached(self, spec: RequestSpec, *, role: str, reply: type[T]) -> tuple[T, str] | None:
-        """Return a kept reply and the model that gave it, and book that nothing was paid."""
-        found = self.read_kept(spec, role=role, reply=reply)
+    def ask(
+        self, spec: RequestSpec, *, role: str, reply: type[T], doubt: Callable[[T], str | None] = lambda reply: None
+    ) -> Answer[T]:
+        """Return a role's validated reply: from the cheapest profile whose reply will do.
+
+        Args:
+            doubt: says why a valid reply should be asked of the next profile, or nothing.
+
+        Raises:
+            ServiceUnavailable: no answer within the profile's attempts and time.
+            ReplyInvalid: no profile gave an answer that fits, each asked twice.
+            ConfigError: key or model is refused.
+            BudgetExceeded: the next call could pass the cap.
+
+        """
+        names = self.config.rungs(role)
+        doubtful: Answer[T] | None = None
+        reason = ""
+        for rung, name in enumerate(names):
+            is_last = rung == len(names) - 1
+            try:
+                answer = self._ask_rung(
+                    spec, name, role=role, reply=reply, rung=rung, reason=reason, is_refusal_kept=not is_last
+                )
+            except ReplyInvalid as error:
+                if is_last and doubtful is None:
+                    raise
+                reason = str(error)
+                continue
+            reason = doubt(answer.reply) or ""
+            if not reason:
+                return answer
+            doubtful = answer
+        assert doubtful is not None
+        return replace(doubtful, reason=reason)
+
+    def _ask_rung(
+        self, spec: RequestSpec, name: str, *, role: str, reply: type[T], rung: int, reason: str, is_refusal_kept: bool
+    ) -> Answer[T]:
+        cached = self.find_cached(spec, name=name, role=role, reply=reply)
+        if cached is not None:
+            return replace(cached, rung=rung, reason=reason)
+        refusal_key = self.cache_key(spec, name).replace("/replies/", "/refusals/")
+        if is_refusal_kept:
+            self._check_refusal(refusal_key)
+        body = spec.body(self.config.profiles[name], self.structure(name))
+        row = LedgerRow(role, name, body["model"], outcome="", rung=rung, reason=reason)
+        try:
+            return self._ask_once(spec, body, row=row, reply=reply)
+        except ReplyInvalid as error:
+            note = f"Your last reply could not be used: {error}. Reply again, with JSON that fits the schema."
+            body["messages"].append({"role": "user", "content": note})
+        try:
+            return self._ask_once(spec, body, row=row, reply=reply)
+        except ReplyInvalid as error:
+            if is_refusal_kept:
+                kept = Refusal(reason=str(error), at=time.time())
+                self.store.put_bytes(refusal_key, kept.model_dump_json().encode())
+            raise
+
+    def _check_refusal(self, key: str) -> None:
+        """Raise what this profile's reply was found to be lately, without asking again."""
+        data = self.store.find_bytes(key)
+        if data is not None:
+            refusal = Refusal.model_validate_json(data)
+            if time.time() - refusal.at < REFUSAL_DAYS * 86_400:
+                raise ReplyInvalid(refusal.reason)
+
+    def _ask_once(self, spec: RequestSpec, body: dict[str, Any], *, row: LedgerRow, reply: type[T]) -> Answer[T]:
+        started = time.monotonic()
+        raw = self.send(body, row=row)
+        return self.accept(spec, raw, row=replace(row, seconds=time.monotonic() - started), reply=reply)
+
+    def send(self, body: dict[str, Any], *, row: LedgerRow) -> dict[str, Any]:
+        """Send a body within the budget and return the completion; failures are booked, not replies."""
+        profile = self.config.profiles[row.profile]
+        tokens_in, tokens_out = count_body_tokens(body, profile)
+        most = Usage(input_tokens=tokens_in, output_tokens=tokens_out)
+        worst = compute_cost(profile.prices, most, is_batch=False)[0] or 0.0
+        reservation = self.budget.reserve(worst)
+
+        def fail(error: LikenessError) -> None:
+            self.ledger.book(replace(row, outcome=type(error).__name__))
+
+        try:
+            completion = call_with_retries(
+                lambda timeout: self.client(row.profile).chat.completions.create(
+                    **openai_arguments(body), timeout=timeout
+                ),
+                profile,
+                on_failure=fail,
+            )
+        except LikenessError as error:
+            if is_surely_unpaid(error):
+                self.budget.settle(reservation, reserved=worst, spent=0.0)
+            raise
+        raw: dict[str, Any] = completion.model_dump()
+        cost, _ = self.price(row.profile, raw, is_batch=False)
+        self.budget.settle(reservation, reserved=worst, spent=worst if cost is None else cost)
+        return raw
+
+    def accept(self, spec: RequestSpec, completion: dict[str, Any], *, row: LedgerRow, reply: type[T]) -> Answer[T]:
+        """Book a completion, validate it, and keep it. Raises ReplyInvalid."""
+        cost, price_date = self.price(row.profile, completion, is_batch=row.is_batch)
+        served = str(completion.get("model") or "")
+        row = replace(
+            row, served_model=served, usage=read_usage(completion), cost_usd=cost, price_date=price_date,
+            seconds=round(row.seconds, 3),
+        )  # fmt: skip
+        choices = completion.get("choices") or [{}]
+        message = choices[0].get("message") or {}
+        content = read_content(message, self.structure(row.profile))
+        try:
+            parsed = parse_reply(
+                reply, content, finish_reason=choices[0].get("finish_reason"), refusal=message.get("refusal")
+            )
+        except ReplyInvalid:
+            self.ledger.book(replace(row, outcome="invalid"))
+            raise
+        trace = read_trace(message)
+        # Stored before it is booked: a run that ends in between must not pay for it again.
+        kept = CachedReply(content=content or "", served_model=served, trace=trace)
+        self.store.put_bytes(self.cache_key(spec, row.profile), kept.model_dump_json().encode())
+        self.ledger.book(replace(row, outcome="ok"))
+        return Answer(parsed, row.profile, served, row.rung, row.reason, trace)
+
+    def find_cached(self, spec: RequestSpec, *, name: str, role: str, reply: type[T]) -> Answer[T] | None:
+        """Return a kept reply, and book that nothing was paid."""
+        found = self.read_kept(spec, name=name, reply=reply)
         if found is not None:
-            self.ledger.book(self.profile(role), role=role, outcome="cached", served_model=found[1])
+            model = self.config.profiles[name].model
+            self.ledger.book(LedgerRow(role, name, model, outcome="cached", served_model=found.served_model))
         return found
 
-    def read_kept(self, spec: RequestSpec, *, role: str, reply: type[T]) -> tuple[T, str] | None:
-        """Return a validated reply in the store and the model that gave it."""
-        data = self.store.find_bytes(self._cache_key(spec, role))
+    def read_kept(self, spec: RequestSpec, *, name: str, reply: type[T]) -> Answer[T] | None:
+        """Return a validated reply in the store."""
+        data = self.store.find_bytes(self.cache_key(spec, name))
         if data is None:
             return None
         try:
@@ -81,152 +245,52 @@ class LlmService:
             parsed = parse_reply(reply, cached.content, finish_reason="stop", refusal=None)
         except (ValidationError, ReplyInvalid):
             return None
-        return parsed, cached.served_model
+        return Answer(parsed, name, cached.served_model, trace=cached.trace)
 
-    def ask(self, spec: RequestSpec, *, role: str, reply: type[T]) -> tuple[T, str]:
-        """Return the validated reply and the model that gave it.
+    def cache_key(self, spec: RequestSpec, name: str) -> str:
+        """Return where a profile's reply to a request is kept."""
+        return f"llm/replies/{spec.compute_key(self.config.profiles[name])}.json"
 
-        Raises:
-            ServiceUnavailable: no answer within the profile's attempts and time.
-            ReplyInvalid: no answer that fits, asked twice.
-            ConfigError: key or model is refused.
+    def price(self, name: str, completion: dict[str, Any], *, is_batch: bool) -> tuple[float | None, str]:
+        """Return what a completion cost, at the prices of the model that served it."""
+        profile, served = self.config.profiles[name], str(completion.get("model") or "")
+        prices = profile.prices
+        if served and not profile.is_served(served):
+            log.warning("%s was asked for and %s answered: its grades don't compare", profile.model, served)
+            others = [other.prices for other in self.config.profiles.values() if other.is_served(served)]
+            prices = others[0] if others else (prices if profile.base_url is None else None)
+        return compute_cost(prices, read_usage(completion), is_batch=is_batch)
 
-        """
-        cached = self.find_cached(spec, role=role, reply=reply)
-        if cached is not None:
-            return cached
-        profile = self.profile(role)
-        body = spec.body(profile)
-        try:
-            return self._ask_once(spec, body, role=role, reply=reply)
-        except ReplyInvalid as error:
-            note = f"Your last reply could not be used: {error}. Reply again, with JSON that fits the schema."
-            body["messages"].append({"role": "user", "content": note})
-            return self._ask_once(spec, body, role=role, reply=reply)
+    def is_comparable(self, answer: Answer[Any]) -> bool:
+        """Whether the model that was asked for has answered."""
+        return self.config.profiles[answer.profile].is_served(answer.served_model)
 
-    def _ask_once(self, spec: RequestSpec, body: dict[str, Any], *, role: str, reply: type[T]) -> tuple[T, str]:
-        profile = self.profile(role)
-        started = time.monotonic()
-        completion = call_with_retries(
-            lambda timeout: self.client(role).chat.completions.create(**body, timeout=timeout),
-            profile,
-            on_failure=lambda name: self.ledger.book(profile, role=role, outcome=name),
-        )
-        raw = completion.model_dump()
-        return self.accept(spec, raw, role=role, reply=reply, seconds=time.monotonic() - started)
+    def _make_probe(self, name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """Return a call that tries a body, booked as any other."""
+        profile = self.config.profiles[name]
 
-    def accept(
-        self,
-        spec: RequestSpec,
-        completion: dict[str, Any],
-        *,
-        role: str,
-        reply: type[T],
-        is_batch: bool = False,
-        seconds: float = 0.0,
-    ) -> tuple[T, str]:
-        """Book a completion, validate it, and keep it. Raises ReplyInvalid."""
-        usage = completion.get("usage") or {}
-        tokens = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
-        served = str(completion.get("model") or "")
-        booked: dict[str, Any] = {
-            "role": role, "served_model": served, "tokens": tokens, "is_batch": is_batch, "seconds": seconds,
-        }  # fmt: skip
-        choices = completion.get("choices") or [{}]
-        message = choices[0].get("message") or {}
-        content = message.get("content")
-        try:
-            parsed = parse_reply(
-                reply,
-                content,
-                finish_reason=choices[0].get("finish_reason"),
-                refusal=message.get("refusal"),
+        def call(body: dict[str, Any]) -> dict[str, Any]:
+            row = LedgerRow("probe", name, profile.model, outcome="")
+            completion = self.send(body, row=row)
+            cost, date = self.price(name, completion, is_batch=False)
+            usage, served = read_usage(completion), str(completion.get("model") or "")
+            self.ledger.book(
+                replace(row, outcome="ok", served_model=served, usage=usage, cost_usd=cost, price_date=date)
             )
-        except ReplyInvalid:
-            self.ledger.book(self.profile(role), outcome="invalid", **booked)
-            raise
-        # Stored before it is booked: a run that ends in between must not pay for it again.
-        kept = CachedReply(content=content, served_model=served, tokens=tokens)
-        self.store.put_bytes(self._cache_key(spec, role), kept.model_dump_json().encode())
-        self.ledger.book(self.profile(role), outcome="ok", **booked)
-        return parsed, served
+            return completion
 
-    def _cache_key(self, spec: RequestSpec, role: str) -> str:
-        return f"llm/replies/{spec.compute_key(self.profile(role))}.json"
+        return call
 
 
-def make_client(profile: ProfileConfig, *, start_local: Callable[[], str] | None) -> Any:
-    """Return an openai client. Raises ConfigError where the key is not in the environment."""
-    import openai
-
-    base_url = profile.base_url
-    if base_url is None:
-        if start_local is None:
-            raise ConfigError("this profile needs the mini vision server, which is not running here")
-        base_url = start_local()
-    key = "local"
-    if profile.api_key_variable:
-        key = os.environ.get(profile.api_key_variable, "")
-        if not key:
-            raise ConfigError(
-                f"{profile.api_key_variable} is not set; export it, or use llm=local with the drawn world"
-            )
-    # Retries belong to one layer, ours: the SDK would post a batch twice without a way to tell.
-    return openai.OpenAI(base_url=base_url, api_key=key, max_retries=0)
+# What the SDK has arguments for; anything else a provider understands goes beside them.
+KNOWN_ARGUMENTS = frozenset(
+    {"model", "messages", "max_completion_tokens", "response_format", "tools", "tool_choice", "reasoning_effort",
+     "stream", "stream_options", "temperature", "seed"}
+)  # fmt: skip
 
 
-def call_with_retries(
-    call: Callable[[float], Any],
-    profile: ProfileConfig,
-    *,
-    on_failure: Callable[[str], None] = lambda name: None,
-) -> Any:
-    """Call a provider until it answers, with growing pauses, within the profile's total time."""
-    deadline = time.monotonic() + profile.timeout_seconds
-    for attempt in range(1, profile.max_attempts + 1):
-        try:
-            with translated(profile):
-                return call(max(0.1, deadline - time.monotonic()))
-        except LikenessError as error:
-            on_failure(type(error).__name__)
-            if not error.is_retryable or attempt == profile.max_attempts:
-                raise
-            pause = choose_pause(error, attempt)
-            if time.monotonic() + pause > deadline:
-                raise
-            time.sleep(pause)
-    raise AssertionError("unreachable")
-
-
-def choose_pause(error: LikenessError, attempt: int) -> float:
-    """Return seconds to wait: what the provider asks for, else doubling with jitter."""
-    response = getattr(error.__cause__, "response", None)
-    header = response.headers.get("retry-after", "") if response is not None else ""
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        return float(min(LONGEST_WAIT_SECONDS, 0.5 * 2**attempt) * random.uniform(0.5, 1.0))
-
-
-@contextmanager
-def translated(profile: ProfileConfig) -> Iterator[None]:
-    """Turn the SDK's errors into ours."""
-    import openai
-
-    where = profile.base_url or "the mini vision server"
-    try:
-        yield
-    except openai.APIConnectionError as error:
-        raise ServiceUnavailable(f"{where} does not answer: {error}; run again to go on") from error
-    except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-        raise ConfigError(f"{where} refuses the key in {profile.api_key_variable}") from error
-    except openai.NotFoundError as error:
-        raise ConfigError(f"{where} does not serve {profile.model}; see its list of models") from error
-    except openai.BadRequestError as error:
-        raise ConfigError(f"{where} refuses the request: {error.message[:200]}") from error
-    except openai.RateLimitError as error:
-        if "quota" in str(error).lower():
-            raise BudgetExceeded(f"the quota at {where} is used up") from error
-        raise ServiceUnavailable(f"{where} asks to wait (rate limit)") from error
-    except openai.APIStatusError as error:
-        raise ServiceUnavailable(f"{where} answered {error.status_code}") from error
+def openai_arguments(body: dict[str, Any]) -> dict[str, Any]:
+    """Return a body as arguments of the SDK's call."""
+    known = {key: value for key, value in body.items() if key in KNOWN_ARGUMENTS}
+    others = {key: value for key, value in body.items() if key not in KNOWN_ARGUMENTS}
+    return {**known, **({"extra_body": others} if others else {})}

@@ -1,17 +1,45 @@
-"""LLM profiles: models are data."""
+"""LLM profiles: models are data, and roles name the profiles that serve them, cheapest first."""
 
-from pydantic import Field, field_validator
+import datetime
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
 
 from tasks.settings import Section, refuse_user_info
+
+ROLES = ("inspector", "captioner", "profiler", "adjudicator", "judge", "second_judge", "reviewer")
+STRUCTURES = ("json_schema", "json_object", "tool", "json_mode", "text")
+Structure = Literal["json_schema", "json_object", "tool", "json_mode", "text"]
 
 
 class PriceConfig(Section):
     """USD per million tokens."""
 
     input: float = Field(ge=0, description="input tokens")
-    output: float = Field(ge=0, description="output tokens")
-    batch_discount: float = Field(0.5, ge=0, le=1, description="share taken off in batch jobs")
+    cached_input: float | None = Field(None, ge=0, description="input tokens from the provider's cache; null: as input")
+    output: float = Field(ge=0, description="output tokens, reasoning included")
+    batch_discount: float = Field(0.0, ge=0, le=1, description="share taken off in batch jobs")
     date: str = Field(description="day the prices were read")
+
+
+class CapabilityConfig(Section):
+    """What a model can do, as its provider says; `likeness doctor` tries it."""
+
+    structure: Structure | Literal["auto"] = Field(
+        "auto", description="how a JSON schema is asked for; auto: found by one cheap call each, best first"
+    )
+    images: tuple[Literal["jpeg", "png", "webp", "gif"], ...] = Field(
+        ("jpeg", "png"), description="image formats; empty: it sees no pictures"
+    )
+    tools: bool = Field(True, description="calls tools")
+    reasoning: Literal["none", "effort", "openrouter"] = Field(
+        "none", description="how reasoning is set per request; none: the model has no such switch"
+    )
+    batch: Literal["none", "openai"] = Field("none", description="batch protocol of the provider")
+    streaming: bool = Field(True, description="streams replies")
+    context_tokens: int = Field(32_000, ge=1000, description="longest conversation, reply included")
+    pixels_per_token: int = Field(400, ge=1, description="image pixels that count as one input token, about")
 
 
 class ProfileConfig(Section):
@@ -19,9 +47,14 @@ class ProfileConfig(Section):
 
     base_url: str | None = Field(None, description="API address; null starts the mini vision server")
     model: str = Field(description="model id as the provider spells it")
+    served_as: tuple[str, ...] = Field((), description="other ids under which this same model answers")
     api_key_variable: str | None = Field(None, description="environment variable that holds the key")
+    capabilities: CapabilityConfig = CapabilityConfig()
     prices: PriceConfig | None = Field(None, description="null: cost is reported as unknown")
+    retired_on: datetime.date | None = Field(None, description="day from which the provider serves it no more")
+    extra_body: dict[str, object] = Field({}, description="added to every request, for example routing of OpenRouter")
     max_output_tokens: int = Field(600, ge=16, description="cap on a reply")
+    reasoning_tokens: int = Field(2000, ge=0, description="added to that cap where a request asks to reason")
     timeout_seconds: float = Field(120, gt=0, description="total time of one call")
     max_attempts: int = Field(4, ge=1, le=10, description="tries of one call, the first included")
     concurrency: int = Field(4, ge=1, le=64, description="calls at once")
@@ -29,7 +62,14 @@ class ProfileConfig(Section):
 
     def identity(self) -> dict[str, object]:
         """Return what decides an answer: the fields that a stage key covers."""
-        return self.model_dump(include={"base_url", "model", "max_output_tokens", "max_image_side"})
+        return self.model_dump(
+            include={"base_url", "model", "extra_body", "max_output_tokens", "reasoning_tokens", "max_image_side"}
+        )
+
+    def is_served(self, served_model: str) -> bool:
+        """Whether an id that came back is the model that was asked for, perhaps with its date."""
+        names = (self.model, self.model.rsplit("/", 1)[-1], *self.served_as)
+        return any(re.fullmatch(re.escape(name) + r"([-:@][0-9][0-9-]*)?", served_model) for name in names)
 
     @field_validator("base_url")
     @classmethod
@@ -39,13 +79,52 @@ class ProfileConfig(Section):
 
 
 class LlmConfig(Section):
-    """Which profile serves which role."""
+    """Which profiles serve which role, the cheapest first: the next one is asked where a reply won't do."""
 
-    inspector: str = Field(description="profile that inspects photos")
-    captioner: str = Field(description="profile that captions photos")
-    judge: str = Field(description="profile that grades samples")
+    models: tuple[str, ...] = Field(min_length=1, description="profiles of every role that names none of its own")
+    inspector: tuple[str, ...] = Field((), description="inspects photos")
+    captioner: tuple[str, ...] = Field((), description="captions photos")
+    profiler: tuple[str, ...] = Field((), description="looks at all photos of a subject at once")
+    adjudicator: tuple[str, ...] = Field((), description="decides doubtful photos, with measurements")
+    judge: tuple[str, ...] = Field((), description="grades samples")
+    second_judge: tuple[str, ...] = Field((), description="grades a part of them again; empty: nobody")
+    reviewer: tuple[str, ...] = Field((), description="talks with a person about captions")
+    budget_usd: float | None = Field(None, ge=0, description="most money for a configuration, reruns included")
     profiles: dict[str, ProfileConfig]
 
+    @field_validator("models", *ROLES, mode="before")
+    @classmethod
+    def read_one(cls, value: object) -> object:
+        """Take a single name for a list of one."""
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def check_names(self) -> "LlmConfig":
+        """Refuse roles whose profiles don't exist."""
+        for role in ("models", *ROLES):
+            for name in getattr(self, role):
+                if name not in self.profiles:
+                    known = ", ".join(self.profiles) or "none"
+                    raise ValueError(f"{role} names profile {name!r}; there are: {known}")
+        if self.budget_usd is not None:
+            unpriced = [name for name in self.used_profiles() if self.profiles[name].prices is None]
+            if unpriced:
+                raise ValueError(f"budget_usd needs prices: set llm.profiles.{unpriced[0]}.prices")
+        return self
+
+    def rungs(self, role: str) -> tuple[str, ...]:
+        """Return the names of a role's profiles, the first to be asked first."""
+        own: tuple[str, ...] = getattr(self, role)
+        return own or (() if role == "second_judge" else self.models)
+
+    def used_profiles(self) -> list[str]:
+        """Return the names of all profiles that serve some role."""
+        return list(dict.fromkeys(name for role in ROLES for name in self.rungs(role)))
+
     def profile(self, role: str) -> ProfileConfig:
-        """Return the profile of a role."""
-        return self.profiles[str(getattr(self, role))]
+        """Return a role's first profile."""
+        return self.profiles[self.rungs(role)[0]]
+
+    def identity(self, role: str) -> list[dict[str, object]]:
+        """Return what decides a role's answers."""
+        return [self.profiles[name].identity() for name in self.rungs(role)]

@@ -10,23 +10,30 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel
 
-from tasks.services.llm.config import ProfileConfig
+from tasks.services.llm.config import ProfileConfig, Structure
+from tasks.services.llm.dialects import ask_for, set_reasoning
 from tasks.services.llm.schema import strict_schema
+
+CHARACTERS_PER_TOKEN = 3  # fewer than English has, so that estimates err upward
+TOKENS_PER_REQUEST = 50
 
 
 @dataclass(frozen=True)
 class RequestSpec:
     """A question with pictures and the shape of its answer.
 
-    `parts` alternate freely: text, and PNG or JPEG bytes.
+    `parts` alternate freely: text, and PNG or JPEG bytes. `repeat` tells apart requests that are asked
+    several times over on purpose.
     """
 
     system: str
     parts: tuple[str | bytes, ...]
     reply: type[BaseModel]
+    is_reasoning: bool = False
+    repeat: int = 0
 
-    def body(self, profile: ProfileConfig) -> dict[str, Any]:
-        """Return the body of a chat completion."""
+    def plain_body(self, profile: ProfileConfig) -> dict[str, Any]:
+        """Return the body of a chat completion without the shape of its answer."""
         content: list[dict[str, Any]] = []
         for part in self.parts:
             if isinstance(part, str):
@@ -34,24 +41,43 @@ class RequestSpec:
             else:
                 url = encode_image(part, max_side=profile.max_image_side)
                 content.append({"type": "image_url", "image_url": {"url": url}})
-        name = self.reply.__name__
-        return {
+        body: dict[str, Any] = {
             "model": profile.model,
-            "messages": [
-                {"role": "system", "content": self.system},
-                {"role": "user", "content": content},
-            ],
+            "messages": [{"role": "system", "content": self.system}, {"role": "user", "content": content}],
             "max_completion_tokens": profile.max_output_tokens,
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": name, "strict": True, "schema": strict_schema(self.reply)},
-            },
+            **profile.extra_body,
         }
+        return set_reasoning(body, profile, is_reasoning=self.is_reasoning)
+
+    def body(self, profile: ProfileConfig, structure: Structure) -> dict[str, Any]:
+        """Return the body of a chat completion."""
+        return ask_for(self.plain_body(profile), self.reply, structure)
 
     def compute_key(self, profile: ProfileConfig) -> str:
         """Return a digest of everything that decides the answer; the batch `custom_id` too."""
-        text = json.dumps([profile.base_url, self.body(profile)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:40]
+        whole = [profile.base_url, self.plain_body(profile), strict_schema(self.reply), self.repeat]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def count_body_tokens(body: dict[str, Any], profile: ProfileConfig) -> tuple[int, int]:
+    """Return about how many tokens a body sends, at most, and how many may come back."""
+    characters, pixels = len(json.dumps(body.get("response_format") or body.get("tools") or "")), 0
+    for message in body["messages"]:
+        content = message["content"]
+        parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
+            if part["type"] == "text":
+                characters += len(part["text"])
+            else:
+                pixels += count_pixels(part["image_url"]["url"])
+    tokens = characters // CHARACTERS_PER_TOKEN + pixels // profile.capabilities.pixels_per_token + TOKENS_PER_REQUEST
+    return tokens, int(body["max_completion_tokens"])
+
+
+def count_pixels(url: str) -> int:
+    """Return the pixels of an image in a data URL."""
+    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as opened:
+        return opened.width * opened.height
 
 
 def encode_image(data: bytes, *, max_side: int) -> str:

@@ -39,7 +39,7 @@ def ask(llm: LlmService, on_progress: Callable[[int, int], None] = lambda done, 
 def test_all_rows_are_answered_in_one_job(server: ScriptedServer, tmp_path: Path) -> None:
     llm = make_llm(server, tmp_path)
     answers, failures = ask(llm)
-    assert {name: answer[0].grade for name, answer in answers.items()} == dict.fromkeys(SPECS, 2)
+    assert {name: answer.reply.grade for name, answer in answers.items()} == dict.fromkeys(SPECS, 2)
     assert failures == {}
     assert (server.counts[FILES], server.counts[BATCHES], server.counts["row"]) == (1, 1, 4)
     assert all(row.is_batch for row in llm.ledger.rows)
@@ -79,13 +79,13 @@ def test_a_run_cut_off_at_any_saved_step_pays_for_one_job(server: ScriptedServer
 
 def test_a_job_created_but_never_noted_is_adopted(server: ScriptedServer, tmp_path: Path) -> None:
     llm = make_llm(server, tmp_path)
-    create = llm.client("judge").batches.create
+    create = llm.client("p").batches.create
 
     def create_and_die(**options: Any) -> None:
         create(**options)
         raise Cut
 
-    llm.client("judge").batches.create = create_and_die
+    llm.client("p").batches.create = create_and_die
     with pytest.raises(Cut):
         ask(llm)
     answers, _ = ask(make_llm(server, tmp_path))

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from tasks.errors import BudgetExceeded, ConfigError, ReplyInvalid, ServiceUnavailable
 from tasks.images import encode_png
 from tasks.services.llm.client import LlmService
-from tasks.services.llm.config import LlmConfig, ProfileConfig
+from tasks.services.llm.config import CapabilityConfig, LlmConfig, ProfileConfig
 from tasks.services.llm.ledger import Ledger
 from tasks.services.llm.requests import RequestSpec, encode_image
 from tasks.services.store import LocalStore
@@ -39,12 +39,13 @@ def server() -> Iterator[ScriptedServer]:
 
 def make_llm(server: ScriptedServer, folder: Path, **changes: Any) -> LlmService:
     settings = {"base_url": server.url, "model": "asked-model", "max_attempts": 3, "timeout_seconds": 20, **changes}
-    config = LlmConfig(inspector="p", captioner="p", judge="p", profiles={"p": ProfileConfig(**settings)})
+    structure = {"capabilities": CapabilityConfig(structure="json_schema", batch="openai")}
+    config = LlmConfig(models=("p",), profiles={"p": ProfileConfig(**{**structure, **settings})})
     return LlmService(config, store=LocalStore(folder / "store"), ledger=Ledger(folder / "ledger.jsonl"))
 
 
 def ask(llm: LlmService) -> Reply:
-    return llm.ask(SPEC, role="judge", reply=Reply)[0]
+    return llm.ask(SPEC, role="judge", reply=Reply).reply
 
 
 def test_an_answer_is_paid_for_once(server: ScriptedServer, tmp_path: Path) -> None:
@@ -55,7 +56,8 @@ def test_an_answer_is_paid_for_once(server: ScriptedServer, tmp_path: Path) -> N
     assert server.counts[CHAT] == 1
     rows = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert [row["outcome"] for row in rows] == ["ok", "cached"]
-    assert rows[0]["served_model"] == "served-model"
+    assert rows[0]["served_model"] == "asked-model-2026-11-01"
+    assert rows[0]["usage"]["input_tokens"] == 100
     assert llm.ledger.count_calls() == 1
     assert llm.ledger.sum_cost() == pytest.approx((100 * 1.0 + 20 * 10.0) / 1e6)
 

@@ -37,7 +37,7 @@ GROUPS = {
 }  # fmt: skip
 FIELDS = {group: field for field, group in GROUPS.items()}
 PATH_FIELDS = ("output_dir", "subject.source", "store.folder", "diffusion.location",
-               "evaluation.encoders.clip", "evaluation.encoders.dino", "tracking.uri")  # fmt: skip
+               "evaluation.encoders.clip", "evaluation.encoders.dino", "tracking.uri", "scoring.labels")  # fmt: skip
 COMPOSING = threading.Lock()  # GlobalHydra is one per process
 
 # Where keys are sent and ranks meet: never taken from a request.

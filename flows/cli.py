@@ -15,6 +15,8 @@ EPILOG = """examples:
   likeness runs                                        what has been run
   likeness report                                      where the newest report is
   likeness generate latest "a photo of sks fish at night"
+  likeness doctor llm=openai                           do keys and models work, before anything is paid for
+  likeness cost                                        what the newest run paid
   likeness sweep training.learning_rate=5e-5,1e-4 training.max_train_steps=150,300
 
 settings are key=value words; conf/run.yaml lists them all with their defaults.
@@ -72,17 +74,26 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", type=Path, help="PNG file (default: in the run's folder)")
     generate.add_argument("--steps", type=positive_number, help="denoising steps (default: as in evaluation)")
     generate.add_argument("--guidance", type=guidance_number, help="guidance scale (default: as in evaluation)")
-    generate.add_argument("--candidate", type=positive_number, metavar="STEP", help="weights kept of another step")
+    generate.add_argument("--candidate", type=whole_number, metavar="STEP", help="weights kept of another step")
     generate.set_defaults(action=generate_picture)
 
     estimate = add("estimate", help="predict the memory that training takes, before anything is loaded")
     estimate.add_argument("settings", nargs="*", metavar="key=value", help="as for run")
     estimate.set_defaults(action=estimate_memory)
 
+    doctor = add("doctor", help="try every LLM profile: key, model list, retirement, schema, pictures, tools, ...")
+    doctor.add_argument("settings", nargs="*", metavar="key=value", help="as for run, for example llm=openai")
+    doctor.set_defaults(action=examine_profiles)
+
+    cost = add("cost", help="what a run asked of LLMs and what it paid")
+    cost.add_argument("run", nargs="?", default="latest", help=RUN_HELP)
+    cost.add_argument("--json", action="store_true", help="print the totals as JSON")
+    cost.set_defaults(action=show_cost)
+
     runs = add("runs", help="list runs, newest first")
     runs.add_argument("--json", action="store_true", help="print every run's summary.json as one list")
     runs.set_defaults(action=list_runs)
-    for command in (report, generate, runs):
+    for command in (report, generate, cost, runs):
         command.add_argument("--output-dir", type=Path, default=Path("runs"), help="default: runs")
     return parser
 
@@ -162,6 +173,21 @@ def estimate_memory(options: argparse.Namespace) -> int:
     from flows.estimates import print_estimates
 
     print_estimates(options.settings)
+    return 0
+
+
+def examine_profiles(options: argparse.Namespace) -> int:
+    """Try what the LLM profiles claim."""
+    from flows.doctor import print_examination
+
+    return print_examination(options.settings)
+
+
+def show_cost(options: argparse.Namespace) -> int:
+    """Print what a run paid."""
+    from flows.costs import print_costs
+
+    print_costs(find_run(options.output_dir, options.run), is_json=options.json)
     return 0
 
 

@@ -72,6 +72,7 @@ class Run:
             "stages": stages,
             "metrics": collect_metrics(evaluation),
             "scores": {side: score.model_dump() for side, score in scores.scores.items()},
+            "judge": describe_judge(scores),
             "registered": {"model": publication.registered_model, "version": publication.registered_version},
             "paths": {
                 "report": str(report),
@@ -88,6 +89,21 @@ class Run:
     def elapsed(self) -> float:
         """Return seconds since the run began."""
         return time.monotonic() - self.started
+
+
+def describe_judge(scores: Scorecard) -> dict[str, Any]:
+    """Return whether the judge can be trusted, and why not, as `summary.json` has it."""
+    health = scores.health
+    failed = [control.name for control in health.controls if not control.is_passed]
+    reason = ""
+    if not health.controls:
+        reason = "no controls were asked"
+    elif failed:
+        reason = f"controls failed: {', '.join(failed)}"
+    elif not health.is_comparable:
+        reason = "another model than the one asked for answered"
+    pairs = scores.pairs.model_dump() if scores.pairs else None
+    return {"is_reliable": health.is_reliable, "reason": reason, "alpha": health.alpha, "pairs": pairs}
 
 
 def collect_metrics(evaluation: Evaluation) -> dict[str, Any]:

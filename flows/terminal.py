@@ -103,13 +103,16 @@ def prepare_environment(*, is_embedded: bool) -> None:
 def print_summary(summary: dict[str, Any], config: RunConfig) -> None:
     """Print headline figures and where everything is."""
     metrics, scores = summary["metrics"], summary["scores"]
-    print(f"\n{'':14}{'base':>8}{'tuned':>8}{'photos':>8}")
+    print(f"\n{'':16}{'base':>8}{'tuned':>8}{'photos':>8}")
     for key, name in (("dino", "DINO"), ("clip_i", "CLIP-I"), ("clip_t", "CLIP-T"), ("pres", "PRES"), ("div", "DIV")):
         cells = [metrics[side].get(key) for side in ("base", "tuned", "ceiling")]
-        print(f"{name:14}" + "".join(f"{cell:8.3f}" if cell is not None else f"{'':8}" for cell in cells))
-    for key, name in (("concept_preservation", "judge: subject"), ("prompt_following", "judge: prompt")):
+        print(f"{name:16}" + "".join(f"{cell:8.3f}" if cell is not None else f"{'':8}" for cell in cells))
+    axes = (("concept_preservation", "subject"), ("prompt_following", "prompt"), ("image_quality", "drawing"))
+    for key, name in ((key, f"judge: {axis}") for key, axis in axes):
         cells = [scores.get(side, {}).get(key) for side in ("base", "tuned")]
-        print(f"{name:14}" + "".join(f"{cell:8.2f}" if cell is not None else f"{'–':>8}" for cell in cells))
+        print(f"{name:16}" + "".join(f"{cell:8.2f}" if cell is not None else f"{'–':>8}" for cell in cells))
+    if not summary["judge"]["is_reliable"]:
+        print(f"judge's grades are not reliable: {summary['judge']['reason']}")
     mlflow = Path(sys.executable).parent / "mlflow"
     print(f"\nreport    {shorten(summary['paths']['report'])}")
     print(f"model     {shorten(summary['paths']['model'])}")

@@ -179,14 +179,18 @@ class Evaluation(Manifest):
 
 
 class Judgement(Record):
-    """What the judge said of one sample, 0 (worst) to 4."""
+    """What the judge said of one sample, 0 (worst) to 4; of repeated grades the median."""
 
     sample: ObjectRef
     side: Side
     prompt: str
     evidence: str
-    concept_preservation: int
-    prompt_following: int
+    concept_preservation: float
+    prompt_following: float
+    image_quality: float
+    num_repeats: int = 1
+    spread: int = 0
+    """Largest less smallest of repeated grades, on the axis where they differ most."""
 
 
 class SideScores(Record):
@@ -194,6 +198,53 @@ class SideScores(Record):
 
     concept_preservation: float
     prompt_following: float
+    image_quality: float
+
+
+class ControlResult(Record):
+    """A question whose answer is known, asked among the others."""
+
+    name: str
+    text: str
+    """What was asked and what is expected."""
+    value: float
+    limit: float
+    is_passed: bool
+
+
+class PairResult(Record):
+    """Base against tuned, each pair in both orders; only consistent answers are wins."""
+
+    num_pairs: int
+    tuned_wins: int
+    base_wins: int
+    ties: int
+    inconsistent: int
+    tuned_strength: float
+    """Bradley-Terry, 0 to 1."""
+
+
+class Agreement(Record):
+    """How another rater's grades agree with the judge's, by axis; None where it can't be told."""
+
+    rater: str
+    num_samples: int
+    kappa: dict[str, float | None]
+    spearman: dict[str, float | None]
+
+
+class JudgeHealth(Record):
+    """What is known of the judge itself."""
+
+    controls: tuple[ControlResult, ...]
+    alpha: dict[str, float | None]
+    """Krippendorff's alpha between repeated grades, by axis; None where all were the same."""
+    num_repeated: int
+    is_comparable: bool
+    """Whether the model that was asked for gave every grade."""
+    is_reliable: bool
+    """Whether there are controls, all are passed, and the grades are comparable."""
+    others: tuple[Agreement, ...] = ()
 
 
 class Scorecard(Manifest):
@@ -202,8 +253,12 @@ class Scorecard(Manifest):
     served_model: str
     judgements: tuple[Judgement, ...]
     failed: tuple[str, ...]
-    """Samples that got no valid judgement, as `key: reason`."""
+    """Questions that got no valid answer, as `name: reason`."""
     scores: dict[Side, SideScores]
+    intervals: dict[Side, dict[str, tuple[float, float]]]
+    """Bootstrap intervals (95 %) of the mean scores."""
+    health: JudgeHealth
+    pairs: PairResult | None = None
 
 
 class Publication(Manifest):

@@ -132,4 +132,8 @@ def headline_metrics(evaluation: Evaluation, scores: Scorecard) -> dict[str, flo
     figures.update({f"ceiling/{name}": value for name, value in evaluation.ceiling.model_dump().items()})
     for side, score in scores.scores.items():
         figures.update({f"{side}/{name}": value for name, value in score.model_dump().items()})
+    figures["judge/is_reliable"] = float(scores.health.is_reliable)
+    figures.update({f"judge/alpha_{axis}": value for axis, value in scores.health.alpha.items() if value is not None})
+    if scores.pairs is not None:
+        figures["judge/tuned_strength"] = scores.pairs.tuned_strength
     return figures

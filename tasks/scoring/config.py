@@ -8,12 +8,22 @@ from tasks.settings import Section
 
 
 class ScoringConfig(Section):
-    """How the judge grades samples."""
+    """How the judge grades samples, and how it is tested itself."""
 
     executor: Literal["batch", "sync"] = Field(
-        "batch", description="batch: the provider's batch API; sync: one call after the other"
+        "batch", description="batch: the provider's batch API; sync: calls, several at once"
     )
     num_reference_images: int = Field(3, ge=1, le=8, description="photos shown beside each sample")
+    num_repeats: int = Field(3, ge=1, le=9, description="how often a repeated sample is graded, references reordered")
+    num_repeated: int = Field(6, ge=0, le=1000, description="samples graded several times: is the judge steady?")
+    num_controls: int = Field(3, ge=0, le=50, description="controls of each kind; 0: grades are never called reliable")
+    num_pairs: int = Field(6, ge=0, le=1000, description="base and tuned samples compared directly, in both orders")
+    second_share: float = Field(0.2, ge=0, le=1, description="share of samples that the second judge grades too")
+    labels: str = Field("", description="CSV of a person's grades: sample,concept_preservation,prompt_following")
     poll_seconds: float = Field(5.0, gt=0, le=3600, description="longest wait between looks at a batch job")
     max_wait_seconds: float = Field(86_400, gt=0, description="give up waiting after this; run again later")
-    max_failed_share: float = Field(0.1, ge=0, le=1, description="most samples that may stay unscored")
+    max_failed_share: float = Field(0.1, ge=0, le=1, description="most questions that may stay unanswered")
+
+    def result_fields(self) -> dict[str, object]:
+        """Return the fields that change the result: the ones that a stage key covers."""
+        return self.model_dump(exclude={"executor", "poll_seconds", "max_wait_seconds"})

@@ -1,17 +1,19 @@
-"""The scoring stage: the judge's grades."""
+"""The scoring stage: the judge's grades, and how far they can be trusted."""
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 from prefect import task
 
 from tasks.contract import StageFolder, read_verified
-from tasks.manifests import Evaluation, Scorecard, SubjectSet
+from tasks.manifests import Agreement, Evaluation, Scorecard, SubjectSet
 from tasks.prefect_states import finished, should_retry
 from tasks.runtime import Runtime
 from tasks.scoring.config import ScoringConfig
 from tasks.services.llm.config import LlmConfig
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 
 @task(name="scoring", persist_result=False, retries=1, retry_delay_seconds=3, retry_condition_fn=should_retry)
@@ -19,12 +21,12 @@ def score_samples(
     config: ScoringConfig, llm: LlmConfig, evaluation: Evaluation, subject: SubjectSet, runtime: Runtime
 ) -> Any:
     """Have the samples graded, or take the stored grades."""
-    settings = [config.num_reference_images, config.max_failed_share, llm.identity("judge")]
+    labels = hashlib.sha256(Path(config.labels).read_bytes()).hexdigest() if config.labels else ""
     manifest = runtime.run_stage(
         Scorecard,
         "scoring",
         version=STAGE_VERSION,
-        settings=settings,
+        settings=[config.result_fields(), llm.identity("judge"), llm.identity("second_judge"), labels],
         inputs=[evaluation.stage_key, subject.stage_key],
         compute=lambda folder: compute_scores(folder, config, evaluation, subject, runtime),
     )
@@ -34,23 +36,31 @@ def score_samples(
 def compute_scores(
     folder: StageFolder, config: ScoringConfig, evaluation: Evaluation, subject: SubjectSet, runtime: Runtime
 ) -> Scorecard:
-    """Ask the judge about every subject sample and write the manifest."""
-    from tasks.scoring.judging import ask_judge, average, to_judgements
-    from tasks.scoring.rubric import judge_spec
+    """Put all questions to the judge and write the manifest."""
+    from tasks.scoring import scores
+    from tasks.scoring.judging import ask_judge
+    from tasks.scoring.questions import Material, list_questions
 
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
-    references = [read_verified(runtime.store, image.image) for image in subject.images[: config.num_reference_images]]
     samples = [sample for sample in evaluation.samples if sample.kind == "subject"]
-    specs = {
-        sample.image.key: judge_spec(
-            references=references,
-            sample=read_verified(runtime.store, sample.image),
-            class_prompt=sample.class_prompt,
-        )
-        for sample in samples
-    }
-    answers, failures = ask_judge(specs, config, llm=runtime.llm, folder=folder, on_progress=runtime.show("judge"))
-    judgements = to_judgements(samples, answers)
+    material = Material(
+        class_noun=subject.class_noun,
+        references=[read_verified(runtime.store, i.image) for i in subject.images[: config.num_reference_images]],
+        samples=samples,
+        others=[sample for sample in evaluation.samples if sample.kind == "class" and sample.side == "base"],
+        read=lambda sample: read_verified(runtime.store, sample.image),
+    )
+    questions = list_questions(config, material)
+    answers, failures = ask_judge(
+        {question.name: question.spec for question in questions},
+        config,
+        llm=runtime.llm,
+        folder=folder,
+        on_progress=runtime.show("judge"),
+    )
+    judgements = scores.to_judgements(samples, questions, answers)
+    others = ask_others(folder, config, material, judgements, runtime)
+    is_comparable = all(runtime.llm.is_comparable(answer) for answer in answers.values())
     return folder.finish(
         Scorecard,
         version=STAGE_VERSION,
@@ -60,8 +70,38 @@ def compute_scores(
             "failed": len(failures),
             "llm_calls": ledger.count_calls(since=first_row),
         },
-        served_model=next((answer.served_model for answer in answers.values()), ""),
+        served_model=", ".join(sorted({answer.served_model for answer in answers.values()})),
         judgements=judgements,
-        failed=tuple(f"{key}: {reason}" for key, reason in failures.items()),
-        scores=average(judgements),
+        failed=tuple(f"{name}: {reason}" for name, reason in failures.items()),
+        scores=scores.average(judgements),
+        intervals=scores.find_intervals(judgements),
+        health=scores.examine_judge(samples, questions, answers, is_comparable=is_comparable, others=others),
+        pairs=scores.count_pairs(questions, answers),
     )
+
+
+def ask_others(
+    folder: StageFolder, config: ScoringConfig, material: Any, judgements: Any, runtime: Runtime
+) -> tuple[Agreement, ...]:
+    """Return how a second judge and a person agree with the first, where there are such."""
+    from tasks.scoring import scores
+    from tasks.scoring.judging import ask_judge
+    from tasks.scoring.questions import list_second
+
+    found: list[Agreement | None] = []
+    names = runtime.llm.config.rungs("second_judge")
+    if names:
+        questions = list_second(config, material)
+        answers, _ = ask_judge(
+            {question.name: question.spec for question in questions},
+            config,
+            llm=runtime.llm,
+            folder=folder,
+            role="second_judge",
+            on_progress=runtime.show("second judge"),
+        )
+        found.append(scores.compare_raters(names[0], scores.collect_grades(questions, answers), judgements))
+    if config.labels:
+        labels = scores.read_labels(Path(config.labels), material.samples)
+        found.append(scores.compare_raters("a person", labels, judgements))
+    return tuple(agreement for agreement in found if agreement is not None)

@@ -46,13 +46,13 @@ class Caption(BaseModel):
     view: str = Field(description="a short phrase on framing or pose, for example: seen from above; may be empty")
 
 
-def inspect_spec(photo: Photo, config: SubjectConfig) -> RequestSpec:
+def inspect_spec(photo: Photo, config: SubjectConfig) -> RequestSpec[ImageInspection]:
     """Return the inspector's request for a photo."""
     text = f"Subject: {choose_article(config.class_noun)} {config.class_noun}. Inspect this photo."
     return RequestSpec(INSPECT, (text, photo.png), ImageInspection)
 
 
-def caption_spec(photo: Photo, config: SubjectConfig) -> RequestSpec:
+def caption_spec(photo: Photo, config: SubjectConfig) -> RequestSpec[Caption]:
     """Return the captioner's request for a photo."""
     text = f"Subject: {choose_article(config.class_noun)} {config.class_noun}. Caption this photo."
     return RequestSpec(CAPTION, (text, photo.png), Caption)
@@ -70,8 +70,8 @@ def describe_photos(
     described: dict[str, tuple[ImageInspection, Caption]] = {}
 
     def describe(photo: Photo) -> tuple[ImageInspection, Caption]:
-        inspection = llm.ask(inspect_spec(photo, config), role="inspector", reply=ImageInspection)
-        caption = llm.ask(caption_spec(photo, config), role="captioner", reply=Caption)
+        inspection = llm.ask(inspect_spec(photo, config), role="inspector")
+        caption = llm.ask(caption_spec(photo, config), role="captioner")
         return inspection.reply, caption.reply
 
     on_progress(0, len(photos.accepted))

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from tasks.errors import ReplyInvalid, StillPending
-from tasks.services.llm.client import Answer, LlmService, T
+from tasks.services.llm.client import Answer, LlmService
 from tasks.services.llm.ledger import LedgerRow, Usage, compute_cost
 from tasks.services.llm.requests import RequestSpec, count_body_tokens
 from tasks.services.llm.transport import call_with_retries
@@ -53,15 +53,14 @@ class BatchReply(BaseModel):
 
 def ask_batch(
     llm: LlmService,
-    specs: dict[str, RequestSpec],
+    specs: dict[str, RequestSpec[Any]],
     *,
     role: str,
-    reply: type[T],
     state_prefix: str,
     poll_seconds: float,
     max_wait_seconds: float,
     on_progress: Callable[[int, int], None],
-) -> tuple[dict[str, Answer[T]], dict[str, str]]:
+) -> tuple[dict[str, Answer[Any]], dict[str, str]]:
     """Answer many requests through the batch API of a role's first profile.
 
     Args:
@@ -78,13 +77,13 @@ def ask_batch(
     for name, spec in specs.items():
         names.setdefault(spec.compute_key(llm.config.profiles[profile]), []).append(name)
     rows = {custom_id: specs[named[0]] for custom_id, named in names.items()}
-    answers: dict[str, Answer[T]] = {}
+    answers: dict[str, Answer[Any]] = {}
     for name, spec in specs.items():
-        cached = llm.find_cached(spec, name=profile, role=role, reply=reply)
+        cached = llm.find_cached(spec, name=profile, role=role)
         if cached is not None:
             answers[name] = cached
     failures: dict[str, str] = {}
-    jobs = plan_jobs(llm, rows, name=profile, reply=reply, state_prefix=state_prefix)
+    jobs = plan_jobs(llm, rows, name=profile, state_prefix=state_prefix)
     for job in jobs:
         done_before = sum(len(other.lines) for other in jobs[: jobs.index(job)])
         job.wait(
@@ -94,13 +93,13 @@ def ask_batch(
         )
         outcomes = job.harvest()
         for custom_id, outcome in outcomes.items():
-            reason = keep_row(llm, rows[custom_id], outcome, role=role, name=profile, reply=reply)
+            reason = keep_row(llm, rows[custom_id], outcome, role=role, name=profile)
             if reason:
                 failures.update(dict.fromkeys(names[custom_id], reason))
         job.mark_harvested(outcomes)
     for name, spec in specs.items():
         if name not in failures and name not in answers:
-            kept = llm.read_kept(spec, name=profile, reply=reply)
+            kept = llm.read_kept(spec, name=profile)
             if kept is None:
                 failures[name] = "no reply was kept for this row"
             else:
@@ -109,9 +108,7 @@ def ask_batch(
     return answers, failures
 
 
-def plan_jobs(
-    llm: LlmService, rows: dict[str, RequestSpec], *, name: str, reply: type[T], state_prefix: str
-) -> list["BatchJob"]:
+def plan_jobs(llm: LlmService, rows: dict[str, RequestSpec[Any]], *, name: str, state_prefix: str) -> list["BatchJob"]:
     """Return the jobs that earlier attempts left unfinished, then new ones for rows in none of them."""
     states = [
         BatchState.model_validate_json(llm.store.find_bytes(key) or b"")
@@ -127,7 +124,7 @@ def plan_jobs(
     missing = {
         custom_id: spec
         for custom_id, spec in rows.items()
-        if custom_id not in covered and llm.read_kept(spec, name=name, reply=reply) is None
+        if custom_id not in covered and llm.read_kept(spec, name=name) is None
     }
     for lines in split_lines(make_lines(llm, missing, name=name)):
         sha256 = hashlib.sha256(b"".join(lines.values())).hexdigest()
@@ -137,21 +134,21 @@ def plan_jobs(
     return jobs
 
 
-def keep_row(llm: LlmService, spec: RequestSpec, outcome: BatchReply, *, role: str, name: str, reply: type[T]) -> str:
+def keep_row(llm: LlmService, spec: RequestSpec[Any], outcome: BatchReply, *, role: str, name: str) -> str:
     """Store one row's reply, unless an earlier attempt did; return why it can't be, or nothing."""
-    if llm.read_kept(spec, name=name, reply=reply) is not None:
+    if llm.read_kept(spec, name=name) is not None:
         return ""
     row = LedgerRow(role, name, llm.config.profiles[name].model, outcome="", is_batch=True)
     try:
         if outcome.completion is None:
             raise ReplyInvalid(outcome.error)
-        llm.accept(spec, outcome.completion, row=row, reply=reply)
+        llm.accept(spec, outcome.completion, row=row)
     except ReplyInvalid as error:
         return str(error)
     return ""
 
 
-def make_lines(llm: LlmService, rows: dict[str, RequestSpec], *, name: str) -> dict[str, bytes]:
+def make_lines(llm: LlmService, rows: dict[str, RequestSpec[Any]], *, name: str) -> dict[str, bytes]:
     """Return one JSONL line per custom id, in order of id."""
     if not rows:
         return {}

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 from pydantic import BaseModel, ValidationError
 
@@ -14,13 +14,12 @@ from tasks.services.llm.config import LlmConfig, ProfileConfig, Structure
 from tasks.services.llm.dialects import read_content, read_trace
 from tasks.services.llm.ledger import Budget, Ledger, LedgerRow, Usage, compute_cost, read_usage
 from tasks.services.llm.probing import find_structure
-from tasks.services.llm.requests import RequestSpec, count_body_tokens
+from tasks.services.llm.requests import RequestSpec, T, count_body_tokens
 from tasks.services.llm.schema import parse_reply
 from tasks.services.llm.transport import call_with_retries, is_surely_unpaid, make_client
 from tasks.services.store import Store
 
 log = logging.getLogger(__name__)
-T = TypeVar("T", bound=BaseModel)
 REFUSAL_DAYS = 1.0
 
 
@@ -102,7 +101,7 @@ class LlmService:
             client.close()
 
     def ask(
-        self, spec: RequestSpec, *, role: str, reply: type[T], doubt: Callable[[T], str | None] = lambda reply: None
+        self, spec: RequestSpec[T], *, role: str, doubt: Callable[[T], str | None] = lambda reply: None
     ) -> Answer[T]:
         """Return a role's validated reply: from the cheapest profile whose reply will do.
 
@@ -122,9 +121,7 @@ class LlmService:
         for rung, name in enumerate(names):
             is_last = rung == len(names) - 1
             try:
-                answer = self._ask_rung(
-                    spec, name, role=role, reply=reply, rung=rung, reason=reason, is_refusal_kept=not is_last
-                )
+                answer = self._ask_rung(spec, name, role=role, rung=rung, reason=reason, is_refusal_kept=not is_last)
             except ReplyInvalid as error:
                 if is_last and doubtful is None:
                     raise
@@ -138,9 +135,9 @@ class LlmService:
         return replace(doubtful, reason=reason)
 
     def _ask_rung(
-        self, spec: RequestSpec, name: str, *, role: str, reply: type[T], rung: int, reason: str, is_refusal_kept: bool
+        self, spec: RequestSpec[T], name: str, *, role: str, rung: int, reason: str, is_refusal_kept: bool
     ) -> Answer[T]:
-        cached = self.find_cached(spec, name=name, role=role, reply=reply)
+        cached = self.find_cached(spec, name=name, role=role)
         if cached is not None:
             return replace(cached, rung=rung, reason=reason)
         refusal_key = self.cache_key(spec, name).replace("/replies/", "/refusals/")
@@ -149,12 +146,12 @@ class LlmService:
         body = spec.body(self.config.profiles[name], self.structure(name))
         row = LedgerRow(role, name, body["model"], outcome="", rung=rung, reason=reason)
         try:
-            return self._ask_once(spec, body, row=row, reply=reply)
+            return self._ask_once(spec, body, row=row)
         except ReplyInvalid as error:
             note = f"Your last reply could not be used: {error}. Reply again, with JSON that fits the schema."
             body["messages"].append({"role": "user", "content": note})
         try:
-            return self._ask_once(spec, body, row=row, reply=reply)
+            return self._ask_once(spec, body, row=row)
         except ReplyInvalid as error:
             if is_refusal_kept:
                 kept = Refusal(reason=str(error), at=time.time())
@@ -169,10 +166,10 @@ class LlmService:
             if time.time() - refusal.at < REFUSAL_DAYS * 86_400:
                 raise ReplyInvalid(refusal.reason)
 
-    def _ask_once(self, spec: RequestSpec, body: dict[str, Any], *, row: LedgerRow, reply: type[T]) -> Answer[T]:
+    def _ask_once(self, spec: RequestSpec[T], body: dict[str, Any], *, row: LedgerRow) -> Answer[T]:
         started = time.monotonic()
         raw = self.send(body, row=row)
-        return self.accept(spec, raw, row=replace(row, seconds=time.monotonic() - started), reply=reply)
+        return self.accept(spec, raw, row=replace(row, seconds=time.monotonic() - started))
 
     def send(self, body: dict[str, Any], *, row: LedgerRow) -> dict[str, Any]:
         """Send a body within the budget and return the completion; failures are booked, not replies."""
@@ -202,7 +199,7 @@ class LlmService:
         self.budget.settle(reservation, reserved=worst, spent=worst if cost is None else cost)
         return raw
 
-    def accept(self, spec: RequestSpec, completion: dict[str, Any], *, row: LedgerRow, reply: type[T]) -> Answer[T]:
+    def accept(self, spec: RequestSpec[T], completion: dict[str, Any], *, row: LedgerRow) -> Answer[T]:
         """Book a completion, validate it, and keep it. Raises ReplyInvalid."""
         cost, price_date = self.price(row.profile, completion, is_batch=row.is_batch)
         served = str(completion.get("model") or "")
@@ -215,7 +212,7 @@ class LlmService:
         content = read_content(message, self.structure(row.profile))
         try:
             parsed = parse_reply(
-                reply, content, finish_reason=choices[0].get("finish_reason"), refusal=message.get("refusal")
+                spec.reply, content, finish_reason=choices[0].get("finish_reason"), refusal=message.get("refusal")
             )
         except ReplyInvalid:
             self.ledger.book(replace(row, outcome="invalid"))
@@ -227,27 +224,27 @@ class LlmService:
         self.ledger.book(replace(row, outcome="ok"))
         return Answer(parsed, row.profile, served, row.rung, row.reason, trace)
 
-    def find_cached(self, spec: RequestSpec, *, name: str, role: str, reply: type[T]) -> Answer[T] | None:
+    def find_cached(self, spec: RequestSpec[T], *, name: str, role: str) -> Answer[T] | None:
         """Return a kept reply, and book that nothing was paid."""
-        found = self.read_kept(spec, name=name, reply=reply)
+        found = self.read_kept(spec, name=name)
         if found is not None:
             model = self.config.profiles[name].model
             self.ledger.book(LedgerRow(role, name, model, outcome="cached", served_model=found.served_model))
         return found
 
-    def read_kept(self, spec: RequestSpec, *, name: str, reply: type[T]) -> Answer[T] | None:
+    def read_kept(self, spec: RequestSpec[T], *, name: str) -> Answer[T] | None:
         """Return a validated reply in the store."""
         data = self.store.find_bytes(self.cache_key(spec, name))
         if data is None:
             return None
         try:
             cached = CachedReply.model_validate_json(data)
-            parsed = parse_reply(reply, cached.content, finish_reason="stop", refusal=None)
+            parsed = parse_reply(spec.reply, cached.content, finish_reason="stop", refusal=None)
         except (ValidationError, ReplyInvalid):
             return None
         return Answer(parsed, name, cached.served_model, trace=cached.trace)
 
-    def cache_key(self, spec: RequestSpec, name: str) -> str:
+    def cache_key(self, spec: RequestSpec[Any], name: str) -> str:
         """Return where a profile's reply to a request is kept."""
         return f"llm/replies/{spec.compute_key(self.config.profiles[name])}.json"
 

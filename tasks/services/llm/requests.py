@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel
@@ -18,8 +18,11 @@ CHARACTERS_PER_TOKEN = 3  # fewer than English has, so that estimates err upward
 TOKENS_PER_REQUEST = 50
 
 
+T = TypeVar("T", bound=BaseModel)
+
+
 @dataclass(frozen=True)
-class RequestSpec:
+class RequestSpec(Generic[T]):
     """A question with pictures and the shape of its answer.
 
     `parts` alternate freely: text, and PNG or JPEG bytes. `repeat` tells apart requests that are asked
@@ -28,7 +31,7 @@ class RequestSpec:
 
     system: str
     parts: tuple[str | bytes, ...]
-    reply: type[BaseModel]
+    reply: type[T]
     is_reasoning: bool = False
     repeat: int = 0
 

@@ -14,7 +14,17 @@ import pytest
 from tasks.images import encode_png
 from tasks.mini.launch import LocalServer
 from tasks.mini.world import draw_scene, sample_subject_scene
-from tasks.scoring.rubric import SampleJudgement, judge_spec
+from tasks.scoring.questions import blur
+from tasks.scoring.rubric import (
+    ConceptGrade,
+    PairChoice,
+    PromptGrade,
+    QualityGrade,
+    concept_spec,
+    pair_spec,
+    prompt_spec,
+    quality_spec,
+)
 from tasks.services.llm.config import ProfileConfig
 from tasks.services.llm.requests import RequestSpec, encode_image
 from tasks.services.llm.schema import strict_schema
@@ -39,7 +49,7 @@ def photo(noun: str, index: int, *, seed: int = 3) -> Photo:
 
 
 def ask(client: openai.OpenAI, spec: RequestSpec) -> str:
-    completion = client.chat.completions.create(**spec.body(PROFILE))
+    completion = client.chat.completions.create(**spec.body(PROFILE, "json_schema"))
     assert completion.usage is not None
     assert completion.usage.total_tokens > 0
     return completion.choices[0].message.content or ""
@@ -65,15 +75,33 @@ def test_captions_follow_the_place(client: openai.OpenAI) -> None:
 
 
 def test_the_judge_tells_the_subject_from_another(client: openai.OpenAI) -> None:
-    def grade(sample: Photo, prompt: str = "a photo of a mug") -> SampleJudgement:
-        spec = judge_spec(references=[photo("mug", i).png for i in range(3)], sample=sample.png, class_prompt=prompt)
-        return SampleJudgement.model_validate_json(ask(client, spec))
+    references = [photo("mug", i).png for i in range(3)]
 
-    same = [grade(photo("mug", i)).concept_preservation for i in range(3, 7)]
-    other = [grade(photo("mug", i, seed=8)).concept_preservation for i in range(3, 7)]
+    def grade(sample: Photo) -> int:
+        spec = concept_spec(references, sample.png, class_noun="mug", repeat=0)
+        return ConceptGrade.model_validate_json(ask(client, spec)).concept_preservation
+
+    def follow(sample: Photo) -> int:
+        spec = prompt_spec(sample.png, class_prompt="a photo of a mug", repeat=0)
+        return PromptGrade.model_validate_json(ask(client, spec)).prompt_following
+
+    same = [grade(photo("mug", i)) for i in range(3, 7)]
+    other = [grade(photo("mug", i, seed=8)) for i in range(3, 7)]
     assert sum(same) > sum(other)
-    assert grade(photo("boat", 3)).concept_preservation == 0
-    assert grade(photo("boat", 3)).prompt_following < grade(photo("mug", 3)).prompt_following
+    assert grade(photo("boat", 3)) == 0
+    assert follow(photo("boat", 3)) < follow(photo("mug", 3))
+    spec = pair_spec(references, photo("mug", 4).png, photo("mug", 4, seed=8).png, class_noun="mug")
+    swapped = pair_spec(references, photo("mug", 4, seed=8).png, photo("mug", 4).png, class_noun="mug")
+    choices = [PairChoice.model_validate_json(ask(client, one)).better for one in (spec, swapped)]
+    assert choices == ["first", "second"]
+
+
+def test_the_judge_sees_blur(client: openai.OpenAI) -> None:
+    def grade(png: bytes) -> int:
+        return QualityGrade.model_validate_json(ask(client, quality_spec(png, repeat=0))).image_quality
+
+    assert grade(photo("mug", 0).png) == 4
+    assert grade(blur(photo("mug", 0).png)) <= 1
 
 
 def test_names_and_hidden_channels_tell_it_nothing(client: openai.OpenAI) -> None:
@@ -107,7 +135,7 @@ def test_text_answers_stream(client: openai.OpenAI) -> None:
 
 def test_a_batch_goes_through_its_states(client: openai.OpenAI) -> None:
     config = SubjectConfig(source="x", class_noun="mug")
-    body = caption_spec(photo("mug", 0), config).body(PROFILE)
+    body = caption_spec(photo("mug", 0), config).body(PROFILE, "json_schema")
     rows = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/chat/completions", "body": body} for i in range(3)]
     rows.append({**rows[0], "custom_id": "bad", "body": {**body, "model": "gpt"}})
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()

@@ -68,17 +68,18 @@ def test_smoothing_keeps_the_mean_of_a_level_curve() -> None:
 
 
 def test_headline_metrics_are_flat_and_complete(store: LocalStore) -> None:
-    from tasks.manifests import Scorecard, SideScores
+    from tasks.manifests import JudgeHealth, Scorecard, SideScores
 
     scores = StageFolder(store, "scoring", "k").finish(
         Scorecard, version=1, counts={}, served_model="m", judgements=(), failed=(),
-        scores={"tuned": SideScores(concept_preservation=3, prompt_following=4)},
+        scores={"tuned": SideScores(concept_preservation=3, prompt_following=4, image_quality=2)},
+        intervals={}, health=JudgeHealth(controls=(), alpha={}, num_repeated=0, is_comparable=True, is_reliable=False),
     )  # fmt: skip
     figures = headline_metrics(make_evaluation(store), scores)
     assert figures["tuned/dino"] == 0.5
     assert figures["ceiling/clip_t"] == 0.5
     assert figures["tuned/concept_preservation"] == 3
-    assert len(figures) == 6 + 4 + 3 + 2
+    assert len(figures) == 6 + 4 + 3 + 3 + 1
 
 
 def test_the_card_is_filled(tmp_path: Path, store: LocalStore) -> None:

@@ -1,27 +1,34 @@
-"""From grades to scores."""
+"""From questions to scores, and what is known of the judge that answered."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from tasks.contract import StageFolder
-from tasks.errors import ReplyInvalid
-from tasks.manifests import ObjectRef, Sample
+from tasks.errors import ConfigError, ReplyInvalid
+from tasks.images import encode_png
+from tasks.manifests import JudgeHealth, ObjectRef, Sample, Side
+from tasks.scoring import scores
 from tasks.scoring.config import ScoringConfig
-from tasks.scoring.judging import Answers, ask_judge, average, to_judgements
-from tasks.scoring.rubric import SampleJudgement, judge_spec
-from tasks.services.llm.config import ProfileConfig
-from tasks.services.llm.requests import RequestSpec
+from tasks.scoring.judging import Answers, ask_judge
+from tasks.scoring.questions import AXES, Material, Question, list_questions, list_second
+from tasks.scoring.rubric import ConceptGrade, QualityGrade, concept_spec, pair_spec, prompt_spec, quality_spec
+from tasks.services.llm.client import Answer
 from tasks.services.store import LocalStore
 from tests.llm_server import scripted_server
 from tests.tasks.services.llm.test_client import make_llm
+from tests.tiny import draw_photo
 
-GOOD = '{"evidence": "same stripes", "concept_preservation": 3, "prompt_following": 4}'
-SPECS = {f"k{n}": RequestSpec("judge", (f"sample {n}",), SampleJudgement) for n in range(4)}
+GOOD = '{"evidence": "clean", "image_quality": 3}'
+SPECS = {f"k{n}": quality_spec(encode_png(draw_photo(n, size=64)), repeat=0) for n in range(4)}
+PROMPTS = ("a photo of a fish", "a fish in the snow", "a fish on the beach at night")
 
 
-def ask(tmp_path: Path, url_server: object, executor: str) -> tuple[Answers, dict[str, str]]:
-    llm = make_llm(url_server, tmp_path)  # type: ignore[arg-type]
+def ask(tmp_path: Path, server: Any, executor: str) -> tuple[Answers, dict[str, str]]:
+    llm = make_llm(server, tmp_path)
     config = ScoringConfig(executor=executor, poll_seconds=0.05)  # type: ignore[arg-type]
     folder = StageFolder(LocalStore(tmp_path / "store"), "scoring", "k")
     return ask_judge(SPECS, config, llm=llm, folder=folder, on_progress=lambda done, total: None)
@@ -33,7 +40,7 @@ def test_both_executors_give_the_same_grades(tmp_path: Path, executor: str) -> N
         server.script(GOOD)
         answers, failures = ask(tmp_path, server, executor)
     assert failures == {}
-    assert [answers[name][0].concept_preservation for name in SPECS] == [3, 3, 3, 3]
+    assert [answers[name].reply.image_quality for name in SPECS] == [3, 3, 3, 3]
 
 
 def test_grades_of_one_executor_serve_the_other(tmp_path: Path) -> None:
@@ -47,34 +54,192 @@ def test_grades_of_one_executor_serve_the_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("executor", ["batch", "sync"])
 def test_too_many_failures_are_an_error_not_a_score(tmp_path: Path, executor: str) -> None:
     with scripted_server() as server:
-        server.script('{"evidence": "x", "concept_preservation": 9, "prompt_following": 9}')
-        with pytest.raises(ReplyInvalid, match="4 of 4 samples got no grade"):
+        server.script('{"evidence": "x", "image_quality": 9}')
+        with pytest.raises(ReplyInvalid, match="4 of 4 questions got no grade"):
             ask(tmp_path, server, executor)
 
 
-def test_scores_are_means_per_side() -> None:
-    samples = [
-        Sample(
-            image=ObjectRef(key=f"k{n}", sha256="0", size_bytes=1), side="base" if n < 1 else "tuned",
-            kind="subject", prompt="p", class_prompt="c", seed=n,
-        )
-        for n in range(3)
+def make_sample(number: int, side: Side, *, kind: Any = "subject") -> Sample:
+    prompt = PROMPTS[number % len(PROMPTS)]
+    return Sample(
+        image=ObjectRef(key=f"04/{side}-{kind}-{number}.png", sha256="0", size_bytes=1), side=side, kind=kind,
+        prompt=prompt.replace("a fish", "sks fish"), class_prompt=prompt, seed=number,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def material() -> Material:
+    pictures: dict[str, bytes] = {}
+
+    def read(sample: Sample) -> bytes:
+        key = sample.image.key
+        pictures.setdefault(key, encode_png(draw_photo(len(pictures) % 5, seed=len(pictures), size=64)))
+        return pictures[key]
+
+    sides: tuple[Side, ...] = ("base", "tuned")
+    return Material(
+        class_noun="fish",
+        references=[encode_png(draw_photo(i, size=64)) for i in range(3)],
+        samples=[make_sample(n, side) for side in sides for n in range(6)],
+        others=[make_sample(n, "base", kind="class") for n in range(4)],
+        read=read,
+    )
+
+
+def answer_all(questions: list[Question], grade: Callable[[Question], Any]) -> Answers:
+    """Answer as a judge would who grades by a rule."""
+    answers = {}
+    for question in questions:
+        value = grade(question)
+        fields: dict[str, Any] = {"better": value} if question.kind == "pair" else {question.axis: value}
+        reply: BaseModel = question.spec.reply.model_construct(evidence="e", **fields)
+        answers[question.name] = Answer(reply, "p", "m")
+    return answers
+
+
+def fair_judge(question: Question) -> Any:
+    """Grades tuned samples higher, passes every control, and sees through the order of pairs."""
+    if question.kind == "pair":
+        return "first" if question.is_swapped else "second"
+    if question.kind in ("other", "shuffled", "blurred"):
+        return 1
+    if question.kind == "self":
+        return 4
+    return 4 if "tuned" in question.key else 2
+
+
+def examine(material: Material, judge: Callable[[Question], Any], **changes: Any) -> JudgeHealth:
+    questions = list_questions(ScoringConfig(**changes), material)
+    return scores.examine_judge(material.samples, questions, answer_all(questions, judge), is_comparable=True)
+
+
+def test_every_sample_is_asked_about_on_every_axis_and_some_several_times(material: Material) -> None:
+    questions = list_questions(ScoringConfig(num_repeats=3, num_repeated=4), material)
+    asked = [question for question in questions if question.kind == "sample"]
+    assert len({(q.key, q.axis) for q in asked}) == 12 * 3
+    assert len(asked) == 12 * 3 + 4 * 2 * 3
+    assert len({question.name for question in questions}) == len(questions)
+    assert len({q.spec.compute_key(make_profile()) for q in asked}) == len(asked)  # a repeat is asked anew
+
+
+def make_profile() -> Any:
+    from tasks.services.llm.config import ProfileConfig
+
+    return ProfileConfig(model="m")
+
+
+def test_repeats_show_the_references_in_another_order(material: Material) -> None:
+    questions = list_questions(ScoringConfig(num_repeats=3, num_repeated=1), material)
+    concept = [
+        q for q in questions if q.kind == "sample" and q.axis == AXES[0] and q.key == material.samples[0].image.key
+    ]
+    orders = {q.spec.parts[1:4] for q in concept}
+    assert len(orders) == 3
+    assert all(set(order) == set(material.references) for order in orders)
+
+
+def test_scores_are_means_per_side_of_medians_with_intervals(material: Material) -> None:
+    def judge(question: Question) -> Any:
+        if question.kind == "sample" and question.key == material.samples[0].image.key:
+            return (0, 4, 3)[question.repeat]
+        return fair_judge(question)
+
+    questions = list_questions(ScoringConfig(), material)
+    judgements = scores.to_judgements(material.samples, questions, answer_all(questions, judge))
+    first = judgements[0]
+    assert (first.concept_preservation, first.num_repeats, first.spread) == (3, 3, 4)
+    found = scores.average(judgements)
+    assert found["tuned"].prompt_following == 4
+    assert found["base"].concept_preservation == pytest.approx((3 + 5 * 2) / 6)
+    low, high = scores.find_intervals(judgements)["base"]["concept_preservation"]
+    assert low <= found["base"].concept_preservation <= high
+
+
+def test_a_fair_judge_passes_its_controls(material: Material) -> None:
+    health = examine(material, fair_judge)
+    assert [control.name for control in health.controls] == [
+        "the subject itself", "another subject", "a wrong prompt", "a blurred sample",
     ]  # fmt: skip
-    grades = [(0, 4), (3, 2), (4, 4)]
-    answers = {
-        f"k{n}": (SampleJudgement(evidence="e", concept_preservation=c, prompt_following=p), "m")  # type: ignore[arg-type]
-        for n, (c, p) in enumerate(grades)
-    }
-    scores = average(to_judgements(samples, answers))
-    assert scores["base"].concept_preservation == 0
-    assert scores["tuned"].concept_preservation == 3.5
-    assert scores["tuned"].prompt_following == 3.0
+    assert health.is_reliable
+    assert health.alpha["concept_preservation"] == pytest.approx(1)
+    assert health.num_repeated == 6
 
 
-def test_the_rubric_and_the_references_come_before_the_sample() -> None:
-    spec = judge_spec(references=[b"r1", b"r2"], sample=b"s", class_prompt="a photo of a dog")
-    assert spec.parts.index(b"r2") < spec.parts.index(b"s")
-    assert "sks" not in str(spec.parts)
-    text = str(spec.reply.model_json_schema())
-    assert text.index("evidence") < text.index("concept_preservation")
-    assert ProfileConfig(model="m").max_output_tokens >= 256
+@pytest.mark.parametrize(
+    ("kind", "grade", "control"),
+    [
+        ("self", 1, "the subject itself"),
+        ("other", 4, "another subject"),
+        ("shuffled", 4, "a wrong prompt"),
+        ("blurred", 4, "a blurred sample"),
+    ],
+)
+def test_a_judge_that_fails_a_control_is_not_reliable(material: Material, kind: str, grade: int, control: str) -> None:
+    health = examine(material, lambda q: grade if q.kind == kind else fair_judge(q))
+    assert not health.is_reliable
+    assert [c.name for c in health.controls if not c.is_passed] == [control]
+
+
+def test_without_controls_or_from_another_model_grades_are_not_called_reliable(material: Material) -> None:
+    assert not examine(material, fair_judge, num_controls=0).is_reliable
+    questions = list_questions(ScoringConfig(), material)
+    answers = answer_all(questions, fair_judge)
+    assert not scores.examine_judge(material.samples, questions, answers, is_comparable=False).is_reliable
+
+
+def test_only_wins_in_both_orders_count(material: Material) -> None:
+    questions = list_questions(ScoringConfig(num_pairs=4), material)
+    fair = scores.count_pairs(questions, answer_all(questions, fair_judge))
+    assert fair is not None
+    assert (fair.num_pairs, fair.tuned_wins, fair.base_wins, fair.inconsistent) == (4, 4, 0, 0)
+    assert fair.tuned_strength == pytest.approx(4.5 / 5)
+    first = scores.count_pairs(questions, answer_all(questions, lambda q: "first"))
+    assert first is not None
+    assert (first.tuned_wins, first.base_wins, first.ties, first.inconsistent) == (0, 0, 0, 4)
+    assert first.tuned_strength == pytest.approx(0.5)
+
+
+def test_a_second_judge_and_a_person_are_compared_with_the_first(material: Material, tmp_path: Path) -> None:
+    questions = list_questions(ScoringConfig(), material)
+    judgements = scores.to_judgements(material.samples, questions, answer_all(questions, fair_judge))
+    seconds = list_second(ScoringConfig(second_share=0.5), material)
+    assert len(seconds) == 6 * 3
+    grades = scores.collect_grades(seconds, answer_all(seconds, fair_judge))
+    agreement = scores.compare_raters("other", grades, judgements)
+    assert agreement is not None
+    assert agreement.num_samples == 6
+    assert agreement.kappa["concept_preservation"] == pytest.approx(1)
+
+    path = tmp_path / "labels.csv"
+    rows = ["sample,concept_preservation,prompt_following"]
+    rows += [f"{s.image.key.split('/')[-1]},{4 if s.side == 'base' else 0},2" for s in material.samples]
+    path.write_text("\n".join(rows))
+    person = scores.compare_raters("a person", scores.read_labels(path, material.samples), judgements)
+    assert person is not None
+    assert person.spearman["concept_preservation"] == pytest.approx(-1)
+    assert person.kappa["prompt_following"] is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [("nobody.png,3,3", "'nobody.png' names 0 samples"), ("base-subject-1.png,5,", "'5' is no grade")],
+)
+def test_labels_that_fit_nothing_are_named(material: Material, tmp_path: Path, row: str, message: str) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text(f"sample,concept_preservation,prompt_following\n{row}\n")
+    with pytest.raises(ConfigError, match=f"labels.csv, line 2: {message}"):
+        scores.read_labels(path, material.samples)
+
+
+def test_each_axis_hides_what_would_sway_it() -> None:
+    references = [b"r1", b"r2"]
+    concept = concept_spec(references, b"s", class_noun="dog", repeat=0)
+    assert concept.parts.index(b"r2") < concept.parts.index(b"s")  # what is the same comes first: providers cache it
+    assert "Prompt:" not in str(concept.parts)
+    prompt = prompt_spec(b"s", class_prompt="a photo of a dog", repeat=0)
+    assert not {b"r1", b"r2"} & set(prompt.parts)
+    assert quality_spec(b"s", repeat=0).parts.count(b"s") == 1
+    assert pair_spec(references, b"x", b"y", class_noun="dog").parts.index(b"x") > 2
+    for reply in (ConceptGrade, QualityGrade):
+        text = str(reply.model_json_schema())
+        assert text.index("evidence") < text.index("Grade" if reply is ConceptGrade else "image_quality")

@@ -31,7 +31,7 @@ def server() -> Iterator[ScriptedServer]:
 
 def ask(llm: LlmService, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Any:
     return ask_batch(
-        llm, SPECS, role="judge", reply=Reply, state_prefix="05-scoring/k/batches",
+        llm, SPECS, role="judge", state_prefix="05-scoring/k/batches",
         poll_seconds=0.02, max_wait_seconds=20, on_progress=on_progress,
     )  # fmt: skip
 
@@ -145,7 +145,7 @@ def test_waiting_too_long_leaves_the_job_for_the_next_run(server: ScriptedServer
     llm = make_llm(server, tmp_path)
     with pytest.raises(ServiceUnavailable, match="still validating; run again to pick it up"):
         ask_batch(
-            llm, SPECS, role="judge", reply=Reply, state_prefix="05-scoring/k/batches",
+            llm, SPECS, role="judge", state_prefix="05-scoring/k/batches",
             poll_seconds=0.02, max_wait_seconds=0.1, on_progress=lambda done, total: None,
         )  # fmt: skip
     server.desk.turn.release()

@@ -45,7 +45,7 @@ def make_llm(server: ScriptedServer, folder: Path, **changes: Any) -> LlmService
 
 
 def ask(llm: LlmService) -> Reply:
-    return llm.ask(SPEC, role="judge", reply=Reply).reply
+    return llm.ask(SPEC, role="judge").reply
 
 
 def test_an_answer_is_paid_for_once(server: ScriptedServer, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_what_the_cheap_one_cannot_do_the_strong_one_is_asked(
 ) -> None:
     cheap.script(first)
     strong.script(GOOD)
-    answer = two_rungs(cheap, strong, tmp_path).ask(SPEC, role="judge", reply=Reply)
+    answer = two_rungs(cheap, strong, tmp_path).ask(SPEC, role="judge")
     assert (answer.profile, answer.rung) == ("strong", 1)
     assert reason in answer.reason
     assert (cheap.counts[CHAT], strong.counts[CHAT]) == (2, 1)  # once, once more with the reason, then on
@@ -72,7 +72,7 @@ def test_asking_again_after_a_crash_pays_nobody_twice(
     cheap.script(REFUSAL)
     strong.script(GOOD)
     for _ in range(2):
-        assert two_rungs(cheap, strong, tmp_path).ask(SPEC, role="judge", reply=Reply).profile == "strong"
+        assert two_rungs(cheap, strong, tmp_path).ask(SPEC, role="judge").profile == "strong"
     assert (cheap.counts[CHAT], strong.counts[CHAT]) == (2, 1)
 
 
@@ -80,7 +80,7 @@ def test_a_doubtful_reply_is_asked_of_the_next(cheap: ScriptedServer, strong: Sc
     cheap.script('{"grade": 0}')
     strong.script(GOOD)
     llm = two_rungs(cheap, strong, tmp_path)
-    answer = llm.ask(SPEC, role="judge", reply=Reply, doubt=lambda r: "too low" if r.grade == 0 else None)
+    answer = llm.ask(SPEC, role="judge", doubt=lambda r: "too low" if r.grade == 0 else None)
     assert (answer.profile, answer.reason) == ("strong", "too low")
 
 
@@ -89,7 +89,7 @@ def test_a_doubtful_last_reply_is_given_with_its_doubt(
 ) -> None:
     cheap.script(GOOD)
     strong.script(REFUSAL)
-    answer = two_rungs(cheap, strong, tmp_path).ask(SPEC, role="judge", reply=Reply, doubt=lambda r: "never sure")
+    answer = two_rungs(cheap, strong, tmp_path).ask(SPEC, role="judge", doubt=lambda r: "never sure")
     assert answer.profile == "cheap"
     assert "refused" in answer.reason
 
@@ -98,7 +98,7 @@ def test_nobody_having_an_answer_is_an_error(cheap: ScriptedServer, strong: Scri
     cheap.script(REFUSAL)
     strong.script(REFUSAL)
     with pytest.raises(ReplyInvalid, match="refused"):
-        two_rungs(cheap, strong, tmp_path).ask(SPEC, role="judge", reply=Reply)
+        two_rungs(cheap, strong, tmp_path).ask(SPEC, role="judge")
 
 
 class Speaking(ScriptedServer):
@@ -144,7 +144,7 @@ def test_the_way_to_ask_for_a_schema_is_found_once(
         for number in range(2):
             llm = LlmService(config, store=LocalStore(tmp_path / "store"), ledger=Ledger(tmp_path / "ledger.jsonl"))
             spec = RequestSpec("be brief", (f"grade sample {number}",), Reply)
-            assert llm.ask(spec, role="judge", reply=Reply).reply.grade == 2
+            assert llm.ask(spec, role="judge").reply.grade == 2
         assert llm.structure("p") == structure
         assert server.counts[CHAT] == tries + 2
 
@@ -156,7 +156,7 @@ def test_a_server_without_any_way_is_named(tmp_path: Path) -> None:
         config = LlmConfig(models=("p",), profiles={"p": profile})
         llm = LlmService(config, store=LocalStore(tmp_path / "store"), ledger=Ledger(tmp_path / "ledger.jsonl"))
         with pytest.raises(ConfigError, match="asked-model at .* gives no JSON by any way: json_schema: .*500"):
-            llm.ask(SPEC, role="judge", reply=Reply)
+            llm.ask(SPEC, role="judge")
 
 
 def test_another_models_reply_is_priced_as_that_ones_and_does_not_compare(
@@ -164,7 +164,7 @@ def test_another_models_reply_is_priced_as_that_ones_and_does_not_compare(
 ) -> None:
     cheap.script((200, {}, json.dumps(completion(GOOD, model="dear-model")).encode()))
     llm = two_rungs(cheap, strong, tmp_path)
-    answer = llm.ask(SPEC, role="judge", reply=Reply)
+    answer = llm.ask(SPEC, role="judge")
     assert not llm.is_comparable(answer)
     assert llm.ledger.sum_cost() is None  # nobody here knows its price
     dear = llm.config.profiles["strong"].model_copy(
@@ -172,7 +172,7 @@ def test_another_models_reply_is_priced_as_that_ones_and_does_not_compare(
     )
     llm.config.profiles["strong"] = dear
     again = replace(SPEC, repeat=1)
-    llm.ask(again, role="judge", reply=Reply)
+    llm.ask(again, role="judge")
     assert llm.ledger.rows[-1].cost_usd == pytest.approx((100 * 5 + 20 * 50) / 1e6)
 
 
@@ -210,7 +210,7 @@ def test_eight_workers_with_money_for_three_calls_make_three(cheap: ScriptedServ
         store, ledger = LocalStore(tmp_path / "store"), Ledger(tmp_path / f"ledger-{number}.jsonl")
         llm = LlmService(config, store=store, ledger=ledger, budget=budget)
         try:
-            llm.ask(replace(SPEC, repeat=number), role="judge", reply=Reply)
+            llm.ask(replace(SPEC, repeat=number), role="judge")
         except BudgetExceeded:
             return "stopped"
         return "answered"

@@ -1,0 +1,86 @@
+"""How far grades can be trusted: agreement, rank correlation, intervals, and strength from comparisons."""
+
+from collections.abc import Sequence
+from itertools import permutations
+
+import numpy as np
+from scipy import stats
+
+NUM_RESAMPLES = 2000
+
+
+def compute_alpha(units: Sequence[Sequence[int]], *, num_levels: int = 5) -> float | None:
+    """Return Krippendorff's alpha for ordinal grades 0..num_levels-1; 1 is perfect, 0 is chance.
+
+    `units` holds the repeated grades of each thing graded (Krippendorff 2011, "Computing Krippendorff's
+    Alpha-Reliability"). None where fewer than two things were graded twice, or all grades are the same:
+    then chance can't be told from agreement.
+    """
+    counts = np.zeros((num_levels, num_levels))
+    paired = [unit for unit in units if len(unit) > 1]
+    for unit in paired:
+        for first, second in permutations(unit, 2):
+            counts[first, second] += 1 / (len(unit) - 1)
+    totals = counts.sum(1)
+    if len(paired) < 2 or (totals > 0).sum() < 2:
+        return None
+    between = np.zeros_like(counts)
+    for low in range(num_levels):
+        for high in range(low, num_levels):
+            distance = totals[low : high + 1].sum() - (totals[low] + totals[high]) / 2
+            between[low, high] = between[high, low] = distance**2
+    expected = (np.outer(totals, totals) - np.diag(totals)) / (totals.sum() - 1)
+    return float(1 - (counts * between).sum() / (expected * between).sum())
+
+
+def compute_kappa(first: Sequence[int], second: Sequence[int], *, num_levels: int = 5) -> float | None:
+    """Return Cohen's kappa with quadratic weights; None where a rater gave one grade throughout."""
+    observed = np.zeros((num_levels, num_levels))
+    for one, other in zip(first, second, strict=True):
+        observed[one, other] += 1
+    if len(first) < 2 or len(set(first)) < 2 or len(set(second)) < 2:
+        return None
+    observed /= observed.sum()
+    expected = np.outer(observed.sum(1), observed.sum(0))
+    levels = np.arange(num_levels)
+    weights = (levels[:, None] - levels[None]) ** 2
+    return float(1 - (weights * observed).sum() / (weights * expected).sum())
+
+
+def compute_spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Return the rank correlation; None where one side doesn't vary."""
+    if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
+        return None
+    return float(stats.spearmanr(first, second).statistic)
+
+
+def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % percentile interval of a mean, over resampled values."""
+    rows = np.asarray(values, float)
+    draws = np.random.default_rng(seed).integers(len(rows), size=(NUM_RESAMPLES, len(rows)))
+    low, high = np.percentile(rows[draws].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def compute_strengths(players: Sequence[str], wins: dict[tuple[str, str], float]) -> dict[str, float]:
+    """Return Bradley-Terry strengths that sum to one, from wins by (winner, loser); a tie is half a win each.
+
+    Half a win either way is added to every pair that met, so that who never lost keeps a finite strength
+    (Hunter 2004, "MM algorithms for generalized Bradley-Terry models").
+    """
+    index = {player: i for i, player in enumerate(players)}
+    won = np.zeros((len(players), len(players)))
+    for (winner, loser), count in wins.items():
+        won[index[winner], index[loser]] += count
+    met = (won + won.T) > 0
+    won += 0.5 * met
+    games = won + won.T
+    strengths = np.ones(len(players)) / len(players)
+    for _ in range(1000):
+        shared = games / (strengths[:, None] + strengths[None])
+        updated = np.where(shared.sum(1) > 0, won.sum(1) / np.maximum(shared.sum(1), 1e-12), strengths)
+        updated /= updated.sum()
+        if np.abs(updated - strengths).max() < 1e-10:
+            break
+        strengths = updated
+    return dict(zip(players, updated.tolist(), strict=True))

@@ -1,0 +1,222 @@
+"""From answers to scores, and to what is known of the judge that gave them."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tasks.errors import ConfigError
+from tasks.manifests import (
+    Agreement,
+    ControlResult,
+    JudgeHealth,
+    Judgement,
+    PairResult,
+    Sample,
+    Side,
+    SideScores,
+)
+from tasks.scoring.agreement import (
+    bootstrap_mean,
+    compute_alpha,
+    compute_kappa,
+    compute_spearman,
+    compute_strengths,
+)
+from tasks.scoring.judging import Answers
+from tasks.scoring.questions import AXES, Kind, Question
+
+SIDES: tuple[Side, ...] = ("base", "tuned")
+SELF_LIMIT, OTHER_LIMIT = 3.0, 1.0
+MEANINGFUL = 0.05
+
+
+def to_judgements(samples: Sequence[Sample], questions: Sequence[Question], answers: Answers) -> tuple[Judgement, ...]:
+    """Join grades with their samples; a sample without a grade on some axis is left out."""
+    judgements = []
+    for sample in samples:
+        grades = {axis: grades_of(sample, axis, questions, answers) for axis in AXES}
+        if not all(grades.values()):
+            continue
+        first = next(q for q in questions if q.kind == "sample" and q.key == sample.image.key and q.name in answers)
+        judgements.append(
+            Judgement(
+                sample=sample.image,
+                side=sample.side,
+                prompt=sample.prompt,
+                evidence=answers[first.name].reply.evidence[:500],
+                **{axis: float(median(values)) for axis, values in grades.items()},
+                num_repeats=max(map(len, grades.values())),
+                spread=max(max(values) - min(values) for values in grades.values()),
+            )
+        )
+    return tuple(judgements)
+
+
+def grades_of(sample: Sample, axis: str, questions: Sequence[Question], answers: Answers) -> list[int]:
+    """Return a sample's grades on an axis, one per repeat."""
+    asked = [q for q in questions if q.kind == "sample" and q.axis == axis and q.key == sample.image.key]
+    return [int(getattr(answers[q.name].reply, axis)) for q in asked if q.name in answers]
+
+
+def average(judgements: Sequence[Judgement]) -> dict[Side, SideScores]:
+    """Return mean grades per side."""
+    scores: dict[Side, SideScores] = {}
+    for side in SIDES:
+        rows = [judgement for judgement in judgements if judgement.side == side]
+        if rows:
+            scores[side] = SideScores(**{axis: sum(getattr(row, axis) for row in rows) / len(rows) for axis in AXES})
+    return scores
+
+
+def find_intervals(judgements: Sequence[Judgement]) -> dict[Side, dict[str, tuple[float, float]]]:
+    """Return bootstrap intervals of the mean grades."""
+    found: dict[Side, dict[str, tuple[float, float]]] = {}
+    for side in SIDES:
+        rows = [judgement for judgement in judgements if judgement.side == side]
+        if rows:
+            found[side] = {axis: bootstrap_mean([getattr(row, axis) for row in rows]) for axis in AXES}
+    return found
+
+
+def examine_judge(
+    samples: Sequence[Sample],
+    questions: Sequence[Question],
+    answers: Answers,
+    *,
+    is_comparable: bool,
+    others: tuple[Agreement, ...] = (),
+) -> JudgeHealth:
+    """Return what controls and repeats say of the judge."""
+    controls = check_controls(questions, answers)
+    repeated = [s for s in samples if len(grades_of(s, AXES[0], questions, answers)) > 1]
+    return JudgeHealth(
+        controls=controls,
+        alpha={axis: compute_alpha([grades_of(s, axis, questions, answers) for s in repeated]) for axis in AXES},
+        num_repeated=len(repeated),
+        is_comparable=is_comparable,
+        is_reliable=bool(controls) and all(control.is_passed for control in controls) and is_comparable,
+        others=others,
+    )
+
+
+def check_controls(questions: Sequence[Question], answers: Answers) -> tuple[ControlResult, ...]:
+    """Compare the grades of controls with what they must be."""
+    concept, prompt, quality = AXES
+    results = []
+
+    def grades(kind: Kind, axis: str, keys: set[str] | None = None) -> list[int]:
+        asked = [q for q in questions if q.kind == kind and q.axis == axis and q.repeat == 0]
+        wanted = [q for q in asked if q.name in answers and (keys is None or q.key in keys)]
+        return [int(getattr(answers[q.name].reply, axis)) for q in wanted]
+
+    def add(name: str, text: str, value: float, limit: float, *, is_passed: bool) -> None:
+        results.append(ControlResult(name=name, text=text, value=value, limit=limit, is_passed=is_passed))
+
+    own = grades("self", concept)
+    if own:
+        value = float(median(own))
+        add(
+            "the subject itself",
+            "a photo against the others: at least",
+            value,
+            SELF_LIMIT,
+            is_passed=value >= SELF_LIMIT,
+        )
+    other = grades("other", concept)
+    if other:
+        value = float(median(other))
+        add("another subject", "another one of its class: at most", value, OTHER_LIMIT, is_passed=value <= OTHER_LIMIT)
+    for kind, axis, name, text in (
+        ("shuffled", prompt, "a wrong prompt", "samples with a prompt of others: below their own"),
+        ("blurred", quality, "a blurred sample", "samples blurred on purpose: below themselves"),
+    ):
+        spoiled = grades(kind, axis)  # type: ignore[arg-type]
+        keys = {q.key for q in questions if q.kind == kind}
+        plain = grades("sample", axis, keys)
+        if spoiled and plain:
+            value, limit = sum(spoiled) / len(spoiled), sum(plain) / len(plain)
+            add(name, text, value, limit, is_passed=value < limit - MEANINGFUL)
+    return tuple(results)
+
+
+def count_pairs(questions: Sequence[Question], answers: Answers) -> PairResult | None:
+    """Return who won which pair; an answer that changes with the order is no win."""
+    by_key: dict[str, list[str]] = {}
+    for question in questions:
+        if question.kind == "pair" and question.name in answers:
+            better = answers[question.name].reply.better
+            sides = ("tuned", "base") if question.is_swapped else ("base", "tuned")
+            winner = {"first": sides[0], "second": sides[1], "equal": "equal"}[better]
+            by_key.setdefault(question.key, []).append(winner)
+    pairs = [winners for winners in by_key.values() if len(winners) == 2]
+    if not pairs:
+        return None
+    wins = {side: sum(winners == [side, side] for winners in pairs) for side in SIDES}
+    inconsistent = sum(set(winners) == {"base", "tuned"} for winners in pairs)
+    ties = len(pairs) - sum(wins.values())
+    strengths = compute_strengths(
+        SIDES, {("tuned", "base"): wins["tuned"] + ties / 2, ("base", "tuned"): wins["base"] + ties / 2}
+    )
+    return PairResult(
+        num_pairs=len(pairs),
+        tuned_wins=wins["tuned"],
+        base_wins=wins["base"],
+        ties=ties - inconsistent,
+        inconsistent=inconsistent,
+        tuned_strength=strengths["tuned"],
+    )
+
+
+def compare_raters(rater: str, grades: dict[str, dict[str, int]], judgements: Sequence[Judgement]) -> Agreement | None:
+    """Return how another rater's grades, by sample and axis, agree with the judge's."""
+    shared = [judgement for judgement in judgements if judgement.sample.key in grades]
+    if not shared:
+        return None
+    kappa, spearman = {}, {}
+    for axis in AXES:
+        rows = [row for row in shared if axis in grades[row.sample.key]]
+        theirs = [grades[row.sample.key][axis] for row in rows]
+        ours = [round(getattr(row, axis)) for row in rows]
+        kappa[axis], spearman[axis] = compute_kappa(ours, theirs), compute_spearman(ours, theirs)
+    return Agreement(rater=rater, num_samples=len(shared), kappa=kappa, spearman=spearman)
+
+
+def read_labels(path: Path, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
+    """Return a person's grades by sample key; the CSV names samples by the end of their keys.
+
+    Raises:
+        ConfigError: the file can't be read, or names a sample or grade that isn't there.
+
+    """
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise ConfigError(f"scoring.labels={path}: {error.strerror}") from error
+    grades: dict[str, dict[str, int]] = {}
+    for number, row in enumerate(rows, 2):
+        name = (row.get("sample") or "").strip()
+        keys = [sample.image.key for sample in samples if name and sample.image.key.endswith(name)]
+        if len(keys) != 1:
+            raise ConfigError(f"{path}, line {number}: {name!r} names {len(keys)} samples, not one")
+        grades[keys[0]] = {axis: read_grade(row[axis], path, number) for axis in AXES if row.get(axis)}
+    return grades
+
+
+def read_grade(text: str, path: Path, number: int) -> int:
+    """Return a grade of 0 to 4. Raises ConfigError."""
+    if text.strip() not in ("0", "1", "2", "3", "4"):
+        raise ConfigError(f"{path}, line {number}: {text!r} is no grade; write 0 to 4")
+    return int(text)
+
+
+def collect_grades(questions: Sequence[Question], answers: Answers) -> dict[str, dict[str, Any]]:
+    """Return another judge's grades by sample and axis."""
+    grades: dict[str, dict[str, Any]] = {}
+    for question in questions:
+        if question.name in answers:
+            value = int(getattr(answers[question.name].reply, question.axis))
+            grades.setdefault(question.key, {})[question.axis] = value
+    return grades

@@ -1,0 +1,181 @@
+"""Try what a profile claims, by one cheap call each, and say what to change."""
+
+import datetime
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from PIL import Image
+from pydantic import BaseModel, Field
+
+from tasks.errors import LikenessError, ReplyInvalid
+from tasks.services.llm.client import LlmService, openai_arguments
+from tasks.services.llm.config import ProfileConfig
+from tasks.services.llm.dialects import TOOL, ask_for, set_reasoning
+from tasks.services.llm.ledger import LedgerRow, compute_cost, read_usage
+from tasks.services.llm.requests import RequestSpec
+from tasks.services.llm.transport import read_key, translated
+
+SOON_DAYS = 60
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was tried."""
+
+    name: str
+    is_good: bool
+    detail: str
+
+
+class ColorSeen(BaseModel):
+    """The reply to a picture of one color."""
+
+    color: Literal["red", "green", "blue"] = Field(description="the color that fills the picture")
+
+
+def examine(llm: LlmService, name: str) -> Iterator[Finding]:
+    """Yield what is found of one profile; what needs an answer is not tried where there is none."""
+    profile = llm.config.profiles[name]
+    yield check_retirement(profile, today=datetime.datetime.now(datetime.UTC).date())
+    try:
+        read_key(profile)
+    except LikenessError as error:
+        yield Finding("key", False, str(error))
+        return
+    yield Finding("key", True, profile.api_key_variable or "none needed")
+    try:
+        yield check_listed(llm, name)
+    except LikenessError as error:
+        yield Finding("models", False, str(error))
+        return
+    for check, try_out in CHECKS.items():
+        try:
+            detail = try_out(llm, name)
+        except ReplyInvalid as error:
+            detail, is_good = str(error), False
+        except LikenessError as error:
+            yield Finding(check, False, str(error))
+            continue
+        else:
+            is_good = True
+        if detail:
+            yield Finding(check, is_good, detail)
+
+
+def check_retirement(profile: ProfileConfig, *, today: datetime.date) -> Finding:
+    """Compare the profile's retirement with a day."""
+    if profile.retired_on is None:
+        return Finding("retirement", True, "none announced in its profile")
+    days = (profile.retired_on - today).days
+    if days <= 0:
+        return Finding("retirement", False, f"{profile.model} was retired on {profile.retired_on}; choose another")
+    is_good = days > SOON_DAYS
+    return Finding("retirement", is_good, f"on {profile.retired_on}, in {days} days")
+
+
+def check_listed(llm: LlmService, name: str) -> Finding:
+    """Look for the model in the provider's list, and for a shutdown date there."""
+    profile = llm.config.profiles[name]
+    with translated(profile):
+        listed = {model.id: model for model in llm.client(name).models.list(timeout=30)}
+    if profile.model not in listed:
+        near = [model for model in listed if profile.is_served(model)]
+        some = ", ".join(near or sorted(listed)[:6]) or "nothing"
+        return Finding("models", False, f"{profile.model} is not listed; listed: {some}")
+    shutdown = getattr(listed[profile.model], "shutdown_date", None)
+    if shutdown:
+        return Finding("models", False, f"listed, to be shut down on {shutdown}")
+    return Finding("models", True, f"listed, one of {len(listed)}")
+
+
+def try_schema(llm: LlmService, name: str) -> str:
+    """Ask for JSON that only a server that minds the schema gives."""
+    declared = llm.config.profiles[name].capabilities.structure
+    found = llm.structure(name)
+    return f"asked by {found}" + (", found by trying" if declared == "auto" else "")
+
+
+def try_picture(llm: LlmService, name: str) -> str:
+    """Show a red picture and ask for its color."""
+    profile = llm.config.profiles[name]
+    if not profile.capabilities.images:
+        return ""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (225, 20, 20)).save(buffer, format="PNG")
+    spec = RequestSpec("You look at pictures.", ("Which color fills it?", buffer.getvalue()), ColorSeen)
+    body = spec.body(profile, llm.structure(name))
+    row = LedgerRow("doctor", name, profile.model, outcome="")
+    answer = llm.accept(spec, llm.send(body, row=row), row=row)
+    if not llm.is_comparable(answer):
+        raise ReplyInvalid(f"{answer.served_model} answers in its place: set .model to it, with its own prices")
+    if answer.reply.color != "red":
+        raise ReplyInvalid(f"a red picture is {answer.reply.color} to it: does it see pictures?")
+    return f"sees; served by {answer.served_model or 'it does not say'}"
+
+
+def try_tool(llm: LlmService, name: str) -> str:
+    """Make it call a tool."""
+    profile = llm.config.profiles[name]
+    if not profile.capabilities.tools:
+        return ""
+    completion = call(llm, name, ask_for(make_body(profile, "Which color is the sky?"), ColorSeen, "tool"))
+    calls = completion["choices"][0]["message"].get("tool_calls") or []
+    if not calls or calls[0]["function"]["name"] != TOOL:
+        raise ReplyInvalid("calls no tool; set .capabilities.tools=false")
+    json.loads(calls[0]["function"]["arguments"])
+    return "calls them"
+
+
+def try_reasoning(llm: LlmService, name: str) -> str:
+    """Switch reasoning on and off."""
+    profile = llm.config.profiles[name]
+    if profile.capabilities.reasoning == "none":
+        return ""
+    counts = []
+    for is_reasoning in (False, True):
+        body = set_reasoning(make_body(profile, "Is 391 prime?"), profile, is_reasoning=is_reasoning)
+        counts.append(read_usage(call(llm, name, body)).reasoning_tokens)
+    if counts[0]:
+        raise ReplyInvalid(f"reasons ({counts[0]} tokens) though told not to; set .capabilities.reasoning")
+    return f"off: 0 tokens, on: {counts[1]}"
+
+
+def try_stream(llm: LlmService, name: str) -> str:
+    """Let a reply stream."""
+    profile = llm.config.profiles[name]
+    if not profile.capabilities.streaming:
+        return ""
+    body = {**make_body(profile, "Say hello."), "stream": True}
+    with translated(profile):
+        chunks = [chunk for chunk in llm.client(name).chat.completions.create(**openai_arguments(body), timeout=60)]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    if not text:
+        raise ReplyInvalid("nothing came; set .capabilities.streaming=false")
+    return f"in {len(chunks)} pieces"
+
+
+CHECKS: dict[str, Callable[[LlmService, str], str]] = {
+    "schema": try_schema, "pictures": try_picture, "tools": try_tool, "reasoning": try_reasoning, "stream": try_stream,
+}  # fmt: skip
+
+
+def make_body(profile: ProfileConfig, text: str) -> dict[str, Any]:
+    """Return a short question."""
+    return {
+        "model": profile.model,
+        "messages": [{"role": "user", "content": text}],
+        "max_completion_tokens": profile.max_output_tokens,
+        **profile.extra_body,
+    }
+
+
+def call(llm: LlmService, name: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Ask and book."""
+    row = LedgerRow("doctor", name, body["model"], outcome="")
+    completion = llm.send(body, row=row)
+    cost, date = compute_cost(llm.config.profiles[name].prices, read_usage(completion), is_batch=False)
+    llm.ledger.book(replace(row, outcome="ok", usage=read_usage(completion), cost_usd=cost, price_date=date))
+    return completion

@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--candidate", type=whole_number, metavar="STEP", help="weights kept of another step")
     generate.set_defaults(action=generate_picture)
 
-    estimate = add("estimate", help="predict the memory that training takes, before anything is loaded")
+    estimate = add("estimate", help="predict memory, LLM calls and money, before anything is loaded or sent")
     estimate.add_argument("settings", nargs="*", metavar="key=value", help="as for run")
     estimate.set_defaults(action=estimate_memory)
 

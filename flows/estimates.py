@@ -1,9 +1,14 @@
-"""The memory that training would take, by method, as a table."""
+"""What a run would take, before anything is loaded or sent: memory by method, LLM calls and money."""
 
 from collections.abc import Iterable
-from typing import get_args
+from typing import Any, Literal, get_args
+
+from PIL import Image
 
 from conf.request import compile_request, parse_overrides
+from conf.schema import RunConfig
+from tasks.manifests import Side
+from tasks.services.llm.requests import RequestSpec
 from tasks.training.config import TrainingConfig
 
 GIB = 2**30
@@ -18,7 +23,7 @@ def print_estimates(words: Iterable[str]) -> None:
     config = compile_request(parse_overrides(with_defaults(words)))
     training, diffusion = config.training, config.diffusion
     halves = "instance and class" if training.prior_loss_weight > 0 else "instance"
-    console = Console()
+    console = Console(width=110)
     console.print(
         f"{diffusion.location} at {diffusion.resolution} px, {training.train_batch_size} {halves} image(s) "
         f"per forward and device, {training.precision}"
@@ -32,7 +37,8 @@ def print_estimates(words: Iterable[str]) -> None:
             *describe(method, config.training, config.diffusion), style="bold" if method == training.method else ""
         )
     console.print(table)
-    console.print("bold: as configured; fused attention assumed")
+    console.print("bold: as configured; fused attention assumed\n")
+    print_calls(console, config)
 
 
 def with_defaults(words: Iterable[str]) -> list[str]:
@@ -67,3 +73,86 @@ def describe(method: str, training: TrainingConfig, diffusion: object) -> list[s
         f"{found.total_parameters / 1e6:,.1f} M",
         *(f"{size / GIB:.2f} GiB" for size in sizes),
     ]
+
+
+def print_calls(console: Any, config: RunConfig) -> None:
+    """Print calls, tokens and money by role, and the largest batch file."""
+    from rich.table import Table
+
+    from tasks.services.llm.estimate import SHORT_REPLY_TOKENS, estimate_calls
+
+    plan = plan_requests(config)
+    rows = [estimate_calls(config.llm, role, requests, is_batch=is_batch(config, role)) for role, requests in plan]
+    table = Table(box=None)
+    for number, name in enumerate(("role", "profile", "calls", "tokens in", "USD from", "to")):
+        table.add_column(name, justify="left" if number < 2 else "right")
+    for row in rows:
+        way = " (batch)" if row.is_batch else ""
+        money = (show_usd(row.low_usd), show_usd(row.high_usd))
+        table.add_row(row.role, row.profile + way, str(row.calls), f"{row.input_tokens:,}", *money)
+    console.print(table)
+    low, high = add_up([row.low_usd for row in rows]), add_up([row.high_usd for row in rows])
+    console.print(
+        f"in all {show_usd(low)} to {show_usd(high)} USD: with replies of {SHORT_REPLY_TOKENS} tokens, "
+        "or as long as they may be"
+    )
+    largest = max((row.largest_file_bytes for row in rows if row.is_batch), default=0)
+    if largest:
+        console.print(f"largest batch file {largest / 1e6:.2f} MB")
+
+
+def add_up(costs: list[float | None]) -> float | None:
+    """Return a sum; None where a part is unknown."""
+    return None if None in costs else sum(cost for cost in costs if cost is not None)
+
+
+def show_usd(cost: float | None) -> str:
+    """Return money as text; what is unknown is said to be."""
+    return "unknown" if cost is None else f"{cost:.4f}"
+
+
+def is_batch(config: RunConfig, role: str) -> bool:
+    """Whether a role's requests go out as a batch job."""
+    can = config.llm.profile(role).capabilities.batch != "none"
+    return role in ("judge", "second_judge") and config.scoring.executor == "batch" and can
+
+
+def plan_requests(config: RunConfig) -> list[tuple[str, list[RequestSpec[Any]]]]:
+    """Return every request that a run would send, with blank pictures of the right size, by role."""
+    from tasks.images import encode_png, shrink_png
+    from tasks.manifests import ImageMeasures, ObjectRef, Sample
+    from tasks.scoring.questions import Material, list_questions, list_second
+    from tasks.subject import captioning
+    from tasks.subject.intake import Photo, count_photos
+
+    subject, evaluation = config.subject, config.evaluation
+    num_photos = min(subject.max_images, count_photos(subject.source) or 5)
+    photo_png = encode_png(Image.new("RGB", (subject.working_side, subject.working_side)))
+    sample_png = encode_png(Image.new("RGB", (config.diffusion.resolution, config.diffusion.resolution)))
+    measures = ImageMeasures(width=1, height=1, sharpness=0, brightness=0, contrast=0, perceptual_hash="")
+    photo = Photo(name="", sha256="", png=photo_png, measures=measures)
+    plan: list[tuple[str, list[RequestSpec[Any]]]] = []
+    if subject.captioning == "llm":
+        plan.append(("inspector", [captioning.inspect_spec(photo, subject)] * num_photos))
+        plan.append(("captioner", [captioning.caption_spec(photo, subject)] * num_photos))
+
+    def sample(side: Side, kind: Literal["subject", "class"], prompt: str, seed: int) -> Sample:
+        ref = ObjectRef(key=f"{side}/{kind}/{prompt}/{seed}", sha256="", size_bytes=0)
+        return Sample(image=ref, side=side, kind=kind, prompt=prompt, class_prompt=prompt, seed=seed)
+
+    sides: tuple[Side, ...] = ("base", "tuned")
+    seeds = range(evaluation.num_images_per_prompt)
+    material = Material(
+        class_noun=subject.class_noun,
+        references=[shrink_png(photo_png, max_side=config.scoring.max_side)]
+        * min(num_photos, config.scoring.num_reference_images),
+        samples=[
+            sample(side, "subject", prompt, seed) for side in sides for prompt in evaluation.prompts for seed in seeds
+        ],
+        others=[sample("base", "class", "", seed) for seed in range(evaluation.num_class_images)],
+        read=lambda sample: shrink_png(sample_png, max_side=config.scoring.max_side),
+    )
+    plan.append(("judge", [question.spec for question in list_questions(config.scoring, material)]))
+    if config.llm.rungs("second_judge"):
+        plan.append(("second_judge", [question.spec for question in list_second(config.scoring, material)]))
+    return plan

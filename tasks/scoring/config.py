@@ -14,6 +14,7 @@ class ScoringConfig(Section):
         "batch", description="batch: the provider's batch API; sync: calls, several at once"
     )
     num_reference_images: int = Field(3, ge=1, le=8, description="photos shown beside each sample")
+    max_side: int = Field(512, ge=64, le=1024, description="pictures are shown to the judge at most this large, pixels")
     num_repeats: int = Field(3, ge=1, le=9, description="how often a repeated sample is graded, references reordered")
     num_repeated: int = Field(6, ge=0, le=1000, description="samples graded several times: is the judge steady?")
     num_controls: int = Field(3, ge=0, le=50, description="controls of each kind; 0: grades are never called reliable")

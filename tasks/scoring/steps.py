@@ -7,7 +7,7 @@ from typing import Any
 from prefect import task
 
 from tasks.contract import StageFolder, read_verified
-from tasks.manifests import Agreement, Evaluation, Scorecard, SubjectSet
+from tasks.manifests import Agreement, Evaluation, ObjectRef, Scorecard, SubjectSet
 from tasks.prefect_states import finished, should_retry
 from tasks.runtime import Runtime
 from tasks.scoring.config import ScoringConfig
@@ -37,18 +37,23 @@ def compute_scores(
     folder: StageFolder, config: ScoringConfig, evaluation: Evaluation, subject: SubjectSet, runtime: Runtime
 ) -> Scorecard:
     """Put all questions to the judge and write the manifest."""
+    from tasks.images import shrink_png
     from tasks.scoring import scores
     from tasks.scoring.judging import ask_judge
     from tasks.scoring.questions import Material, list_questions
 
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
     samples = [sample for sample in evaluation.samples if sample.kind == "subject"]
+
+    def read(ref: ObjectRef) -> bytes:
+        return shrink_png(read_verified(runtime.store, ref), max_side=config.max_side)
+
     material = Material(
         class_noun=subject.class_noun,
-        references=[read_verified(runtime.store, i.image) for i in subject.images[: config.num_reference_images]],
+        references=[read(image.image) for image in subject.images[: config.num_reference_images]],
         samples=samples,
         others=[sample for sample in evaluation.samples if sample.kind == "class" and sample.side == "base"],
-        read=lambda sample: read_verified(runtime.store, sample.image),
+        read=lambda sample: read(sample.image),
     )
     questions = list_questions(config, material)
     answers, failures = ask_judge(

@@ -18,8 +18,8 @@ from tasks.services.store import Store
 from tasks.subject.config import SubjectConfig
 from tasks.subject.quality import count_different_bits, find_fault, measure
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 MOST_BYTES = 64_000_000
 THUMBNAIL_SIDE = 160
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "mini" / "demo_subject"
@@ -113,6 +113,12 @@ def read_source(config: SubjectConfig, store: Store) -> Iterator[tuple[str, byte
             yield clean_name(path.name), b""
 
 
+def count_photos(source: str) -> int:
+    """Return how many files of a folder claim to be photos; 0 where it can't be told without reading."""
+    folder = DEMO_FOLDER if source == "demo" else Path(source)
+    return sum(path.suffix.lower() in SUFFIXES for path in folder.iterdir()) if folder.is_dir() else 0
+
+
 def check_number(num_files: int, config: SubjectConfig) -> None:
     """Refuse a source with more photos than will be read."""
     if num_files > config.max_images:
@@ -160,7 +166,7 @@ def decode(data: bytes, *, max_pixels: int) -> tuple[Image.Image, Image.Image | 
     except Image.DecompressionBombError as error:
         raise Unfit("too large to decode (subject.max_pixels)") from error
     except UnidentifiedImageError as error:
-        raise Unfit("not a JPEG, PNG or WebP picture, whatever its name says") from error
+        raise Unfit("not a JPEG, PNG, WebP or GIF picture, whatever its name says") from error
     # Pillow answers damaged files and metadata with many kinds of errors.
     except (OSError, SyntaxError, ValueError, TypeError, struct.error) as error:
         raise Unfit(f"damaged: {error}") from error

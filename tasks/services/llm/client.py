@@ -16,7 +16,7 @@ from tasks.services.llm.ledger import Budget, Ledger, LedgerRow, Usage, compute_
 from tasks.services.llm.probing import find_structure
 from tasks.services.llm.requests import RequestSpec, T, count_body_tokens
 from tasks.services.llm.schema import parse_reply
-from tasks.services.llm.transport import call_with_retries, is_surely_unpaid, make_client
+from tasks.services.llm.transport import call_with_retries, complete, is_surely_unpaid, make_client
 from tasks.services.store import Store
 
 log = logging.getLogger(__name__)
@@ -183,10 +183,8 @@ class LlmService:
             self.ledger.book(replace(row, outcome=type(error).__name__))
 
         try:
-            completion = call_with_retries(
-                lambda timeout: self.client(row.profile).chat.completions.create(
-                    **openai_arguments(body), timeout=timeout
-                ),
+            raw: dict[str, Any] = call_with_retries(
+                lambda timeout: complete(self.client(row.profile), body, timeout_seconds=timeout),
                 profile,
                 on_failure=fail,
             )
@@ -194,7 +192,6 @@ class LlmService:
             if is_surely_unpaid(error):
                 self.budget.settle(reservation, reserved=worst, spent=0.0)
             raise
-        raw: dict[str, Any] = completion.model_dump()
         cost, _ = self.price(row.profile, raw, is_batch=False)
         self.budget.settle(reservation, reserved=worst, spent=worst if cost is None else cost)
         return raw
@@ -277,17 +274,3 @@ class LlmService:
             return completion
 
         return call
-
-
-# What the SDK has arguments for; anything else a provider understands goes beside them.
-KNOWN_ARGUMENTS = frozenset(
-    {"model", "messages", "max_completion_tokens", "response_format", "tools", "tool_choice", "reasoning_effort",
-     "stream", "stream_options", "temperature", "seed"}
-)  # fmt: skip
-
-
-def openai_arguments(body: dict[str, Any]) -> dict[str, Any]:
-    """Return a body as arguments of the SDK's call."""
-    known = {key: value for key, value in body.items() if key in KNOWN_ARGUMENTS}
-    others = {key: value for key, value in body.items() if key not in KNOWN_ARGUMENTS}
-    return {**known, **({"extra_body": others} if others else {})}

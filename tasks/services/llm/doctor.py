@@ -11,12 +11,12 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from tasks.errors import LikenessError, ReplyInvalid
-from tasks.services.llm.client import LlmService, openai_arguments
+from tasks.services.llm.client import LlmService
 from tasks.services.llm.config import ProfileConfig
 from tasks.services.llm.dialects import TOOL, ask_for, set_reasoning
 from tasks.services.llm.ledger import LedgerRow, compute_cost, read_usage
 from tasks.services.llm.requests import RequestSpec
-from tasks.services.llm.transport import read_key, translated
+from tasks.services.llm.transport import openai_arguments, read_key, translated
 
 SOON_DAYS = 60
 

@@ -1,5 +1,6 @@
 """Talk to a provider through the `openai` package: one retry layer, one deadline, our errors."""
 
+import json
 import os
 import random
 import time
@@ -36,6 +37,42 @@ def read_key(profile: ProfileConfig) -> str:
     if not key:
         raise ConfigError(f"{profile.api_key_variable} is not set; export it, or use llm=local with the drawn world")
     return key
+
+
+def complete(client: Any, body: dict[str, Any], *, timeout_seconds: float) -> dict[str, Any]:
+    """Return a chat completion as plain data, within a total time: a server that drips is left too.
+
+    The SDK's own timeout is between two bytes, so it would wait for one that sends a byte now and then.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    create = client.chat.completions.with_streaming_response.create
+    data = bytearray()
+    with create(**openai_arguments(body), timeout=timeout_seconds) as response:
+        for chunk in response.iter_bytes():
+            data += chunk
+            if time.monotonic() > deadline:
+                raise ServiceUnavailable(f"the answer was not whole after {timeout_seconds:.0f} s; run again to go on")
+    try:
+        completion = json.loads(bytes(data))
+    except ValueError as error:
+        raise ServiceUnavailable(f"the answer is no JSON: {bytes(data[:60])!r}; run again to go on") from error
+    if not isinstance(completion, dict):
+        raise ServiceUnavailable("the answer is no chat completion; run again to go on")
+    return completion
+
+
+# What the SDK has arguments for; anything else a provider understands goes beside them.
+KNOWN_ARGUMENTS = frozenset(
+    {"model", "messages", "max_completion_tokens", "response_format", "tools", "tool_choice", "reasoning_effort",
+     "stream", "stream_options", "temperature", "seed"}
+)  # fmt: skip
+
+
+def openai_arguments(body: dict[str, Any]) -> dict[str, Any]:
+    """Return a body as arguments of the SDK's call."""
+    known = {key: value for key, value in body.items() if key in KNOWN_ARGUMENTS}
+    others = {key: value for key, value in body.items() if key not in KNOWN_ARGUMENTS}
+    return {**known, **({"extra_body": others} if others else {})}
 
 
 def call_with_retries(
@@ -80,7 +117,7 @@ def is_surely_unpaid(error: LikenessError) -> bool:
 
     cause = error.__cause__
     if isinstance(cause, openai.APITimeoutError):
-        return False
+        return False  # it may be at work still
     if isinstance(cause, openai.APIConnectionError):
         return "refused" in repr(cause.__cause__).lower()
     return isinstance(cause, openai.APIStatusError) and cause.status_code < 500
@@ -89,26 +126,35 @@ def is_surely_unpaid(error: LikenessError) -> bool:
 @contextmanager
 def translated(profile: ProfileConfig) -> Iterator[None]:
     """Turn the SDK's errors into ours."""
+    import httpx2
     import openai
 
     where = profile.base_url or "the mini vision server"
     try:
         yield
+    except httpx2.HTTPError as error:  # while the body is read; before that the SDK has errors of its own
+        raise ServiceUnavailable(f"{where} broke off its answer: {error}; run again to go on") from error
     except openai.APIConnectionError as error:
         raise ServiceUnavailable(f"{where} does not answer: {error}; run again to go on") from error
-    except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-        raise ConfigError(f"{where} refuses the key in {profile.api_key_variable}") from error
-    except openai.NotFoundError as error:
-        raise ConfigError(f"{where} does not serve {profile.model}; `likeness doctor` lists what it serves") from error
-    except openai.BadRequestError as error:
-        raise ConfigError(f"{where} refuses the request: {error.message[:200]}") from error
-    except openai.RateLimitError as error:
-        if any(word in str(error).lower() for word in QUOTA_WORDS):
-            raise BudgetExceeded(f"the quota at {where} is used up; what was answered is kept") from error
-        raise ServiceUnavailable(f"{where} asks to wait (rate limit)") from error
     except openai.APIStatusError as error:
-        if error.status_code == 402:
-            raise BudgetExceeded(f"{where} wants to be paid first; what was answered is kept") from error
-        raise ServiceUnavailable(f"{where} answered {error.status_code}") from error
+        raise sort_status(error, profile, where) from error
     except openai.OpenAIError as error:
         raise ServiceUnavailable(f"{where} sent what can't be read: {error}") from error
+
+
+def sort_status(error: Any, profile: ProfileConfig, where: str) -> LikenessError:
+    """Return our error for an HTTP status: what the operator should do."""
+    status = int(error.status_code)
+    if status in (401, 403):
+        return ConfigError(f"{where} refuses the key in {profile.api_key_variable}")
+    if status == 404:
+        return ConfigError(f"{where} does not serve {profile.model}; `likeness doctor` lists what it serves")
+    if status in (400, 413, 422):
+        return ConfigError(f"{where} refuses the request: {error.message[:200]}")
+    if status == 402:
+        return BudgetExceeded(f"{where} wants to be paid first; what was answered is kept")
+    if status == 429 and any(word in str(error).lower() for word in QUOTA_WORDS):
+        return BudgetExceeded(f"the quota at {where} is used up; what was answered is kept")
+    if status == 429:
+        return ServiceUnavailable(f"{where} asks to wait (rate limit)")
+    return ServiceUnavailable(f"{where} answered {status}")

@@ -1,0 +1,191 @@
+"""What servers do wrong: each fault ends in a clear error, within its time, with requests counted at the server."""
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import BudgetExceeded, ConfigError, ReplyInvalid, ServiceUnavailable
+from tests.llm_server import ScriptedServer, completion, scripted_server
+from tests.tasks.services.llm.test_client import CHAT, GOOD, SPEC, ask, make_llm
+
+WHOLE = json.dumps(completion(GOOD)).encode()
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with scripted_server() as running:
+        yield running
+
+
+@contextmanager
+def raw_server(behave: Callable[[socket.socket, int], None]) -> Iterator[ScriptedServer]:
+    """Serve sockets by a rule that HTTP libraries would not allow; it gets the socket and its number."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    told = ScriptedServer()
+    told.url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            told.counts[CHAT] += 1
+            read_request(connection)
+            threading.Thread(target=behave, args=(connection, told.counts[CHAT]), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield told
+    listener.close()
+
+
+def read_request(connection: socket.socket) -> None:
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += connection.recv(65536)
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = int(
+        next(line.split(b":")[1] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length"))
+    )
+    while len(body) < length:
+        body += connection.recv(65536)
+
+
+def then_well(fault: Callable[[socket.socket], None]) -> Callable[[socket.socket, int], None]:
+    """Do a fault on the first connection and answer on the others."""
+
+    def behave(connection: socket.socket, number: int) -> None:
+        if number == 1:
+            fault(connection)
+        else:
+            connection.sendall(HEAD % len(WHOLE) + WHOLE)
+        connection.close()
+
+    return behave
+
+
+def reset(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+
+
+def reset_in_body(connection: socket.socket) -> None:
+    connection.sendall(HEAD % len(WHOLE) + WHOLE[: len(WHOLE) // 2])
+    time.sleep(0.05)
+    reset(connection)
+
+
+@pytest.mark.parametrize("fault", [reset, reset_in_body], ids=["before the body", "in the body"])
+def test_a_connection_that_breaks_is_tried_again(tmp_path: Path, fault: Callable[[socket.socket], None]) -> None:
+    with raw_server(then_well(fault)) as server:
+        assert ask(make_llm(server, tmp_path)).grade == 2
+        assert server.counts[CHAT] == 2
+
+
+@pytest.mark.parametrize("retry_after", ["soon", "nan", "-5", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_a_wait_that_says_nothing_is_chosen_here(server: ScriptedServer, tmp_path: Path, retry_after: str) -> None:
+    server.script((429, {"retry-after": retry_after}, b"{}"), GOOD)
+    started = time.monotonic()
+    assert ask(make_llm(server, tmp_path)).grade == 2
+    assert server.counts[CHAT] == 2
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error", "asked"),
+    [
+        (403, b"{}", ConfigError, 1),
+        (402, b"{}", BudgetExceeded, 1),
+        (429, b'{"error": {"message": "You exceeded your current quota, check billing"}}', BudgetExceeded, 1),
+        (502, b"<html>bad gateway</html>", ServiceUnavailable, 3),
+        (200, b"<html>not JSON</html>", ServiceUnavailable, 3),
+        (200, b"[]", ServiceUnavailable, 3),
+        (200, WHOLE[: len(WHOLE) // 2], ServiceUnavailable, 3),
+    ],
+)
+def test_each_status_and_body_ends_as_it_should(
+    server: ScriptedServer, tmp_path: Path, status: int, body: bytes, error: type[Exception], asked: int
+) -> None:
+    server.script((status, {"retry-after": "0"}, body))
+    with pytest.raises(error) as caught:
+        ask(make_llm(server, tmp_path))
+    assert "\n" not in str(caught.value)
+    assert server.counts[CHAT] == asked
+
+
+def test_a_server_that_never_answers_is_left_in_time(tmp_path: Path) -> None:
+    with raw_server(lambda connection, number: time.sleep(30)) as server:
+        started = time.monotonic()
+        with pytest.raises(ServiceUnavailable, match="does not answer"):
+            ask(make_llm(server, tmp_path, timeout_seconds=1, max_attempts=1))
+        assert time.monotonic() - started < 10
+        assert server.counts[CHAT] == 1
+
+
+def test_a_server_that_drips_is_left_in_time(tmp_path: Path) -> None:
+    def drip(connection: socket.socket, number: int) -> None:
+        connection.sendall(HEAD % len(WHOLE))
+        for byte in WHOLE:
+            try:
+                connection.sendall(bytes([byte]))
+            except OSError:
+                return
+            time.sleep(0.2)
+
+    with raw_server(drip) as server:
+        started = time.monotonic()
+        with pytest.raises(ServiceUnavailable, match="was not whole after 1 s"):
+            ask(make_llm(server, tmp_path, timeout_seconds=1, max_attempts=1))
+        assert time.monotonic() - started < 10
+        assert server.counts[CHAT] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"choices": []}, "empty"),
+        ({"refusal": "no"}, "refused"),
+        ({"finish_reason": "content_filter"}, "filter"),
+        ({"finish_reason": "length"}, "cut off"),
+    ],
+)
+def test_replies_without_an_answer_are_told_apart(
+    server: ScriptedServer, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    server.script((200, {}, json.dumps(completion(None if "refusal" in changes else GOOD, **changes)).encode()))
+    with pytest.raises(ReplyInvalid, match=message):
+        ask(make_llm(server, tmp_path))
+    assert server.counts[CHAT] == 2
+
+
+def test_a_model_retired_midway_is_named_and_what_was_answered_is_kept(server: ScriptedServer, tmp_path: Path) -> None:
+    server.script(GOOD, (404, {}, b'{"error": {"message": "The model has been deprecated"}}'))
+    llm = make_llm(server, tmp_path)
+    assert ask(llm).grade == 2
+    from dataclasses import replace
+
+    with pytest.raises(ConfigError, match="does not serve asked-model"):
+        llm.ask(replace(SPEC, repeat=1), role="judge")
+    assert ask(make_llm(server, tmp_path)).grade == 2
+    assert server.counts[CHAT] == 2
+
+
+def test_no_key_is_ever_written_down(
+    server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    canary = "sk-canary-91d2"
+    monkeypatch.setenv("SOME_KEY", canary)
+    server.script((500, {"retry-after": "0"}, b"{}"), (401, {}, f'{{"error": {{"message": "bad {canary}"}}}}'.encode()))
+    with caplog.at_level(logging.DEBUG), pytest.raises(ConfigError) as caught:
+        ask(make_llm(server, tmp_path, api_key_variable="SOME_KEY"))
+    assert canary not in str(caught.value)
+    assert canary not in caplog.text
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or canary.encode() not in path.read_bytes()

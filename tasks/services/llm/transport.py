@@ -145,16 +145,14 @@ def translated(profile: ProfileConfig) -> Iterator[None]:
 def sort_status(error: Any, profile: ProfileConfig, where: str) -> LikenessError:
     """Return our error for an HTTP status: what the operator should do."""
     status = int(error.status_code)
+    is_quota = status == 429 and any(word in str(error).lower() for word in QUOTA_WORDS)
     if status in (401, 403):
         return ConfigError(f"{where} refuses the key in {profile.api_key_variable}")
     if status == 404:
         return ConfigError(f"{where} does not serve {profile.model}; `likeness doctor` lists what it serves")
     if status in (400, 413, 422):
         return ConfigError(f"{where} refuses the request: {error.message[:200]}")
-    if status == 402:
-        return BudgetExceeded(f"{where} wants to be paid first; what was answered is kept")
-    if status == 429 and any(word in str(error).lower() for word in QUOTA_WORDS):
-        return BudgetExceeded(f"the quota at {where} is used up; what was answered is kept")
-    if status == 429:
-        return ServiceUnavailable(f"{where} asks to wait (rate limit)")
-    return ServiceUnavailable(f"{where} answered {status}")
+    if is_quota or status == 402:
+        return BudgetExceeded(f"the quota at {where} is used up; what was answered is kept: pay, and run again")
+    reason = "asks to wait (rate limit)" if status == 429 else f"answered {status}"
+    return ServiceUnavailable(f"{where} {reason}")

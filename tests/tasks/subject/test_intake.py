@@ -46,11 +46,11 @@ def test_good_photos_are_accepted(tmp_path: Path, store: LocalStore) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("text.jpg", b"I am no picture", "not a JPEG, PNG or WebP"),
+        ("text.jpg", b"I am no picture", "not a JPEG, PNG, WebP or GIF"),
         ("half.jpg", encode(draw_photo(size=256), "JPEG")[:4000], "damaged"),
         ("bomb.png", bomb(), "too large"),
         ("empty.png", b"", "empty"),
-        ("tiff.png", encode(draw_photo(), "TIFF"), "not a JPEG, PNG or WebP"),
+        ("tiff.png", encode(draw_photo(), "TIFF"), "not a JPEG, PNG, WebP or GIF"),
         ("small.png", encode(draw_photo(size=32), "PNG"), "too small"),
         ("black.png", encode(Image.new("RGB", (128, 128)), "PNG"), "almost one tone"),
         ("blur.png", encode(draw_photo(5).filter(ImageFilter.GaussianBlur(9)), "PNG"), "blurred"),
@@ -69,7 +69,7 @@ def test_a_bad_photo_is_left_out_with_its_reason(
 def test_the_same_photo_five_times_is_one(tmp_path: Path, store: LocalStore) -> None:
     image = draw_photo(size=256)
     (tmp_path / "in").mkdir()
-    for number, (kind, size) in enumerate([("PNG", 256), ("JPEG", 256), ("WEBP", 200), ("PNG", 256), ("JPEG", 150)]):
+    for number, (kind, size) in enumerate([("PNG", 256), ("JPEG", 256), ("WEBP", 200), ("GIF", 256), ("JPEG", 150)]):
         (tmp_path / "in" / f"{number}.{kind.lower()}").write_bytes(encode(image.resize((size, size)), kind))
     with pytest.raises(SubjectRejected, match=r"1 good photos in .*, 3 needed .*same as 0.png"):
         check(tmp_path / "in", store)

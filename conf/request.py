@@ -36,8 +36,10 @@ GROUPS = {
     "store": "store", "tracking": "tracking", "experiment": "experiment",
 }  # fmt: skip
 FIELDS = {group: field for field, group in GROUPS.items()}
-PATH_FIELDS = ("output_dir", "subject.source", "store.folder", "diffusion.location",
-               "evaluation.encoders.clip", "evaluation.encoders.dino", "tracking.uri", "scoring.labels")  # fmt: skip
+PATH_FIELDS = (
+    "output_dir", "subject.source", "subject.captions", "store.folder", "diffusion.location",
+    "evaluation.encoders.clip", "evaluation.encoders.dino", "scoring.labels", "tracking.uri",
+)  # fmt: skip
 COMPOSING = threading.Lock()  # GlobalHydra is one per process
 
 # Where keys are sent and ranks meet: never taken from a request.

@@ -96,6 +96,14 @@ class SubjectSet(Manifest):
     identifier_token: str
     images: tuple[InstanceImage, ...]
     rejected: tuple[RejectedImage, ...]
+    quarantined: tuple[RejectedImage, ...] = ()
+    """Photos of which no model gave a usable word; a person's caption brings them back."""
+    traits: tuple[str, ...] = ()
+    """What is the same in all photos: what captions must not say."""
+    leaks: tuple[str, ...] = ()
+    """Trait words that captions said and that were cut, as `photo: words`."""
+    warnings: tuple[str, ...] = ()
+    """What a person should look at."""
 
 
 class ClassImage(Record):

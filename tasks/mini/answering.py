@@ -120,6 +120,31 @@ def choose_better(q: Question) -> str:
 
 CLEARLY = 0.03
 
+
+def is_one_subject(q: Question) -> bool:
+    """Whether all pictures show one kind of thing."""
+    return len({q.look(i).class_noun for i in range(len(q.images))}) == 1
+
+
+def name_most(q: Question) -> str:
+    """Return the class noun that most pictures show."""
+    nouns = [q.look(i).class_noun for i in range(len(q.images))]
+    return max(nouns, key=nouns.count)
+
+
+def is_noun_right(q: Question) -> bool:
+    """Whether the asked noun is likely in at least half of the pictures."""
+    noun = q.asked_noun() or name_most(q)
+    seen = [q.look(i).class_shares[noun] > LIKELY for i in range(len(q.images))]
+    return sum(seen) * 2 >= len(seen)
+
+
+def list_shared_colors(q: Question) -> list[str]:
+    """Return the colors that stand out in most pictures."""
+    seen = [q.look(i).colors for i in range(len(q.images))]
+    return [color for color in COLORS if sum(color in colors for colors in seen) * 2 > len(seen)]
+
+
 SKILLS: dict[str, Callable[[Question], Any]] = {
     "evidence": tell_evidence,
     "is_class_noun_visible": is_noun_visible,
@@ -127,7 +152,11 @@ SKILLS: dict[str, Callable[[Question], Any]] = {
     "is_cut_off": lambda q: False,
     "has_watermark": lambda q: False,
     "verdict": lambda q: "accept" if is_noun_visible(q) else "reject",
-    "class_noun": lambda q: q.look().class_noun,
+    "class_noun": name_most,
+    "is_one_subject": is_one_subject,
+    "is_class_noun_right": is_noun_right,
+    "invariant_traits": list_shared_colors,
+    "varying": lambda q: sorted({PLACE_PHRASES[q.look(i).place][0] for i in range(len(q.images))}),
     "place": lambda q: q.look().place,
     "surroundings": lambda q: PLACE_PHRASES[q.look().place][0],
     "view": lambda q: "",

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from tasks.contract import digest
 from tasks.services.llm.requests import RequestSpec
 
 Grade = Literal[0, 1, 2, 3, 4]
@@ -96,3 +97,9 @@ def pair_spec(references: list[bytes], first: bytes, second: bytes, *, class_nou
     """Return the question which of two is nearer the subject."""
     parts: list[str | bytes] = [f"Photos of the subject, a kind of {class_noun} ({len(references)}):", *references]
     return RequestSpec(PAIR, (*parts, "First picture:", first, "Second picture:", second), PairChoice)
+
+
+def digest_rubric() -> str:
+    """Return the digest of everything that a judge is asked: other words are another stage key."""
+    shapes = [reply.model_json_schema() for reply in (ConceptGrade, PromptGrade, QualityGrade, PairChoice)]
+    return digest([CONCEPT, PROMPT, QUALITY, PAIR, shapes])

@@ -21,12 +21,15 @@ def score_samples(
     config: ScoringConfig, llm: LlmConfig, evaluation: Evaluation, subject: SubjectSet, runtime: Runtime
 ) -> Any:
     """Have the samples graded, or take the stored grades."""
+    from tasks.scoring.rubric import digest_rubric
+
+    judges = [digest_rubric(), llm.identity("judge"), llm.identity("second_judge")]
     labels = hashlib.sha256(Path(config.labels).read_bytes()).hexdigest() if config.labels else ""
     manifest = runtime.run_stage(
         Scorecard,
         "scoring",
         version=STAGE_VERSION,
-        settings=[config.result_fields(), llm.identity("judge"), llm.identity("second_judge"), labels],
+        settings=[config.result_fields(), judges, labels],
         inputs=[evaluation.stage_key, subject.stage_key],
         compute=lambda folder: compute_scores(folder, config, evaluation, subject, runtime),
     )

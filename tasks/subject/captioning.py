@@ -1,17 +1,22 @@
 """Inspect and caption photos through the LLM; code puts the subject's name into the prompts."""
 
+import csv
 import re
-import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from tasks.contract import digest
+from tasks.errors import ConfigError, ReplyInvalid
 from tasks.services.llm.client import LlmService
 from tasks.services.llm.requests import RequestSpec
 from tasks.subject.config import SubjectConfig
 from tasks.subject.intake import CheckedPhotos, Photo
+from tasks.subject.linting import clean_phrase, find_leaks
 from tasks.wording import choose_article, name_subject
 
 INSPECT = (
@@ -58,28 +63,88 @@ def caption_spec(photo: Photo, config: SubjectConfig) -> RequestSpec[Caption]:
     return RequestSpec(CAPTION, (text, photo.png), Caption)
 
 
+@dataclass(frozen=True)
+class Described:
+    """What is known of one photo: from the LLM, from a person, or nothing and why."""
+
+    inspection: ImageInspection | None = None
+    caption: Caption | None = None
+    problem: str = ""
+    """Why no reply could be used; such a photo is set aside."""
+
+
 def describe_photos(
     photos: CheckedPhotos,
     config: SubjectConfig,
     *,
     llm: LlmService,
     on_progress: Callable[[int, int], None],
-) -> dict[str, tuple[ImageInspection, Caption]]:
-    """Return inspection and caption of every accepted photo by its digest."""
-    profile = llm.profile("captioner")
-    described: dict[str, tuple[ImageInspection, Caption]] = {}
+) -> dict[str, Described]:
+    """Return what is said of every accepted photo by its digest; a person's captions need no model."""
+    written = read_captions(config)
+    described: dict[str, Described] = {}
 
-    def describe(photo: Photo) -> tuple[ImageInspection, Caption]:
-        inspection = llm.ask(inspect_spec(photo, config), role="inspector")
-        caption = llm.ask(caption_spec(photo, config), role="captioner")
-        return inspection.reply, caption.reply
+    def describe(photo: Photo) -> Described:
+        if photo.name in written:
+            return Described(caption=written[photo.name])
+        try:
+            # A cheap model that would drop a photo which measures well is not believed alone.
+            inspection = llm.ask(
+                inspect_spec(photo, config), role="inspector", doubt=lambda reply: find_objection(reply, config)
+            )
+            caption = llm.ask(caption_spec(photo, config), role="captioner")
+        except ReplyInvalid as error:
+            return Described(problem=str(error))
+        return Described(inspection.reply, caption.reply)
 
     on_progress(0, len(photos.accepted))
-    with ThreadPoolExecutor(profile.concurrency) as pool:
-        for photo, pair in zip(photos.accepted, pool.map(describe, photos.accepted), strict=True):
-            described[photo.sha256] = pair
+    with ThreadPoolExecutor(llm.profile("captioner").concurrency) as pool:
+        for photo, found in zip(photos.accepted, pool.map(describe, photos.accepted), strict=True):
+            described[photo.sha256] = found
             on_progress(len(described), len(photos.accepted))
     return described
+
+
+def read_captions(config: SubjectConfig) -> dict[str, Caption]:
+    """Return a person's captions by photo name: a CSV of photo, surroundings and view.
+
+    Raises:
+        ConfigError: the file can't be read, or has other columns.
+
+    """
+    if not config.captions:
+        return {}
+    try:
+        with Path(config.captions).open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise ConfigError(f"subject.captions={config.captions}: {error.strerror}") from error
+    for number, row in enumerate(rows, 2):
+        if not row.get("photo"):
+            raise ConfigError(f"{config.captions}, line {number}: no photo; the columns are photo,surroundings,view")
+    return {
+        row["photo"]: Caption(surroundings=row.get("surroundings") or "", view=row.get("view") or "") for row in rows
+    }
+
+
+def lint_caption(caption: Caption, trait_words: set[str]) -> tuple[Caption, list[str]]:
+    """Return a caption without the phrases that tell a fixed trait, and the words that did."""
+    leaks: list[str] = []
+    kept = {}
+    for name in ("surroundings", "view"):
+        phrase = getattr(caption, name)
+        found = find_leaks(phrase, trait_words)
+        leaks += found
+        kept[name] = "" if found else phrase
+    return Caption(**kept), leaks
+
+
+def digest_prompts() -> str:
+    """Return the digest of everything that the models are asked: other words are another stage key."""
+    from tasks.subject.profiling import PROFILE, SubjectProfile
+
+    shapes = [reply.model_json_schema() for reply in (ImageInspection, Caption, SubjectProfile)]
+    return digest([INSPECT, CAPTION, PROFILE, shapes])
 
 
 def find_objection(inspection: ImageInspection, config: SubjectConfig) -> str | None:
@@ -118,10 +183,3 @@ def without_name(phrase: str, config: SubjectConfig) -> str:
     """Drop class noun and identifier token from a model's phrase."""
     names = "|".join(re.escape(name) for name in (config.class_noun, config.identifier_token))
     return re.sub(rf"\b(?:the |a |an )?(?:{names})s?\b", "", phrase, flags=re.IGNORECASE)
-
-
-def clean_phrase(text: str, *, max_words: int = 12) -> str:
-    """Return a model's text as a plain short phrase: data that can't act as anything else."""
-    kept = "".join(c if unicodedata.category(c)[0] in "LNZ" or c in " ,.'-" else " " for c in text)
-    words = kept.split()[:max_words]
-    return " ".join(words).strip(" .,")

@@ -27,6 +27,11 @@ class SubjectConfig(Section):
     captioning: Literal["llm", "template"] = Field(
         "llm", description="llm: inspected and captioned by the LLM; template: no LLM at all"
     )
+    captions: str = Field("", description="CSV of your own captions: photo,surroundings,view; needs no model")
+    is_profiled: bool = Field(True, description="have the LLM look at all photos at once: one subject? right noun?")
+    max_leak_share: float = Field(
+        0.5, ge=0, le=1, description="share of captions that may tell what never changes; 1 trains all the same"
+    )
     min_images: int = Field(3, ge=1, le=1000, description="fewest good photos to go on with")
     max_images: int = Field(20, ge=1, le=1000, description="most photos to read")
     min_side: int = Field(64, ge=16, description="smallest side of a photo, pixels")

@@ -1,17 +1,19 @@
 """The subject stage: photos in, instance images with captions and QC out."""
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 from prefect import task
 
 from tasks.contract import StageFolder
-from tasks.manifests import InstanceImage, RejectedImage, SubjectSet
+from tasks.manifests import RejectedImage, SubjectSet
 from tasks.prefect_states import finished, should_retry
 from tasks.runtime import Runtime
 from tasks.services.llm.config import LlmConfig
 from tasks.subject.config import SubjectConfig
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 
 
 @task(name="check photos", persist_result=False)
@@ -25,61 +27,66 @@ def check_photos(config: SubjectConfig, runtime: Runtime) -> Any:
 @task(name="subject", persist_result=False, retries=1, retry_delay_seconds=3, retry_condition_fn=should_retry)
 def prepare_subject(config: SubjectConfig, llm: LlmConfig, photos: Any, runtime: Runtime) -> Any:
     """Inspect and caption the photos; keep rejects with their reasons."""
-    settings = config.model_dump(mode="json", exclude={"source", "max_images"})
-    models = [llm.identity(role) for role in ("inspector", "captioner")]
+    from tasks.subject.captioning import digest_prompts
+
+    settings = config.model_dump(mode="json", exclude={"source", "max_images", "captions"})
+    captions = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest() if config.captions else ""
+    models = [digest_prompts(), *(llm.identity(role) for role in ("inspector", "captioner", "profiler"))]
     is_asked = config.captioning == "llm"
     manifest = runtime.run_stage(
         SubjectSet,
         "subject",
         version=STAGE_VERSION,
-        settings=[settings, models if is_asked else []],
+        settings=[settings, captions, models if is_asked else []],
         inputs=photos.digests(),
         compute=lambda folder: compute_subject(folder, config, photos, runtime),
     )
+    for warning in manifest.warnings:
+        runtime.progress.note(f"look: {warning}")
     return finished(manifest, runtime)
 
 
 def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, runtime: Runtime) -> SubjectSet:
-    """Ask the LLM about every photo, sort out, and write the manifest. Raises SubjectRejected."""
-    from tasks.subject import captioning, intake
+    """Ask the LLM about the photos, sort out, and write the manifest. Raises SubjectRejected."""
+    from tasks.subject import intake
+    from tasks.subject.sorting import check_leaks, look_at_all, sort_photos
 
-    first_row = len(runtime.llm.ledger.rows)
-    described = {}
-    if config.captioning == "llm":
-        described = captioning.describe_photos(photos, config, llm=runtime.llm, on_progress=runtime.show("captions"))
-    images, rejected = [], [store_reject(folder, reject) for reject in photos.rejected]
-    for photo in photos.accepted:
-        inspection, caption = described.get(photo.sha256, (None, None))
-        objection = captioning.find_objection(inspection, config) if inspection else None
-        if objection:
-            thumbnail = folder.put(f"rejected/{photo.sha256[:16]}.png", photo.png)
-            rejected.append(
-                RejectedImage(source_name=photo.name, source_sha256=photo.sha256, reason=objection, thumbnail=thumbnail)
-            )
-            continue
-        images.append(
-            InstanceImage(
-                image=folder.put(f"images/{photo.sha256[:16]}.png", photo.png),
-                source_sha256=photo.sha256,
-                measures=photo.measures,
-                inspection=inspection.model_dump() if inspection else {},
-                caption=captioning.write_caption(caption, config) if caption else "",
-                instance_prompt=captioning.write_instance_prompt(caption, config),
-                mask=folder.put(f"masks/{photo.sha256[:16]}.png", photo.mask_png) if photo.mask_png else None,
-            )
-        )
-    intake.require_enough(len(images), config, [(r.source_name, r.reason) for r in rejected])
-    ledger = runtime.llm.ledger
+    ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
+    described = describe(config, photos, runtime)
+    profile = look_at_all(photos, config, llm=runtime.llm) if described else None
+    sorted_photos = sort_photos(folder, photos.accepted, described, config, profile)
+    rejected = [store_reject(folder, reject) for reject in photos.rejected] + sorted_photos.rejected
+    left_out = [(r.source_name, r.reason) for r in [*rejected, *sorted_photos.quarantined]]
+    intake.require_enough(len(sorted_photos.images), config, left_out)
+    check_leaks(sorted_photos, config)
     return folder.finish(
         SubjectSet,
         version=STAGE_VERSION,
         cost_usd=ledger.sum_cost(since=first_row),
-        counts={"photos": len(images), "rejected": len(rejected), "llm_calls": ledger.count_calls(since=first_row)},
+        counts={
+            "photos": len(sorted_photos.images),
+            "rejected": len(rejected),
+            "quarantined": len(sorted_photos.quarantined),
+            "llm_calls": ledger.count_calls(since=first_row),
+        },
         class_noun=config.class_noun,
         identifier_token=config.identifier_token,
-        images=tuple(images),
+        images=tuple(sorted_photos.images),
         rejected=tuple(rejected),
+        quarantined=tuple(sorted_photos.quarantined),
+        traits=tuple(sorted_photos.traits),
+        leaks=tuple(sorted_photos.leaks),
+        warnings=tuple(sorted_photos.warnings),
     )
+
+
+def describe(config: SubjectConfig, photos: Any, runtime: Runtime) -> dict[str, Any]:
+    """Return what the LLM says of every photo; nothing where it isn't asked."""
+    from tasks.subject.captioning import describe_photos
+
+    if config.captioning != "llm":
+        return {}
+    return describe_photos(photos, config, llm=runtime.llm, on_progress=runtime.show("captions"))
 
 
 def store_reject(folder: StageFolder, reject: Any) -> RejectedImage:

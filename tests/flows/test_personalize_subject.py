@@ -14,8 +14,8 @@ def test_six_stages_turn_photos_into_a_published_model(first_run: dict[str, Any]
     assert list(first_run["stages"]) == list(PREFIXES)
     assert not any(stage["cached"] for stage in first_run["stages"].values())
     assert first_run["training_steps"] == 6
-    # Two calls a photo; three a sample, three again for one of them, four controls, a pair in both orders.
-    assert first_run["llm_calls"] == 2 * 5 + 3 * 4 + 3 + 4 + 2
+    # Two calls a photo and one for all; three a sample, three again for one, four controls, a pair twice.
+    assert first_run["llm_calls"] == 2 * 5 + 1 + 3 * 4 + 3 + 4 + 2
     assert first_run["judge"]["is_reliable"] in (True, False)
     assert first_run["cost_usd"] == 0.0
     for side in ("base", "tuned"):

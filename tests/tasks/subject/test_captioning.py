@@ -5,12 +5,12 @@ import pytest
 from tasks.subject.captioning import (
     Caption,
     ImageInspection,
-    clean_phrase,
     find_objection,
     write_caption,
     write_instance_prompt,
 )
 from tasks.subject.config import SubjectConfig
+from tasks.subject.linting import clean_phrase
 
 CONFIG = SubjectConfig(source="x", class_noun="fish")
 

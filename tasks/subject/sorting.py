@@ -1,0 +1,95 @@
+"""Which photos are trained on, with which prompts; and which are left out or set aside."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tasks.contract import StageFolder
+from tasks.errors import ReplyInvalid, SubjectRejected
+from tasks.manifests import InstanceImage, RejectedImage
+from tasks.services.llm.client import LlmService
+from tasks.subject.captioning import Described, find_objection, lint_caption, write_caption, write_instance_prompt
+from tasks.subject.config import SubjectConfig
+from tasks.subject.intake import CheckedPhotos, Photo
+from tasks.subject.linting import clean_phrase, list_trait_words
+from tasks.subject.profiling import SubjectProfile, ask_profile, find_warnings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class SortedPhotos:
+    """The outcome of the subject stage before it is written down."""
+
+    images: list[InstanceImage] = field(default_factory=list)
+    rejected: list[RejectedImage] = field(default_factory=list)
+    quarantined: list[RejectedImage] = field(default_factory=list)
+    traits: list[str] = field(default_factory=list)
+    leaks: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def look_at_all(photos: CheckedPhotos, config: SubjectConfig, *, llm: LlmService) -> SubjectProfile | None:
+    """Return the profile of all photos, or None where it isn't wanted or no reply could be used: it is advice."""
+    if not config.is_profiled:
+        return None
+    try:
+        return ask_profile(list(photos.accepted), config, llm=llm)
+    except ReplyInvalid as error:
+        log.warning("no profile of the subject: %s", error)
+        return None
+
+
+def sort_photos(
+    folder: StageFolder,
+    photos: Sequence[Photo],
+    described: dict[str, Described],
+    config: SubjectConfig,
+    profile: SubjectProfile | None,
+) -> SortedPhotos:
+    """Turn photos and what is said of them into instance images, rejects and quarantine."""
+    outcome = SortedPhotos()
+    if profile is not None:
+        outcome.traits = [clean_phrase(trait) for trait in profile.invariant_traits[:20]]
+        outcome.warnings = find_warnings(profile, config)
+    trait_words = list_trait_words(outcome.traits, class_noun=config.class_noun)
+    for photo in photos:
+        found = described.get(photo.sha256, Described())
+        objection = find_objection(found.inspection, config) if found.inspection else None
+        if found.problem or objection:
+            reason = (
+                f"no usable reply ({clean_phrase(found.problem, max_words=20)})" if found.problem else str(objection)
+            )
+            thumbnail = folder.put(f"rejected/{photo.sha256[:16]}.png", photo.png)
+            aside = RejectedImage(
+                source_name=photo.name, source_sha256=photo.sha256, reason=reason, thumbnail=thumbnail
+            )
+            (outcome.quarantined if found.problem else outcome.rejected).append(aside)
+            continue
+        caption = found.caption
+        if caption is not None and found.inspection is not None:  # a person's words are not linted
+            caption, leaks = lint_caption(caption, trait_words)
+            if leaks:
+                outcome.leaks.append(f"{photo.name}: {', '.join(leaks)}")
+        outcome.images.append(
+            InstanceImage(
+                image=folder.put(f"images/{photo.sha256[:16]}.png", photo.png),
+                source_sha256=photo.sha256,
+                measures=photo.measures,
+                inspection=found.inspection.model_dump() if found.inspection else {},
+                caption=write_caption(caption, config) if caption else "",
+                instance_prompt=write_instance_prompt(caption, config),
+                mask=folder.put(f"masks/{photo.sha256[:16]}.png", photo.mask_png) if photo.mask_png else None,
+            )
+        )
+    return outcome
+
+
+def check_leaks(outcome: SortedPhotos, config: SubjectConfig) -> None:
+    """Refuse to train where too many captions told what never changes: such a captioner wasn't understood."""
+    share = len(outcome.leaks) / max(1, len(outcome.images))
+    if share > config.max_leak_share:
+        raise SubjectRejected(
+            f"{len(outcome.leaks)} of {len(outcome.images)} captions tell what never changes ({outcome.leaks[0]}); "
+            "choose another captioner, or set subject.captioning=template, or subject.max_leak_share=1"
+        )

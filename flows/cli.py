@@ -81,6 +81,9 @@ def make_parser() -> argparse.ArgumentParser:
     estimate.add_argument("settings", nargs="*", metavar="key=value", help="as for run")
     estimate.set_defaults(action=estimate_memory)
 
+    pending = add("pending", help="go on with runs whose batch jobs were still running")
+    pending.set_defaults(action=finish_pending)
+
     doctor = add("doctor", help="try every LLM profile: key, model list, retirement, schema, pictures, tools, ...")
     doctor.add_argument("settings", nargs="*", metavar="key=value", help="as for run, for example llm=openai")
     doctor.set_defaults(action=examine_profiles)
@@ -93,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
     runs = add("runs", help="list runs, newest first")
     runs.add_argument("--json", action="store_true", help="print every run's summary.json as one list")
     runs.set_defaults(action=list_runs)
-    for command in (report, generate, cost, runs):
+    for command in (report, generate, pending, cost, runs):
         command.add_argument("--output-dir", type=Path, default=Path("runs"), help="default: runs")
     return parser
 
@@ -174,6 +177,13 @@ def estimate_memory(options: argparse.Namespace) -> int:
 
     print_estimates(options.settings)
     return 0
+
+
+def finish_pending(options: argparse.Namespace) -> int:
+    """Go on with parked runs."""
+    from flows.terminal import finish_pending as go_on
+
+    return go_on(options.output_dir)
 
 
 def examine_profiles(options: argparse.Namespace) -> int:

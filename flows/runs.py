@@ -15,7 +15,7 @@ from typing import Any
 from conf.request import RunRequest, compile_request, compute_config_digest
 from conf.schema import RunConfig
 from tasks.contract import PREFIXES
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, StillPending
 from tasks.manifests import ClassImageSet, Evaluation, ModelRef, Publication, Scorecard, SubjectSet, TunedModel
 from tasks.progress import ProgressView, make_progress
 from tasks.runtime import Runtime
@@ -179,7 +179,8 @@ def write_failure(folder: Path, run_id: str, error: BaseException) -> None:
     """Leave a note of what ended a run."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if not (folder / "summary.json").exists():
-        note = {"schema_version": SUMMARY_VERSION, "run_id": run_id, "status": "failed",
+        status = "pending" if isinstance(error, StillPending) else "failed"
+        note = {"schema_version": SUMMARY_VERSION, "run_id": run_id, "status": status,
                 "error": {"kind": type(error).__name__, "message": reason}}  # fmt: skip
         write_json(folder / "summary.json", note)
 
@@ -219,3 +220,12 @@ def list_summaries(output: Path) -> list[dict[str, Any]]:
     """Return the summaries of all runs in a folder, newest first."""
     found = sorted(output.glob("*/summary.json"), key=lambda path: path.parent.name, reverse=True)
     return [json.loads(path.read_text()) for path in found]
+
+
+def list_pending(output: Path) -> list[list[Path]]:
+    """Return the folders of parked runs, oldest first; those that asked for the same are one job."""
+    groups: dict[str, list[Path]] = {}
+    for path in sorted(output.glob("*/summary.json"), key=lambda path: path.parent.name):
+        if json.loads(path.read_text())["status"] == "pending":
+            groups.setdefault((path.parent / "request.json").read_text(), []).append(path.parent)
+    return list(groups.values())

@@ -40,6 +40,31 @@ def run_in_terminal(settings: list[str]) -> int:
     return 0
 
 
+def finish_pending(output: Path) -> int:
+    """Go on with parked runs and say how each of them stands."""
+    from flows.runs import list_pending
+
+    waiting = list_pending(output)
+    if not waiting:
+        print(f"no run in {output} waits for a batch job")
+        return 0
+    request = RunRequest.model_validate_json((waiting[0][0] / "request.json").read_text())
+    with ready_for_flows(request) as (config, progress, _):
+        from flows.runs import progress_of_run
+        from flows.score_pending import score_pending
+
+        token = progress_of_run.set(progress)
+        try:
+            finished = score_pending(str(output))
+        finally:
+            progress_of_run.reset(token)
+            progress.close()
+    for summary in finished:
+        print_summary(summary, config)
+    print(f"{len(finished)} of {len(waiting)} waiting runs finished")
+    return 0
+
+
 @contextlib.contextmanager
 def ready_for_flows(
     request: RunRequest,

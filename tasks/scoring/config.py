@@ -22,7 +22,9 @@ class ScoringConfig(Section):
     second_share: float = Field(0.2, ge=0, le=1, description="share of samples that the second judge grades too")
     labels: str = Field("", description="CSV of a person's grades: sample,concept_preservation,prompt_following")
     poll_seconds: float = Field(5.0, gt=0, le=3600, description="longest wait between looks at a batch job")
-    max_wait_seconds: float = Field(86_400, gt=0, description="give up waiting after this; run again later")
+    max_wait_seconds: float = Field(
+        1800, gt=0, description="park the run after this; `likeness pending` goes on with it, the job runs on"
+    )
     max_failed_share: float = Field(0.1, ge=0, le=1, description="most questions that may stay unanswered")
 
     def result_fields(self) -> dict[str, object]:

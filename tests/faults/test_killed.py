@@ -1,5 +1,6 @@
 """Runs that are cut off: nothing computed or paid for is lost, and the next run goes on."""
 
+import json
 import os
 import signal
 import time
@@ -9,8 +10,20 @@ from typing import Any
 
 import psutil
 
+from tests.llm_server import ScriptedServer, completion, scripted_server
 from tests.tiny import draw_photos
 from tests.workplace import Workplace
+
+
+class Grading(ScriptedServer):
+    """Gives every sample the same grades."""
+
+    def answer_row(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.counts["row"] += 1
+        schema = body["response_format"]["json_schema"]["schema"]["properties"]
+        reply = {name: "e" if "enum" not in told else told["enum"][-1] for name, told in schema.items()}
+        reply |= {name: 3 for name, told in schema.items() if 3 in told.get("enum", [])}
+        return completion(json.dumps(reply))
 
 
 def wait_until(happened: Callable[[], bool], *, seconds: float = 200) -> None:
@@ -85,3 +98,31 @@ def test_a_vision_server_killed_mid_run_is_one_line_and_no_answer_is_asked_twice
     assert done.returncode == 0, done.stderr[-3000:]
     ledger = sorted(output.glob("*/ledger.jsonl"))[-1].read_text()
     assert ledger.count('"cached"') >= 2
+
+
+def test_a_run_is_parked_while_its_batch_job_runs_and_goes_on_with_the_same_job(
+    first_run: dict[str, Any], workplace: Workplace
+) -> None:
+    with scripted_server(Grading()) as server:
+        words = [
+            f"llm.profiles.remote.base_url={server.url}", "llm.profiles.remote.model=asked-model", "llm.judge=remote",
+            "llm.profiles.remote.capabilities.structure=json_schema", "llm.profiles.remote.capabilities.batch=openai",
+            "scoring.max_wait_seconds=0.2", "scoring.poll_seconds=0.1",
+        ]  # fmt: skip
+        server.desk.turn.acquire()  # the provider is busy
+        parked = workplace.run(*words)
+        assert parked.returncode == 4, parked.stderr
+        assert "still validating; `likeness pending` goes on with it" in parked.stderr.splitlines()[-1]
+        assert workplace.newest()["status"] == "pending"
+        busy = workplace.likeness("pending")
+        assert busy.stdout.strip().endswith("0 of 1 waiting runs finished"), busy.stderr
+        server.desk.turn.release()
+        wait_until(lambda: all(batch["status"] == "completed" for batch in server.desk.list_batches()))
+        done = workplace.likeness("pending")
+        assert done.stdout.strip().endswith("1 of 1 waiting runs finished"), done.stderr
+        assert server.counts["POST /v1/batches"] == 1
+    summary = workplace.newest()
+    assert summary["status"] == "finished"
+    assert summary["scores"]["tuned"]["concept_preservation"] == 3
+    assert not summary["judge"]["is_reliable"]
+    assert "no run in runs waits" in workplace.likeness("pending").stdout

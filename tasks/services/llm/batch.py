@@ -281,7 +281,7 @@ class BatchJob:
                 self.batch = batch
                 return
             if time.monotonic() > deadline:
-                raise StillPending(f"batch job {batch.id} is still {batch.status}; run again to pick it up")
+                raise StillPending(f"batch job {batch.id} is still {batch.status}; `likeness pending` goes on with it")
             time.sleep(pause)
             pause = min(poll_seconds, pause * 1.5)
 

@@ -143,7 +143,7 @@ def test_a_job_that_the_provider_forgot_is_made_anew(server: ScriptedServer, tmp
 def test_waiting_too_long_leaves_the_job_for_the_next_run(server: ScriptedServer, tmp_path: Path) -> None:
     server.desk.turn.acquire()
     llm = make_llm(server, tmp_path)
-    with pytest.raises(ServiceUnavailable, match="still validating; run again to pick it up"):
+    with pytest.raises(ServiceUnavailable, match="still validating; `likeness pending` goes on with it"):
         ask_batch(
             llm, SPECS, role="judge", state_prefix="05-scoring/k/batches",
             poll_seconds=0.02, max_wait_seconds=0.1, on_progress=lambda done, total: None,

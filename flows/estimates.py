@@ -124,6 +124,7 @@ def plan_requests(config: RunConfig) -> list[tuple[str, list[RequestSpec[Any]]]]
     from tasks.scoring.questions import Material, list_questions, list_second
     from tasks.subject import captioning
     from tasks.subject.intake import Photo, count_photos
+    from tasks.subject.profiling import profile_spec
 
     subject, evaluation = config.subject, config.evaluation
     num_photos = min(subject.max_images, count_photos(subject.source) or 5)
@@ -135,6 +136,8 @@ def plan_requests(config: RunConfig) -> list[tuple[str, list[RequestSpec[Any]]]]
     if subject.captioning == "llm":
         plan.append(("inspector", [captioning.inspect_spec(photo, subject)] * num_photos))
         plan.append(("captioner", [captioning.caption_spec(photo, subject)] * num_photos))
+        if subject.is_profiled:
+            plan.append(("profiler", [profile_spec([photo] * num_photos, subject)]))
 
     def sample(side: Side, kind: Literal["subject", "class"], prompt: str, seed: int) -> Sample:
         ref = ObjectRef(key=f"{side}/{kind}/{prompt}/{seed}", sha256="", size_bytes=0)

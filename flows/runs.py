@@ -141,6 +141,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
         ledger=Ledger(folder / "ledger.jsonl"),
         budget=open_budget(config, output),
         start_local=server.start,
+        batch_folder=output / "work" / "batches",
     )
     shared = progress_of_run.get()
     runtime = Runtime(
@@ -154,6 +155,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     try:
         base_model = identify_model(config.diffusion)
         find_encoders(config.evaluation.encoders)  # a missing one must not wait for the end of training
+        check_files(config)
         yield Run(run_id, folder, request, config, base_model, runtime, started)
     except BaseException as error:
         runtime.stopping.set()
@@ -164,6 +166,13 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
             runtime.progress.close()
         llm.close()
         server.stop()
+
+
+def check_files(config: RunConfig) -> None:
+    """Refuse files of a person's that aren't there, before anything is computed."""
+    for name, path in (("subject.captions", config.subject.captions), ("scoring.labels", config.scoring.labels)):
+        if path and not Path(path).is_file():
+            raise ConfigError(f"{name}={path} is not a file")
 
 
 def open_budget(config: RunConfig, output: Path) -> Any:

@@ -81,7 +81,9 @@ def describe_photos(
     on_progress: Callable[[int, int], None],
 ) -> dict[str, Described]:
     """Return what is said of every accepted photo by its digest; a person's captions need no model."""
-    written = read_captions(config)
+    written = read_captions(config, {photo.name for photo in (*photos.accepted, *photos.rejected)})
+    if config.captioning == "template":
+        return {photo.sha256: Described(caption=written.get(photo.name)) for photo in photos.accepted}
     described: dict[str, Described] = {}
 
     def describe(photo: Photo) -> Described:
@@ -105,11 +107,11 @@ def describe_photos(
     return described
 
 
-def read_captions(config: SubjectConfig) -> dict[str, Caption]:
+def read_captions(config: SubjectConfig, names: set[str]) -> dict[str, Caption]:
     """Return a person's captions by photo name: a CSV of photo, surroundings and view.
 
     Raises:
-        ConfigError: the file can't be read, or has other columns.
+        ConfigError: the file can't be read, has other columns, or names no photo.
 
     """
     if not config.captions:
@@ -122,6 +124,8 @@ def read_captions(config: SubjectConfig) -> dict[str, Caption]:
     for number, row in enumerate(rows, 2):
         if not row.get("photo"):
             raise ConfigError(f"{config.captions}, line {number}: no photo; the columns are photo,surroundings,view")
+        if row["photo"] not in names:
+            raise ConfigError(f"{config.captions}, line {number}: there is no photo {row['photo']!r}")
     return {
         row["photo"]: Caption(surroundings=row.get("surroundings") or "", view=row.get("view") or "") for row in rows
     }

@@ -49,11 +49,12 @@ def prepare_subject(config: SubjectConfig, llm: LlmConfig, photos: Any, runtime:
 def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, runtime: Runtime) -> SubjectSet:
     """Ask the LLM about the photos, sort out, and write the manifest. Raises SubjectRejected."""
     from tasks.subject import intake
+    from tasks.subject.captioning import describe_photos
     from tasks.subject.sorting import check_leaks, look_at_all, sort_photos
 
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
-    described = describe(config, photos, runtime)
-    profile = look_at_all(photos, config, llm=runtime.llm) if described else None
+    described = describe_photos(photos, config, llm=runtime.llm, on_progress=runtime.show("captions"))
+    profile = look_at_all(photos, config, llm=runtime.llm) if config.captioning == "llm" else None
     sorted_photos = sort_photos(folder, photos.accepted, described, config, profile)
     rejected = [store_reject(folder, reject) for reject in photos.rejected] + sorted_photos.rejected
     left_out = [(r.source_name, r.reason) for r in [*rejected, *sorted_photos.quarantined]]
@@ -78,15 +79,6 @@ def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, run
         leaks=tuple(sorted_photos.leaks),
         warnings=tuple(sorted_photos.warnings),
     )
-
-
-def describe(config: SubjectConfig, photos: Any, runtime: Runtime) -> dict[str, Any]:
-    """Return what the LLM says of every photo; nothing where it isn't asked."""
-    from tasks.subject.captioning import describe_photos
-
-    if config.captioning != "llm":
-        return {}
-    return describe_photos(photos, config, llm=runtime.llm, on_progress=runtime.show("captions"))
 
 
 def store_reject(folder: StageFolder, reject: Any) -> RejectedImage:

@@ -7,25 +7,26 @@ with the same remote job instead of paying for another.
 """
 
 import hashlib
-import io
 import json
 import time
 from collections.abc import Callable
-from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from tasks.errors import ReplyInvalid, StillPending
+from tasks.services.llm.batch_files import FileBatches, LocalBatches
+from tasks.services.llm.batch_openai import OpenAiBatches
+from tasks.services.llm.batch_protocol import ENDPOINT, TERMINAL, BatchProvider, BatchReply, Call, RemoteJob
+from tasks.services.llm.batch_xai import XaiBatches
 from tasks.services.llm.client import Answer, LlmService
+from tasks.services.llm.config import ProfileConfig
 from tasks.services.llm.ledger import LedgerRow, Usage, compute_cost
 from tasks.services.llm.requests import RequestSpec, count_body_tokens
 from tasks.services.llm.transport import call_with_retries
 
-ENDPOINT = "/v1/chat/completions"
-TERMINAL = ("completed", "failed", "expired", "cancelled")
 MOST_ROWS, MOST_BYTES = 50_000, 190_000_000  # providers' published limits, with a margin
-MOST_LISTED = 2_000
 
 
 class BatchState(BaseModel):
@@ -37,18 +38,13 @@ class BatchState(BaseModel):
     file_id: str = ""
     batch_id: str = ""
     status: str = "planned"
+    is_filled: bool = False
+    """Whether the job has all its rows."""
     reservation: str = ""
     reserved_usd: float = 0.0
     """What is set aside of the budget until the job is harvested."""
     is_harvested: bool = False
     """Whether every row's outcome is stored: only then may its rows be asked again."""
-
-
-class BatchReply(BaseModel):
-    """The outcome of one row: a completion, or the reason there is none."""
-
-    completion: dict[str, Any] | None
-    error: str
 
 
 def ask_batch(
@@ -194,49 +190,38 @@ class BatchJob:
         self.profile = llm.config.profiles[name]
         self.state_key = f"{state_prefix}/{state.input_sha256[:24]}-{state.attempt}.json"
         self.mark = f"{state.input_sha256}/{state.attempt}"
+        self.provider = open_provider(
+            self.profile, call=self._call, client=lambda: llm.client(name), folder=llm.batch_folder
+        )
 
-    def _call(self, call: Callable[[Any, float], Any]) -> Any:
-        return call_with_retries(lambda timeout: call(self.llm.client(self.name), timeout), self.profile)
+    def _call(self, call: Callable[[Any, float], Any], profile: ProfileConfig | None = None) -> Any:
+        return call_with_retries(lambda timeout: call(self.llm.client(self.name), timeout), profile or self.profile)
 
     def _save(self, **changes: str | bool | float) -> None:
         self.state = self.state.model_copy(update=changes)
         self.llm.store.put_bytes(self.state_key, self.state.model_dump_json().encode())
 
     def ensure_created(self) -> None:
-        """Upload and create the job, unless an earlier attempt already did."""
-        if self.state.batch_id and self._is_lost():
+        """Upload and create the job, unless an earlier attempt already did; add the rows that it lacks."""
+        if self.state.batch_id and self.provider.is_lost(self.state.batch_id):
             self._save(file_id="", batch_id="", status="planned")
-        if self.state.batch_id:
-            return
-        self._save()
-        adopted = self._find_remote()
-        if adopted is not None:
-            self._save(batch_id=adopted.id, file_id=adopted.input_file_id, status=adopted.status)
-            return
-        name = f"likeness-{self.state.input_sha256[:24]}.jsonl"
+        if not self.state.batch_id:
+            self._save()
+            job = self.provider.find(self.mark) or self._create()
+            self._save(batch_id=job.job_id, file_id=job.file_id or self.state.file_id, status=job.status)
+        if not self.state.is_filled:
+            self.provider.fill(RemoteJob(self.state.batch_id, self.state.status), self.lines)
+            self._save(is_filled=True)
+
+    def _create(self) -> RemoteJob:
         if not self.state.file_id:
-            upload = self._call(
-                lambda client, timeout: client.files.create(
-                    file=(name, io.BytesIO(b"".join(self.lines.values()))), purpose="batch", timeout=timeout
-                )
-            )
-            self._save(file_id=upload.id, status="uploaded")
+            self._save(file_id=self.provider.upload(self.lines, self.mark), status="uploaded")
         if not self.state.reservation:
             worst = self.worst_case()
             self._save(reservation=self.llm.budget.reserve(worst), reserved_usd=worst)
-        # One attempt only: after a doubtful answer the next run looks for the job by its metadata.
+        # One attempt only: after a doubtful answer the next run looks for the job by its mark.
         single = self.profile.model_copy(update={"max_attempts": 1})
-        batch = call_with_retries(
-            lambda timeout: self.llm.client(self.name).batches.create(
-                input_file_id=self.state.file_id,
-                endpoint=ENDPOINT,
-                completion_window="24h",
-                metadata={"likeness_input": self.mark},
-                timeout=timeout,
-            ),
-            single,
-        )
-        self._save(batch_id=batch.id, status=batch.status)
+        return self.provider.create(self.state.file_id, self.mark, call=lambda call: self._call(call, single))
 
     def worst_case(self) -> float:
         """Return the most that the job could cost."""
@@ -246,60 +231,33 @@ class BatchJob:
             usage = Usage(usage.input_tokens + tokens[0], output_tokens=usage.output_tokens + tokens[1])
         return compute_cost(self.profile.prices, usage, is_batch=True)[0] or 0.0
 
-    def _is_lost(self) -> bool:
-        """Whether the provider no longer knows the job, as after the local server's end."""
-        import openai
-
-        try:
-            self.llm.client(self.name).batches.retrieve(self.state.batch_id, timeout=30)
-        except openai.NotFoundError:
-            return True
-        except openai.OpenAIError:
-            return False
-        return False
-
-    def _find_remote(self) -> Any | None:
-        """Return the remote job that an earlier attempt created but didn't write down."""
-        batches = self._call(lambda client, timeout: client.batches.list(limit=100, timeout=timeout))
-        for batch in islice(batches, MOST_LISTED):
-            if (batch.metadata or {}).get("likeness_input") == self.mark:
-                return batch
-        return None
-
     def wait(self, *, poll_seconds: float, max_wait_seconds: float, on_progress: Callable[[int], None]) -> None:
         """Look at the job until it ends, with pauses that grow to `poll_seconds`."""
         self.ensure_created()
         deadline = time.monotonic() + max_wait_seconds
         pause = min(0.2, poll_seconds)
         while True:
-            batch = self._call(lambda client, timeout: client.batches.retrieve(self.state.batch_id, timeout=timeout))
-            counts = batch.request_counts
-            on_progress(min(len(self.lines), counts.completed + counts.failed) if counts else 0)
-            if batch.status != self.state.status:
-                self._save(status=batch.status)
-            if batch.status in TERMINAL:
-                self.batch = batch
+            job = self.provider.look(self.state.batch_id)
+            on_progress(min(len(self.lines), job.num_done))
+            if job.status != self.state.status:
+                self._save(status=job.status)
+            if job.status in TERMINAL:
+                self.job = job
                 return
             if time.monotonic() > deadline:
-                raise StillPending(f"batch job {batch.id} is still {batch.status}; `likeness pending` goes on with it")
+                raise StillPending(f"batch job {job.job_id} is still {job.status}; `likeness pending` goes on with it")
             time.sleep(pause)
             pause = min(poll_seconds, pause * 1.5)
 
     def harvest(self) -> dict[str, BatchReply]:
         """Return one outcome per row, matched by custom id; rows without any are named too."""
         outcomes: dict[str, BatchReply] = {}
-        for file_id in (self.batch.output_file_id, self.batch.error_file_id):
-            if file_id:
-                content = self._call(lambda client, timeout: client.files.content(file_id, timeout=timeout))  # noqa: B023
-                # Not splitlines: it would also cut at line separators inside a reply's text.
-                for line in content.content.split(b"\n"):
-                    custom_id, outcome = read_row(line)
-                    if custom_id in self.lines:
-                        outcomes.setdefault(custom_id, outcome)
-        reason = f"batch job ended as {self.batch.status} without this row"
-        errors = getattr(self.batch.errors, "data", None)
-        if errors:
-            reason = f"batch job {self.batch.status}: {errors[0].message}"
+        for custom_id, outcome in self.provider.read(self.job):
+            if custom_id in self.lines:
+                outcomes.setdefault(custom_id, outcome)
+        reason = f"batch job ended as {self.job.status} without this row"
+        if self.job.error:
+            reason = f"batch job {self.job.status}: {self.job.error}"
         for custom_id in self.lines:
             outcomes.setdefault(custom_id, BatchReply(completion=None, error=reason))
         return outcomes
@@ -317,16 +275,13 @@ class BatchJob:
         self._save(is_harvested=True)
 
 
-def read_row(line: bytes) -> tuple[str, BatchReply]:
-    """Sort one line of an output or error file: its custom id and outcome."""
-    try:
-        row: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return "", BatchReply(completion=None, error="unreadable line")
-    response = row.get("response") or {}
-    custom_id = str(row.get("custom_id"))
-    if row.get("error") is None and response.get("status_code") == 200:
-        return custom_id, BatchReply(completion=response.get("body"), error="")
-    detail = row.get("error") or (response.get("body") or {}).get("error") or {}
-    message = detail.get("message") if isinstance(detail, dict) else str(detail)
-    return custom_id, BatchReply(completion=None, error=str(message or f"status {response.get('status_code')}"))
+def open_provider(profile: ProfileConfig, *, call: Call, client: Callable[[], Any], folder: Path) -> BatchProvider:
+    """Return the profile's way of running batch jobs."""
+    kind = profile.capabilities.batch
+    if kind == "xai":
+        return XaiBatches(call, client)
+    if kind == "file":
+        return FileBatches(profile, folder)
+    if kind == "local":
+        return LocalBatches(profile, folder, call)
+    return OpenAiBatches(call, client)

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Generic
 
 from pydantic import BaseModel, ValidationError
@@ -63,14 +64,17 @@ class LlmService:
         ledger: Ledger,
         budget: Budget | None = None,
         start_local: Callable[[], str] | None = None,
+        batch_folder: Path = Path("batches"),
     ) -> None:
         self.config = config
+        self.batch_folder = batch_folder
         self.store = store
         self.ledger = ledger
         self.budget = budget or Budget()
         self.start_local = start_local
         self.clients: dict[str, Any] = {}
         self.structures: dict[str, Structure] = {}
+        self.substitutes: set[tuple[str, str]] = set()
         self.lock = threading.RLock()
 
     def profile(self, role: str) -> ProfileConfig:
@@ -250,7 +254,9 @@ class LlmService:
         profile, served = self.config.profiles[name], str(completion.get("model") or "")
         prices = profile.prices
         if served and not profile.is_served(served):
-            log.warning("%s was asked for and %s answered: its grades don't compare", profile.model, served)
+            if (name, served) not in self.substitutes:
+                self.substitutes.add((name, served))
+                log.warning("%s was asked for and %s answered: its grades don't compare", profile.model, served)
             others = [other.prices for other in self.config.profiles.values() if other.is_served(served)]
             prices = others[0] if others else (prices if profile.base_url is None else None)
         return compute_cost(prices, read_usage(completion), is_batch=is_batch)

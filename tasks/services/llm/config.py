@@ -36,7 +36,11 @@ class CapabilityConfig(Section):
     reasoning: Literal["none", "effort", "openrouter"] = Field(
         "none", description="how reasoning is set per request; none: the model has no such switch"
     )
-    batch: Literal["none", "openai"] = Field("none", description="batch protocol of the provider")
+    batch: Literal["none", "openai", "xai", "file", "local"] = Field(
+        "none",
+        description="batch protocol of the provider; file: a program that reads and writes JSONL; "
+        "local: the JSONL through chat completions, by us",
+    )
     streaming: bool = Field(True, description="streams replies")
     context_tokens: int = Field(32_000, ge=1000, description="longest conversation, reply included")
     pixels_per_token: int = Field(400, ge=1, description="image pixels that count as one input token, about")
@@ -52,6 +56,9 @@ class ProfileConfig(Section):
     capabilities: CapabilityConfig = CapabilityConfig()
     prices: PriceConfig | None = Field(None, description="null: cost is reported as unknown")
     retired_on: datetime.date | None = Field(None, description="day from which the provider serves it no more")
+    batch_command: tuple[str, ...] = Field(
+        (), description="the program of batch=file; {input}, {output} and {model} are put in"
+    )
     extra_body: dict[str, object] = Field({}, description="added to every request, for example routing of OpenRouter")
     max_output_tokens: int = Field(600, ge=16, description="cap on a reply")
     reasoning_tokens: int = Field(2000, ge=0, description="added to that cap where a request asks to reason")
@@ -59,6 +66,13 @@ class ProfileConfig(Section):
     max_attempts: int = Field(4, ge=1, le=10, description="tries of one call, the first included")
     concurrency: int = Field(4, ge=1, le=64, description="calls at once")
     max_image_side: int = Field(1024, ge=64, le=1024, description="images go out at most this large, pixels")
+
+    @model_validator(mode="after")
+    def check_batch(self) -> "ProfileConfig":
+        """Refuse batches by a program where none is named."""
+        if self.capabilities.batch == "file" and not self.batch_command:
+            raise ValueError("capabilities.batch=file needs batch_command")
+        return self
 
     def identity(self) -> dict[str, object]:
         """Return what decides an answer: the fields that a stage key covers."""

@@ -120,10 +120,25 @@ def test_captions_that_cannot_be_read_are_named(photos: CheckedPhotos, tmp_path:
     (tmp_path / "bad.csv").write_text("name\nx\n")
     with scripted_server() as server:
         llm = make_llm(server, tmp_path)
-        for name, message in (("bad.csv", "line 2: no photo"), ("none.csv", "No such file")):
+        (tmp_path / "other.csv").write_text("photo\nphoto-9.png\n")
+        messages = {"bad.csv": "line 2: no photo", "none.csv": "No such file", "other.csv": "no photo 'photo-9.png'"}
+        for name, message in messages.items():
             config = config_of(photos, captions=str(tmp_path / name))
             with pytest.raises(ConfigError, match=message):
                 describe_photos(photos, config, llm=llm, on_progress=lambda done, total: None)
+
+
+def test_a_persons_captions_need_no_model(photos: CheckedPhotos, tmp_path: Path, store: LocalStore) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text("photo,surroundings,view\nphoto-1.png,at sea,\n")
+    config = config_of(photos, captions=str(path), captioning="template")
+    with scripted_server() as server:
+        llm = make_llm(server, tmp_path)
+        described = describe_photos(photos, config, llm=llm, on_progress=lambda done, total: None)
+        assert not server.counts
+    outcome = sort_photos(StageFolder(store, "subject", "k"), photos.accepted, described, config, None)
+    prompts = [image.instance_prompt for image in outcome.images]
+    assert prompts == ["a photo of sks fish", "a photo of sks fish at sea", *["a photo of sks fish"] * 2]
 
 
 def test_all_photos_are_looked_at_in_one_request_as_many_as_fit(photos: CheckedPhotos, tmp_path: Path) -> None:

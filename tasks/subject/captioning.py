@@ -81,7 +81,8 @@ def describe_photos(
     on_progress: Callable[[int, int], None],
 ) -> dict[str, Described]:
     """Return what is said of every accepted photo by its digest; a person's captions need no model."""
-    written = read_captions(config, {photo.name for photo in (*photos.accepted, *photos.rejected)})
+    names = {photo.name for photo in photos.accepted} | {reject.name for reject in photos.rejected}
+    written = read_captions(config, names)
     if config.captioning == "template":
         return {photo.sha256: Described(caption=written.get(photo.name)) for photo in photos.accepted}
     described: dict[str, Described] = {}

@@ -63,7 +63,8 @@ def print_money() -> None:
     print("| profile | calls | tokens in | USD, replies of 120 tokens | USD, at most |\n|---|---|---|---|---|")
     for name in PROFILES:
         group = GROUPS[name.split("-")[0]]
-        words = [f"llm={group}", f"llm.models={name}", "diffusion.resolution=512", "evaluation.num_images_per_prompt=8"]
+        words = [f"llm={group}", f"llm.models={name}", "scoring=sync"]
+        words += ["diffusion.resolution=512", "evaluation.num_images_per_prompt=8"]
         config = compile_request(parse_overrides(words))
         is_batch = config.llm.profiles[name].capabilities.batch != "none"
         rows = [

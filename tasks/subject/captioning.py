@@ -15,6 +15,7 @@ from tasks.errors import ConfigError, ReplyInvalid
 from tasks.services.llm.client import LlmService
 from tasks.services.llm.requests import RequestSpec
 from tasks.subject.config import SubjectConfig
+from tasks.subject.examining import EXAMINE, Adjudication, adjudicate
 from tasks.subject.intake import CheckedPhotos, Photo
 from tasks.subject.linting import clean_phrase, find_leaks
 from tasks.wording import choose_article, name_subject
@@ -69,6 +70,8 @@ class Described:
 
     inspection: ImageInspection | None = None
     caption: Caption | None = None
+    adjudication: Adjudication | None = None
+    """The second look at a photo that the inspector objected to."""
     problem: str = ""
     """Why no reply could be used; such a photo is set aside."""
 
@@ -95,10 +98,15 @@ def describe_photos(
             inspection = llm.ask(
                 inspect_spec(photo, config), role="inspector", doubt=lambda reply: find_objection(reply, config)
             )
+            objection = find_objection(inspection.reply, config)
+            decision = None
+            if objection and llm.profile("adjudicator").capabilities.tools:
+                others = [other for other in photos.accepted if other.sha256 != photo.sha256]
+                decision = adjudicate(photo, objection, others, config, llm=llm)
             caption = llm.ask(caption_spec(photo, config), role="captioner")
         except ReplyInvalid as error:
             return Described(problem=str(error))
-        return Described(inspection.reply, caption.reply)
+        return Described(inspection.reply, caption.reply, decision)
 
     on_progress(0, len(photos.accepted))
     with ThreadPoolExecutor(llm.profile("captioner").concurrency) as pool:
@@ -148,8 +156,8 @@ def digest_prompts() -> str:
     """Return the digest of everything that the models are asked: other words are another stage key."""
     from tasks.subject.profiling import PROFILE, SubjectProfile
 
-    shapes = [reply.model_json_schema() for reply in (ImageInspection, Caption, SubjectProfile)]
-    return digest([INSPECT, CAPTION, PROFILE, shapes])
+    replies = (ImageInspection, Caption, SubjectProfile, Adjudication)
+    return digest([INSPECT, CAPTION, PROFILE, EXAMINE, [reply.model_json_schema() for reply in replies]])
 
 
 def find_objection(inspection: ImageInspection, config: SubjectConfig) -> str | None:

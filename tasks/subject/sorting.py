@@ -56,6 +56,8 @@ def sort_photos(
     for photo in photos:
         found = described.get(photo.sha256, Described())
         objection = find_objection(found.inspection, config) if found.inspection else None
+        if objection and found.adjudication is not None and found.adjudication.verdict == "accept":
+            objection = None
         if found.problem or objection:
             reason = (
                 f"no usable reply ({clean_phrase(found.problem, max_words=20)})" if found.problem else str(objection)
@@ -76,13 +78,21 @@ def sort_photos(
                 image=folder.put(f"images/{photo.sha256[:16]}.png", photo.png),
                 source_sha256=photo.sha256,
                 measures=photo.measures,
-                inspection=found.inspection.model_dump() if found.inspection else {},
+                inspection=note_inspection(found),
                 caption=write_caption(caption, config) if caption else "",
                 instance_prompt=write_instance_prompt(caption, config),
                 mask=folder.put(f"masks/{photo.sha256[:16]}.png", photo.mask_png) if photo.mask_png else None,
             )
         )
     return outcome
+
+
+def note_inspection(found: Described) -> dict[str, str | bool]:
+    """Return what inspector and adjudicator said, for people to read."""
+    told: dict[str, str | bool] = found.inspection.model_dump() if found.inspection else {}
+    if found.adjudication is not None:
+        told["adjudication"] = clean_phrase(found.adjudication.evidence, max_words=40)
+    return told
 
 
 def check_leaks(outcome: SortedPhotos, config: SubjectConfig) -> None:

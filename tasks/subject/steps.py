@@ -31,7 +31,7 @@ def prepare_subject(config: SubjectConfig, llm: LlmConfig, photos: Any, runtime:
 
     settings = config.model_dump(mode="json", exclude={"source", "max_images", "captions"})
     captions = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest() if config.captions else ""
-    models = [digest_prompts(), *(llm.identity(role) for role in ("inspector", "captioner", "profiler"))]
+    models = [digest_prompts(), *(llm.identity(role) for role in ("inspector", "captioner", "profiler", "adjudicator"))]
     is_asked = config.captioning == "llm"
     manifest = runtime.run_stage(
         SubjectSet,

@@ -34,6 +34,8 @@ class RequestSpec(Generic[T]):
     reply: type[T]
     is_reasoning: bool = False
     repeat: int = 0
+    tools: tuple[str, ...] = ()
+    """Names of the tools that may be called before the answer."""
 
     def plain_body(self, profile: ProfileConfig) -> dict[str, Any]:
         """Return the body of a chat completion without the shape of its answer."""
@@ -58,7 +60,7 @@ class RequestSpec(Generic[T]):
 
     def compute_key(self, profile: ProfileConfig) -> str:
         """Return a digest of everything that decides the answer; the batch `custom_id` too."""
-        whole = [profile.base_url, self.plain_body(profile), strict_schema(self.reply), self.repeat]
+        whole = [profile.base_url, self.plain_body(profile), strict_schema(self.reply), self.repeat, *self.tools]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:40]
 
 
@@ -66,7 +68,7 @@ def count_body_tokens(body: dict[str, Any], profile: ProfileConfig) -> tuple[int
     """Return about how many tokens a body sends, at most, and how many may come back."""
     characters, pixels = len(json.dumps(body.get("response_format") or body.get("tools") or "")), 0
     for message in body["messages"]:
-        content = message["content"]
+        content = message.get("content") or json.dumps(message.get("tool_calls") or "")
         parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for part in parts:
             if part["type"] == "text":

@@ -59,16 +59,15 @@ def adjudicate(
     text = (
         f"Subject: {noun}. An inspector objects: {clean_phrase(objection, max_words=30)}. Other photos: {len(others)}."
     )
-    spec = RequestSpec(EXAMINE, (text, photo.png), Adjudication, is_reasoning=True, tools=tuple(TOOL_NAMES))
+    tools = list_tools(photo, others)
+    names = tuple(tool.name for tool in tools)
+    spec = RequestSpec(EXAMINE, (text, photo.png), Adjudication, is_reasoning=True, tools=names)
     try:
-        examined = ask_with_tools(llm, spec, list_tools(photo, others), role="adjudicator", max_rounds=MAX_ROUNDS)
+        examined = ask_with_tools(llm, spec, tools, role="adjudicator", max_rounds=MAX_ROUNDS)
     except ReplyInvalid:
         return None
     reply: Adjudication = examined.answer.reply
     return reply if examined.called else None  # a verdict that cites no measurement is none
-
-
-TOOL_NAMES = ("measure_sharpness", "crop_preview", "find_near_duplicates", "compare_with")
 
 
 def list_tools(photo: Photo, others: list[Photo]) -> list[Tool]:
@@ -109,10 +108,11 @@ def list_tools(photo: Photo, others: list[Photo]) -> list[Tool]:
             found.png,
         )
 
-    kinds = (
-        ("Sharpness (variance of the Laplacian), light and contrast of a part.", Box, measure_sharpness),
-        ("Show a part at full resolution.", Box, crop_preview),
-        ("How many of 64 hash bits differ from each other photo; below 7: the same.", Nothing, find_near_duplicates),
-        ("Show another photo of the subject, with figures of both.", Other, compare_with),
-    )  # fmt: skip
-    return [Tool(name, *kind) for name, kind in zip(TOOL_NAMES, kinds, strict=True)]
+    sharpness = "Sharpness (variance of the Laplacian), light and contrast of a part."
+    duplicates = "How many of 64 hash bits differ from each other photo; below 7: the same."
+    return [
+        Tool("measure_sharpness", sharpness, Box, measure_sharpness),
+        Tool("crop_preview", "Show a part at full resolution.", Box, crop_preview),
+        Tool("find_near_duplicates", duplicates, Nothing, find_near_duplicates),
+        Tool("compare_with", "Show another photo of the subject, with figures of both.", Other, compare_with),
+    ]

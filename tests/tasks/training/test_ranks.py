@@ -68,7 +68,7 @@ def left_behind(folder: Path) -> list[psutil.Process]:
     [("raise:5:1", "ValueError: planned fault"), ("forward:5:1", "killed or ended|Connection")],
     ids=["raised", "killed"],
 )
-def test_two_ranks_of_which_one_failed_end_bit_equal(
+def test_two_ranks_of_which_one_failed_leave_nothing_and_end_bit_equal(
     tmp_path: Path,
     two_ranks: tuple[TrainingSpec, RunFolder],
     monkeypatch: pytest.MonkeyPatch,
@@ -83,6 +83,8 @@ def test_two_ranks_of_which_one_failed_end_bit_equal(
         run_worker(again, on_event=lambda event: None)
     assert left_behind(tmp_path) == []
     assert not RunFolder(again.path).result.exists()
+    if fault.startswith("raise"):
+        return  # the resume is the same whatever ended the run
     monkeypatch.delenv("LIKENESS_TEST_FAULT")
     run = train(again)
     assert json.loads(run.result.read_text())["start_step"] == 3
@@ -94,17 +96,20 @@ def test_sharded_ranks_do_the_same_and_resume_bit_equal(
     tmp_path: Path, two_ranks: tuple[TrainingSpec, RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, plain = two_ranks
-    validation = {"every_steps": 4, "keep": "best", "sample_every_steps": 4}
-    changes = {"is_sharded": True, "validation": ValidationSettings(**validation)}
-    sharded = spec.model_copy(update={"training": spec.training.model_copy(update=changes)})
-    whole = train(sharded.model_copy(update={"folder": str(tmp_path / "whole")}))
+
+    def sharded(name: str, **changes: int) -> TrainingSpec:
+        validation = ValidationSettings(every_steps=4, keep="best", **changes)
+        training = spec.training.model_copy(update={"is_sharded": True, "validation": validation})
+        return spec.model_copy(update={"training": training, "folder": str(tmp_path / name)})
+
+    whole = train(sharded("whole", sample_every_steps=8))
     for row, other in zip(losses(plain), losses(whole), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
     for name, tensor in weights(plain).items():
         torch.testing.assert_close(tensor, weights(whole)[name], rtol=2e-3, atol=2e-4)
-    assert (whole.samples / "step-00000004.png").is_file()
+    assert (whole.samples / "step-00000008.png").is_file()
 
-    cut = sharded.model_copy(update={"folder": str(tmp_path / "cut")})
+    cut = sharded("cut")  # drawing samples takes long on sharded CPUs, and leaves training as it is
     monkeypatch.setattr(supervisor, "WORKER_MODULE", "tests.tasks.training.faulty_worker")
     monkeypatch.setenv("LIKENESS_TEST_FAULT", "forward:5:1")
     with pytest.raises(TrainingFailed):

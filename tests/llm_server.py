@@ -112,14 +112,20 @@ def make_handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:
 
 
 @contextmanager
-def scripted_server(server: ScriptedServer | None = None) -> Iterator[ScriptedServer]:
-    """Serve on a free loopback port."""
-    server = server or ScriptedServer()
-    http = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(server))
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serve on a free loopback port and yield the API's address."""
+    http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=http.serve_forever, daemon=True)
     thread.start()
-    server.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
-    yield server
+    yield f"http://127.0.0.1:{http.server_address[1]}/v1"
     http.shutdown()
     http.server_close()
     thread.join()
+
+
+@contextmanager
+def scripted_server(server: ScriptedServer | None = None) -> Iterator[ScriptedServer]:
+    """Serve scripted answers."""
+    server = server or ScriptedServer()
+    with serving(make_handler(server)) as server.url:
+        yield server

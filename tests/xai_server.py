@@ -5,15 +5,14 @@ pieces, counters in place of a status, results in pages. No independent server i
 """
 
 import json
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
-from tests.llm_server import completion
+from tests.llm_server import completion, serving
 
 
 class XaiServer:
@@ -106,13 +105,7 @@ def make_handler(server: XaiServer) -> type[BaseHTTPRequestHandler]:
 
 @contextmanager
 def xai_server() -> Iterator[XaiServer]:
-    """Serve on a free loopback port."""
+    """Serve xAI's protocol."""
     server = XaiServer()
-    http = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(server))
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    server.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
-    yield server
-    http.shutdown()
-    http.server_close()
-    thread.join()
+    with serving(make_handler(server)) as server.url:
+        yield server

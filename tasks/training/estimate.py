@@ -160,8 +160,8 @@ class FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        """Nothing is ever run backward here."""
-        raise NotImplementedError
+        """Refuse: shapes without numbers are only ever run forward."""
+        raise RuntimeError("an estimate has no numbers to run backward with")
 
 
 @contextmanager

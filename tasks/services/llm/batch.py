@@ -204,7 +204,7 @@ class BatchJob:
     def ensure_created(self) -> None:
         """Upload and create the job, unless an earlier attempt already did; add the rows that it lacks."""
         if self.state.batch_id and self.provider.is_lost(self.state.batch_id):
-            self._save(file_id="", batch_id="", status="planned")
+            self._save(file_id="", batch_id="", status="planned", is_filled=False)
         if not self.state.batch_id:
             self._save()
             job = self.provider.find(self.mark) or self._create()

@@ -94,8 +94,11 @@ class LlmService:
             if name not in self.structures:
                 profile = self.config.profiles[name]
                 known = profile.capabilities.structure
+                row = LedgerRow("probe", name, profile.model, outcome="")
                 self.structures[name] = (
-                    known if known != "auto" else find_structure(profile, store=self.store, call=self._make_probe(name))
+                    find_structure(profile, store=self.store, call=lambda body: self.call(body, row=row))
+                    if known == "auto"
+                    else known
                 )
             return self.structures[name]
 
@@ -265,18 +268,14 @@ class LlmService:
         """Whether the model that was asked for has answered."""
         return self.config.profiles[answer.profile].is_served(answer.served_model)
 
-    def _make_probe(self, name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        """Return a call that tries a body, booked as any other."""
-        profile = self.config.profiles[name]
+    def call(self, body: dict[str, Any], *, row: LedgerRow) -> dict[str, Any]:
+        """Send a body and book the completion: for what isn't the reply to a request, such as a probe."""
+        completion = self.send(body, row=row)
+        self.book_completion(completion, row=row)
+        return completion
 
-        def call(body: dict[str, Any]) -> dict[str, Any]:
-            row = LedgerRow("probe", name, profile.model, outcome="")
-            completion = self.send(body, row=row)
-            cost, date = self.price(name, completion, is_batch=False)
-            usage, served = read_usage(completion), str(completion.get("model") or "")
-            self.ledger.book(
-                replace(row, outcome="ok", served_model=served, usage=usage, cost_usd=cost, price_date=date)
-            )
-            return completion
-
-        return call
+    def book_completion(self, completion: dict[str, Any], *, row: LedgerRow) -> None:
+        """Write down a completion that is no reply to be validated and kept."""
+        cost, date = self.price(row.profile, completion, is_batch=False)
+        served, usage = str(completion.get("model") or ""), read_usage(completion)
+        self.ledger.book(replace(row, outcome="ok", served_model=served, usage=usage, cost_usd=cost, price_date=date))

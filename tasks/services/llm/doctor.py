@@ -4,7 +4,7 @@ import datetime
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from PIL import Image
@@ -14,7 +14,7 @@ from tasks.errors import LikenessError, ReplyInvalid
 from tasks.services.llm.client import LlmService
 from tasks.services.llm.config import ProfileConfig
 from tasks.services.llm.dialects import TOOL, ask_for, set_reasoning
-from tasks.services.llm.ledger import LedgerRow, compute_cost, read_usage
+from tasks.services.llm.ledger import LedgerRow, read_usage
 from tasks.services.llm.requests import RequestSpec
 from tasks.services.llm.transport import openai_arguments, read_key, translated
 
@@ -174,8 +174,4 @@ def make_body(profile: ProfileConfig, text: str) -> dict[str, Any]:
 
 def call(llm: LlmService, name: str, body: dict[str, Any]) -> dict[str, Any]:
     """Ask and book."""
-    row = LedgerRow("doctor", name, body["model"], outcome="")
-    completion = llm.send(body, row=row)
-    cost, date = compute_cost(llm.config.profiles[name].prices, read_usage(completion), is_batch=False)
-    llm.ledger.book(replace(row, outcome="ok", usage=read_usage(completion), cost_usd=cost, price_date=date))
-    return completion
+    return llm.call(body, row=LedgerRow("doctor", name, body["model"], outcome=""))

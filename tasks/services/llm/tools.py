@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from tasks.errors import ReplyInvalid
 from tasks.services.llm.client import Answer, LlmService
 from tasks.services.llm.dialects import TOOL, ask_for
-from tasks.services.llm.ledger import LedgerRow, read_usage
+from tasks.services.llm.ledger import LedgerRow
 from tasks.services.llm.requests import RequestSpec, T, encode_image
 from tasks.services.llm.schema import strict_schema
 
@@ -25,7 +25,7 @@ class ToolResult:
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that only looks; its docstring-like description is what the model reads."""
+    """A function that only looks; the description is what the model reads."""
 
     name: str
     description: str
@@ -85,7 +85,7 @@ def ask_with_tools(
         answers = [call for call in calls if call["function"]["name"] == TOOL]
         if answers or not calls:
             return Examined(accept(llm, spec, completion, answers, called, row=row), tuple(called))
-        book(llm, completion, row=row)
+        llm.book_completion(completion, row=row)
         body["messages"] = [*body["messages"], {"role": "assistant", "content": None, "tool_calls": calls}]
         body["messages"] += run_calls(calls, by_name, called, max_side=profile.max_image_side)
     raise ReplyInvalid(f"no answer after {max_rounds} rounds of tools")
@@ -128,12 +128,3 @@ def accept(
     finish_reason = "stop" if answers else choice.get("finish_reason")
     whole = {**completion, "choices": [{**choice, "message": message, "finish_reason": finish_reason}]}
     return llm.accept(spec, whole, row=row)
-
-
-def book(llm: LlmService, completion: dict[str, Any], *, row: LedgerRow) -> None:
-    """Book a round that called tools."""
-    cost, date = llm.price(row.profile, completion, is_batch=False)
-    served = str(completion.get("model") or "")
-    llm.ledger.book(
-        replace(row, outcome="ok", served_model=served, usage=read_usage(completion), cost_usd=cost, price_date=date)
-    )

@@ -113,6 +113,18 @@ def test_xais_rows_that_fail_and_jobs_that_take_long_are_told(server: XaiServer,
     assert server.counts["create"] == 1
 
 
+def test_xais_container_that_was_forgotten_is_made_and_filled_anew(server: XaiServer, tmp_path: Path) -> None:
+    server.is_busy = True
+    with pytest.raises(StillPending):
+        ask(make_batching(server, tmp_path, "xai"), max_wait_seconds=0.1)
+    server.batches.clear()
+    server.rows.clear()
+    server.is_busy = False
+    answers, _ = ask(make_batching(server, tmp_path, "xai"))
+    assert len(answers) == 4
+    assert (server.counts["create"], server.counts["row"]) == (2, 8)
+
+
 def test_a_program_runs_the_file(tmp_path: Path) -> None:
     (tmp_path / "runner.py").write_text(RUNNER)
     command = (sys.executable, str(tmp_path / "runner.py"), "{input}", "{output}")

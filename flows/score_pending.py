@@ -1,6 +1,7 @@
 """Go on with runs whose batch jobs were still running: everything before is stored, so only they are asked for."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from prefect.runtime import deployment
 from conf.request import RunRequest, allowed_roots, check_paths
 from flows.personalize_subject import personalize_subject
 from flows.runs import list_pending, write_json
-from tasks.errors import StillPending
+from tasks.errors import LikenessError, StillPending
+
+log = logging.getLogger(__name__)
 
 
 @flow(name="score-pending", persist_result=False)
@@ -27,6 +30,9 @@ def score_pending(output_dir: str = "runs") -> list[dict[str, Any]]:
         try:
             summary = personalize_subject(request)
         except StillPending:
+            continue
+        except LikenessError as error:  # it must not keep the others waiting
+            log.warning("run %s could not go on: %s", folders[-1].name, error)
             continue
         for folder in folders:
             note = json.loads((folder / "summary.json").read_text())

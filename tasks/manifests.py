@@ -78,6 +78,8 @@ class InstanceImage(Record):
     instance_prompt: str
     mask: ObjectRef | None = None
     """Where the subject is (white), for a photo with a transparent background."""
+    focus: tuple[float, float] | None = None
+    """Middle of the inspector's box around the subject, in shares of width and height."""
 
 
 class RejectedImage(Record):

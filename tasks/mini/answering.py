@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tasks.mini.vision import Eyes, Seen, compare_colors
+from tasks.mini.vision import CENTER, RADII, Eyes, Seen, compare_colors
 from tasks.mini.world import CLASS_NOUNS, COLORS, IMAGE_SIZE, PLACE_PHRASES, PLACES
 
 # An asked noun is seen from this share on: looks that no caption says confuse the small CLIP.
@@ -139,10 +139,27 @@ def is_noun_right(q: Question) -> bool:
     return sum(seen) * 2 >= len(seen)
 
 
+def rank_photos(q: Question) -> list[int]:
+    """Return the pictures' numbers: one of every place first, the surest of it."""
+    seen = [q.look(i) for i in range(len(q.images))]
+    surest = sorted(range(len(seen)), key=lambda i: -max(seen[i].class_shares.values()))
+    first_of_place = dict[str, int]()
+    for index in surest:
+        first_of_place.setdefault(seen[index].place, index)
+    chosen = list(first_of_place.values())
+    return [index + 1 for index in chosen + [i for i in surest if i not in chosen]]
+
+
 def list_shared_colors(q: Question) -> list[str]:
     """Return the colors that stand out in most pictures."""
     seen = [q.look(i).colors for i in range(len(q.images))]
     return [color for color in COLORS if sum(color in colors for colors in seen) * 2 > len(seen)]
+
+
+def find_box() -> dict[str, float]:
+    """Return the box of the thing: in this world it always stands at the same place."""
+    (x, y), (half_width, half_height) = CENTER, RADII
+    return {"left": x - half_width, "top": y - half_height, "right": x + half_width, "bottom": y + half_height}
 
 
 SKILLS: dict[str, Callable[[Question], Any]] = {
@@ -151,7 +168,10 @@ SKILLS: dict[str, Callable[[Question], Any]] = {
     "num_subjects": lambda q: "one" if is_noun_visible(q) else "none",
     "is_cut_off": lambda q: False,
     "has_watermark": lambda q: False,
+    "subject_box": lambda q: find_box(),
+    "best_photos": rank_photos,
     "verdict": lambda q: "accept" if is_noun_visible(q) else "reject",
+    "confidence": lambda q: "high",
     "class_noun": name_most,
     "is_one_subject": is_one_subject,
     "is_class_noun_right": is_noun_right,

@@ -18,6 +18,7 @@ from tasks.subject.config import SubjectConfig
 from tasks.subject.examining import EXAMINE, Adjudication, adjudicate
 from tasks.subject.intake import CheckedPhotos, Photo
 from tasks.subject.linting import clean_phrase, find_leaks
+from tasks.subject.quality import Box
 from tasks.wording import choose_article, name_subject
 
 INSPECT = (
@@ -39,7 +40,9 @@ class ImageInspection(BaseModel):
     num_subjects: Literal["none", "one", "several"] = Field(description="how many such subjects there are")
     is_cut_off: bool = Field(description="whether an important part of the subject is outside the frame")
     has_watermark: bool = Field(description="whether letters or a watermark lie over the picture")
+    subject_box: Box = Field(description="the smallest box that holds the whole subject")
     verdict: Literal["accept", "reject"] = Field(description="whether the photo can teach the subject")
+    confidence: Literal["low", "high"] = Field(description="low where the photo leaves room for doubt")
 
 
 class Caption(BaseModel):
@@ -94,9 +97,8 @@ def describe_photos(
         if photo.name in written:
             return Described(caption=written[photo.name])
         try:
-            # A cheap model that would drop a photo which measures well is not believed alone.
             inspection = llm.ask(
-                inspect_spec(photo, config), role="inspector", doubt=lambda reply: find_objection(reply, config)
+                inspect_spec(photo, config), role="inspector", doubt=lambda reply: find_doubt(reply, config)
             )
             objection = find_objection(inspection.reply, config)
             decision = None
@@ -158,6 +160,13 @@ def digest_prompts() -> str:
 
     replies = (ImageInspection, Caption, SubjectProfile, Adjudication)
     return digest([INSPECT, CAPTION, PROFILE, EXAMINE, [reply.model_json_schema() for reply in replies]])
+
+
+def find_doubt(inspection: ImageInspection, config: SubjectConfig) -> str | None:
+    """Return why the next profile should look too: a photo that measures well isn't dropped on one cheap word."""
+    if inspection.confidence == "low":
+        return "the inspector isn't sure"
+    return find_objection(inspection, config)
 
 
 def find_objection(inspection: ImageInspection, config: SubjectConfig) -> str | None:

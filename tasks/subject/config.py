@@ -34,6 +34,9 @@ class SubjectConfig(Section):
     )
     min_images: int = Field(3, ge=1, le=1000, description="fewest good photos to go on with")
     max_images: int = Field(20, ge=1, le=1000, description="most photos to read")
+    max_trained: int | None = Field(
+        None, ge=1, le=1000, description="most photos to train on: the best and most varied ones; null: all good ones"
+    )
     min_side: int = Field(64, ge=16, description="smallest side of a photo, pixels")
     max_pixels: int = Field(60_000_000, ge=4096, description="largest photo, pixels")
     working_side: int = Field(1024, ge=64, description="photos are kept with at most this side, pixels")

@@ -14,7 +14,7 @@ from tasks.services.llm.tools import Tool, ToolResult, ask_with_tools
 from tasks.subject.config import SubjectConfig
 from tasks.subject.intake import Photo
 from tasks.subject.linting import clean_phrase
-from tasks.subject.quality import count_different_bits, measure
+from tasks.subject.quality import Box, count_different_bits, measure
 from tasks.wording import choose_article
 
 EXAMINE = (
@@ -23,15 +23,6 @@ EXAMINE = (
 )
 MAX_ROUNDS = 4
 LEAST_SIDE = 16
-
-
-class Box(BaseModel):
-    """A part of the photo, in shares of its width and height."""
-
-    left: float = Field(description="0 to 1")
-    top: float = Field(description="0 to 1")
-    right: float = Field(description="0 to 1, more than left")
-    bottom: float = Field(description="0 to 1, more than top")
 
 
 class Other(BaseModel):

@@ -1,5 +1,7 @@
 """All photos at once: whether they show one subject of the named class, and what of it never changes."""
 
+from dataclasses import dataclass
+
 from pydantic import BaseModel, Field
 
 from tasks.services.llm.client import LlmService
@@ -24,6 +26,9 @@ class SubjectProfile(BaseModel):
     class_noun: str = Field(description="the plain noun that fits the subject best, for example: dog")
     is_class_noun_right: bool = Field(description="whether the noun that was named fits it")
     invariant_traits: list[str] = Field(description="what is the same in all photos: colors, marks, shape, material")
+    best_photos: list[int] = Field(
+        description="numbers of the clearest and most different photos, best first; 1 is the first photo"
+    )
     varying: list[str] = Field(description="what differs between the photos: places, light, pose, framing")
 
 
@@ -34,7 +39,15 @@ def profile_spec(photos: list[Photo], config: SubjectConfig) -> RequestSpec[Subj
     return RequestSpec(PROFILE, (text, *(photo.png for photo in photos)), SubjectProfile)
 
 
-def ask_profile(photos: list[Photo], config: SubjectConfig, *, llm: LlmService) -> SubjectProfile:
+@dataclass(frozen=True)
+class Overview:
+    """What is said of all photos, and the digests of those that were named best."""
+
+    profile: SubjectProfile
+    best: tuple[str, ...] = ()
+
+
+def ask_profile(photos: list[Photo], config: SubjectConfig, *, llm: LlmService) -> Overview:
     """Return the profile of as many of the sharpest photos as the model's context holds."""
     profile = llm.profile("profiler")
     chosen = sorted(photos, key=lambda photo: -photo.measures.sharpness)
@@ -45,7 +58,9 @@ def ask_profile(photos: list[Photo], config: SubjectConfig, *, llm: LlmService) 
         chosen.pop()
     kept = {photo.sha256 for photo in chosen}
     ordered = [photo for photo in photos if photo.sha256 in kept]
-    return llm.ask(profile_spec(ordered, config), role="profiler").reply
+    reply = llm.ask(profile_spec(ordered, config), role="profiler").reply
+    named = dict.fromkeys(number for number in reply.best_photos if 1 <= number <= len(ordered))
+    return Overview(reply, tuple(ordered[number - 1].sha256 for number in named))
 
 
 def find_warnings(profile: SubjectProfile, config: SubjectConfig) -> list[str]:

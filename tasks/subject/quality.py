@@ -3,11 +3,29 @@
 import imagehash
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, Field
 
 from tasks.manifests import ImageMeasures
 from tasks.subject.config import SubjectConfig
 
 MEASURED_SIDE = 256
+LEAST_BOX = 0.02
+
+
+class Box(BaseModel):
+    """A part of a photo, in shares of its width and height."""
+
+    left: float = Field(description="0 to 1")
+    top: float = Field(description="0 to 1")
+    right: float = Field(description="0 to 1, more than left")
+    bottom: float = Field(description="0 to 1, more than top")
+
+    def find_center(self) -> tuple[float, float] | None:
+        """Return the middle as shares of width and height, or None for what is no believable box."""
+        is_inside = 0 <= self.left < self.right <= 1 and 0 <= self.top < self.bottom <= 1
+        if not is_inside or (self.right - self.left) * (self.bottom - self.top) < LEAST_BOX:
+            return None
+        return round((self.left + self.right) / 2, 4), round((self.top + self.bottom) / 2, 4)
 
 
 def measure(image: Image.Image) -> ImageMeasures:

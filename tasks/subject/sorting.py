@@ -12,7 +12,7 @@ from tasks.subject.captioning import Described, find_objection, lint_caption, wr
 from tasks.subject.config import SubjectConfig
 from tasks.subject.intake import CheckedPhotos, Photo
 from tasks.subject.linting import clean_phrase, list_trait_words
-from tasks.subject.profiling import SubjectProfile, ask_profile, find_warnings
+from tasks.subject.profiling import Overview, ask_profile, find_warnings
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class SortedPhotos:
     warnings: list[str] = field(default_factory=list)
 
 
-def look_at_all(photos: CheckedPhotos, config: SubjectConfig, *, llm: LlmService) -> SubjectProfile | None:
+def look_at_all(photos: CheckedPhotos, config: SubjectConfig, *, llm: LlmService) -> Overview | None:
     """Return the profile of all photos, or None where it isn't wanted or no reply could be used: it is advice."""
     if not config.is_profiled:
         return None
@@ -45,13 +45,13 @@ def sort_photos(
     photos: Sequence[Photo],
     described: dict[str, Described],
     config: SubjectConfig,
-    profile: SubjectProfile | None,
+    overview: Overview | None,
 ) -> SortedPhotos:
     """Turn photos and what is said of them into instance images, rejects and quarantine."""
     outcome = SortedPhotos()
-    if profile is not None:
-        outcome.traits = [clean_phrase(trait) for trait in profile.invariant_traits[:20]]
-        outcome.warnings = find_warnings(profile, config)
+    if overview is not None:
+        outcome.traits = [clean_phrase(trait) for trait in overview.profile.invariant_traits[:20]]
+        outcome.warnings = find_warnings(overview.profile, config)
     trait_words = list_trait_words(outcome.traits, class_noun=config.class_noun)
     for photo in photos:
         found = described.get(photo.sha256, Described())
@@ -82,14 +82,39 @@ def sort_photos(
                 caption=write_caption(caption, config) if caption else "",
                 instance_prompt=write_instance_prompt(caption, config),
                 mask=folder.put(f"masks/{photo.sha256[:16]}.png", photo.mask_png) if photo.mask_png else None,
+                focus=found.inspection.subject_box.find_center() if found.inspection else None,
             )
         )
+    leave_to_the_best(outcome, photos, config, best=overview.best if overview else ())
     return outcome
+
+
+def leave_to_the_best(
+    outcome: SortedPhotos, photos: Sequence[Photo], config: SubjectConfig, *, best: Sequence[str]
+) -> None:
+    """Keep at most `subject.max_trained` images: those that the profiler named, then the sharpest."""
+    if config.max_trained is None or len(outcome.images) <= config.max_trained:
+        return
+    names = {photo.sha256: photo.name for photo in photos}
+    ranks = {sha256: rank for rank, sha256 in enumerate(best)}
+    ranked = sorted(
+        outcome.images, key=lambda i: (ranks.get(i.source_sha256, len(ranks)), -i.measures.sharpness, i.source_sha256)
+    )
+    kept = {image.source_sha256 for image in ranked[: config.max_trained]}
+    for image in outcome.images:
+        if image.source_sha256 not in kept:
+            reason = f"good, but not among the best {config.max_trained} (subject.max_trained)"
+            name = names[image.source_sha256]
+            aside = RejectedImage(
+                source_name=name, source_sha256=image.source_sha256, reason=reason, thumbnail=image.image
+            )
+            outcome.rejected.append(aside)
+    outcome.images = [image for image in outcome.images if image.source_sha256 in kept]
 
 
 def note_inspection(found: Described) -> dict[str, str | bool]:
     """Return what inspector and adjudicator said, for people to read."""
-    told: dict[str, str | bool] = found.inspection.model_dump() if found.inspection else {}
+    told: dict[str, str | bool] = found.inspection.model_dump(exclude={"subject_box"}) if found.inspection else {}
     if found.adjudication is not None:
         told["adjudication"] = clean_phrase(found.adjudication.evidence, max_words=40)
     return told

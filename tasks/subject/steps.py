@@ -13,7 +13,7 @@ from tasks.runtime import Runtime
 from tasks.services.llm.config import LlmConfig
 from tasks.subject.config import SubjectConfig
 
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 
 
 @task(name="check photos", persist_result=False)
@@ -54,8 +54,8 @@ def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, run
 
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
     described = describe_photos(photos, config, llm=runtime.llm, on_progress=runtime.show("captions"))
-    profile = look_at_all(photos, config, llm=runtime.llm) if config.captioning == "llm" else None
-    sorted_photos = sort_photos(folder, photos.accepted, described, config, profile)
+    overview = look_at_all(photos, config, llm=runtime.llm) if config.captioning == "llm" else None
+    sorted_photos = sort_photos(folder, photos.accepted, described, config, overview)
     rejected = [store_reject(folder, reject) for reject in photos.rejected] + sorted_photos.rejected
     left_out = [(r.source_name, r.reason) for r in [*rejected, *sorted_photos.quarantined]]
     intake.require_enough(len(sorted_photos.images), config, left_out)

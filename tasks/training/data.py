@@ -66,7 +66,8 @@ class TrainingBatch:
 class Variant:
     """How a picture is cut: the crop's place in the free room `[0, 1]`, and mirroring.
 
-    Without a place the crop lies around the subject where a mask says where that is, else in the middle.
+    Without a place the crop lies around the subject where a mask or the inspector says where that is,
+    else in the middle.
     """
 
     left: float | None = None
@@ -120,9 +121,9 @@ def load_picture(image: TrainingImage, *, size: Size, variant: Variant = Variant
     original = (picture.height, picture.width)
     factor = max(size.width / picture.width, size.height / picture.height)
     width, height = max(size.width, round(picture.width * factor)), max(size.height, round(picture.height * factor))
-    box = mask.point(lambda value: 255 * (value > 127)).getbbox() or (0, 0, *picture.size)
-    left = place_crop(variant.left, width, size.width, focus=(box[0] + box[2]) / 2 / picture.width)
-    top = place_crop(variant.top, height, size.height, focus=(box[1] + box[3]) / 2 / picture.height)
+    focus = find_focus(image, mask)
+    left = place_crop(variant.left, width, size.width, focus=focus[0])
+    top = place_crop(variant.top, height, size.height, focus=focus[1])
     crop = (left, top, left + size.width, top + size.height)
     picture = picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0).crop(crop)
     mask = mask.resize((width, height), Image.Resampling.BOX).crop(crop)
@@ -131,6 +132,14 @@ def load_picture(image: TrainingImage, *, size: Size, variant: Variant = Variant
     if variant.is_mirrored:
         pixels, opacity, left = pixels.flip(-1), opacity.flip(-1), width - size.width - left
     return Loaded(pixels, opacity, [*original, top, left, size.height, size.width])
+
+
+def find_focus(image: TrainingImage, mask: Image.Image) -> tuple[float, float]:
+    """Return what a crop should lie around, in shares of width and height."""
+    if image.focus is not None and not image.mask_path:
+        return image.focus
+    box = mask.point(lambda value: 255 * (value > 127)).getbbox() or (0, 0, *mask.size)
+    return (box[0] + box[2]) / 2 / mask.width, (box[1] + box[3]) / 2 / mask.height
 
 
 def place_crop(share: float | None, length: int, side: int, *, focus: float) -> int:

@@ -26,6 +26,7 @@ class TrainingImage(Section):
     prompt: str
     mask_path: str = ""
     mask_sha256: str = ""
+    focus: tuple[float, float] | None = Field(None, description="what a crop lies around where there is no mask")
 
 
 class TrainingSpec(Section):
@@ -81,13 +82,13 @@ class TrainingSpec(Section):
             if training.num_crop_variants:  # a crop is a function of its picture's number
                 crops += self.sort_into_buckets()[size]
         how = [LATENTS_VERSION, self.diffusion.device, self.training.is_tf32, list(size)]
-        content = [how, self.base_model_sha256, [[i.sha256, i.mask_sha256] for i in images], crops]
+        content = [how, self.base_model_sha256, [[i.sha256, i.mask_sha256, i.focus] for i in images], crops]
         return Path(self.latent_folder) / f"{digest(content)[:32]}.safetensors"
 
     def identity(self) -> dict[str, str]:
         """Return digests that a checkpoint must share to be resumed from."""
         images = [self.instance_images, self.class_images]
-        pairs = [[(image.sha256, image.mask_sha256, image.prompt) for image in group] for group in images]
+        pairs = [[(image.sha256, image.mask_sha256, image.focus, image.prompt) for image in group] for group in images]
         return {
             "configuration": digest(
                 [

@@ -89,8 +89,10 @@ def compute_training(
             diffusion=diffusion,
             training=config,
             encoders=encoders,
-            instance_images=fetch_images(runtime, work, [(i.image, i.mask, i.instance_prompt) for i in subject.images]),
-            class_images=fetch_images(runtime, work, [(i.image, None, prior.class_prompt) for i in prior.images])
+            instance_images=fetch_images(
+                runtime, work, [(i.image, i.mask, i.focus, i.instance_prompt) for i in subject.images]
+            ),
+            class_images=fetch_images(runtime, work, [(i.image, None, None, prior.class_prompt) for i in prior.images])
             if config.prior_loss_weight > 0
             else (),
         )
@@ -102,7 +104,7 @@ def compute_training(
     return manifest
 
 
-def fetch_images(runtime: Runtime, work: Path, rows: list[tuple[Any, Any, str]]) -> Any:
+def fetch_images(runtime: Runtime, work: Path, rows: list[tuple[Any, Any, Any, str]]) -> Any:
     """Copy images and their masks to local files and put them beside their prompts."""
     from PIL import Image
 
@@ -124,8 +126,9 @@ def fetch_images(runtime: Runtime, work: Path, rows: list[tuple[Any, Any, str]])
             prompt=prompt,
             mask_path=fetch(mask) if mask else "",
             mask_sha256=mask.sha256 if mask else "",
+            focus=focus,
         )
-        for ref, mask, prompt in rows
+        for ref, mask, focus, prompt in rows
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins import MixedPrecision, Precision
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader
@@ -34,8 +35,6 @@ from tasks.training.optimizers import set_up_kernels
 from tasks.training.sharding import join_processes, spread
 from tasks.training.spec import STOPPED_EXIT_CODE, RunFolder, TrainingSpec
 from tasks.training.validation import has_settled
-
-PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 def main(argv: list[str]) -> int:
@@ -148,7 +147,7 @@ def fit(spec: TrainingSpec, module: DreamBoothModule, keeper: StepKeeper) -> Non
         devices=config.num_devices,
         num_nodes=config.num_nodes,
         strategy=choose_strategy(spec),
-        precision=PRECISIONS[config.precision],
+        plugins=choose_precision(spec),
         accumulate_grad_batches=config.gradient_accumulation_steps,
         use_distributed_sampler=False,  # order is a function of the sample counter
         callbacks=[keeper],
@@ -159,6 +158,13 @@ def fit(spec: TrainingSpec, module: DreamBoothModule, keeper: StepKeeper) -> Non
     )
     counter = SampleCounter(spec, start_step=module.start_step, rank=trainer.global_rank, world_size=config.world_size)
     trainer.fit(module, DataLoader(counter, batch_size=None))
+
+
+def choose_precision(spec: TrainingSpec) -> Precision:
+    """Return how a step computes; by name Lightning would take bf16 for fp16 on a CPU."""
+    names: dict[str, Any] = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
+    name = names.get(spec.training.precision)
+    return MixedPrecision(name, choose_device(spec.diffusion).type) if name else Precision()
 
 
 def choose_strategy(spec: TrainingSpec) -> Any:

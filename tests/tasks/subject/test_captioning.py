@@ -5,6 +5,7 @@ import pytest
 from tasks.subject.captioning import (
     Caption,
     ImageInspection,
+    find_doubt,
     find_objection,
     write_caption,
     write_instance_prompt,
@@ -18,7 +19,8 @@ CONFIG = SubjectConfig(source="x", class_noun="fish")
 def inspection(**changes: object) -> ImageInspection:
     good = {
         "evidence": "A fish.", "is_class_noun_visible": True, "num_subjects": "one",
-        "is_cut_off": False, "has_watermark": False, "verdict": "accept",
+        "is_cut_off": False, "has_watermark": False, "verdict": "accept", "confidence": "high",
+        "subject_box": {"left": 0.2, "top": 0.2, "right": 0.8, "bottom": 0.8},
     }  # fmt: skip
     return ImageInspection.model_validate({**good, **changes})
 
@@ -35,6 +37,12 @@ def test_without_an_llm_the_prompt_is_the_template() -> None:
 
 def test_what_people_read_names_the_class() -> None:
     assert write_caption(Caption(surroundings="in the snow", view=""), CONFIG) == "a fish in the snow"
+
+
+def test_an_unsure_inspector_is_not_the_last_word() -> None:
+    assert find_doubt(inspection(), CONFIG) is None
+    assert "isn't sure" in str(find_doubt(inspection(confidence="low"), CONFIG))
+    assert find_objection(inspection(confidence="low"), CONFIG) is None
 
 
 @pytest.mark.parametrize(

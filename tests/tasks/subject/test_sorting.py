@@ -14,7 +14,8 @@ from tasks.subject.captioning import Caption, Described, ImageInspection, descri
 from tasks.subject.config import SubjectConfig
 from tasks.subject.intake import CheckedPhotos, check_photos
 from tasks.subject.linting import find_leaks, list_trait_words
-from tasks.subject.profiling import SubjectProfile, find_warnings
+from tasks.subject.profiling import Overview, SubjectProfile, find_warnings
+from tasks.subject.quality import Box
 from tasks.subject.sorting import SortedPhotos, check_leaks, look_at_all, sort_photos
 from tests.llm_server import ScriptedServer, completion, scripted_server
 from tests.tasks.services.llm.test_client import CHAT, make_llm
@@ -22,11 +23,11 @@ from tests.tiny import draw_photos
 
 GOOD = ImageInspection(
     evidence="A fish.", is_class_noun_visible=True, num_subjects="one", is_cut_off=False, has_watermark=False,
-    verdict="accept",
+    verdict="accept", confidence="high", subject_box=Box(left=0.1, top=0.2, right=0.5, bottom=0.8),
 )  # fmt: skip
 PROFILE = SubjectProfile(
     evidence="e", is_one_subject=True, class_noun="fish", is_class_noun_right=True,
-    invariant_traits=["blue fins with white stripes", "a round fish"], varying=["places"],
+    invariant_traits=["blue fins with white stripes", "a round fish"], varying=["places"], best_photos=[3, 9, 1],
 )  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def test_leaks_are_cut_counted_and_too_many_of_them_stop_the_run(photos: Checked
     config = config_of(photos)
     leaky, clean = Caption(surroundings="on the beach", view="blue stripes"), Caption(surroundings="at sea", view="")
     described = {photo.sha256: Described(GOOD, leaky if n < 3 else clean) for n, photo in enumerate(photos.accepted)}
-    outcome = sort_photos(StageFolder(store, "subject", "k"), photos.accepted, described, config, PROFILE)
+    outcome = sort_photos(StageFolder(store, "subject", "k"), photos.accepted, described, config, Overview(PROFILE))
     assert [image.instance_prompt for image in outcome.images][:1] == ["a photo of sks fish on the beach"]
     assert outcome.leaks[0].endswith(": blue, stripes")
     with pytest.raises(SubjectRejected, match=r"3 of 4 captions tell what never changes .*photo-0.png: blue, stripes"):
@@ -111,9 +112,32 @@ def test_a_refused_photo_is_set_aside_and_a_persons_caption_brings_it_back(
         calls = server.counts[CHAT]
         described = describe_photos(photos, own, llm=llm, on_progress=lambda done, total: None)
         assert server.counts[CHAT] == calls  # the others' replies are kept, this one needs none
-        outcome = sort_photos(StageFolder(store, "subject", "k"), photos.accepted, described, own, PROFILE)
+        outcome = sort_photos(StageFolder(store, "subject", "k"), photos.accepted, described, own, Overview(PROFILE))
         assert outcome.images[0].instance_prompt == "a photo of sks fish in a blue bowl, seen from above"
         assert (outcome.quarantined, outcome.leaks) == ([], [])
+
+
+def test_of_many_photos_the_best_are_trained_on(photos: CheckedPhotos, store: LocalStore) -> None:
+    shas = [photo.sha256 for photo in photos.accepted]
+    described = {sha256: Described(GOOD, Caption(surroundings="at sea", view="")) for sha256 in shas}
+
+    def choose(best: tuple[str, ...], num: int | None) -> SortedPhotos:
+        overview = Overview(PROFILE, best)
+        config = config_of(photos, max_trained=num)
+        return sort_photos(StageFolder(store, "subject", "k"), photos.accepted, described, config, overview)
+
+    few = choose((shas[2], shas[0]), 2)
+    assert [image.source_sha256 for image in few.images] == [shas[0], shas[2]]
+    assert "not among the best 2" in few.rejected[0].reason
+    sharpest = max(photos.accepted, key=lambda photo: photo.measures.sharpness)
+    assert [image.source_sha256 for image in choose((), 1).images] == [sharpest.sha256]
+    assert len(choose((), None).images) == 4
+    assert few.images[0].focus == (0.3, 0.5)
+
+
+def test_a_box_that_cannot_be_places_no_crop() -> None:
+    assert Box(left=0.5, top=0.1, right=0.2, bottom=0.9).find_center() is None
+    assert Box(left=0.5, top=0.5, right=0.51, bottom=0.51).find_center() is None
 
 
 def test_captions_that_cannot_be_read_are_named(photos: CheckedPhotos, tmp_path: Path) -> None:
@@ -144,9 +168,10 @@ def test_a_persons_captions_need_no_model(photos: CheckedPhotos, tmp_path: Path,
 def test_all_photos_are_looked_at_in_one_request_as_many_as_fit(photos: CheckedPhotos, tmp_path: Path) -> None:
     with scripted_server(Answering(answers)) as server:
         llm = make_llm(server, tmp_path)
-        profile = look_at_all(photos, config_of(photos), llm=llm)
-        assert profile is not None
-        assert profile.class_noun == "fish"
+        overview = look_at_all(photos, config_of(photos), llm=llm)
+        assert overview is not None
+        assert overview.profile.class_noun == "fish"
+        assert overview.best == (photos.accepted[2].sha256, photos.accepted[0].sha256)  # there is no ninth
         assert count_images(server.bodies[-1]) == 4
         small = llm.config.profiles["p"].capabilities.model_copy(update={"context_tokens": 1500})
         llm.config.profiles["p"] = llm.config.profiles["p"].model_copy(update={"capabilities": small, "model": "other"})

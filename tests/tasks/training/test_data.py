@@ -125,6 +125,14 @@ def test_other_crops_or_photos_are_other_latents(tmp_path: Path, tiny_model_fold
     assert rate.latents_path("instance", SQUARE) == spec.latents_path("instance", SQUARE)
 
 
+def test_a_crop_lies_around_what_the_inspector_boxed(tmp_path: Path) -> None:
+    Image.new("RGB", (96, 32), "red").save(tmp_path / "photo.png")
+    plain = describe_image(tmp_path / "photo.png")
+    boxed = plain.model_copy(update={"focus": (0.25, 0.5)})
+    assert load_picture(plain, size=SQUARE).sizes[2:4] == [0, 32]
+    assert load_picture(boxed, size=SQUARE).sizes[2:4] == [0, 8]
+
+
 def test_a_crop_lies_around_a_cut_out_subject(tmp_path: Path) -> None:
     Image.new("RGB", (96, 32), "red").save(tmp_path / "photo.png")
     mask = Image.new("L", (96, 32), 0)

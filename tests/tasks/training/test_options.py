@@ -1,6 +1,7 @@
 """Options that change how a step is computed, each trained for real."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,19 +56,44 @@ def test_dropped_captions_change_the_loss(tmp_path: Path, tiny_model_folder: Pat
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_prodigy_finds_a_rate_and_resumes_with_it(tmp_path: Path, tiny_model_folder: Path) -> None:
-    changes = {"optimizer": "prodigy", "checkpoint_every_steps": 2, "max_train_steps": 6}
+@pytest.mark.parametrize(
+    "changes",
+    [{"optimizer": "prodigy"}, {"optimizer": "adamw8bit"}, {"precision": "fp16"}],
+    ids=["prodigy", "8-bit moments", "fp16 with its scaler"],
+)
+def test_what_has_a_state_of_its_own_resumes_with_it(
+    tmp_path: Path, tiny_model_folder: Path, changes: dict[str, object]
+) -> None:
+    changes = {**changes, "checkpoint_every_steps": 2, "max_train_steps": 6}
     whole = train(tmp_path / "whole", tiny_model_folder, **changes)
-    cut = train(tmp_path / "cut", tiny_model_folder, **{**changes, "max_train_steps": 6})
+    train(tmp_path / "cut", tiny_model_folder, **changes)
     run = RunFolder(tmp_path / "cut" / "run")
     run.result.unlink()
-    newest = sorted(run.checkpoints.glob("step-*"))[-1]
-    for path in newest.iterdir():
-        path.unlink()
-    newest.rmdir()
+    shutil.rmtree(sorted(run.checkpoints.glob("step-*"))[-1])
     assert worker.train(make_spec(tmp_path / "cut", tiny_model_folder, **changes)) == 0
     assert json.loads(run.result.read_text())["start_step"] == 4
-    assert is_equal(whole, cut)
+    assert is_equal(whole, run)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.02), ("bf16", 0.05)])
+def test_half_precision_computes_roughly_and_keeps_whole_weights(
+    tmp_path: Path, tiny_model_folder: Path, precision: str, tolerance: float
+) -> None:
+    plain = train(tmp_path / "plain", tiny_model_folder)
+    half = train(tmp_path / "half", tiny_model_folder, precision=precision)
+    kept = [loss for loss in losses(half) if loss is not None]  # fp16's scaler may leave the first steps out
+    assert kept[0] != losses(plain)[0], "it computed in fp32"
+    assert kept[0] == pytest.approx(losses(plain)[0], rel=tolerance)
+    assert {tensor.dtype for tensor in read_unet(half).values()} == {torch.float32}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++; install it")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_blocks_give_the_same_losses(tmp_path: Path, tiny_model_folder: Path) -> None:
+    plain = train(tmp_path / "plain", tiny_model_folder)
+    compiled = train(tmp_path / "compiled", tiny_model_folder, is_compiled=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
 
 
 def test_half_precision_needs_frozen_weights_of_the_same() -> None:

@@ -17,6 +17,7 @@ EPILOG = """examples:
   likeness generate latest "a photo of sks fish at night"
   likeness doctor llm=openai                           do keys and models work, before anything is paid for
   likeness cost                                        what the newest run paid
+  likeness review                                      talk about the newest run's captions, and change them
   likeness sweep training.learning_rate=5e-5,1e-4 training.max_train_steps=150,300
 
 settings are key=value words; conf/run.yaml lists them all with their defaults.
@@ -88,6 +89,10 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.add_argument("settings", nargs="*", metavar="key=value", help="as for run, for example llm=openai")
     doctor.set_defaults(action=examine_profiles)
 
+    review = add("review", help="talk with an LLM about a run's photos and captions, and change captions")
+    review.add_argument("run", nargs="?", default="latest", help=RUN_HELP)
+    review.set_defaults(action=review_captions)
+
     cost = add("cost", help="what a run asked of LLMs and what it paid")
     cost.add_argument("run", nargs="?", default="latest", help=RUN_HELP)
     cost.add_argument("--json", action="store_true", help="print the totals as JSON")
@@ -96,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     runs = add("runs", help="list runs, newest first")
     runs.add_argument("--json", action="store_true", help="print every run's summary.json as one list")
     runs.set_defaults(action=list_runs)
-    for command in (report, generate, pending, cost, runs):
+    for command in (report, generate, pending, review, cost, runs):
         command.add_argument("--output-dir", type=Path, default=Path("runs"), help="default: runs")
     return parser
 
@@ -191,6 +196,16 @@ def examine_profiles(options: argparse.Namespace) -> int:
     from flows.doctor import print_examination
 
     return print_examination(options.settings)
+
+
+def review_captions(options: argparse.Namespace) -> int:
+    """Talk about captions."""
+    from flows.review import review
+
+    path = review(find_run(options.output_dir, options.run))
+    if path is not None:
+        print(f"captions: {path}\nto train with them, run again with subject.captions={path}")
+    return 0
 
 
 def show_cost(options: argparse.Namespace) -> int:

@@ -1,12 +1,10 @@
 """Draw single pictures with a run's tuned model."""
 
-import json
 import re
 import secrets
 from pathlib import Path
-from typing import Any
 
-from conf.schema import RunConfig
+from flows.runs import read_run
 from tasks.errors import ConfigError
 from tasks.manifests import Publication, TunedModel
 from tasks.services.store import Store
@@ -33,16 +31,10 @@ def generate(
     from tasks.diffusion.base import SamplingRequest, open_model
     from tasks.services.store import open_store
 
-    config = RunConfig.model_validate_json((folder / "config.json").read_text())
-    own_store = f"{config.output_dir}/store"
-    if config.store.folder == own_store:  # relative to where the run was started; its folder knows better
-        moved = config.store.model_copy(update={"folder": str(folder.parent / "store")})
-        config = config.model_copy(update={"store": moved, "output_dir": str(folder.parent)})
-    summary = json.loads((folder / "summary.json").read_text())
-    if summary["status"] != "finished":
-        raise ConfigError(f"run {folder.name} did not finish; it has no model")
-    store = open_store(config.store)
-    weights = fetch_weights(store, summary, candidate=candidate, work=Path(config.output_dir) / "work")
+    run = read_run(folder)
+    config, key = run.config, run.find_stage_key("publishing" if candidate is None else "training")
+    store, work = open_store(config.store), Path(config.output_dir) / "work"
+    weights = fetch_weights(store, folder.name, key, candidate=candidate, work=work)
     seed = secrets.randbelow(2**31) if seed is None else seed
     model = open_model(config.diffusion, folder=weights)
     picture = model.sample(
@@ -59,13 +51,14 @@ def generate(
     return path, seed
 
 
-def fetch_weights(store: Store, summary: dict[str, Any], *, candidate: int | None, work: Path) -> Path:
-    """Copy the published weights, or a candidate's, to local files."""
+def fetch_weights(store: Store, name: str, key: str, *, candidate: int | None, work: Path) -> Path:
+    """Copy the published weights of a run, or a candidate's, to local files."""
     from tasks.contract import fetch_folder, find_manifest
 
-    name, stage = summary["run_id"], "publishing" if candidate is None else "training"
-    key = summary["stages"][stage]["key"]
-    manifest = find_manifest(store, Publication if candidate is None else TunedModel, stage, key)
+    if candidate is None:
+        manifest: Publication | TunedModel | None = find_manifest(store, Publication, "publishing", key)
+    else:
+        manifest = find_manifest(store, TunedModel, "training", key)
     if manifest is None:
         raise ConfigError(f"the model of run {name} is gone from the store; run it again")
     if isinstance(manifest, Publication):

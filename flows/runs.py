@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from conf.request import RunRequest, compile_request, compute_config_digest
 from conf.schema import RunConfig
 from tasks.contract import PREFIXES
@@ -223,6 +225,33 @@ def write_json(path: Path, value: Any) -> None:
     staged = path.with_suffix(".part")
     staged.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(staged, path)
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """A run that has ended: its configuration, with paths as they are from here, and its summary."""
+
+    config: RunConfig
+    summary: dict[str, Any]
+
+    def find_stage_key(self, stage: str) -> str:
+        """Return the key of a stage's manifest. Raises ConfigError where the run did not finish."""
+        if self.summary["status"] != "finished":
+            raise ConfigError(f"run {self.summary['run_id']} did not finish")
+        return str(self.summary["stages"][stage]["key"])
+
+
+def read_run(folder: Path) -> PastRun:
+    """Return what a run's folder holds. Raises ConfigError for a run of another version."""
+    try:
+        config = RunConfig.model_validate_json((folder / "config.json").read_text())
+    except ValidationError as error:
+        raise ConfigError(f"run {folder.name} is of another version of likeness; run it again") from error
+    own_store = f"{config.output_dir}/store"
+    if config.store.folder == own_store:  # relative to where the run was started; its folder knows better
+        moved = config.store.model_copy(update={"folder": str(folder.parent / "store")})
+        config = config.model_copy(update={"store": moved, "output_dir": str(folder.parent)})
+    return PastRun(config, json.loads((folder / "summary.json").read_text()))
 
 
 def list_summaries(output: Path) -> list[dict[str, Any]]:

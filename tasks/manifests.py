@@ -70,11 +70,15 @@ class InstanceImage(Record):
     """One accepted photo of the subject."""
 
     image: ObjectRef
+    source_name: str
     source_sha256: str
     measures: ImageMeasures
     inspection: dict[str, str | bool]
     caption: str
     """What the captioner saw, with the class noun and without the identifier token."""
+    surroundings: str
+    view: str
+    """The caption's two phrases."""
     instance_prompt: str
     mask: ObjectRef | None = None
     """Where the subject is (white), for a photo with a transparent background."""

@@ -49,10 +49,10 @@ class Workplace:
             "LIKENESS_ROOTS": str(self.folder),
         }
 
-    def likeness(self, *words: str, timeout: float = 280) -> "subprocess.CompletedProcess[str]":
+    def likeness(self, *words: str, timeout: float = 280, typed: str = "") -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [*LIKENESS, *words], cwd=self.folder, env=self.environment(),
-            capture_output=True, text=True, timeout=timeout, check=False,
+            capture_output=True, text=True, timeout=timeout, check=False, input=typed,
         )  # fmt: skip
 
     def start(self, *words: str) -> "subprocess.Popen[str]":

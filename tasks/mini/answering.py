@@ -22,6 +22,10 @@ class Question:
     text: str
     images: list[Image.Image]
     eyes: Eyes
+    last_text: str = ""
+    """What the user said last."""
+    findings: list[str] = field(default_factory=list)
+    """What tools answered since then."""
     seen_by_image: dict[int, Seen] = field(default_factory=dict)
 
     @property
@@ -55,7 +59,7 @@ def tell_evidence(q: Question) -> str:
     if len(q.images) > 1:
         reference = " and ".join(q.look(0).colors) or "plain"
         text += f" The references show a {q.look(0).class_noun} in {reference}."
-    return text
+    return text + (f" Measured: {q.findings[-1][:120]}" if q.findings else "")
 
 
 def is_noun_visible(q: Question) -> bool:
@@ -156,19 +160,16 @@ def list_shared_colors(q: Question) -> list[str]:
     return [color for color in COLORS if sum(color in colors for colors in seen) * 2 > len(seen)]
 
 
-def find_box() -> dict[str, float]:
-    """Return the box of the thing: in this world it always stands at the same place."""
-    (x, y), (half_width, half_height) = CENTER, RADII
-    return {"left": x - half_width, "top": y - half_height, "right": x + half_width, "bottom": y + half_height}
-
-
 SKILLS: dict[str, Callable[[Question], Any]] = {
     "evidence": tell_evidence,
     "is_class_noun_visible": is_noun_visible,
     "num_subjects": lambda q: "one" if is_noun_visible(q) else "none",
     "is_cut_off": lambda q: False,
     "has_watermark": lambda q: False,
-    "subject_box": lambda q: find_box(),
+    "left": lambda q: CENTER[0] - RADII[0],  # the thing always stands at the same place
+    "right": lambda q: CENTER[0] + RADII[0],
+    "top": lambda q: CENTER[1] - RADII[1],
+    "bottom": lambda q: CENTER[1] + RADII[1],
     "best_photos": rank_photos,
     "verdict": lambda q: "accept" if is_noun_visible(q) else "reject",
     "confidence": lambda q: "high",

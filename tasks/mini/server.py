@@ -34,59 +34,54 @@ class Brain:
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return a chat completion. Raises DeskError for a request that can't be answered."""
-        from tasks.mini.answering import Question, describe, fill_schema
+        from tasks.mini.talking import write_message
 
-        text, images = read_messages(body)
         with self.lock:
             if self.eyes is None:
                 from tasks.mini.vision import Eyes
 
                 self.eyes = Eyes()
-            question = Question(text, images, self.eyes)
-            wanted = body.get("response_format") or {"type": "text"}
-            if wanted.get("type") == "json_schema":
-                content = json.dumps(fill_schema(wanted["json_schema"]["schema"], question))
-            elif wanted.get("type") == "json_object":
-                content = json.dumps({"description": describe(question)})
-            else:
-                content = describe(question)
-        usage = {"prompt_tokens": len(text.split()) + 64 * len(images), "completion_tokens": len(content) // 4}
+            question = read_messages(body, self.eyes)
+            message, finish_reason = write_message(body, question)
+        written = message["content"] or json.dumps(message.get("tool_calls"))
+        num_in = len(question.text.split()) + 64 * len(question.images)
+        usage = {"prompt_tokens": num_in, "completion_tokens": len(written) // 4}
         return {
             "id": f"chatcmpl-{uuid.uuid4().hex[:24]}",
             "object": "chat.completion",
             "created": int(time.time()),
             "model": MODEL,
-            "choices": [
-                {
-                    "index": 0,
-                    "finish_reason": "stop",
-                    "message": {"role": "assistant", "content": content, "refusal": None},
-                }
-            ],
+            "choices": [{"index": 0, "finish_reason": finish_reason, "message": message}],
             "usage": {**usage, "total_tokens": sum(usage.values())},
         }
 
 
-def read_messages(body: dict[str, Any]) -> tuple[str, list[Any]]:
-    """Return the user's text and pictures. Raises DeskError."""
+def read_messages(body: dict[str, Any], eyes: Any) -> Any:
+    """Return what the user said and showed, as a question. Raises DeskError."""
+    from tasks.mini.answering import Question
     from tasks.mini.vision import open_picture
 
     if body.get("model") != MODEL:
         raise DeskError(404, f"model {body.get('model')!r} is not served here; ask for {MODEL}")
     texts: list[str] = []
     images: list[Any] = []
+    findings: list[str] = []
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise DeskError(400, "messages is missing")
     for message in messages:
         content = message.get("content") or ""
+        if message.get("role") == "tool":
+            findings.append(str(content))
+        elif message.get("role") == "user" and isinstance(content, str):
+            findings.clear()  # they belong to what was said before
         parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for part in parts if message.get("role") == "user" else []:
             if part.get("type") == "text":
                 texts.append(str(part["text"]))
             elif part.get("type") == "image_url":
                 images.append(open_data_url(str(part["image_url"]["url"]), open_picture))
-    return "\n".join(texts), images
+    return Question("\n".join(texts), images, eyes, texts[-1] if texts else "", findings)
 
 
 def open_data_url(url: str, open_picture: Any) -> Any:
@@ -161,12 +156,16 @@ def stream(completion: dict[str, Any], body: dict[str, Any]) -> Iterator[str]:
     """Yield a completion as server-sent events, a few words at a time."""
     choice = completion["choices"][0]
     head = {key: completion[key] for key in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
-    content = choice["message"]["content"]
+    content = choice["message"]["content"] or ""
     deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
     deltas += [{"content": content[i : i + 24]} for i in range(0, len(content), 24)]
-    for delta in deltas:
-        yield f"data: {json.dumps({**head, 'choices': [{'index': 0, 'delta': delta, 'finish_reason': None}]})}\n\n"
-    yield f"data: {json.dumps({**head, 'choices': [{'index': 0, 'delta': {}, 'finish_reason': 'stop'}]})}\n\n"
+    for index, call in enumerate(choice["message"].get("tool_calls") or []):
+        function = call["function"]
+        deltas.append({"tool_calls": [{**call, "index": index, "function": {**function, "arguments": ""}}]})
+        deltas.append({"tool_calls": [{"index": index, "function": {"arguments": function["arguments"]}}]})
+    reasons = [None] * len(deltas) + [choice["finish_reason"]]
+    for delta, reason in zip([*deltas, {}], reasons, strict=True):
+        yield f"data: {json.dumps({**head, 'choices': [{'index': 0, 'delta': delta, 'finish_reason': reason}]})}\n\n"
     if (body.get("stream_options") or {}).get("include_usage"):
         yield f"data: {json.dumps({**head, 'choices': [], 'usage': completion['usage']})}\n\n"
     yield "data: [DONE]\n\n"

@@ -76,26 +76,26 @@ def sort_photos(
         outcome.images.append(
             InstanceImage(
                 image=folder.put(f"images/{photo.sha256[:16]}.png", photo.png),
+                source_name=photo.name,
                 source_sha256=photo.sha256,
                 measures=photo.measures,
                 inspection=note_inspection(found),
                 caption=write_caption(caption, config) if caption else "",
+                surroundings=clean_phrase(caption.surroundings) if caption else "",
+                view=clean_phrase(caption.view) if caption else "",
                 instance_prompt=write_instance_prompt(caption, config),
                 mask=folder.put(f"masks/{photo.sha256[:16]}.png", photo.mask_png) if photo.mask_png else None,
                 focus=found.inspection.subject_box.find_center() if found.inspection else None,
             )
         )
-    leave_to_the_best(outcome, photos, config, best=overview.best if overview else ())
+    leave_to_the_best(outcome, config, best=overview.best if overview else ())
     return outcome
 
 
-def leave_to_the_best(
-    outcome: SortedPhotos, photos: Sequence[Photo], config: SubjectConfig, *, best: Sequence[str]
-) -> None:
+def leave_to_the_best(outcome: SortedPhotos, config: SubjectConfig, *, best: Sequence[str]) -> None:
     """Keep at most `subject.max_trained` images: those that the profiler named, then the sharpest."""
     if config.max_trained is None or len(outcome.images) <= config.max_trained:
         return
-    names = {photo.sha256: photo.name for photo in photos}
     ranks = {sha256: rank for rank, sha256 in enumerate(best)}
     ranked = sorted(
         outcome.images, key=lambda i: (ranks.get(i.source_sha256, len(ranks)), -i.measures.sharpness, i.source_sha256)
@@ -104,11 +104,14 @@ def leave_to_the_best(
     for image in outcome.images:
         if image.source_sha256 not in kept:
             reason = f"good, but not among the best {config.max_trained} (subject.max_trained)"
-            name = names[image.source_sha256]
-            aside = RejectedImage(
-                source_name=name, source_sha256=image.source_sha256, reason=reason, thumbnail=image.image
+            outcome.rejected.append(
+                RejectedImage(
+                    source_name=image.source_name,
+                    source_sha256=image.source_sha256,
+                    reason=reason,
+                    thumbnail=image.image,
+                )
             )
-            outcome.rejected.append(aside)
     outcome.images = [image for image in outcome.images if image.source_sha256 in kept]
 
 

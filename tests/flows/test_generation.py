@@ -20,8 +20,7 @@ def test_kept_weights_are_fetched_and_others_named(tmp_path: Path, store: LocalS
         family="stable_diffusion", method="full", num_steps=800, published_step=600, trainable_parameters=1,
         total_parameters=1, final_loss=0.0, peak_memory_bytes=1, subject_key="s", prior_key="p",
     )  # fmt: skip
-    summary = {"run_id": "r", "stages": {"training": {"key": "k"}}}
-    weights = fetch_weights(store, summary, candidate=400, work=tmp_path)
+    weights = fetch_weights(store, "r", "k", candidate=400, work=tmp_path)
     assert (weights / "unet" / "weights.safetensors").read_bytes() == b"kept"
     with pytest.raises(ConfigError, match=r"no weights of step 300 beside the published ones \(kept: 400\)"):
-        fetch_weights(store, summary, candidate=300, work=tmp_path)
+        fetch_weights(store, "r", "k", candidate=300, work=tmp_path)

@@ -17,7 +17,13 @@ from tasks.services.llm.ledger import Budget, Ledger, LedgerRow, Usage, compute_
 from tasks.services.llm.probing import find_structure
 from tasks.services.llm.requests import RequestSpec, T, count_body_tokens
 from tasks.services.llm.schema import parse_reply
-from tasks.services.llm.transport import call_with_retries, complete, is_surely_unpaid, make_client
+from tasks.services.llm.transport import (
+    call_with_retries,
+    complete,
+    complete_streaming,
+    is_surely_unpaid,
+    make_client,
+)
 from tasks.services.store import Store
 
 log = logging.getLogger(__name__)
@@ -178,8 +184,13 @@ class LlmService:
         raw = self.send(body, row=row)
         return self.accept(spec, raw, row=replace(row, seconds=time.monotonic() - started))
 
-    def send(self, body: dict[str, Any], *, row: LedgerRow) -> dict[str, Any]:
-        """Send a body within the budget and return the completion; failures are booked, not replies."""
+    def send(
+        self, body: dict[str, Any], *, row: LedgerRow, on_text: Callable[[str], None] | None = None
+    ) -> dict[str, Any]:
+        """Send a body within the budget and return the completion; failures are booked, not replies.
+
+        With `on_text` the reply streams, and what was shown once is not asked for again by itself.
+        """
         profile = self.config.profiles[row.profile]
         tokens_in, tokens_out = count_body_tokens(body, profile)
         most = Usage(input_tokens=tokens_in, output_tokens=tokens_out)
@@ -189,12 +200,20 @@ class LlmService:
         def fail(error: LikenessError) -> None:
             self.ledger.book(replace(row, outcome=type(error).__name__))
 
+        def attempt(timeout: float) -> dict[str, Any]:
+            client = self.client(row.profile)
+            if on_text is None:
+                return complete(client, body, timeout_seconds=timeout)
+            return complete_streaming(client, body, timeout_seconds=timeout, on_text=on_text)
+
+        if on_text is not None:
+            profile = profile.model_copy(update={"max_attempts": 1})
         try:
-            raw: dict[str, Any] = call_with_retries(
-                lambda timeout: complete(self.client(row.profile), body, timeout_seconds=timeout),
-                profile,
-                on_failure=fail,
-            )
+            raw: dict[str, Any] = call_with_retries(attempt, profile, on_failure=fail)
+        except KeyboardInterrupt:  # what was generated until then may be billed: it stays reserved
+            guess = compute_cost(profile.prices, Usage(input_tokens=tokens_in), is_batch=False)[0]
+            self.ledger.book(replace(row, outcome="cancelled", usage=Usage(input_tokens=tokens_in), cost_usd=guess))
+            raise
         except LikenessError as error:
             if is_surely_unpaid(error):
                 self.budget.settle(reservation, reserved=worst, spent=0.0)

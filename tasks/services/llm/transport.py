@@ -61,6 +61,47 @@ def complete(client: Any, body: dict[str, Any], *, timeout_seconds: float) -> di
     return completion
 
 
+def complete_streaming(
+    client: Any, body: dict[str, Any], *, timeout_seconds: float, on_text: Callable[[str], None]
+) -> dict[str, Any]:
+    """Show a reply as it comes and return it whole, as `complete` would.
+
+    An interrupt closes the connection, by which providers stop to generate.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    message: dict[str, Any] = {"role": "assistant", "content": None}
+    whole: dict[str, Any] = {"choices": [{"index": 0, "message": message, "finish_reason": None}]}
+    with client.chat.completions.create(**openai_arguments(body), timeout=timeout_seconds) as chunks:
+        for chunk in chunks:
+            if time.monotonic() > deadline:
+                raise ServiceUnavailable(f"the answer was not whole after {timeout_seconds:.0f} s; ask again")
+            told = chunk.model_dump()
+            whole |= {"id": told.get("id"), "model": told.get("model")}
+            whole["usage"] = told.get("usage") or whole.get("usage")
+            for choice in told.get("choices") or []:
+                whole["choices"][0]["finish_reason"] = choice.get("finish_reason")
+                add_delta(message, choice.get("delta") or {}, on_text)
+    if whole["choices"][0]["finish_reason"] is None:
+        raise ServiceUnavailable("the answer broke off; ask again")
+    return whole
+
+
+def add_delta(message: dict[str, Any], delta: dict[str, Any], on_text: Callable[[str], None]) -> None:
+    """Add one piece of a streamed reply to what came before."""
+    if delta.get("content"):
+        message["content"] = (message["content"] or "") + delta["content"]
+        on_text(delta["content"])
+    for part in delta.get("tool_calls") or []:
+        calls = message.setdefault("tool_calls", [])
+        while len(calls) <= part["index"]:
+            calls.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
+        call, function = calls[part["index"]], part.get("function") or {}
+        call["id"] = part.get("id") or call["id"]
+        call["function"]["name"] += function.get("name") or ""
+        call["function"]["arguments"] += function.get("arguments") or ""
+
+
 # What the SDK has arguments for; anything else a provider understands goes beside them.
 KNOWN_ARGUMENTS = frozenset(
     {"model", "messages", "max_completion_tokens", "response_format", "tools", "tool_choice", "reasoning_effort",

@@ -83,6 +83,15 @@ class RunConfig(Section):
                     f"llm profile {name} is the mini vision server, which knows only the drawn world, "
                     f"with base model {self.diffusion.location}: set llm=openai (or xai, openrouter, azure, vllm)"
                 )
+        for name in self.llm.used_profiles():
+            if self.llm.profiles[name].pictures == "presigned" and self.store.kind != "s3":
+                raise ValueError(f"llm profile {name}: pictures=presigned needs a bucket; set store=s3")
+        if self.subject.is_looked_up and not any(
+            self.llm.profiles[name].capabilities.web_search != "none" for name in self.llm.rungs("profiler")
+        ):
+            raise ValueError(
+                "subject.is_looked_up needs a profiler that searches the web: llm=openai, xai or openrouter"
+            )
         judge = self.llm.profile("judge")
         if self.scoring.executor == "batch" and judge.capabilities.batch == "none":
             raise ValueError(f"{judge.model} has no batch API that is known here: set scoring=sync")

@@ -110,6 +110,8 @@ class SubjectSet(Manifest):
     """Trait words that captions said and that were cut, as `photo: words`."""
     warnings: tuple[str, ...] = ()
     """What a person should look at."""
+    sources: tuple[str, ...] = ()
+    """Pages that the warnings about names rest on."""
 
 
 class ClassImage(Record):

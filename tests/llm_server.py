@@ -28,6 +28,28 @@ def completion(content: str | None, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+class ExpiringDesk(BatchDesk):
+    """Ends every job after so many rows, as providers do after 24 hours: the rest is in the error file."""
+
+    def __init__(self, answer: Any, *, num_done: int) -> None:
+        super().__init__(answer)
+        self.num_left = num_done
+
+    def run_row(self, row: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """Answer a row, or say that there was no time for it."""
+        if self.num_left <= 0:
+            fault = {"code": "batch_expired", "message": "This request could not be executed before the batch expired."}
+            return {"id": "r", "custom_id": row["custom_id"], "response": None, "error": fault}, False
+        self.num_left -= 1
+        return super().run_row(row)
+
+    def show(self, batch_id: str) -> dict[str, Any]:
+        """Return one job; one that lacks rows has expired."""
+        batch = super().show(batch_id)
+        is_short = batch["status"] == "completed" and batch["request_counts"]["failed"]
+        return {**batch, "status": "expired"} if is_short else batch
+
+
 class ScriptedServer:
     """Answers chat from a list, the last answer for ever; files and batches from a desk."""
 
@@ -83,7 +105,9 @@ def make_handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             data = self.rfile.read(int(self.headers["content-length"]))
             server.counts[f"POST {self.path}"] += 1
-            if self.path == "/v1/chat/completions":
+            if self.path.endswith("/cancel"):
+                self.send(server.desk.cancel(self.path.split("/")[3]))
+            elif self.path in ("/v1/chat/completions", "/v1/responses"):
                 with server.asking:
                     server.bodies.append(json.loads(data))
                     answer = server.next_answer()

@@ -24,6 +24,7 @@ class XaiServer:
         self.counts: Counter[str] = Counter()
         self.answer: Callable[[dict[str, Any]], str] = lambda body: '{"grade": 2}'
         self.is_busy = False
+        self.cancelled: dict[str, int] = {}
         self.page = 3
         self.url = ""
 
@@ -49,12 +50,19 @@ class XaiServer:
         }  # fmt: skip
         return {**self.batches[batch_id], "state": state}
 
+    def cancel(self, batch_id: str) -> dict[str, Any]:
+        self.counts["cancel"] += 1
+        self.is_busy = False
+        self.cancelled[batch_id] = len(self.rows[batch_id]) // 2  # the first half was done in time
+        self.batches[batch_id]["cancel_time"] = "2026-11-22"
+        return self.show(batch_id)
+
     def results(self, batch_id: str, token: int) -> dict[str, Any]:
         self.counts["page"] += 1
         chosen = self.rows[batch_id][token : token + self.page]
         results = []
-        for row in chosen:
-            content = self.answer(content_of(row))
+        for number, row in enumerate(chosen, token):
+            content = self.answer(content_of(row)) if number < self.cancelled.get(batch_id, 10**9) else ""
             told: dict[str, Any] = {"batch_request_id": row["batch_request_id"]}
             if content:
                 told["batch_result"] = {"response": {"chat_get_completion": completion(content)}}
@@ -84,9 +92,17 @@ def make_handler(server: XaiServer) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(data)
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            body = json.loads(self.rfile.read(int(self.headers.get("content-length") or 0)) or b"{}")
             parts = urlparse(self.path).path.removeprefix("/v1/batches").strip("/").split("/")
-            self.send(server.create(body["name"]) if parts == [""] else server.add(parts[0], body["batch_requests"]))
+            if self.path.endswith("/chat/completions"):
+                server.counts["chat"] += 1
+                self.send(completion(server.answer(body)))
+            elif parts[0].endswith(":cancel"):
+                self.send(server.cancel(parts[0].removesuffix(":cancel")))
+            else:
+                self.send(
+                    server.create(body["name"]) if parts == [""] else server.add(parts[0], body["batch_requests"])
+                )
 
         def do_GET(self) -> None:
             address = urlparse(self.path)

@@ -25,8 +25,14 @@ class ScoringConfig(Section):
     max_wait_seconds: float = Field(
         1800, gt=0, description="park the run after this; `likeness pending` goes on with it, the job runs on"
     )
+    deadline_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="cancel a batch job that has not ended so long after it was created, and ask what is left one by "
+        "one, at full price; null: wait for it",
+    )
     max_failed_share: float = Field(0.1, ge=0, le=1, description="most questions that may stay unanswered")
 
     def result_fields(self) -> dict[str, object]:
         """Return the fields that change the result: the ones that a stage key covers."""
-        return self.model_dump(exclude={"executor", "poll_seconds", "max_wait_seconds"})
+        return self.model_dump(exclude={"executor", "poll_seconds", "max_wait_seconds", "deadline_seconds"})

@@ -1,18 +1,13 @@
 """Put questions to a judge, one by one or as a batch job."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from tasks.contract import StageFolder
 from tasks.errors import ReplyInvalid
 from tasks.scoring.config import ScoringConfig
 from tasks.services.llm.batch import ask_batch
-from tasks.services.llm.client import Answer, LlmService
-from tasks.services.llm.requests import RequestSpec
-
-Answers = dict[str, Answer[Any]]
-Specs = dict[str, RequestSpec[Any]]
+from tasks.services.llm.calls import Answers, Specs, ask_each
+from tasks.services.llm.client import LlmService
 
 
 def ask_judge(
@@ -40,6 +35,7 @@ def ask_judge(
             state_prefix=f"{folder.prefix}/batches/{role}",
             poll_seconds=config.poll_seconds,
             max_wait_seconds=config.max_wait_seconds,
+            deadline_seconds=config.deadline_seconds,
             on_progress=on_progress,
         )
     else:
@@ -47,27 +43,4 @@ def ask_judge(
     if len(failures) > config.max_failed_share * len(specs):
         example = next(iter(failures.values()))
         raise ReplyInvalid(f"{len(failures)} of {len(specs)} questions got no grade: {example}; run again to ask anew")
-    return answers, failures
-
-
-def ask_each(
-    specs: Specs, *, llm: LlmService, role: str, on_progress: Callable[[int, int], None]
-) -> tuple[Answers, dict[str, str]]:
-    """Ask every question in turn, several at once."""
-    answers: Answers = {}
-    failures: dict[str, str] = {}
-
-    def ask(name: str) -> Answer[Any] | str:
-        try:
-            return llm.ask(specs[name], role=role)
-        except ReplyInvalid as error:
-            return str(error)
-
-    with ThreadPoolExecutor(llm.profile(role).concurrency) as pool:
-        for name, outcome in zip(specs, pool.map(ask, specs), strict=True):
-            if isinstance(outcome, str):
-                failures[name] = outcome
-            else:
-                answers[name] = outcome
-            on_progress(len(answers) + len(failures), len(specs))
     return answers, failures

@@ -24,8 +24,8 @@ from tasks.scoring.agreement import (
     compute_spearman,
     compute_strengths,
 )
-from tasks.scoring.judging import Answers
 from tasks.scoring.questions import AXES, Kind, Question
+from tasks.services.llm.calls import Answers
 
 SIDES: tuple[Side, ...] = ("base", "tuned")
 SELF_LIMIT, OTHER_LIMIT = 3.0, 1.0

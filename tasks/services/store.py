@@ -42,6 +42,9 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove an object; removing none is not an error."""
 
+    def presign(self, key: str, *, seconds: int) -> str:
+        """Return an address under which anybody can read an object for a while. Raises ConfigError."""
+
     def describe(self, key: str) -> str:
         """Return an address that a person can open."""
 
@@ -134,6 +137,9 @@ class LocalStore:
 
     def delete(self, key: str) -> None:
         self.path(key).unlink(missing_ok=True)
+
+    def presign(self, key: str, *, seconds: int) -> str:
+        raise ConfigError("pictures=presigned needs a bucket: set store=s3, or pictures=inline for the LLM profile")
 
     def describe(self, key: str) -> str:
         return str(self.path(key))
@@ -249,6 +255,10 @@ class S3Store:
     def delete(self, key: str) -> None:
         with _translated(key):
             self.client.delete_object(**self._name(key))
+
+    def presign(self, key: str, *, seconds: int) -> str:
+        url: str = self.client.generate_presigned_url("get_object", Params=self._name(key), ExpiresIn=seconds)
+        return url
 
     def describe(self, key: str) -> str:
         name = self._name(key)

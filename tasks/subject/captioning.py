@@ -156,10 +156,11 @@ def lint_caption(caption: Caption, trait_words: set[str]) -> tuple[Caption, list
 
 def digest_prompts() -> str:
     """Return the digest of everything that the models are asked: other words are another stage key."""
+    from tasks.subject.naming import LOOK_UP, NameFinding
     from tasks.subject.profiling import PROFILE, SubjectProfile
 
-    replies = (ImageInspection, Caption, SubjectProfile, Adjudication)
-    return digest([INSPECT, CAPTION, PROFILE, EXAMINE, [reply.model_json_schema() for reply in replies]])
+    replies = (ImageInspection, Caption, SubjectProfile, Adjudication, NameFinding)
+    return digest([INSPECT, CAPTION, PROFILE, EXAMINE, LOOK_UP, [reply.model_json_schema() for reply in replies]])
 
 
 def find_doubt(inspection: ImageInspection, config: SubjectConfig) -> str | None:

@@ -29,6 +29,11 @@ class SubjectConfig(Section):
     )
     captions: str = Field("", description="CSV of your own captions: photo,surroundings,view; needs no model")
     is_profiled: bool = Field(True, description="have the LLM look at all photos at once: one subject? right noun?")
+    is_looked_up: bool = Field(
+        False, description="have an LLM look class noun and identifier token up on the web; it sees no photo"
+    )
+    known_as: str = Field("", max_length=80, description="product or breed to look up, for example: Maine Coon")
+    look_up_domains: tuple[str, ...] = Field((), max_length=5, description="only these sites; empty: the whole web")
     max_leak_share: float = Field(
         0.5, ge=0, le=1, description="share of captions that may tell what never changes; 1 trains all the same"
     )

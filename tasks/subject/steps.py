@@ -50,11 +50,13 @@ def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, run
     """Ask the LLM about the photos, sort out, and write the manifest. Raises SubjectRejected."""
     from tasks.subject import intake
     from tasks.subject.captioning import describe_photos
+    from tasks.subject.naming import look_up_names
     from tasks.subject.sorting import check_leaks, look_at_all, sort_photos
 
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
     described = describe_photos(photos, config, llm=runtime.llm, on_progress=runtime.show("captions"))
     overview = look_at_all(photos, config, llm=runtime.llm) if config.captioning == "llm" else None
+    warnings, sources = look_up_names(config, llm=runtime.llm)
     sorted_photos = sort_photos(folder, photos.accepted, described, config, overview)
     rejected = [store_reject(folder, reject) for reject in photos.rejected] + sorted_photos.rejected
     left_out = [(r.source_name, r.reason) for r in [*rejected, *sorted_photos.quarantined]]
@@ -77,7 +79,8 @@ def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, run
         quarantined=tuple(sorted_photos.quarantined),
         traits=tuple(sorted_photos.traits),
         leaks=tuple(sorted_photos.leaks),
-        warnings=tuple(sorted_photos.warnings),
+        warnings=(*sorted_photos.warnings, *warnings),
+        sources=sources,
     )
 
 

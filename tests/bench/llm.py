@@ -31,8 +31,8 @@ from tasks.mini.world import CLASS_NOUNS, PLACE_PHRASES, draw_scene, sample_subj
 from tasks.scoring import scores
 from tasks.scoring.agreement import compute_spearman
 from tasks.scoring.config import ScoringConfig
-from tasks.scoring.judging import ask_each
 from tasks.scoring.questions import Material, list_questions
+from tasks.services.llm.calls import ask_each
 from tasks.services.llm.client import LlmService
 from tasks.services.llm.config import CapabilityConfig, LlmConfig, ProfileConfig
 from tasks.services.llm.estimate import estimate_calls

@@ -8,6 +8,7 @@ with the same remote job instead of paying for another.
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +21,15 @@ from tasks.services.llm.batch_files import FileBatches, LocalBatches
 from tasks.services.llm.batch_openai import OpenAiBatches
 from tasks.services.llm.batch_protocol import ENDPOINT, TERMINAL, BatchProvider, BatchReply, Call, RemoteJob
 from tasks.services.llm.batch_xai import XaiBatches
+from tasks.services.llm.calls import ask_each
 from tasks.services.llm.client import Answer, LlmService
 from tasks.services.llm.config import ProfileConfig
 from tasks.services.llm.ledger import LedgerRow, Usage, compute_cost
+from tasks.services.llm.pictures import publish_line
 from tasks.services.llm.requests import RequestSpec, count_body_tokens
 from tasks.services.llm.transport import call_with_retries
 
+log = logging.getLogger(__name__)
 MOST_ROWS, MOST_BYTES = 50_000, 190_000_000  # providers' published limits, with a margin
 
 
@@ -38,6 +42,10 @@ class BatchState(BaseModel):
     file_id: str = ""
     batch_id: str = ""
     status: str = "planned"
+    created_at: float = 0.0
+    """When the provider took it, in seconds since 1970."""
+    is_cancelled: bool = False
+    """Whether we have given it up: what it lacks is asked one by one."""
     is_filled: bool = False
     """Whether the job has all its rows."""
     reservation: str = ""
@@ -55,6 +63,7 @@ def ask_batch(
     state_prefix: str,
     poll_seconds: float,
     max_wait_seconds: float,
+    deadline_seconds: float | None = None,
     on_progress: Callable[[int, int], None],
 ) -> tuple[dict[str, Answer[Any]], dict[str, str]]:
     """Answer many requests through the batch API of a role's first profile.
@@ -62,6 +71,8 @@ def ask_batch(
     Args:
         specs: requests by a name of the caller's.
         state_prefix: key prefix in the store for the jobs' state.
+        max_wait_seconds: longest wait in this process.
+        deadline_seconds: a job that has not ended so long after it was created is cancelled, and asked in calls.
         on_progress: called with rows done and rows in all.
 
     Returns:
@@ -79,29 +90,30 @@ def ask_batch(
         if cached is not None:
             answers[name] = cached
     failures: dict[str, str] = {}
+    left: dict[str, str] = {}
     jobs = plan_jobs(llm, rows, name=profile, state_prefix=state_prefix)
     for job in jobs:
         done_before = sum(len(other.lines) for other in jobs[: jobs.index(job)])
         job.wait(
             poll_seconds=poll_seconds,
             max_wait_seconds=max_wait_seconds,
+            deadline_seconds=deadline_seconds,
             on_progress=lambda done, base=done_before: on_progress(base + done, len(specs)),  # type: ignore[misc]
         )
-        outcomes = job.harvest()
-        for custom_id, outcome in outcomes.items():
-            reason = keep_row(llm, rows[custom_id], outcome, role=role, name=profile)
-            if reason:
-                failures.update(dict.fromkeys(names[custom_id], reason))
-        job.mark_harvested(outcomes)
+        for custom_id, reason in job.keep(rows, role=role).items():
+            (left if custom_id in job.unanswered else failures).update(dict.fromkeys(names[custom_id], reason))
+    asked, failed = ask_each(
+        {name: specs[name] for name in left}, llm=llm, role=role, on_progress=lambda done, total: None
+    )
     for name, spec in specs.items():
-        if name not in failures and name not in answers:
+        if name not in {**failures, **failed, **answers, **asked}:
             kept = llm.read_kept(spec, name=profile)
             if kept is None:
                 failures[name] = "no reply was kept for this row"
             else:
                 answers[name] = kept
     on_progress(len(specs), len(specs))
-    return answers, failures
+    return {**answers, **asked}, {**failures, **failed}
 
 
 def plan_jobs(llm: LlmService, rows: dict[str, RequestSpec[Any]], *, name: str, state_prefix: str) -> list["BatchJob"]:
@@ -122,7 +134,7 @@ def plan_jobs(llm: LlmService, rows: dict[str, RequestSpec[Any]], *, name: str, 
         for custom_id, spec in rows.items()
         if custom_id not in covered and llm.read_kept(spec, name=name) is None
     }
-    for lines in split_lines(make_lines(llm, missing, name=name)):
+    for lines in split_lines(make_lines(llm, missing, name=name), llm.config.profiles[name]):
         sha256 = hashlib.sha256(b"".join(lines.values())).hexdigest()
         attempt = sum(state.input_sha256 == sha256 for state in states)
         state = BatchState(input_sha256=sha256, attempt=attempt, custom_ids=tuple(lines))
@@ -164,16 +176,18 @@ def make_lines(llm: LlmService, rows: dict[str, RequestSpec[Any]], *, name: str)
     }
 
 
-def split_lines(lines: dict[str, bytes]) -> list[dict[str, bytes]]:
-    """Cut lines into files within the providers' limits."""
+def split_lines(lines: dict[str, bytes], profile: ProfileConfig) -> list[dict[str, bytes]]:
+    """Cut lines into files within the providers' limits on rows and bytes, and the profile's on tokens."""
     chunks: list[dict[str, bytes]] = []
-    size = MOST_BYTES
+    size = tokens = 0
     for custom_id, line in lines.items():
-        if size + len(line) > MOST_BYTES or len(chunks[-1]) >= MOST_ROWS:
+        count = count_body_tokens(json.loads(line)["body"], profile)[0] if profile.batch_tokens else 0
+        is_over = size + len(line) > MOST_BYTES or tokens + count > (profile.batch_tokens or 0)
+        if not chunks or is_over or len(chunks[-1]) >= MOST_ROWS:
             chunks.append({})
-            size = 0
+            size = tokens = 0
         chunks[-1][custom_id] = line
-        size += len(line)
+        size, tokens = size + len(line), tokens + count
     return chunks
 
 
@@ -190,6 +204,7 @@ class BatchJob:
         self.profile = llm.config.profiles[name]
         self.state_key = f"{state_prefix}/{state.input_sha256[:24]}-{state.attempt}.json"
         self.mark = f"{state.input_sha256}/{state.attempt}"
+        self.unanswered: set[str] = set()
         self.provider = open_provider(
             self.profile, call=self._call, client=lambda: llm.client(name), folder=llm.batch_folder
         )
@@ -208,20 +223,27 @@ class BatchJob:
         if not self.state.batch_id:
             self._save()
             job = self.provider.find(self.mark) or self._create()
-            self._save(batch_id=job.job_id, file_id=job.file_id or self.state.file_id, status=job.status)
+            file_id = job.file_id or self.state.file_id
+            self._save(batch_id=job.job_id, file_id=file_id, status=job.status, created_at=time.time())
         if not self.state.is_filled:
-            self.provider.fill(RemoteJob(self.state.batch_id, self.state.status), self.lines)
+            self.provider.fill(RemoteJob(self.state.batch_id, self.state.status), self._published_lines())
             self._save(is_filled=True)
 
     def _create(self) -> RemoteJob:
         if not self.state.file_id:
-            self._save(file_id=self.provider.upload(self.lines, self.mark), status="uploaded")
+            self._save(file_id=self.provider.upload(self._published_lines(), self.mark), status="uploaded")
         if not self.state.reservation:
             worst = self.worst_case()
             self._save(reservation=self.llm.budget.reserve(worst), reserved_usd=worst)
         # One attempt only: after a doubtful answer the next run looks for the job by its mark.
         single = self.profile.model_copy(update={"max_attempts": 1})
         return self.provider.create(self.state.file_id, self.mark, call=lambda call: self._call(call, single))
+
+    def _published_lines(self) -> dict[str, bytes]:
+        """Return the lines as they are sent; a job's name goes by those with the pictures inside."""
+        if self.profile.pictures == "inline":
+            return self.lines
+        return {custom_id: publish_line(line, self.llm.store) for custom_id, line in self.lines.items()}
 
     def worst_case(self) -> float:
         """Return the most that the job could cost."""
@@ -231,7 +253,14 @@ class BatchJob:
             usage = Usage(usage.input_tokens + tokens[0], output_tokens=usage.output_tokens + tokens[1])
         return compute_cost(self.profile.prices, usage, is_batch=True)[0] or 0.0
 
-    def wait(self, *, poll_seconds: float, max_wait_seconds: float, on_progress: Callable[[int], None]) -> None:
+    def wait(
+        self,
+        *,
+        poll_seconds: float,
+        max_wait_seconds: float,
+        deadline_seconds: float | None,
+        on_progress: Callable[[int], None],
+    ) -> None:
         """Look at the job until it ends, with pauses that grow to `poll_seconds`."""
         self.ensure_created()
         deadline = time.monotonic() + max_wait_seconds
@@ -244,6 +273,11 @@ class BatchJob:
             if job.status in TERMINAL:
                 self.job = job
                 return
+            is_late = deadline_seconds is not None and time.time() > self.state.created_at + deadline_seconds
+            if is_late and not self.state.is_cancelled:
+                log.warning("batch job %s is late and cancelled; the rest is asked by calls", job.job_id)
+                self._save(is_cancelled=True)
+                self.provider.cancel(self.state.batch_id)
             if time.monotonic() > deadline:
                 raise StillPending(f"batch job {job.job_id} is still {job.status}; `likeness pending` goes on with it")
             time.sleep(pause)
@@ -261,6 +295,18 @@ class BatchJob:
         for custom_id in self.lines:
             outcomes.setdefault(custom_id, BatchReply(completion=None, error=reason))
         return outcomes
+
+    def keep(self, rows: dict[str, RequestSpec[Any]], *, role: str) -> dict[str, str]:
+        """Store every reply, and return why the others can't be, by custom id."""
+        outcomes = self.harvest()
+        reasons = {
+            custom_id: keep_row(self.llm, rows[custom_id], outcome, role=role, name=self.name)
+            for custom_id, outcome in outcomes.items()
+        }
+        self.mark_harvested(outcomes)
+        if self.state.is_cancelled:  # by us: what it didn't come to is asked otherwise
+            self.unanswered = {custom_id for custom_id, outcome in outcomes.items() if outcome.completion is None}
+        return {custom_id: reason for custom_id, reason in reasons.items() if reason}
 
     def mark_harvested(self, outcomes: dict[str, BatchReply]) -> None:
         """Note that every row's outcome is stored, and give back what of the budget was not needed."""

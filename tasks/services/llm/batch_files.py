@@ -63,6 +63,9 @@ class FileBatches:
         """Return the job: it has ended, or it wouldn't be there."""
         return RemoteJob(job_id, "completed", output_files=(str(self.output(job_id)),))
 
+    def cancel(self, job_id: str) -> None:
+        """Do nothing: it runs here, to its end."""
+
     def read(self, job: RemoteJob) -> Iterator[tuple[str, BatchReply]]:
         """Read the output file, successes and errors in one."""
         for path in job.output_files:

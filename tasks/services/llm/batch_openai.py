@@ -56,6 +56,10 @@ class OpenAiBatches:
         """Retrieve the job."""
         return self.describe(self.call(lambda client, timeout: client.batches.retrieve(job_id, timeout=timeout)))
 
+    def cancel(self, job_id: str) -> None:
+        """Cancel the job; it may take minutes until it says so."""
+        self.call(lambda client, timeout: client.batches.cancel(job_id, timeout=timeout))
+
     def read(self, job: RemoteJob) -> Iterator[tuple[str, BatchReply]]:
         """Read output and error file alike."""
         for file_id in job.output_files:

@@ -57,6 +57,9 @@ class BatchProvider(Protocol):
     def look(self, job_id: str) -> RemoteJob:
         """Return how far a job is."""
 
+    def cancel(self, job_id: str) -> None:
+        """Ask the provider to leave off; what it has answered stays."""
+
     def read(self, job: RemoteJob) -> Iterator[tuple[str, BatchReply]]:
         """Yield custom ids and outcomes of an ended job."""
 

@@ -64,6 +64,10 @@ class XaiBatches:
         """Retrieve the counters."""
         return self.describe(self.get(f"/batches/{job_id}", {}))
 
+    def cancel(self, job_id: str) -> None:
+        """Cancel what is pending."""
+        self.call(lambda client, _: client.post(f"/batches/{job_id}:cancel", cast_to=object))
+
     def read(self, job: RemoteJob) -> Iterator[tuple[str, BatchReply]]:
         """Read page after page."""
         token = ""

@@ -14,6 +14,8 @@ from tasks.errors import LikenessError, ReplyInvalid
 from tasks.services.llm.config import LlmConfig, ProfileConfig, Structure
 from tasks.services.llm.dialects import read_content, read_trace
 from tasks.services.llm.ledger import Budget, Ledger, LedgerRow, Usage, compute_cost, read_usage
+from tasks.services.llm.pacing import Pace
+from tasks.services.llm.pictures import CALL_SECONDS, publish_pictures
 from tasks.services.llm.probing import find_structure
 from tasks.services.llm.requests import RequestSpec, T, count_body_tokens
 from tasks.services.llm.schema import parse_reply
@@ -79,6 +81,7 @@ class LlmService:
         self.budget = budget or Budget()
         self.start_local = start_local
         self.clients: dict[str, Any] = {}
+        self.paces: dict[str, Pace] = {}
         self.structures: dict[str, Structure] = {}
         self.substitutes: set[tuple[str, str]] = set()
         self.lock = threading.RLock()
@@ -108,18 +111,30 @@ class LlmService:
                 )
             return self.structures[name]
 
+    def pace(self, name: str) -> Pace:
+        """Return what keeps a profile's calls within its limits a minute."""
+        with self.lock:
+            profile = self.config.profiles[name]
+            return self.paces.setdefault(name, Pace(profile.requests_per_minute, profile.tokens_per_minute))
+
     def close(self) -> None:
         """Close all connections."""
         for client in self.clients.values():
             client.close()
 
     def ask(
-        self, spec: RequestSpec[T], *, role: str, doubt: Callable[[T], str | None] = lambda reply: None
+        self,
+        spec: RequestSpec[T],
+        *,
+        role: str,
+        doubt: Callable[[T], str | None] = lambda reply: None,
+        first_rung: int = 0,
     ) -> Answer[T]:
         """Return a role's validated reply: from the cheapest profile whose reply will do.
 
         Args:
             doubt: says why a valid reply should be asked of the next profile, or nothing.
+            first_rung: where to begin; the last profile where there are fewer.
 
         Raises:
             ServiceUnavailable: no answer within the profile's attempts and time.
@@ -131,7 +146,7 @@ class LlmService:
         names = self.config.rungs(role)
         doubtful: Answer[T] | None = None
         reason = ""
-        for rung, name in enumerate(names):
+        for rung, name in list(enumerate(names))[min(first_rung, len(names) - 1) :]:
             is_last = rung == len(names) - 1
             try:
                 answer = self._ask_rung(spec, name, role=role, rung=rung, reason=reason, is_refusal_kept=not is_last)
@@ -185,25 +200,36 @@ class LlmService:
         return self.accept(spec, raw, row=replace(row, seconds=time.monotonic() - started))
 
     def send(
-        self, body: dict[str, Any], *, row: LedgerRow, on_text: Callable[[str], None] | None = None
+        self,
+        body: dict[str, Any],
+        *,
+        row: LedgerRow,
+        on_text: Callable[[str], None] | None = None,
+        create: Callable[..., dict[str, Any]] = complete,
     ) -> dict[str, Any]:
-        """Send a body within the budget and return the completion; failures are booked, not replies.
+        """Send a body within pace and budget and return the completion; failures are booked, not replies.
 
-        With `on_text` the reply streams, and what was shown once is not asked for again by itself.
+        Args:
+            on_text: takes the reply as it streams; what was shown once is not asked for again by itself.
+            create: makes the call; takes client, body and `timeout_seconds`.
+
         """
         profile = self.config.profiles[row.profile]
         tokens_in, tokens_out = count_body_tokens(body, profile)
         most = Usage(input_tokens=tokens_in, output_tokens=tokens_out)
         worst = compute_cost(profile.prices, most, is_batch=False)[0] or 0.0
         reservation = self.budget.reserve(worst)
+        if profile.pictures == "presigned":
+            body = publish_pictures(body, self.store, seconds=CALL_SECONDS)
 
         def fail(error: LikenessError) -> None:
             self.ledger.book(replace(row, outcome=type(error).__name__))
 
         def attempt(timeout: float) -> dict[str, Any]:
             client = self.client(row.profile)
+            self.pace(row.profile).wait(tokens_in)
             if on_text is None:
-                return complete(client, body, timeout_seconds=timeout)
+                return create(client, body, timeout_seconds=timeout)
             return complete_streaming(client, body, timeout_seconds=timeout, on_text=on_text)
 
         if on_text is not None:

@@ -41,6 +41,9 @@ class CapabilityConfig(Section):
         description="batch protocol of the provider; file: a program that reads and writes JSONL; "
         "local: the JSONL through chat completions, by us",
     )
+    web_search: Literal["none", "responses", "openrouter"] = Field(
+        "none", description="how it searches the web; responses: by OpenAI's Responses API, which xAI has too"
+    )
     streaming: bool = Field(True, description="streams replies")
     context_tokens: int = Field(32_000, ge=1000, description="longest conversation, reply included")
     pixels_per_token: int = Field(400, ge=1, description="image pixels that count as one input token, about")
@@ -59,12 +62,26 @@ class ProfileConfig(Section):
     batch_command: tuple[str, ...] = Field(
         (), description="the program of batch=file; {input}, {output} and {model} are put in"
     )
+    fallback_models: tuple[str, ...] = Field(
+        (), description="ids that OpenRouter tries in turn where the model is down; their prices differ"
+    )
+    max_price: tuple[float, float] | None = Field(
+        None, description="USD per million input and output tokens that OpenRouter may pay at most"
+    )
     extra_body: dict[str, object] = Field({}, description="added to every request, for example routing of OpenRouter")
     max_output_tokens: int = Field(600, ge=16, description="cap on a reply")
     reasoning_tokens: int = Field(2000, ge=0, description="added to that cap where a request asks to reason")
     timeout_seconds: float = Field(120, gt=0, description="total time of one call")
     max_attempts: int = Field(4, ge=1, le=10, description="tries of one call, the first included")
     concurrency: int = Field(4, ge=1, le=64, description="calls at once")
+    requests_per_minute: int | None = Field(None, ge=1, description="calls begun a minute; null: as they come")
+    tokens_per_minute: int | None = Field(None, ge=1000, description="their input tokens a minute, as estimated")
+    batch_tokens: int | None = Field(
+        None, ge=1000, description="most input tokens of one batch job, where the provider has a ceiling"
+    )
+    pictures: Literal["inline", "presigned"] = Field(
+        "inline", description="presigned: by address in the run's own bucket, readable by anybody who has it"
+    )
     max_image_side: int = Field(1024, ge=64, le=1024, description="images go out at most this large, pixels")
 
     @model_validator(mode="after")
@@ -74,16 +91,28 @@ class ProfileConfig(Section):
             raise ValueError("capabilities.batch=file needs batch_command")
         return self
 
+    def routing(self) -> dict[str, object]:
+        """Return what is added to every request: `extra_body`, fallbacks and the cap on prices."""
+        added = dict(self.extra_body)
+        if self.fallback_models:
+            added["models"] = [self.model, *self.fallback_models]
+        if self.max_price is not None:
+            provider = added.get("provider", {})
+            assert isinstance(provider, dict)
+            prompt, completion = self.max_price
+            added["provider"] = {**provider, "max_price": {"prompt": prompt, "completion": completion}}
+        return added
+
     def identity(self) -> dict[str, object]:
         """Return what decides an answer: the fields that a stage key covers."""
         return self.model_dump(
-            include={"base_url", "model", "extra_body", "max_output_tokens", "reasoning_tokens", "max_image_side"}
-        )
+            include={"base_url", "model", "max_output_tokens", "reasoning_tokens", "max_image_side"}
+        ) | {"routing": self.routing()}
 
     def is_served(self, served_model: str) -> bool:
-        """Whether an id that came back is the model that was asked for, perhaps with its date."""
+        """Whether an id that came back is the model that was asked for, perhaps with its date or revision."""
         names = (self.model, self.model.rsplit("/", 1)[-1], *self.served_as)
-        return any(re.fullmatch(re.escape(name) + r"([-:@][0-9][0-9-]*)?", served_model) for name in names)
+        return any(re.fullmatch(re.escape(name) + r"([-:][0-9][0-9-]*|@[\w.-]+)?", served_model) for name in names)
 
     @field_validator("base_url")
     @classmethod

@@ -82,7 +82,7 @@ class Conversation:
                 *(message for turn in turns for message in turn),
             ],
             "max_completion_tokens": profile.max_output_tokens,
-            **profile.extra_body,
+            **profile.routing(),
         }
 
     def _send(self, body: dict[str, Any], on_text: Callable[[str], None]) -> Message:

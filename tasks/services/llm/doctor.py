@@ -168,7 +168,7 @@ def make_body(profile: ProfileConfig, text: str) -> dict[str, Any]:
         "model": profile.model,
         "messages": [{"role": "user", "content": text}],
         "max_completion_tokens": profile.max_output_tokens,
-        **profile.extra_body,
+        **profile.routing(),
     }
 
 

@@ -55,7 +55,7 @@ def try_structure(
             {"role": "user", "content": "Which of the two colors is red?"},
         ],
         "max_completion_tokens": profile.max_output_tokens,
-        **profile.extra_body,
+        **profile.routing(),
     }
     try:
         completion = call(ask_for(body, Probe, structure))

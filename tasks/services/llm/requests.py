@@ -50,7 +50,7 @@ class RequestSpec(Generic[T]):
             "model": profile.model,
             "messages": [{"role": "system", "content": self.system}, {"role": "user", "content": content}],
             "max_completion_tokens": profile.max_output_tokens,
-            **profile.extra_body,
+            **profile.routing(),
         }
         return set_reasoning(body, profile, is_reasoning=self.is_reasoning)
 

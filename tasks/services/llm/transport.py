@@ -185,15 +185,24 @@ def translated(profile: ProfileConfig) -> Iterator[None]:
 
 def sort_status(error: Any, profile: ProfileConfig, where: str) -> LikenessError:
     """Return our error for an HTTP status: what the operator should do."""
-    status = int(error.status_code)
-    is_quota = status == 429 and any(word in str(error).lower() for word in QUOTA_WORDS)
+    status, told = int(error.status_code), read_reason(error)
+    whole = f"{error} {error.body}".lower()  # the SDK keeps codes such as insufficient_quota out of its message
+    is_quota = status == 429 and any(word in whole for word in QUOTA_WORDS)
     if status in (401, 403):
         return ConfigError(f"{where} refuses the key in {profile.api_key_variable}")
     if status == 404:
         return ConfigError(f"{where} does not serve {profile.model}; `likeness doctor` lists what it serves")
     if status in (400, 413, 422):
-        return ConfigError(f"{where} refuses the request: {error.message[:200]}")
+        return ConfigError(f"{where} refuses the request: {told}")
     if is_quota or status == 402:
         return BudgetExceeded(f"the quota at {where} is used up; what was answered is kept: pay, and run again")
-    reason = "asks to wait (rate limit)" if status == 429 else f"answered {status}"
+    reason = "asks to wait (rate limit)" if status == 429 else f"answered {status}: {told}"
     return ServiceUnavailable(f"{where} {reason}")
+
+
+def read_reason(error: Any) -> str:
+    """Return what a server says is wrong: each puts it elsewhere."""
+    body = error.body
+    if isinstance(body, dict):
+        body = body.get("message") or body.get("detail") or body
+    return " ".join(str(body or error.message).split())[:200]

@@ -13,9 +13,10 @@ from tasks.images import encode_png
 from tasks.manifests import JudgeHealth, ObjectRef, Sample, Side
 from tasks.scoring import scores
 from tasks.scoring.config import ScoringConfig
-from tasks.scoring.judging import Answers, ask_judge
+from tasks.scoring.judging import ask_judge
 from tasks.scoring.questions import AXES, Material, Question, list_questions, list_second
 from tasks.scoring.rubric import ConceptGrade, QualityGrade, concept_spec, pair_spec, prompt_spec, quality_spec
+from tasks.services.llm.calls import Answers
 from tasks.services.llm.client import Answer
 from tasks.services.store import LocalStore
 from tests.llm_server import scripted_server

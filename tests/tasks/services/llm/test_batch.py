@@ -1,7 +1,8 @@
 """Batch jobs that survive being cut off anywhere."""
 
 import json
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 from tasks.errors import ServiceUnavailable
 from tasks.services.llm.batch import ask_batch
 from tasks.services.llm.client import LlmService
-from tasks.services.llm.requests import RequestSpec
-from tests.llm_server import ScriptedServer, completion, scripted_server
-from tests.tasks.services.llm.test_client import GOOD, Reply, make_llm
+from tasks.services.llm.requests import RequestSpec, count_body_tokens
+from tests.llm_server import ExpiringDesk, ScriptedServer, completion, scripted_server
+from tests.tasks.services.llm.test_client import CHAT, GOOD, Reply, make_llm
 
 SPECS = {f"s{n}": RequestSpec("grade", (f"sample {n}",), Reply) for n in range(4)}
 FILES, BATCHES = "POST /v1/files", "POST /v1/batches"
@@ -29,10 +30,10 @@ def server() -> Iterator[ScriptedServer]:
         yield running
 
 
-def ask(llm: LlmService, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Any:
+def ask(llm: LlmService, *, specs: dict[str, RequestSpec[Any]] = SPECS, **changes: Any) -> Any:
     return ask_batch(
-        llm, SPECS, role="judge", state_prefix="05-scoring/k/batches",
-        poll_seconds=0.02, max_wait_seconds=20, on_progress=on_progress,
+        llm, specs, role="judge", state_prefix="05-scoring/k/batches",
+        poll_seconds=0.02, max_wait_seconds=20, on_progress=lambda done, total: None, **changes,
     )  # fmt: skip
 
 
@@ -122,6 +123,40 @@ def test_a_harvest_cut_off_after_a_failed_row_asks_only_that_row_again(server: S
     answers, failures = ask(make_llm(server, tmp_path))
     assert (len(answers), len(failures)) == (4, 0)
     assert (server.counts[BATCHES], server.counts["row"]) == (2, 5)
+
+
+def test_what_an_expired_job_answered_is_kept_and_only_the_rest_is_asked_again(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
+    server.desk = ExpiringDesk(server.answer_row, num_done=3)
+    answers, failures = ask(make_llm(server, tmp_path))
+    assert (len(answers), len(failures)) == (3, 1)
+    assert "before the batch expired" in next(iter(failures.values()))
+    server.desk = ExpiringDesk(server.answer_row, num_done=9)
+    answers, failures = ask(make_llm(server, tmp_path))
+    assert (len(answers), failures) == (4, {})
+    assert (server.counts[BATCHES], server.counts["row"]) == (2, 4)
+
+
+def test_a_late_job_is_cancelled_and_what_it_lacks_is_asked_by_calls(server: ScriptedServer, tmp_path: Path) -> None:
+    server.desk.turn.acquire()  # the provider is busy with others
+    threading.Timer(0.5, server.desk.turn.release).start()
+    llm = make_llm(server, tmp_path)
+    answers, failures = ask(llm, deadline_seconds=0.1)
+    assert (len(answers), failures) == (4, {})
+    assert (server.counts[BATCHES], server.counts["row"], server.counts[CHAT]) == (1, 0, 4)
+    assert sum(path.endswith("/cancel") for path in server.counts) == 1
+    assert [row.is_batch for row in llm.ledger.rows] == [False] * 4
+
+
+def test_jobs_are_no_larger_than_the_provider_takes(server: ScriptedServer, tmp_path: Path) -> None:
+    many = {f"s{n}": RequestSpec("grade", (f"sample {n}", "x" * 1200), Reply) for n in range(6)}
+    llm = make_llm(server, tmp_path, batch_tokens=1500)
+    body = many["s0"].body(llm.profile("judge"), "json_schema")
+    assert 500 < count_body_tokens(body, llm.profile("judge"))[0] < 750  # two fit, three don't
+    answers, _ = ask(llm, specs=many)
+    assert len(answers) == 6
+    assert server.counts[BATCHES] == 3
 
 
 def test_line_separators_inside_a_reply_are_text(server: ScriptedServer, tmp_path: Path) -> None:

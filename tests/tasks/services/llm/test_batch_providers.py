@@ -44,10 +44,10 @@ def make_batching(url_of: Any, folder: Path, kind: str, **changes: Any) -> LlmSe
     return llm
 
 
-def ask(llm: LlmService, *, max_wait_seconds: float = 20) -> Any:
+def ask(llm: LlmService, *, max_wait_seconds: float = 20, deadline_seconds: float | None = None) -> Any:
     return ask_batch(
         llm, SPECS, role="judge", state_prefix="05-scoring/k/batches", poll_seconds=0.02,
-        max_wait_seconds=max_wait_seconds, on_progress=lambda done, total: None,
+        max_wait_seconds=max_wait_seconds, deadline_seconds=deadline_seconds, on_progress=lambda done, total: None,
     )  # fmt: skip
 
 
@@ -161,6 +161,13 @@ def test_our_own_runner_goes_on_after_a_cut_and_asks_no_row_twice(tmp_path: Path
         answers, failures = ask(make_batching(server, tmp_path, "local", concurrency=1))
         assert (len(answers), failures) == (4, {})
         assert server.counts[CHAT] == 5
+
+
+def test_a_late_job_at_xai_is_cancelled_and_finished_by_calls(server: XaiServer, tmp_path: Path) -> None:
+    server.is_busy = True
+    answers, failures = ask(make_batching(server, tmp_path, "xai"), deadline_seconds=0.01)
+    assert (len(answers), failures) == (4, {})
+    assert (server.counts["cancel"], server.counts["chat"]) == (1, 2)
 
 
 def test_the_answers_of_one_way_serve_the_others(server: XaiServer, tmp_path: Path) -> None:

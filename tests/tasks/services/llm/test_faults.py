@@ -104,6 +104,7 @@ def test_a_wait_that_says_nothing_is_chosen_here(server: ScriptedServer, tmp_pat
         (403, b"{}", ConfigError, 1),
         (402, b"{}", BudgetExceeded, 1),
         (429, b'{"error": {"message": "You exceeded your current quota, check billing"}}', BudgetExceeded, 1),
+        (429, b'{"error": {"message": "Slow down", "code": "insufficient_quota"}}', BudgetExceeded, 1),
         (502, b"<html>bad gateway</html>", ServiceUnavailable, 3),
         (200, b"<html>not JSON</html>", ServiceUnavailable, 3),
         (200, b"[]", ServiceUnavailable, 3),
@@ -118,6 +119,23 @@ def test_each_status_and_body_ends_as_it_should(
         ask(make_llm(server, tmp_path))
     assert "\n" not in str(caught.value)
     assert server.counts[CHAT] == asked
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error"),
+    [
+        (400, b'{"error": {"message": "no such field: reasoning"}}', ConfigError),
+        (422, b'{"detail": "no such field: reasoning"}', ConfigError),
+        (400, b'{"error": "no such field: reasoning"}', ConfigError),
+        (500, b'{"error": {"message": "no such field: reasoning"}}', ServiceUnavailable),
+    ],
+)
+def test_what_the_server_says_is_said(
+    server: ScriptedServer, tmp_path: Path, status: int, body: bytes, error: type[Exception]
+) -> None:
+    server.script((status, {}, body))
+    with pytest.raises(error, match="no such field: reasoning"):
+        ask(make_llm(server, tmp_path, max_attempts=1))
 
 
 def test_a_server_that_never_answers_is_left_in_time(tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""Keep within a provider's requests and tokens a minute, instead of finding its limits by being refused."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+WINDOW_SECONDS = 60.0
+
+
+class Pace:
+    """Lets calls begin so that no minute holds more of them, or of their tokens, than is allowed.
+
+    It knows the calls of this process only; the provider's own answers still rule.
+    """
+
+    def __init__(
+        self,
+        requests_per_minute: int | None,
+        tokens_per_minute: int | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.most_requests = requests_per_minute
+        self.most_tokens = tokens_per_minute
+        self.clock = clock
+        self.sleep = sleep
+        self.lock = threading.Lock()
+        self.begun: deque[tuple[float, int]] = deque()
+
+    def wait(self, tokens: int) -> None:
+        """Return when a call of so many tokens may begin; one that is over the limit alone goes alone."""
+        while True:
+            with self.lock:
+                pause = self._find_pause(tokens)
+                if pause <= 0:
+                    self.begun.append((self.clock(), tokens))
+                    return
+            self.sleep(pause)
+
+    def _find_pause(self, tokens: int) -> float:
+        now = self.clock()
+        while self.begun and self.begun[0][0] <= now - WINDOW_SECONDS:
+            self.begun.popleft()
+        pause, requests, used = 0.0, len(self.begun), sum(count for _, count in self.begun)
+        for at, count in self.begun:  # how many of the oldest have to leave the window first
+            if self._has_room(requests, used + tokens):
+                break
+            pause, requests, used = at + WINDOW_SECONDS - now, requests - 1, used - count
+        return pause
+
+    def _has_room(self, requests: int, tokens: int) -> bool:
+        is_few = self.most_requests is None or requests < self.most_requests
+        return is_few and (self.most_tokens is None or tokens <= self.most_tokens)

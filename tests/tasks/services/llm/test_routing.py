@@ -1,0 +1,92 @@
+"""What goes along with a request by a profile's wish: fallbacks, a cap on prices, pictures by address, a pace."""
+
+import time
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+
+from conf.request import compile_request, parse_overrides
+from tasks.errors import ConfigError
+from tasks.services.config import StoreConfig
+from tasks.services.llm.batch import ask_batch
+from tasks.services.store import S3Store
+from tests.llm_server import scripted_server
+from tests.tasks.services.llm.test_client import CHAT, GOOD, SPEC, ask, make_llm
+
+
+def test_openrouter_is_told_fallbacks_and_the_most_it_may_pay(tmp_path: Path) -> None:
+    with scripted_server() as server:
+        server.script(GOOD)
+        routing = {"fallback_models": ("other",), "max_price": (0.2, 1.0), "extra_body": {"provider": {"zdr": True}}}
+        ask(make_llm(server, tmp_path, **routing))
+    body = server.bodies[0]
+    assert body["models"] == ["asked-model", "other"]
+    assert body["provider"] == {"zdr": True, "max_price": {"prompt": 0.2, "completion": 1.0}}
+
+
+def test_another_route_is_another_answer(tmp_path: Path) -> None:
+    with scripted_server() as server:
+        plain = make_llm(server, tmp_path).profile("judge")
+    other = plain.model_copy(update={"fallback_models": ("other",)})
+    assert SPEC.compute_key(plain) != SPEC.compute_key(other)
+    assert plain.identity() != other.identity()
+
+
+def test_calls_keep_to_the_profiles_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.services.llm.pacing.WINDOW_SECONDS", 1.0)
+    with scripted_server() as server:
+        server.script(GOOD)
+        llm = make_llm(server, tmp_path, requests_per_minute=1)
+        started = time.monotonic()
+        llm.ask(SPEC, role="judge")
+        llm.ask(SPEC.__class__(**{**vars(SPEC), "repeat": 1}), role="judge")
+        assert time.monotonic() - started >= 1.0
+        assert server.counts[CHAT] == 2
+
+
+@pytest.mark.parametrize("way", ["call", "batch"])
+def test_pictures_go_by_an_address_that_anybody_may_read_for_a_while(
+    tmp_path: Path, s3_config: StoreConfig, way: str
+) -> None:
+    with scripted_server() as server:
+        server.script(GOOD)
+        inline, llm = make_llm(server, tmp_path), make_llm(server, tmp_path, pictures="presigned")
+        llm.store = S3Store(s3_config)
+        if way == "call":
+            ask(llm)
+            body = server.bodies[0]
+        else:
+            body = batch_body(llm, server)
+    url = body["messages"][1]["content"][1]["image_url"]["url"]
+    assert url.startswith("http://127.0.0.1")
+    assert "Signature=" in url
+    with urlopen(url) as reply:
+        assert reply.read().startswith(b"\x89PNG")
+    assert SPEC.compute_key(inline.profile("judge")) == SPEC.compute_key(llm.profile("judge"))  # the same question
+
+
+def batch_body(llm: Any, server: Any) -> Any:
+    seen: list[Any] = []
+    plain = server.answer_row
+
+    def remember(body: Any) -> Any:
+        seen.append(body)
+        return plain(body)
+
+    server.desk.answer = remember
+    ask_batch(
+        llm, {"s": SPEC}, role="judge", state_prefix="b", poll_seconds=0.02, max_wait_seconds=20,
+        on_progress=lambda done, total: None,
+    )  # fmt: skip
+    return seen[0]
+
+
+def test_a_folder_signs_no_addresses(tmp_path: Path) -> None:
+    with scripted_server() as server:
+        server.script(GOOD)
+        with pytest.raises(ConfigError, match="needs a bucket"):
+            ask(make_llm(server, tmp_path, pictures="presigned"))
+    with pytest.raises(ConfigError, match="pictures=presigned needs a bucket"):
+        compile_request(parse_overrides(["llm=openai", "llm.profiles.openai-luna.pictures=presigned"]))

@@ -39,6 +39,11 @@ class RunConfig(Section):
         """Whether the base model is the shipped one."""
         return self.diffusion.location == MINI
 
+    def count_candidates(self) -> int:
+        """Return how many weights may be kept beside the published ones."""
+        validation = self.training.validation
+        return validation.num_kept - 1 if validation.keep == "best" and validation.every_steps else 0
+
     @model_validator(mode="after")
     def check_prior(self) -> "RunConfig":
         """Refuse prior preservation without class images."""

@@ -82,6 +82,17 @@ def make_parser() -> argparse.ArgumentParser:
     estimate.add_argument("settings", nargs="*", metavar="key=value", help="as for run")
     estimate.set_defaults(action=estimate_memory)
 
+    llm_commands = add_llm_commands(add)
+    runs = add("runs", help="list runs, newest first")
+    runs.add_argument("--json", action="store_true", help="print every run's summary.json as one list")
+    runs.set_defaults(action=list_runs)
+    for command in (report, generate, runs, *llm_commands):
+        command.add_argument("--output-dir", type=Path, default=Path("runs"), help="default: runs")
+    return parser
+
+
+def add_llm_commands(add: Callable[..., argparse.ArgumentParser]) -> tuple[argparse.ArgumentParser, ...]:
+    """Add the commands about LLMs; return those that take an output folder."""
     pending = add("pending", help="go on with runs whose batch jobs were still running")
     pending.set_defaults(action=finish_pending)
 
@@ -97,13 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     cost.add_argument("run", nargs="?", default="latest", help=RUN_HELP)
     cost.add_argument("--json", action="store_true", help="print the totals as JSON")
     cost.set_defaults(action=show_cost)
-
-    runs = add("runs", help="list runs, newest first")
-    runs.add_argument("--json", action="store_true", help="print every run's summary.json as one list")
-    runs.set_defaults(action=list_runs)
-    for command in (report, generate, pending, review, cost, runs):
-        command.add_argument("--output-dir", type=Path, default=Path("runs"), help="default: runs")
-    return parser
+    return pending, review, cost
 
 
 def whole_number(text: str) -> int:

@@ -1,13 +1,14 @@
 """What a run would take, before anything is loaded or sent: memory by method, LLM calls and money."""
 
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from itertools import product
+from typing import Any, get_args
 
 from PIL import Image
 
 from conf.request import compile_request, parse_overrides
 from conf.schema import RunConfig
-from tasks.manifests import Side
+from tasks.manifests import SampleKind, Side
 from tasks.services.llm.requests import RequestSpec
 from tasks.training.config import TrainingConfig
 
@@ -114,7 +115,16 @@ def show_usd(cost: float | None) -> str:
 def is_batch(config: RunConfig, role: str) -> bool:
     """Whether a role's requests go out as a batch job."""
     can = config.llm.profile(role).capabilities.batch != "none"
+    if role == "captioner":
+        return can and count_asked_photos(config) >= config.subject.batch_from
     return role in ("judge", "second_judge") and config.scoring.executor == "batch" and can
+
+
+def count_asked_photos(config: RunConfig) -> int:
+    """Return how many photos a run would ask about; 5 where it can't be told without reading."""
+    from tasks.subject.intake import count_photos
+
+    return min(config.subject.max_images, count_photos(config.subject.source) or 5)
 
 
 def plan_requests(config: RunConfig) -> list[tuple[str, list[RequestSpec[Any]]]]:
@@ -123,11 +133,12 @@ def plan_requests(config: RunConfig) -> list[tuple[str, list[RequestSpec[Any]]]]
     from tasks.manifests import ImageMeasures, ObjectRef, Sample
     from tasks.scoring.questions import Material, list_questions, list_second
     from tasks.subject import captioning
-    from tasks.subject.intake import Photo, count_photos
+    from tasks.subject.intake import Photo
+    from tasks.subject.naming import look_up_spec
     from tasks.subject.profiling import profile_spec
 
     subject, evaluation = config.subject, config.evaluation
-    num_photos = min(subject.max_images, count_photos(subject.source) or 5)
+    num_photos = count_asked_photos(config)
     photo_png = encode_png(Image.new("RGB", (subject.working_side, subject.working_side)))
     sample_png = encode_png(Image.new("RGB", (config.diffusion.resolution, config.diffusion.resolution)))
     measures = ImageMeasures(width=1, height=1, sharpness=0, brightness=0, contrast=0, perceptual_hash="")
@@ -138,10 +149,12 @@ def plan_requests(config: RunConfig) -> list[tuple[str, list[RequestSpec[Any]]]]
         plan.append(("captioner", [captioning.caption_spec(photo, subject)] * num_photos))
         if subject.is_profiled:
             plan.append(("profiler", [profile_spec([photo] * num_photos, subject)]))
+    if subject.is_looked_up:
+        plan.append(("profiler", [look_up_spec(subject)]))
 
-    def sample(side: Side, kind: Literal["subject", "class"], prompt: str, seed: int) -> Sample:
-        ref = ObjectRef(key=f"{side}/{kind}/{prompt}/{seed}", sha256="", size_bytes=0)
-        return Sample(image=ref, side=side, kind=kind, prompt=prompt, class_prompt=prompt, seed=seed)
+    def sample(side: Side, kind: SampleKind, prompt: str, seed: int, step: int | None = None) -> Sample:
+        ref = ObjectRef(key=f"{side}/{kind}/{prompt}/{seed}/{step}", sha256="", size_bytes=0)
+        return Sample(image=ref, side=side, kind=kind, prompt=prompt, class_prompt=prompt, seed=seed, step=step)
 
     sides: tuple[Side, ...] = ("base", "tuned")
     seeds = range(evaluation.num_images_per_prompt)
@@ -153,6 +166,12 @@ def plan_requests(config: RunConfig) -> list[tuple[str, list[RequestSpec[Any]]]]
             sample(side, "subject", prompt, seed) for side in sides for prompt in evaluation.prompts for seed in seeds
         ],
         others=[sample("base", "class", "", seed) for seed in range(evaluation.num_class_images)],
+        candidates=[
+            sample("tuned", "candidate", prompt, seed, step)
+            for step in range(config.count_candidates())
+            for seed, prompt in list(product(seeds, evaluation.prompts))[: evaluation.num_candidate_images]
+        ],
+        published_step=-1,
         read=lambda sample: shrink_png(sample_png, max_side=config.scoring.max_side),
     )
     plan.append(("judge", [question.spec for question in list_questions(config.scoring, material)]))

@@ -1,6 +1,5 @@
 """Draw single pictures with a run's tuned model."""
 
-import re
 import secrets
 from pathlib import Path
 
@@ -8,8 +7,6 @@ from flows.runs import read_run
 from tasks.errors import ConfigError
 from tasks.manifests import Publication, TunedModel
 from tasks.services.store import Store
-
-CANDIDATE = re.compile(r"/candidates/step-(\d+)/")
 
 
 def generate(
@@ -63,10 +60,9 @@ def fetch_weights(store: Store, name: str, key: str, *, candidate: int | None, w
         raise ConfigError(f"the model of run {name} is gone from the store; run it again")
     if isinstance(manifest, Publication):
         return fetch_folder(store, manifest.model, below="model", folder=work / "published" / key)
-    below = f"candidates/step-{candidate:08d}"
-    refs = [ref for ref in manifest.objects if f"/{below}/" in ref.key]
-    if not refs:
-        steps = sorted({int(found[1]) for ref in manifest.objects if (found := CANDIDATE.search(ref.key))})
-        kept = ", ".join(map(str, steps)) or "none; see training.validation.num_kept"
+    candidates = manifest.find_candidates()
+    if candidate not in candidates:
+        kept = ", ".join(map(str, sorted(candidates))) or "none; see training.validation.num_kept"
         raise ConfigError(f"run {name} kept no weights of step {candidate} beside the published ones (kept: {kept})")
-    return fetch_folder(store, refs, below=below, folder=work / "candidates" / key / str(candidate))
+    below = f"candidates/step-{candidate:08d}"
+    return fetch_folder(store, candidates[candidate], below=below, folder=work / "candidates" / key / str(candidate))

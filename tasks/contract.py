@@ -162,6 +162,12 @@ def read_verified(store: Store, ref: ObjectRef) -> bytes:
     return data
 
 
+def keep_traces(folder: StageFolder, traces: dict[str, str]) -> ObjectRef | None:
+    """Store what models thought aloud, by what it was about; nothing where none did."""
+    told = {name: trace for name, trace in traces.items() if trace}
+    return folder.put("traces.json", json.dumps(told, indent=1).encode()) if told else None
+
+
 def fetch_folder(store: Store, refs: Iterable[ObjectRef], *, below: str, folder: Path) -> Path:
     """Copy objects to a local folder, with the part of their keys after `below`; verify each."""
     for ref in refs:

@@ -4,11 +4,13 @@ A stage's output is a folder of objects in the store plus one of these, written 
 `manifest.json`: the manifest's existence is completion.
 """
 
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 Side = Literal["base", "tuned"]
+SampleKind = Literal["subject", "class", "candidate"]
 
 
 class Record(BaseModel):
@@ -112,6 +114,8 @@ class SubjectSet(Manifest):
     """What a person should look at."""
     sources: tuple[str, ...] = ()
     """Pages that the warnings about names rest on."""
+    traces: ObjectRef | None = None
+    """What the adjudicator thought aloud, by photo, where its provider tells."""
 
 
 class ClassImage(Record):
@@ -147,17 +151,28 @@ class TunedModel(Manifest):
     subject_key: str
     prior_key: str
 
+    def find_candidates(self) -> "dict[int, list[ObjectRef]]":
+        """Return the weights that were kept beside the published ones, by step."""
+        found: dict[int, list[ObjectRef]] = {}
+        for ref in self.objects:
+            step = re.search(r"/candidates/step-(\d+)/", ref.key)
+            if step:
+                found.setdefault(int(step[1]), []).append(ref)
+        return found
+
 
 class Sample(Record):
     """One evaluation sample."""
 
     image: ObjectRef
     side: Side
-    kind: Literal["subject", "class"]
+    kind: SampleKind
     prompt: str
     class_prompt: str
     """The prompt without the identifier token: what CLIP-T compares with."""
     seed: int
+    step: int | None = None
+    """The step whose weights drew a candidate's sample."""
 
 
 class SubjectMetrics(Record):
@@ -192,6 +207,9 @@ class Evaluation(Manifest):
     metrics: dict[Side, SubjectMetrics]
     drift: dict[Side, DriftMetrics]
     ceiling: CeilingMetrics
+    sample_metrics: dict[str, SubjectMetrics]
+    """Every sample of the subject by its object's key: its own part of the means."""
+    published_step: int
 
 
 class Judgement(Record):
@@ -207,6 +225,8 @@ class Judgement(Record):
     num_repeats: int = 1
     spread: int = 0
     """Largest less smallest of repeated grades, on the axis where they differ most."""
+    settled: tuple[str, ...] = ()
+    """Axes on which grades differed much, so that one more look, with reasoning, decided."""
 
 
 class SideScores(Record):
@@ -240,6 +260,19 @@ class PairResult(Record):
     """Bradley-Terry, 0 to 1."""
 
 
+class CheckpointRank(Record):
+    """How the weights of one step did against those of the others, drawn alike; each pair in both orders."""
+
+    step: int
+    is_published: bool
+    strength: float
+    """Bradley-Terry; all steps sum to one."""
+    wins: int
+    losses: int
+    undecided: int
+    """Ties, and answers that changed with the order."""
+
+
 class Agreement(Record):
     """How another rater's grades agree with the judge's, by axis; None where it can't be told."""
 
@@ -261,6 +294,8 @@ class JudgeHealth(Record):
     is_reliable: bool
     """Whether there are controls, all are passed, and the grades are comparable."""
     others: tuple[Agreement, ...] = ()
+    spearman: dict[str, float | None] = {}
+    """Rank correlation over samples: of likeness with DINO, of following the prompt with CLIP-T."""
 
 
 class Scorecard(Manifest):
@@ -275,6 +310,10 @@ class Scorecard(Manifest):
     """Bootstrap intervals (95 %) of the mean scores."""
     health: JudgeHealth
     pairs: PairResult | None = None
+    checkpoints: tuple[CheckpointRank, ...] = ()
+    """Best first; empty where one step's weights were kept."""
+    traces: ObjectRef | None = None
+    """What judges thought aloud, by question, where their provider tells."""
 
 
 class Publication(Manifest):

@@ -1,5 +1,7 @@
 """How prompts are worded from a class noun and an identifier token."""
 
+from collections.abc import Callable
+
 
 def choose_article(noun: str) -> str:
     """Return `a` or `an`."""
@@ -25,3 +27,13 @@ def write_subject_prompt(template: str, *, identifier_token: str, class_noun: st
 def write_plain_prompt(template: str, *, class_noun: str) -> str:
     """Return the same prompt for the class: what CLIP-T compares with."""
     return template.replace("{subject}", f"{choose_article(class_noun)} {class_noun}")
+
+
+def shorten_prompt(prompt: str, *, fits: Callable[[str], bool]) -> str:
+    """Return as much of a prompt as fits: phrases go first, then words, from the end."""
+    while not fits(prompt):
+        head = prompt.rpartition(", ")[0] or prompt.rpartition(" ")[0]
+        if not head:
+            return prompt  # a single word is cut by the tokenizer
+        prompt = head
+    return prompt

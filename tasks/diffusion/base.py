@@ -74,6 +74,9 @@ class DiffusionModel(Protocol):
     def trainable_modules(self, *, is_text_encoder_trained: bool) -> "dict[str, nn.Module]":
         """Return the modules that fine-tuning changes; everything else is frozen."""
 
+    def has_room(self, prompt: str) -> bool:
+        """Whether a prompt is read whole; CLIP reads 77 tokens."""
+
     def tokenize(self, prompts: Sequence[str]) -> "Tensor":
         """Return token ids `(B, L)`, those of all tokenizers side by side."""
 

@@ -111,6 +111,13 @@ class LatentModel(ABC):
         """Return the number of tokens that a text encoder gets."""
         return self.max_lengths.get(name) or int(self.tokenizers[name].model_max_length)
 
+    def has_room(self, prompt: str) -> bool:
+        """Whether every text encoder gets all tokens of a prompt."""
+        return all(
+            len(tokenizer(self.spell([prompt], name)[0], verbose=False).input_ids) <= self.max_length(name)
+            for name, tokenizer in self.tokenizers.items()
+        )
+
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Return the ids of all tokenizers side by side, `(B, L1 + L2 + ...)`, padded and cut."""
         columns = [

@@ -53,6 +53,14 @@ def measure_subject(samples: Described, photos: Described) -> SubjectMetrics:
     )
 
 
+def measure_each(samples: Described, photos: Described) -> list[SubjectMetrics]:
+    """Return every sample's own part of the means."""
+    return [
+        measure_subject(Described(samples.clip[i : i + 1], samples.dino[i : i + 1], samples.texts[i : i + 1]), photos)
+        for i in range(len(samples.dino))
+    ]
+
+
 def measure_ceiling(photos: Described) -> CeilingMetrics:
     """Return the same measures among the real photos."""
     return CeilingMetrics(

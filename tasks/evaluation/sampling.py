@@ -1,15 +1,17 @@
 """Draw evaluation samples: the same prompts and seeds from base and tuned model."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from tasks.contract import StageFolder
 from tasks.diffusion.base import DiffusionModel, SamplingRequest
 from tasks.evaluation.config import EvaluationConfig
 from tasks.images import encode_png
-from tasks.manifests import Sample, Side
+from tasks.manifests import Sample, SampleKind, Side
 from tasks.wording import write_plain_prompt, write_subject_prompt
+
+Source = Side | int
+"""Base or published weights, or those kept of a step."""
 
 
 @dataclass(frozen=True)
@@ -17,15 +19,26 @@ class PlannedSample:
     """One sample to draw."""
 
     side: Side
-    kind: Literal["subject", "class"]
+    kind: SampleKind
     prompt: str
     class_prompt: str
     seed: int
     name: str
+    step: int | None = None
+
+    @property
+    def source(self) -> "Source":
+        """Whose weights draw it."""
+        return self.side if self.step is None else self.step
 
 
 def plan_samples(
-    config: EvaluationConfig, *, class_noun: str, identifier_token: str, class_prompt: str
+    config: EvaluationConfig,
+    *,
+    class_noun: str,
+    identifier_token: str,
+    class_prompt: str,
+    candidates: Sequence[int] = (),
 ) -> list[PlannedSample]:
     """Return every sample of an evaluation, in order."""
     planned = []
@@ -40,6 +53,12 @@ def plan_samples(
         for i in range(config.num_class_images):
             name = f"{side}/class-{i:03d}.png"
             planned.append(PlannedSample(side, "class", class_prompt, class_prompt, config.seed + i, name))
+    published = [plan for plan in planned if plan.side == "tuned" and plan.kind == "subject"]
+    by_seed = sorted(published, key=lambda plan: plan.seed)  # every prompt once before any comes twice
+    for step in candidates:
+        for plan in by_seed[: config.num_candidate_images]:
+            name = plan.name.replace("tuned/subject", f"candidate-{step:08d}/subject")
+            planned.append(replace(plan, kind="candidate", name=name, step=step))
     return planned
 
 
@@ -48,7 +67,7 @@ def draw_samples(
     config: EvaluationConfig,
     planned: Sequence[PlannedSample],
     *,
-    load_model: Callable[[Side], DiffusionModel],
+    load_model: Callable[[Source], DiffusionModel],
     on_progress: Callable[[int, int], None],
 ) -> tuple[Sample, ...]:
     """Return all samples, drawing those that an earlier attempt didn't store."""
@@ -58,11 +77,10 @@ def draw_samples(
         if ref is not None:
             done[plan.name] = to_sample(plan, ref)
     on_progress(len(done), len(planned))
-    sides: tuple[Side, ...] = ("base", "tuned")
-    for side in sides:
-        missing = [plan for plan in planned if plan.side == side and plan.name not in done]
-        model = None  # the other side's weights go before these come
-        model = load_model(side) if missing else None
+    for source in dict.fromkeys(plan.source for plan in planned):
+        missing = [plan for plan in planned if plan.source == source and plan.name not in done]
+        model = None  # the last weights go before these come
+        model = load_model(source) if missing else None
         for start in range(0, len(missing), config.batch_size):
             chunk = missing[start : start + config.batch_size]
             assert model is not None
@@ -88,5 +106,6 @@ def to_sample(plan: PlannedSample, ref: object) -> Sample:
             "prompt": plan.prompt,
             "class_prompt": plan.class_prompt,
             "seed": plan.seed,
+            "step": plan.step,
         }
     )

@@ -8,12 +8,12 @@ from tasks.contract import StageFolder, fetch_folder, read_verified
 from tasks.diffusion.config import DiffusionConfig
 from tasks.encoders.folders import identify_encoders
 from tasks.evaluation.config import EvaluationConfig
-from tasks.manifests import Evaluation, Side, SubjectSet, TunedModel
+from tasks.manifests import Evaluation, Sample, Side, SubjectSet, TunedModel
 from tasks.prefect_states import finished
 from tasks.runtime import Runtime
 from tasks.wording import write_class_prompt
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 CLASS_PROMPT = "a photo of {article} {class_noun}"
 
 
@@ -45,22 +45,28 @@ def compute_evaluation(
     """Sample both sides, measure, write the manifest."""
     from tasks.diffusion.base import DiffusionModel, open_model
     from tasks.diffusion.latent_model import release_memory
-    from tasks.evaluation.sampling import draw_samples, plan_samples
+    from tasks.evaluation.sampling import Source, draw_samples, plan_samples
 
-    def load_model(side: Side) -> DiffusionModel:
-        if side == "base":
+    candidates = tuned.find_candidates()
+
+    def load_model(source: Source) -> DiffusionModel:
+        if source == "base":
             return open_model(diffusion)
-        local = runtime.work_folder / "models" / tuned.stage_key
-        return open_model(diffusion, folder=fetch_folder(runtime.store, tuned.model, below="model", folder=local))
+        refs, below = tuned.model, "model"
+        if isinstance(source, int):
+            refs, below = tuple(candidates[source]), f"candidates/step-{source:08d}"
+        local = runtime.work_folder / "models" / tuned.stage_key / below
+        return open_model(diffusion, folder=fetch_folder(runtime.store, refs, below=below, folder=local))
 
     planned = plan_samples(
         config,
         class_noun=subject.class_noun,
         identifier_token=subject.identifier_token,
         class_prompt=write_class_prompt(CLASS_PROMPT, class_noun=subject.class_noun),
+        candidates=sorted(candidates),
     )
     samples = draw_samples(folder, config, planned, load_model=load_model, on_progress=runtime.show("samples"))
-    measured = measure_samples(config, diffusion, samples, subject, runtime)
+    measured, sample_metrics = measure_samples(config, diffusion, samples, subject, runtime)
     release_memory()
     return folder.finish(
         Evaluation,
@@ -70,6 +76,8 @@ def compute_evaluation(
         metrics=measured.metrics,
         drift=measured.drift,
         ceiling=measured.ceiling,
+        sample_metrics=sample_metrics,
+        published_step=tuned.published_step,
     )
 
 
@@ -79,22 +87,26 @@ def measure_samples(
     """Encode photos and samples and compare them."""
     from tasks.diffusion.base import choose_device
     from tasks.encoders.descriptors import Encoders
-    from tasks.evaluation.metrics import describe, measure_all
+    from tasks.evaluation.metrics import describe, measure_all, measure_each
     from tasks.images import decode_png
 
     encoders = Encoders(config.encoders, choose_device(diffusion))
 
-    def of(side: Side, kind: str) -> Any:
-        rows = [sample for sample in samples if sample.side == side and sample.kind == kind]
+    def encode(rows: list[Sample]) -> Any:
         pictures = [decode_png(read_verified(runtime.store, row.image)) for row in rows]
         return describe(encoders, pictures, [row.class_prompt for row in rows])
+
+    def of(side: Side, kind: str) -> Any:
+        return encode([sample for sample in samples if sample.side == side and sample.kind == kind])
 
     photos = [decode_png(read_verified(runtime.store, image.image)) for image in subject.images]
     plain = write_class_prompt(CLASS_PROMPT, class_noun=subject.class_noun)
     captions = [image.caption or plain for image in subject.images]
     sides: tuple[Side, ...] = ("base", "tuned")
-    return measure_all(
-        describe(encoders, photos, captions),
-        {side: of(side, "subject") for side in sides},
-        {side: of(side, "class") for side in sides},
+    reference = describe(encoders, photos, captions)
+    measured = measure_all(
+        reference, {side: of(side, "subject") for side in sides}, {side: of(side, "class") for side in sides}
     )
+    shown = [sample for sample in samples if sample.kind != "class"]
+    each = measure_each(encode(shown), reference)
+    return measured, {sample.image.key: metrics for sample, metrics in zip(shown, each, strict=True)}

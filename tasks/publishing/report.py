@@ -69,6 +69,8 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         intervals=inputs.scores.intervals,
         health=inputs.scores.health,
         pairs=inputs.scores.pairs,
+        num_settled=sum(bool(judgement.settled) for judgement in inputs.scores.judgements),
+        checkpoints=list_checkpoints(inputs.evaluation, inputs.scores),
         judge=inputs.scores.served_model,
         metric_rows=list_metrics(inputs.evaluation),
         sample_rows=list_samples(inputs.evaluation.samples, graded),
@@ -91,6 +93,22 @@ def list_metrics(evaluation: Evaluation) -> list[dict[str, Any]]:
         gap = ceiling - base
         share = (tuned - base) / gap if key != "clip_t" and gap > 1e-6 else None
         rows.append({"name": name, "text": text, "base": base, "tuned": tuned, "ceiling": ceiling, "share": share})
+    return rows
+
+
+def list_checkpoints(evaluation: Evaluation, scores: Scorecard) -> list[dict[str, Any]]:
+    """Return a row per step whose weights were compared, with the means of the samples that were."""
+    drawn = [s for s in evaluation.samples if s.kind == "candidate"]
+    draws = {(sample.prompt, sample.seed) for sample in drawn}
+    drawn += [
+        s for s in evaluation.samples if s.kind == "subject" and s.side == "tuned" and (s.prompt, s.seed) in draws
+    ]
+    rows = []
+    for rank in scores.checkpoints:
+        own = [s for s in drawn if (evaluation.published_step if s.step is None else s.step) == rank.step]
+        values = [evaluation.sample_metrics[sample.image.key] for sample in own]
+        means = {name: sum(getattr(v, name) for v in values) / len(values) for name in ("dino", "clip_t")}
+        rows.append({"rank": rank, **means})
     return rows
 
 

@@ -19,6 +19,12 @@ class ScoringConfig(Section):
     num_repeated: int = Field(6, ge=0, le=1000, description="samples graded several times: is the judge steady?")
     num_controls: int = Field(3, ge=0, le=50, description="controls of each kind; 0: grades are never called reliable")
     num_pairs: int = Field(6, ge=0, le=1000, description="base and tuned samples compared directly, in both orders")
+    num_contests: int = Field(
+        4, ge=0, le=64, description="draws on which weights kept of several steps are compared, in both orders"
+    )
+    settle_gap: int = Field(
+        2, ge=0, le=4, description="grades of one sample that differ so much are settled by one more look; 0: never"
+    )
     second_share: float = Field(0.2, ge=0, le=1, description="share of samples that the second judge grades too")
     labels: str = Field("", description="CSV of a person's grades: sample,concept_preservation,prompt_following")
     poll_seconds: float = Field(5.0, gt=0, le=3600, description="longest wait between looks at a batch job")

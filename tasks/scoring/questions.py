@@ -2,7 +2,8 @@
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, Literal
 
 from PIL import Image, ImageFilter
@@ -15,7 +16,7 @@ from tasks.services.llm.requests import RequestSpec
 
 AXES = ("concept_preservation", "prompt_following", "image_quality")
 BLUR_SHARE = 1 / 32
-Kind = Literal["sample", "self", "other", "shuffled", "blurred", "pair"]
+Kind = Literal["sample", "self", "other", "shuffled", "blurred", "pair", "contest", "settled"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Question:
     """The sample's object, or for pairs both, base first."""
     repeat: int = 0
     is_swapped: bool = False
+    players: tuple[str, str] = ("", "")
+    """Whose pictures a pair compares, in the key's order."""
 
     @property
     def name(self) -> str:
@@ -46,6 +49,9 @@ class Material:
     others: list[Sample]
     """Class samples of the base model: other subjects of the same class."""
     read: Callable[[Sample], bytes]
+    candidates: list[Sample] = field(default_factory=list)
+    """Samples of the weights of other steps."""
+    published_step: int = 0
 
 
 def list_questions(config: ScoringConfig, material: Material) -> list[Question]:
@@ -56,6 +62,7 @@ def list_questions(config: ScoringConfig, material: Material) -> list[Question]:
             questions += ask_axes(material, sample, repeat=repeat)
     questions += list(list_controls(config, material))
     questions += list(list_pairs(config, material))
+    questions += list(list_contests(config, material))
     return list({question.name: question for question in questions}.values())
 
 
@@ -120,13 +127,35 @@ def list_pairs(config: ScoringConfig, material: Material) -> Iterator[Question]:
         base = by_draw.get((sample.prompt, sample.seed, "base"))
         if base is None:
             continue
-        for is_swapped in (False, True):
-            first, second = (sample, base) if is_swapped else (base, sample)
-            spec = pair_spec(
-                material.references, material.read(first), material.read(second), class_noun=material.class_noun
-            )
-            key = f"{base.image.key}+{sample.image.key}"
-            yield Question(spec, "pair", "pair", key, is_swapped=is_swapped)
+        yield from ask_both_ways(material, "pair", base, sample, players=("base", "tuned"))
+
+
+def list_contests(config: ScoringConfig, material: Material) -> Iterator[Question]:
+    """Yield every two of the kept weights on the same prompt and seed, each pair in both orders."""
+    published = [sample for sample in material.samples if sample.side == "tuned"]
+    steps = sorted({sample.step for sample in material.candidates if sample.step is not None})
+    by_draw: dict[tuple[str, int], dict[int, Sample]] = {}
+    for sample in [*published, *material.candidates]:
+        step = material.published_step if sample.step is None else sample.step
+        by_draw.setdefault((sample.prompt, sample.seed), {})[step] = sample
+    whole = [drawn for drawn in by_draw.values() if steps and len(drawn) == len(steps) + 1]
+    for drawn in whole[: config.num_contests]:
+        for first, second in combinations(sorted(drawn), 2):
+            players = (str(first), str(second))
+            yield from ask_both_ways(material, "contest", drawn[first], drawn[second], players=players)
+
+
+def ask_both_ways(
+    material: Material, kind: Kind, one: Sample, other: Sample, *, players: tuple[str, str]
+) -> Iterator[Question]:
+    """Yield a pair in both orders."""
+    for is_swapped in (False, True):
+        first, second = (other, one) if is_swapped else (one, other)
+        spec = pair_spec(
+            material.references, material.read(first), material.read(second), class_noun=material.class_noun
+        )
+        key = f"{one.image.key}+{other.image.key}"
+        yield Question(spec, kind, "pair", key, is_swapped=is_swapped, players=players)
 
 
 def list_second(config: ScoringConfig, material: Material) -> list[Question]:

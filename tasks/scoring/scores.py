@@ -1,14 +1,16 @@
 """From answers to scores, and to what is known of the judge that gave them."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 from tasks.errors import ConfigError
 from tasks.manifests import (
     Agreement,
+    CheckpointRank,
     ControlResult,
     JudgeHealth,
     Judgement,
@@ -16,6 +18,7 @@ from tasks.manifests import (
     Sample,
     Side,
     SideScores,
+    SubjectMetrics,
 )
 from tasks.scoring.agreement import (
     bootstrap_mean,
@@ -32,8 +35,18 @@ SELF_LIMIT, OTHER_LIMIT = 3.0, 1.0
 MEANINGFUL = 0.05
 
 
-def to_judgements(samples: Sequence[Sample], questions: Sequence[Question], answers: Answers) -> tuple[Judgement, ...]:
-    """Join grades with their samples; a sample without a grade on some axis is left out."""
+def to_judgements(
+    samples: Sequence[Sample],
+    questions: Sequence[Question],
+    answers: Answers,
+    settled: Mapping[tuple[str, str], int] = MappingProxyType({}),
+) -> tuple[Judgement, ...]:
+    """Join grades with their samples; a sample without a grade on some axis is left out.
+
+    Args:
+        settled: grades that decide where others differ much, by sample key and axis.
+
+    """
     judgements = []
     for sample in samples:
         grades = {axis: grades_of(sample, axis, questions, answers) for axis in AXES}
@@ -46,7 +59,8 @@ def to_judgements(samples: Sequence[Sample], questions: Sequence[Question], answ
                 side=sample.side,
                 prompt=sample.prompt,
                 evidence=answers[first.name].reply.evidence[:500],
-                **{axis: float(median(values)) for axis, values in grades.items()},
+                **{axis: float(settled.get((sample.image.key, axis), median(grades[axis]))) for axis in AXES},
+                settled=tuple(axis for axis in AXES if (sample.image.key, axis) in settled),
                 num_repeats=max(map(len, grades.values())),
                 spread=max(max(values) - min(values) for values in grades.values()),
             )
@@ -87,6 +101,7 @@ def examine_judge(
     *,
     is_comparable: bool,
     others: tuple[Agreement, ...] = (),
+    measured: Mapping[str, SubjectMetrics] = MappingProxyType({}),
 ) -> JudgeHealth:
     """Return what controls and repeats say of the judge."""
     controls = check_controls(questions, answers)
@@ -98,7 +113,19 @@ def examine_judge(
         is_comparable=is_comparable,
         is_reliable=bool(controls) and all(control.is_passed for control in controls) and is_comparable,
         others=others,
+        spearman=correlate(to_judgements(samples, questions, answers), measured),
     )
+
+
+def correlate(judgements: Sequence[Judgement], measured: Mapping[str, SubjectMetrics]) -> dict[str, float | None]:
+    """Return how grades rank with what was measured of the same samples; empty where nothing was."""
+    rows = [(judgement, measured[judgement.sample.key]) for judgement in judgements if judgement.sample.key in measured]
+    if not rows:
+        return {}
+    return {
+        "concept_preservation": compute_spearman([j.concept_preservation for j, _ in rows], [m.dino for _, m in rows]),
+        "prompt_following": compute_spearman([j.prompt_following for j, _ in rows], [m.clip_t for _, m in rows]),
+    }
 
 
 def check_controls(questions: Sequence[Question], answers: Answers) -> tuple[ControlResult, ...]:
@@ -141,32 +168,69 @@ def check_controls(questions: Sequence[Question], answers: Answers) -> tuple[Con
     return tuple(results)
 
 
+def judge_pairs(
+    questions: Sequence[Question], answers: Answers, kind: Kind
+) -> list[tuple[tuple[str, str], tuple[str, ...]]]:
+    """Return players and the winner in each order, of every pair that was answered both ways."""
+    by_key: dict[str, tuple[tuple[str, str], list[str]]] = {}
+    for question in questions:
+        if question.kind == kind and question.name in answers:
+            one, other = question.players
+            first, second = (other, one) if question.is_swapped else (one, other)
+            winner = {"first": first, "second": second, "equal": "equal"}[answers[question.name].reply.better]
+            by_key.setdefault(question.key, (question.players, []))[1].append(winner)
+    return [(players, tuple(winners)) for players, winners in by_key.values() if len(winners) == 2]
+
+
+def rank_players(pairs: Sequence[tuple[tuple[str, str], tuple[str, ...]]]) -> dict[str, float]:
+    """Return Bradley-Terry strengths; only a win in both orders counts as one, all else is half a win each."""
+    wins: dict[tuple[str, str], float] = {}
+    for (one, other), winners in pairs:
+        for winner, loser in ((one, other), (other, one)):
+            won = 1.0 if winners == (winner, winner) else 0.0 if winners == (loser, loser) else 0.5
+            wins[winner, loser] = wins.get((winner, loser), 0.0) + won
+    players = list(dict.fromkeys(player for pair in wins for player in pair))
+    return compute_strengths(players, wins) if players else {}
+
+
 def count_pairs(questions: Sequence[Question], answers: Answers) -> PairResult | None:
     """Return who won which pair; an answer that changes with the order is no win."""
-    by_key: dict[str, list[str]] = {}
-    for question in questions:
-        if question.kind == "pair" and question.name in answers:
-            better = answers[question.name].reply.better
-            sides = ("tuned", "base") if question.is_swapped else ("base", "tuned")
-            winner = {"first": sides[0], "second": sides[1], "equal": "equal"}[better]
-            by_key.setdefault(question.key, []).append(winner)
-    pairs = [winners for winners in by_key.values() if len(winners) == 2]
+    pairs = judge_pairs(questions, answers, "pair")
     if not pairs:
         return None
-    wins = {side: sum(winners == [side, side] for winners in pairs) for side in SIDES}
-    inconsistent = sum(set(winners) == {"base", "tuned"} for winners in pairs)
-    ties = len(pairs) - sum(wins.values())
-    strengths = compute_strengths(
-        SIDES, {("tuned", "base"): wins["tuned"] + ties / 2, ("base", "tuned"): wins["base"] + ties / 2}
-    )
+    wins = {side: sum(winners == (side, side) for _, winners in pairs) for side in SIDES}
+    inconsistent = sum(set(winners) == set(SIDES) for _, winners in pairs)
     return PairResult(
         num_pairs=len(pairs),
         tuned_wins=wins["tuned"],
         base_wins=wins["base"],
-        ties=ties - inconsistent,
+        ties=len(pairs) - sum(wins.values()) - inconsistent,
         inconsistent=inconsistent,
-        tuned_strength=strengths["tuned"],
+        tuned_strength=rank_players(pairs)["tuned"],
     )
+
+
+def rank_checkpoints(
+    questions: Sequence[Question], answers: Answers, *, published_step: int
+) -> tuple[CheckpointRank, ...]:
+    """Return how the kept weights did against each other, the strongest first."""
+    pairs = judge_pairs(questions, answers, "contest")
+    ranks = []
+    for step, strength in rank_players(pairs).items():
+        met = [winners for players, winners in pairs if step in players]
+        wins = sum(winners == (step, step) for winners in met)
+        losses = sum(winners[0] == winners[1] not in (step, "equal") for winners in met)
+        ranks.append(
+            CheckpointRank(
+                step=int(step),
+                is_published=int(step) == published_step,
+                strength=strength,
+                wins=wins,
+                losses=losses,
+                undecided=len(met) - wins - losses,
+            )
+        )
+    return tuple(sorted(ranks, key=lambda rank: -rank.strength))
 
 
 def compare_raters(rater: str, grades: dict[str, dict[str, int]], judgements: Sequence[Judgement]) -> Agreement | None:

@@ -6,14 +6,14 @@ from typing import Any
 
 from prefect import task
 
-from tasks.contract import StageFolder, read_verified
+from tasks.contract import StageFolder, keep_traces, read_verified
 from tasks.manifests import Agreement, Evaluation, ObjectRef, Scorecard, SubjectSet
 from tasks.prefect_states import finished, should_retry
 from tasks.runtime import Runtime
 from tasks.scoring.config import ScoringConfig
 from tasks.services.llm.config import LlmConfig
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 
 
 @task(name="scoring", persist_result=False, retries=1, retry_delay_seconds=3, retry_condition_fn=should_retry)
@@ -42,8 +42,8 @@ def compute_scores(
     """Put all questions to the judge and write the manifest."""
     from tasks.images import shrink_png
     from tasks.scoring import scores
-    from tasks.scoring.judging import ask_judge
-    from tasks.scoring.questions import Material, list_questions
+    from tasks.scoring.grading import grade
+    from tasks.scoring.questions import Material
 
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
     samples = [sample for sample in evaluation.samples if sample.kind == "subject"]
@@ -56,60 +56,53 @@ def compute_scores(
         references=[read(image.image) for image in subject.images[: config.num_reference_images]],
         samples=samples,
         others=[sample for sample in evaluation.samples if sample.kind == "class" and sample.side == "base"],
+        candidates=[sample for sample in evaluation.samples if sample.kind == "candidate"],
+        published_step=evaluation.published_step,
         read=lambda sample: read(sample.image),
     )
-    questions = list_questions(config, material)
-    answers, failures = ask_judge(
-        {question.name: question.spec for question in questions},
-        config,
-        llm=runtime.llm,
-        folder=folder,
-        on_progress=runtime.show("judge"),
-    )
-    judgements = scores.to_judgements(samples, questions, answers)
-    others = ask_others(folder, config, material, judgements, runtime)
-    is_comparable = all(runtime.llm.is_comparable(answer) for answer in answers.values())
+    grading = grade(config, material, llm=runtime.llm, folder=folder, show=runtime.show)
+    questions, answers = grading.questions, grading.answers
+    judgements = scores.to_judgements(samples, questions, answers, grading.decided)
+    plain = scores.to_judgements(samples, questions, answers)  # raters agree or not before anything is settled
     return folder.finish(
         Scorecard,
         version=STAGE_VERSION,
         cost_usd=ledger.sum_cost(since=first_row),
         counts={
             "judged": len(judgements),
-            "failed": len(failures),
+            "failed": len(grading.failures),
+            "settled": len(grading.settled),
             "llm_calls": ledger.count_calls(since=first_row),
         },
-        served_model=", ".join(sorted({answer.served_model for answer in answers.values()})),
+        served_model=", ".join(sorted({answer.served_model for answer in grading.given.values()})),
         judgements=judgements,
-        failed=tuple(f"{name}: {reason}" for name, reason in failures.items()),
+        failed=tuple(f"{name}: {reason}" for name, reason in grading.failures.items()),
         scores=scores.average(judgements),
         intervals=scores.find_intervals(judgements),
-        health=scores.examine_judge(samples, questions, answers, is_comparable=is_comparable, others=others),
+        health=scores.examine_judge(
+            samples,
+            questions,
+            answers,
+            is_comparable=all(runtime.llm.is_comparable(answer) for answer in grading.given.values()),
+            measured=evaluation.sample_metrics,
+            others=compare_others(config, grading.second_grades, plain, samples, runtime),
+        ),
         pairs=scores.count_pairs(questions, answers),
+        checkpoints=scores.rank_checkpoints(questions, answers, published_step=evaluation.published_step),
+        traces=keep_traces(folder, grading.traces()),
     )
 
 
-def ask_others(
-    folder: StageFolder, config: ScoringConfig, material: Any, judgements: Any, runtime: Runtime
+def compare_others(
+    config: ScoringConfig, second: Any, judgements: Any, samples: Any, runtime: Runtime
 ) -> tuple[Agreement, ...]:
     """Return how a second judge and a person agree with the first, where there are such."""
     from tasks.scoring import scores
-    from tasks.scoring.judging import ask_judge
-    from tasks.scoring.questions import list_second
 
     found: list[Agreement | None] = []
-    names = runtime.llm.config.rungs("second_judge")
-    if names:
-        questions = list_second(config, material)
-        answers, _ = ask_judge(
-            {question.name: question.spec for question in questions},
-            config,
-            llm=runtime.llm,
-            folder=folder,
-            role="second_judge",
-            on_progress=runtime.show("second judge"),
-        )
-        found.append(scores.compare_raters(names[0], scores.collect_grades(questions, answers), judgements))
+    if second:
+        found.append(scores.compare_raters(runtime.llm.config.rungs("second_judge")[0], second, judgements))
     if config.labels:
-        labels = scores.read_labels(Path(config.labels), material.samples)
+        labels = scores.read_labels(Path(config.labels), samples)
         found.append(scores.compare_raters("a person", labels, judgements))
     return tuple(agreement for agreement in found if agreement is not None)

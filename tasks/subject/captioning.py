@@ -2,9 +2,9 @@
 
 import csv
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,8 @@ from pydantic import BaseModel, Field
 
 from tasks.contract import digest
 from tasks.errors import ConfigError, ReplyInvalid
+from tasks.services.llm.batch import ask_batch
+from tasks.services.llm.calls import Answers, Specs, ask_each
 from tasks.services.llm.client import LlmService
 from tasks.services.llm.requests import RequestSpec
 from tasks.subject.config import SubjectConfig
@@ -77,6 +79,14 @@ class Described:
     """The second look at a photo that the inspector objected to."""
     problem: str = ""
     """Why no reply could be used; such a photo is set aside."""
+    trace: str = ""
+    """What the adjudicator thought aloud."""
+
+    def find_objection(self, config: SubjectConfig) -> str | None:
+        """Return why the photo is left out, or None: the adjudicator overrules the inspector."""
+        if self.inspection is None or (self.adjudication and self.adjudication.verdict == "accept"):
+            return None
+        return find_objection(self.inspection, config)
 
 
 def describe_photos(
@@ -85,37 +95,77 @@ def describe_photos(
     *,
     llm: LlmService,
     on_progress: Callable[[int, int], None],
+    state_prefix: str = "subject/batches",
 ) -> dict[str, Described]:
-    """Return what is said of every accepted photo by its digest; a person's captions need no model."""
+    """Return what is said of every accepted photo by its digest; a person's captions need no model.
+
+    Args:
+        state_prefix: key prefix in the store for the state of batch jobs, where there are many photos.
+
+    """
     names = {photo.name for photo in photos.accepted} | {reject.name for reject in photos.rejected}
     written = read_captions(config, names)
     if config.captioning == "template":
         return {photo.sha256: Described(caption=written.get(photo.name)) for photo in photos.accepted}
-    described: dict[str, Described] = {}
+    described = {photo.sha256: Described(caption=written.get(photo.name)) for photo in photos.accepted}
+    unwritten = [photo for photo in photos.accepted if photo.name not in written]
+    total = 2 * len(unwritten)
+    on_progress(0, total)
 
-    def describe(photo: Photo) -> Described:
-        if photo.name in written:
-            return Described(caption=written[photo.name])
-        try:
-            inspection = llm.ask(
-                inspect_spec(photo, config), role="inspector", doubt=lambda reply: find_doubt(reply, config)
-            )
-            objection = find_objection(inspection.reply, config)
-            decision = None
-            if objection and llm.profile("adjudicator").capabilities.tools:
-                others = [other for other in photos.accepted if other.sha256 != photo.sha256]
-                decision = adjudicate(photo, objection, others, config, llm=llm)
-            caption = llm.ask(caption_spec(photo, config), role="captioner")
-        except ReplyInvalid as error:
-            return Described(problem=str(error))
-        return Described(inspection.reply, caption.reply, decision)
+    def look(photo: Photo) -> Described:
+        return inspect_photo(photo, photos.accepted, config, llm=llm)
 
-    on_progress(0, len(photos.accepted))
-    with ThreadPoolExecutor(llm.profile("captioner").concurrency) as pool:
-        for photo, found in zip(photos.accepted, pool.map(describe, photos.accepted), strict=True):
+    with ThreadPoolExecutor(llm.profile("inspector").concurrency) as pool:
+        for done, (photo, found) in enumerate(zip(unwritten, pool.map(look, unwritten), strict=True), 1):
             described[photo.sha256] = found
-            on_progress(len(described), len(photos.accepted))
+            on_progress(done, total)
+    wanted = {
+        photo.sha256: caption_spec(photo, config)
+        for photo in unwritten
+        if not described[photo.sha256].problem and not described[photo.sha256].find_objection(config)
+    }
+    captions, failures = ask_captions(
+        wanted, config, llm=llm, state_prefix=state_prefix,
+        on_progress=lambda done, num: on_progress(total - num + done, total),
+    )  # fmt: skip
+    for sha256, answer in captions.items():
+        described[sha256] = replace(described[sha256], caption=answer.reply)
+    for sha256, reason in failures.items():
+        described[sha256] = Described(problem=reason)
     return described
+
+
+def inspect_photo(photo: Photo, photos: Sequence[Photo], config: SubjectConfig, *, llm: LlmService) -> Described:
+    """Return what inspector and, where that objects, adjudicator say of a photo."""
+    try:
+        inspection = llm.ask(
+            inspect_spec(photo, config), role="inspector", doubt=lambda reply: find_doubt(reply, config)
+        ).reply
+    except ReplyInvalid as error:
+        return Described(problem=str(error))
+    objection = find_objection(inspection, config)
+    decision, traces = None, list[str]()
+    if objection and llm.profile("adjudicator").capabilities.tools:
+        others = [other for other in photos if other.sha256 != photo.sha256]
+        decision = adjudicate(photo, objection, others, config, llm=llm, keep_trace=traces.append)
+    return Described(inspection, adjudication=decision, trace="".join(traces))
+
+
+def ask_captions(
+    specs: Specs,
+    config: SubjectConfig,
+    *,
+    llm: LlmService,
+    state_prefix: str,
+    on_progress: Callable[[int, int], None],
+) -> tuple[Answers, dict[str, str]]:
+    """Return captions and failures: by a batch job where there are many."""
+    if len(specs) < config.batch_from or llm.profile("captioner").capabilities.batch == "none":
+        return ask_each(specs, llm=llm, role="captioner", on_progress=on_progress)
+    return ask_batch(
+        llm, specs, role="captioner", state_prefix=state_prefix, poll_seconds=5.0,
+        max_wait_seconds=config.max_wait_seconds, on_progress=on_progress,
+    )  # fmt: skip
 
 
 def read_captions(config: SubjectConfig, names: set[str]) -> dict[str, Caption]:

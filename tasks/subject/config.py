@@ -28,6 +28,10 @@ class SubjectConfig(Section):
         "llm", description="llm: inspected and captioned by the LLM; template: no LLM at all"
     )
     captions: str = Field("", description="CSV of your own captions: photo,surroundings,view; needs no model")
+    batch_from: int = Field(100, ge=2, description="photos from which on captions are asked for in a batch job")
+    max_wait_seconds: float = Field(
+        1800, gt=0, description="park the run when that job takes longer; `likeness pending` goes on with it"
+    )
     is_profiled: bool = Field(True, description="have the LLM look at all photos at once: one subject? right noun?")
     is_looked_up: bool = Field(
         False, description="have an LLM look class noun and identifier token up on the web; it sees no photo"

@@ -1,6 +1,7 @@
 """A second look at a doubtful photo: the adjudicator measures before it decides."""
 
 import io
+from collections.abc import Callable
 from typing import Literal
 
 from PIL import Image
@@ -43,7 +44,13 @@ class Adjudication(BaseModel):
 
 
 def adjudicate(
-    photo: Photo, objection: str, others: list[Photo], config: SubjectConfig, *, llm: LlmService
+    photo: Photo,
+    objection: str,
+    others: list[Photo],
+    config: SubjectConfig,
+    *,
+    llm: LlmService,
+    keep_trace: Callable[[str], None] = lambda trace: None,
 ) -> Adjudication | None:
     """Return the decision on a photo that the inspector objects to, or None where it wasn't measured."""
     noun = f"{choose_article(config.class_noun)} {config.class_noun}"
@@ -57,6 +64,8 @@ def adjudicate(
         examined = ask_with_tools(llm, spec, tools, role="adjudicator", max_rounds=MAX_ROUNDS)
     except ReplyInvalid:
         return None
+    if examined.trace:
+        keep_trace(examined.trace)
     reply: Adjudication = examined.answer.reply
     return reply if examined.called else None  # a verdict that cites no measurement is none
 

@@ -29,15 +29,25 @@ class NameFinding(BaseModel):
     identifier_meaning: str = Field(description="what the identifier token means then; else empty")
 
 
+def find_name(config: SubjectConfig) -> str:
+    """Return what is looked up."""
+    return clean_phrase(config.known_as) or config.class_noun
+
+
+def look_up_spec(config: SubjectConfig) -> RequestSpec[NameFinding]:
+    """Return the request."""
+    name = find_name(config)
+    text = f"Name: {name}. Class noun in use: {config.class_noun}. Identifier token: {config.identifier_token}."
+    return RequestSpec(LOOK_UP, (text,), NameFinding)
+
+
 def look_up_names(config: SubjectConfig, *, llm: LlmService) -> tuple[list[str], tuple[str, ...]]:
     """Return warnings about class noun and identifier token, and the pages they rest on."""
     if not config.is_looked_up:
         return [], ()
-    name = clean_phrase(config.known_as) or config.class_noun
-    text = f"Name: {name}. Class noun in use: {config.class_noun}. Identifier token: {config.identifier_token}."
-    spec = RequestSpec(LOOK_UP, (text,), NameFinding)
+    name = find_name(config)
     try:
-        found = ask_with_search(llm, spec, role="profiler", domains=config.look_up_domains)
+        found = ask_with_search(llm, look_up_spec(config), role="profiler", domains=config.look_up_domains)
     except ReplyInvalid as error:
         log.warning("names were not looked up: %s", error)
         return [], ()

@@ -8,7 +8,7 @@ from tasks.contract import StageFolder
 from tasks.errors import ReplyInvalid, SubjectRejected
 from tasks.manifests import InstanceImage, RejectedImage
 from tasks.services.llm.client import LlmService
-from tasks.subject.captioning import Described, find_objection, lint_caption, write_caption, write_instance_prompt
+from tasks.subject.captioning import Described, lint_caption, write_caption, write_instance_prompt
 from tasks.subject.config import SubjectConfig
 from tasks.subject.intake import CheckedPhotos, Photo
 from tasks.subject.linting import clean_phrase, list_trait_words
@@ -55,9 +55,7 @@ def sort_photos(
     trait_words = list_trait_words(outcome.traits, class_noun=config.class_noun)
     for photo in photos:
         found = described.get(photo.sha256, Described())
-        objection = find_objection(found.inspection, config) if found.inspection else None
-        if objection and found.adjudication is not None and found.adjudication.verdict == "accept":
-            objection = None
+        objection = found.find_objection(config)
         if found.problem or objection:
             reason = (
                 f"no usable reply ({clean_phrase(found.problem, max_words=20)})" if found.problem else str(objection)

@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import task
 
-from tasks.contract import StageFolder
+from tasks.contract import StageFolder, keep_traces
 from tasks.manifests import RejectedImage, SubjectSet
 from tasks.prefect_states import finished, should_retry
 from tasks.runtime import Runtime
@@ -29,7 +29,9 @@ def prepare_subject(config: SubjectConfig, llm: LlmConfig, photos: Any, runtime:
     """Inspect and caption the photos; keep rejects with their reasons."""
     from tasks.subject.captioning import digest_prompts
 
-    settings = config.model_dump(mode="json", exclude={"source", "max_images", "captions"})
+    settings = config.model_dump(
+        mode="json", exclude={"source", "max_images", "captions", "batch_from", "max_wait_seconds"}
+    )
     captions = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest() if config.captions else ""
     models = [digest_prompts(), *(llm.identity(role) for role in ("inspector", "captioner", "profiler", "adjudicator"))]
     is_asked = config.captioning == "llm"
@@ -54,7 +56,13 @@ def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, run
     from tasks.subject.sorting import check_leaks, look_at_all, sort_photos
 
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
-    described = describe_photos(photos, config, llm=runtime.llm, on_progress=runtime.show("captions"))
+    described = describe_photos(
+        photos,
+        config,
+        llm=runtime.llm,
+        state_prefix=f"{folder.prefix}/batches",
+        on_progress=runtime.show("inspection and captions"),
+    )
     overview = look_at_all(photos, config, llm=runtime.llm) if config.captioning == "llm" else None
     warnings, sources = look_up_names(config, llm=runtime.llm)
     sorted_photos = sort_photos(folder, photos.accepted, described, config, overview)
@@ -62,6 +70,7 @@ def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, run
     left_out = [(r.source_name, r.reason) for r in [*rejected, *sorted_photos.quarantined]]
     intake.require_enough(len(sorted_photos.images), config, left_out)
     check_leaks(sorted_photos, config)
+    traces = {photo.name: described[photo.sha256].trace for photo in photos.accepted}
     return folder.finish(
         SubjectSet,
         version=STAGE_VERSION,
@@ -81,6 +90,7 @@ def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, run
         leaks=tuple(sorted_photos.leaks),
         warnings=(*sorted_photos.warnings, *warnings),
         sources=sources,
+        traces=keep_traces(folder, traces),
     )
 
 

@@ -26,6 +26,7 @@ from tasks.training import draws
 from tasks.training.buckets import Size
 from tasks.training.latent_cache import is_whole, note_of, write
 from tasks.training.spec import TrainingImage, TrainingSpec
+from tasks.wording import shorten_prompt
 
 ENCODE_BATCH = 8
 
@@ -180,7 +181,7 @@ def load_set(
         write(note_of(path), digest_file(path).encode())
     for image in images:
         check_digest(Path(image.path), image.sha256)
-    return ImageSet(**load_file(path), input_ids=model.tokenize([image.prompt for image in images]))
+    return ImageSet(**load_file(path), input_ids=tokenize_prompts(model, images))
 
 
 def check_digest(path: Path, sha256: str) -> bytes:
@@ -215,8 +216,13 @@ def encode_set(
         std=std.view(num, -1, *std.shape[1:]),
         mask=mask.view(num, -1, *mask.shape[1:]),
         sizes=torch.tensor(sizes, dtype=torch.float32).view(num, -1, 6),
-        input_ids=model.tokenize([image.prompt for image in images]),
+        input_ids=tokenize_prompts(model, images),
     )
+
+
+def tokenize_prompts(model: DiffusionModel, images: tuple[TrainingImage, ...]) -> Tensor:
+    """Return the ids `(N, L)` of the images' prompts, shortened at a phrase where a text encoder reads fewer."""
+    return model.tokenize([shorten_prompt(image.prompt, fits=model.has_room) for image in images])
 
 
 @dataclass(frozen=True)

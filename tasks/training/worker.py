@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from tasks.contract import digest_file
 from tasks.diffusion.base import choose_device, find_family
+from tasks.diffusion.latent_model import LatentModel
 from tasks.errors import TrainingFailed
 from tasks.training.callbacks import StepKeeper, tell, watch_supervisor
 from tasks.training.candidates import list_candidates, open_base, step_of, write_candidate, write_weights
@@ -35,6 +36,7 @@ from tasks.training.optimizers import set_up_kernels
 from tasks.training.sharding import join_processes, spread
 from tasks.training.spec import STOPPED_EXIT_CODE, RunFolder, TrainingSpec
 from tasks.training.validation import has_settled
+from tasks.wording import shorten_prompt
 
 
 def main(argv: list[str]) -> int:
@@ -119,6 +121,7 @@ def attempt(spec: TrainingSpec, identity: dict[str, str]) -> int:
         for name, parameter in module.named_trained():
             if name in state.averages:
                 module.average[name] = spread(state.averages[name], like=parameter)
+    tell_shortened(run, spec, model)
     keeper = StepKeeper(spec, run, identity=identity, state=state)
     has_stopped_early = spec.training.validation.is_early_stopping and has_settled(
         keeper.losses, spec.training.validation
@@ -135,6 +138,15 @@ def attempt(spec: TrainingSpec, identity: dict[str, str]) -> int:
     if rank == 0:
         write_result(run, module, keeper.losses, weights=weights, identity=identity)
     return 0
+
+
+def tell_shortened(run: RunFolder, spec: TrainingSpec, model: LatentModel) -> None:
+    """Note which captions the text encoders don't read to their end."""
+    for image in spec.instance_images if os.environ.get("RANK", "0") == "0" else ():
+        short = shorten_prompt(image.prompt, fits=model.has_room)
+        if short != image.prompt:
+            text = f'a caption is longer than {spec.diffusion.family} reads and is trained as "{short}"'
+            tell(run, {"event": "note", "text": text})
 
 
 def fit(spec: TrainingSpec, module: DreamBoothModule, keeper: StepKeeper) -> None:

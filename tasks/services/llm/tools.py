@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from tasks.errors import ReplyInvalid
 from tasks.services.llm.client import Answer, LlmService
-from tasks.services.llm.dialects import TOOL, ask_for
+from tasks.services.llm.dialects import TOOL, ask_for, read_trace
 from tasks.services.llm.ledger import LedgerRow
 from tasks.services.llm.requests import RequestSpec, T, encode_image
 from tasks.services.llm.schema import strict_schema
@@ -55,6 +55,8 @@ class Examined:
 
     answer: Answer[Any]
     called: tuple[str, ...]
+    trace: str = ""
+    """What the model thought aloud, where its provider tells."""
 
 
 def ask_with_tools(
@@ -70,7 +72,7 @@ def ask_with_tools(
     profile = llm.config.profiles[name]
     cached = llm.find_cached(spec, name=name, role=role)
     if cached is not None:
-        return Examined(cached, tuple(json.loads(cached.trace or "[]")))
+        return read_examined(cached)
     by_name = {tool.name: tool for tool in tools}
     forced = ask_for(spec.plain_body(profile), spec.reply, "tool")
     body = {**forced, "tools": [tool.describe() for tool in tools] + forced["tools"], "tool_choice": "required"}
@@ -84,11 +86,17 @@ def ask_with_tools(
         calls = message.get("tool_calls") or []
         answers = [call for call in calls if call["function"]["name"] == TOOL]
         if answers or not calls:
-            return Examined(accept(llm, spec, completion, answers, called, row=row), tuple(called))
+            return read_examined(accept(llm, spec, completion, answers, called, row=row))
         llm.book_completion(completion, row=row)
         body["messages"] = [*body["messages"], {"role": "assistant", "content": None, "tool_calls": calls}]
         body["messages"] += run_calls(calls, by_name, called, max_side=profile.max_image_side)
     raise ReplyInvalid(f"no answer after {max_rounds} rounds of tools")
+
+
+def read_examined(answer: Answer[Any]) -> Examined:
+    """Return an answer with what was noted beside it."""
+    notes = json.loads(answer.trace or "{}")
+    return Examined(answer, tuple(notes.get("called", ())), notes.get("trace", ""))
 
 
 def run_calls(
@@ -122,7 +130,9 @@ def accept(
 ) -> Answer[T]:
     """Book and keep an answer as if it had been a plain reply. Raises ReplyInvalid."""
     choice = (completion.get("choices") or [{}])[0]
-    message = {**(choice.get("message") or {}), "tool_calls": answers, "reasoning_content": json.dumps(called)}
+    told = choice.get("message") or {}
+    notes = json.dumps({"called": called, "trace": read_trace(told)})
+    message = {**told, "tool_calls": answers, "reasoning_content": notes}
     if answers:
         message["content"] = answers[0]["function"]["arguments"]
     finish_reason = "stop" if answers else choice.get("finish_reason")

@@ -6,8 +6,7 @@ from tasks.contract import StageFolder
 from tasks.diffusion.base import DiffusionModel, open_model
 from tasks.encoders.config import EncoderConfig
 from tasks.evaluation.config import EvaluationConfig
-from tasks.evaluation.sampling import draw_samples, plan_samples
-from tasks.manifests import Side
+from tasks.evaluation.sampling import Source, draw_samples, plan_samples
 from tasks.services.store import LocalStore
 from tests.tiny import tiny_diffusion_config
 
@@ -29,6 +28,21 @@ def test_both_sides_get_the_same_prompts_and_seeds() -> None:
     assert ("sks orca in the snow", 1001, "subject") in sides["base"]
 
 
+def test_other_kept_weights_draw_each_prompt_once_before_any_twice() -> None:
+    config = CONFIG.model_copy(update={"num_candidate_images": 3})
+    planned = plan_samples(
+        config, class_noun="orca", identifier_token="sks", class_prompt="a photo of an orca", candidates=(400, 600)
+    )
+    drawn = [plan for plan in planned if plan.kind == "candidate"]
+    assert [plan.source for plan in drawn] == [400] * 3 + [600] * 3
+    assert [(plan.prompt, plan.seed) for plan in drawn[:3]] == [
+        ("a photo of sks orca", 1000), ("sks orca in the snow", 1000), ("a photo of sks orca", 1001),
+    ]  # fmt: skip
+    assert len({plan.name for plan in planned}) == len(planned)
+    published = {(plan.prompt, plan.seed) for plan in planned if plan.side == "tuned" and plan.kind == "subject"}
+    assert {(plan.prompt, plan.seed) for plan in drawn} <= published
+
+
 def test_clip_t_compares_with_the_prompt_without_identifier() -> None:
     planned = plan_samples(CONFIG, class_noun="orca", identifier_token="sks", class_prompt="a photo of an orca")
     assert {p.class_prompt for p in planned if p.kind == "subject"} == {"a photo of an orca", "an orca in the snow"}
@@ -38,7 +52,7 @@ def test_clip_t_compares_with_the_prompt_without_identifier() -> None:
 def test_samples_of_an_earlier_attempt_are_kept(tmp_path: Path, tiny_model_folder: Path) -> None:
     store, loads = LocalStore(tmp_path), []
 
-    def load(side: Side) -> DiffusionModel:
+    def load(side: Source) -> DiffusionModel:
         loads.append(side)
         return open_model(tiny_diffusion_config(tiny_model_folder))
 

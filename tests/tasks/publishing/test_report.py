@@ -6,9 +6,25 @@ import pytest
 
 from tasks.contract import StageFolder
 from tasks.images import decode_png, encode_png
-from tasks.manifests import CeilingMetrics, DriftMetrics, Evaluation, ObjectRef, Sample, SubjectMetrics
+from tasks.manifests import (
+    CeilingMetrics,
+    CheckpointRank,
+    DriftMetrics,
+    Evaluation,
+    ObjectRef,
+    Sample,
+    Scorecard,
+    SubjectMetrics,
+)
 from tasks.publishing.export import headline_metrics
-from tasks.publishing.report import draw_curves, draw_sample_grid, list_metrics, list_samples, smoothed
+from tasks.publishing.report import (
+    draw_curves,
+    draw_sample_grid,
+    list_checkpoints,
+    list_metrics,
+    list_samples,
+    smoothed,
+)
 from tasks.services.store import LocalStore
 from tests.tiny import draw_photo
 
@@ -32,6 +48,8 @@ def make_evaluation(store: LocalStore) -> Evaluation:
         },
         drift={"base": DriftMetrics(pres=0.1, div=0.9), "tuned": DriftMetrics(pres=0.2, div=0.8)},
         ceiling=CeilingMetrics(dino=0.8, clip_i=0.9, clip_t=0.5),
+        sample_metrics={s.image.key: SubjectMetrics(dino=0.1 * n, clip_i=0, clip_t=0) for n, s in enumerate(samples)},
+        published_step=800,
     )  # fmt: skip
 
 
@@ -46,6 +64,26 @@ def test_samples_stand_by_prompt_in_the_order_they_were_asked_for(store: LocalSt
     rows = list_samples(make_evaluation(store).samples, {})
     assert [row["prompt"] for row in rows] == ["a photo of sks fish", "sks fish at night"]
     assert all(len(row["base"]) == len(row["tuned"]) == 1 for row in rows)
+
+
+def test_weights_of_several_steps_are_shown_with_the_means_of_what_was_compared(store: LocalStore) -> None:
+    evaluation = make_evaluation(store)
+    published = evaluation.samples[2]
+    image = StageFolder(store, "evaluation", "k").put("c.png", b"x")
+    drawn = published.model_copy(update={"kind": "candidate", "step": 400, "image": image})
+    evaluation = evaluation.model_copy(
+        update={
+            "samples": (*evaluation.samples, drawn),
+            "sample_metrics": {**evaluation.sample_metrics, image.key: SubjectMetrics(dino=0.9, clip_i=0, clip_t=0)},
+        }
+    )
+    ranks = [
+        CheckpointRank(step=step, is_published=step == 800, strength=0.5, wins=0, losses=0, undecided=1)
+        for step in (400, 800)
+    ]
+    scores = Scorecard.model_construct(checkpoints=tuple(ranks))
+    rows = list_checkpoints(evaluation, scores)
+    assert [(row["rank"].step, row["dino"]) for row in rows] == [(400, 0.9), (800, pytest.approx(0.2))]
 
 
 def test_the_grid_has_base_above_tuned(store: LocalStore) -> None:
@@ -68,7 +106,7 @@ def test_smoothing_keeps_the_mean_of_a_level_curve() -> None:
 
 
 def test_headline_metrics_are_flat_and_complete(store: LocalStore) -> None:
-    from tasks.manifests import JudgeHealth, Scorecard, SideScores
+    from tasks.manifests import JudgeHealth, SideScores
 
     scores = StageFolder(store, "scoring", "k").finish(
         Scorecard, version=1, counts={}, served_model="m", judgements=(), failed=(),

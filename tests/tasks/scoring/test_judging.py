@@ -1,6 +1,8 @@
 """From questions to scores, and what is known of the judge that answered."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,16 @@ from pydantic import BaseModel
 from tasks.contract import StageFolder
 from tasks.errors import ConfigError, ReplyInvalid
 from tasks.images import encode_png
-from tasks.manifests import JudgeHealth, ObjectRef, Sample, Side
+from tasks.manifests import JudgeHealth, ObjectRef, Sample, Side, SubjectMetrics
 from tasks.scoring import scores
 from tasks.scoring.config import ScoringConfig
 from tasks.scoring.judging import ask_judge
 from tasks.scoring.questions import AXES, Material, Question, list_questions, list_second
 from tasks.scoring.rubric import ConceptGrade, QualityGrade, concept_spec, pair_spec, prompt_spec, quality_spec
+from tasks.scoring.settling import find_disputed, read_settled, settle
 from tasks.services.llm.calls import Answers
 from tasks.services.llm.client import Answer
+from tasks.services.llm.config import LlmConfig
 from tasks.services.store import LocalStore
 from tests.llm_server import scripted_server
 from tests.tasks.services.llm.test_client import make_llm
@@ -92,7 +96,8 @@ def answer_all(questions: list[Question], grade: Callable[[Question], Any]) -> A
     answers = {}
     for question in questions:
         value = grade(question)
-        fields: dict[str, Any] = {"better": value} if question.kind == "pair" else {question.axis: value}
+        is_pair = question.kind in ("pair", "contest")
+        fields: dict[str, Any] = {"better": value} if is_pair else {question.axis: value}
         reply: BaseModel = question.spec.reply.model_construct(evidence="e", **fields)
         answers[question.name] = Answer(reply, "p", "m")
     return answers
@@ -198,6 +203,104 @@ def test_only_wins_in_both_orders_count(material: Material) -> None:
     assert first is not None
     assert (first.tuned_wins, first.base_wins, first.ties, first.inconsistent) == (0, 0, 0, 4)
     assert first.tuned_strength == pytest.approx(0.5)
+
+
+def with_candidates(material: Material, *steps: int) -> Material:
+    """Add samples of other steps on four of the tuned samples' draws."""
+    tuned = [sample for sample in material.samples if sample.side == "tuned"][:4]
+    drawn = [
+        sample.model_copy(
+            update={"kind": "candidate", "step": step, "image": ObjectRef(key=f"c{step}/{n}", sha256="0", size_bytes=1)}
+        )
+        for step in steps
+        for n, sample in enumerate(tuned)
+    ]
+    return replace(material, candidates=drawn, published_step=800)
+
+
+def test_kept_weights_meet_each_other_in_both_orders_and_are_ranked(material: Material) -> None:
+    several = with_candidates(material, 400, 600)
+    questions = list_questions(ScoringConfig(num_contests=3), several)
+    contests = [question for question in questions if question.kind == "contest"]
+    assert len(contests) == 3 * 3 * 2
+    assert {question.players for question in contests} == {("400", "600"), ("400", "800"), ("600", "800")}
+
+    def later_is_better(question: Question) -> Any:
+        return ("first" if question.is_swapped else "second") if question.kind == "contest" else fair_judge(question)
+
+    ranks = scores.rank_checkpoints(questions, answer_all(questions, later_is_better), published_step=800)
+    assert [(rank.step, rank.wins, rank.losses, rank.is_published) for rank in ranks] == [
+        (800, 6, 0, True), (600, 3, 3, False), (400, 0, 6, False),
+    ]  # fmt: skip
+    assert sum(rank.strength for rank in ranks) == pytest.approx(1)
+    by_order = scores.rank_checkpoints(questions, answer_all(questions, lambda q: "first"), published_step=800)
+    assert {(rank.wins, rank.losses, rank.undecided) for rank in by_order} == {(0, 0, 6)}
+
+
+def test_without_other_weights_there_is_no_contest(material: Material) -> None:
+    questions = list_questions(ScoringConfig(), material)
+    assert not any(question.kind == "contest" for question in questions)
+    assert scores.rank_checkpoints(questions, answer_all(questions, fair_judge), published_step=800) == ()
+
+
+def test_grades_that_differ_much_are_settled_by_the_next_profile_with_reasoning(
+    material: Material, tmp_path: Path
+) -> None:
+    config = ScoringConfig(num_repeats=3, num_repeated=2)
+    questions = list_questions(config, material)
+    torn = material.samples[0].image.key
+
+    def judge(question: Question) -> Any:
+        if question.key == torn and question.axis == "concept_preservation" and question.kind == "sample":
+            return (0, 2, 0)[question.repeat]
+        return fair_judge(question)
+
+    answers = answer_all(questions, judge)
+    [disputed] = find_disputed(config, material.samples, questions, answers, {})
+    assert (disputed.key, disputed.axis, disputed.spec.is_reasoning) == (torn, "concept_preservation", True)
+    reply = {
+        "evidence": "e", "shape": 3, "color": 3, "texture": 3, "face": "absent", "concept_preservation": 3,
+    }  # fmt: skip
+    with scripted_server() as cheap, scripted_server() as strong:
+        strong.script(json.dumps(reply))
+        cheap_llm = make_llm(cheap, tmp_path)
+        profile = cheap_llm.config.profiles["p"]
+        able = profile.capabilities.model_copy(update={"reasoning": "effort"})
+        other = profile.model_copy(update={"base_url": strong.url, "capabilities": able})
+        cheap_llm.config = LlmConfig(models=("p", "strong"), profiles={"p": profile, "strong": other})
+        settled = settle([disputed], llm=cheap_llm, on_progress=lambda done, total: None)
+        assert not cheap.counts
+        assert strong.bodies[0]["reasoning_effort"] == "medium"
+    decided = read_settled([disputed], settled)
+    before = scores.to_judgements(material.samples, questions, answers)[0]
+    after = scores.to_judgements(material.samples, questions, answers, decided)[0]
+    assert (before.concept_preservation, after.concept_preservation) == (0, 3)
+    assert (before.settled, after.settled) == ((), ("concept_preservation",))
+    assert settle([], llm=cheap_llm, on_progress=lambda done, total: None) == {}
+
+
+def test_a_second_judge_that_differs_much_is_a_dispute_too(material: Material) -> None:
+    config = ScoringConfig(num_repeated=0)
+    questions = list_questions(config, material)
+    answers = answer_all(questions, fair_judge)
+    key = material.samples[0].image.key  # base: graded 2
+    assert find_disputed(config, material.samples, questions, answers, {key: {"image_quality": 3}}) == []
+    [disputed] = find_disputed(config, material.samples, questions, answers, {key: {"image_quality": 0}})
+    assert disputed.axis == "image_quality"
+    off = config.model_copy(update={"settle_gap": 0})
+    assert find_disputed(off, material.samples, questions, answers, {key: {"image_quality": 0}}) == []
+
+
+def test_grades_are_ranked_with_what_was_measured(material: Material) -> None:
+    questions = list_questions(ScoringConfig(), material)
+    judgements = scores.to_judgements(material.samples, questions, answer_all(questions, fair_judge))
+    measured = {
+        sample.image.key: SubjectMetrics(dino=0.9 if sample.side == "tuned" else 0.1, clip_i=0, clip_t=0.5)
+        for sample in material.samples
+    }
+    found = scores.correlate(judgements, measured)
+    assert found == {"concept_preservation": pytest.approx(1), "prompt_following": None}
+    assert scores.correlate(judgements, {}) == {}
 
 
 def test_a_second_judge_and_a_person_are_compared_with_the_first(material: Material, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tasks.contract import StageFolder
 from tasks.errors import ConfigError, SubjectRejected
+from tasks.services.llm.config import CapabilityConfig
 from tasks.services.store import LocalStore
 from tasks.subject.captioning import Caption, Described, ImageInspection, describe_photos, digest_prompts, lint_caption
 from tasks.subject.config import SubjectConfig
@@ -138,6 +139,37 @@ def test_of_many_photos_the_best_are_trained_on(photos: CheckedPhotos, store: Lo
 def test_a_box_that_cannot_be_places_no_crop() -> None:
     assert Box(left=0.5, top=0.1, right=0.2, bottom=0.9).find_center() is None
     assert Box(left=0.5, top=0.5, right=0.51, bottom=0.51).find_center() is None
+
+
+def test_many_captions_go_by_one_batch_job(photos: CheckedPhotos, tmp_path: Path) -> None:
+    class Rows(Answering):
+        def answer_row(self, body: dict[str, Any]) -> dict[str, Any]:
+            self.bodies.append(body)
+            return super().answer_row(body)
+
+    with scripted_server(Rows(answers)) as server:
+        llm = make_llm(server, tmp_path)
+        shown: list[tuple[int, int]] = []
+        described = describe_photos(
+            photos, config_of(photos, batch_from=4), llm=llm, on_progress=lambda *at: shown.append(at)
+        )
+        assert [found.caption.surroundings for found in described.values() if found.caption] == ["on the beach"] * 4
+        assert (server.counts[CHAT], server.counts["POST /v1/batches"], server.counts["row"]) == (4, 1, 4)
+        assert shown[-1] == (8, 8)
+        describe_photos(photos, config_of(photos), llm=llm, on_progress=lambda done, total: None)
+        assert server.counts[CHAT] == 4  # the replies of the job serve calls
+
+
+def test_a_photo_that_is_left_out_needs_no_caption(photos: CheckedPhotos, tmp_path: Path) -> None:
+    def object_to_first(name: str, number: int) -> Any:
+        bad = {**GOOD.model_dump(), "verdict": "reject"}
+        return bad if name == "ImageInspection" and number == 0 else answers(name, number)
+
+    with scripted_server(Answering(object_to_first)) as server:
+        able = CapabilityConfig(structure="json_schema", tools=False)
+        llm = make_llm(server, tmp_path, concurrency=1, capabilities=able)
+        describe_photos(photos, config_of(photos), llm=llm, on_progress=lambda done, total: None)
+        assert server.asked == {"ImageInspection": 4, "Caption": 3}
 
 
 def test_captions_that_cannot_be_read_are_named(photos: CheckedPhotos, tmp_path: Path) -> None:

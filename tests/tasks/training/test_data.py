@@ -1,5 +1,6 @@
 """Cached posteriors and batches by counter."""
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from tasks.errors import ArtifactCorrupt
 from tasks.services.store import LocalStore
 from tasks.training import draws
 from tasks.training.buckets import Size
-from tasks.training.data import BatchMaker, SampleCounter, Variant, load_picture
+from tasks.training.data import BatchMaker, SampleCounter, Variant, load_picture, tokenize_prompts
 from tasks.training.latent_cache import fetch_latents, is_whole, keep_latents
-from tests.tiny import describe_image, make_spec
+from tests.tiny import describe_image, make_spec, train_here
 
 CPU = torch.device("cpu")
 SQUARE = Size(32, 32)
@@ -45,6 +46,20 @@ def test_a_batch_is_instances_then_class_images_with_their_own_prompts(tmp_path:
     assert torch.equal(batch.input_ids, expected)
     assert batch.latents.shape == batch.noise.shape == (4, 4, 16, 16)
     assert not torch.equal(batch.noise[:2], batch.noise[2:])
+
+
+def test_a_caption_that_is_too_long_is_cut_at_a_phrase(tmp_path: Path, tiny_model_folder: Path) -> None:
+    long = "a photo of sks fish in the snow, " + "on the beach " * 12 + ", at night"
+    spec = make_spec(tmp_path, tiny_model_folder, max_train_steps=1)
+    first = spec.instance_images[0].model_copy(update={"prompt": long})
+    spec = spec.model_copy(update={"instance_images": (first, *spec.instance_images[1:])})
+    model = open_model(spec.diffusion)
+    assert not model.has_room(long)
+    [ids] = tokenize_prompts(model, (first,))
+    assert torch.equal(ids, model.tokenize(["a photo of sks fish in the snow"])[0])
+    run = train_here(tmp_path, tiny_model_folder, spec=spec)
+    note = json.loads(run.events.read_text().splitlines()[0])["text"]
+    assert note.endswith('is trained as "a photo of sks fish in the snow"')
 
 
 def test_two_ranks_see_what_one_would(tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -60,6 +60,9 @@ class ScriptedServer:
         self.bodies: list[dict[str, Any]] = []
         self.desk = BatchDesk(self.answer_row)
         self.url = ""
+        self.models: list[dict[str, Any]] = [
+            {"id": "asked-model", "object": "model", "created": 1, "owned_by": "somebody"}
+        ]
 
     def script(self, *answers: Answer | str) -> None:
         """Set the answers: a reply's text, or a whole response."""
@@ -123,7 +126,9 @@ def make_handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:
             path = self.path.split("?")[0].removeprefix("/v1/").split("/")
             server.counts[f"GET {path[0]}"] += 1
             try:
-                if path == ["batches"]:
+                if path == ["models"]:
+                    self.send({"object": "list", "data": server.models})
+                elif path == ["batches"]:
                     self.send({"object": "list", "data": server.desk.list_batches(), "has_more": False})
                 elif path[0] == "batches":
                     self.send(server.desk.show(path[1]))

@@ -185,7 +185,7 @@ def translated(profile: ProfileConfig) -> Iterator[None]:
 
 def sort_status(error: Any, profile: ProfileConfig, where: str) -> LikenessError:
     """Return our error for an HTTP status: what the operator should do."""
-    status, told = int(error.status_code), read_reason(error)
+    status, told = int(error.status_code), read_reason(error, profile)
     whole = f"{error} {error.body}".lower()  # the SDK keeps codes such as insufficient_quota out of its message
     is_quota = status == 429 and any(word in whole for word in QUOTA_WORDS)
     if status in (401, 403):
@@ -200,9 +200,11 @@ def sort_status(error: Any, profile: ProfileConfig, where: str) -> LikenessError
     return ServiceUnavailable(f"{where} {reason}")
 
 
-def read_reason(error: Any) -> str:
-    """Return what a server says is wrong: each puts it elsewhere."""
+def read_reason(error: Any, profile: ProfileConfig) -> str:
+    """Return what a server says is wrong: each puts it elsewhere, and some say the key with it."""
     body = error.body
     if isinstance(body, dict):
         body = body.get("message") or body.get("detail") or body
-    return " ".join(str(body or error.message).split())[:200]
+    told = " ".join(str(body or error.message).split())
+    key = os.environ.get(profile.api_key_variable or "", "")
+    return (told.replace(key, "***") if key else told)[:200]

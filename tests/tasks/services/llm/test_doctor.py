@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 
+from conf.request import compile_request, parse_overrides
 from flows.costs import sum_costs
+from tasks.mini.launch import LocalServer
+from tasks.services.llm.client import LlmService
 from tasks.services.llm.config import CapabilityConfig, ProfileConfig
 from tasks.services.llm.doctor import check_retirement, examine
 from tasks.services.llm.estimate import estimate_calls
+from tasks.services.llm.ledger import Ledger
+from tasks.services.store import LocalStore
 from tests.llm_server import ScriptedServer, completion, scripted_server
 from tests.tasks.services.llm.test_client import GOOD, SPEC, ask, make_llm
 
@@ -20,10 +25,12 @@ TODAY = datetime.date(2026, 11, 22)
 class Listing(ScriptedServer):
     """Lists its models; sees red, unless it is another model that answers."""
 
-    served = "asked-model"
+    def __init__(self, **reply: Any) -> None:
+        super().__init__()
+        self.reply = reply
 
     def next_answer(self) -> Any:
-        return 200, {}, json.dumps(completion('{"color": "red"}', model=self.served)).encode()
+        return 200, {}, json.dumps(completion('{"color": "red"}', **{"model": "asked-model", **self.reply})).encode()
 
 
 @pytest.mark.parametrize(
@@ -51,20 +58,67 @@ def test_a_missing_key_ends_the_examination_before_anything_is_sent(
     assert [(finding.name, finding.is_good) for finding in findings] == [("retirement", True), ("key", False)]
 
 
-@pytest.mark.parametrize(("served", "is_good"), [("asked-model", True), ("dear-model", False)])
-def test_pictures_are_tried_and_another_model_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: str, is_good: bool
-) -> None:
-    from tasks.services.llm import doctor
+def test_the_mini_server_does_all_that_its_profile_says(tmp_path: Path) -> None:
+    config = compile_request(parse_overrides([])).llm
+    local = LocalServer(tmp_path / "log")
+    llm = LlmService(
+        config, store=LocalStore(tmp_path / "store"), ledger=Ledger(tmp_path / "l.jsonl"), start_local=local.start
+    )
+    try:
+        found = {finding.name: finding for finding in examine(llm, "local")}
+    finally:
+        llm.close()
+        local.stop()
+    assert all(finding.is_good for finding in found.values()), found
+    assert set(found) == {"retirement", "key", "models", "schema", "pictures", "tools", "stream"}
+    assert found["stream"].detail.startswith("in ")
 
-    monkeypatch.setattr(doctor, "check_listed", lambda llm, name: doctor.Finding("models", True, "listed"))
-    listing = Listing()
-    listing.served = served
-    capabilities = CapabilityConfig(structure="json_schema", tools=False, streaming=False)
+
+def findings(
+    folder: Path, able: CapabilityConfig, *, models: list[dict[str, Any]] | None = None, **reply: Any
+) -> dict[str, Any]:
+    """Return what is found of a server that always gives one reply."""
+    listing = Listing(**reply)
+    listing.models = listing.models if models is None else models
     with scripted_server(listing) as server:
-        found = {f.name: f for f in examine(make_llm(server, tmp_path, capabilities=capabilities), "p")}
+        return {found.name: found for found in examine(make_llm(server, folder, capabilities=able), "p")}
+
+
+PLAIN = CapabilityConfig(structure="json_schema", tools=False, streaming=False)
+
+
+@pytest.mark.parametrize(("served", "is_good"), [("asked-model", True), ("dear-model", False)])
+def test_pictures_are_tried_and_another_model_is_named(tmp_path: Path, served: str, is_good: bool) -> None:
+    found = findings(tmp_path, PLAIN, model=served)
     assert found["pictures"].is_good is is_good
     assert served in found["pictures"].detail
+
+
+@pytest.mark.parametrize(
+    ("model", "is_good", "detail"),
+    [
+        ({"id": "asked-model"}, True, "listed, one of 1"),
+        ({"id": "new-model"}, False, "asked-model is not listed; listed: new-model"),
+        ({"id": "asked-model", "shutdown_date": "2027-01-31"}, False, "to be shut down on 2027-01-31"),
+    ],
+)
+def test_the_providers_own_list_is_believed(tmp_path: Path, model: dict[str, Any], is_good: bool, detail: str) -> None:
+    found = findings(tmp_path, PLAIN, models=[{"object": "model", "created": 1, "owned_by": "x", **model}])
+    assert (found["models"].is_good, detail in found["models"].detail) == (is_good, True)
+
+
+def test_a_flag_that_does_not_hold_is_named_with_what_to_change(tmp_path: Path) -> None:
+    able = CapabilityConfig(structure="json_schema", reasoning="effort")
+    usage = {
+        "prompt_tokens": 9, "completion_tokens": 9, "total_tokens": 18,
+        "completion_tokens_details": {"reasoning_tokens": 7},
+    }  # fmt: skip
+    found = findings(tmp_path, able, usage=usage)
+    assert found["schema"].is_good
+    told = {name: found[name].detail for name in ("tools", "reasoning", "stream") if not found[name].is_good}
+    assert told["tools"] == "calls no tool; set .capabilities.tools=false"
+    assert told["reasoning"] == "reasons (7 tokens) though told not to; set .capabilities.reasoning"
+    assert told["stream"] == "nothing came; set .capabilities.streaming=false"
 
 
 def test_costs_are_summed_by_role_and_unknown_stays_unknown(tmp_path: Path) -> None:

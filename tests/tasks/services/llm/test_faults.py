@@ -2,7 +2,11 @@
 
 import json
 import logging
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.errors import BudgetExceeded, ConfigError, ReplyInvalid, ServiceUnavailable
+from tasks.errors import BudgetExceeded, ConfigError, LikenessError, ReplyInvalid, ServiceUnavailable
 from tests.llm_server import ScriptedServer, completion, scripted_server
 from tests.tasks.services.llm.test_client import CHAT, GOOD, SPEC, ask, make_llm
 
@@ -195,15 +199,73 @@ def test_a_model_retired_midway_is_named_and_what_was_answered_is_kept(server: S
     assert server.counts[CHAT] == 2
 
 
+@pytest.mark.parametrize("status", [400, 401, 500])
 def test_no_key_is_ever_written_down(
-    server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: ScriptedServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    status: int,
 ) -> None:
     canary = "sk-canary-91d2"
     monkeypatch.setenv("SOME_KEY", canary)
-    server.script((500, {"retry-after": "0"}, b"{}"), (401, {}, f'{{"error": {{"message": "bad {canary}"}}}}'.encode()))
-    with caplog.at_level(logging.DEBUG), pytest.raises(ConfigError) as caught:
+    told = f'{{"error": {{"message": "bad key {canary}"}}}}'.encode()
+    server.script((500, {"retry-after": "0"}, b"{}"), (status, {"retry-after": "0"}, told))
+    with caplog.at_level(logging.DEBUG), pytest.raises(LikenessError) as caught:
         ask(make_llm(server, tmp_path, api_key_variable="SOME_KEY"))
     assert canary not in str(caught.value)
     assert canary not in caplog.text
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or canary.encode() not in path.read_bytes()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tasks.services.llm.client import LlmService
+from tasks.services.llm.config import CapabilityConfig, LlmConfig, PriceConfig, ProfileConfig
+from tasks.services.llm.ledger import Budget, Ledger
+from tasks.services.store import LocalStore
+from tests.tasks.services.llm.test_client import SPEC
+
+url, folder, moment = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+able = CapabilityConfig(structure="json_schema")
+prices = PriceConfig(input=1.0, output=10.0, date="d")
+profile = ProfileConfig(base_url=url, model="asked-model", capabilities=able, prices=prices)
+store, ledger = LocalStore(folder / "store"), Ledger(folder / "ledger.jsonl")
+budget = Budget(folder / "budget.jsonl", 1.0)
+llm = LlmService(LlmConfig(models=("p",), profiles={"p": profile}), store=store, ledger=ledger, budget=budget)
+plain = {"store": store.put_bytes, "book": ledger.book}
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if moment == "before the reply is stored":
+    store.put_bytes = die
+elif moment == "before it is booked":
+    ledger.book = die
+print(llm.ask(SPEC, role="judge").reply.grade)
+"""
+
+
+@pytest.mark.parametrize(("moment", "asked"), [("before the reply is stored", 2), ("before it is booked", 1)])
+def test_a_process_killed_after_the_reply_loses_no_money_that_it_need_not(
+    server: ScriptedServer, tmp_path: Path, moment: str, asked: int
+) -> None:
+    server.script(GOOD)
+    script = tmp_path / "ask.py"
+    script.write_text(KILLED)
+    root = Path(__file__).resolve().parents[4]
+
+    def run(moment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(script), server.url, str(tmp_path), moment], check=False, text=True,
+            capture_output=True, env={**os.environ, "PYTHONPATH": str(root)},
+        )  # fmt: skip
+
+    assert run(moment).returncode == -signal.SIGKILL
+    again = run("never")
+    assert (again.returncode, again.stdout.strip()) == (0, "2"), again.stderr
+    assert server.counts[CHAT] == asked
+    spent = sum(json.loads(line)["usd"] for line in (tmp_path / "budget.jsonl").read_text().splitlines())
+    assert spent == pytest.approx(asked * (100 * 1.0 + 20 * 10.0) / 1e6)  # the cap knows of every reply

@@ -1,10 +1,10 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test check bench lock clean
+.PHONY: help setup setup-dev demo test test-llm-servers check bench lock clean
 PYTHON ?= python3
 BIN := .venv/bin
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 setup:  ## make .venv and install the locked dependencies
 	@$(PYTHON) deployments/setup_environment.py
@@ -20,6 +20,9 @@ test: setup-dev check  ## run all checks and tests
 	@mkdir -p build; $(BIN)/python -m pytest tests/flows tests/faults > build/test-flows.log 2>&1 & whole=$$!; \
 	$(BIN)/python -m pytest --ignore=tests/flows --ignore=tests/faults; parts=$$?; \
 	wait $$whole; runs=$$?; cat build/test-flows.log; exit $$((parts + runs))
+
+test-llm-servers: setup-dev  ## get LLM servers that others wrote, and talk to them (slow the first time)
+	@$(BIN)/python -m tests.servers.install && $(BIN)/python -m pytest tests/servers
 
 check: setup-dev  ## format, lint, types
 	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q . && $(BIN)/mypy

@@ -1,10 +1,11 @@
 """The published model folder: weights, model card, lineage."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tasks.contract import StageFolder, fetch_folder
-from tasks.manifests import ClassImageSet, Evaluation, ObjectRef, Scorecard, SubjectSet, TunedModel
+from tasks.manifests import ClassImageSet, Evaluation, Manifest, ObjectRef, Scorecard, SubjectSet, TunedModel
 from tasks.services.store import Store
 from tasks.wording import name_subject
 
@@ -136,4 +137,15 @@ def headline_metrics(evaluation: Evaluation, scores: Scorecard) -> dict[str, flo
     figures.update({f"judge/alpha_{axis}": value for axis, value in scores.health.alpha.items() if value is not None})
     if scores.pairs is not None:
         figures["judge/tuned_strength"] = scores.pairs.tuned_strength
+    figures.update({f"judge/spearman_{a}": value for a, value in scores.health.spearman.items() if value is not None})
     return figures
+
+
+def sum_llm_costs(manifests: Sequence[Manifest]) -> tuple[dict[str, float], str]:
+    """Return calls and money that the stages took, by a flat name, and the money in words."""
+    costs = [manifest.cost_usd for manifest in manifests]
+    figures = {"llm/calls": float(sum(manifest.counts.get("llm_calls", 0) for manifest in manifests))}
+    if None in costs:
+        return figures, "unknown"
+    total = sum(cost for cost in costs if cost is not None)
+    return {**figures, "llm/cost_usd": total}, f"{total:.5f} USD"

@@ -13,7 +13,7 @@ from tasks.publishing.config import PublishingConfig
 from tasks.runtime import Runtime
 from tasks.services.config import TrackingConfig
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 Upstream = tuple[SubjectSet, ClassImageSet, TunedModel, Evaluation, Scorecard]
 
 
@@ -46,7 +46,7 @@ def compute_publication(
     runtime: Runtime,
 ) -> Publication:
     """Write model folder and report, tell the tracking server, write the manifest."""
-    from tasks.publishing.export import export_model, headline_metrics, read_losses
+    from tasks.publishing.export import export_model, headline_metrics, read_losses, sum_llm_costs
     from tasks.publishing.registry import SAMPLES, track_run
     from tasks.publishing.report import ReportInputs, draw_sample_grid, render_report
 
@@ -70,15 +70,17 @@ def compute_publication(
         grids = [ref for ref in tuned.objects if "/samples/" in ref.key]
         fetch_folder(runtime.store, grids, below="samples", folder=local / SAMPLES)
         runtime.show("publishing")(2, 3)
+        paid, cost = sum_llm_costs((subject, scores))
+        tags = {"likeness.training": tuned.stage_key, "likeness.subject": subject.stage_key, "likeness.llm_cost": cost}
         registered = tracking.registered_model or f"likeness-{subject.class_noun.replace(' ', '-').lower()}"
         run_id, version = track_run(
             runtime.tracker,
             name=runtime.run_id,
             params=dict(config_rows),
             publication_key=folder.stage_key,
-            tags={"likeness.training": tuned.stage_key, "likeness.subject": subject.stage_key},
+            tags=tags,
             losses=losses,
-            figures=headline_metrics(evaluation, scores),
+            figures=headline_metrics(evaluation, scores) | paid,
             folder=local,
             registered_model=registered,
             is_registered=config.is_registered,

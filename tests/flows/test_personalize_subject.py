@@ -87,6 +87,8 @@ def test_tracking_has_losses_metrics_artifacts_and_the_model(first_run: dict[str
     assert run.info.status == "FINISHED"
     assert run.data.params["training.max_train_steps"] == "6"
     assert run.data.metrics["tuned/dino"] == first_run["metrics"]["tuned"]["dino"]
+    assert run.data.metrics["llm/calls"] == first_run["llm_calls"]
+    assert (run.data.metrics["llm/cost_usd"], run.data.tags["likeness.llm_cost"]) == (0.0, "0.00000 USD")
     assert len(client.get_metric_history(version.run_id, "train/loss")) == 6
     names = {item.path for item in client.list_artifacts(version.run_id)}
     assert names == {"model", "report"}

@@ -11,12 +11,13 @@ from tasks.manifests import (
     CheckpointRank,
     DriftMetrics,
     Evaluation,
+    Manifest,
     ObjectRef,
     Sample,
     Scorecard,
     SubjectMetrics,
 )
-from tasks.publishing.export import headline_metrics
+from tasks.publishing.export import headline_metrics, sum_llm_costs
 from tasks.publishing.report import (
     draw_curves,
     draw_sample_grid,
@@ -118,6 +119,16 @@ def test_headline_metrics_are_flat_and_complete(store: LocalStore) -> None:
     assert figures["ceiling/clip_t"] == 0.5
     assert figures["tuned/concept_preservation"] == 3
     assert len(figures) == 6 + 4 + 3 + 3 + 1
+
+
+def test_money_is_summed_over_stages_and_unknown_stays_unknown() -> None:
+    def stage(cost: float | None, calls: int) -> Manifest:
+        return Manifest.model_construct(cost_usd=cost, counts={"llm_calls": calls})
+
+    assert sum_llm_costs([stage(0.01, 11), stage(0.02, 100)]) == (
+        {"llm/calls": 111.0, "llm/cost_usd": pytest.approx(0.03)}, "0.03000 USD",
+    )  # fmt: skip
+    assert sum_llm_costs([stage(0.01, 11), stage(None, 100)]) == ({"llm/calls": 111.0}, "unknown")
 
 
 def test_the_card_is_filled(tmp_path: Path, store: LocalStore) -> None:

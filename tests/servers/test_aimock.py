@@ -1,0 +1,163 @@
+"""aimock, a mock of OpenAI that others wrote: its replies, its faults, its keys, its files and batches."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.errors import BudgetExceeded, ConfigError, ReplyInvalid, ServiceUnavailable
+from tasks.services.llm.batch import ask_batch
+from tasks.services.llm.client import LlmService
+from tasks.services.llm.doctor import examine
+from tasks.services.llm.requests import RequestSpec
+from tests.servers.served import SERVERS, Seen, ask_color, fill_picture, find_port, make_llm, need, serving
+
+HOW = "make test-llm-servers"
+RED, GREEN = {"content": {"color": "red"}}, {"content": {"color": "green"}}
+LIMIT = {"message": "slow down", "type": "rate_limit_error"}
+NO_MONEY = {"message": "pay first", "type": "insufficient_quota", "code": "insufficient_quota"}
+
+
+def reply(said: str, response: dict[str, Any], *, match: dict[str, Any] | None = None, **others: Any) -> dict[str, Any]:
+    """Return a fixture: what is answered where the user's last message holds these words."""
+    return {"match": {"userMessage": said, **(match or {})}, "response": response, **others}
+
+
+# The first that fits answers; a `sequenceIndex` fits once.
+FIXTURES = [
+    reply("two colors", {"content": {"color": "vermilion"}}, match={"responseFormat": "json_schema"}),
+    reply("cut", {"content": '{"color": "re', "finishReason": "length"}),  # so is the second try, which quotes it
+    reply("could not be used", GREEN),
+    reply("busy once", {"error": LIMIT, "status": 429, "retryAfter": 1}, match={"sequenceIndex": 0}),
+    reply("busy once", RED),
+    reply("busy for long", {"error": LIMIT, "status": 429, "retryAfter": 600}),
+    reply("no money", {"error": NO_MONEY, "status": 429}),
+    reply("broken once", RED, match={"sequenceIndex": 0}, chaos={"disconnectRate": 1}),
+    reply("broken once", RED),
+    reply("broken", RED, chaos={"disconnectRate": 1}),
+    reply("garbled", RED, chaos={"malformedRate": 1}),
+    reply("dropped", RED, chaos={"dropRate": 1}),
+    reply("filtered", {"content": "no", "finishReason": "content_filter"}),
+    reply("unfitting", {"content": {"color": "mauve"}}),
+    reply("thoughtful", {**RED, "reasoning": "It looks red to me."}),
+    reply("", {"toolCalls": [{"name": "answer", "arguments": {"color": "blue"}}]}, match={"toolName": "answer"}),
+    reply("Say hello", {"content": "Hello there, in pieces."}, match={"model": "gpt-made-up"}, chunkSize=5),
+    reply("color fills", RED, match={"responseFormat": "json_schema"}),
+]
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The mock's API address."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not there; install it")
+    program = need(SERVERS / "aimock/node_modules/@copilotkit/aimock/dist/cli.js", HOW)
+    folder, port = tmp_path_factory.mktemp("aimock"), find_port()
+    (folder / "fixtures.json").write_text(json.dumps({"fixtures": FIXTURES}))
+    command = [node, program, "--host", "127.0.0.1", "--port", str(port), "--fixtures", folder / "fixtures.json"]
+    strictly = [*command, "--strict", "--validate-on-load"]
+    address = f"http://127.0.0.1:{port}"
+    with serving(strictly, ready=f"{address}/ready", log=folder / "log", seconds=30, AIMOCK_API_KEYS="sk-good"):
+        yield f"{address}/v1"
+
+
+@pytest.fixture(autouse=True)
+def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOOD_KEY", "sk-good")
+    monkeypatch.setenv("BAD_KEY", "sk-bad")
+
+
+def make(url: str, folder: Path, **changes: Any) -> LlmService:
+    """Return a service that knows the key and tries twice."""
+    fixed = {"structure": "json_schema", "api_key_variable": "GOOD_KEY", "max_attempts": 2, "timeout_seconds": 20}
+    return make_llm(url, "gpt-made-up", folder, **{**fixed, **changes})
+
+
+def outcomes(llm: LlmService) -> list[str]:
+    return [row.outcome for row in llm.ledger.rows]
+
+
+def test_a_picture_is_asked_about_by_a_schema_that_is_found_out(url: str, tmp_path: Path) -> None:
+    llm = make(url, tmp_path, structure="auto")
+    assert ask_color(llm, "red") == "red"
+    assert (llm.structure("p"), outcomes(llm)) == ("json_schema", ["ok", "ok"])
+
+
+def test_an_answer_through_a_tool_is_an_answer(url: str, tmp_path: Path) -> None:
+    assert ask_color(make(url, tmp_path, structure="tool"), "blue") == "blue"
+
+
+def test_a_rate_limit_waits_as_long_as_it_is_asked_to(url: str, tmp_path: Path) -> None:
+    llm, started = make(url, tmp_path), time.monotonic()
+    assert ask_color(llm, "red", text="busy once") == "red"
+    assert outcomes(llm) == ["ServiceUnavailable", "ok"]
+    assert 1.0 <= time.monotonic() - started < 10
+
+
+def test_a_connection_that_broke_is_made_again(url: str, tmp_path: Path) -> None:
+    llm = make(url, tmp_path)
+    assert ask_color(llm, "red", text="broken once") == "red"
+    assert outcomes(llm) == ["ServiceUnavailable", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "message", "calls"),
+    [
+        ("busy for long", ServiceUnavailable, "asks to wait", 1),
+        ("no money", BudgetExceeded, "quota .* is used up", 1),
+        ("broken", ServiceUnavailable, "does not answer", 2),
+        ("garbled", ServiceUnavailable, "is no JSON: b'{malformed", 2),
+        ("dropped", ServiceUnavailable, "answered 500", 2),
+        ("nobody foresaw this", ServiceUnavailable, "answered 503", 2),
+        ("cut", ReplyInvalid, "cut off", 2),
+    ],
+)
+def test_what_goes_wrong_is_told_by_what_to_do(
+    url: str, tmp_path: Path, said: str, error: Any, message: str, calls: int
+) -> None:
+    llm = make(url, tmp_path)
+    with pytest.raises(error, match=message):
+        ask_color(llm, "red", text=said)
+    assert len(outcomes(llm)) == calls
+
+
+@pytest.mark.parametrize("said", ["unfitting", "filtered"])
+def test_a_reply_that_cannot_be_used_is_asked_for_again_with_the_reason(url: str, tmp_path: Path, said: str) -> None:
+    llm = make(url, tmp_path)
+    assert ask_color(llm, "red", text=said) == "green"
+    assert outcomes(llm) == ["invalid", "ok"]
+
+
+def test_what_the_model_thought_is_kept(url: str, tmp_path: Path) -> None:
+    spec = RequestSpec("", ("thoughtful", fill_picture("red")), Seen)
+    assert make(url, tmp_path).ask(spec, role="inspector").trace == "It looks red to me."
+
+
+def test_a_wrong_key_is_named_by_its_variable(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="refuses the key in BAD_KEY"):
+        ask_color(make(url, tmp_path, api_key_variable="BAD_KEY"), "red")
+
+
+def test_the_doctor_finds_all_in_order(url: str, tmp_path: Path) -> None:
+    assert [finding for finding in examine(make(url, tmp_path, structure="auto"), "p") if not finding.is_good] == []
+
+
+def test_a_batch_is_uploaded_created_found_and_read(url: str, tmp_path: Path) -> None:
+    specs = {str(n): RequestSpec("", (f"sample {n}",), Seen) for n in range(3)}
+    seen: list[tuple[int, int]] = []
+    llm = make(url, tmp_path)
+    answers, failures = ask_batch(
+        llm, specs, role="inspector", state_prefix="batches", poll_seconds=0.05, max_wait_seconds=20,
+        on_progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    # Its rows all say the same, which is no JSON: every one comes back by its name, and none is kept.
+    assert answers == {}
+    assert failures == dict.fromkeys(specs, "the reply is not JSON: 'Mock batch completion'")
+    assert seen[-1] == (3, 3)
+    batches = llm.client("p").batches.list().data
+    assert [(batch.status, batch.request_counts.completed) for batch in batches] == [("completed", 3)]

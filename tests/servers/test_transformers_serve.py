@@ -1,0 +1,74 @@
+"""`transformers serve` with a tiny vision-language model: a server that ignores how a schema is asked for."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import ConfigError, ReplyInvalid, ServiceUnavailable
+from tasks.services.llm.doctor import examine
+from tasks.services.llm.requests import RequestSpec
+from tests.servers.served import Seen, ask_color, fill_picture, find_port, make_llm, serving
+from tests.servers.tiny_vlm import make_tiny_vlm
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """The API's address and the model's id."""
+    pytest.importorskip("fastapi", reason="transformers serve needs fastapi and uvicorn: make setup")
+    folder = tmp_path_factory.mktemp("vlm")
+    model = f"{make_tiny_vlm(folder / 'model')}@main"  # it answers under this id, so it is asked by it
+    (folder / "hub").mkdir()
+    program, port = Path(sys.executable).parent / "transformers", find_port()
+    command = [program, "serve", model, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    ready = f"http://127.0.0.1:{port}/health"
+    hub = str(folder / "hub")  # without this folder its list of models fails
+    with serving(command, ready=ready, log=folder / "log", HF_HUB_CACHE=hub, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"):
+        yield f"http://127.0.0.1:{port}/v1", model
+
+
+@pytest.mark.parametrize("color", ["red", "green", "blue"])
+@pytest.mark.parametrize("structure", ["auto", "json_mode", "text"])
+def test_a_picture_reaches_the_model_and_its_answer_comes_back(
+    served: tuple[str, str], tmp_path: Path, structure: str, color: str
+) -> None:
+    llm = make_llm(*served, tmp_path, structure=structure)
+    assert ask_color(llm, color) == color
+    row = llm.ledger.rows[-1]
+    assert (row.outcome, row.served_model) == ("ok", served[1])
+    assert row.usage.input_tokens > 16  # a picture's worth
+    assert row.usage.output_tokens == 2
+
+
+def test_what_the_doctor_finds_is_what_it_can_do(served: tuple[str, str], tmp_path: Path) -> None:
+    llm = make_llm(*served, tmp_path)
+    # It lists what lies in its cache, not the folder that it serves.
+    found = {finding.name: finding for finding in examine(llm, "p")}
+    assert {name for name, finding in found.items() if not finding.is_good} == {"models", "tools"}
+    assert found["pictures"].detail.startswith("sees")
+
+
+def test_a_tool_that_it_never_calls_is_an_invalid_reply(served: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ReplyInvalid, match="the reply is empty"):
+        ask_color(make_llm(*served, tmp_path, structure="tool"), "red")
+
+
+def test_a_field_that_it_does_not_know_is_a_wrong_configuration(served: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="refuses the request: .*reasoning"):
+        ask_color(make_llm(*served, tmp_path, structure="text", extra_body={"reasoning": {"enabled": False}}), "red")
+
+
+def test_another_model_than_it_serves_is_a_wrong_configuration(served: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="pinned to"):
+        ask_color(make_llm(served[0], "another", tmp_path, structure="text"), "red")
+
+
+def test_its_own_failure_is_the_service_being_unavailable(served: tuple[str, str], tmp_path: Path) -> None:
+    llm = make_llm(*served, tmp_path, structure="text")
+    body = RequestSpec("", ("look", fill_picture("red")), Seen).body(llm.config.profiles["p"], "text")
+    body["messages"][1]["content"][1]["image_url"]["url"] = "data:image/png;base64,AAAA"
+    from tasks.services.llm.transport import call_with_retries, complete
+
+    with pytest.raises(ServiceUnavailable, match="answered 500"):
+        call_with_retries(lambda left: complete(llm.client("p"), body, timeout_seconds=left), llm.config.profiles["p"])

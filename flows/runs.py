@@ -75,6 +75,7 @@ class Run:
             "metrics": collect_metrics(evaluation),
             "scores": {side: score.model_dump() for side, score in scores.scores.items()},
             "judge": describe_judge(scores),
+            "checkpoints": [rank.model_dump() for rank in scores.checkpoints],
             "registered": {"model": publication.registered_model, "version": publication.registered_version},
             "paths": {
                 "report": str(report),
@@ -105,7 +106,13 @@ def describe_judge(scores: Scorecard) -> dict[str, Any]:
     elif not health.is_comparable:
         reason = "another model than the one asked for answered"
     pairs = scores.pairs.model_dump() if scores.pairs else None
-    return {"is_reliable": health.is_reliable, "reason": reason, "alpha": health.alpha, "pairs": pairs}
+    return {
+        "is_reliable": health.is_reliable,
+        "reason": reason,
+        "alpha": health.alpha,
+        "spearman": health.spearman,
+        "pairs": pairs,
+    }
 
 
 def collect_metrics(evaluation: Evaluation) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.runs import open_budget, read_run
+from flows.runs import open_budget, read_run, write_json
 from tasks.errors import ConfigError, LikenessError
 from tasks.manifests import SubjectSet
 
@@ -28,7 +28,7 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
     from tasks.contract import find_manifest
     from tasks.mini.launch import LocalServer
     from tasks.services.llm.client import LlmService
-    from tasks.services.llm.conversation import Conversation, History, to_json
+    from tasks.services.llm.conversation import Conversation, History
     from tasks.services.llm.ledger import Ledger
     from tasks.services.store import open_store
     from tasks.subject.reviewing import list_tools, open_book, write_briefing
@@ -67,7 +67,7 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
             elif text:
                 conversation.system = write_briefing(subject, book)
                 say(conversation, text)
-                kept.write_text(to_json(conversation.history))
+                write_json(kept, conversation.history.model_dump())
     finally:
         llm.close()
         server.stop()

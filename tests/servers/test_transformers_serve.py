@@ -43,9 +43,9 @@ def test_a_picture_reaches_the_model_and_its_answer_comes_back(
 
 def test_what_the_doctor_finds_is_what_it_can_do(served: tuple[str, str], tmp_path: Path) -> None:
     llm = make_llm(*served, tmp_path)
-    # It lists what lies in its cache, not the folder that it serves.
+    # It lists what lies in its cache, not the folder that it serves, and has no batches.
     found = {finding.name: finding for finding in examine(llm, "p")}
-    assert {name for name, finding in found.items() if not finding.is_good} == {"models", "tools"}
+    assert {name for name, finding in found.items() if not finding.is_good} == {"models", "tools", "batch"}
     assert found["pictures"].detail.startswith("sees")
 
 

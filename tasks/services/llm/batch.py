@@ -25,6 +25,7 @@ from tasks.services.llm.calls import ask_each
 from tasks.services.llm.client import Answer, LlmService
 from tasks.services.llm.config import ProfileConfig
 from tasks.services.llm.ledger import LedgerRow, Usage, compute_cost
+from tasks.services.llm.pacing import Pace
 from tasks.services.llm.pictures import publish_line
 from tasks.services.llm.requests import RequestSpec, count_body_tokens
 from tasks.services.llm.transport import call_with_retries
@@ -206,7 +207,11 @@ class BatchJob:
         self.mark = f"{state.input_sha256}/{state.attempt}"
         self.unanswered: set[str] = set()
         self.provider = open_provider(
-            self.profile, call=self._call, client=lambda: llm.client(name), folder=llm.batch_folder
+            self.profile,
+            call=self._call,
+            client=lambda: llm.client(name),
+            folder=llm.batch_folder,
+            pace=llm.pace(name),
         )
 
     def _call(self, call: Callable[[Any, float], Any], profile: ProfileConfig | None = None) -> Any:
@@ -321,7 +326,9 @@ class BatchJob:
         self._save(is_harvested=True)
 
 
-def open_provider(profile: ProfileConfig, *, call: Call, client: Callable[[], Any], folder: Path) -> BatchProvider:
+def open_provider(
+    profile: ProfileConfig, *, call: Call, client: Callable[[], Any], folder: Path, pace: Pace
+) -> BatchProvider:
     """Return the profile's way of running batch jobs."""
     kind = profile.capabilities.batch
     if kind == "xai":
@@ -329,5 +336,5 @@ def open_provider(profile: ProfileConfig, *, call: Call, client: Callable[[], An
     if kind == "file":
         return FileBatches(profile, folder)
     if kind == "local":
-        return LocalBatches(profile, folder, call)
+        return LocalBatches(profile, folder, call, pace)
     return OpenAiBatches(call, client)

@@ -12,6 +12,8 @@ from typing import Any
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.services.llm.batch_protocol import BatchReply, Call, RemoteJob, read_lines
 from tasks.services.llm.config import ProfileConfig
+from tasks.services.llm.pacing import Pace
+from tasks.services.llm.requests import count_body_tokens
 from tasks.services.llm.transport import complete
 
 
@@ -79,9 +81,11 @@ class FileBatches:
 class LocalBatches(FileBatches):
     """Rows through chat completions, several at once, each written down as it comes: any server can be batched."""
 
-    def __init__(self, profile: ProfileConfig, folder: Path, call: Call) -> None:
+    def __init__(self, profile: ProfileConfig, folder: Path, call: Call, pace: Pace) -> None:
         super().__init__(profile, folder)
+        self.profile = profile
         self.call = call
+        self.pace = pace
         self.concurrency = profile.concurrency
         self.writing = threading.Lock()
 
@@ -100,6 +104,7 @@ class LocalBatches(FileBatches):
         """Answer one row and append it. Raises what no other row would fare better with."""
         outcome: dict[str, Any] = {"custom_id": row["custom_id"], "response": None, "error": None}
         try:
+            self.pace.wait(count_body_tokens(row["body"], self.profile)[0])
             body = self.call(lambda client, timeout: complete(client, row["body"], timeout_seconds=timeout))
             outcome["response"] = {"status_code": 200, "body": body}
         except ServiceUnavailable as error:

@@ -1,6 +1,5 @@
 """A conversation with history: replies stream, tools act, and what no longer fits is summarized."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,8 +129,3 @@ def without_pictures(message: Message) -> Message:
         return message
     texts = [part["text"] if part["type"] == "text" else "(a picture)" for part in message["content"]]
     return {**message, "content": " ".join(texts)}
-
-
-def to_json(history: History) -> str:
-    """Return a history to be kept."""
-    return json.dumps(history.model_dump(), indent=1)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from tasks.errors import LikenessError, ReplyInvalid
+from tasks.errors import ConfigError, LikenessError, ReplyInvalid
 from tasks.services.llm.client import LlmService
 from tasks.services.llm.config import ProfileConfig
 from tasks.services.llm.dialects import TOOL, ask_for, set_reasoning
@@ -157,8 +157,27 @@ def try_stream(llm: LlmService, name: str) -> str:
     return f"in {len(chunks)} pieces"
 
 
+def try_batch(llm: LlmService, name: str) -> str:
+    """List the newest batch job: a provider without batches doesn't know the address."""
+    kind = llm.config.profiles[name].capabilities.batch
+    client = llm.client(name)
+    try:
+        with translated(llm.config.profiles[name]):
+            if kind == "openai":
+                client.batches.list(limit=1, timeout=30)
+            elif kind == "xai":
+                client.get("/batches", cast_to=object, options={"params": {"limit": 1}})
+            else:
+                return ""
+    except ConfigError as error:
+        raise ReplyInvalid("knows no batch jobs; set .capabilities.batch=none, or local") from error
+    return "lists them"
+
+
+# Web search is not tried: it costs a cent a call.
 CHECKS: dict[str, Callable[[LlmService, str], str]] = {
-    "schema": try_schema, "pictures": try_picture, "tools": try_tool, "reasoning": try_reasoning, "stream": try_stream,
+    "schema": try_schema, "pictures": try_picture, "tools": try_tool, "reasoning": try_reasoning,
+    "stream": try_stream, "batch": try_batch,
 }  # fmt: skip
 
 

@@ -61,6 +61,7 @@ def ask_with_search(llm: LlmService, spec: RequestSpec[T], *, role: str, domains
     citations = read_citations(message)
     message["reasoning_content"] = json.dumps(citations)  # kept beside the reply
     message["content"] = find_object(message.get("content") or "") or message.get("content")
+    message["tool_calls"] = [{"function": {"arguments": message["content"]}}]  # where schemas are asked for by a tool
     answer = llm.accept(spec, completion, row=LedgerRow(**{**vars(row), "seconds": time.monotonic() - started}))
     return Found(answer, tuple(citations))
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from tasks.errors import ServiceUnavailable
 from tasks.services.llm.config import CapabilityConfig
-from tasks.services.llm.conversation import Conversation, History, to_json
+from tasks.services.llm.conversation import Conversation, History
 from tasks.services.llm.tools import Tool, ToolResult
 from tests.llm_server import ScriptedServer, completion, scripted_server
 from tests.tasks.services.llm.test_client import CHAT, make_llm
@@ -69,7 +69,7 @@ def test_what_was_said_before_goes_along(tmp_path: Path) -> None:
         talked.say("second", on_text=lambda piece: None)
     said = [message["content"] for message in server.bodies[1]["messages"]]
     assert said == ["be brief", "first", "one", "second"]
-    assert History.model_validate_json(to_json(talked.history)) == talked.history
+    assert History.model_validate_json(talked.history.model_dump_json()) == talked.history
 
 
 def test_a_tool_that_is_called_in_pieces_is_run_and_its_result_told(tmp_path: Path) -> None:

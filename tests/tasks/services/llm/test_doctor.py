@@ -70,7 +70,7 @@ def test_the_mini_server_does_all_that_its_profile_says(tmp_path: Path) -> None:
         llm.close()
         local.stop()
     assert all(finding.is_good for finding in found.values()), found
-    assert set(found) == {"retirement", "key", "models", "schema", "pictures", "tools", "stream"}
+    assert set(found) == {"retirement", "key", "models", "schema", "pictures", "tools", "stream", "batch"}
     assert found["stream"].detail.startswith("in ")
 
 
@@ -119,6 +119,15 @@ def test_a_flag_that_does_not_hold_is_named_with_what_to_change(tmp_path: Path) 
     assert told["tools"] == "calls no tool; set .capabilities.tools=false"
     assert told["reasoning"] == "reasons (7 tokens) though told not to; set .capabilities.reasoning"
     assert told["stream"] == "nothing came; set .capabilities.streaming=false"
+
+
+@pytest.mark.parametrize("kind", ["openai", "xai"])
+def test_a_provider_without_batch_jobs_is_told_of(tmp_path: Path, kind: Any) -> None:
+    with scripted_server(Listing()) as server:
+        server.desk = None  # type: ignore[assignment]
+        llm = make_llm(server, tmp_path, capabilities=PLAIN.model_copy(update={"batch": kind}))
+        found = {finding.name: finding for finding in examine(llm, "p")}
+    assert found["batch"].detail == "knows no batch jobs; set .capabilities.batch=none, or local"
 
 
 def test_costs_are_summed_by_role_and_unknown_stays_unknown(tmp_path: Path) -> None:

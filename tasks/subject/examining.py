@@ -15,7 +15,7 @@ from tasks.services.llm.tools import Tool, ToolResult, ask_with_tools
 from tasks.subject.config import SubjectConfig
 from tasks.subject.intake import Photo
 from tasks.subject.linting import clean_phrase
-from tasks.subject.quality import Box, count_different_bits, measure
+from tasks.subject.quality import Box, count_different_bits, find_salient_box, measure
 from tasks.wording import choose_article
 
 EXAMINE = (
@@ -108,10 +108,16 @@ def list_tools(photo: Photo, others: list[Photo]) -> list[Tool]:
             found.png,
         )
 
+    def find_subject_box(_: Nothing) -> ToolResult:
+        with Image.open(io.BytesIO(photo.png)) as opened:
+            box = find_salient_box(opened.convert("RGB"))
+        return ToolResult({**box.model_dump(), "share_of_photo": round(box.area, 3)})
+
     sharpness = "Sharpness (variance of the Laplacian), light and contrast of a part."
     duplicates = "How many of 64 hash bits differ from each other photo; below 7: the same."
     return [
         Tool("measure_sharpness", sharpness, Box, measure_sharpness),
+        Tool("find_subject_box", "The box of what stands out, whatever it is.", Nothing, find_subject_box),
         Tool("crop_preview", "Show a part at full resolution.", Box, crop_preview),
         Tool("find_near_duplicates", duplicates, Nothing, find_near_duplicates),
         Tool("compare_with", "Show another photo of the subject, with figures of both.", Other, compare_with),

@@ -4,12 +4,14 @@ import imagehash
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel, Field
+from scipy.ndimage import gaussian_filter, uniform_filter
 
 from tasks.manifests import ImageMeasures
 from tasks.subject.config import SubjectConfig
 
 MEASURED_SIDE = 256
 LEAST_BOX = 0.02
+SALIENCY_SIDE = 64
 
 
 class Box(BaseModel):
@@ -20,10 +22,15 @@ class Box(BaseModel):
     right: float = Field(description="0 to 1, more than left")
     bottom: float = Field(description="0 to 1, more than top")
 
+    @property
+    def area(self) -> float:
+        """Share of the photo."""
+        return (self.right - self.left) * (self.bottom - self.top)
+
     def find_center(self) -> tuple[float, float] | None:
         """Return the middle as shares of width and height, or None for what is no believable box."""
         is_inside = 0 <= self.left < self.right <= 1 and 0 <= self.top < self.bottom <= 1
-        if not is_inside or (self.right - self.left) * (self.bottom - self.top) < LEAST_BOX:
+        if not is_inside or self.area < LEAST_BOX:
             return None
         return round((self.left + self.right) / 2, 4), round((self.top + self.bottom) / 2, 4)
 
@@ -42,6 +49,24 @@ def measure(image: Image.Image) -> ImageMeasures:
         contrast=round(float(luma.std() / 255), 4),
         perceptual_hash=str(imagehash.phash(image)),
     )
+
+
+def find_salient_box(image: Image.Image) -> Box:
+    """Return the box of what stands out of a photo, by its spectral residual (Hou & Zhang, CVPR 2007).
+
+    It names no thing: what stands out may be something else than the subject.
+    """
+    luma = np.asarray(image.convert("L").resize((SALIENCY_SIDE, SALIENCY_SIDE), Image.Resampling.BOX), np.float64)
+    spectrum = np.fft.fft2(luma)
+    logs = np.log(np.abs(spectrum) + 1e-8)
+    residual = np.exp(logs - uniform_filter(logs, 3, mode="wrap"))
+    saliency = gaussian_filter(np.abs(np.fft.ifft2(residual * np.exp(1j * np.angle(spectrum)))) ** 2, 2.5)
+    rows, columns = np.nonzero(saliency > 3 * saliency.mean())
+    if len(rows) == 0:
+        return Box(left=0, top=0, right=1, bottom=1)
+    edges = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    left, top, right, bottom = (round(float(edge) / SALIENCY_SIDE, 3) for edge in edges)
+    return Box(left=left, top=top, right=right, bottom=bottom)
 
 
 def find_fault(measures: ImageMeasures, config: SubjectConfig) -> str | None:

@@ -1,8 +1,9 @@
 """Measures of photos."""
 
-from PIL import Image, ImageFilter
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
 
-from tasks.subject.quality import count_different_bits, measure
+from tasks.subject.quality import count_different_bits, find_salient_box, measure
 from tests.tiny import draw_photo
 
 
@@ -23,3 +24,18 @@ def test_hashes_tell_copies_from_other_photos() -> None:
     first = measure(photo).perceptual_hash
     assert count_different_bits(first, measure(copy).perceptual_hash) <= 6
     assert count_different_bits(first, measure(other).perceptual_hash) > 6
+
+
+def test_what_stands_out_is_boxed() -> None:
+    noise = np.random.default_rng(0).normal(128, 4, (256, 384, 3)).clip(0, 255).astype(np.uint8)
+    photo = Image.fromarray(noise)
+    ImageDraw.Draw(photo).ellipse((260, 60, 330, 130), fill=(220, 30, 30), outline=(0, 0, 0), width=6)
+    box = find_salient_box(photo)
+    x, y = box.find_center() or (0.0, 0.0)
+    assert abs(x - 295 / 384) < 0.08
+    assert abs(y - 95 / 256) < 0.08
+    assert 0.02 < box.area < 0.25
+
+
+def test_where_nothing_stands_out_the_whole_photo_is_the_box() -> None:
+    assert find_salient_box(Image.new("RGB", (64, 64), "gray")).area > 0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import ServiceUnavailable
+from tasks.mini.batches import BatchDesk
 from tasks.services.llm.batch import ask_batch
 from tasks.services.llm.client import LlmService
 from tasks.services.llm.requests import RequestSpec, count_body_tokens
@@ -136,6 +137,24 @@ def test_what_an_expired_job_answered_is_kept_and_only_the_rest_is_asked_again(
     answers, failures = ask(make_llm(server, tmp_path))
     assert (len(answers), failures) == (4, {})
     assert (server.counts[BATCHES], server.counts["row"]) == (2, 4)
+
+
+def test_rows_under_other_names_are_no_answers(server: ScriptedServer, tmp_path: Path) -> None:
+    names = iter(["", "somebody-elses", "nobodys", ""])
+
+    class Confused(BatchDesk):
+        """Gives two rows the names of others."""
+
+        def run_row(self, row: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+            line, is_good = super().run_row(row)
+            return {**line, "custom_id": next(names) or row["custom_id"]}, is_good
+
+    server.desk = Confused(server.answer_row)
+    answers, failures = ask(make_llm(server, tmp_path))
+    assert (len(answers), len(failures)) == (2, 2)
+    assert set(failures.values()) == {"batch job ended as completed without this row"}
+    server.desk = BatchDesk(server.answer_row)
+    assert len(ask(make_llm(server, tmp_path))[0]) == 4
 
 
 def test_a_late_job_is_cancelled_and_what_it_lacks_is_asked_by_calls(server: ScriptedServer, tmp_path: Path) -> None:

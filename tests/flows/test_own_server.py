@@ -1,0 +1,61 @@
+"""A run with an LLM server of one's own and a key for it, which keeps the weights of several steps."""
+
+from typing import Any
+
+import psutil
+import pytest
+
+from tasks.mini.launch import LocalServer
+from tests.workplace import Workplace
+
+CANARY = "sk-canary-6c1f0b7e"
+WORDS = (
+    "llm=vllm", "llm.profiles.vllm.model=mini-vision", "llm.profiles.vllm.api_key_variable=SOME_KEY",
+    "training.validation.every_steps=2", "training.validation.keep=best", "training.validation.num_kept=2",
+    "evaluation.num_candidate_images=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def watched(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The run's summary, what it printed, and every word of its processes' command lines."""
+    server = LocalServer(tmp_path_factory.mktemp("server") / "log")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOME_KEY", CANARY)
+        process = workplace.start(*WORDS, f"llm.profiles.vllm.base_url={server.start()}")
+        told: set[str] = set()
+        try:
+            while process.poll() is None:
+                for one in psutil.Process(process.pid).children(recursive=True):
+                    try:
+                        told.update(one.cmdline())
+                    except psutil.Error:
+                        continue
+                psutil.wait_procs([], timeout=0.2)
+            printed = "".join(process.communicate())
+        finally:
+            server.stop()
+    assert process.returncode == 0, printed[-3000:]
+    return {"summary": workplace.newest(), "printed": printed, "words": told}
+
+
+def test_a_key_is_in_no_file_database_log_or_process_argument(watched: dict[str, Any], workplace: Workplace) -> None:
+    assert any("tasks.training.worker" in word for word in watched["words"])  # it was looked at while it ran
+    assert CANARY not in watched["printed"] + " ".join(watched["words"])
+    files = [path for path in workplace.folder.rglob("*") if path.is_file()]
+    assert any(path.name == "mlflow.db" for path in files)
+    assert any(path.name == "prefect.db" for path in files)
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+
+
+def test_kept_weights_meet_and_can_be_drawn_with(watched: dict[str, Any], workplace: Workplace) -> None:
+    summary = watched["summary"]
+    ranks = summary["checkpoints"]
+    assert len(ranks) == 2
+    assert sum(rank["strength"] for rank in ranks) == pytest.approx(1)
+    [other] = [rank["step"] for rank in ranks if not rank["is_published"]]
+    report = (workplace.output / summary["run_id"] / "report.html").read_text()
+    assert "Weights of several steps" in report
+    words = ["generate", summary["run_id"], "a photo of sks fish", "--candidate", str(other), "--steps", "2"]
+    done = workplace.likeness(*words)
+    assert done.returncode == 0, done.stderr

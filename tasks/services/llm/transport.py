@@ -71,18 +71,21 @@ def complete_streaming(
     deadline = time.monotonic() + timeout_seconds
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     message: dict[str, Any] = {"role": "assistant", "content": None}
-    whole: dict[str, Any] = {"choices": [{"index": 0, "message": message, "finish_reason": None}]}
-    with client.chat.completions.create(**openai_arguments(body), timeout=timeout_seconds) as chunks:
-        for chunk in chunks:
-            if time.monotonic() > deadline:
-                raise ServiceUnavailable(f"the answer was not whole after {timeout_seconds:.0f} s; ask again")
-            told = chunk.model_dump()
-            whole |= {"id": told.get("id"), "model": told.get("model")}
-            whole["usage"] = told.get("usage") or whole.get("usage")
-            for choice in told.get("choices") or []:
-                whole["choices"][0]["finish_reason"] = choice.get("finish_reason")
-                add_delta(message, choice.get("delta") or {}, on_text)
-    if whole["choices"][0]["finish_reason"] is None:
+    choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": None}
+    whole: dict[str, Any] = {"choices": [choice]}
+    try:
+        with client.chat.completions.create(**openai_arguments(body), timeout=timeout_seconds) as chunks:
+            for chunk in chunks:
+                if time.monotonic() > deadline:
+                    raise ServiceUnavailable(f"the answer was not whole after {timeout_seconds:.0f} s; ask again")
+                told = chunk.model_dump()
+                whole |= {"model": told.get("model"), "usage": told.get("usage") or whole.get("usage")}
+                for part in told.get("choices") or []:
+                    choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
+                    add_delta(message, part.get("delta") or {}, on_text)
+    except ValueError as error:  # the SDK lets what isn't JSON through
+        raise ServiceUnavailable("the answer is no stream of JSON; ask again") from error
+    if choice["finish_reason"] is None:
         raise ServiceUnavailable("the answer broke off; ask again")
     return whole
 

@@ -112,6 +112,13 @@ def test_a_reply_that_breaks_off_is_no_reply_and_is_not_asked_for_again_by_itsel
     assert talked.history.turns == []
 
 
+def test_a_stream_that_is_no_json_is_the_service_being_unavailable(tmp_path: Path) -> None:
+    with scripted_server() as server:
+        server.script((200, EVENTS, b"data: {malformed\n\n"))
+        with pytest.raises(ServiceUnavailable, match="no stream of JSON"):
+            talk(server, tmp_path).say("hi", on_text=lambda piece: None)
+
+
 def test_what_no_longer_fits_the_context_is_summed_up(tmp_path: Path) -> None:
     small = CapabilityConfig(structure="json_schema", context_tokens=2000)
     with scripted_server() as server:

@@ -226,8 +226,13 @@ from tasks.services.llm.client import LlmService
 from tasks.services.llm.config import CapabilityConfig, LlmConfig, PriceConfig, ProfileConfig
 from tasks.services.llm.ledger import Budget, Ledger
 from tasks.services.store import LocalStore
-from tests.tasks.services.llm.test_client import SPEC
+from tasks.services.llm.requests import RequestSpec
+from pydantic import BaseModel
 
+class Reply(BaseModel):
+    grade: int
+
+SPEC = RequestSpec("be brief", ("grade this",), Reply)
 url, folder, moment = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 able = CapabilityConfig(structure="json_schema")
 prices = PriceConfig(input=1.0, output=10.0, date="d")

@@ -48,6 +48,7 @@ class ValidationSettings(Section):
     threshold: float = Field(0.15, gt=0, lt=1, description="settled: variance in the window over that of all")
     sample_every_steps: int = Field(0, ge=0, description="steps between sample grids; 0: none")
     sample_prompts: tuple[str, ...] = Field(("a photo of {subject}",), description="templates of the sample grids")
+    sample_inference_steps: int = Field(20, ge=1, le=1000, description="denoising steps of their pictures")
 
 
 class TrainingConfig(Section):

@@ -15,7 +15,7 @@ from tasks.wording import write_subject_prompt
 
 MAX_PHOTOS = 8
 NOISE_SHARES = (0.1, 0.35, 0.6, 0.85)
-SAMPLE_SEED, SAMPLE_STEPS, SAMPLE_GUIDANCE, SAMPLES_PER_PROMPT = 7, 20, 3.0, 2
+SAMPLE_SEED, SAMPLE_GUIDANCE, SAMPLES_PER_PROMPT = 7, 3.0, 2
 
 
 @torch.no_grad()
@@ -68,10 +68,12 @@ def draw_samples(module: DreamBoothModule) -> list[list[Image.Image]]:
     vae_device = module.model.vae.device
     module.model.vae.to(module.device)
     rows = []
-    for template in spec.training.validation.sample_prompts:  # one by one: memory is full of training
+    validation = spec.training.validation
+    for template in validation.sample_prompts:  # one by one: memory is full of training
         prompt = write_subject_prompt(template, **words)
         requests = [SamplingRequest(prompt, SAMPLE_SEED + i) for i in range(SAMPLES_PER_PROMPT)]
-        rows.append(module.model.sample(requests, num_inference_steps=SAMPLE_STEPS, guidance_scale=SAMPLE_GUIDANCE))
+        num_steps = validation.sample_inference_steps
+        rows.append(module.model.sample(requests, num_inference_steps=num_steps, guidance_scale=SAMPLE_GUIDANCE))
     module.model.vae.to(vae_device)
     for part, mode in zip(module.trained.values(), was_training, strict=True):
         part.train(mode)

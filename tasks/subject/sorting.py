@@ -129,3 +129,8 @@ def check_leaks(outcome: SortedPhotos, config: SubjectConfig) -> None:
             f"{len(outcome.leaks)} of {len(outcome.images)} captions tell what never changes ({outcome.leaks[0]}); "
             "choose another captioner, or set subject.captioning=template, or subject.max_leak_share=1"
         )
+    if share > SubjectConfig.model_fields["max_leak_share"].default:
+        outcome.warnings.append(
+            f"{len(outcome.leaks)} of {len(outcome.images)} captions told what never changes; trained all the same, "
+            f"as subject.max_leak_share={config.max_leak_share:g} says"
+        )

@@ -89,6 +89,7 @@ def test_leaks_are_cut_counted_and_too_many_of_them_stop_the_run(photos: Checked
     with pytest.raises(SubjectRejected, match=r"3 of 4 captions tell what never changes .*photo-0.png: blue, stripes"):
         check_leaks(outcome, config)
     check_leaks(outcome, config_of(photos, max_leak_share=1.0))
+    assert "trained all the same, as subject.max_leak_share=1 says" in outcome.warnings[-1]
     check_leaks(SortedPhotos(), config)
 
 

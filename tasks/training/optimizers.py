@@ -1,5 +1,6 @@
 """Optimizers by name, and the kernels that a step runs on."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,10 +40,20 @@ def has_fused_skip(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def set_up_kernels(model: LatentModel, config: TrainingConfig) -> None:
-    """Choose matrix precision, memory format and compilation."""
+    """Choose matrix precision, memory format and compilation. Raises ConfigError where torch can't compile."""
     torch.backends.cuda.matmul.allow_tf32 = config.is_tf32
     torch.backends.cudnn.allow_tf32 = config.is_tf32
     if config.is_channels_last and model.denoiser_name == "unet":
         model.denoiser.to(memory_format=torch.channels_last)
     if config.is_compiled:
+        check_compiler(model.device)
         model.denoiser.compile_repeated_blocks()
+
+
+def check_compiler(device: torch.device, folder: Path = Path(torch.__file__).parent) -> None:
+    """Refuse to compile where torch can't: it does not quote its own folder when it calls g++."""
+    if device.type == "cpu" and " " in str(folder):
+        raise ConfigError(
+            f"training.is_compiled: torch can't compile for CPUs from a folder with a space in its name ({folder}); "
+            "make the environment elsewhere, or set training.is_compiled=false"
+        )

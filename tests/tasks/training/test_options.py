@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tasks.errors import ConfigError
 from tasks.training import worker
 from tasks.training.config import TrainingConfig
+from tasks.training.optimizers import check_compiler
 from tasks.training.spec import RunFolder, compute_learning_rate_factor
 from tests.tiny import make_spec, read_unet, train_here
 
@@ -87,7 +89,14 @@ def test_half_precision_computes_roughly_and_keeps_whole_weights(
     assert {tensor.dtype for tensor in read_unet(half).values()} == {torch.float32}
 
 
+def test_where_torch_cannot_compile_it_is_said() -> None:
+    with pytest.raises(ConfigError, match="a folder with a space in its name"):
+        check_compiler(torch.device("cpu"), Path("/a place/torch"))
+    check_compiler(torch.device("cpu"), Path("/place/torch"))
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++; install it")
+@pytest.mark.skipif(" " in torch.__file__, reason="torch can't compile from a folder with a space; clone elsewhere")
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_blocks_give_the_same_losses(tmp_path: Path, tiny_model_folder: Path) -> None:
     plain = train(tmp_path / "plain", tiny_model_folder)

@@ -15,10 +15,11 @@ setup-dev:
 demo: setup  ## run the whole job on the embedded default
 	@$(BIN)/likeness run
 
-# Whole runs mostly wait for processes to start, so they are tested beside all else.
+# Whole runs mostly wait for processes to start, so they are tested beside all else; the halves take equally long.
+BESIDE := tests/flows tests/faults tests/servers tests/tasks/mini
 test: setup-dev check  ## run all checks and tests
-	@mkdir -p build; $(BIN)/python -m pytest tests/flows tests/faults > build/test-flows.log 2>&1 & whole=$$!; \
-	$(BIN)/python -m pytest --ignore=tests/flows --ignore=tests/faults; parts=$$?; \
+	@mkdir -p build; $(BIN)/python -m pytest $(BESIDE) > build/test-flows.log 2>&1 & whole=$$!; \
+	$(BIN)/python -m pytest $(BESIDE:%=--ignore=%); parts=$$?; \
 	wait $$whole; runs=$$?; cat build/test-flows.log; exit $$((parts + runs))
 
 test-llm-servers: setup-dev  ## get LLM servers that others wrote, and talk to them (slow the first time)

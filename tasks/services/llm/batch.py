@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tasks.errors import ReplyInvalid, StillPending
+from tasks.errors import ConfigError, ReplyInvalid, ServiceUnavailable, StillPending
 from tasks.services.llm.batch_files import FileBatches, LocalBatches
 from tasks.services.llm.batch_openai import OpenAiBatches
 from tasks.services.llm.batch_protocol import ENDPOINT, TERMINAL, BatchProvider, BatchReply, Call, RemoteJob
@@ -206,6 +206,7 @@ class BatchJob:
         self.state_key = f"{state_prefix}/{state.input_sha256[:24]}-{state.attempt}.json"
         self.mark = f"{state.input_sha256}/{state.attempt}"
         self.unanswered: set[str] = set()
+        self.is_cancel_sent = False
         self.provider = open_provider(
             self.profile,
             call=self._call,
@@ -279,14 +280,23 @@ class BatchJob:
                 self.job = job
                 return
             is_late = deadline_seconds is not None and time.time() > self.state.created_at + deadline_seconds
-            if is_late and not self.state.is_cancelled:
-                log.warning("batch job %s is late and cancelled; the rest is asked by calls", job.job_id)
-                self._save(is_cancelled=True)
-                self.provider.cancel(self.state.batch_id)
+            if is_late and not self.is_cancel_sent and job.status != "cancelling":
+                self._cancel(job)
             if time.monotonic() > deadline:
                 raise StillPending(f"batch job {job.job_id} is still {job.status}; `likeness pending` goes on with it")
             time.sleep(pause)
             pause = min(poll_seconds, pause * 1.5)
+
+    def _cancel(self, job: RemoteJob) -> None:
+        """Give the job up; noted first, so that a run that ends in between sends it again."""
+        self._save(is_cancelled=True)
+        try:
+            self.provider.cancel(job.job_id)
+        except (ConfigError, ServiceUnavailable) as error:  # perhaps it has just ended: the next look will tell
+            log.warning("batch job %s is late and can't be cancelled: %s", job.job_id, error)
+            return
+        self.is_cancel_sent = True
+        log.warning("batch job %s is late and cancelled; the rest is asked by calls", job.job_id)
 
     def harvest(self) -> dict[str, BatchReply]:
         """Return one outcome per row, matched by custom id; rows without any are named too."""

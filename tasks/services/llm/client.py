@@ -218,22 +218,23 @@ class LlmService:
         tokens_in, tokens_out = count_body_tokens(body, profile)
         most = Usage(input_tokens=tokens_in, output_tokens=tokens_out)
         worst = compute_cost(profile.prices, most, is_batch=False)[0] or 0.0
-        reservation = self.budget.reserve(worst)
         if profile.pictures == "presigned":
             body = publish_pictures(body, self.store, seconds=CALL_SECONDS)
+        reservation = self.budget.reserve(worst)
 
         def fail(error: LikenessError) -> None:
             self.ledger.book(replace(row, outcome=type(error).__name__))
 
         def attempt(timeout: float) -> dict[str, Any]:
             client = self.client(row.profile)
-            self.pace(row.profile).wait(tokens_in)
             if on_text is None:
                 return create(client, body, timeout_seconds=timeout)
             return complete_streaming(client, body, timeout_seconds=timeout, on_text=on_text)
 
         if on_text is not None:
             profile = profile.model_copy(update={"max_attempts": 1})
+        # Before the call's own time begins; tries after the first go by the provider's answers.
+        self.pace(row.profile).wait(tokens_in)
         try:
             raw: dict[str, Any] = call_with_retries(attempt, profile, on_failure=fail)
         except KeyboardInterrupt:  # what was generated until then may be billed: it stays reserved

@@ -91,6 +91,13 @@ class ProfileConfig(Section):
             raise ValueError("capabilities.batch=file needs batch_command")
         return self
 
+    @model_validator(mode="after")
+    def check_routing(self) -> "ProfileConfig":
+        """Refuse a cap on prices where nothing can hold it."""
+        if self.max_price is not None and not isinstance(self.extra_body.get("provider", {}), dict):
+            raise ValueError("max_price goes into extra_body.provider, which has to be a mapping")
+        return self
+
     def routing(self) -> dict[str, object]:
         """Return what is added to every request: `extra_body`, fallbacks and the cap on prices."""
         added = dict(self.extra_body)
@@ -98,7 +105,7 @@ class ProfileConfig(Section):
             added["models"] = [self.model, *self.fallback_models]
         if self.max_price is not None:
             provider = added.get("provider", {})
-            assert isinstance(provider, dict)
+            assert isinstance(provider, dict)  # see check_routing
             prompt, completion = self.max_price
             added["provider"] = {**provider, "max_price": {"prompt": prompt, "completion": completion}}
         return added

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tasks.errors import ServiceUnavailable
+from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.mini.batches import BatchDesk
 from tasks.services.llm.batch import ask_batch
 from tasks.services.llm.client import LlmService
@@ -166,6 +166,41 @@ def test_a_late_job_is_cancelled_and_what_it_lacks_is_asked_by_calls(server: Scr
     assert (server.counts[BATCHES], server.counts["row"], server.counts[CHAT]) == (1, 0, 4)
     assert sum(path.endswith("/cancel") for path in server.counts) == 1
     assert [row.is_batch for row in llm.ledger.rows] == [False] * 4
+
+
+def test_a_cancellation_that_was_noted_and_never_sent_is_sent_by_the_next_run(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
+    def cut(job_id: str) -> None:
+        raise Cut
+
+    server.desk.turn.acquire()
+    llm = make_llm(server, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tasks.services.llm.batch_openai.OpenAiBatches.cancel", lambda self, job_id: cut(job_id))
+        with pytest.raises(Cut):
+            ask(llm, deadline_seconds=0.1)
+    threading.Timer(0.5, server.desk.turn.release).start()
+    answers, failures = ask(make_llm(server, tmp_path), deadline_seconds=0.1)
+    assert (len(answers), failures) == (4, {})
+    assert (server.counts[BATCHES], server.counts["row"], server.counts[CHAT]) == (1, 0, 4)
+
+
+def test_a_job_that_ends_before_its_cancellation_is_read_all_the_same(server: ScriptedServer, tmp_path: Path) -> None:
+    def refuse(self: object, job_id: str) -> None:
+        if not released:
+            released.append(True)
+            server.desk.turn.release()
+        raise ConfigError("it has ended")
+
+    released: list[bool] = []
+
+    server.desk.turn.acquire()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tasks.services.llm.batch_openai.OpenAiBatches.cancel", refuse)
+        llm = make_llm(server, tmp_path)
+        answers, failures = ask(llm, deadline_seconds=0.05)
+    assert (len(answers), failures, server.counts["row"], server.counts[CHAT]) == (4, {}, 4, 0)
 
 
 def test_jobs_are_no_larger_than_the_provider_takes(server: ScriptedServer, tmp_path: Path) -> None:

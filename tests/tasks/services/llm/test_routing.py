@@ -11,6 +11,7 @@ from conf.request import compile_request, parse_overrides
 from tasks.errors import ConfigError
 from tasks.services.config import StoreConfig
 from tasks.services.llm.batch import ask_batch
+from tasks.services.llm.config import ProfileConfig
 from tasks.services.store import S3Store
 from tests.llm_server import scripted_server
 from tests.tasks.services.llm.test_client import CHAT, GOOD, SPEC, ask, make_llm
@@ -24,6 +25,11 @@ def test_openrouter_is_told_fallbacks_and_the_most_it_may_pay(tmp_path: Path) ->
     body = server.bodies[0]
     assert body["models"] == ["asked-model", "other"]
     assert body["provider"] == {"zdr": True, "max_price": {"prompt": 0.2, "completion": 1.0}}
+
+
+def test_a_cap_that_has_no_place_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_price goes into extra_body.provider"):
+        ProfileConfig(model="m", max_price=(1.0, 2.0), extra_body={"provider": "any"})
 
 
 def test_another_route_is_another_answer(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from conf.schema import RunConfig
-from tasks.contract import digest
 from tasks.errors import ConfigError
+from tasks.stage.digests import digest
 
 FOLDER = Path(__file__).resolve().parent
 # Groups of conf/ by the request's field.

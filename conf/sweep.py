@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from conf.request import RunRequest, Value, compile_request, describe_invalid, parse_overrides, split_sweep
-from tasks.contract import digest
 from tasks.errors import ConfigError
+from tasks.stage.digests import digest
 
 
 class SweepRequest(BaseModel):

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from tasks.errors import ArtifactCorrupt
 from tasks.manifests import Manifest, ObjectRef
 from tasks.services.store import Store
+from tasks.stage.digests import digest, digest_file
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Manifest)
@@ -29,14 +30,6 @@ PREFIXES = {
     "publishing": "06-publishing",
 }
 MANIFEST_NAME = "manifest.json"
-
-
-def digest(value: Any) -> str:
-    """Return the SHA-256 of a value's canonical JSON."""
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def compute_stage_key(stage: str, *, version: int, settings: Any, inputs: Iterable[str]) -> str:
@@ -180,15 +173,3 @@ def fetch_folder(store: Store, refs: Iterable[ObjectRef], *, below: str, folder:
             path.unlink()
             raise ArtifactCorrupt(f"{ref.key} has changed; run again to rebuild it")
     return folder
-
-
-def digest_file(path: Path) -> str:
-    """Return a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest_folder(folder: Path) -> str:
-    """Return one digest over names and contents of all files below a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return digest([[str(path.relative_to(folder)), digest_file(path)] for path in files])

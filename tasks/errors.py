@@ -7,6 +7,7 @@
     |   `-- StillPending      a batch job runs on; run again later
     |-- ReplyInvalid          retried within a small bound
     |-- ArtifactCorrupt       rebuild: the stored object is not what its manifest says
+    |-- StorageFull           free disk space
     |-- TrainingFailed        see the log it names
     |   `-- TrainingStopped   run again: it goes on from its checkpoint
     `-- BudgetExceeded        raise the cap
@@ -14,12 +15,23 @@
 A message is one line: what, where, what next.
 """
 
+from tasks.redaction import clean_text, redact, shorten
+
+MESSAGE_LIMIT = 2_000
+
 
 class LikenessError(Exception):
-    """Base of every error that a person can act on."""
+    """Base of every error that a person can act on.
+
+    Messages are redacted and freed of control characters here, once for all of them: they quote
+    servers, files and settings, and end in terminals, logs, `summary.json` and Prefect's database.
+    """
 
     exit_code = 1
     is_retryable = False
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shorten(clean_text(redact(shorten(message, limit=4 * MESSAGE_LIMIT))), limit=MESSAGE_LIMIT))
 
 
 class ConfigError(LikenessError):
@@ -58,6 +70,12 @@ class ArtifactCorrupt(LikenessError):
     """A stored object differs from what its manifest says."""
 
     exit_code = 6
+
+
+class StorageFull(LikenessError):
+    """A disk has no room for what has to be written."""
+
+    exit_code = 10
 
 
 class TrainingFailed(LikenessError):

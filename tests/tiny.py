@@ -9,10 +9,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tasks.contract import digest_file, digest_folder
 from tasks.diffusion.config import DiffusionConfig
 from tasks.mini.tokens import write_tokenizer
 from tasks.mini.world import draw_scene, sample_subject_scene
+from tasks.stage.digests import digest_file, digest_folder
 from tasks.training.config import TrainingConfig
 from tasks.training.spec import RunFolder, TrainingImage, TrainingSpec
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from tasks.contract import digest, digest_folder
 from tasks.diffusion.config import DiffusionConfig
 from tasks.errors import ConfigError
 from tasks.manifests import ModelRef
+from tasks.stage.digests import digest, digest_folder
 
 if TYPE_CHECKING:
     import torch

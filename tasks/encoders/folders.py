@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from tasks.contract import digest_folder
 from tasks.diffusion.base import MINI_FOLDER
 from tasks.encoders.config import EncoderConfig
 from tasks.errors import ConfigError
+from tasks.stage.digests import digest_folder
 
 # The paper's encoders were published as pickles alone; torch reads them as weights only, never as code.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")

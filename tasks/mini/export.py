@@ -9,8 +9,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
-from tasks.contract import digest_file
 from tasks.mini import models
+from tasks.stage.digests import digest_file
 
 if TYPE_CHECKING:
     from tasks.mini.pretrain import Pretrainer

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tasks.contract import digest_file
 from tasks.diffusion.base import MINI_FOLDER, SamplingRequest
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.stable_diffusion import StableDiffusion
@@ -24,6 +23,7 @@ from tasks.mini.dataset import HELD_OUT_SEED, label_of, scene_of
 from tasks.mini.export import CLASSIFIER_FILE
 from tasks.mini.vision import Eyes
 from tasks.mini.world import CLASS_NOUNS, COLORS, PLACE_PHRASES, PLACES, draw_scene
+from tasks.stage.digests import digest_file
 
 NUM_STEPS, GUIDANCE = 25, 3.0
 TARGETS = {

@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from tasks.contract import digest
 from tasks.services.llm.requests import RequestSpec
+from tasks.stage.digests import digest
 
 Grade = Literal[0, 1, 2, 3, 4]
 

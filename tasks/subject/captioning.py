@@ -10,12 +10,12 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from tasks.contract import digest
 from tasks.errors import ConfigError, ReplyInvalid
 from tasks.services.llm.batch import ask_batch
 from tasks.services.llm.calls import Answers, Specs, ask_each
 from tasks.services.llm.client import LlmService
 from tasks.services.llm.requests import RequestSpec
+from tasks.stage.digests import digest
 from tasks.subject.config import SubjectConfig
 from tasks.subject.examining import EXAMINE, Adjudication, adjudicate
 from tasks.subject.intake import CheckedPhotos, Photo

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tasks.contract import digest, digest_file
 from tasks.errors import TrainingFailed
+from tasks.stage.digests import digest, digest_file
 from tasks.training.sharding import gather, spread
 
 log = logging.getLogger(__name__)

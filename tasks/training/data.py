@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from tasks.contract import digest_file
 from tasks.diffusion.base import DiffusionModel
 from tasks.errors import ArtifactCorrupt
+from tasks.stage.digests import digest_file
 from tasks.training import draws
 from tasks.training.buckets import Size
 from tasks.training.latent_cache import is_whole, note_of, write

@@ -4,9 +4,9 @@ import logging
 import os
 from pathlib import Path
 
-from tasks.contract import digest_file
 from tasks.errors import ServiceUnavailable
 from tasks.services.store import Store
+from tasks.stage.digests import digest_file
 from tasks.training.spec import TrainingSpec
 
 log = logging.getLogger(__name__)

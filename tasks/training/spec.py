@@ -5,10 +5,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from tasks.contract import digest
 from tasks.diffusion.config import DiffusionConfig
 from tasks.encoders.config import EncoderConfig
 from tasks.settings import Section
+from tasks.stage.digests import digest
 from tasks.training.buckets import Size, choose_bucket
 from tasks.training.config import TrainingConfig
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
-from tasks.contract import digest_file
 from tasks.errors import TrainingFailed, TrainingStopped
+from tasks.stage.digests import digest_file
 from tasks.training.spec import RunFolder, TrainingSpec
 
 POLL_SECONDS = 0.2

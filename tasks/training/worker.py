@@ -22,10 +22,10 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tasks.contract import digest_file
 from tasks.diffusion.base import choose_device, find_family
 from tasks.diffusion.latent_model import LatentModel
 from tasks.errors import TrainingFailed
+from tasks.stage.digests import digest_file
 from tasks.training.callbacks import StepKeeper, tell, watch_supervisor
 from tasks.training.candidates import list_candidates, open_base, step_of, write_candidate, write_weights
 from tasks.training.checkpoints import copy_all, load_newest, restore_state

@@ -28,11 +28,11 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tasks.contract import digest_folder
 from tasks.diffusion.base import MINI_FOLDER, open_model
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.latent_model import DTYPES, LatentModel
 from tasks.mini.world import CLASS_NOUNS, draw_subject
+from tasks.stage.digests import digest_folder
 from tasks.training.config import TrainingConfig
 from tasks.training.losses import prior_preservation_loss
 from tasks.training.module import DreamBoothModule

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.contract import digest
 from tasks.errors import TrainingFailed
+from tasks.stage.digests import digest
 from tasks.training import checkpoints
 from tasks.training.checkpoints import MANIFEST, TrainingState, list_checkpoints, load_newest, save_checkpoint
 

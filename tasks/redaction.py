@@ -1,0 +1,120 @@
+"""What may be shown: secrets masked, addresses without credentials, no control characters, bounded length.
+
+One place for every sink: errors, log records, `config.json`, `summary.json`, the report and the terminal.
+"""
+
+import base64
+import logging
+import os
+import re
+import traceback
+import unicodedata
+import urllib.parse
+from functools import lru_cache
+
+MASK = "***"
+# So many characters of a secret in a row are masked: servers echo keys truncated, or cut into pieces.
+WINDOW = 8
+SHORTEST = 4
+SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
+# Every repetition is bounded: these run over text that servers and files supply.
+CREDENTIALS = re.compile(r"\b([a-z][a-z0-9+.-]{0,30}://)[^\s/@?#]{1,500}@", re.IGNORECASE)
+BEARER = re.compile(r"\b(Bearer|Basic)\s{1,4}[\w.~+/=-]{6,2000}", re.IGNORECASE)
+ASSIGNED = re.compile(
+    r"((?:token|secret|passw(?:or)?d|api[_-]?key|access[_-]?key|signature|credential|\bsig)[\w.-]{0,40}=)"
+    r"[^\s&#,;)'\"]{1,2000}",
+    re.IGNORECASE,
+)
+registered: set[str] = set()
+
+
+def register_secret(value: str) -> str:
+    """Mask a value from now on wherever text is shown; return it."""
+    if len(value) >= SHORTEST:
+        registered.add(value)
+    return value
+
+
+def list_secrets() -> frozenset[str]:
+    """Return the values that are masked: registered ones, and environment variables named like secrets."""
+    named = {
+        value
+        for name, value in os.environ.items()
+        # A path to a file of credentials is no secret, and masking it would hide every path beside it.
+        if SECRET_NAME.search(name) and len(value) >= WINDOW and not value.startswith(("/", "~", "."))
+    }
+    return frozenset(named | registered)
+
+
+@lru_cache(maxsize=8)
+def make_windows(secrets: frozenset[str]) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Return every run of WINDOW characters of the secrets in plain and encoded form, and the short secrets."""
+    windows: set[str] = set()
+    for secret in secrets:
+        for form in encode_forms(secret) if len(secret) >= WINDOW else ():
+            windows.update(form[i : i + WINDOW] for i in range(len(form) - WINDOW + 1))
+    return frozenset(windows), tuple(sorted((s for s in secrets if len(s) < WINDOW), key=len, reverse=True))
+
+
+def encode_forms(secret: str) -> list[str]:
+    """Return a secret as it is, percent-encoded, in hexadecimal, and in Base64 at each of its three alignments."""
+    data = secret.encode()
+    forms = [secret, urllib.parse.quote(secret, safe=""), data.hex(), data.hex().upper()]
+    for shift in range(3):
+        encoded = base64.b64encode(b"\0" * shift + data).decode()
+        # The first and last group also hold bits of their neighbours.
+        inner = encoded[4 if shift else 0 : len(encoded) // 4 * 4 - 4]
+        forms += [inner, inner.replace("+", "-").replace("/", "_")]
+    return forms
+
+
+def redact(text: str) -> str:
+    """Return a text with secrets masked, whole, cut or encoded, and so are credentials in addresses and headers."""
+    windows, short = make_windows(list_secrets())
+    masked = bytearray(len(text))
+    for i in range(len(text) - WINDOW + 1):
+        if text[i : i + WINDOW] in windows:
+            masked[i : i + WINDOW] = b"\1" * WINDOW
+    if any(masked):
+        text = re.sub("\0+", MASK, "".join("\0" if hidden else char for char, hidden in zip(text, masked, strict=True)))
+    for secret in short:
+        text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", MASK, text)
+    text = CREDENTIALS.sub(rf"\1{MASK}@", text)
+    text = BEARER.sub(rf"\1 {MASK}", text)
+    return ASSIGNED.sub(rf"\g<1>{MASK}", text)
+
+
+def clean_text(text: str, *, keep: str = "\n\t") -> str:
+    """Return a text without control and direction characters, which a terminal would obey."""
+    if text.isprintable():
+        return text
+    return "".join(char for char in text if char in keep or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co"))
+
+
+def shorten(text: str, *, limit: int = 200) -> str:
+    """Return a text of at most `limit` characters; what was cut is counted."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit - 40]}... ({len(text):,} characters)"
+
+
+def show_value(value: object, *, limit: int = 120) -> str:
+    """Return a value as an error message quotes it."""
+    return shorten(redact(repr(value if not isinstance(value, str) else shorten(value, limit=limit))), limit=limit)
+
+
+class RedactingRecord(logging.LogRecord):
+    """A log record whose message and traceback hold no secrets and no control characters."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.msg, self.args = clean_text(redact(self.getMessage())), ()
+        if self.exc_info and self.exc_info[1] is not None:
+            lines = traceback.format_exception(self.exc_info[1])
+            # Formatters print this text where it is set, and so does what sends records to a server.
+            self.exc_text = clean_text(redact("".join(lines))).rstrip("\n")
+
+
+def install_log_redaction() -> None:
+    """Redact every log record of this process, those of libraries included; calling it again changes nothing."""
+    logging.setLogRecordFactory(RedactingRecord)

@@ -1,0 +1,103 @@
+"""Digests of values and files, and JSON records that carry their own.
+
+Nothing that was written earlier is trusted when it is read back: a record is loaded only if its
+content still has the digest that was written with it. A flipped byte and a cut tail look the same.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from tasks.errors import ArtifactCorrupt
+
+R = TypeVar("R", bound=BaseModel)
+DIGEST_FIELD = "content_sha256"
+
+
+def canonical(value: Any) -> str:
+    """Return a value's canonical JSON: sorted keys, no spaces, no NaN."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=str)
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """Return a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_folder(folder: Path) -> str:
+    """Return one digest over names and contents of all files below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return digest([[str(path.relative_to(folder)), digest_file(path)] for path in files])
+
+
+def sign(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with the digest of its own canonical content added."""
+    return {**value, DIGEST_FIELD: digest(value)}
+
+
+def verify_signed(value: Any) -> dict[str, Any]:
+    """Return a signed JSON object without its digest.
+
+    Raises:
+        ArtifactCorrupt: it isn't an object, carries no digest, or was changed after it was written.
+
+    """
+    if not isinstance(value, dict):
+        raise ArtifactCorrupt("the record is not a JSON object")
+    plain = {key: child for key, child in value.items() if key != DIGEST_FIELD}
+    if DIGEST_FIELD not in value:
+        raise ArtifactCorrupt(f"the record has no {DIGEST_FIELD}")
+    if value[DIGEST_FIELD] != digest(plain):
+        raise ArtifactCorrupt(f"the record differs from its {DIGEST_FIELD}")
+    return plain
+
+
+def parse_json(data: bytes) -> Any:
+    """Return parsed JSON. Raises ArtifactCorrupt for anything else, deep nesting included."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:  # a decoding error is a ValueError too
+        raise ArtifactCorrupt("the record is not JSON") from error
+
+
+def dump_signed(record: BaseModel, *, indent: int | None = None) -> bytes:
+    """Return a record as JSON that carries its own digest."""
+    return json.dumps(sign(record.model_dump(mode="json")), indent=indent).encode()
+
+
+def load_signed(kind: type[R], data: bytes) -> R:
+    """Return a verified record. Raises ArtifactCorrupt if it was damaged or has another shape."""
+    plain = verify_signed(parse_json(data))
+    try:
+        return kind.model_validate_json(json.dumps(plain))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ArtifactCorrupt(f"the record does not fit its schema: {where}: {first['msg']}") from error
+
+
+def dump_line(row: dict[str, Any]) -> str:
+    """Return one line of a log of signed rows."""
+    return json.dumps(sign(row)) + "\n"
+
+
+def load_lines(data: bytes) -> Iterator[dict[str, Any] | None]:
+    """Yield the rows of a log of signed rows, None for each that is torn or was changed."""
+    for line in data.split(b"\n"):
+        if line.strip():
+            try:
+                yield verify_signed(parse_json(line))
+            except ArtifactCorrupt:
+                yield None

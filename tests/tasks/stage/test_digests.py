@@ -1,0 +1,59 @@
+"""Records that carry their own digest."""
+
+import json
+
+import pytest
+from pydantic import BaseModel
+
+from tasks.errors import ArtifactCorrupt
+from tasks.stage.digests import dump_line, dump_signed, load_lines, load_signed
+
+
+class Note(BaseModel):
+    """A record."""
+
+    text: str
+    number: float
+
+
+def test_a_signed_record_comes_back_as_it_was() -> None:
+    note = Note(text="größe", number=0.1)
+    assert load_signed(Note, dump_signed(note)) == note
+    assert load_signed(Note, dump_signed(note, indent=1)) == note
+
+
+def test_no_flipped_byte_and_no_cut_passes() -> None:
+    note = Note(text="sks dog", number=3.0)
+    data = dump_signed(note)
+    for place in range(len(data)):
+        flipped = bytearray(data)
+        flipped[place] ^= 1
+        with pytest.raises(ArtifactCorrupt):
+            load_signed(Note, bytes(flipped))
+        with pytest.raises(ArtifactCorrupt):
+            load_signed(Note, data[:place])
+
+
+@pytest.mark.parametrize("data", [b"[]", b"null", b"{}", b"\xff", b'"x"', b"[" * 100_000])
+def test_anything_else_is_refused_by_one_kind_of_error(data: bytes) -> None:
+    with pytest.raises(ArtifactCorrupt):
+        load_signed(Note, data)
+
+
+def test_a_signed_record_of_another_shape_names_the_field() -> None:
+    with pytest.raises(ArtifactCorrupt, match="number"):
+        load_signed(Note, dump_signed(Other(text="a")))
+
+
+class Other(BaseModel):
+    """A record of another shape."""
+
+    text: str
+
+
+def test_a_torn_or_changed_line_costs_that_line_alone() -> None:
+    lines = [dump_line({"usd": value}) for value in (1.0, 2.0, 3.0)]
+    changed = lines[1].replace("2.0", "0.2")
+    rows = list(load_lines((lines[0] + changed + lines[2][:-9]).encode()))
+    assert rows == [{"usd": 1.0}, None, None]
+    assert json.loads(lines[0])["content_sha256"]

@@ -1,0 +1,89 @@
+"""Secrets, control characters and overlong values never reach an error, a log or a file."""
+
+import base64
+import logging
+import urllib.parse
+
+import pytest
+
+from tasks.errors import ConfigError
+from tasks.redaction import clean_text, install_log_redaction, redact, shorten
+
+CANARY = "sk-canary/7f3a+9c1e0b5d2468"
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", CANARY)
+    monkeypatch.setenv("GOOGLE_CREDENTIALS", "/home/somebody/key.json")
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        CANARY,
+        CANARY[:12] + " ...",
+        "..." + CANARY[-9:],
+        urllib.parse.quote(CANARY, safe=""),
+        CANARY.encode().hex(),
+        base64.b64encode(CANARY.encode()).decode(),
+        base64.b64encode(b"user:" + CANARY.encode()).decode(),
+        base64.urlsafe_b64encode(b"ab" + CANARY.encode()).decode(),
+        f"https://me:{CANARY}@host/v1",
+        f"Authorization: Bearer {CANARY}",
+    ],
+)
+def test_a_secret_is_masked_whole_cut_or_encoded(shown: str) -> None:
+    hidden = redact(f"the server said: {shown} is wrong")
+    assert hidden.startswith("the server said: ")
+    assert "***" in hidden
+    forms = [CANARY, urllib.parse.quote(CANARY, safe=""), CANARY.encode().hex()]
+    pieces = {form[i : i + 8] for form in forms for i in range(len(form) - 7)}
+    assert not [piece for piece in pieces if piece in hidden]
+    assert shown[-12:-4] not in hidden.removesuffix(" is wrong")
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("postgresql://me:unknown@host/db", "postgresql://***@host/db"),
+        ("http://host/v1?token=unknown1&x=1", "http://host/v1?token=***&x=1"),
+        ("Authorization: Bearer abcdefgh", "Authorization: Bearer ***"),
+        ("max_output_tokens: 600", "max_output_tokens: 600"),
+        ("/home/somebody/photos is not a folder", "/home/somebody/photos is not a folder"),
+    ],
+)
+def test_credentials_that_are_not_known_are_masked_by_their_place(text: str, hidden: str) -> None:
+    assert redact(text) == hidden
+
+
+def test_every_error_is_redacted_cleaned_and_short() -> None:
+    error = ConfigError(f"server says \x1b[2J{CANARY}\x07 \u202e" + "x" * 500_000)
+    assert CANARY not in str(error)
+    assert "\x1b" not in str(error)
+    assert "\u202e" not in str(error)
+    assert len(str(error)) <= 2_000
+
+
+def test_control_characters_are_dropped_and_letters_of_any_script_stay() -> None:
+    assert clean_text("a\x1b]0;title\x07b\r\n\tSöhne 犬\x9b31m") == "a]0;titleb\n\tSöhne 犬31m"
+
+
+def test_what_is_cut_is_counted() -> None:
+    assert shorten("y" * 1000, limit=100).endswith("... (1,000 characters)")
+
+
+def test_log_records_and_their_tracebacks_are_redacted(caplog: pytest.LogCaptureFixture) -> None:
+    before = logging.getLogRecordFactory()
+    install_log_redaction()
+    try:
+        try:
+            raise ValueError(f"cause {CANARY}")
+        except ValueError:
+            logging.getLogger("some.library").exception("failed with %s\x1b[31m", CANARY)
+    finally:
+        logging.setLogRecordFactory(before)
+    assert CANARY not in caplog.text
+    assert "\x1b" not in caplog.text
+    assert "failed with ***" in caplog.text
+    assert "Traceback" in caplog.text

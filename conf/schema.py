@@ -11,7 +11,7 @@ from tasks.publishing.config import PublishingConfig
 from tasks.scoring.config import ScoringConfig
 from tasks.services.config import StoreConfig, TrackingConfig
 from tasks.services.llm.config import LlmConfig
-from tasks.settings import Section
+from tasks.settings import LocalPath, Section
 from tasks.subject.config import SubjectConfig
 from tasks.training.config import TrainingConfig
 
@@ -21,7 +21,7 @@ MINI = "mini"
 class RunConfig(Section):
     """Everything a run depends on; stages get their slice."""
 
-    output_dir: str = Field(min_length=1, description="run folders, local store, tracking database")
+    output_dir: LocalPath = Field(min_length=1, description="run folders, local store, tracking database")
     seed: int = Field(ge=0, le=2**31 - 1, description="seed of training draws")
     subject: SubjectConfig
     prior: PriorConfig
@@ -55,13 +55,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def check_validation(self) -> "RunConfig":
-        """Refuse what needs validations where there are none, and sample prompts without the subject."""
+        """Refuse what needs validations where there are none."""
         validation = self.training.validation
         if validation.every_steps == 0 and (validation.keep == "best" or validation.is_early_stopping):
             raise ValueError("training.validation: keep=best and is_early_stopping need every_steps above 0")
-        for prompt in validation.sample_prompts:
-            if "{subject}" not in prompt:
-                raise ValueError(f"training.validation.sample_prompts: {prompt!r} lacks {{subject}}")
         return self
 
     @model_validator(mode="after")
@@ -112,11 +109,8 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def check_prompts(self) -> "RunConfig":
-        """Refuse evaluation prompts that don't show the subject."""
-        for prompt in self.evaluation.prompts:
-            if "{subject}" not in prompt:
-                raise ValueError(f"evaluation.prompts: {prompt!r} lacks {{subject}}")
+    def check_registry(self) -> "RunConfig":
+        """Refuse a registry without a tracking server."""
         if self.publishing.is_registered and self.tracking.kind == "none":
             raise ValueError("publishing.is_registered needs tracking=mlflow; or set publishing=local")
         return self

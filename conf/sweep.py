@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from conf.request import RunRequest, Value, compile_request, describe_invalid, parse_overrides, split_sweep
+from conf.compose import compile_request, describe_invalid
+from conf.overrides import parse_overrides, split_sweep
+from conf.request import RunRequest, Value
 from tasks.errors import ConfigError
 from tasks.stage.digests import digest
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from conf.request import compile_request, parse_overrides
+from conf.compose import compile_request
+from conf.overrides import parse_overrides
 from flows.estimates import with_defaults
 
 

@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 from PIL import Image
 
-from conf.request import compile_request, parse_overrides
+from conf.compose import compile_request
+from conf.overrides import parse_overrides
 from conf.schema import RunConfig
 from tasks.manifests import SampleKind, Side
 from tasks.services.llm.requests import RequestSpec

@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from conf.request import RunRequest, compile_request, compute_config_digest
+from conf.compose import compile_request, compute_config_digest
+from conf.request import RunRequest
 from conf.schema import RunConfig
 from tasks.contract import PREFIXES
 from tasks.errors import ConfigError, StillPending
@@ -126,7 +127,7 @@ def collect_metrics(evaluation: Evaluation) -> dict[str, Any]:
 @contextmanager
 def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     """Compile a request, open its services, and close them whatever happens."""
-    from conf.request import allowed_roots
+    from conf.trust import allowed_roots
     from tasks.diffusion.base import identify_model
     from tasks.encoders.folders import find_encoders
     from tasks.mini.launch import LocalServer

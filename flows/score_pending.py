@@ -8,7 +8,8 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import deployment
 
-from conf.request import RunRequest, allowed_roots, check_paths
+from conf.request import RunRequest
+from conf.trust import allowed_roots, check_path
 from flows.personalize_subject import personalize_subject
 from flows.runs import list_pending, write_json
 from tasks.errors import LikenessError, StillPending
@@ -23,7 +24,7 @@ def score_pending(output_dir: str = "runs") -> list[dict[str, Any]]:
     Safe to run at any time and again: a job that is still running stays parked, and nothing is paid twice.
     """
     if deployment.id is not None:
-        check_paths({"output_dir": output_dir}, allowed_roots())
+        check_path("output_dir", output_dir, allowed_roots())
     finished = []
     for folders in list_pending(Path(output_dir)):
         request = RunRequest.model_validate_json((folders[0] / "request.json").read_text())

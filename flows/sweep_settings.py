@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.runtime import deployment
 
-from conf.request import compile_request
+from conf.compose import compile_request
 from conf.schema import RunConfig
 from conf.sweep import SweepRequest
+from conf.trust import allowed_roots
 from flows.personalize_subject import personalize_subject
 from tasks.errors import ConfigError, LikenessError
 from tasks.services.tracking import MlflowTracker
@@ -20,7 +22,8 @@ from tasks.services.tracking import MlflowTracker
 @flow(name="sweep-settings", persist_result=False)
 def sweep_settings(request: SweepRequest) -> dict[str, Any]:
     """Run trials until the study has enough; name the best."""
-    config = compile_request(request.base)
+    roots = None if deployment.id is None else allowed_roots()
+    config = compile_request(request.base, roots=roots)
     study = open_study(request, Path(config.output_dir))
     num_left = count_left(study, request)
     parent = open_tracking(config, request) if num_left else None

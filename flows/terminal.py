@@ -12,7 +12,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from conf.request import RunRequest, compile_request, parse_overrides
+from conf.compose import compile_request
+from conf.overrides import parse_overrides
+from conf.request import RunRequest
 from conf.schema import RunConfig
 from flows.embedded import EmbeddedServer, needs_server
 from tasks.progress import ProgressView, make_progress

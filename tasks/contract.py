@@ -7,16 +7,17 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from tasks.errors import ArtifactCorrupt
 from tasks.manifests import Manifest, ObjectRef
 from tasks.services.store import Store
-from tasks.stage.digests import digest, digest_file
+from tasks.stage.digests import digest, digest_file, dump_signed, load_signed
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Manifest)
@@ -30,21 +31,43 @@ PREFIXES = {
     "publishing": "06-publishing",
 }
 MANIFEST_NAME = "manifest.json"
+VERIFIED_AT_ONCE = 16
 
 
-def compute_stage_key(stage: str, *, version: int, settings: Any, inputs: Iterable[str]) -> str:
+def compute_stage_key(stage: str, kind: type[Manifest], *, version: int, settings: Any, inputs: Iterable[str]) -> str:
     """Return the key of a stage's output.
 
     Args:
         stage: the stage's name.
+        kind: its manifest class, whose schema is part of the key: a new field is another key.
         version: its hand-bumped STAGE_VERSION.
-        settings: the configuration fields that change the result, and no others.
-        inputs: digests or stage keys of everything it reads.
+        settings: the configuration fields that change the result, versions of shared code, and nothing else.
+        inputs: content digests of everything it reads.
 
     """
     if isinstance(settings, BaseModel):
         settings = settings.model_dump(mode="json")
-    return digest([stage, version, settings, list(inputs)])[:32]
+    return digest([stage, version, compute_schema_digest(kind), settings, list(inputs)])[:32]
+
+
+def compute_schema_digest(kind: type[BaseModel]) -> str:
+    """Return the digest of a record's shape, without its documentation."""
+    return digest(without_documentation(kind.model_json_schema()))
+
+
+def without_documentation(node: Any) -> Any:
+    """Return a JSON schema without titles and descriptions; properties may have these names."""
+    if isinstance(node, list):
+        return [without_documentation(child) for child in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        name: {key: without_documentation(child) for key, child in value.items()}
+        if name in ("properties", "$defs")
+        else without_documentation(value)
+        for name, value in node.items()
+        if name not in ("title", "description")
+    }
 
 
 class StageFolder:
@@ -88,16 +111,18 @@ class StageFolder:
         if note is None:
             return None
         try:
-            ref = ObjectRef.model_validate_json(note)
-            read_verified(self.store, ref)
-        except (ValidationError, ArtifactCorrupt):
+            ref = load_signed(ObjectRef, note)
+            verify(self.store, ref)
+        except ArtifactCorrupt:
+            return None
+        if ref.key != f"{self.prefix}/{name}":
             return None
         return self.keep(ref)
 
     def put_resumable(self, name: str, data: bytes) -> ObjectRef:
         """Store an object and the note by which a later attempt will trust it."""
         ref = self.put(name, data)
-        self.store.put_bytes(f"{self.prefix}/{name}.ref", ref.model_dump_json().encode())
+        self.store.put_bytes(f"{self.prefix}/{name}.ref", dump_signed(ref))
         return ref
 
     def finish(self, kind: type[M], *, version: int, **fields: Any) -> M:
@@ -110,8 +135,7 @@ class StageFolder:
             objects=tuple(self.refs[key] for key in sorted(self.refs)),
             **fields,
         )
-        data = manifest.model_dump_json(indent=1).encode()
-        self.store.put_bytes(f"{self.prefix}/{MANIFEST_NAME}", data)
+        self.store.put_bytes(f"{self.prefix}/{MANIFEST_NAME}", dump_signed(manifest, indent=1))
         return manifest
 
 
@@ -126,16 +150,50 @@ def find_manifest(store: Store, kind: type[M], stage: str, stage_key: str) -> M 
     if data is None:
         return None
     try:
-        manifest = kind.model_validate_json(data)
-        for ref in manifest.objects:
-            verify(store, ref)
-    except (ValidationError, ArtifactCorrupt) as error:
-        reason = str(error).splitlines()[0]
-        log.warning("%s %s is damaged and will be computed again: %s", stage, stage_key[:8], reason)
+        manifest = load_signed(kind, data)
+        check_manifest(manifest, stage, stage_key)
+        verify_all(store, manifest.objects)
+    except ArtifactCorrupt as error:
+        log.warning("%s %s is damaged and will be computed again: %s", stage, stage_key[:8], error)
         store.put_bytes(f"{key}.quarantined", data)
         store.delete(key)
         return None
     return manifest
+
+
+def check_manifest(manifest: Manifest, stage: str, stage_key: str) -> None:
+    """Refuse a manifest of another stage, or one that uses objects it doesn't list. Raises ArtifactCorrupt."""
+    if (manifest.stage, manifest.stage_key) != (stage, stage_key):
+        raise ArtifactCorrupt(f"the manifest is that of {manifest.stage} {manifest.stage_key[:8]}")
+    prefix = f"{PREFIXES[stage]}/{stage_key}/"
+    listed = {ref.key: ref for ref in manifest.objects}
+    if any(not key.startswith(prefix) for key in listed):
+        raise ArtifactCorrupt("the manifest lists objects of another folder")
+    for ref in iter_refs(manifest):
+        if ref.key.startswith(prefix) and listed.get(ref.key) != ref:
+            raise ArtifactCorrupt(f"the manifest uses {ref.key}, which it doesn't list")
+
+
+def iter_refs(value: Any) -> Iterator[ObjectRef]:
+    """Yield every object reference in a record, however deep."""
+    if isinstance(value, ObjectRef):
+        yield value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from iter_refs(getattr(value, name))
+    elif isinstance(value, dict):
+        for child in value.values():
+            yield from iter_refs(child)
+    elif isinstance(value, tuple | list):
+        for child in value:
+            yield from iter_refs(child)
+
+
+def verify_all(store: Store, refs: Sequence[ObjectRef]) -> None:
+    """Check many objects at once: in a bucket each one is a request. Raises ArtifactCorrupt."""
+    with ThreadPoolExecutor(VERIFIED_AT_ONCE) as pool:
+        for _ in pool.map(lambda ref: verify(store, ref), refs):
+            pass
 
 
 def verify(store: Store, ref: ObjectRef) -> None:

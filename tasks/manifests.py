@@ -5,9 +5,12 @@ A stage's output is a folder of objects in the store plus one of these, written 
 """
 
 import re
-from typing import Literal
+from pathlib import PurePosixPath
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from tasks.stage.digests import digest
 
 Side = Literal["base", "tuned"]
 SampleKind = Literal["subject", "class", "candidate"]
@@ -24,7 +27,16 @@ class ObjectRef(Record):
 
     key: str
     sha256: str
-    size_bytes: int
+    size_bytes: int = Field(ge=0)
+
+    @field_validator("key")
+    @classmethod
+    def check_key(cls, key: str) -> str:
+        """Refuse keys that could leave the store's root."""
+        path = PurePosixPath(key)
+        if not key or path.is_absolute() or ".." in path.parts or "\\" in key or not key.isprintable():
+            raise ValueError("is not a plain relative path")
+        return key
 
 
 class ModelRef(Record):
@@ -49,9 +61,33 @@ class Manifest(Record):
     objects: tuple[ObjectRef, ...]
     """Every object of the stage's folder but the manifest itself."""
 
+    NOT_RESULT: ClassVar[frozenset[str]] = frozenset({"stage_key", "seconds", "cost_usd", "counts"})
+    """Fields that say how a result came about, not what it is."""
+
+    def compute_content_digest(self) -> str:
+        """Return the digest of what the stage made: its objects and result fields.
+
+        Stages below are keyed by it: the same result computed again, elsewhere or under another key, invalidates
+        nothing, and another result under the same key invalidates everything below.
+        """
+        plain = self.model_dump(mode="json", exclude=set(self.NOT_RESULT))
+        return digest(without_stage_keys(plain))
+
     def find(self, name: str) -> ObjectRef:
         """Return the object whose key ends with the given name."""
         return next(ref for ref in self.objects if ref.key.endswith("/" + name))
+
+
+STAGE_FOLDER = re.compile(r"^(\d\d-[a-z]+)/[^/]+/")
+
+
+def without_stage_keys(value: Any) -> Any:
+    """Return nested plain data whose object keys don't say in which stage's folder they lie."""
+    if isinstance(value, dict):
+        return {without_stage_keys(key): without_stage_keys(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [without_stage_keys(child) for child in value]
+    return STAGE_FOLDER.sub(r"\1/", value) if isinstance(value, str) else value
 
 
 class ImageMeasures(Record):
@@ -148,8 +184,10 @@ class TunedModel(Manifest):
     total_parameters: int
     final_loss: float
     peak_memory_bytes: int
-    subject_key: str
-    prior_key: str
+    subject_sha256: str
+    """Content digest of the subject set that it was trained on."""
+    prior_sha256: str
+    NOT_RESULT: ClassVar[frozenset[str]] = Manifest.NOT_RESULT | {"peak_memory_bytes"}
 
     def find_candidates(self) -> "dict[int, list[ObjectRef]]":
         """Return the weights that were kept beside the published ones, by step."""

@@ -19,6 +19,7 @@ SHORTEST = 4
 SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
 # Every repetition is bounded: these run over text that servers and files supply.
 CREDENTIALS = re.compile(r"\b([a-z][a-z0-9+.-]{0,30}://)[^\s/@?#]{1,500}@", re.IGNORECASE)
+QUERY = re.compile(r"\b([a-z][a-z0-9+.-]{0,30}://[^\s?#\"'<>]{1,2000})\?[^\s#\"'<>]{1,4000}", re.IGNORECASE)
 BEARER = re.compile(r"\b(Bearer|Basic)\s{1,4}[\w.~+/=-]{6,2000}", re.IGNORECASE)
 ASSIGNED = re.compile(
     r"((?:token|secret|passw(?:or)?d|api[_-]?key|access[_-]?key|signature|credential|\bsig)[\w.-]{0,40}=)"
@@ -79,9 +80,14 @@ def redact(text: str) -> str:
         text = re.sub("\0+", MASK, "".join("\0" if hidden else char for char, hidden in zip(text, masked, strict=True)))
     for secret in short:
         text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", MASK, text)
-    text = CREDENTIALS.sub(rf"\1{MASK}@", text)
+    text = redact_url(text)
     text = BEARER.sub(rf"\1 {MASK}", text)
     return ASSIGNED.sub(rf"\g<1>{MASK}", text)
+
+
+def redact_url(text: str) -> str:
+    """Return a text whose addresses have no credentials and no query: presigned ones are keys themselves."""
+    return QUERY.sub(rf"\1?{MASK}", CREDENTIALS.sub(rf"\1{MASK}@", text))
 
 
 def clean_text(text: str, *, keep: str = "\n\t") -> str:

@@ -67,11 +67,21 @@ class Runtime:
         settings: Any,
         inputs: Iterable[str],
         compute: Callable[[StageFolder], M],
+        find_missing_effect: Callable[[M], str] = lambda manifest: "",
     ) -> M:
-        """Return the stored manifest of a stage if it verifies; else compute it."""
-        key = compute_stage_key(stage, version=version, settings=settings, inputs=inputs)
+        """Return the stored manifest of a stage if it verifies; else compute it.
+
+        Args:
+            find_missing_effect: names what the stage had left outside the store and is gone, or nothing.
+
+        """
+        key = compute_stage_key(stage, kind, version=version, settings=settings, inputs=inputs)
         with self.recorded(stage, key) as record:
             manifest = find_manifest(self.store, kind, stage, key)
+            missing = find_missing_effect(manifest) if manifest else ""
+            if missing:
+                self.progress.note(f"warning: {stage} {key[:8]} is computed again: {missing}")
+                manifest = None
             record.is_cached = manifest is not None
             if manifest is None:
                 manifest = compute(StageFolder(self.store, stage, key))

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tasks.settings import Section
+from tasks.settings import ModelName, PlainName, Section
 
 
 class DiffusionConfig(Section):
@@ -13,8 +13,8 @@ class DiffusionConfig(Section):
     family: Literal["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux"] = Field(
         "stable_diffusion", description="model adapter"
     )
-    location: str = Field(description="diffusers folder, hub repository, or mini: the shipped model")
-    revision: str | None = Field(None, description="pinned commit of a hub repository")
+    location: ModelName = Field(description="diffusers folder, hub repository, or mini: the shipped model")
+    revision: PlainName | None = Field(None, description="pinned commit of a hub repository")
     resolution: int = Field(
         512, ge=32, le=4096, multiple_of=16, description="side of training images and samples, pixels"
     )

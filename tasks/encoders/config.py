@@ -2,13 +2,13 @@
 
 from pydantic import Field
 
-from tasks.settings import Section
+from tasks.settings import ModelName, PlainName, Section
 
 
 class EncoderConfig(Section):
     """The image encoders that measure; a local folder or a hub repository at a revision."""
 
-    clip: str = Field(description="CLIP model: CLIP-I and CLIP-T")
-    clip_revision: str | None = Field(None, description="pinned commit of the CLIP model")
-    dino: str = Field(description="self-supervised ViT: DINO")
-    dino_revision: str | None = Field(None, description="pinned commit of the DINO model")
+    clip: ModelName = Field(description="CLIP model: CLIP-I and CLIP-T")
+    clip_revision: PlainName | None = Field(None, description="pinned commit of the CLIP model")
+    dino: ModelName = Field(description="self-supervised ViT: DINO")
+    dino_revision: PlainName | None = Field(None, description="pinned commit of the DINO model")

@@ -3,13 +3,13 @@
 from pydantic import Field
 
 from tasks.encoders.config import EncoderConfig
-from tasks.settings import Section
+from tasks.settings import Section, SubjectTemplates
 
 
 class EvaluationConfig(Section):
     """What is sampled and how it is measured."""
 
-    prompts: tuple[str, ...] = Field(
+    prompts: SubjectTemplates = Field(
         min_length=1, description="templates; {subject} becomes identifier token and class noun"
     )
     num_images_per_prompt: int = Field(2, ge=1, le=64, description="seeds per prompt")

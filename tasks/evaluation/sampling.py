@@ -8,7 +8,7 @@ from tasks.diffusion.base import DiffusionModel, SamplingRequest
 from tasks.evaluation.config import EvaluationConfig
 from tasks.images import encode_png
 from tasks.manifests import Sample, SampleKind, Side
-from tasks.wording import write_plain_prompt, write_subject_prompt
+from tasks.prompts import write_plain_prompt, write_subject_prompt
 
 Source = Side | int
 """Base or published weights, or those kept of a step."""

@@ -4,14 +4,16 @@ from typing import Any
 
 from prefect import task
 
+from tasks import diffusion as diffusion_code
+from tasks import encoders as encoders_code
 from tasks.contract import StageFolder, fetch_folder, read_verified
 from tasks.diffusion.config import DiffusionConfig
 from tasks.encoders.folders import identify_encoders
 from tasks.evaluation.config import EvaluationConfig
 from tasks.manifests import Evaluation, Sample, Side, SubjectSet, TunedModel
 from tasks.prefect_states import finished
+from tasks.prompts import write_class_prompt
 from tasks.runtime import Runtime
-from tasks.wording import write_class_prompt
 
 STAGE_VERSION = 2
 CLASS_PROMPT = "a photo of {article} {class_noun}"
@@ -27,8 +29,14 @@ def evaluate(
         Evaluation,
         "evaluation",
         version=STAGE_VERSION,
-        settings=[config.model_dump(mode="json", exclude={"batch_size"}), sampling, identify_encoders(config.encoders)],
-        inputs=[tuned.stage_key, subject.stage_key],
+        settings=[
+            diffusion_code.VERSION,
+            encoders_code.VERSION,
+            config.model_dump(mode="json", exclude={"batch_size"}),
+            sampling,
+            identify_encoders(config.encoders),
+        ],
+        inputs=[tuned.compute_content_digest(), subject.compute_content_digest()],
         compute=lambda folder: compute_evaluation(folder, config, diffusion, tuned, subject, runtime),
     )
     return finished(manifest, runtime)

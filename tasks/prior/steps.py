@@ -4,13 +4,14 @@ from typing import Any
 
 from prefect import task
 
+from tasks import diffusion as diffusion_code
 from tasks.contract import StageFolder
 from tasks.diffusion.config import DiffusionConfig
 from tasks.manifests import ClassImageSet, ModelRef
 from tasks.prefect_states import finished
 from tasks.prior.config import PriorConfig
+from tasks.prompts import write_class_prompt
 from tasks.runtime import Runtime
-from tasks.wording import write_class_prompt
 
 STAGE_VERSION = 1
 
@@ -27,6 +28,7 @@ def generate_class_images(
         "prior",
         version=STAGE_VERSION,
         settings=[
+            diffusion_code.VERSION,
             config.model_dump(mode="json", exclude={"batch_size", "class_prompt", "num_devices"}),
             sampling,
             class_prompt,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tasks.contract import StageFolder, fetch_folder
 from tasks.manifests import ClassImageSet, Evaluation, Manifest, ObjectRef, Scorecard, SubjectSet, TunedModel
+from tasks.prompts import name_subject
 from tasks.services.store import Store
-from tasks.wording import name_subject
 
 CARD = """---
 library_name: diffusers
@@ -103,9 +103,10 @@ def export_model(
     )
     lineage = {
         "base_model": tuned.base_model.model_dump(),
-        "subject": subject.stage_key,
-        "prior": prior.stage_key,
-        "training": tuned.stage_key,
+        "stages": {
+            manifest.stage: {"key": manifest.stage_key, "content_sha256": manifest.compute_content_digest()}
+            for manifest in (subject, prior, tuned, evaluation)
+        },
         "photos": [image.source_sha256 for image in subject.images],
         "class_images": [image.image.sha256 for image in prior.images],
     }

@@ -12,6 +12,7 @@ from tasks.prefect_states import finished, should_retry
 from tasks.publishing.config import PublishingConfig
 from tasks.runtime import Runtime
 from tasks.services.config import TrackingConfig
+from tasks.services.tracking import Tracker
 
 STAGE_VERSION = 2
 Upstream = tuple[SubjectSet, ClassImageSet, TunedModel, Evaluation, Scorecard]
@@ -31,10 +32,24 @@ def publish(
         "publishing",
         version=STAGE_VERSION,
         settings=[config.model_dump(mode="json"), tracking.model_dump(mode="json")],
-        inputs=[manifest.stage_key for manifest in upstream],
+        inputs=[manifest.compute_content_digest() for manifest in upstream],
         compute=lambda folder: compute_publication(folder, config, tracking, config_rows, upstream, runtime),
+        find_missing_effect=lambda manifest: find_missing_effect(manifest, runtime.tracker),
     )
     return finished(manifest, runtime)
+
+
+def find_missing_effect(publication: Publication, tracker: Tracker) -> str:
+    """Return what of a publication the tracking server no longer has, or nothing."""
+    if publication.tracking_run_id is None:
+        return ""
+    model = publication.registered_model, publication.registered_version
+    paths = ("report", "model") if publication.registered_version else ("report",)
+    if not tracker.has_artifacts(publication.tracking_run_id, paths):
+        return f"tracking run {publication.tracking_run_id} or its artifacts are gone"
+    if model[0] and model[1] and not tracker.has_version(model[0], model[1]):
+        return f"version {model[1]} of the registered model {model[0]} is gone"
+    return ""
 
 
 def compute_publication(

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tasks.settings import Section
+from tasks.settings import LocalPath, Section
 
 
 class ScoringConfig(Section):
@@ -26,7 +26,7 @@ class ScoringConfig(Section):
         2, ge=0, le=4, description="grades of one sample that differ so much are settled by one more look; 0: never"
     )
     second_share: float = Field(0.2, ge=0, le=1, description="share of samples that the second judge grades too")
-    labels: str = Field("", description="CSV of a person's grades: sample,concept_preservation,prompt_following")
+    labels: LocalPath = Field("", description="CSV of a person's grades: sample,concept_preservation,prompt_following")
     poll_seconds: float = Field(5.0, gt=0, le=3600, description="longest wait between looks at a batch job")
     max_wait_seconds: float = Field(
         1800, gt=0, description="park the run after this; `likeness pending` goes on with it, the job runs on"

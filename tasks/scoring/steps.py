@@ -30,7 +30,7 @@ def score_samples(
         "scoring",
         version=STAGE_VERSION,
         settings=[config.result_fields(), judges, labels],
-        inputs=[evaluation.stage_key, subject.stage_key],
+        inputs=[evaluation.compute_content_digest(), subject.compute_content_digest()],
         compute=lambda folder: compute_scores(folder, config, evaluation, subject, runtime),
     )
     return finished(manifest, runtime)

@@ -1,25 +1,39 @@
 """Settings of the store and of tracking."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from tasks.settings import Section, refuse_user_info
+from tasks.settings import OPERATOR_ONLY, LocalPath, OperatorText, PlainName, PlainText, Section, check_url
 
 
 class StoreConfig(Section):
     """Where objects live."""
 
     kind: Literal["local", "s3"] = Field("local", description="a local folder or an S3 bucket")
-    folder: str = Field("${output_dir}/store", description="root folder (kind: local)")
-    bucket: str = Field("", description="bucket name (kind: s3)")
-    prefix: str = Field("likeness", description="key prefix inside the bucket (kind: s3)")
-    endpoint_url: str | None = Field(None, description="S3-compatible endpoint; null is AWS")
-    region: str = Field("us-east-1", description="region of the bucket")
-    check_endpoint = field_validator("endpoint_url")(refuse_user_info)
+    folder: LocalPath = Field("", description="root folder (kind: local); empty: store in output_dir")
+    bucket: OperatorText = Field("", description="bucket name (kind: s3)")
+    prefix: OperatorText = Field("likeness", description="key prefix inside the bucket (kind: s3)")
+    endpoint_url: OperatorText | None = Field(None, description="S3-compatible endpoint; null is AWS")
+    region: OperatorText = Field("us-east-1", description="region of the bucket")
+    check_endpoint = field_validator("endpoint_url")(check_url)
     request_checksums: Literal["when_supported", "when_required"] = Field(
         "when_supported", description="when_required suits stores that refuse new checksum headers"
     )
+
+
+TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
+
+
+def check_tracking_uri(uri: str) -> str:
+    """Refuse what would not be a database file or a server, and addresses with secrets."""
+    check_url(uri)
+    scheme = uri.partition(":")[0].partition("+")[0]
+    if uri and (scheme not in TRACKING_SCHEMES or "://" not in uri):
+        raise ValueError(f"must begin with one of {', '.join(f'{known}://' for known in TRACKING_SCHEMES)}")
+    if scheme == "sqlite" and ("?" in uri or "file:" in uri):
+        raise ValueError("must be sqlite:///PATH, without parameters")
+    return uri
 
 
 class TrackingConfig(Section):
@@ -27,8 +41,10 @@ class TrackingConfig(Section):
 
     kind: Literal["mlflow", "none"] = Field("mlflow", description="mlflow, or no tracking")
     also: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="loggers beside it")
-    wandb_mode: Literal["offline", "online"] = Field("offline", description="online wants WANDB_API_KEY")
-    uri: str = Field("", description="tracking URI; empty is an SQLite file in output_dir")
-    check_uri = field_validator("uri")(refuse_user_info)
-    experiment: str = Field("likeness", description="experiment name")
-    registered_model: str = Field("", description="registry name; empty: likeness-<class noun>")
+    wandb_mode: Annotated[Literal["offline", "online"], OPERATOR_ONLY] = Field(
+        "offline", description="online wants WANDB_API_KEY"
+    )
+    uri: OperatorText = Field("", description="tracking URI; empty is an SQLite file in output_dir")
+    check_uri = field_validator("uri")(check_tracking_uri)
+    experiment: PlainText = Field("likeness", description="experiment name")
+    registered_model: PlainName = Field("", description="registry name; empty: likeness-<class noun>")

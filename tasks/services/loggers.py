@@ -3,7 +3,7 @@
 Their packages are optional: `pip install tensorboard`, `pip install wandb`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,14 @@ class Trackers:
     def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
         """Register in the first."""
         return self.first.register(name=name, path=path, description=description, tags=tags)
+
+    def has_artifacts(self, run_id: str, paths: Sequence[str]) -> bool:
+        """Ask the first."""
+        return self.first.has_artifacts(run_id, paths)
+
+    def has_version(self, name: str, version: str) -> bool:
+        """Ask the first."""
+        return self.first.has_version(name, version)
 
     def finish(self, *, is_failed: bool) -> None:
         """Close each, whatever another does."""

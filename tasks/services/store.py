@@ -3,6 +3,7 @@
 Keys are `/`-separated paths. A write is all or nothing: readers see the old object or the new.
 """
 
+import base64
 import hashlib
 import os
 import shutil
@@ -13,6 +14,10 @@ from typing import Any, Protocol
 
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.services.config import StoreConfig
+from tasks.stage.digests import digest_file
+from tasks.stage.files import PART_PREFIX, explain_full_disk, staged_file, write_atomic
+
+SHA256_METADATA = "sha256"
 
 
 class Store(Protocol):
@@ -69,6 +74,7 @@ class LocalStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+        self.hashed: dict[str, tuple[tuple[int, ...], str]] = {}
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root):
@@ -82,15 +88,14 @@ class LocalStore:
         return self.root / check_key(key)
 
     def put_bytes(self, key: str, data: bytes) -> None:
-        with self._staged(key) as staged:
-            staged.write_bytes(data)
+        write_atomic(self.path(key), data)
 
     def put_new(self, key: str, data: bytes) -> bool:
         target = self.path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=PART_PREFIX)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with explain_full_disk(target, size_bytes=len(data)), os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -102,11 +107,8 @@ class LocalStore:
         return True
 
     def put_file(self, key: str, path: Path) -> None:
-        with self._staged(key) as staged:
+        with staged_file(self.path(key), size_bytes=path.stat().st_size) as staged:
             shutil.copyfile(path, staged)
-
-    def _staged(self, key: str) -> "_StagedFile":
-        return _StagedFile(self.path(key))
 
     def find_bytes(self, key: str) -> bytes | None:
         try:
@@ -121,17 +123,21 @@ class LocalStore:
             raise ServiceUnavailable(f"object {key} is not in {self.root}") from error
 
     def compute_sha256(self, key: str) -> str | None:
+        path = self.path(key)
         try:
-            with self.path(key).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            status = path.stat()
+            mark = (status.st_size, status.st_mtime_ns, status.st_ino)
+            if self.hashed.get(key, ((), ""))[0] != mark:  # read once per run, then known by size and time
+                self.hashed[key] = (mark, digest_file(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
+        return self.hashed[key][1]
 
     def list_keys(self, prefix: str) -> list[str]:
         if ".." in PurePosixPath(prefix).parts or prefix.startswith("/"):
             raise ConfigError(f"object prefix {prefix!r} is not a plain relative path")
         folder = self.root / PurePosixPath(prefix).parent
-        paths = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".part-"))
+        paths = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(PART_PREFIX))
         keys = (p.relative_to(self.root).as_posix() for p in paths)
         return sorted(key for key in keys if key.startswith(prefix))
 
@@ -145,29 +151,6 @@ class LocalStore:
         return str(self.path(key))
 
 
-class _StagedFile:
-    """A file written beside its destination, synced, then renamed over it."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __enter__(self) -> Path:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.target.parent, prefix=".part-")
-        os.close(handle)
-        self.staged = Path(name)
-        return self.staged
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.staged.unlink(missing_ok=True)
-            return
-        self.staged.chmod(0o644)
-        with self.staged.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(self.staged, self.target)
-
-
 class S3Store:
     """Objects in an S3 bucket; credentials come from boto3's usual places."""
 
@@ -179,6 +162,7 @@ class S3Store:
             raise ConfigError("store.bucket is empty; name the bucket, for example store.bucket=my-bucket")
         self.bucket = config.bucket
         self.prefix = config.prefix.strip("/")
+        self.has_checksums = config.request_checksums == "when_supported"
         # Timeouts and attempts are explicit: boto3's own wait a minute per read.
         self.client: Any = boto3.client(
             "s3",
@@ -201,14 +185,14 @@ class S3Store:
 
     def put_bytes(self, key: str, data: bytes) -> None:
         with _translated(key):
-            self.client.put_object(**self._name(key), Body=data)
+            self.client.put_object(**self._name(key), Body=data, **self._checksum(data))
 
     def put_new(self, key: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
 
         try:
             with _translated(key):
-                self.client.put_object(**self._name(key), Body=data, IfNoneMatch="*")
+                self.client.put_object(**self._name(key), Body=data, IfNoneMatch="*", **self._checksum(data))
         except ServiceUnavailable as error:
             cause = error.__cause__
             if isinstance(cause, ClientError) and _status(cause) in (409, 412):
@@ -218,7 +202,8 @@ class S3Store:
 
     def put_file(self, key: str, path: Path) -> None:
         with _translated(key):
-            self.client.upload_file(str(path), **self._name(key))
+            extra = {"Metadata": {SHA256_METADATA: digest_file(path)}}
+            self.client.upload_file(str(path), **self._name(key), ExtraArgs=extra)
 
     def find_bytes(self, key: str) -> bytes | None:
         with _translated(key):
@@ -234,11 +219,32 @@ class S3Store:
 
     def compute_sha256(self, key: str) -> str | None:
         with _translated(key):
-            hasher = hashlib.sha256()
+            stored = self._find_stored_sha256(key)
+            if stored:
+                return stored
+            hasher = hashlib.sha256()  # somebody else's object: only reading it tells
             for chunk in self.client.get_object(**self._name(key))["Body"].iter_chunks(1 << 20):
                 hasher.update(chunk)
             return hasher.hexdigest()
         return None
+
+    def _checksum(self, data: bytes) -> dict[str, Any]:
+        """Return the arguments by which the bucket checks what arrives and keeps its digest."""
+        sha256 = hashlib.sha256(data)
+        arguments: dict[str, Any] = {"Metadata": {SHA256_METADATA: sha256.hexdigest()}}
+        if self.has_checksums:
+            arguments["ChecksumSHA256"] = base64.b64encode(sha256.digest()).decode()
+        return arguments
+
+    def _find_stored_sha256(self, key: str) -> str:
+        """Return the digest that the bucket keeps of an object, without reading it; nothing where it keeps none."""
+        mode = {"ChecksumMode": "ENABLED"} if self.has_checksums else {}
+        head = self.client.head_object(**self._name(key), **mode)
+        checksum = head.get("ChecksumSHA256")
+        if checksum and head.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT" and "-" not in checksum:
+            return base64.b64decode(checksum).hex()
+        # Several parts have a digest of digests; the object's own was noted when it was written.
+        return str(head.get("Metadata", {}).get(SHA256_METADATA, ""))
 
     def list_keys(self, prefix: str) -> list[str]:
         return sorted(self._iter_keys(prefix))

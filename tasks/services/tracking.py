@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from tasks.services.config import TrackingConfig
 
 log = logging.getLogger(__name__)
 BATCH_SIZE = 500
+MISSING_CODES = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
 
 
 class Tracker(Protocol):
@@ -30,6 +31,12 @@ class Tracker(Protocol):
 
     def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
         """Register the artifacts below a path as a new version of a model; return its version."""
+
+    def has_artifacts(self, run_id: str, paths: Sequence[str]) -> bool:
+        """Whether a tracking run is there and has artifacts below each path."""
+
+    def has_version(self, name: str, version: str) -> bool:
+        """Whether the registry has a version of a model."""
 
     def finish(self, *, is_failed: bool) -> None:
         """Close the tracking run."""
@@ -54,6 +61,14 @@ class NoTracker:
     def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
         """There is no registry."""
         return None
+
+    def has_artifacts(self, run_id: str, paths: Sequence[str]) -> bool:
+        """Nothing is kept, so nothing can be gone."""
+        return True
+
+    def has_version(self, name: str, version: str) -> bool:
+        """There is no registry."""
+        return True
 
     def finish(self, *, is_failed: bool) -> None:
         """There is no run."""
@@ -151,6 +166,33 @@ class MlflowTracker:
             )
             self.client.set_registered_model_alias(name, "latest-tuned", version.version)
         return str(version.version)
+
+    def has_artifacts(self, run_id: str, paths: Sequence[str]) -> bool:
+        """Whether a run is there, not deleted, and has artifacts below each path."""
+        from mlflow.exceptions import MlflowException
+
+        with translated(self.uri):
+            try:
+                run = self.client.get_run(run_id)
+                is_deleted = run.info.lifecycle_stage == "deleted"
+                return not is_deleted and all(self.client.list_artifacts(run_id, path) for path in paths)
+            except MlflowException as error:
+                if error.error_code in MISSING_CODES:
+                    return False
+                raise
+
+    def has_version(self, name: str, version: str) -> bool:
+        """Whether the registry has a version of a model."""
+        from mlflow.exceptions import MlflowException
+
+        with translated(self.uri):
+            try:
+                self.client.get_model_version(name, version)
+            except MlflowException as error:
+                if error.error_code in MISSING_CODES:
+                    return False
+                raise
+        return True
 
     def finish(self, *, is_failed: bool) -> None:
         """Close the run."""

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from tasks.errors import ConfigError, ReplyInvalid
+from tasks.prompts import choose_article, name_subject
 from tasks.services.llm.batch import ask_batch
 from tasks.services.llm.calls import Answers, Specs, ask_each
 from tasks.services.llm.client import LlmService
@@ -21,7 +22,6 @@ from tasks.subject.examining import EXAMINE, Adjudication, adjudicate
 from tasks.subject.intake import CheckedPhotos, Photo
 from tasks.subject.linting import clean_phrase, find_leaks
 from tasks.subject.quality import Box
-from tasks.wording import choose_article, name_subject
 
 INSPECT = (
     "You inspect photos that will teach an image model one subject. Judge only what is visible. "

@@ -1,23 +1,23 @@
 """Settings of the subject stage."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tasks.settings import Section
+from tasks.settings import CHECKED, Domains, LocalPath, PhotoSource, PlainText, Section
 
 
 class SubjectConfig(Section):
     """Which photos, what they show, and what a photo must be."""
 
-    source: str = Field(description="folder of photos, or store:PREFIX in the object store")
-    class_noun: str = Field(
+    source: PhotoSource = Field(description="folder of photos, or store:PREFIX in the object store")
+    class_noun: Annotated[str, CHECKED] = Field(
         min_length=1,
         max_length=60,
         pattern=r"^[A-Za-z][A-Za-z -]*$",
         description="what the subject is, for example dog; a wrong noun is the costliest mistake",
     )
-    identifier_token: str = Field(
+    identifier_token: Annotated[str, CHECKED] = Field(
         "sks",
         min_length=1,
         max_length=20,
@@ -27,7 +27,7 @@ class SubjectConfig(Section):
     captioning: Literal["llm", "template"] = Field(
         "llm", description="llm: inspected and captioned by the LLM; template: no LLM at all"
     )
-    captions: str = Field("", description="CSV of your own captions: photo,surroundings,view; needs no model")
+    captions: LocalPath = Field("", description="CSV of your own captions: photo,surroundings,view; needs no model")
     batch_from: int = Field(100, ge=2, description="photos from which on captions are asked for in a batch job")
     max_wait_seconds: float = Field(
         1800, gt=0, description="park the run when that job takes longer; `likeness pending` goes on with it"
@@ -36,8 +36,8 @@ class SubjectConfig(Section):
     is_looked_up: bool = Field(
         False, description="have an LLM look class noun and identifier token up on the web; it sees no photo"
     )
-    known_as: str = Field("", max_length=80, description="product or breed to look up, for example: Maine Coon")
-    look_up_domains: tuple[str, ...] = Field((), max_length=5, description="only these sites; empty: the whole web")
+    known_as: PlainText = Field("", max_length=80, description="product or breed to look up, for example: Maine Coon")
+    look_up_domains: Domains = Field((), max_length=5, description="only these sites; empty: the whole web")
     max_leak_share: float = Field(
         0.5, ge=0, le=1, description="share of captions that may tell what never changes; 1 trains all the same"
     )

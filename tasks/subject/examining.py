@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 
 from tasks.errors import ReplyInvalid
 from tasks.images import encode_png
+from tasks.prompts import choose_article
 from tasks.services.llm.client import LlmService
 from tasks.services.llm.requests import RequestSpec
 from tasks.services.llm.tools import Tool, ToolResult, ask_with_tools
@@ -16,7 +17,6 @@ from tasks.subject.config import SubjectConfig
 from tasks.subject.intake import Photo
 from tasks.subject.linting import clean_phrase
 from tasks.subject.quality import Box, count_different_bits, find_salient_box, measure
-from tasks.wording import choose_article
 
 EXAMINE = (
     "You decide about a doubtful photo that may teach an image model one subject. Measure before you decide: "

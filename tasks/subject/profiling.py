@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, Field
 
+from tasks.prompts import choose_article
 from tasks.services.llm.client import LlmService
 from tasks.services.llm.requests import RequestSpec, count_body_tokens
 from tasks.subject.config import SubjectConfig
 from tasks.subject.intake import Photo
 from tasks.subject.linting import clean_phrase
-from tasks.wording import choose_article
 
 PROFILE = (
     "You see photos that will teach an image model one subject. Look at all of them together. "

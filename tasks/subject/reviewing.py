@@ -10,12 +10,12 @@ from pydantic import BaseModel, Field
 
 from tasks.contract import read_verified
 from tasks.manifests import InstanceImage, SubjectSet
+from tasks.prompts import choose_article
 from tasks.services.llm.tools import Tool, ToolResult
 from tasks.services.store import Store
 from tasks.subject.captioning import Caption, read_captions, write_instance_prompt
 from tasks.subject.config import SubjectConfig
 from tasks.subject.linting import clean_phrase, find_leaks, list_trait_words
-from tasks.wording import choose_article
 
 REVIEW = (
     "You talk with a person about photos that will teach an image model one subject, and about their captions. "

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tasks.settings import Section
+from tasks.settings import OperatorText, PlainNames, PlainText, Section, SubjectTemplates
 
 
 class LoraSettings(Section):
@@ -18,7 +18,7 @@ class LoraSettings(Section):
     alpha: float = Field(16.0, gt=0, description="the change is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
     is_dora: bool = Field(False, description="learn magnitudes apart (arXiv 2402.09353); slower")
-    target_modules: tuple[str, ...] = Field((), description="layers of the denoiser; empty: as the family says")
+    target_modules: PlainNames = Field((), description="layers of the denoiser; empty: as the family says")
 
 
 class TokenSettings(Section):
@@ -26,7 +26,7 @@ class TokenSettings(Section):
 
     num_vectors: int = Field(1, ge=1, le=32, description="embedding vectors of the token")
     learning_rate: float = Field(5e-4, gt=0, le=1, description="AdamW learning rate of the vectors")
-    init: str = Field("", description="words to begin from; empty: the class noun")
+    init: PlainText = Field("", description="words to begin from; empty: the class noun")
     switch_step: int = Field(
         0, ge=0, description="token+...: until this step the token alone is trained, then the weights alone; 0: both"
     )
@@ -47,7 +47,7 @@ class ValidationSettings(Section):
     window: int = Field(8, ge=2, le=1000, description="validations that have to be settled")
     threshold: float = Field(0.15, gt=0, lt=1, description="settled: variance in the window over that of all")
     sample_every_steps: int = Field(0, ge=0, description="steps between sample grids; 0: none")
-    sample_prompts: tuple[str, ...] = Field(("a photo of {subject}",), description="templates of the sample grids")
+    sample_prompts: SubjectTemplates = Field(("a photo of {subject}",), description="templates of the sample grids")
     sample_inference_steps: int = Field(20, ge=1, le=1000, description="denoising steps of their pictures")
 
 
@@ -126,7 +126,7 @@ class TrainingConfig(Section):
         False, description="spread what is trained over all devices (FSDP), for models that don't fit on one"
     )
     num_nodes: int = Field(1, ge=1, le=1024, description="machines; above 1 they share output_dir")
-    rendezvous: str = Field("", description="HOST:PORT of the first machine, where there are several")
+    rendezvous: OperatorText = Field("", description="HOST:PORT of the first machine, where there are several")
     num_threads: int = Field(0, ge=0, description="CPU threads per process; 0: all cores")
     stall_seconds: float = Field(
         1800.0, gt=0, description="time without a forward on some rank after which the run is ended as stuck"

@@ -21,12 +21,12 @@ from torch.utils.data import IterableDataset
 
 from tasks.diffusion.base import DiffusionModel
 from tasks.errors import ArtifactCorrupt
+from tasks.prompts import shorten_prompt
 from tasks.stage.digests import digest_file
 from tasks.training import draws
 from tasks.training.buckets import Size
 from tasks.training.latent_cache import is_whole, note_of, write
 from tasks.training.spec import TrainingImage, TrainingSpec
-from tasks.wording import shorten_prompt
 
 ENCODE_BATCH = 8
 

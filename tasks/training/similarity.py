@@ -4,10 +4,10 @@ import torch
 from PIL import Image
 
 from tasks.encoders.descriptors import Encoders
+from tasks.prompts import write_plain_prompt
 from tasks.training.module import DreamBoothModule
 from tasks.training.spec import TrainingSpec
 from tasks.training.validation import draw_samples
-from tasks.wording import write_plain_prompt
 
 
 class SimilarityMeter:

@@ -6,6 +6,8 @@ from typing import Any
 
 from prefect import task
 
+from tasks import diffusion as diffusion_code
+from tasks import encoders as encoders_code
 from tasks.contract import StageFolder, fetch_folder, find_manifest
 from tasks.diffusion.config import DiffusionConfig
 from tasks.encoders.config import EncoderConfig
@@ -35,13 +37,13 @@ def fine_tune(
     config = count_devices(config)
     resolution = diffusion.model_dump(mode="json", include={"family", "resolution"})
     measuring = [] if config.validation.metric == "loss" else [encoders.model_dump(), identify_encoders(encoders)]
-    prior_key = prior.stage_key if config.prior_loss_weight > 0 else ""
+    prior_digest = prior.compute_content_digest() if config.prior_loss_weight > 0 else ""
     manifest = runtime.run_stage(
         TunedModel,
         "training",
         version=STAGE_VERSION,
-        settings=[config.result_fields(), resolution, seed, *measuring],
-        inputs=[prior.base_model.sha256, subject.stage_key, prior_key],
+        settings=[diffusion_code.VERSION, encoders_code.VERSION, config.result_fields(), resolution, seed, *measuring],
+        inputs=[prior.base_model.sha256, subject.compute_content_digest(), prior_digest],
         compute=lambda folder: compute_training(folder, config, diffusion, seed, subject, prior, encoders, runtime),
     )
     return finished(manifest, runtime)
@@ -182,6 +184,6 @@ def store_result(
         total_parameters=result["total_parameters"],
         final_loss=result["final_loss"],
         peak_memory_bytes=result["peak_memory_bytes"],
-        subject_key=subject.stage_key,
-        prior_key=prior.stage_key,
+        subject_sha256=subject.compute_content_digest(),
+        prior_sha256=prior.compute_content_digest(),
     )

@@ -8,10 +8,10 @@ from PIL import Image
 from torch import Tensor
 
 from tasks.diffusion.base import SamplingRequest
+from tasks.prompts import write_subject_prompt
 from tasks.training import draws
 from tasks.training.config import ValidationSettings
 from tasks.training.module import DreamBoothModule
-from tasks.wording import write_subject_prompt
 
 MAX_PHOTOS = 8
 NOISE_SHARES = (0.1, 0.35, 0.6, 0.85)

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from tasks.diffusion.base import choose_device, find_family
 from tasks.diffusion.latent_model import LatentModel
 from tasks.errors import TrainingFailed
+from tasks.prompts import shorten_prompt
 from tasks.stage.digests import digest_file
 from tasks.training.callbacks import StepKeeper, tell, watch_supervisor
 from tasks.training.candidates import list_candidates, open_base, step_of, write_candidate, write_weights
@@ -36,7 +37,6 @@ from tasks.training.optimizers import set_up_kernels
 from tasks.training.sharding import join_processes, spread
 from tasks.training.spec import STOPPED_EXIT_CODE, RunFolder, TrainingSpec
 from tasks.training.validation import has_settled
-from tasks.wording import shorten_prompt
 
 
 def main(argv: list[str]) -> int:

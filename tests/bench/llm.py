@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from conf.request import compile_request, parse_overrides
+from conf.compose import compile_request
+from conf.overrides import parse_overrides
 from flows.estimates import plan_requests
 from tasks.encoders.config import EncoderConfig
 from tasks.encoders.descriptors import Encoders

@@ -2,20 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
-from conf.request import (
-    FOLDER,
-    GROUPS,
-    RunRequest,
-    compile_request,
-    compute_config_digest,
-    parse_overrides,
-    split_sweep,
-)
+from conf.compose import compile_request, compute_config_digest
+from conf.groups import FOLDER, GROUPS
+from conf.overrides import parse_overrides, split_sweep
+from conf.request import RunRequest
 from conf.schema import RunConfig
 from tasks.errors import ConfigError
 
@@ -46,12 +40,9 @@ def test_one_request_by_four_routes_is_one_configuration() -> None:
 
 
 def test_the_forms_choices_are_the_files_in_conf() -> None:
+    properties = RunRequest.model_json_schema()["properties"]
     for field, group in GROUPS.items():
-        options = {path.stem for path in (FOLDER / group).glob("*.yaml")}
-        annotation = RunRequest.model_fields[field].annotation
-        choices = {c for part in (annotation, *get_args(annotation)) for c in get_args(part) if isinstance(c, str)}
-        choices |= {c for c in get_args(annotation) if isinstance(c, str)}
-        assert choices == options, group
+        assert properties[field]["enum"] == sorted(path.stem for path in (FOLDER / group).glob("*.yaml")), group
 
 
 OPTIONS = [(group, path.stem) for group in GROUPS.values() for path in sorted((FOLDER / group).glob("*.yaml"))]
@@ -74,7 +65,7 @@ def test_every_group_option_composes(group: str, option: str) -> None:
         ("training.learning_rate=nan", "training.learning_rate: .*finite"),
         ("training.learning_rate=-1", "training.learning_rate: .*greater than 0"),
         ("training.max_train_steps=abc", "training.max_train_steps: .*integer"),
-        ("diffusion=sdxx", "diffusion: Input should be 'mini', 'sd15'"),
+        ("diffusion=sdxx", "diffusion: must be one of flux-dev, mini, sd15"),
         ("nonsense", "not of the form key=value"),
         ("+training.new=1", "use key=value"),
         ("~training", "not of the form"),
@@ -106,8 +97,6 @@ def test_a_class_noun_left_out_is_asked_for() -> None:
         {"_target_": "os.system"},
         {"training._target_": "x"},
         {"hydra/launcher": "x"},
-        {"output_dir": "${oc.env:HOME}"},
-        {"evaluation.prompts": ["{subject}", "${oc.env:HOME}"]},
         {"training.max_train_steps": {"nested": 1}},
         {"+training.x": 1},
         {"training..x": 1},
@@ -122,38 +111,6 @@ def test_requests_carry_names_and_plain_values_only(settings: dict[str, object])
 def test_unknown_request_fields_are_refused() -> None:
     with pytest.raises(ValidationError, match="extra_forbidden"):
         RunRequest.model_validate({"sauce": "x"})
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("subject.source", "/etc"),
-        ("subject.source", "../.."),
-        ("output_dir", "/tmp/elsewhere"),
-        ("store.folder", "/"),
-        ("diffusion.location", "../../models/evil"),
-        ("tracking.uri", "http://elsewhere"),
-        ("output_dir", "store:/../../../tmp/x"),
-    ],
-)
-def test_a_deployments_paths_stay_in_its_roots(tmp_path: Path, name: str, value: str) -> None:
-    request = RunRequest.model_validate({"settings": {name: value}, "class_noun": "dog"})
-    with pytest.raises(ConfigError, match=f"{name}: .*outside the allowed folders"):
-        compile_request(request, roots=(tmp_path,))
-
-
-@pytest.mark.parametrize("name", ["base_url", "api_key_variable"])
-def test_a_deployment_cannot_say_where_keys_are_sent(tmp_path: Path, name: str) -> None:
-    settings = {f"llm.profiles.openai-luna.{name}": "AWS_SECRET_ACCESS_KEY"}
-    request = RunRequest.model_validate({"llm": "openai", "settings": settings})
-    with pytest.raises(ConfigError, match="not by a request"):
-        compile_request(request, roots=(tmp_path,))
-
-
-def test_a_deployment_cannot_say_where_ranks_meet(tmp_path: Path) -> None:
-    request = RunRequest.model_validate({"settings": {"training.rendezvous": "elsewhere:29500"}})
-    with pytest.raises(ConfigError, match="training.rendezvous is set in conf/"):
-        compile_request(request, roots=(tmp_path,))
 
 
 def test_explicit_choices_win_over_the_models_and_providers_values() -> None:

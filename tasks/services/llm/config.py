@@ -2,11 +2,11 @@
 
 import datetime
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tasks.settings import Section, refuse_user_info
+from tasks.settings import OPERATOR_ONLY, PlainNames, Section, check_url
 
 ROLES = ("inspector", "captioner", "profiler", "adjudicator", "judge", "second_judge", "reviewer")
 STRUCTURES = ("json_schema", "json_object", "tool", "json_mode", "text")
@@ -124,23 +124,23 @@ class ProfileConfig(Section):
     @field_validator("base_url")
     @classmethod
     def check_url(cls, url: str | None) -> str | None:
-        """Refuse addresses that carry a name or password: they would be stored and logged."""
-        return refuse_user_info(url)
+        """Refuse addresses that carry secrets: they would be stored and logged."""
+        return check_url(url)
 
 
 class LlmConfig(Section):
     """Which profiles serve which role, the cheapest first: the next one is asked where a reply won't do."""
 
-    models: tuple[str, ...] = Field(min_length=1, description="profiles of every role that names none of its own")
-    inspector: tuple[str, ...] = Field((), description="inspects photos")
-    captioner: tuple[str, ...] = Field((), description="captions photos")
-    profiler: tuple[str, ...] = Field((), description="looks at all photos of a subject at once")
-    adjudicator: tuple[str, ...] = Field((), description="decides doubtful photos, with measurements")
-    judge: tuple[str, ...] = Field((), description="grades samples")
-    second_judge: tuple[str, ...] = Field((), description="grades a part of them again; empty: nobody")
-    reviewer: tuple[str, ...] = Field((), description="talks with a person about captions")
+    models: PlainNames = Field(min_length=1, description="profiles of every role that names none of its own")
+    inspector: PlainNames = Field((), description="inspects photos")
+    captioner: PlainNames = Field((), description="captions photos")
+    profiler: PlainNames = Field((), description="looks at all photos of a subject at once")
+    adjudicator: PlainNames = Field((), description="decides doubtful photos, with measurements")
+    judge: PlainNames = Field((), description="grades samples")
+    second_judge: PlainNames = Field((), description="grades a part of them again; empty: nobody")
+    reviewer: PlainNames = Field((), description="talks with a person about captions")
     budget_usd: float | None = Field(None, ge=0, description="most money for a configuration, reruns included")
-    profiles: dict[str, ProfileConfig]
+    profiles: Annotated[dict[str, ProfileConfig], OPERATOR_ONLY]
 
     @field_validator("models", *ROLES, mode="before")
     @classmethod
@@ -164,7 +164,7 @@ class LlmConfig(Section):
 
     def rungs(self, role: str) -> tuple[str, ...]:
         """Return the names of a role's profiles, the first to be asked first."""
-        own: tuple[str, ...] = getattr(self, role)
+        own: PlainNames = getattr(self, role)
         return own or (() if role == "second_judge" else self.models)
 
     def used_profiles(self) -> list[str]:

@@ -14,6 +14,7 @@ from tasks.diffusion.base import SamplingRequest, open_model
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.latent_model import LatentModel
 from tasks.errors import ConfigError
+from tests.numerics import assert_same_up_to_rounding
 from tests.tiny import SIDE, make_tiny_stable_diffusion
 from tests.tiny_families import make_tiny_flux, make_tiny_sd3, make_tiny_sdxl
 
@@ -95,8 +96,9 @@ def test_encoded_prompts_equal_those_of_the_pipeline(folders: dict[str, Path], f
     told = model.encode_prompts(model.tokenize(PROMPTS))
     assert told.pooled is not None
     pooled = theirs[1] if family == "flux" else theirs[2]
-    torch.testing.assert_close(told.encoder_hidden_states, theirs[0])
-    torch.testing.assert_close(told.pooled, pooled)
+    # Two encoder layers of attention and two products each, the longest sum being the one over T5's 512 tokens.
+    assert_same_up_to_rounding(told.encoder_hidden_states, theirs[0], terms=512, layers=6)
+    assert_same_up_to_rounding(told.pooled, pooled, terms=512, layers=6)
 
 
 @pytest.mark.parametrize(

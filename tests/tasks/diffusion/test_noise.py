@@ -6,6 +6,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from tasks.diffusion.noise import GaussianDiffusion, RectifiedFlow
 from tasks.training.losses import min_snr_weights
+from tests.numerics import assert_same_up_to_rounding
 
 TIMESTEPS = torch.tensor([5, 300, 950])
 
@@ -23,8 +24,8 @@ def test_min_snr_weights_are_the_papers() -> None:
     assert snr[0] > 5 > snr[2]
     noise = min_snr_weights(gaussian("epsilon"), TIMESTEPS, snr_gamma=5.0)
     velocity = min_snr_weights(gaussian("v_prediction"), TIMESTEPS, snr_gamma=5.0)
-    torch.testing.assert_close(noise, snr.clamp_max(5) / snr)
-    torch.testing.assert_close(velocity, snr.clamp_max(5) / (snr + 1))
+    assert_same_up_to_rounding(noise, snr.clamp_max(5) / snr, terms=2)
+    assert_same_up_to_rounding(velocity, snr.clamp_max(5) / (snr + 1), terms=2)
 
 
 @pytest.mark.parametrize("process", [gaussian("epsilon"), gaussian("v_prediction"), flow(shift=3.0)])
@@ -45,6 +46,7 @@ def test_a_weight_makes_the_error_of_clean_latents_count_by_the_capped_ratio(
         clean = noisy * (snr / (1 + snr)).sqrt() - wrong * (1 / (1 + snr)).sqrt()
     errors = (clean - latents).square().flatten(1).mean(1) * snr.flatten().clamp_max(5)
     weighted = (wrong - target).square().flatten(1).mean(1) * min_snr_weights(process, timesteps, snr_gamma=5.0)
+    # The schedule's own numbers are float32, and an SNR near its end cancels three of their seven digits.
     torch.testing.assert_close(weighted, errors, rtol=1e-3, atol=1e-9)
 
 
@@ -53,7 +55,7 @@ def test_flow_noising_is_the_schedulers() -> None:
     timesteps = process.choose_timesteps(torch.tensor([0.1, 0.6]))
     latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     theirs = process.scheduler.scale_noise(latents, timesteps, noise)
-    torch.testing.assert_close(process.add_noise(latents, noise, timesteps), theirs)
+    assert_same_up_to_rounding(process.add_noise(latents, noise, timesteps), theirs, terms=2)
 
 
 def test_flow_timesteps_follow_the_logit_normal_density() -> None:

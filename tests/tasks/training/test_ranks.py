@@ -26,6 +26,19 @@ def weights(run: RunFolder) -> dict[str, torch.Tensor]:
     return load_file(run.model / "unet" / "diffusion_pytorch_model.safetensors")
 
 
+def compute_path_difference(first: RunFolder, second: RunFolder, *, start: Path) -> float:
+    """Return how far apart two runs ended, relative to how far the first one went from the base model.
+
+    Single weights may differ by a whole step: Adam scales every gradient to the learning rate, also one that is
+    nothing but rounding. All weights together may not.
+    """
+    base = load_file(start / "unet" / "diffusion_pytorch_model.safetensors")
+    ours, theirs = weights(first), weights(second)
+    apart = sum(float((ours[name] - theirs[name]).double().square().sum()) for name in base)
+    moved = sum(float((ours[name] - base[name]).double().square().sum()) for name in base)
+    return float((apart / moved) ** 0.5)
+
+
 def losses(run: RunFolder) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.losses.read_text().splitlines()]
 
@@ -54,8 +67,7 @@ def test_two_ranks_do_what_one_does_up_to_the_order_of_sums(
     _, two = two_ranks
     for row, other in zip(losses(one), losses(two), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
-    for name, tensor in weights(one).items():
-        torch.testing.assert_close(tensor, weights(two)[name], rtol=2e-3, atol=2e-4)
+    assert compute_path_difference(one, two, start=tiny_model_folder) < 0.02
 
 
 def left_behind(folder: Path) -> list[psutil.Process]:
@@ -93,7 +105,10 @@ def test_two_ranks_of_which_one_failed_leave_nothing_and_end_bit_equal(
 
 
 def test_sharded_ranks_do_the_same_and_resume_bit_equal(
-    tmp_path: Path, two_ranks: tuple[TrainingSpec, RunFolder], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_model_folder: Path,
+    two_ranks: tuple[TrainingSpec, RunFolder],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spec, plain = two_ranks
 
@@ -105,8 +120,7 @@ def test_sharded_ranks_do_the_same_and_resume_bit_equal(
     whole = train(sharded("whole", sample_every_steps=8, sample_inference_steps=2))
     for row, other in zip(losses(plain), losses(whole), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
-    for name, tensor in weights(plain).items():
-        torch.testing.assert_close(tensor, weights(whole)[name], rtol=2e-3, atol=2e-4)
+    assert compute_path_difference(plain, whole, start=tiny_model_folder) < 0.02
     assert (whole.samples / "step-00000008.png").is_file()
 
     cut = sharded("cut")  # drawing samples takes long on sharded CPUs, and leaves training as it is

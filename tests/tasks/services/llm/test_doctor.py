@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from conf.request import compile_request, parse_overrides
+from conf.compose import compile_request
+from conf.overrides import parse_overrides
 from flows.costs import sum_costs
 from tasks.mini.launch import LocalServer
 from tasks.services.llm.client import LlmService

@@ -7,7 +7,8 @@ from urllib.request import urlopen
 
 import pytest
 
-from conf.request import compile_request, parse_overrides
+from conf.compose import compile_request
+from conf.overrides import parse_overrides
 from tasks.errors import ConfigError
 from tasks.services.config import StoreConfig
 from tasks.services.llm.batch import ask_batch

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from conf.request import compile_request, parse_overrides
+from conf.compose import compile_request
+from conf.overrides import parse_overrides
 from tasks.errors import ConfigError
 from tasks.services.llm.config import CapabilityConfig
 from tasks.services.llm.searching import ask_with_search

@@ -1,6 +1,7 @@
-"""How prompts are worded from a class noun and an identifier token."""
+"""Prompt templates: known placeholders only, filled from a class noun and an identifier token."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
 
 def choose_article(noun: str) -> str:
@@ -8,9 +9,27 @@ def choose_article(noun: str) -> str:
     return "an" if noun[:1].lower() in "aeiou" else "a"
 
 
+def check_template(template: str, names: Sequence[str], *, required: Sequence[str] = ()) -> str:
+    """Return a template that holds the named placeholders and no other braces: no format specs, no attributes.
+
+    Raises:
+        ValueError: naming what stands in braces, or what is missing.
+
+    """
+    rest = re.sub("|".join(rf"\{{{name}\}}" for name in names), "", template)
+    allowed = " and ".join(f"{{{name}}}" for name in names)
+    if "{" in rest or "}" in rest:
+        found = re.search(r"\{[^{}]{0,40}\}?|\}", rest)
+        raise ValueError(f"may hold {allowed} only, not {found[0] if found else rest[:40]!r}")
+    for name in required:
+        if f"{{{name}}}" not in template:
+            raise ValueError(f"{template[:80]!r} lacks {{{name}}}")
+    return template
+
+
 def write_class_prompt(template: str, *, class_noun: str) -> str:
     """Return the class prompt, for example `a photo of a dog`."""
-    return template.format(article=choose_article(class_noun), class_noun=class_noun)
+    return template.replace("{article}", choose_article(class_noun)).replace("{class_noun}", class_noun)
 
 
 def name_subject(*, identifier_token: str, class_noun: str) -> str:

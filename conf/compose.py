@@ -1,0 +1,182 @@
+"""From a request to a `RunConfig`: compose group options, resolve, overlay the request's plain values, validate.
+
+Hydra's and OmegaConf's objects never leave this module. Values are overlaid after interpolation is resolved,
+so `${...}` in a request means nothing.
+"""
+
+import difflib
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from conf.groups import FOLDER, GROUPS, extra_folder
+from conf.request import RunRequest, Value
+from conf.schema import RunConfig
+from conf.trust import check_budget, check_request, list_rules
+from tasks.errors import ConfigError
+from tasks.redaction import redact_url, show_value
+from tasks.stage.digests import digest
+
+COMPOSING = threading.Lock()  # GlobalHydra is one per process
+
+
+def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = None) -> RunConfig:
+    """Return the configuration that a request stands for.
+
+    Args:
+        request: what to run.
+        roots: folders that paths must lie in; None trusts the request (a person's terminal).
+
+    Raises:
+        ConfigError: a setting is unknown, out of bounds, not allowed, or missing.
+
+    """
+    settings: dict[str, Value] = {**request.settings}
+    for name in ("source", "class_noun"):
+        value = getattr(request, name)
+        if value is not None:
+            settings[f"subject.{name}"] = value
+    if request.seed is not None:
+        settings["seed"] = request.seed
+    is_own = request.subject == "demo" and "subject.source" in settings
+    choices = {group: getattr(request, field) for field, group in GROUPS.items()}
+    choices["subject"] = "folder" if is_own else choices["subject"]
+    if roots is not None:
+        check_request(settings, roots)
+    plain = compose_groups(choices)
+    operators_cap = plain["llm"]["budget_usd"]
+    missing = {dotted for dotted, child in walk(plain) if child == "???"}
+    overlay(plain, settings)
+    missing -= set(settings)
+    if missing:
+        raise ConfigError(f"{min(missing)} is not set; add {min(missing)}=...")
+    expand_paths(plain)
+    try:
+        config = RunConfig.model_validate(plain)
+    except ValidationError as error:
+        raise ConfigError(describe_invalid(error)) from error
+    if roots is not None:
+        check_budget(config, operators_cap)
+    return config
+
+
+def compose_groups(choices: dict[str, str]) -> dict[str, Any]:
+    """Return what group options give, resolved, as a plain dict. Raises ConfigError."""
+    overrides = [f"{group}={option}" for group, option in sorted(choices.items())]
+    extra = extra_folder()
+    if extra is not None:
+        escaped = str(extra).replace("\\", "\\\\").replace('"', '\\"')
+        overrides.append(f'hydra.searchpath=["file://{escaped}"]')
+    with COMPOSING:
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(config_dir=str(FOLDER), version_base="1.3"):
+                composed = compose("run", overrides=overrides)
+            plain = OmegaConf.to_container(composed, resolve=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(first_line(error)) from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def overlay(plain: dict[str, Any], settings: dict[str, Value]) -> None:
+    """Put plain values into a nested dict by dotted name. Raises ConfigError for names that it doesn't have."""
+    known = {dotted for dotted, _ in walk(plain)}
+    for key, value in settings.items():
+        if key not in known and not key.startswith("llm.profiles."):
+            raise ConfigError(f"unknown setting {key!r}{suggest(key, known)}")
+        *parents, last = key.split(".")
+        place = plain
+        for name in parents:
+            child = place.get(name)
+            if not isinstance(child, dict):
+                child = place[name] = {}
+            place = child
+        if isinstance(place.get(last), dict) and not isinstance(value, dict):
+            raise ConfigError(f"{key}: give single values, for example {key}.name=value")
+        place[last] = value
+
+
+def expand_paths(plain: dict[str, Any]) -> None:
+    """Expand `~` in paths, and fill in what follows from others."""
+    values = dict(walk(plain))
+    for name, rule in list_rules().items():
+        value = values.get(name)
+        if rule is None or rule.kind not in ("path", "photos", "model") or not isinstance(value, str):
+            continue
+        if value.startswith("~"):
+            try:
+                expanded = str(Path(value).expanduser())
+            except RuntimeError as error:
+                raise ConfigError(f"{name}: {show_value(value)} names no user's home") from error
+            *parents, last = name.split(".")
+            place = plain
+            for parent in parents:
+                place = place[parent]
+            place[last] = expanded
+    if not plain["store"]["folder"]:
+        plain["store"]["folder"] = f"{plain['output_dir']}/store"
+
+
+def walk(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield every leaf and branch of a nested dict by dotted name."""
+    for key, child in value.items():
+        dotted = f"{prefix}{key}"
+        yield dotted, child
+        if isinstance(child, dict):
+            yield from walk(child, f"{dotted}.")
+
+
+def suggest(key: str, known: Iterable[str]) -> str:
+    """Return the nearest valid names, as the end of a sentence."""
+    names = list(known)
+    near = difflib.get_close_matches(key, names, n=3, cutoff=0.6)
+    last = key.rsplit(".", 1)[-1]
+    ends = {name.rsplit(".", 1)[-1]: name for name in names}
+    near += [ends[end] for end in difflib.get_close_matches(last, list(ends), n=2, cutoff=0.75)]
+    unique = list(dict.fromkeys(near))[:3]
+    return f"; did you mean {' or '.join(unique)}?" if unique else "; see conf/run.yaml for all names"
+
+
+def compute_config_digest(config: RunConfig) -> str:
+    """Return the digest that names a configuration."""
+    return digest(config)[:16]
+
+
+def describe_invalid(error: ValidationError) -> str:
+    """Return the first thing that is wrong in one line, with the nearest valid names."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        names = {dotted for dotted, _ in walk(schema_names(RunConfig))}
+        return f"unknown setting {show_value(where)}{suggest(where[:200], names)}"
+    value = first.get("input")
+    if isinstance(value, str):
+        value = redact_url(value)
+    shown = f" (got {show_value(value)})" if where and not isinstance(value, dict | BaseModel) else ""
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where + ': ' if where else ''}{message}{shown}{more}"
+
+
+def schema_names(model: type[BaseModel]) -> dict[str, Any]:
+    """Return a model's field names as a nested dict."""
+    names: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
+        names[name] = schema_names(kind) if is_section and isinstance(kind, type) else None
+    return names
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text."""
+    return str(error).strip().splitlines()[0]

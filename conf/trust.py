@@ -1,0 +1,111 @@
+"""What a request that comes through a deployment may set: an allow-list, read off the types of `RunConfig`.
+
+Numbers, booleans and choices are allowed. A string is allowed only where its field's type carries a `RequestRule`
+that says so; anything else, and every field that nobody classified, is set on the worker's machine alone.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from conf.schema import RunConfig
+from tasks.errors import ConfigError
+from tasks.redaction import show_value
+from tasks.settings import RequestRule
+
+PATH = RequestRule("path")
+HUB_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+PLAIN = (bool, int, float, type(None))
+
+
+def list_rules() -> dict[str, RequestRule | None]:
+    """Return the rule of every field of `RunConfig` by dotted name; None for one that nobody classified."""
+    return dict(walk_rules(RunConfig))
+
+
+def walk_rules(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, RequestRule | None]]:
+    """Yield every leaf's rule; a mapping of sections is one leaf."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from walk_rules(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", find_rule(field)
+
+
+def find_rule(field: FieldInfo) -> RequestRule | None:
+    """Return a field's rule: its mark, or `checked` for what holds no free text."""
+    marks = [mark for mark in (*field.metadata, *nested_marks(field.annotation)) if isinstance(mark, RequestRule)]
+    if marks:
+        return marks[0]
+    return RequestRule("checked") if is_plain(field.annotation) else None
+
+
+def nested_marks(annotation: Any) -> Iterator[Any]:
+    """Yield the metadata of the annotated parts of a union, as in `PlainName | None`."""
+    if get_origin(annotation) in (Union, UnionType):
+        for part in get_args(annotation):
+            if get_origin(part) is Annotated:
+                yield from get_args(part)[1:]
+
+
+def is_plain(annotation: Any) -> bool:
+    """Whether a type holds numbers, booleans and fixed choices alone."""
+    if annotation in PLAIN or annotation is Ellipsis:
+        return True
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return True
+    return origin in (Union, UnionType, tuple) and all(is_plain(part) for part in get_args(annotation))
+
+
+def check_request(settings: Mapping[str, Any], roots: tuple[Path, ...]) -> None:
+    """Refuse settings that a request may not make. Raises ConfigError naming the setting."""
+    rules = list_rules()
+    for name, value in settings.items():
+        owner = next((known for known in rules if name == known or name.startswith(f"{known}.")), None)
+        if owner is None:
+            continue  # an unknown name, which composing refuses with the nearest valid ones
+        rule = rules[owner]
+        if rule is None or rule.kind == "operator_only":
+            raise ConfigError(f"{name} is set in conf/ on the worker's machine, not by a request")
+        if rule.kind != "checked" and isinstance(value, str):
+            check_path(name, value, roots, rule)
+
+
+def check_path(name: str, value: str, roots: tuple[Path, ...], rule: RequestRule = PATH) -> None:
+    """Refuse a path outside the allowed roots. Raises ConfigError."""
+    if value in ("", "demo", "mini") or (rule.kind == "photos" and value.startswith("store:")):
+        return
+    try:
+        path = Path(value).expanduser().absolute().resolve()
+        is_local = path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL byte, a name that is too long, an unknown user
+        raise ConfigError(f"{name}: {show_value(value)} is no path") from error
+    if rule.kind == "model" and HUB_REPOSITORY.fullmatch(value) and ".." not in value and not is_local:
+        return
+    if "://" in value or not any(path.is_relative_to(root) for root in roots):
+        listed = ", ".join(map(str, roots))
+        raise ConfigError(
+            f"{name}: {show_value(value)} lies outside the allowed folders ({listed}); see LIKENESS_ROOTS"
+        )
+
+
+def check_budget(config: RunConfig, operators: float | None) -> None:
+    """Refuse a request that lifts the operator's own cap on money. Raises ConfigError."""
+    wanted = config.llm.budget_usd
+    if operators is not None and (wanted is None or wanted > operators):
+        raise ConfigError(f"llm.budget_usd: at most {operators} USD are allowed on this machine")
+
+
+def allowed_roots() -> tuple[Path, ...]:
+    """Return the folders that deployments may name: LIKENESS_ROOTS, or the working directory."""
+    listed = os.environ.get("LIKENESS_ROOTS", "")
+    folders = [Path(item) for item in listed.split(os.pathsep) if item] or [Path.cwd()]
+    return tuple(folder.absolute().resolve() for folder in folders)

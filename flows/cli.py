@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tasks.errors import ConfigError, LikenessError
+from tasks.redaction import clean_text, redact
 
 EPILOG = """examples:
   likeness run                                         the demo: five photos of a drawn fish
@@ -13,6 +14,7 @@ EPILOG = """examples:
   likeness run training.max_train_steps=400 training.learning_rate=5e-5
   likeness run diffusion=sd15 llm=openai subject.source=photos subject.class_noun=dog
   likeness runs                                        what has been run
+  likeness gc                                          what can be removed
   likeness report                                      where the newest report is
   likeness generate latest "a photo of sks fish at night"
   likeness doctor llm=openai                           do keys and models work, before anything is paid for
@@ -35,11 +37,24 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(explain_os_error(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; run again to go on from here", file=sys.stderr)
         return 130
+
+
+def explain_os_error(error: OSError) -> str:
+    """Return one line for an error of the operating system; a full disk says what to do."""
+    from tasks.stage.files import explain_full_disk
+
+    try:
+        with explain_full_disk(Path(str(error.filename or "the output folder"))):
+            raise error
+    except LikenessError as explained:
+        return f"{type(explained).__name__}: {explained}"
+    except OSError:
+        return f"{type(error).__name__}: {clean_text(redact(str(error)))}"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -86,7 +101,11 @@ def make_parser() -> argparse.ArgumentParser:
     runs = add("runs", help="list runs, newest first")
     runs.add_argument("--json", action="store_true", help="print every run's summary.json as one list")
     runs.set_defaults(action=list_runs)
-    for command in (report, generate, runs, *llm_commands):
+    garbage = add("gc", help="list what no run refers to and what cut-off runs left; --delete removes it")
+    garbage.add_argument("--delete", action="store_true", help="remove it; without this nothing is removed")
+    garbage.add_argument("--days", type=float, default=7.0, help="leave what is younger (default: 7)")
+    garbage.set_defaults(action=collect_garbage)
+    for command in (report, generate, runs, garbage, *llm_commands):
         command.add_argument("--output-dir", type=Path, default=Path("runs"), help="default: runs")
     return parser
 
@@ -225,7 +244,7 @@ def list_runs(options: argparse.Namespace) -> int:
     """Print all runs."""
     import json
 
-    from flows.runs import list_summaries
+    from flows.run_records import list_summaries
     from flows.terminal import print_runs
 
     summaries = list_summaries(options.output_dir)
@@ -236,9 +255,19 @@ def list_runs(options: argparse.Namespace) -> int:
     return 0
 
 
+def collect_garbage(options: argparse.Namespace) -> int:
+    """List or remove what can go."""
+    from flows.garbage import print_garbage
+
+    print_garbage(options.output_dir, days=options.days, is_deleting=options.delete)
+    return 0
+
+
 def find_run(output: Path, name: str) -> Path:
     """Return a run's folder. Raises ConfigError where there is none."""
-    folders = sorted(path.parent for path in output.glob("*/summary.json"))
+    from flows.run_records import list_run_folders
+
+    folders = list_run_folders(output)
     finished = [folder for folder in folders if (folder / "report.html").exists()]
     if name == "latest" and finished:
         return finished[-1]

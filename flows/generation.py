@@ -3,7 +3,7 @@
 import secrets
 from pathlib import Path
 
-from flows.runs import read_run
+from flows.run_records import read_run
 from tasks.errors import ConfigError
 from tasks.manifests import Publication, TunedModel
 from tasks.services.store import Store

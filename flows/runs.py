@@ -2,7 +2,6 @@
 
 import contextvars
 import json
-import os
 import re
 import secrets
 import time
@@ -12,18 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from conf.compose import compile_request, compute_config_digest
 from conf.request import RunRequest
 from conf.schema import RunConfig
-from tasks.contract import PREFIXES
-from tasks.errors import ConfigError, StillPending
+from flows.run_records import (
+    head,
+    relate,
+    resolve_paths,
+    stamp,
+    write_end,
+    write_request,
+    write_start,
+    write_summary,
+    write_words,
+)
+from tasks.contract import PREFIXES, read_verified
+from tasks.errors import ConfigError
 from tasks.manifests import ClassImageSet, Evaluation, ModelRef, Publication, Scorecard, SubjectSet, TunedModel
 from tasks.progress import ProgressView, make_progress
+from tasks.redaction import MASK, SECRET_NAME, install_log_redaction, redact
 from tasks.runtime import Runtime
+from tasks.stage.files import write_atomic
 
-SUMMARY_VERSION = 1
 Manifests = tuple[SubjectSet, ClassImageSet, TunedModel, Evaluation, Scorecard, Publication]
 progress_of_run: contextvars.ContextVar[ProgressView | None] = contextvars.ContextVar("progress", default=None)
 
@@ -42,15 +51,19 @@ class Run:
 
     @property
     def config_rows(self) -> list[tuple[str, str]]:
-        """Return the configuration as dotted names and values; it holds no secrets."""
-        return list(flatten(self.config.model_dump(mode="json")))
+        """Return the configuration as dotted names and values, as it is shown to others."""
+        return show_config(self.config)
 
     def summarize(self, manifests: Manifests) -> dict[str, Any]:
         """Write `summary.json` (described in flows/README.md) and return it."""
         evaluation, scores, publication = manifests[3], manifests[4], manifests[5]
         runtime = self.runtime
         report = self.folder / "report.html"
-        report.write_bytes(runtime.store.find_bytes(publication.report.key) or b"")
+        write_atomic(report, read_verified(runtime.store, publication.report))
+
+        def describe(key: str) -> str:
+            return relate(runtime.store.describe(key), self.folder)
+
         stages = {
             name: {
                 "key": record.key,
@@ -62,12 +75,11 @@ class Run:
             for name, record in ((name, runtime.records[name]) for name in PREFIXES)
         }
         summary = {
-            "schema_version": SUMMARY_VERSION,
-            "run_id": self.run_id,
-            "status": "finished",
+            **head(self.run_id, "finished"),
             "config_digest": compute_config_digest(self.config),
-            "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - self.elapsed())),
+            "started_at": stamp(time.time() - self.elapsed()),
             "wall_seconds": round(self.elapsed(), 3),
+            "overhead_seconds": round(runtime.measure_overhead(self.started), 3),
             "llm_calls": runtime.llm.ledger.count_calls(),
             "training_steps": runtime.num_training_steps,
             "cost_usd": runtime.llm.ledger.sum_cost(),
@@ -79,20 +91,33 @@ class Run:
             "checkpoints": [rank.model_dump() for rank in scores.checkpoints],
             "registered": {"model": publication.registered_model, "version": publication.registered_version},
             "paths": {
-                "report": str(report),
-                "model": runtime.store.describe(f"{PREFIXES['publishing']}/{publication.stage_key}/model"),
+                "report": report.name,
+                "model": describe(f"{PREFIXES['publishing']}/{publication.stage_key}/model"),
                 "manifests": {
-                    name: runtime.store.describe(f"{PREFIXES[name]}/{record.key}/manifest.json")
+                    name: describe(f"{PREFIXES[name]}/{record.key}/manifest.json")
                     for name, record in runtime.records.items()
                 },
             },
         }
-        write_json(self.folder / "summary.json", summary)
-        return summary
+        write_summary(self.folder, summary)
+        return resolve_paths(summary, self.folder)
 
     def elapsed(self) -> float:
         """Return seconds since the run began."""
         return time.monotonic() - self.started
+
+
+def show_config(config: RunConfig) -> list[tuple[str, str]]:
+    """Return a configuration as dotted names and values, without what could be a secret."""
+    rows = flatten(config.model_dump(mode="json"))
+    return [(name, MASK if SECRET_NAME.search(name) else redact(value)) for name, value in rows]
+
+
+def describe_run(config: RunConfig, request: RunRequest) -> dict[str, str]:
+    """Return the tags by which a tracking server's UI shows what a run is."""
+    words = " ".join(["likeness run", *write_words(request)])
+    text = f"One {config.subject.class_noun}, tuned from {config.diffusion.location}.\n\n`{words}`"
+    return {"mlflow.note.content": text, "likeness.config": compute_config_digest(config)}
 
 
 def describe_judge(scores: Scorecard) -> dict[str, Any]:
@@ -131,19 +156,22 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     from tasks.diffusion.base import identify_model
     from tasks.encoders.folders import find_encoders
     from tasks.mini.launch import LocalServer
+    from tasks.services.live_tracking import LiveRun
     from tasks.services.llm.client import LlmService
     from tasks.services.llm.ledger import Ledger
     from tasks.services.store import open_store
     from tasks.services.tracking import open_tracker
 
+    install_log_redaction()
     started = time.monotonic()
     config = compile_request(request, roots=None if is_trusted else allowed_roots())
     store = open_store(config.store)
     output = Path(config.output_dir).absolute()
     run_id = make_run_id(config.subject.class_noun)
     folder = make_run_folder(output / run_id)
-    write_json(folder / "config.json", config.model_dump(mode="json"))
-    write_json(folder / "request.json", request.model_dump(mode="json"))
+    write_atomic(folder / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    write_request(folder, request, is_trusted=is_trusted)
+    write_start(folder, run_id)
     server = LocalServer(folder / "vision-server.log")
     llm = LlmService(
         config.llm,
@@ -154,11 +182,13 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
         batch_folder=output / "work" / "batches",
     )
     shared = progress_of_run.get()
+    tracker = open_tracker(config.tracking, folder=output)
     runtime = Runtime(
         run_id=run_id,
         store=store,
         llm=llm,
-        tracker=open_tracker(config.tracking, folder=output),
+        tracker=tracker,
+        live=LiveRun(tracker, run_id, dict(show_config(config)), describe_run(config, request)),
         progress=shared or make_progress(),
         work_folder=output / "work",
     )
@@ -166,10 +196,12 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
         base_model = identify_model(config.diffusion)
         find_encoders(config.evaluation.encoders)  # a missing one must not wait for the end of training
         check_files(config)
+        tracker.check()
         yield Run(run_id, folder, request, config, base_model, runtime, started)
     except BaseException as error:
         runtime.stopping.set()
-        write_failure(folder, run_id, error)
+        runtime.live.abandon()
+        write_end(folder, run_id, error)
         raise
     finally:
         if shared is None:
@@ -194,16 +226,6 @@ def open_budget(config: RunConfig, output: Path) -> Any:
     return Budget(path, config.llm.budget_usd)
 
 
-def write_failure(folder: Path, run_id: str, error: BaseException) -> None:
-    """Leave a note of what ended a run."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if not (folder / "summary.json").exists():
-        status = "pending" if isinstance(error, StillPending) else "failed"
-        note = {"schema_version": SUMMARY_VERSION, "run_id": run_id, "status": status,
-                "error": {"kind": type(error).__name__, "message": reason}}  # fmt: skip
-        write_json(folder / "summary.json", note)
-
-
 def make_run_id(class_noun: str) -> str:
     """Return a name that sorts by time."""
     noun = re.sub(r"[^a-z0-9]+", "-", class_noun.lower()).strip("-")
@@ -226,52 +248,3 @@ def flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield from flatten(child, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", child if isinstance(child, str) else json.dumps(child)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside its place, then rename it."""
-    staged = path.with_suffix(".part")
-    staged.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(staged, path)
-
-
-@dataclass(frozen=True)
-class PastRun:
-    """A run that has ended: its configuration, with paths as they are from here, and its summary."""
-
-    config: RunConfig
-    summary: dict[str, Any]
-
-    def find_stage_key(self, stage: str) -> str:
-        """Return the key of a stage's manifest. Raises ConfigError where the run did not finish."""
-        if self.summary["status"] != "finished":
-            raise ConfigError(f"run {self.summary['run_id']} did not finish")
-        return str(self.summary["stages"][stage]["key"])
-
-
-def read_run(folder: Path) -> PastRun:
-    """Return what a run's folder holds. Raises ConfigError for a run of another version."""
-    try:
-        config = RunConfig.model_validate_json((folder / "config.json").read_text())
-    except ValidationError as error:
-        raise ConfigError(f"run {folder.name} is of another version of likeness; run it again") from error
-    own_store = f"{config.output_dir}/store"
-    if config.store.folder == own_store:  # relative to where the run was started; its folder knows better
-        moved = config.store.model_copy(update={"folder": str(folder.parent / "store")})
-        config = config.model_copy(update={"store": moved, "output_dir": str(folder.parent)})
-    return PastRun(config, json.loads((folder / "summary.json").read_text()))
-
-
-def list_summaries(output: Path) -> list[dict[str, Any]]:
-    """Return the summaries of all runs in a folder, newest first."""
-    found = sorted(output.glob("*/summary.json"), key=lambda path: path.parent.name, reverse=True)
-    return [json.loads(path.read_text()) for path in found]
-
-
-def list_pending(output: Path) -> list[list[Path]]:
-    """Return the folders of parked runs, oldest first; those that asked for the same are one job."""
-    groups: dict[str, list[Path]] = {}
-    for path in sorted(output.glob("*/summary.json"), key=lambda path: path.parent.name):
-        if json.loads(path.read_text())["status"] == "pending":
-            groups.setdefault((path.parent / "request.json").read_text(), []).append(path.parent)
-    return list(groups.values())

@@ -37,21 +37,20 @@ def run_in_terminal(settings: list[str]) -> int:
     work = sum(stage["seconds"] for stage in summary["stages"].values())
     print_summary(summary, config)
     waited = f", {server.wait_seconds:.1f} s of it for the embedded Prefect server" if server else ""
-    overhead = time.monotonic() - started + (server.wait_seconds if server else 0.0) - work
-    print(f"stages {work:.1f} s, around them {overhead:.1f} s{waited}")
+    outside = time.monotonic() - started - summary["wall_seconds"] + (server.wait_seconds if server else 0.0)
+    print(f"stages {work:.1f} s (some side by side), overhead {summary['overhead_seconds'] + outside:.1f} s{waited}")
     return 0
 
 
 def finish_pending(output: Path) -> int:
     """Go on with parked runs and say how each of them stands."""
-    from flows.runs import list_pending
+    from flows.run_records import list_pending, read_request
 
     waiting = list_pending(output)
     if not waiting:
         print(f"no run in {output} waits for a batch job")
         return 0
-    request = RunRequest.model_validate_json((waiting[0][0] / "request.json").read_text())
-    with ready_for_flows(request) as (config, progress, _):
+    with ready_for_flows(read_request(waiting[0][0]).request) as (config, progress, _):
         from flows.runs import progress_of_run
         from flows.score_pending import score_pending
 
@@ -170,12 +169,15 @@ def print_runs(summaries: list[dict[str, Any]], *, folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from flows.run_records import suggest_next
+
     if not summaries:
         print(f"no runs in {folder}; `likeness run` makes one")
         return
     table = Table(box=None, header_style="bold")
     for name in ("run", "status", "seconds", "LLM calls", "steps", "DINO", "CLIP-I", "CLIP-T", "judge"):
         table.add_column(name, justify="left" if name in ("run", "status") else "right")
+    unfinished = [s for s in summaries if s["status"] not in ("finished", "continued")]
     for summary in summaries:
         tuned = summary.get("metrics", {}).get("tuned", {})
         judge = summary.get("scores", {}).get("tuned", {}).get("concept_preservation")
@@ -189,6 +191,13 @@ def print_runs(summaries: list[dict[str, Any]], *, folder: Path) -> None:
             f"{judge:.2f}" if judge is not None else "",
         )
     Console(width=160).print(table)
+    if unfinished:
+        print("\nnot finished, and what to type next:")
+    for summary in unfinished:
+        words = suggest_next(summary, folder / summary["run_id"]) or "(at work)"
+        print(f"  {summary['run_id']}  {summary['status']}: {words}")
+        if "error" in summary:
+            print(f"      {summary['error'].get('kind')}: {summary['error'].get('message')}")
 
 
 def sweep_in_terminal(settings: list[str], *, num_trials: int, study: str) -> int:

@@ -13,6 +13,7 @@ from tasks.contract import StageFolder, compute_stage_key, find_manifest
 from tasks.errors import LikenessError
 from tasks.manifests import Manifest
 from tasks.progress import ProgressView
+from tasks.services.live_tracking import LiveRun
 from tasks.services.llm.client import LlmService
 from tasks.services.store import Store
 from tasks.services.tracking import Tracker
@@ -30,6 +31,9 @@ class StageRecord:
     seconds: float = 0.0
     counts: dict[str, int] = field(default_factory=dict)
     cost_usd: float | None = 0.0
+    started: float = 0.0
+    ended: float = 0.0
+    """On the monotonic clock."""
 
 
 @dataclass
@@ -41,6 +45,8 @@ class Runtime:
     llm: LlmService
     tracker: Tracker
     progress: ProgressView
+    live: LiveRun
+    """The tracking run while stages are at work."""
     work_folder: Path
     """Local scratch space that outlives the run: training state, fetched photos."""
     records: dict[str, StageRecord] = field(default_factory=dict)
@@ -96,8 +102,18 @@ class Runtime:
     def recorded(self, stage: str, key: str) -> Iterator[StageRecord]:
         """Measure a stage."""
         record = self.records[stage] = StageRecord(key)
-        started = time.monotonic()
+        record.started = time.monotonic()
         try:
             yield record
         finally:
-            record.seconds = round(time.monotonic() - started, 3)
+            record.ended = time.monotonic()
+            record.seconds = round(record.ended - record.started, 3)
+
+    def measure_overhead(self, started: float) -> float:
+        """Return the seconds since `started` in which no stage was at work; stages may run side by side."""
+        now, covered = time.monotonic(), started
+        overhead = 0.0
+        for record in sorted(self.records.values(), key=lambda record: record.started):
+            overhead += max(0.0, record.started - covered)
+            covered = max(covered, record.ended)
+        return overhead + max(0.0, now - covered)

@@ -8,6 +8,7 @@ from tasks.contract import StageFolder, fetch_folder
 from tasks.manifests import ClassImageSet, Evaluation, Manifest, ObjectRef, Scorecard, SubjectSet, TunedModel
 from tasks.prompts import name_subject
 from tasks.services.store import Store
+from tasks.stage.files import write_atomic
 
 CARD = """---
 library_name: diffusers
@@ -111,8 +112,8 @@ def export_model(
         "class_images": [image.image.sha256 for image in prior.images],
     }
     fetch_folder(folder.store, tuned.model, below="model", folder=local)
-    (local / "README.md").write_text(card)
-    (local / "lineage.json").write_text(json.dumps(lineage, indent=1))
+    write_atomic(local / "README.md", card)
+    write_atomic(local / "lineage.json", json.dumps(lineage, indent=1))
     paths = sorted(path for path in local.rglob("*") if path.is_file())
     return tuple(folder.put_file(f"model/{path.relative_to(local).as_posix()}", path) for path in paths)
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tasks.services.live_tracking import LiveRun
 from tasks.services.tracking import Tracker
 
 PUBLICATION_TAG = "likeness.publication"
@@ -20,20 +21,31 @@ def track_run(
     folder: Path,
     registered_model: str,
     is_registered: bool,
+    live: LiveRun | None = None,
 ) -> tuple[str | None, str | None]:
     """Log everything and register the model; return tracking run id and model version.
 
-    `folder` holds `model/`, `report/` and, where training drew any, `training_samples/`.
+    `folder` holds `model/`, `report/` and, where training drew any, `training_samples/`. A run that was opened
+    while training, `live`, is completed and closed.
     """
     tracker.forget(tag=PUBLICATION_TAG, value=publication_key)
+    tags = {**tags, PUBLICATION_TAG: publication_key}
     is_failed = True
+    logged: set[tuple[str, int]] = set()
     try:
-        run_id = tracker.start(name=name, params=params, tags={**tags, PUBLICATION_TAG: publication_key})
+        if live is not None:
+            live.drain()
+        if live is not None and live.is_open:
+            run_id, logged, live.is_open = live.run_id, live.logged, False
+            for tag, value in tags.items():
+                tracker.set_tag(tag, value)
+        else:
+            run_id = tracker.start(name=name, params=params, tags={**(live.tags if live else {}), **tags})
         rows = [
             (f"train/{key}", float(value), int(row["step"]))
             for row in losses
             for key, value in row.items()
-            if key != "step"
+            if key != "step" and (f"train/{key}", int(row["step"])) not in logged
         ]
         tracker.log_metrics(rows)
         last = int(losses[-1]["step"]) if losses else 0

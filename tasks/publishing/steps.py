@@ -13,6 +13,7 @@ from tasks.publishing.config import PublishingConfig
 from tasks.runtime import Runtime
 from tasks.services.config import TrackingConfig
 from tasks.services.tracking import Tracker
+from tasks.stage.files import PART_PREFIX, write_atomic
 
 STAGE_VERSION = 2
 Upstream = tuple[SubjectSet, ClassImageSet, TunedModel, Evaluation, Scorecard]
@@ -52,6 +53,11 @@ def find_missing_effect(publication: Publication, tracker: Tracker) -> str:
     return ""
 
 
+def name_model(tracking: TrackingConfig, subject: SubjectSet) -> str:
+    """Return the tuned model's name in the registry."""
+    return tracking.registered_model or f"likeness-{subject.class_noun.replace(' ', '-').lower()}"
+
+
 def compute_publication(
     folder: StageFolder,
     config: PublishingConfig,
@@ -69,25 +75,24 @@ def compute_publication(
     title = config.title or f"One {subject.class_noun}, from {len(subject.images)} photos"
     losses = read_losses(runtime.store, tuned)
     runtime.show("publishing")(0, 3)
-    with tempfile.TemporaryDirectory() as name:
+    # Below the output folder, where files of the store are linked instead of copied.
+    runtime.work_folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=runtime.work_folder, prefix=PART_PREFIX) as name:
         local = Path(name)
         model = export_model(
             folder, title=title, local=local / "model", subject=subject, prior=prior, tuned=tuned, evaluation=evaluation
         )
         runtime.show("publishing")(1, 3)
         inputs = ReportInputs(title, subject, prior, tuned, evaluation, scores, losses, config_rows)
-        html = render_report(runtime.store, inputs)
-        report = folder.put("report/index.html", html.encode())
-        (local / "report").mkdir()
-        (local / "report" / "index.html").write_text(html)
-        grid = draw_sample_grid(runtime.store, evaluation)
-        (local / "report" / "samples.png").write_bytes(grid)
+        html, grid = render_report(runtime.store, inputs).encode(), draw_sample_grid(runtime.store, evaluation)
+        report = folder.put("report/index.html", html)
+        write_atomic(local / "report" / "index.html", html)
+        write_atomic(local / "report" / "samples.png", grid)
         grids = [ref for ref in tuned.objects if "/samples/" in ref.key]
         fetch_folder(runtime.store, grids, below="samples", folder=local / SAMPLES)
         runtime.show("publishing")(2, 3)
         paid, cost = sum_llm_costs((subject, scores))
         tags = {"likeness.training": tuned.stage_key, "likeness.subject": subject.stage_key, "likeness.llm_cost": cost}
-        registered = tracking.registered_model or f"likeness-{subject.class_noun.replace(' ', '-').lower()}"
         run_id, version = track_run(
             runtime.tracker,
             name=runtime.run_id,
@@ -97,15 +102,16 @@ def compute_publication(
             losses=losses,
             figures=headline_metrics(evaluation, scores) | paid,
             folder=local,
-            registered_model=registered,
+            registered_model=name_model(tracking, subject),
             is_registered=config.is_registered,
+            live=runtime.live,
         )
     runtime.show("publishing")(3, 3)
     return folder.finish(
         Publication,
         version=STAGE_VERSION,
         counts={"files": len(model) + 1},
-        registered_model=registered if version else None,
+        registered_model=name_model(tracking, subject) if version else None,
         registered_version=version,
         tracking_run_id=run_id,
         report=report,

@@ -9,7 +9,7 @@ from typing import Any
 
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.services.config import TrackingConfig
-from tasks.services.tracking import NoTracker, Tracker
+from tasks.services.tracking import DatasetInfo, NoTracker, Tracker
 
 
 class TensorboardLogger(NoTracker):
@@ -115,6 +115,23 @@ class Trackers:
         """Open a run in each and return the first one's id."""
         run_ids = [tracker.start(name=name, params=params, tags=tags) for tracker in self.all]
         return run_ids[0]
+
+    def check(self) -> None:
+        """Ask each."""
+        for tracker in self.all:
+            tracker.check()
+
+    def close_stale(self, *, tag: str, value: str) -> None:
+        """Tell the first."""
+        self.first.close_stale(tag=tag, value=value)
+
+    def set_tag(self, name: str, value: str) -> None:
+        """Tell the first."""
+        self.first.set_tag(name, value)
+
+    def log_datasets(self, datasets: Sequence[DatasetInfo]) -> None:
+        """Tell the first."""
+        self.first.log_datasets(datasets)
 
     def forget(self, *, tag: str, value: str) -> None:
         """Remove what an attempt that was cut off left in the first."""

@@ -1,27 +1,59 @@
 """Tracking of metrics and artifacts: MLflow, or nothing."""
 
 import logging
+import socket
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from tasks.errors import LikenessError, ServiceUnavailable
 from tasks.services.config import TrackingConfig
+from tasks.services.tracking_files import first_use, relocate_artifacts
 
 log = logging.getLogger(__name__)
 BATCH_SIZE = 500
+CHECK_SECONDS = 5.0
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 MISSING_CODES = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Data that a run was made of, by content."""
+
+    name: str
+    digest: str
+    source: str
+    """Where its objects lie in the store."""
+    context: str
+    """What it is for, such as training."""
 
 
 class Tracker(Protocol):
     """What the pipeline asks of a tracking server."""
+
+    def check(self) -> None:
+        """Find out within seconds whether the server can be used. Raises ServiceUnavailable."""
 
     def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
         """Open a tracking run and return its id."""
 
     def forget(self, *, tag: str, value: str) -> None:
         """Remove runs with a tag, and model versions made of them: an attempt that was cut off."""
+
+    def close_stale(self, *, tag: str, value: str) -> None:
+        """Mark runs with a tag as killed that are still said to be running: their process is gone."""
+
+    def set_tag(self, name: str, value: str) -> None:
+        """Set a tag of the open run."""
+
+    def log_datasets(self, datasets: Sequence[DatasetInfo]) -> None:
+        """Name the data that the open run is made of."""
 
     def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
         """Log (name, value, step) rows in batches."""
@@ -45,11 +77,23 @@ class Tracker(Protocol):
 class NoTracker:
     """Keeps nothing."""
 
+    def check(self) -> None:
+        """There is no server."""
+
     def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
         """There is no run."""
         return None
 
     def forget(self, *, tag: str, value: str) -> None:
+        """Nothing is kept."""
+
+    def close_stale(self, *, tag: str, value: str) -> None:
+        """Nothing is kept."""
+
+    def set_tag(self, name: str, value: str) -> None:
+        """Nothing is kept."""
+
+    def log_datasets(self, datasets: Sequence[DatasetInfo]) -> None:
         """Nothing is kept."""
 
     def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
@@ -93,14 +137,36 @@ class MlflowTracker:
 
             for name in ("mlflow", "alembic"):
                 logging.getLogger(name).setLevel(logging.ERROR)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+            with first_use(self.folder):
+                if not self.config.uri:
+                    relocate_artifacts(self.folder / "mlflow.db", self.folder / "artifacts")
+                client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+                client.search_experiments(max_results=1)  # creates the tables of a new database
+            self._client = client
         return self._client
+
+    def check(self) -> None:
+        """Reach the server without importing MLflow, which takes seconds. Raises ServiceUnavailable."""
+        address = urlsplit(self.config.uri)
+        try:
+            if address.scheme in ("http", "https"):
+                health = f"{self.config.uri.rstrip('/')}/health"
+                urllib.request.urlopen(health, timeout=CHECK_SECONDS).close()  # noqa: S310 - its scheme is known
+            elif address.hostname:
+                port = address.port or DATABASE_PORTS.get(address.scheme.partition("+")[0], 0)
+                socket.create_connection((address.hostname, port), timeout=CHECK_SECONDS).close()
+        except urllib.error.HTTPError:
+            return  # it answers; what it minds is said when it is used
+        except OSError as error:
+            raise ServiceUnavailable(
+                f"tracking at {self.config.uri} does not answer: {error}; start it, or set tracking=none"
+            ) from error
 
     def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
         """Open a run in the configured experiment."""
         with translated(self.uri):
             experiment_id = self.find_experiment()
+            tags = {"mlflow.source.name": "likeness", "mlflow.source.type": "PROJECT", **tags}
             if self.parent_run_id:
                 tags = {**tags, "mlflow.parentRunId": self.parent_run_id}
             run = self.client.create_run(experiment_id, run_name=name, tags=tags)
@@ -124,7 +190,42 @@ class MlflowTracker:
         if found is not None:
             return str(found.experiment_id)
         location = None if self.config.uri else (self.folder / "artifacts").as_uri()
-        return str(self.client.create_experiment(self.config.experiment, artifact_location=location))
+        with first_use(self.folder):
+            found = self.client.get_experiment_by_name(self.config.experiment)
+            if found is not None:  # another run made it in the meantime
+                return str(found.experiment_id)
+            return str(self.client.create_experiment(self.config.experiment, artifact_location=location))
+
+    def close_stale(self, *, tag: str, value: str) -> None:
+        """Mark what a process that is gone left open."""
+        with translated(self.uri):
+            wanted = f"tags.`{tag}` = '{value}' and attributes.status = 'RUNNING'"
+            for run in self.client.search_runs([self.find_experiment()], wanted):
+                self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def set_tag(self, name: str, value: str) -> None:
+        """Set a tag of the run."""
+        with translated(self.uri):
+            self.client.set_tag(self.run_id, name, value)
+
+    def log_datasets(self, datasets: Sequence[DatasetInfo]) -> None:
+        """Log inputs, which the UI shows beside the run."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                dataset=Dataset(
+                    name=info.name,
+                    digest=info.digest[:36],
+                    source_type="likeness",
+                    source=info.source,  # its limit
+                ),
+                tags=[InputTag("mlflow.data.context", info.context)],
+            )
+            for info in datasets
+        ]
+        with translated(self.uri):
+            self.client.log_inputs(self.run_id, datasets=inputs)
 
     def log_params(self, params: dict[str, str]) -> None:
         """Log parameters; MLflow takes at most 100 a call and 6000 characters each."""

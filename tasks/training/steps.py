@@ -8,16 +8,18 @@ from prefect import task
 
 from tasks import diffusion as diffusion_code
 from tasks import encoders as encoders_code
-from tasks.contract import StageFolder, fetch_folder, find_manifest
+from tasks.contract import PREFIXES, StageFolder, fetch_folder, find_manifest
 from tasks.diffusion.config import DiffusionConfig
 from tasks.encoders.config import EncoderConfig
 from tasks.encoders.folders import identify_encoders
 from tasks.manifests import ClassImageSet, SubjectSet, TunedModel
 from tasks.prefect_states import finished
 from tasks.runtime import Runtime
+from tasks.services.tracking import DatasetInfo
 from tasks.training.config import TrainingConfig
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
+TRAINING_TAG = "likeness.training"
 
 
 @task(name="training", persist_result=False)
@@ -99,11 +101,27 @@ def compute_training(
             else (),
         )
         fetch_latents(runtime.store, spec)
+        runtime.live.begin(
+            tags={TRAINING_TAG: folder.stage_key}, stale_tag=TRAINING_TAG, datasets=describe_datasets(subject, prior)
+        )
         result = run_worker(spec, on_event=lambda event: show_event(event, config, runtime), inherited=(descriptor,))
         manifest = store_result(folder, spec, result, subject, prior)
         keep_latents(runtime.store, spec)
         shutil.rmtree(work)
     return manifest
+
+
+def describe_datasets(subject: SubjectSet, prior: ClassImageSet) -> list[DatasetInfo]:
+    """Return photos and class images as a tracking server names data."""
+    return [
+        DatasetInfo(
+            name=manifest.stage,
+            digest=manifest.compute_content_digest(),
+            source=f"{PREFIXES[manifest.stage]}/{manifest.stage_key}",
+            context="training",
+        )
+        for manifest in (subject, prior)
+    ]
 
 
 def fetch_images(runtime: Runtime, work: Path, rows: list[tuple[Any, Any, Any, str]]) -> Any:
@@ -144,6 +162,11 @@ def show_event(event: dict[str, Any], config: TrainingConfig, runtime: Runtime) 
         runtime.progress.note(event["text"])
     elif event["event"] == "step":
         runtime.num_training_steps = event["step"] - runtime.first_training_step
+        runtime.live.log_metrics(
+            (f"train/{name}", float(value), int(event["step"]))
+            for name, value in event.items()
+            if name not in ("event", "step") and isinstance(value, int | float)
+        )
         loss = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
         detail = f"loss {loss}  {event['images_per_second']:.1f} images/s"
         runtime.progress.update("training", event["step"], config.max_train_steps, detail)

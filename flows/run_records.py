@@ -1,0 +1,236 @@
+"""What a run's folder says of it: `summary.json` from its first second on, and `request.json`.
+
+Both carry their own digest. A record that is torn or was changed costs that run's line, never the command.
+"""
+
+import json
+import os
+import shlex
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from pydantic import BaseModel, ValidationError
+
+from conf.groups import GROUPS
+from conf.request import RunRequest
+from conf.schema import RunConfig
+from tasks.errors import ArtifactCorrupt, ConfigError, StillPending, TrainingStopped
+from tasks.redaction import clean_text, redact
+from tasks.stage.digests import dump_signed, load_signed, parse_json, sign, verify_signed
+from tasks.stage.files import write_atomic
+
+SUMMARY_VERSION = 1
+SUMMARY, REQUEST = "summary.json", "request.json"
+CLOCK_SLACK_SECONDS = 2.0
+
+
+class StoredRequest(BaseModel):
+    """What a run was asked for, and whether it may set what belongs to the operator."""
+
+    request: RunRequest
+    is_trusted: bool
+
+
+def write_request(folder: Path, request: RunRequest, *, is_trusted: bool) -> None:
+    """Keep a request in its run's folder."""
+    write_atomic(folder / REQUEST, dump_signed(StoredRequest(request=request, is_trusted=is_trusted), indent=1))
+
+
+def read_request(folder: Path) -> StoredRequest:
+    """Return what a run was asked for. Raises ArtifactCorrupt for a damaged or missing file."""
+    try:
+        data = (folder / REQUEST).read_bytes()
+    except OSError as error:
+        raise ArtifactCorrupt(f"{folder / REQUEST} can't be read: {error.strerror}") from error
+    try:
+        return load_signed(StoredRequest, data)
+    except ArtifactCorrupt as error:
+        raise ArtifactCorrupt(f"{folder / REQUEST}: {error}; start the run again by hand") from error
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Replace a run's summary."""
+    write_atomic(folder / SUMMARY, json.dumps(sign(summary), indent=1) + "\n")
+
+
+def write_start(folder: Path, run_id: str) -> None:
+    """Note that a run is being worked on, and by which process."""
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    write_summary(folder, {**head(run_id, "running"), "started_at": stamp(time.time()), "owner": owner})
+
+
+def write_end(folder: Path, run_id: str, error: BaseException) -> None:
+    """Note what ended a run before it was finished."""
+    reason = clean_text(redact(str(error))).splitlines()[0] if str(error) else type(error).__name__
+    earlier = read_summary(folder)
+    if earlier["status"] == "finished":
+        return
+    kept = {name: earlier[name] for name in ("started_at",) if name in earlier}
+    details = {"kind": type(error).__name__, "message": reason[:500]}
+    write_summary(folder, {**head(run_id, find_status(error)), **kept, "error": details})
+
+
+def find_status(error: BaseException) -> str:
+    """Return what a run is that ended with an error: a person's stop is no failure."""
+    if isinstance(error, StillPending):
+        return "pending"
+    is_stopped = isinstance(error, KeyboardInterrupt | SystemExit | TrainingStopped)
+    # Prefect's own are told by name: this module is read by commands that don't wait for its import.
+    is_stopped = is_stopped or type(error).__name__ in ("TerminationSignal", "CancelledRun", "CancelledError")
+    return "cancelled" if is_stopped else "failed"
+
+
+def head(run_id: str, status: str) -> dict[str, Any]:
+    """Return what every summary begins with."""
+    return {"schema_version": SUMMARY_VERSION, "run_id": run_id, "status": status}
+
+
+def stamp(seconds: float) -> str:
+    """Return a time as UTC text."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return a run's summary; where it is missing, torn or changed, a status that says so.
+
+    A run that is marked as running and whose process is gone was killed.
+    """
+    try:
+        summary = verify_signed(parse_json((folder / SUMMARY).read_bytes()))
+    except FileNotFoundError:
+        return head(folder.name, "killed")
+    except (ArtifactCorrupt, OSError) as error:
+        return {**head(folder.name, "damaged"), "error": {"kind": type(error).__name__, "message": str(error)}}
+    if not isinstance(summary.get("status"), str) or not isinstance(summary.get("run_id"), str):
+        return head(folder.name, "damaged")
+    if summary["status"] == "running" and not is_alive(summary.get("owner")):
+        summary["status"] = "killed"
+    return summary
+
+
+def is_alive(owner: Any) -> bool:
+    """Whether the process that works on a run is there; one on another machine is believed to be."""
+    if not isinstance(owner, dict):
+        return False
+    if owner.get("host") != socket.gethostname():
+        return True
+    try:
+        process = psutil.Process(int(owner["pid"]))
+        return bool(abs(process.create_time() - float(owner["started"])) < CLOCK_SLACK_SECONDS)
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return False
+
+
+def list_run_folders(output: Path) -> list[Path]:
+    """Return the folders of all runs, oldest first: whatever state they are in."""
+    return sorted(path.parent for path in output.glob(f"*/{REQUEST}"))
+
+
+def list_summaries(output: Path) -> list[dict[str, Any]]:
+    """Return the summaries of all runs in a folder, newest first, with paths as they are from here."""
+    return [resolve_paths(read_summary(folder), folder) for folder in reversed(list_run_folders(output))]
+
+
+def resolve_paths(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a summary whose paths are absolute; they are kept relative to the run's folder, which may move."""
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: resolve(child) for name, child in value.items()}
+        return value if "://" in str(value) else os.path.normpath(folder.absolute() / str(value))
+
+    return {**summary, "paths": resolve(summary["paths"])} if "paths" in summary else summary
+
+
+def relate(path: str, folder: Path) -> str:
+    """Return a path relative to a run's folder; an address in a bucket stays as it is."""
+    return path if "://" in path else os.path.relpath(path, folder.absolute())
+
+
+def suggest_next(summary: dict[str, Any], folder: Path) -> str:
+    """Return what to type next for a run that isn't finished, or nothing."""
+    status = summary["status"]
+    if status == "pending":
+        return "likeness pending"
+    if status in ("finished", "continued", "running"):
+        return ""
+    try:
+        return " ".join(["likeness run", *write_words(read_request(folder).request)])
+    except ArtifactCorrupt:
+        return "its request is damaged: start it again by hand"
+
+
+def write_words(request: RunRequest) -> list[str]:
+    """Return the words of the command line that ask for the same."""
+    default, words = RunRequest(), []
+    for field, group in GROUPS.items():
+        value = getattr(request, field)
+        if value != getattr(default, field) and (field != "subject" or request.source is None):
+            words.append(f"{group}={value}")
+    settings = {**request.settings}
+    for name in ("source", "class_noun"):
+        if getattr(request, name) is not None:
+            settings[f"subject.{name}"] = getattr(request, name)
+    if request.seed is not None:
+        settings["seed"] = request.seed
+    words += [f"{name}={write_value(value)}" for name, value in settings.items()]
+    return [shlex.quote(word) for word in words]
+
+
+def write_value(value: Any) -> str:
+    """Return a value as Hydra's command line reads it back."""
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return f"[{','.join(write_item(item) for item in value)}]"
+    if isinstance(value, str) and any(char in value for char in ",'\"[]{}"):
+        return write_item(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def write_item(value: Any) -> str:
+    """Return one item of a list; texts are quoted."""
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    return write_value(value)
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """A run that has ended: its configuration, with paths as they are from here, and its summary."""
+
+    config: RunConfig
+    summary: dict[str, Any]
+
+    def find_stage_key(self, stage: str) -> str:
+        """Return the key of a stage's manifest. Raises ConfigError where the run did not finish."""
+        if self.summary["status"] != "finished":
+            raise ConfigError(f"run {self.summary['run_id']} did not finish ({self.summary['status']})")
+        return str(self.summary["stages"][stage]["key"])
+
+
+def read_run(folder: Path) -> PastRun:
+    """Return what a run's folder holds. Raises ConfigError for a run of another version, or a damaged one."""
+    try:
+        config = RunConfig.model_validate_json((folder / "config.json").read_text())
+    except (ValidationError, OSError) as error:
+        raise ConfigError(f"run {folder.name} is of another version of likeness, or damaged; run it again") from error
+    own_store = f"{config.output_dir}/store"
+    if config.store.folder == own_store:  # as it was where the run was started; its folder knows better
+        moved = config.store.model_copy(update={"folder": str(folder.parent / "store")})
+        config = config.model_copy(update={"store": moved, "output_dir": str(folder.parent)})
+    return PastRun(config, read_summary(folder))
+
+
+def list_pending(output: Path) -> list[list[Path]]:
+    """Return the folders of suspended runs, oldest first; those that asked for the same are one job."""
+    groups: dict[str, list[Path]] = {}
+    for folder in list_run_folders(output):
+        if read_summary(folder)["status"] == "pending":
+            groups.setdefault((folder / REQUEST).read_text(), []).append(folder)
+    return list(groups.values())

@@ -1,0 +1,129 @@
+"""What a run's folder says of it, in whatever state it was left."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conf.compose import compile_request, compute_config_digest
+from conf.overrides import parse_overrides
+from flows.run_records import (
+    list_summaries,
+    read_request,
+    read_summary,
+    suggest_next,
+    write_end,
+    write_request,
+    write_start,
+    write_summary,
+    write_words,
+)
+from flows.terminal import print_runs
+from tasks.errors import ArtifactCorrupt, ConfigError, StillPending, TrainingStopped
+
+WORDS = [
+    "subject.source=Fotos/Söhne & co", "subject.class_noun=mug", "experiment=smoke", "prior=none", "seed=4",
+    'evaluation.prompts=["{subject}","{subject}, at night"]', "training.snr_gamma=null", "subject.is_profiled=false",
+]  # fmt: skip
+
+
+def make_run(output: Path, name: str) -> Path:
+    folder = output / name
+    folder.mkdir(parents=True)
+    write_request(folder, parse_overrides(WORDS), is_trusted=True)
+    write_start(folder, name)
+    return folder
+
+
+def test_a_request_is_typed_again_by_its_words() -> None:
+    import shlex
+
+    request = parse_overrides(WORDS)
+    again = parse_overrides(shlex.split(" ".join(write_words(request))))
+    assert compute_config_digest(compile_request(again)) == compute_config_digest(compile_request(request))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (KeyboardInterrupt(), "cancelled"),
+        (TrainingStopped("saved"), "cancelled"),
+        (StillPending("a job"), "pending"),
+        (ConfigError("wrong"), "failed"),
+        (ZeroDivisionError(), "failed"),
+    ],
+)
+def test_how_a_run_ended_is_told_apart(tmp_path: Path, error: BaseException, status: str) -> None:
+    folder = make_run(tmp_path, "one")
+    assert read_summary(folder)["status"] == "running"
+    write_end(folder, "one", error)
+    assert read_summary(folder)["status"] == status
+    words = suggest_next(read_summary(folder), folder)
+    assert words == "likeness pending" if status == "pending" else words.startswith("likeness run ")
+
+
+def test_prefects_cancellation_is_no_failure(tmp_path: Path) -> None:
+    from prefect.exceptions import TerminationSignal
+
+    folder = make_run(tmp_path, "one")
+    write_end(folder, "one", TerminationSignal(signal=signal.SIGTERM))
+    assert read_summary(folder)["status"] == "cancelled"
+
+
+def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from flows.run_records import write_start\n"
+        "write_start(Path(sys.argv[1]), 'one')"
+    )
+    folder = make_run(tmp_path, "one")
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=Path(__file__).parents[2])
+    assert read_summary(folder)["status"] == "killed"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["owner"]["pid"] != os.getpid()
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b'{"status": 3, "run_id": "x"}', b"[" * 100_000])
+def test_a_torn_summary_costs_its_line_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: bytes) -> None:
+    torn, whole = make_run(tmp_path, "torn"), make_run(tmp_path, "whole")
+    (torn / "summary.json").write_bytes(damage)
+    write_end(whole, "whole", ConfigError("some reason"))
+    summaries = list_summaries(tmp_path)
+    assert [summary["status"] for summary in summaries] == ["failed", "damaged"]
+    print_runs(summaries, folder=tmp_path)
+    printed = capsys.readouterr().out
+    assert "damaged: likeness run " in printed
+    assert "ConfigError: some reason" in printed
+
+
+def test_no_flipped_byte_of_summary_or_request_is_believed(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "one")
+    for name in ("summary.json", "request.json"):
+        whole = (folder / name).read_bytes()
+        for place in range(0, len(whole), 11):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1
+            for damaged in (bytes(flipped), whole[:place]):
+                (folder / name).write_bytes(damaged)
+                if name == "summary.json":
+                    assert read_summary(folder)["status"] == "damaged"
+                else:
+                    with pytest.raises(ArtifactCorrupt, match="start the run again"):
+                        read_request(folder)
+        (folder / name).write_bytes(whole)
+
+
+def test_a_runs_folder_may_move(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "runs", "one")
+    write_summary(folder, {**read_summary(folder), "status": "finished", "paths": {
+        "report": "report.html", "model": "../store/m", "manifests": {"prior": "s3://bucket/m.json"},
+    }})  # fmt: skip
+    assert str(tmp_path) not in (folder / "summary.json").read_text()
+    shutil.move(tmp_path / "runs", tmp_path / "moved")
+    [summary] = list_summaries(tmp_path / "moved")
+    assert summary["paths"]["model"] == str(tmp_path / "moved" / "store" / "m")
+    assert summary["paths"]["manifests"]["prior"] == "s3://bucket/m.json"

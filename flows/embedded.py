@@ -1,10 +1,8 @@
 """An embedded Prefect server for people without one: started early, stopped with the process."""
 
-import ctypes
 import os
 import socket
 import subprocess
-import sys
 import time
 import tomllib
 import urllib.error
@@ -12,9 +10,9 @@ import urllib.request
 from pathlib import Path
 
 from tasks.errors import ConfigError, ServiceUnavailable
+from tasks.stage.worker_process import child_environment, guarded
 
 START_SECONDS = 120.0
-PR_SET_PDEATHSIG, SIGTERM = 1, 15
 # The embedded server only keeps this run's states; everything else would slow its start.
 SERVER_ENVIRONMENT = {
     "PREFECT_UI_ENABLED": "0",
@@ -36,23 +34,20 @@ class EmbeddedServer:
         self.wait_seconds = 0.0
 
     def start(self) -> None:
-        """Start the server without waiting; call it from the main thread.
-
-        The kernel ends the server when the thread that started it ends, so none is left behind.
-        """
+        """Start the server without waiting; it ends with this process."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [
-            sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app",
+        command = guarded(
+            "uvicorn", "--factory", "prefect.server.api.server:create_app",
             "--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error", "--lifespan", "on",
-        ]  # fmt: skip
+        )  # fmt: skip
         try:
             self.home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot write to {self.home}: {error.strerror}; set output_dir") from error
         os.environ["PREFECT_HOME"] = str(self.home)
-        environment = {**os.environ, **SERVER_ENVIRONMENT}
+        environment = child_environment(**SERVER_ENVIRONMENT)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
@@ -60,7 +55,6 @@ class EmbeddedServer:
                 stderr=log,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is for the run, which still needs its server to end well
-                preexec_fn=end_with_parent,  # noqa: PLW1509 - one C call, before any thread exists
             )
         os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{self.port}/api"
 
@@ -87,12 +81,6 @@ class EmbeddedServer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-
-
-def end_with_parent() -> None:
-    """Ask the kernel to end this child with its parent (Linux; elsewhere nothing happens)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGTERM)
 
 
 def needs_server() -> bool:

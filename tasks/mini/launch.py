@@ -1,16 +1,14 @@
 """Start the mini vision server beside a run and stop it with the run."""
 
-import os
 import queue
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 from tasks.errors import ServiceUnavailable
+from tasks.stage.worker_process import child_environment, guarded
 
 START_SECONDS = 120.0
-SOURCE_ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class LocalServer:
@@ -27,8 +25,7 @@ class LocalServer:
         with self.lock:
             if self.process is not None and self.process.poll() is None:
                 return self.base_url
-            command = [sys.executable, "-m", "tasks.mini.server", "--parent", str(os.getpid())]
-            environment = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT), "OMP_NUM_THREADS": "1"}
+            command, environment = guarded("tasks.mini.server"), child_environment(OMP_NUM_THREADS="1")
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("ab") as log:
                 self.process = subprocess.Popen(

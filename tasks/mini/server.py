@@ -189,27 +189,13 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def end_with_parent(pid: int) -> None:
-    """Leave as soon as the process that started this one is gone."""
-
-    def watch() -> None:
-        while os.getppid() == pid:
-            time.sleep(0.5)
-        os._exit(0)
-
-    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m tasks.mini.server", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="loopback address (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one and prints it")
-    parser.add_argument("--parent", type=int, help="end when this process, the parent, is gone")
     options = parser.parse_args(argv)
     listener = bind(options.host, options.port)
-    if options.parent:
-        end_with_parent(options.parent)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"http://{host}:{listener.getsockname()[1]}/v1", flush=True)

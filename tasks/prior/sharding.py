@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from tasks.diffusion.config import DiffusionConfig
 from tasks.errors import ConfigError
 from tasks.prior.config import PriorConfig
 from tasks.settings import Section
+from tasks.stage.worker_process import child_environment, guarded
 
 POLL_SECONDS = 0.2
-SOURCE_ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Shard(Section):
@@ -68,11 +67,9 @@ def start(shard: Shard, device: int) -> "subprocess.Popen[bytes]":
     out = Path(shard.folder)
     spec = out / f"shard-{device}.json"
     spec.write_text(shard.model_dump_json())
-    paths = [str(SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": pick_device(device)}
+    environment = child_environment(CUDA_VISIBLE_DEVICES=pick_device(device))
     with (out / f"shard-{device}.log").open("wb") as log:
-        command = [sys.executable, "-m", "tasks.prior.worker", str(spec), str(os.getpid())]
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        return subprocess.Popen(guarded("tasks.prior.worker", str(spec)), stdout=log, stderr=log, env=environment)
 
 
 def pick_device(device: int) -> str:

@@ -1,4 +1,4 @@
-"""One process of sharded class-image drawing: python -m tasks.prior.worker SHARD.json PARENT_PID."""
+"""One process of sharded class-image drawing: python -m tasks.prior.worker SHARD.json."""
 
 import os
 import sys
@@ -10,14 +10,12 @@ from tasks.prior.sharding import Shard
 
 
 def main(argv: list[str]) -> None:
-    """Draw a shard's pictures, each written beside its place and renamed; stop where the parent is gone."""
+    """Draw a shard's pictures, each written beside its place and renamed."""
     shard = Shard.model_validate_json(Path(argv[0]).read_text())
-    parent, out = int(argv[1]), Path(shard.folder)
+    out = Path(shard.folder)
     model = open_model(shard.diffusion)
     seeds = list(shard.seeds)
     for seed, picture in draw_pictures(model, shard.prior, class_prompt=shard.class_prompt, seeds=seeds):
-        if os.getppid() != parent:
-            return
         staged = out / f".{seed}.png"
         picture.save(staged, format="PNG")
         os.replace(staged, out / f"{seed}.png")

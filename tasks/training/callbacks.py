@@ -1,10 +1,8 @@
-"""What happens around steps: loss log, checkpoints, the stop file, the watch on the parent."""
+"""What happens around steps: loss log, checkpoints, the stop file."""
 
 import json
 import logging
 import math
-import os
-import threading
 import time
 from typing import Any
 
@@ -236,17 +234,3 @@ def count_skipped(losses: list[str]) -> int:
             break
         num += 1
     return num
-
-
-def watch_supervisor(pid: int) -> None:
-    """End this process soon after the supervisor is gone, so that no orphan holds the device."""
-
-    def watch() -> None:
-        while True:
-            time.sleep(1.0)
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                os._exit(76)
-
-    threading.Thread(target=watch, name="watch-supervisor", daemon=True).start()

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +16,12 @@ import psutil
 
 from tasks.errors import TrainingFailed, TrainingStopped
 from tasks.stage.digests import digest_file
+from tasks.stage.worker_process import GUARD, child_environment, guarded
 from tasks.training.spec import RunFolder, TrainingSpec
 
 POLL_SECONDS = 0.2
 LOCK_SECONDS = 10.0
 WORKER_MODULE = "tasks.training.worker"
-SOURCE_ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def run_worker(
@@ -76,18 +75,14 @@ def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()
             "--nnodes", str(training.num_nodes), "--rdzv-backend", "c10d",
             "--rdzv-endpoint", training.rendezvous, "--rdzv-id", spec.stage_key,
         ]  # fmt: skip
-    launcher = ["-m", "torch.distributed.run", *meeting, "--nproc-per-node", str(training.num_devices)]
-    if training.world_size == 1:
-        launcher = []  # one process needs nobody to meet, and starts three seconds sooner
-    command = [sys.executable, *launcher, "-m", WORKER_MODULE, str(run.spec)]
-    paths = [str(SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "LIKENESS_SUPERVISOR_PID": str(os.getpid()),
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1)),
-    }
+    # Each rank watches the supervisor itself: a launcher that is killed takes no rank with it.
+    launcher = [*meeting, "--nproc-per-node", str(training.num_devices), "-m", GUARD]
+    command = guarded("torch.distributed.run", *launcher, WORKER_MODULE, str(run.spec))
+    if training.world_size == 1:  # one process needs nobody to meet, and starts three seconds sooner
+        command = guarded(WORKER_MODULE, str(run.spec))
+    environment = child_environment(
+        TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    )
     with run.log.open("ab") as log:
         return subprocess.Popen(
             command,

@@ -27,7 +27,7 @@ from tasks.diffusion.latent_model import LatentModel
 from tasks.errors import TrainingFailed
 from tasks.prompts import shorten_prompt
 from tasks.stage.digests import digest_file
-from tasks.training.callbacks import StepKeeper, tell, watch_supervisor
+from tasks.training.callbacks import StepKeeper, tell
 from tasks.training.candidates import list_candidates, open_base, step_of, write_candidate, write_weights
 from tasks.training.checkpoints import copy_all, load_newest, restore_state
 from tasks.training.data import SampleCounter
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
 
 
 def set_up_process(spec: TrainingSpec) -> None:
-    """Set threads, determinism and the watch on the supervisor before anything is loaded."""
+    """Set threads and determinism before anything is loaded."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # Lightning advises on loggers and data loaders that this worker leaves out on purpose.
@@ -58,9 +58,6 @@ def set_up_process(spec: TrainingSpec) -> None:
     torch.use_deterministic_algorithms(spec.training.is_deterministic)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    supervisor = os.environ.get("LIKENESS_SUPERVISOR_PID")
-    if supervisor:
-        watch_supervisor(int(supervisor))
 
 
 def train(spec: TrainingSpec) -> int:

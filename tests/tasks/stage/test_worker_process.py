@@ -1,0 +1,76 @@
+"""Child processes end with their parent, from their first instruction on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.workplace import ROOT
+
+PARENT = """
+import subprocess, sys, time
+from tasks.stage.worker_process import child_environment, guarded
+environment = child_environment()
+environment["PYTHONPATH"] += ":" + sys.argv[1]
+command = guarded(*sys.argv[2:])
+child = subprocess.Popen(command, env=environment, start_new_session=True)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def start_parent(folder: Path, *command: str) -> tuple["subprocess.Popen[str]", psutil.Process]:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(folder), *command], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    return parent, psutil.Process(int(parent.stdout.readline()))
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("is_polite", [True, False])
+def test_a_child_that_is_still_importing_ends_with_its_killed_parent(tmp_path: Path, is_polite: bool) -> None:
+    # An import that takes a minute; a child that minds no request to end has to go all the same.
+    (tmp_path / "slow_module.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        + ("" if is_polite else "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n")
+        + "pathlib.Path(sys.argv[1]).touch()\nfor _ in range(600): time.sleep(0.1)\n"
+    )
+    begun = tmp_path / "begun"
+    parent, child = start_parent(tmp_path, "slow_module", str(begun))
+    wait_for(begun)
+    assert child.is_running()
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.communicate()
+    _, alive = psutil.wait_procs([child], timeout=30)
+    assert alive == []
+
+
+def test_a_child_of_a_parent_that_is_gone_does_not_begin(tmp_path: Path) -> None:
+    (tmp_path / "touching.py").write_text("import pathlib, sys; pathlib.Path(sys.argv[1]).touch()\n")
+    lifeline = tmp_path / "lifeline"
+    os.mkfifo(lifeline)  # nobody holds its writing end
+    for path in (lifeline, tmp_path / "missing"):
+        environment = {**os.environ, "LIKENESS_LIFELINE": str(path), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+        command = [sys.executable, "-m", "tasks.stage.guard", "touching", str(tmp_path / "touched")]
+        assert subprocess.run(command, env=environment, check=False).returncode == 76
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_module_runs_as_it_would_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "ending.py").write_text("import sys; print(__name__, sys.argv[1:]); sys.exit(3)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    command = [sys.executable, "-m", "tasks.stage.guard", "ending", "a", "--b"]
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (3, "__main__ ['a', '--b']")

@@ -23,6 +23,7 @@ from tasks.diffusion.learned_tokens import (
     write_prompt,
 )
 from tasks.diffusion.loading import load_parts, load_scheduler
+from tasks.diffusion.lora_kohya import OriginalLayer
 from tasks.diffusion.noise import GaussianDiffusion, NoiseProcess, RectifiedFlow
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -46,6 +47,10 @@ class LatentModel(ABC):
     """Token limits of tokenizers that name none that suits the family."""
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]
     """Names of the layers that LoRA adapts, by part."""
+    original_layers: ClassVar[tuple[OriginalLayer, ...]] = ()
+    """The denoiser's layers in the original checkpoint, where they aren't diffusers' own."""
+    implementation: ClassVar[str] = "diffusers"
+    """The code that defines the model, as ModelSpec names it."""
 
     def __init__(
         self, parts: dict[str, Any], noise: NoiseProcess, config: DiffusionConfig, device: torch.device | None = None
@@ -79,6 +84,11 @@ class LatentModel(ABC):
         """Return the parts that the family's `model_index.json` names."""
         encoders = cls.text_encoder_names
         return ["scheduler", "vae", cls.denoiser_name, *encoders, *map(tokenizer_of, encoders), *cls.unused_parts]
+
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """ModelSpec's name of the base model."""
 
     @property
     def vae(self) -> Any:

@@ -34,6 +34,15 @@ class StableDiffusion(LatentModel):
     lora_targets: ClassVar = {"unet": UNET_LORA_TARGETS, "text_encoder": CLIP_LORA_TARGETS}
     noise: GaussianDiffusion
 
+    @property
+    def architecture(self) -> str:
+        """ModelSpec's name: the second generation has a wider text encoder."""
+        if self.denoiser.config.cross_attention_dim != 1024:
+            return "stable-diffusion-v1"
+        return (
+            "stable-diffusion-v2-768-v" if self.noise.prediction_type == "v_prediction" else "stable-diffusion-v2-512"
+        )
+
     def encode_prompts(self, input_ids: Tensor) -> Conditioning:
         """Return `encoder_hidden_states` `(B, L, D)`."""
         return Conditioning(self.parts["text_encoder"](input_ids.to(self.device)).last_hidden_state)

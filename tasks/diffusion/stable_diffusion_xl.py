@@ -25,6 +25,8 @@ class StableDiffusionXl(LatentModel):
         "text_encoder": CLIP_LORA_TARGETS,
         "text_encoder_2": CLIP_LORA_TARGETS,
     }
+    architecture = "stable-diffusion-xl-v1-base"
+    implementation = "https://github.com/Stability-AI/generative-models"
     noise: GaussianDiffusion
 
     def encode_prompts(self, input_ids: Tensor) -> Conditioning:

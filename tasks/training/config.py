@@ -19,6 +19,9 @@ class LoraSettings(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
     is_dora: bool = Field(False, description="learn magnitudes apart (arXiv 2402.09353); slower")
     target_modules: tuple[str, ...] = Field((), description="layers of the denoiser; empty: as the family says")
+    save_precision: Literal["fp16", "bf16", "fp32"] = Field(
+        "fp16", description="number format of the saved adapter; fp32 doubles the file"
+    )
 
 
 class TokenSettings(Section):

@@ -15,7 +15,7 @@ from tasks.prefect_states import finished
 from tasks.runtime import Runtime
 from tasks.training.config import TrainingConfig
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 
 
 @task(name="training", persist_result=False)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -10,35 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.diffusion.base import SamplingRequest, open_model
-from tasks.diffusion.config import DiffusionConfig
-from tasks.diffusion.latent_model import LatentModel
+from tasks.diffusion.base import SamplingRequest
 from tasks.errors import ConfigError
-from tests.tiny import SIDE, make_tiny_stable_diffusion
-from tests.tiny_families import make_tiny_flux, make_tiny_sd3, make_tiny_sdxl
+from tests.tiny import SIDE
+from tests.tiny_families import MAKERS, make_tiny_sd3, open_family
 
-MAKERS: dict[str, Callable[[Path], Path]] = {
-    "stable_diffusion": make_tiny_stable_diffusion,
-    "stable_diffusion_xl": make_tiny_sdxl,
-    "stable_diffusion_3": make_tiny_sd3,
-    "flux": make_tiny_flux,
-}
 PROMPTS = ["a photo of sks fish", "a fish on the beach"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {family: make(tmp_path_factory.mktemp(family) / "model") for family, make in MAKERS.items()}
-
-
-def config_of(family: str, folder: Path) -> DiffusionConfig:
-    return DiffusionConfig(family=family, location=str(folder), resolution=SIDE, device="cpu", sampler="euler")
-
-
-def open_family(family: str, folder: Path) -> LatentModel:
-    model = open_model(config_of(family, folder))
-    assert isinstance(model, LatentModel)
-    return model
 
 
 @pytest.mark.parametrize("family", MAKERS)
@@ -95,8 +71,9 @@ def test_encoded_prompts_equal_those_of_the_pipeline(folders: dict[str, Path], f
     told = model.encode_prompts(model.tokenize(PROMPTS))
     assert told.pooled is not None
     pooled = theirs[1] if family == "flux" else theirs[2]
-    torch.testing.assert_close(told.encoder_hidden_states, theirs[0])
-    torch.testing.assert_close(told.pooled, pooled)
+    for ours, reference in ((told.encoder_hidden_states, theirs[0]), (told.pooled, pooled)):
+        # Other batch shapes take other float32 kernels: some hundred roundings of 2^-24 of the largest value.
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=512 * 2**-24 * float(reference.abs().max()))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from tasks.diffusion.noise import RectifiedFlow
 from tasks.diffusion.stable_diffusion import CLIP_LORA_TARGETS
 
 T5_LENGTH = 512
-TRAINING_GUIDANCE = 1.0  # photos are the plain distribution, not the one that guidance sharpens
+# Photos are the plain distribution, not the one that guidance sharpens; class images are drawn with it too.
+TRAINING_GUIDANCE = 1.0
 DOUBLE, SINGLE = ("transformer_blocks.{n}", "double_blocks.{n}"), ("single_transformer_blocks.{n}", "single_blocks.{n}")
 # Layers of the checkpoint that Black Forest Labs published.
 ORIGINAL_LAYERS = (

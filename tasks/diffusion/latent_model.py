@@ -49,6 +49,8 @@ class LatentModel(ABC):
     """Names of the layers that LoRA adapts, by part."""
     original_layers: ClassVar[tuple[OriginalLayer, ...]] = ()
     """The denoiser's layers in the original checkpoint, where they aren't diffusers' own."""
+    index_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings beside the parts in the pipeline's index that change what is computed."""
     implementation: ClassVar[str] = "diffusers"
     """The code that defines the model, as ModelSpec names it."""
 
@@ -59,6 +61,7 @@ class LatentModel(ABC):
         self.noise = noise
         self.device = device or choose_device(config)
         self.parts = parts
+        self.settings: dict[str, Any] = {}
         self.identifier_token = ""
         self.learned: dict[str, LearnedEmbedding] = {}
         self.placeholders: dict[str, list[str]] = {}
@@ -72,7 +75,10 @@ class LatentModel(ABC):
         texts = tuple(part for name in cls.text_encoder_names for part in (name, tokenizer_of(name)))
         wanted = (cls.denoiser_name, "vae", *(() if cls.is_any_encoder_optional else texts))
         parts = load_parts(folder, wanted, optional=texts, denoiser_class=cls.denoiser_class, dtype=dtype)
-        return cls(parts, cls.load_noise(folder), config)
+        model = cls(parts, cls.load_noise(folder), config)
+        index = json.loads((folder / "model_index.json").read_text())
+        model.settings = {name: index[name] for name in cls.index_settings if name in index}
+        return model
 
     @classmethod
     def load_noise(cls, folder: Path) -> GaussianDiffusion | RectifiedFlow:
@@ -221,7 +227,8 @@ class LatentModel(ABC):
         """Return a pipeline over the loaded parts; nothing is read again."""
         pipeline_class = getattr(diffusers, self.pipeline_class)
         names = [name for name in self.index_names() if name != "scheduler"]
-        pipeline = pipeline_class(scheduler=self.make_sampler(), **{name: self.parts.get(name) for name in names})
+        parts = {name: self.parts.get(name) for name in names}
+        pipeline = pipeline_class(scheduler=self.make_sampler(), **parts, **self.settings)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -237,7 +244,7 @@ class LatentModel(ABC):
         """Write a folder that the family's pipeline reads."""
         # The pipeline class could write this too, but importing it takes seconds of every start.
         index: dict[str, Any] = {"_class_name": self.pipeline_class, "_diffusers_version": diffusers.__version__}
-        index |= {name: [None, None] for name in self.index_names()}
+        index |= {name: [None, None] for name in self.index_names()} | self.settings
         for name, part in {**self.parts, "scheduler": self.saved_scheduler()}.items():
             part.save_pretrained(folder / name)
             library = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"

@@ -13,6 +13,7 @@ from tasks.training.buckets import Size, choose_bucket
 from tasks.training.config import TrainingConfig
 
 LATENTS_VERSION = 3  # of preprocessing and encoding
+POLYNOMIAL_END = 1e-7  # diffusers' `lr_end`
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on request; run again
 
 
@@ -126,15 +127,26 @@ class RunFolder:
         return self.folder / f"alive-{rank}"
 
 
-def compute_learning_rate_factor(config: TrainingConfig, step: int) -> float:
-    """Return the share of the learning rate at an optimizer step, counted from 0."""
-    warmup = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
-    progress = step / config.max_train_steps
-    shapes: dict[str, float] = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-        "cosine_with_restarts": 0.5 * (1 + math.cos(math.pi * (progress * config.lr_num_cycles % 1.0))),
-        "polynomial": (1 - progress) ** config.lr_power,
-    }
-    return warmup * shapes[config.lr_schedule]
+def compute_learning_rate_factor(config: TrainingConfig, step: int, *, rate: float) -> float:
+    """Return the share of a learning rate at an optimizer step, counted from 0.
+
+    Point by point the schedules of `diffusers.optimization.get_scheduler`: warm-up begins at 0, and what
+    decays begins to do so after it. A polynomial ends at 1e-7, whatever the rate that it begins with.
+    """
+    name, warmup = config.lr_schedule, config.lr_warmup_steps
+    if name == "constant":
+        return 1.0
+    if step < warmup:
+        return step / warmup
+    progress = (step - warmup) / max(1, config.max_train_steps - warmup)
+    if name == "constant_with_warmup":
+        return 1.0
+    if name == "linear":
+        return max(0.0, 1 - progress)
+    if name == "cosine":
+        return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+    if name == "cosine_with_restarts":
+        place = config.lr_num_cycles * progress % 1.0
+        return 0.0 if progress >= 1 else max(0.0, 0.5 * (1 + math.cos(math.pi * place)))
+    end = min(1.0, POLYNOMIAL_END / rate)
+    return (1 - end) * max(0.0, 1 - progress) ** config.lr_power + end

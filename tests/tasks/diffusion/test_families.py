@@ -8,8 +8,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from tasks.diffusion.base import SamplingRequest
+from tasks.diffusion.flux import TRAINING_GUIDANCE
 from tasks.errors import ConfigError
 from tests.tiny import SIDE
 from tests.tiny_families import MAKERS, make_tiny_sd3, open_family
@@ -73,7 +75,7 @@ def test_encoded_prompts_equal_those_of_the_pipeline(folders: dict[str, Path], f
     pooled = theirs[1] if family == "flux" else theirs[2]
     for ours, reference in ((told.encoder_hidden_states, theirs[0]), (told.pooled, pooled)):
         # Other batch shapes take other float32 kernels: some hundred roundings of 2^-24 of the largest value.
-        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=512 * 2**-24 * float(reference.abs().max()))
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=512 * 2**-24 * float(reference.detach().abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -112,3 +114,29 @@ def test_what_a_repository_may_not_hold_is_refused_by_name(folders: dict[str, Pa
     ):
         with pytest.raises(ConfigError, match=message):
             open_family("stable_diffusion", folder)
+
+
+@pytest.mark.parametrize("is_zeroed", [True, False])
+def test_the_empty_prompt_of_sdxl_is_what_its_index_says(tmp_path: Path, is_zeroed: bool) -> None:
+    folder = MAKERS["stable_diffusion_xl"](tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": is_zeroed}))
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    model = open_family("stable_diffusion_xl", folder)
+    theirs = pipeline.encode_prompt(PROMPTS[:1], device=torch.device("cpu"), do_classifier_free_guidance=True)
+    ours = model.pipeline_inputs(PROMPTS[:1])
+    empty = model.encode_prompts(model.tokenize([""]))  # what training is told of dropped captions
+    for found in (ours["negative_prompt_embeds"], empty.encoder_hidden_states):
+        torch.testing.assert_close(found.detach(), theirs[1].detach(), rtol=1e-5, atol=1e-4)
+    for found in (ours["negative_pooled_prompt_embeds"], empty.pooled):
+        assert found is not None
+        torch.testing.assert_close(found.detach(), theirs[3].detach(), rtol=1e-5, atol=1e-4)
+    assert bool((theirs[1] == 0).all()) is is_zeroed
+    model.save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert saved["force_zeros_for_empty_prompt"] is is_zeroed
+
+
+def test_class_images_of_flux_are_drawn_with_the_guidance_that_training_tells() -> None:
+    preset = yaml.safe_load((Path(__file__).parents[3] / "conf" / "diffusion" / "flux-dev.yaml").read_text())
+    assert preset["prior"]["guidance_scale"] == TRAINING_GUIDANCE

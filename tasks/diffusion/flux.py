@@ -95,8 +95,12 @@ class Flux(LatentModel):
             img_ids=make_image_ids(height // 2, width // 2).to(noisy_latents.device),
             return_dict=False,
         )[0]
-        patches = packed.view(rows, height // 2, width // 2, channels, 2, 2)
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(rows, channels, height, width)
+        return unpack(packed, (rows, channels, height, width))
+
+    def unpack_latents(self, latents: Tensor) -> Tensor:
+        """Return the pipeline's latents as `(B, C, h, w)`."""
+        side = self.config.resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return unpack(latents, (len(latents), latents.shape[-1] // 4, side, side))
 
     def make_sampler(self) -> Any:
         """Return the flow's Euler steps, the only method that the family is used with."""
@@ -113,6 +117,13 @@ def pack(latents: Tensor) -> Tensor:
     rows, channels, height, width = latents.shape
     patches = latents.view(rows, channels, height // 2, 2, width // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(rows, (height // 2) * (width // 2), channels * 4)
+
+
+def unpack(packed: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Return `(B, C, h, w)` from `(B, h/2 * w/2, 4C)`."""
+    rows, channels, height, width = shape
+    patches = packed.view(rows, height // 2, width // 2, channels, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(shape)
 
 
 def make_image_ids(height: int, width: int) -> Tensor:

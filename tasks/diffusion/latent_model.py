@@ -27,6 +27,7 @@ from tasks.diffusion.lora_kohya import OriginalLayer
 from tasks.diffusion.noise import GaussianDiffusion, NoiseProcess, RectifiedFlow
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+DECODED_PIXELS = 8 * 512**2  # at a time: the VAE's activations are large
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -212,15 +213,45 @@ class LatentModel(ABC):
         """Draw one picture per request through diffusers' pipeline, each from its own seed."""
         pipeline = self.make_pipeline()
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
-        with torch.autocast(self.device.type, DTYPES[self.config.precision], enabled=self.config.precision != "fp32"):
-            pictures: list[Image.Image] = pipeline(
+        with self.autocast():
+            latents: Tensor = pipeline(
                 **self.pipeline_inputs([request.prompt for request in requests]),
                 generator=generators,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 height=self.config.resolution,
                 width=self.config.resolution,
+                output_type="latent",
             ).images
+        return self.decode(self.unpack_latents(latents))
+
+    def autocast(self) -> torch.autocast:
+        """Return the context to denoise in: half precision where it is configured, or where the weights are.
+
+        Norms don't mix formats, so weights in half precision leave no choice.
+        """
+        held = {parameter.dtype for parameter in self.denoiser.parameters()} & {torch.bfloat16, torch.float16}
+        dtype = next(iter(held), DTYPES[self.config.precision])
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def unpack_latents(self, latents: Tensor) -> Tensor:
+        """Return the pipeline's latents as `(B, C, h, w)`."""
+        return latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Return the pictures of scaled latents `(B, C, h, w)`.
+
+        In float32, whatever surrounds it: activations of SDXL's VAE overflow fp16 (its `force_upcast`).
+        """
+        factor, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+        side = self.config.resolution
+        pictures = []
+        with torch.autocast(self.device.type, enabled=False):
+            for rows in latents.float().split(max(1, DECODED_PIXELS // side**2)):
+                pixels = self.vae.decode(rows / factor + shift, return_dict=False)[0]
+                levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+                pictures += [Image.fromarray(row.permute(1, 2, 0).cpu().numpy()) for row in levels]
         return pictures
 
     def make_pipeline(self) -> Any:

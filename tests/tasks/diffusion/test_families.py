@@ -10,11 +10,12 @@ import pytest
 import torch
 import yaml
 
-from tasks.diffusion.base import SamplingRequest
+from tasks.diffusion.base import SamplingRequest, open_model
 from tasks.diffusion.flux import TRAINING_GUIDANCE
+from tasks.diffusion.latent_model import LatentModel
 from tasks.errors import ConfigError
 from tests.tiny import SIDE
-from tests.tiny_families import MAKERS, make_tiny_sd3, open_family
+from tests.tiny_families import MAKERS, family_config, make_tiny_sd3, open_family
 
 PROMPTS = ["a photo of sks fish", "a fish on the beach"]
 
@@ -140,3 +141,33 @@ def test_the_empty_prompt_of_sdxl_is_what_its_index_says(tmp_path: Path, is_zero
 def test_class_images_of_flux_are_drawn_with_the_guidance_that_training_tells() -> None:
     preset = yaml.safe_load((Path(__file__).parents[3] / "conf" / "diffusion" / "flux-dev.yaml").read_text())
     assert preset["prior"]["guidance_scale"] == TRAINING_GUIDANCE
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_half_precision_stops_at_the_vae_whose_activations_overflow_it(folders: dict[str, Path], family: str) -> None:
+    pictures = []
+    for precision in ("fp32", "fp16"):
+        config = family_config(family, folders[family]).model_copy(update={"precision": precision})
+        model = open_model(config)
+        assert isinstance(model, LatentModel)
+        for parameter in model.vae.decoder.conv_in.parameters():  # a norm follows, so that only fp16 notices
+            parameter.mul_(1e6)
+        requests = [SamplingRequest(PROMPTS[0], 1)]
+        pictures.append(np.asarray(model.sample(requests, num_inference_steps=2, guidance_scale=2.0)[0], int))
+    # Latents of two fp16 steps, decoded in float32.
+    assert np.abs(pictures[0] - pictures[1]).mean() < 4
+    assert pictures[1].std() > 1
+
+
+@pytest.mark.parametrize("weights", ["bf16", "fp16"])
+@pytest.mark.parametrize("family", MAKERS)
+def test_weights_in_half_precision_draw_whatever_the_configured_precision(
+    folders: dict[str, Path], family: str, weights: str
+) -> None:
+    requests = [SamplingRequest(PROMPTS[0], 1)]
+    pictures = []
+    for precision in ("fp32", weights):
+        config = family_config(family, folders[family]).model_copy(update={"precision": precision})
+        model = open_model(config, precision=weights)
+        pictures.append(np.asarray(model.sample(requests, num_inference_steps=2, guidance_scale=2.0)[0], int))
+    assert np.array_equal(*pictures)

@@ -4,6 +4,7 @@ import gc
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -25,6 +26,7 @@ from tasks.diffusion.learned_tokens import (
 from tasks.diffusion.loading import load_parts, load_scheduler
 from tasks.diffusion.lora_kohya import OriginalLayer
 from tasks.diffusion.noise import GaussianDiffusion, NoiseProcess, RectifiedFlow
+from tasks.wording import shorten_prompt
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 DECODED_PIXELS = 8 * 512**2  # at a time: the VAE's activations are large
@@ -128,18 +130,21 @@ class LatentModel(ABC):
         """Return the number of tokens that a text encoder gets."""
         return self.max_lengths.get(name) or int(self.tokenizers[name].model_max_length)
 
-    def has_room(self, prompt: str) -> bool:
-        """Whether every text encoder gets all tokens of a prompt."""
-        return all(
-            len(tokenizer(self.spell([prompt], name)[0], verbose=False).input_ids) <= self.max_length(name)
-            for name, tokenizer in self.tokenizers.items()
-        )
+    def shorten(self, prompt: str) -> dict[str, str]:
+        """Return what each text encoder gets of a prompt: all that it reads, cut at a phrase."""
+        return {name: shorten_prompt(prompt, fits=partial(self.has_room, name)) for name in self.tokenizers}
+
+    def has_room(self, name: str, prompt: str) -> bool:
+        """Whether one text encoder gets all tokens of a prompt."""
+        tokens = self.tokenizers[name](self.spell([prompt], name)[0], verbose=False).input_ids
+        return len(tokens) <= self.max_length(name)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Return the ids of all tokenizers side by side, `(B, L1 + L2 + ...)`, padded and cut."""
+        """Return the ids of all tokenizers side by side, `(B, L1 + L2 + ...)`, padded; each cuts for itself."""
+        given = [self.shorten(prompt) for prompt in prompts]
         columns = [
             tokenizer(
-                self.spell(prompts, name),
+                self.spell([prompt[name] for prompt in given], name),
                 padding="max_length",
                 max_length=self.max_length(name),
                 truncation=True,

@@ -26,7 +26,6 @@ from tasks.training import draws
 from tasks.training.buckets import Size
 from tasks.training.latent_cache import is_whole, note_of, write
 from tasks.training.spec import TrainingImage, TrainingSpec
-from tasks.wording import shorten_prompt
 
 ENCODE_BATCH = 8
 
@@ -221,8 +220,8 @@ def encode_set(
 
 
 def tokenize_prompts(model: DiffusionModel, images: tuple[TrainingImage, ...]) -> Tensor:
-    """Return the ids `(N, L)` of the images' prompts, shortened at a phrase where a text encoder reads fewer."""
-    return model.tokenize([shorten_prompt(image.prompt, fits=model.has_room) for image in images])
+    """Return the ids `(N, L)` of the images' prompts."""
+    return model.tokenize([image.prompt for image in images])
 
 
 @dataclass(frozen=True)

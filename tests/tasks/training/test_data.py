@@ -15,6 +15,7 @@ from tasks.training import draws
 from tasks.training.buckets import Size
 from tasks.training.data import BatchMaker, SampleCounter, Variant, load_picture, tokenize_prompts
 from tasks.training.latent_cache import fetch_latents, is_whole, keep_latents
+from tests.tiny_families import MAKERS, open_family
 from tests.tiny import describe_image, make_spec, train_here
 
 CPU = torch.device("cpu")
@@ -54,12 +55,34 @@ def test_a_caption_that_is_too_long_is_cut_at_a_phrase(tmp_path: Path, tiny_mode
     first = spec.instance_images[0].model_copy(update={"prompt": long})
     spec = spec.model_copy(update={"instance_images": (first, *spec.instance_images[1:])})
     model = open_model(spec.diffusion)
-    assert not model.has_room(long)
+    assert model.shorten(long) == {"text_encoder": "a photo of sks fish in the snow"}
     [ids] = tokenize_prompts(model, (first,))
     assert torch.equal(ids, model.tokenize(["a photo of sks fish in the snow"])[0])
     run = train_here(tmp_path, tiny_model_folder, spec=spec)
     note = json.loads(run.events.read_text().splitlines()[0])["text"]
-    assert note.endswith('is trained as "a photo of sks fish in the snow"')
+    assert note == 'text_encoder reads 32 tokens of a caption: it gets "a photo of sks fish in the snow"'
+
+
+@pytest.mark.parametrize(("family", "t5"), [("stable_diffusion_3", "text_encoder_3"), ("flux", "text_encoder_2")])
+def test_a_caption_is_cut_for_the_encoders_that_read_fewer_tokens_alone(tmp_path: Path, family: str, t5: str) -> None:
+    folder = MAKERS[family](tmp_path / "base" / "model")
+    spec = make_spec(tmp_path, folder, max_train_steps=1, method="lora")
+    spec = spec.model_copy(update={"diffusion": spec.diffusion.model_copy(update={"family": family})})
+    long = "a photo of sks fish, " + ", ".join(["in the snow on the beach"] * 24)
+    model = open_family(family, folder)
+    [ids] = model.split_ids(tokenize_prompts(model, (spec.instance_images[0].model_copy(update={"prompt": long}),)))[t5]
+    words = model.tokenizers[t5](long).input_ids
+    assert 140 < len(words) < model.max_length(t5)
+    assert ids[: len(words)].tolist() == words
+    given = model.shorten(long)
+    assert given[t5] == long
+    assert len(model.tokenizers["text_encoder"](given["text_encoder"]).input_ids) <= 77
+    assert long.startswith(given["text_encoder"])
+    first = spec.instance_images[0].model_copy(update={"prompt": long})
+    run = train_here(tmp_path, folder, spec=spec.model_copy(update={"instance_images": (first,)}))
+    notes = [event["text"] for event in map(json.loads, run.events.read_text().splitlines()) if event["event"] == "note"]
+    assert not any(note.startswith(t5) for note in notes)
+    assert notes[0].startswith("text_encoder reads 77 tokens of a caption")
 
 
 def test_two_ranks_see_what_one_would(tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -253,7 +253,7 @@ class LatentModel(ABC):
         side = self.config.resolution
         pictures = []
         with torch.autocast(self.device.type, enabled=False):
-            for rows in latents.float().split(max(1, DECODED_PIXELS // side**2)):
+            for rows in torch.split(latents.float(), max(1, DECODED_PIXELS // side**2)):
                 pixels = self.vae.decode(rows / factor + shift, return_dict=False)[0]
                 levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
                 pictures += [Image.fromarray(row.permute(1, 2, 0).cpu().numpy()) for row in levels]

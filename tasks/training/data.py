@@ -118,7 +118,6 @@ def load_picture(image: TrainingImage, *, size: Size, variant: Variant = Variant
     if image.mask_path:
         with Image.open(io.BytesIO(check_digest(Path(image.mask_path), image.mask_sha256))) as opened:
             mask = opened.convert("L")
-    original = (picture.height, picture.width)
     factor = max(size.width / picture.width, size.height / picture.height)
     width, height = max(size.width, round(picture.width * factor)), max(size.height, round(picture.height * factor))
     focus = find_focus(image, mask)
@@ -131,7 +130,7 @@ def load_picture(image: TrainingImage, *, size: Size, variant: Variant = Variant
     opacity = torch.from_numpy(np.asarray(mask).copy())[None].float() / 255
     if variant.is_mirrored:
         pixels, opacity, left = pixels.flip(-1), opacity.flip(-1), width - size.width - left
-    return Loaded(pixels, opacity, [*original, top, left, size.height, size.width])
+    return Loaded(pixels, opacity, [*image.original_size(), top, left, size.height, size.width])
 
 
 def find_focus(image: TrainingImage, mask: Image.Image) -> tuple[float, float]:

@@ -76,7 +76,9 @@ def test_encoded_prompts_equal_those_of_the_pipeline(folders: dict[str, Path], f
     pooled = theirs[1] if family == "flux" else theirs[2]
     for ours, reference in ((told.encoder_hidden_states, theirs[0]), (told.pooled, pooled)):
         # Other batch shapes take other float32 kernels: some hundred roundings of 2^-24 of the largest value.
-        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=512 * 2**-24 * float(reference.detach().abs().max()))
+        torch.testing.assert_close(
+            ours, reference, rtol=1e-5, atol=512 * 2**-24 * float(reference.detach().abs().max())
+        )
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from tasks.training import draws
 from tasks.training.buckets import Size
 from tasks.training.data import BatchMaker, SampleCounter, Variant, load_picture, tokenize_prompts
 from tasks.training.latent_cache import fetch_latents, is_whole, keep_latents
-from tests.tiny_families import MAKERS, open_family
 from tests.tiny import describe_image, make_spec, train_here
+from tests.tiny_families import MAKERS, open_family
 
 CPU = torch.device("cpu")
 SQUARE = Size(32, 32)
@@ -80,9 +80,27 @@ def test_a_caption_is_cut_for_the_encoders_that_read_fewer_tokens_alone(tmp_path
     assert long.startswith(given["text_encoder"])
     first = spec.instance_images[0].model_copy(update={"prompt": long})
     run = train_here(tmp_path, folder, spec=spec.model_copy(update={"instance_images": (first,)}))
-    notes = [event["text"] for event in map(json.loads, run.events.read_text().splitlines()) if event["event"] == "note"]
+    notes = [
+        event["text"] for event in map(json.loads, run.events.read_text().splitlines()) if event["event"] == "note"
+    ]
     assert not any(note.startswith(t5) for note in notes)
     assert notes[0].startswith("text_encoder reads 77 tokens of a caption")
+
+
+def test_the_original_size_is_the_photos_and_not_that_of_its_smaller_copy(tmp_path: Path) -> None:
+    folder = MAKERS["stable_diffusion_xl"](tmp_path / "base" / "model")
+    spec = make_spec(tmp_path, folder)
+    diffusion = spec.diffusion.model_copy(update={"family": "stable_diffusion_xl"})
+    images = tuple(i.model_copy(update={"original_width": 4000, "original_height": 3000}) for i in spec.instance_images)
+    told = spec.model_copy(update={"diffusion": diffusion, "instance_images": images})
+    model = open_family("stable_diffusion_xl", folder)
+    [batch] = BatchMaker(model, told).make([0, 1], CPU)
+    assert batch.sizes[:2, :2].tolist() == [[3000, 4000]] * 2
+    assert batch.sizes[2:, :2].tolist() == [[128, 128]] * 2  # class images are as they were drawn
+    # Cached latents hold the sizes: another original is another file.
+    untold = spec.model_copy(update={"diffusion": diffusion})
+    assert told.latents_paths()[0] != untold.latents_paths()[0]
+    assert told.identity() != untold.identity()
 
 
 def test_two_ranks_see_what_one_would(tmp_path: Path, tiny_model_folder: Path) -> None:

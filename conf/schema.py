@@ -1,6 +1,7 @@
 """`RunConfig`: the shape of a whole run, and the only place for rules across stages."""
 
 import importlib.util
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -16,6 +17,12 @@ from tasks.subject.config import SubjectConfig
 from tasks.training.config import TrainingConfig
 
 MINI = "mini"
+LEAST_WORKING_SIDE = 768  # the LLM sees the kept photos
+
+
+def derive_working_side(resolution: int) -> int:
+    """Return the short side that photos are kept with: crops of half as much again lose nothing to the shrinking."""
+    return max(LEAST_WORKING_SIDE, resolution * 3 // 2)
 
 
 class RunConfig(Section):
@@ -43,6 +50,18 @@ class RunConfig(Section):
         """Return how many weights may be kept beside the published ones."""
         validation = self.training.validation
         return validation.num_kept - 1 if validation.keep == "best" and validation.every_steps else 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_working_side(cls, values: Any) -> Any:
+        """Let photos be kept as large as training at the configured resolution can use."""
+        subject, diffusion = (
+            values.get(name) if isinstance(values, dict) else None for name in ("subject", "diffusion")
+        )
+        resolution = diffusion.get("resolution") if isinstance(diffusion, dict) else None
+        if isinstance(subject, dict) and subject.get("working_side") is None and isinstance(resolution, int):
+            return {**values, "subject": {**subject, "working_side": derive_working_side(resolution)}}
+        return values
 
     @model_validator(mode="after")
     def check_prior(self) -> "RunConfig":

@@ -140,7 +140,8 @@ def plan_requests(config: RunConfig) -> list[tuple[str, list[RequestSpec[Any]]]]
 
     subject, evaluation = config.subject, config.evaluation
     num_photos = count_asked_photos(config)
-    photo_png = encode_png(Image.new("RGB", (subject.working_side, subject.working_side)))
+    side = subject.working_side or config.diffusion.resolution
+    photo_png = encode_png(Image.new("RGB", (side, side)))
     sample_png = encode_png(Image.new("RGB", (config.diffusion.resolution, config.diffusion.resolution)))
     measures = ImageMeasures(width=1, height=1, sharpness=0, brightness=0, contrast=0, perceptual_hash="")
     photo = Photo(name="", sha256="", png=photo_png, measures=measures)

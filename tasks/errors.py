@@ -9,7 +9,8 @@
     |-- ArtifactCorrupt       rebuild: the stored object is not what its manifest says
     |-- StorageFull           free disk space
     |-- TrainingFailed        see the log it names
-    |   `-- TrainingStopped   run again: it goes on from its checkpoint
+    |   |-- TrainingStopped   run again: it goes on from its checkpoint
+    |   `-- AdapterSaveFailed choose other training.lora.target_modules: the saved LoRA file doesn't load back
     `-- BudgetExceeded        raise the cap
 
 A message is one line: what, where, what next.
@@ -88,6 +89,10 @@ class TrainingStopped(TrainingFailed):
     """The training worker was asked to stop and saved its state."""
 
     exit_code = 8
+
+
+class AdapterSaveFailed(TrainingFailed):
+    """A saved LoRA file does not load back as the adapter that was trained."""
 
 
 class BudgetExceeded(LikenessError):

@@ -1,5 +1,6 @@
 """Tiny random-weight models of every family's true architecture, 32 px."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,8 +25,11 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from tasks.diffusion.base import open_model
+from tasks.diffusion.config import DiffusionConfig
+from tasks.diffusion.latent_model import LatentModel
 from tasks.mini.tokens import write_tokenizer
-from tests.tiny import SIDE, WORDS
+from tests.tiny import SIDE, WORDS, make_tiny_stable_diffusion
 
 WIDTH = 16
 
@@ -120,3 +124,21 @@ def make_tiny_flux(folder: Path) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     ).save_pretrained(folder, safe_serialization=True)  # fmt: skip
     return folder
+
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "stable_diffusion": make_tiny_stable_diffusion,
+    "stable_diffusion_xl": make_tiny_sdxl,
+    "stable_diffusion_3": make_tiny_sd3,
+    "flux": make_tiny_flux,
+}
+
+
+def family_config(family: str, folder: Path) -> DiffusionConfig:
+    return DiffusionConfig(family=family, location=str(folder), resolution=SIDE, device="cpu", sampler="euler")
+
+
+def open_family(family: str, folder: Path) -> LatentModel:
+    model = open_model(family_config(family, folder))
+    assert isinstance(model, LatentModel)
+    return model

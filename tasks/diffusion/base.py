@@ -74,8 +74,8 @@ class DiffusionModel(Protocol):
     def trainable_modules(self, *, is_text_encoder_trained: bool) -> "dict[str, nn.Module]":
         """Return the modules that fine-tuning changes; everything else is frozen."""
 
-    def has_room(self, prompt: str) -> bool:
-        """Whether a prompt is read whole; CLIP reads 77 tokens."""
+    def shorten(self, prompt: str) -> dict[str, str]:
+        """Return what each text encoder gets of a prompt: CLIP reads 77 tokens, T5 256 or 512."""
 
     def tokenize(self, prompts: Sequence[str]) -> "Tensor":
         """Return token ids `(B, L)`, those of all tokenizers side by side."""

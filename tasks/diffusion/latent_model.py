@@ -4,6 +4,7 @@ import gc
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -23,9 +24,12 @@ from tasks.diffusion.learned_tokens import (
     write_prompt,
 )
 from tasks.diffusion.loading import load_parts, load_scheduler
+from tasks.diffusion.lora_kohya import OriginalLayer
 from tasks.diffusion.noise import GaussianDiffusion, NoiseProcess, RectifiedFlow
+from tasks.wording import shorten_prompt
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+DECODED_PIXELS = 8 * 512**2  # at a time: the VAE's activations are large
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -46,6 +50,12 @@ class LatentModel(ABC):
     """Token limits of tokenizers that name none that suits the family."""
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]
     """Names of the layers that LoRA adapts, by part."""
+    original_layers: ClassVar[tuple[OriginalLayer, ...]] = ()
+    """The denoiser's layers in the original checkpoint, where they aren't diffusers' own."""
+    index_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings beside the parts in the pipeline's index that change what is computed."""
+    implementation: ClassVar[str] = "diffusers"
+    """The code that defines the model, as ModelSpec names it."""
 
     def __init__(
         self, parts: dict[str, Any], noise: NoiseProcess, config: DiffusionConfig, device: torch.device | None = None
@@ -54,6 +64,7 @@ class LatentModel(ABC):
         self.noise = noise
         self.device = device or choose_device(config)
         self.parts = parts
+        self.settings: dict[str, Any] = {}
         self.identifier_token = ""
         self.learned: dict[str, LearnedEmbedding] = {}
         self.placeholders: dict[str, list[str]] = {}
@@ -67,7 +78,10 @@ class LatentModel(ABC):
         texts = tuple(part for name in cls.text_encoder_names for part in (name, tokenizer_of(name)))
         wanted = (cls.denoiser_name, "vae", *(() if cls.is_any_encoder_optional else texts))
         parts = load_parts(folder, wanted, optional=texts, denoiser_class=cls.denoiser_class, dtype=dtype)
-        return cls(parts, cls.load_noise(folder), config)
+        model = cls(parts, cls.load_noise(folder), config)
+        index = json.loads((folder / "model_index.json").read_text())
+        model.settings = {name: index[name] for name in cls.index_settings if name in index}
+        return model
 
     @classmethod
     def load_noise(cls, folder: Path) -> GaussianDiffusion | RectifiedFlow:
@@ -79,6 +93,11 @@ class LatentModel(ABC):
         """Return the parts that the family's `model_index.json` names."""
         encoders = cls.text_encoder_names
         return ["scheduler", "vae", cls.denoiser_name, *encoders, *map(tokenizer_of, encoders), *cls.unused_parts]
+
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """ModelSpec's name of the base model."""
 
     @property
     def vae(self) -> Any:
@@ -111,18 +130,21 @@ class LatentModel(ABC):
         """Return the number of tokens that a text encoder gets."""
         return self.max_lengths.get(name) or int(self.tokenizers[name].model_max_length)
 
-    def has_room(self, prompt: str) -> bool:
-        """Whether every text encoder gets all tokens of a prompt."""
-        return all(
-            len(tokenizer(self.spell([prompt], name)[0], verbose=False).input_ids) <= self.max_length(name)
-            for name, tokenizer in self.tokenizers.items()
-        )
+    def shorten(self, prompt: str) -> dict[str, str]:
+        """Return what each text encoder gets of a prompt: all that it reads, cut at a phrase."""
+        return {name: shorten_prompt(prompt, fits=partial(self.has_room, name)) for name in self.tokenizers}
+
+    def has_room(self, name: str, prompt: str) -> bool:
+        """Whether one text encoder gets all tokens of a prompt."""
+        tokens = self.tokenizers[name](self.spell([prompt], name)[0], verbose=False).input_ids
+        return len(tokens) <= self.max_length(name)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Return the ids of all tokenizers side by side, `(B, L1 + L2 + ...)`, padded and cut."""
+        """Return the ids of all tokenizers side by side, `(B, L1 + L2 + ...)`, padded; each cuts for itself."""
+        given = [self.shorten(prompt) for prompt in prompts]
         columns = [
             tokenizer(
-                self.spell(prompts, name),
+                self.spell([prompt[name] for prompt in given], name),
                 padding="max_length",
                 max_length=self.max_length(name),
                 truncation=True,
@@ -196,22 +218,53 @@ class LatentModel(ABC):
         """Draw one picture per request through diffusers' pipeline, each from its own seed."""
         pipeline = self.make_pipeline()
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
-        with torch.autocast(self.device.type, DTYPES[self.config.precision], enabled=self.config.precision != "fp32"):
-            pictures: list[Image.Image] = pipeline(
+        with self.autocast():
+            latents: Tensor = pipeline(
                 **self.pipeline_inputs([request.prompt for request in requests]),
                 generator=generators,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 height=self.config.resolution,
                 width=self.config.resolution,
+                output_type="latent",
             ).images
+        return self.decode(self.unpack_latents(latents))
+
+    def autocast(self) -> torch.autocast:
+        """Return the context to denoise in: half precision where it is configured, or where the weights are.
+
+        Norms don't mix formats, so weights in half precision leave no choice.
+        """
+        held = {parameter.dtype for parameter in self.denoiser.parameters()} & {torch.bfloat16, torch.float16}
+        dtype = next(iter(held), DTYPES[self.config.precision])
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def unpack_latents(self, latents: Tensor) -> Tensor:
+        """Return the pipeline's latents as `(B, C, h, w)`."""
+        return latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Return the pictures of scaled latents `(B, C, h, w)`.
+
+        In float32, whatever surrounds it: activations of SDXL's VAE overflow fp16 (its `force_upcast`).
+        """
+        factor, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+        side = self.config.resolution
+        pictures = []
+        with torch.autocast(self.device.type, enabled=False):
+            for rows in torch.split(latents.float(), max(1, DECODED_PIXELS // side**2)):
+                pixels = self.vae.decode(rows / factor + shift, return_dict=False)[0]
+                levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+                pictures += [Image.fromarray(row.permute(1, 2, 0).cpu().numpy()) for row in levels]
         return pictures
 
     def make_pipeline(self) -> Any:
         """Return a pipeline over the loaded parts; nothing is read again."""
         pipeline_class = getattr(diffusers, self.pipeline_class)
         names = [name for name in self.index_names() if name != "scheduler"]
-        pipeline = pipeline_class(scheduler=self.make_sampler(), **{name: self.parts.get(name) for name in names})
+        parts = {name: self.parts.get(name) for name in names}
+        pipeline = pipeline_class(scheduler=self.make_sampler(), **parts, **self.settings)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -227,7 +280,7 @@ class LatentModel(ABC):
         """Write a folder that the family's pipeline reads."""
         # The pipeline class could write this too, but importing it takes seconds of every start.
         index: dict[str, Any] = {"_class_name": self.pipeline_class, "_diffusers_version": diffusers.__version__}
-        index |= {name: [None, None] for name in self.index_names()}
+        index |= {name: [None, None] for name in self.index_names()} | self.settings
         for name, part in {**self.parts, "scheduler": self.saved_scheduler()}.items():
             part.save_pretrained(folder / name)
             library = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from tasks.diffusion.base import Conditioning, SamplingRequest
-from tasks.diffusion.latent_model import DTYPES, LatentModel
+from tasks.diffusion.latent_model import LatentModel
 from tasks.diffusion.noise import GaussianDiffusion
 
 SAMPLERS = {
@@ -34,6 +34,15 @@ class StableDiffusion(LatentModel):
     lora_targets: ClassVar = {"unet": UNET_LORA_TARGETS, "text_encoder": CLIP_LORA_TARGETS}
     noise: GaussianDiffusion
 
+    @property
+    def architecture(self) -> str:
+        """ModelSpec's name: the second generation has a wider text encoder."""
+        if self.denoiser.config.cross_attention_dim != 1024:
+            return "stable-diffusion-v1"
+        return (
+            "stable-diffusion-v2-768-v" if self.noise.prediction_type == "v_prediction" else "stable-diffusion-v2-512"
+        )
+
     def encode_prompts(self, input_ids: Tensor) -> Conditioning:
         """Return `encoder_hidden_states` `(B, L, D)`."""
         return Conditioning(self.parts["text_encoder"](input_ids.to(self.device)).last_hidden_state)
@@ -52,7 +61,7 @@ class StableDiffusion(LatentModel):
 
         Diffusers' pipeline draws the same picture, but importing it takes seconds of every start.
         """
-        with torch.autocast(self.device.type, DTYPES[self.config.precision], enabled=self.config.precision != "fp32"):
+        with self.autocast():
             prompts = [request.prompt for request in requests]
             states = self.encode_prompts(self.tokenize([*([""] * len(prompts)), *prompts]))
             sampler = self.make_sampler()
@@ -63,9 +72,7 @@ class StableDiffusion(LatentModel):
                 plain, prompted = self.predict(doubled, timestep, states, torch.empty(0)).float().chunk(2)
                 guided = plain + guidance_scale * (prompted - plain)
                 latents = sampler.step(guided, timestep, latents, return_dict=False)[0]
-            pixels = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
-        levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return [Image.fromarray(row.permute(1, 2, 0).cpu().numpy()) for row in levels]
+        return self.decode(latents)
 
     def draw_latents(self, requests: Sequence[SamplingRequest]) -> Tensor:
         """Return start noise `(B, C, h, w)`; each row depends on its own seed alone."""

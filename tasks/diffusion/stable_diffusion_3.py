@@ -9,11 +9,40 @@ from torch import Tensor
 
 from tasks.diffusion.base import Conditioning
 from tasks.diffusion.latent_model import LatentModel
+from tasks.diffusion.lora_kohya import OriginalLayer
 from tasks.diffusion.noise import RectifiedFlow
 from tasks.diffusion.stable_diffusion import CLIP_LORA_TARGETS
 
 CLIP_LENGTH = 77
 T5_LENGTH = 256
+BLOCK, ORIGINAL = "transformer_blocks.{n}", "joint_blocks.{n}"
+# Layers of the checkpoint that Stability AI published; the X of `attn2` is Stable Diffusion 3.5 Medium's.
+ORIGINAL_LAYERS = (
+    *(OriginalLayer(f"{ORIGINAL}.x_block.{attn}.qkv", tuple(f"{BLOCK}.{attn}.to_{x}" for x in "qkv"))
+      for attn in ("attn", "attn2")),
+    OriginalLayer(f"{ORIGINAL}.context_block.attn.qkv", tuple(f"{BLOCK}.attn.add_{x}_proj" for x in "qkv")),
+    *(OriginalLayer(f"{ORIGINAL}.{theirs}", (f"{BLOCK}.{ours}",)) for theirs, ours in {
+        "x_block.attn.proj": "attn.to_out.0",
+        "x_block.attn2.proj": "attn2.to_out.0",
+        "x_block.mlp.fc1": "ff.net.0.proj",
+        "x_block.mlp.fc2": "ff.net.2",
+        "x_block.adaLN_modulation.1": "norm1.linear",
+        "context_block.attn.proj": "attn.to_add_out",
+        "context_block.mlp.fc1": "ff_context.net.0.proj",
+        "context_block.mlp.fc2": "ff_context.net.2",
+        "context_block.adaLN_modulation.1": "norm1_context.linear",
+    }.items()),
+    *(OriginalLayer(theirs, (ours,)) for theirs, ours in {
+        "x_embedder.proj": "pos_embed.proj",
+        "context_embedder": "context_embedder",
+        "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+        "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+        "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+        "final_layer.linear": "proj_out",
+    }.items()),
+)  # fmt: skip
 
 
 class StableDiffusion3(LatentModel):
@@ -27,11 +56,24 @@ class StableDiffusion3(LatentModel):
     is_any_encoder_optional = True
     max_lengths: ClassVar = {"text_encoder_3": T5_LENGTH}
     lora_targets: ClassVar = {
-        "transformer": ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        # As diffusers' train_dreambooth_lora_sd3.py has them.
+        "transformer": (
+            "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+            "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+        ),
         "text_encoder": CLIP_LORA_TARGETS,
         "text_encoder_2": CLIP_LORA_TARGETS,
-    }
+    }  # fmt: skip
+    original_layers = ORIGINAL_LAYERS
     noise: RectifiedFlow
+
+    @property
+    def architecture(self) -> str:
+        """ModelSpec's name, by size: 3.5 Medium attends twice, 3.5 Large has 38 blocks."""
+        config = self.denoiser.config
+        if getattr(config, "dual_attention_layers", ()):
+            return "stable-diffusion-3-5-medium"
+        return "stable-diffusion-3-5-large" if config.num_layers >= 38 else "stable-diffusion-3-m"
 
     def encode_prompts(self, input_ids: Tensor) -> Conditioning:
         """Return CLIP's states side by side, T5's behind them, and CLIP's pooled texts.

@@ -25,6 +25,9 @@ class StableDiffusionXl(LatentModel):
         "text_encoder": CLIP_LORA_TARGETS,
         "text_encoder_2": CLIP_LORA_TARGETS,
     }
+    index_settings = ("force_zeros_for_empty_prompt",)
+    architecture = "stable-diffusion-xl-v1-base"
+    implementation = "https://github.com/Stability-AI/generative-models"
     noise: GaussianDiffusion
 
     def encode_prompts(self, input_ids: Tensor) -> Conditioning:
@@ -34,11 +37,14 @@ class StableDiffusionXl(LatentModel):
             out = self.parts[name](ids, output_hidden_states=True)
             states.append(out.hidden_states[-2])
             pooled = out[0]
+        assert pooled is not None
+        joined = torch.cat(states, -1)
+        if not self.settings.get("force_zeros_for_empty_prompt", True):
+            return Conditioning(joined, pooled)
         # The empty prompt is told as zeros, in training as in sampling.
         empty = self.tokenize([""]).to(input_ids.device)
         is_told = (input_ids != empty).any(1).to(self.device)
-        assert pooled is not None
-        return Conditioning(torch.cat(states, -1) * is_told[:, None, None], pooled * is_told[:, None])
+        return Conditioning(joined * is_told[:, None, None], pooled * is_told[:, None])
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
         """Return the UNet's prediction, told of original size, crop and target size."""
@@ -58,12 +64,12 @@ class StableDiffusionXl(LatentModel):
         return EulerDiscreteScheduler.from_config(self.noise.scheduler.config)
 
     def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
-        """Return encoded prompts; the empty one is zeros, as the model was trained."""
+        """Return encoded prompts and the encoded empty prompt."""
         told = self.encode_prompts(self.tokenize(prompts))
-        assert told.pooled is not None
+        untold = self.encode_prompts(self.tokenize([""] * len(prompts)))
         return {
             "prompt_embeds": told.encoder_hidden_states,
             "pooled_prompt_embeds": told.pooled,
-            "negative_prompt_embeds": torch.zeros_like(told.encoder_hidden_states),
-            "negative_pooled_prompt_embeds": torch.zeros_like(told.pooled),
+            "negative_prompt_embeds": untold.encoder_hidden_states,
+            "negative_pooled_prompt_embeds": untold.pooled,
         }

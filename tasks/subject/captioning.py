@@ -60,13 +60,13 @@ class Caption(BaseModel):
 def inspect_spec(photo: Photo, config: SubjectConfig) -> RequestSpec[ImageInspection]:
     """Return the inspector's request for a photo."""
     text = f"Subject: {choose_article(config.class_noun)} {config.class_noun}. Inspect this photo."
-    return RequestSpec(INSPECT, (text, photo.png), ImageInspection)
+    return RequestSpec(INSPECT, (text, photo.shown_png), ImageInspection)
 
 
 def caption_spec(photo: Photo, config: SubjectConfig) -> RequestSpec[Caption]:
     """Return the captioner's request for a photo."""
     text = f"Subject: {choose_article(config.class_noun)} {config.class_noun}. Caption this photo."
-    return RequestSpec(CAPTION, (text, photo.png), Caption)
+    return RequestSpec(CAPTION, (text, photo.shown_png), Caption)
 
 
 @dataclass(frozen=True)

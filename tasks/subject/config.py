@@ -48,7 +48,12 @@ class SubjectConfig(Section):
     )
     min_side: int = Field(64, ge=16, description="smallest side of a photo, pixels")
     max_pixels: int = Field(60_000_000, ge=4096, description="largest photo, pixels")
-    working_side: int = Field(1024, ge=64, description="photos are kept with at most this side, pixels")
+    working_side: int | None = Field(
+        None,
+        ge=64,
+        description="photos are kept with this short side, or smaller as they are, pixels; "
+        "null: 1.5 x diffusion.resolution, at least 768",
+    )
     min_sharpness: float = Field(
         20.0, ge=0, description="least variance of the Laplacian (luma 0..255 at 256 px); 0 turns it off"
     )

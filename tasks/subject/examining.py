@@ -59,7 +59,7 @@ def adjudicate(
     )
     tools = list_tools(photo, others)
     names = tuple(tool.name for tool in tools)
-    spec = RequestSpec(EXAMINE, (text, photo.png), Adjudication, is_reasoning=True, tools=names)
+    spec = RequestSpec(EXAMINE, (text, photo.shown_png), Adjudication, is_reasoning=True, tools=names)
     try:
         examined = ask_with_tools(llm, spec, tools, role="adjudicator", max_rounds=MAX_ROUNDS)
     except ReplyInvalid:
@@ -105,7 +105,7 @@ def list_tools(photo: Photo, others: list[Photo]) -> list[Tool]:
                 ),
                 "sharpness": [photo.measures.sharpness, found.measures.sharpness],
             },
-            found.png,
+            found.shown_png,
         )
 
     def find_subject_box(_: Nothing) -> ToolResult:

@@ -7,12 +7,13 @@ import unicodedata
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tasks.errors import ConfigError, SubjectRejected
-from tasks.images import encode_png
+from tasks.images import encode_png, shrink_png
 from tasks.manifests import ImageMeasures
 from tasks.services.store import Store
 from tasks.subject.config import SubjectConfig
@@ -22,6 +23,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 MOST_BYTES = 64_000_000
 THUMBNAIL_SIDE = 160
+SHOWN_SIDE = 1024
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "mini" / "demo_subject"
 
 
@@ -35,6 +37,11 @@ class Photo:
     measures: ImageMeasures
     mask_png: bytes | None = None
     """Where the subject is, as a gray PNG of the same size; None for a photo without cut-out."""
+
+    @cached_property
+    def shown_png(self) -> bytes:
+        """The photo as models are shown it: larger pictures cost more and tell them no more."""
+        return shrink_png(self.png, max_side=SHOWN_SIDE)
 
 
 @dataclass(frozen=True)
@@ -141,12 +148,21 @@ def check_photo(name: str, data: bytes, config: SubjectConfig, accepted: list[Ph
         distance = count_different_bits(measures.perceptual_hash, other.measures.perceptual_hash)
         if fault is None and distance <= config.duplicate_distance:
             fault = f"same as {other.name} (hashes differ in {distance} of 64 bits)"
-    image.thumbnail((config.working_side, config.working_side), Image.Resampling.LANCZOS)
+    image = shrink(image, short_side=config.working_side or min(image.size))
     if fault is None:
         mask_png = encode_png(mask.resize(image.size, Image.Resampling.BOX)) if mask else None
         return Photo(name, sha256, encode_png(image), measures, mask_png)
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     return Reject(name, sha256, fault, encode_png(image))
+
+
+def shrink(image: Image.Image, *, short_side: int) -> Image.Image:
+    """Return a picture whose short side is at most this, its aspect kept: training crops along the long one."""
+    factor = short_side / min(image.size)
+    if factor >= 1:
+        return image
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
 
 
 def decode(data: bytes, *, max_pixels: int) -> tuple[Image.Image, Image.Image | None]:

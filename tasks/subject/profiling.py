@@ -36,7 +36,7 @@ def profile_spec(photos: list[Photo], config: SubjectConfig) -> RequestSpec[Subj
     """Return the profiler's request."""
     noun = f"{choose_article(config.class_noun)} {config.class_noun}"
     text = f"Subject: {noun}. Photos of it ({len(photos)}):"
-    return RequestSpec(PROFILE, (text, *(photo.png for photo in photos)), SubjectProfile)
+    return RequestSpec(PROFILE, (text, *(photo.shown_png for photo in photos)), SubjectProfile)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ class LoraSettings(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
     is_dora: bool = Field(False, description="learn magnitudes apart (arXiv 2402.09353); slower")
     target_modules: PlainNames = Field((), description="layers of the denoiser; empty: as the family says")
+    save_precision: Literal["fp16", "bf16", "fp32"] = Field(
+        "fp16", description="number format of the saved adapter; fp32 doubles the file"
+    )
 
 
 class TokenSettings(Section):
@@ -70,12 +73,14 @@ class TrainingConfig(Section):
     )
     is_text_encoder_trained: bool = Field(True, description="train the text encoder beside the denoiser")
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = Field(
-        "adamw", description="adamw8bit: moments in 8 bits, approximate; prodigy: finds its own rate"
+        "adamw",
+        description="adamw8bit: moments in 8 bits, approximate; prodigy: finds its own rate, the configured rates "
+        "only say how groups compare",
     )
-    lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = Field(
-        "constant", description="after warm-up"
-    )
-    lr_warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    lr_schedule: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = Field("constant", description="learning rate by step, as diffusers' get_scheduler names and computes it")
+    lr_warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0, before what the schedule says")
     lr_num_cycles: int = Field(1, ge=1, le=1000, description="cycles of cosine_with_restarts")
     lr_power: float = Field(1.0, gt=0, le=10, description="exponent of polynomial")
     weight_decay: float = Field(1e-2, ge=0, le=1, description="AdamW weight decay")
@@ -156,6 +161,13 @@ class TrainingConfig(Section):
             raise ValueError("is_sharded needs optimizer=adamw and precision fp32 or bf16")
         if self.is_aspect_bucketed and self.train_batch_size > 1:
             raise ValueError("is_sharded with is_aspect_bucketed needs train_batch_size=1: ranks run in step")
+        return self
+
+    @model_validator(mode="after")
+    def check_schedule(self) -> "TrainingConfig":
+        """Refuse a warm-up that the schedule leaves out."""
+        if self.lr_schedule == "constant" and self.lr_warmup_steps:
+            raise ValueError("lr_schedule=constant has no warm-up: set lr_schedule=constant_with_warmup")
         return self
 
     @model_validator(mode="after")

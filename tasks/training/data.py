@@ -119,7 +119,6 @@ def load_picture(image: TrainingImage, *, size: Size, variant: Variant = Variant
     if image.mask_path:
         with Image.open(io.BytesIO(check_digest(Path(image.mask_path), image.mask_sha256))) as opened:
             mask = opened.convert("L")
-    original = (picture.height, picture.width)
     factor = max(size.width / picture.width, size.height / picture.height)
     width, height = max(size.width, round(picture.width * factor)), max(size.height, round(picture.height * factor))
     focus = find_focus(image, mask)
@@ -132,7 +131,7 @@ def load_picture(image: TrainingImage, *, size: Size, variant: Variant = Variant
     opacity = torch.from_numpy(np.asarray(mask).copy())[None].float() / 255
     if variant.is_mirrored:
         pixels, opacity, left = pixels.flip(-1), opacity.flip(-1), width - size.width - left
-    return Loaded(pixels, opacity, [*original, top, left, size.height, size.width])
+    return Loaded(pixels, opacity, [*image.original_size(), top, left, size.height, size.width])
 
 
 def find_focus(image: TrainingImage, mask: Image.Image) -> tuple[float, float]:
@@ -221,8 +220,8 @@ def encode_set(
 
 
 def tokenize_prompts(model: DiffusionModel, images: tuple[TrainingImage, ...]) -> Tensor:
-    """Return the ids `(N, L)` of the images' prompts, shortened at a phrase where a text encoder reads fewer."""
-    return model.tokenize([shorten_prompt(image.prompt, fits=model.has_room) for image in images])
+    """Return the ids `(N, L)` of the images' prompts."""
+    return model.tokenize([image.prompt for image in images])
 
 
 @dataclass(frozen=True)

@@ -155,10 +155,12 @@ def save_learned(model: LatentModel, spec: TrainingSpec, trainable: Trainable, f
     if vectors:
         save_tokens(folder, spec.identifier_token, vectors)
     if training.method.endswith("lora"):
-        from tasks.diffusion.lora import save_lora
+        from tasks.diffusion.lora import LoraExport, save_lora
 
         names = [name for name in trainable.modules if not name.endswith("_token")]
-        save_lora(model, folder, names, alpha=training.lora.alpha, is_dora=training.lora.is_dora)
+        subject = f"{spec.identifier_token} {spec.class_noun}"
+        export = LoraExport(training.lora.alpha, training.lora.save_precision, title=subject, trigger_phrase=subject)
+        save_lora(model, folder, names, export)
     if training.method.endswith("full"):
         model.bake_tokens()
         model.save(folder)

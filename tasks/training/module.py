@@ -79,9 +79,9 @@ class DreamBoothModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Set rates and the dropout's seed as functions of the step, so that nothing has to be resumed."""
-        factor = compute_learning_rate_factor(self.spec.training, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+            rate = group["base_lr"]
+            group["lr"] = rate * compute_learning_rate_factor(self.spec.training, self.step, rate=rate)
         torch.manual_seed(draws.make_seed(self.spec.seed, "dropout", int(batch[0])))
 
     def training_step(self, indices: Tensor, batch_idx: int) -> dict[str, Tensor]:

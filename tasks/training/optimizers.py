@@ -21,9 +21,11 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torc
             raise ConfigError(
                 "training.optimizer=prodigy needs the package prodigyopt; pip install prodigyopt"
             ) from error
-        groups = [{**group, "lr": 1.0, "base_lr": 1.0} for group in groups]  # it scales them all by what it finds
+        # It finds one rate for all groups, and takes no other number than 1 from them.
+        fastest = max(group["lr"] for group in groups)
+        groups = [{**group, "lr": 1.0, "base_lr": 1.0, "relative_rate": group["lr"] / fastest} for group in groups]
         optimizer: torch.optim.Optimizer = Prodigy(groups, safeguard_warmup=True, use_bias_correction=True)
-        return optimizer
+        return keep_relative_rates(optimizer)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -32,6 +34,27 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torc
         ) from error
     eight_bit: torch.optim.Optimizer = AdamW8bit(groups)
     return eight_bit
+
+
+def keep_relative_rates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Let groups go only their `relative_rate` of each step: what a smaller learning rate would do."""
+    before: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+
+    def remember(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        before.clear()
+        for group in optimizer.param_groups:
+            if group["relative_rate"] != 1.0:
+                before.extend((p, p.detach().clone(), group["relative_rate"]) for p in group["params"])
+
+    @torch.no_grad()
+    def shorten(*_: Any) -> None:
+        for parameter, start, share in before:
+            parameter.copy_(torch.lerp(start, parameter, share))
+        before.clear()
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(shorten)
+    return optimizer
 
 
 def has_fused_skip(optimizer: torch.optim.Optimizer) -> bool:

@@ -12,7 +12,8 @@ from tasks.stage.digests import digest
 from tasks.training.buckets import Size, choose_bucket
 from tasks.training.config import TrainingConfig
 
-LATENTS_VERSION = 3  # of preprocessing and encoding
+LATENTS_VERSION = 4  # of preprocessing and encoding
+POLYNOMIAL_END = 1e-7  # diffusers' `lr_end`
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on request; run again
 
 
@@ -27,6 +28,16 @@ class TrainingImage(Section):
     mask_path: str = ""
     mask_sha256: str = ""
     focus: tuple[float, float] | None = Field(None, description="what a crop lies around where there is no mask")
+    original_width: int = Field(0, description="width of the photo that this is a smaller copy of; 0: it is none")
+    original_height: int = Field(0, description="height of that photo")
+
+    def original_size(self) -> tuple[int, int]:
+        """Return height and width of the picture as it was taken."""
+        return self.original_height or self.height, self.original_width or self.width
+
+    def content(self) -> list[object]:
+        """Return what the picture's latents depend on."""
+        return [self.sha256, self.mask_sha256, self.focus, self.original_size()]
 
 
 class TrainingSpec(Section):
@@ -82,13 +93,13 @@ class TrainingSpec(Section):
             if training.num_crop_variants:  # a crop is a function of its picture's number
                 crops += self.sort_into_buckets()[size]
         how = [LATENTS_VERSION, self.diffusion.device, self.training.is_tf32, list(size)]
-        content = [how, self.base_model_sha256, [[i.sha256, i.mask_sha256, i.focus] for i in images], crops]
+        content = [how, self.base_model_sha256, [image.content() for image in images], crops]
         return Path(self.latent_folder) / f"{digest(content)[:32]}.safetensors"
 
     def identity(self) -> dict[str, str]:
         """Return digests that a checkpoint must share to be resumed from."""
         images = [self.instance_images, self.class_images]
-        pairs = [[(image.sha256, image.mask_sha256, image.focus, image.prompt) for image in group] for group in images]
+        pairs = [[[image.content(), image.prompt] for image in group] for group in images]
         return {
             "configuration": digest(
                 [
@@ -126,15 +137,24 @@ class RunFolder:
         return self.folder / f"alive-{rank}"
 
 
-def compute_learning_rate_factor(config: TrainingConfig, step: int) -> float:
-    """Return the share of the learning rate at an optimizer step, counted from 0."""
-    warmup = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
-    progress = step / config.max_train_steps
+def compute_learning_rate_factor(config: TrainingConfig, step: int, *, rate: float) -> float:
+    """Return the share of a learning rate at an optimizer step, counted from 0.
+
+    Point by point the schedules of `diffusers.optimization.get_scheduler`: warm-up begins at 0, and what
+    decays begins to do so after it. A polynomial ends at 1e-7, whatever the rate that it begins with.
+    """
+    name, warmup = config.lr_schedule, config.lr_warmup_steps
+    if step < warmup:
+        return step / warmup
+    progress = min(1.0, (step - warmup) / max(1, config.max_train_steps - warmup))
+    place = config.lr_num_cycles * progress % 1.0
+    end = min(1.0, POLYNOMIAL_END / rate)
     shapes: dict[str, float] = {
         "constant": 1.0,
+        "constant_with_warmup": 1.0,
         "linear": 1 - progress,
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-        "cosine_with_restarts": 0.5 * (1 + math.cos(math.pi * (progress * config.lr_num_cycles % 1.0))),
-        "polynomial": (1 - progress) ** config.lr_power,
+        "cosine_with_restarts": 0.0 if progress == 1 else 0.5 * (1 + math.cos(math.pi * place)),
+        "polynomial": (1 - end) * (1 - progress) ** config.lr_power + end,
     }
-    return warmup * shapes[config.lr_schedule]
+    return shapes[name]

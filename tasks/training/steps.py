@@ -94,9 +94,11 @@ def compute_training(
             training=config,
             encoders=encoders,
             instance_images=fetch_images(
-                runtime, work, [(i.image, i.mask, i.focus, i.instance_prompt) for i in subject.images]
+                runtime, work, [(i.image, i.mask, i.focus, i.instance_prompt, i.measures) for i in subject.images]
             ),
-            class_images=fetch_images(runtime, work, [(i.image, None, None, prior.class_prompt) for i in prior.images])
+            class_images=fetch_images(
+                runtime, work, [(i.image, None, None, prior.class_prompt, None) for i in prior.images]
+            )
             if config.prior_loss_weight > 0
             else (),
         )
@@ -124,8 +126,8 @@ def describe_datasets(subject: SubjectSet, prior: ClassImageSet) -> list[Dataset
     ]
 
 
-def fetch_images(runtime: Runtime, work: Path, rows: list[tuple[Any, Any, Any, str]]) -> Any:
-    """Copy images and their masks to local files and put them beside their prompts."""
+def fetch_images(runtime: Runtime, work: Path, rows: list[tuple[Any, Any, Any, str, Any]]) -> Any:
+    """Copy images and their masks to local files and put them beside their prompts and original sizes."""
     from PIL import Image
 
     from tasks.training.spec import TrainingImage
@@ -147,8 +149,10 @@ def fetch_images(runtime: Runtime, work: Path, rows: list[tuple[Any, Any, Any, s
             mask_path=fetch(mask) if mask else "",
             mask_sha256=mask.sha256 if mask else "",
             focus=focus,
+            original_width=measures.width if measures else 0,
+            original_height=measures.height if measures else 0,
         )
-        for ref, mask, focus, prompt in rows
+        for ref, mask, focus, prompt, measures in rows
     )
 
 

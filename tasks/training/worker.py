@@ -138,12 +138,12 @@ def attempt(spec: TrainingSpec, identity: dict[str, str]) -> int:
 
 
 def tell_shortened(run: RunFolder, spec: TrainingSpec, model: LatentModel) -> None:
-    """Note which captions the text encoders don't read to their end."""
+    """Note which captions a text encoder doesn't read to their end, and what it gets instead."""
     for image in spec.instance_images if os.environ.get("RANK", "0") == "0" else ():
-        short = shorten_prompt(image.prompt, fits=model.has_room)
-        if short != image.prompt:
-            text = f'a caption is longer than {spec.diffusion.family} reads and is trained as "{short}"'
-            tell(run, {"event": "note", "text": text})
+        for name, short in model.shorten(image.prompt).items():
+            if short != image.prompt:
+                text = f'{name} reads {model.max_length(name)} tokens of a caption: it gets "{short}"'
+                tell(run, {"event": "note", "text": text})
 
 
 def fit(spec: TrainingSpec, module: DreamBoothModule, keeper: StepKeeper) -> None:

@@ -166,3 +166,19 @@ def test_loggers_are_added_by_one_word() -> None:
     assert (config.tracking.kind, config.tracking.also) == ("none", ("wandb",))
     with pytest.raises(ConfigError, match="'tensorboard' or 'wandb'"):
         compile_request(parse_overrides(["tracking=[mlflow,tensorbord]"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], 768),
+        (["diffusion=sd15", "llm=openai"], 768),
+        (["diffusion=sd21", "llm=openai"], 1152),
+        (["diffusion=sdxl", "llm=openai"], 1536),
+        (["diffusion=sdxl", "llm=openai", "subject.working_side=2048"], 2048),
+    ],
+)
+def test_photos_are_kept_large_enough_for_the_resolution_that_they_are_trained_at(
+    words: list[str], expected: int
+) -> None:
+    assert compile_request(parse_overrides(words)).subject.working_side == expected

@@ -2,44 +2,23 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from tasks.diffusion.base import SamplingRequest, open_model
-from tasks.diffusion.config import DiffusionConfig
+from tasks.diffusion.flux import TRAINING_GUIDANCE
 from tasks.diffusion.latent_model import LatentModel
 from tasks.errors import ConfigError
 from tests.numerics import assert_same_up_to_rounding
-from tests.tiny import SIDE, make_tiny_stable_diffusion
-from tests.tiny_families import make_tiny_flux, make_tiny_sd3, make_tiny_sdxl
+from tests.tiny import SIDE
+from tests.tiny_families import MAKERS, family_config, make_tiny_sd3, open_family
 
-MAKERS: dict[str, Callable[[Path], Path]] = {
-    "stable_diffusion": make_tiny_stable_diffusion,
-    "stable_diffusion_xl": make_tiny_sdxl,
-    "stable_diffusion_3": make_tiny_sd3,
-    "flux": make_tiny_flux,
-}
 PROMPTS = ["a photo of sks fish", "a fish on the beach"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {family: make(tmp_path_factory.mktemp(family) / "model") for family, make in MAKERS.items()}
-
-
-def config_of(family: str, folder: Path) -> DiffusionConfig:
-    return DiffusionConfig(family=family, location=str(folder), resolution=SIDE, device="cpu", sampler="euler")
-
-
-def open_family(family: str, folder: Path) -> LatentModel:
-    model = open_model(config_of(family, folder))
-    assert isinstance(model, LatentModel)
-    return model
 
 
 @pytest.mark.parametrize("family", MAKERS)
@@ -137,3 +116,59 @@ def test_what_a_repository_may_not_hold_is_refused_by_name(folders: dict[str, Pa
     ):
         with pytest.raises(ConfigError, match=message):
             open_family("stable_diffusion", folder)
+
+
+@pytest.mark.parametrize("is_zeroed", [True, False])
+def test_the_empty_prompt_of_sdxl_is_what_its_index_says(tmp_path: Path, is_zeroed: bool) -> None:
+    folder = MAKERS["stable_diffusion_xl"](tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": is_zeroed}))
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    model = open_family("stable_diffusion_xl", folder)
+    theirs = pipeline.encode_prompt(PROMPTS[:1], device=torch.device("cpu"), do_classifier_free_guidance=True)
+    ours = model.pipeline_inputs(PROMPTS[:1])
+    empty = model.encode_prompts(model.tokenize([""]))  # what training is told of dropped captions
+    for found in (ours["negative_prompt_embeds"], empty.encoder_hidden_states):
+        torch.testing.assert_close(found.detach(), theirs[1].detach(), rtol=1e-5, atol=1e-4)
+    for found in (ours["negative_pooled_prompt_embeds"], empty.pooled):
+        assert found is not None
+        torch.testing.assert_close(found.detach(), theirs[3].detach(), rtol=1e-5, atol=1e-4)
+    assert bool((theirs[1] == 0).all()) is is_zeroed
+    model.save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert saved["force_zeros_for_empty_prompt"] is is_zeroed
+
+
+def test_class_images_of_flux_are_drawn_with_the_guidance_that_training_tells() -> None:
+    preset = yaml.safe_load((Path(__file__).parents[3] / "conf" / "diffusion" / "flux-dev.yaml").read_text())
+    assert preset["prior"]["guidance_scale"] == TRAINING_GUIDANCE
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_half_precision_stops_at_the_vae_whose_activations_overflow_it(folders: dict[str, Path], family: str) -> None:
+    pictures = []
+    for precision in ("fp32", "fp16"):
+        config = family_config(family, folders[family]).model_copy(update={"precision": precision})
+        model = open_model(config)
+        assert isinstance(model, LatentModel)
+        for parameter in model.vae.decoder.conv_in.parameters():  # a norm follows, so that only fp16 notices
+            parameter.mul_(1e6)
+        requests = [SamplingRequest(PROMPTS[0], 1)]
+        pictures.append(np.asarray(model.sample(requests, num_inference_steps=2, guidance_scale=2.0)[0], int))
+    # Latents of two fp16 steps, decoded in float32.
+    assert np.abs(pictures[0] - pictures[1]).mean() < 4
+    assert pictures[1].std() > 1
+
+
+@pytest.mark.parametrize("weights", ["bf16", "fp16"])
+@pytest.mark.parametrize("family", MAKERS)
+def test_weights_in_half_precision_draw_whatever_the_configured_precision(
+    folders: dict[str, Path], family: str, weights: str
+) -> None:
+    requests = [SamplingRequest(PROMPTS[0], 1)]
+    pictures = []
+    for precision in ("fp32", weights):
+        config = family_config(family, folders[family]).model_copy(update={"precision": precision})
+        model = open_model(config, precision=weights)
+        pictures.append(np.asarray(model.sample(requests, num_inference_steps=2, guidance_scale=2.0)[0], int))
+    assert np.array_equal(*pictures)

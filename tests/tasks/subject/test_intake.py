@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from tasks.errors import ConfigError, SubjectRejected
+from tasks.images import decode_png
 from tasks.services.store import LocalStore
 from tasks.subject.config import SubjectConfig
 from tasks.subject.intake import check_photos
@@ -148,3 +149,26 @@ def test_a_cut_out_photo_keeps_where_its_subject_is(tmp_path: Path, store: Local
     mask_png = by_name["photo-0.png"].mask_png
     assert mask_png is not None
     assert Image.open(io.BytesIO(mask_png)).getbbox() == (20, 30, 100, 90)
+
+
+def save_photo(path: Path, size: tuple[int, int]) -> None:
+    """Write a drawn photo of any shape."""
+    path.parent.mkdir(exist_ok=True)
+    draw_photo(0, size=128).resize(size).save(path)
+
+
+@pytest.mark.parametrize(("size", "expected"), [((400, 300), (200, 150)), ((300, 600), (150, 300)), ((180, 120), None)])
+def test_photos_are_kept_with_the_working_side_on_their_short_side(
+    tmp_path: Path, store: LocalStore, size: tuple[int, int], expected: tuple[int, int] | None
+) -> None:
+    save_photo(tmp_path / "in" / "a.png", size)
+    [photo] = check(tmp_path / "in", store, working_side=150, min_images=1, min_sharpness=0).accepted
+    assert decode_png(photo.png).size == (expected or size)
+    assert (photo.measures.width, photo.measures.height) == size
+
+
+def test_models_are_shown_at_most_a_thousand_pixels_of_a_large_photo(tmp_path: Path, store: LocalStore) -> None:
+    save_photo(tmp_path / "in" / "a.png", (2000, 1600))
+    [photo] = check(tmp_path / "in", store, working_side=1536, min_images=1, min_sharpness=0).accepted
+    assert decode_png(photo.png).size == (1920, 1536)
+    assert decode_png(photo.shown_png).size == (1024, 819)

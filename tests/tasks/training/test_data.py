@@ -16,6 +16,7 @@ from tasks.training.buckets import Size
 from tasks.training.data import BatchMaker, SampleCounter, Variant, load_picture, tokenize_prompts
 from tasks.training.latent_cache import fetch_latents, is_whole, keep_latents
 from tests.tiny import describe_image, make_spec, train_here
+from tests.tiny_families import MAKERS, open_family
 
 CPU = torch.device("cpu")
 SQUARE = Size(32, 32)
@@ -54,12 +55,52 @@ def test_a_caption_that_is_too_long_is_cut_at_a_phrase(tmp_path: Path, tiny_mode
     first = spec.instance_images[0].model_copy(update={"prompt": long})
     spec = spec.model_copy(update={"instance_images": (first, *spec.instance_images[1:])})
     model = open_model(spec.diffusion)
-    assert not model.has_room(long)
+    assert model.shorten(long) == {"text_encoder": "a photo of sks fish in the snow"}
     [ids] = tokenize_prompts(model, (first,))
     assert torch.equal(ids, model.tokenize(["a photo of sks fish in the snow"])[0])
     run = train_here(tmp_path, tiny_model_folder, spec=spec)
     note = json.loads(run.events.read_text().splitlines()[0])["text"]
-    assert note.endswith('is trained as "a photo of sks fish in the snow"')
+    assert note == 'text_encoder reads 32 tokens of a caption: it gets "a photo of sks fish in the snow"'
+
+
+@pytest.mark.parametrize(("family", "t5"), [("stable_diffusion_3", "text_encoder_3"), ("flux", "text_encoder_2")])
+def test_a_caption_is_cut_for_the_encoders_that_read_fewer_tokens_alone(tmp_path: Path, family: str, t5: str) -> None:
+    folder = MAKERS[family](tmp_path / "base" / "model")
+    spec = make_spec(tmp_path, folder, max_train_steps=1, method="lora")
+    spec = spec.model_copy(update={"diffusion": spec.diffusion.model_copy(update={"family": family})})
+    long = "a photo of sks fish, " + ", ".join(["in the snow on the beach"] * 24)
+    model = open_family(family, folder)
+    [ids] = model.split_ids(tokenize_prompts(model, (spec.instance_images[0].model_copy(update={"prompt": long}),)))[t5]
+    words = model.tokenizers[t5](long).input_ids
+    assert 140 < len(words) < model.max_length(t5)
+    assert ids[: len(words)].tolist() == words
+    given = model.shorten(long)
+    assert given[t5] == long
+    assert len(model.tokenizers["text_encoder"](given["text_encoder"]).input_ids) <= 77
+    assert long.startswith(given["text_encoder"])
+    first = spec.instance_images[0].model_copy(update={"prompt": long})
+    run = train_here(tmp_path, folder, spec=spec.model_copy(update={"instance_images": (first,)}))
+    notes = [
+        event["text"] for event in map(json.loads, run.events.read_text().splitlines()) if event["event"] == "note"
+    ]
+    assert not any(note.startswith(t5) for note in notes)
+    assert notes[0].startswith("text_encoder reads 77 tokens of a caption")
+
+
+def test_the_original_size_is_the_photos_and_not_that_of_its_smaller_copy(tmp_path: Path) -> None:
+    folder = MAKERS["stable_diffusion_xl"](tmp_path / "base" / "model")
+    spec = make_spec(tmp_path, folder)
+    diffusion = spec.diffusion.model_copy(update={"family": "stable_diffusion_xl"})
+    images = tuple(i.model_copy(update={"original_width": 4000, "original_height": 3000}) for i in spec.instance_images)
+    told = spec.model_copy(update={"diffusion": diffusion, "instance_images": images})
+    model = open_family("stable_diffusion_xl", folder)
+    [batch] = BatchMaker(model, told).make([0, 1], CPU)
+    assert batch.sizes[:2, :2].tolist() == [[3000, 4000]] * 2
+    assert batch.sizes[2:, :2].tolist() == [[128, 128]] * 2  # class images are as they were drawn
+    # Cached latents hold the sizes: another original is another file.
+    untold = spec.model_copy(update={"diffusion": diffusion})
+    assert told.latents_paths()[0] != untold.latents_paths()[0]
+    assert told.identity() != untold.identity()
 
 
 def test_two_ranks_see_what_one_would(tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -102,7 +102,8 @@ def test_adapters_load_in_diffusers_as_here(tmp_path: Path, tiny_model_folder: P
     theirs = draw_reference(pipeline, PROMPT)
     assert np.abs(theirs - plain).max() > 1
     assert np.abs(theirs - draw(spec, run.model)).max() <= 1
-    assert (run.model / KOHYA_FILE).exists() is not is_dora
+    magnitudes = [key for key in load_file(run.model / KOHYA_FILE) if key.endswith(".dora_scale")]
+    assert bool(magnitudes) is is_dora
 
 
 def test_adapters_in_kohyas_naming_draw_the_same(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -182,7 +183,9 @@ def test_every_family_trains_end_to_end(tmp_path: Path, family: str, method: str
     folder = MAKERS[family](tmp_path / "base" / "model")
     changes = {"method": method, "snr_gamma": 5.0, "lora": {"learning_rate": 3e-2}, "learning_rate": 1e-2}
     if method == "lora":
+        # Samples are configured in fp32, which the half-precision weights can't be drawn with.
         changes |= {"precision": "bf16", "frozen_precision": "bf16"}
+        changes["validation"] = {"every_steps": 2, "sample_every_steps": 2, "sample_inference_steps": 2}
     run = train(tmp_path, folder, family=family, is_gradient_checkpointed=True, **changes)
     spec = family_spec(tmp_path, folder, family=family, method=method)
     assert np.abs(draw(spec, run.model) - draw(spec, None)).max() > 0

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 
 from tasks.errors import ConfigError
 from tasks.training import worker
 from tasks.training.config import TrainingConfig
-from tasks.training.optimizers import check_compiler
+from tasks.training.optimizers import check_compiler, make_optimizer
 from tasks.training.spec import RunFolder, compute_learning_rate_factor
 from tests.tiny import make_spec, read_unet, train_here
 
@@ -110,19 +111,55 @@ def test_half_precision_needs_frozen_weights_of_the_same() -> None:
         TrainingConfig(frozen_precision="bf16")
 
 
+def reference_rates(config: TrainingConfig, rate: float) -> list[float]:
+    """Return the learning rate of every step as diffusers' training scripts have it."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=rate)
+    scheduler = get_scheduler(
+        config.lr_schedule, optimizer, num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps, num_cycles=config.lr_num_cycles, power=config.lr_power,
+    )  # fmt: skip
+    rates = []
+    for _ in range(config.max_train_steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7])
 @pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("constant", [1.0, 1.0, 1.0]),
-        ("linear", [1.0, 0.5, 0.25]),
-        ("cosine", [1.0, 0.5, 0.146]),
-        ("cosine_with_restarts", [1.0, 1.0, 0.5]),
-        ("polynomial", [1.0, 0.25, 0.0625]),
-    ],
+    "schedule", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 )
-def test_schedules_are_functions_of_the_step(schedule: str, expected: list[float]) -> None:
-    config = TrainingConfig(lr_schedule=schedule, max_train_steps=100, lr_num_cycles=2, lr_power=2.0)  # type: ignore[arg-type]
-    factors = [compute_learning_rate_factor(config, step) for step in (0, 50, 75)]
-    assert factors == pytest.approx(expected, abs=1e-3)
-    warm = config.model_copy(update={"lr_warmup_steps": 10})
-    assert compute_learning_rate_factor(warm, 0) == pytest.approx(0.1)
+def test_every_schedule_is_that_of_diffusers_at_every_step(schedule: str, warmup: int) -> None:
+    warmup = 0 if schedule == "constant" else warmup
+    config = TrainingConfig(
+        lr_schedule=schedule, lr_warmup_steps=warmup, max_train_steps=40, lr_num_cycles=3, lr_power=2.0
+    )  # type: ignore[arg-type]
+    for rate in (1e-4, 5e-6):
+        rates = [rate * compute_learning_rate_factor(config, step, rate=rate) for step in range(40)]
+        # The same float64 formulas, at most in another order.
+        assert rates == pytest.approx(reference_rates(config, rate), rel=1e-12, abs=1e-18)
+
+
+def test_a_constant_rate_has_no_warm_up_to_ignore() -> None:
+    with pytest.raises(ValueError, match="constant_with_warmup"):
+        TrainingConfig(lr_schedule="constant", lr_warmup_steps=5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_prodigy_keeps_the_proportion_of_the_groups_rates() -> None:
+    def first_moves(rates: tuple[float, float]) -> list[float]:
+        parameters = [torch.nn.Parameter(torch.zeros(3)) for _ in rates]
+        groups = [{"params": [p], "lr": r, "base_lr": r, "weight_decay": 0.0}
+                  for p, r in zip(parameters, rates, strict=True)]  # fmt: skip
+        optimizer = make_optimizer(groups, TrainingConfig(optimizer="prodigy"))
+        for parameter in parameters:
+            parameter.grad = torch.ones(3)
+        optimizer.step()
+        return [float(parameter[0].detach()) for parameter in parameters]
+
+    alike, apart = first_moves((1e-4, 1e-4)), first_moves((1e-4, 2e-5))
+    assert alike[0] == alike[1] != 0.0
+    assert apart[0] == alike[0]
+    # One float32 interpolation.
+    assert apart[1] == pytest.approx(0.2 * apart[0], rel=1e-6)

@@ -26,7 +26,7 @@ from tasks.diffusion.learned_tokens import (
 from tasks.diffusion.loading import load_parts, load_scheduler
 from tasks.diffusion.lora_kohya import OriginalLayer
 from tasks.diffusion.noise import GaussianDiffusion, NoiseProcess, RectifiedFlow
-from tasks.wording import shorten_prompt
+from tasks.prompts import shorten_prompt
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 DECODED_PIXELS = 8 * 512**2  # at a time: the VAE's activations are large

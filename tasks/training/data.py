@@ -21,7 +21,6 @@ from torch.utils.data import IterableDataset
 
 from tasks.diffusion.base import DiffusionModel
 from tasks.errors import ArtifactCorrupt
-from tasks.prompts import shorten_prompt
 from tasks.stage.digests import digest_file
 from tasks.training import draws
 from tasks.training.buckets import Size

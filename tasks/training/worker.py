@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader
 from tasks.diffusion.base import choose_device, find_family
 from tasks.diffusion.latent_model import LatentModel
 from tasks.errors import TrainingFailed
-from tasks.prompts import shorten_prompt
 from tasks.stage.digests import digest_file
 from tasks.training.callbacks import StepKeeper, tell
 from tasks.training.candidates import list_candidates, open_base, step_of, write_candidate, write_weights

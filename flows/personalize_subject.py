@@ -25,7 +25,7 @@ def personalize_subject(request: RunRequest = RunRequest()) -> dict[str, Any]:  
     """
     with open_run(request, is_trusted=deployment.id is None) as run:
         config, runtime = run.config, run.runtime
-        photos = check_photos(config.subject, runtime)
+        photos = check_photos(config.subject, runtime, is_drawn_world=config.is_mini)
         # Class images need only the class noun, so they are drawn while the LLM looks at the photos.
         drawing = generate_class_images.submit(
             config.prior, config.diffusion, config.subject.class_noun, run.base_model, runtime

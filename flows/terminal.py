@@ -98,10 +98,13 @@ def check_early(config: RunConfig) -> None:
     from tasks.services.llm.transport import read_key
     from tasks.services.store import open_store
     from tasks.subject.intake import check_photos
+    from tasks.subject.known_world import check_class_noun
 
     store = open_store(config.store)
     for name in config.llm.used_profiles():
         read_key(config.llm.profiles[name])
+    if config.is_mini:
+        check_class_noun(config.subject)
     check_photos(config.subject, store)
 
 

@@ -148,6 +148,8 @@ class SubjectSet(Manifest):
     """Trait words that captions said and that were cut, as `photo: words`."""
     warnings: tuple[str, ...] = ()
     """What a person should look at."""
+    unknown_world: str = ""
+    """Why the photos are not of the world that the base model knows, where they are trained on all the same."""
     sources: tuple[str, ...] = ()
     """Pages that the warnings about names rest on."""
     traces: ObjectRef | None = None

@@ -40,7 +40,7 @@ class Eyes:
         folder = MINI_FOLDER / "clip"
         self.clip = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        self.scale = float(self.clip.logit_scale.exp())
+        self.scale = float(self.clip.logit_scale.detach().exp())
         self.encode_texts = lru_cache(maxsize=256)(self._encode_texts)
 
     @torch.no_grad()

@@ -41,12 +41,21 @@ class SubjectConfig(Section):
     max_leak_share: float = Field(
         0.5, ge=0, le=1, description="share of captions that may tell what never changes; 1 trains all the same"
     )
+    allow_unknown: bool = Field(
+        False, description="train the drawn-world model on photos that are not of its world; the report says so"
+    )
     min_images: int = Field(3, ge=1, le=1000, description="fewest good photos to go on with")
     max_images: int = Field(20, ge=1, le=1000, description="most photos to read")
     max_trained: int | None = Field(
         None, ge=1, le=1000, description="most photos to train on: the best and most varied ones; null: all good ones"
     )
     min_side: int = Field(64, ge=16, description="smallest side of a photo, pixels")
+    max_aspect: float = Field(
+        6.0,
+        ge=1,
+        le=100,
+        description="longest shape of a photo, long side over short side; panoramas lose their subject",
+    )
     max_pixels: int = Field(60_000_000, ge=4096, description="largest photo, pixels")
     working_side: int | None = Field(
         None,

@@ -1,28 +1,26 @@
 """Read photos: decode fully, apply orientation, drop metadata, measure, find duplicates."""
 
 import hashlib
-import io
-import struct
+import math
 import unicodedata
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from tasks.errors import ConfigError, SubjectRejected
 from tasks.images import encode_png, shrink_png
 from tasks.manifests import ImageMeasures
 from tasks.services.store import Store
 from tasks.subject.config import SubjectConfig
+from tasks.subject.decoding import READABLE, SUFFIXES, Unfit, decode
 from tasks.subject.quality import count_different_bits, find_fault, measure
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 MOST_BYTES = 64_000_000
 THUMBNAIL_SIDE = 160
+SHARPER = 1.5
 SHOWN_SIDE = 1024
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "mini" / "demo_subject"
 
@@ -60,6 +58,10 @@ class CheckedPhotos:
 
     accepted: tuple[Photo, ...]
     rejected: tuple[Reject, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+    """Names and reasons of files that were not read at all."""
+    unknown_world: str = ""
+    """What speaks against these photos being of the world that the base model knows; trained all the same."""
 
     def digests(self) -> list[str]:
         """Return the content digests of everything that was read."""
@@ -74,13 +76,17 @@ def check_photos(config: SubjectConfig, store: Store) -> CheckedPhotos:
         ConfigError: the source does not exist.
 
     """
-    accepted: list[Photo] = []
+    source = list_source(config, store)
+    good: list[Photo] = []
     rejected: list[Reject] = []
-    for name, data in read_source(config, store):
-        outcome = check_photo(name, data, config, accepted)
-        (accepted if isinstance(outcome, Photo) else rejected).append(outcome)  # type: ignore[arg-type]
-    require_enough(len(accepted), config, [(reject.name, reject.reason) for reject in rejected])
-    return CheckedPhotos(tuple(accepted), tuple(rejected))
+    for name, read in source.files:
+        outcome = check_photo(name, read(), config)
+        (good if isinstance(outcome, Photo) else rejected).append(outcome)  # type: ignore[arg-type]
+    accepted, duplicates = drop_duplicates(good, config)
+    rejected += duplicates
+    left_out = [*((reject.name, reject.reason) for reject in rejected), *source.skipped]
+    require_enough(len(accepted), config, left_out)
+    return CheckedPhotos(tuple(accepted), tuple(rejected), tuple(source.skipped))
 
 
 def require_enough(num_good: int, config: SubjectConfig, rejected: list[tuple[str, str]]) -> None:
@@ -94,30 +100,68 @@ def require_enough(num_good: int, config: SubjectConfig, rejected: list[tuple[st
     )
 
 
-def read_source(config: SubjectConfig, store: Store) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of every file of the source that claims to be a photo."""
+@dataclass(frozen=True)
+class PhotoSource:
+    """The files of a source: those to read, each with a function that reads it, and those that are passed over."""
+
+    files: Sequence[tuple[str, Callable[[], bytes]]]
+    skipped: list[tuple[str, str]]
+
+
+def list_source(config: SubjectConfig, store: Store) -> PhotoSource:
+    """Return the files of the configured source; every one that is passed over has a reason. Raises ConfigError."""
     if config.source.startswith("store:"):
-        prefix = config.source.removeprefix("store:")
-        names = [key for key in store.list_keys(prefix) if key.lower().endswith(SUFFIXES)]
-        check_number(len(names), config)
-        for key in names:
-            yield clean_name(key.rsplit("/", 1)[-1]), store.find_bytes(key) or b""
-        return
+        keys = store.list_keys(config.source.removeprefix("store:"))
+        wanted = [key for key in keys if key.lower().endswith(SUFFIXES)]
+        check_number(len(wanted), config)
+        skipped = [(clean_name(key.rsplit("/", 1)[-1]), NO_PHOTO) for key in keys if key not in wanted]
+        files = [(clean_name(key.rsplit("/", 1)[-1]), partial(read_object, store, key)) for key in wanted]
+        return PhotoSource(files, skipped)
     folder = DEMO_FOLDER if config.source == "demo" else Path(config.source)
     try:
         entries = sorted(folder.iterdir())
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = "is not a folder" if not isinstance(error, PermissionError) else "can't be read"
         raise ConfigError(f"subject.source={config.source} {reason}; name a folder of photos") from error
-    # Links and pipes are passed over: a link could lead anywhere, a pipe would wait for ever.
-    paths = [p for p in entries if p.is_file() and not p.is_symlink()]
-    paths = [path for path in paths if path.suffix.lower() in SUFFIXES]
+    reasons = {path: find_skip_reason(path, folder) for path in entries if not path.name.startswith(".")}
+    paths = [path for path, reason in reasons.items() if not reason]
     check_number(len(paths), config)
-    for path in paths:
+    skipped = [(clean_name(path.name), reason) for path, reason in reasons.items() if reason]
+    return PhotoSource([(clean_name(path.name), partial(read_file, path)) for path in paths], skipped)
+
+
+NO_PHOTO = f"not a photo by its name; {READABLE} are read"
+
+
+def find_skip_reason(path: Path, folder: Path) -> str:
+    """Return why an entry of the folder isn't read, or nothing."""
+    if path.is_symlink():
+        # A link could lead anywhere; one that stays in the folder is a second name of a photo.
         try:
-            yield clean_name(path.name), path.read_bytes() if path.stat().st_size <= MOST_BYTES else b""
-        except OSError:
-            yield clean_name(path.name), b""
+            target = path.resolve(strict=True)
+        except (OSError, RuntimeError):
+            return "a link that leads nowhere"
+        if not target.is_relative_to(folder.resolve()):
+            return "a link that leads out of the folder; copy the photo itself"
+    if path.is_dir():
+        return "a folder; photos lie in one folder"
+    if not path.is_file():
+        return "no regular file"  # a pipe would be waited for without end
+    return "" if path.suffix.lower() in SUFFIXES else NO_PHOTO
+
+
+def read_object(store: Store, key: str) -> bytes:
+    """Return an object's content, nothing where it is too large or gone."""
+    data = store.find_bytes(key) or b""
+    return data if len(data) <= MOST_BYTES else b""
+
+
+def read_file(path: Path) -> bytes:
+    """Return a file's content, nothing where it is too large or can't be read."""
+    try:
+        return path.read_bytes() if path.stat().st_size <= MOST_BYTES else b""
+    except OSError:
+        return b""
 
 
 def count_photos(source: str) -> int:
@@ -135,25 +179,46 @@ def check_number(num_files: int, config: SubjectConfig) -> None:
         )
 
 
-def check_photo(name: str, data: bytes, config: SubjectConfig, accepted: list[Photo]) -> Photo | Reject:
-    """Decode and measure one photo; compare it with those already accepted."""
+def check_photo(name: str, data: bytes, config: SubjectConfig) -> Photo | Reject:
+    """Decode and measure one photo."""
     sha256 = hashlib.sha256(data).hexdigest()
     try:
-        image, mask = decode(data, max_pixels=config.max_pixels)
+        decoded = decode(data, config)
     except Unfit as error:
         return Reject(name, sha256, str(error), None)
-    measures = measure(image)
+    width, height = decoded.size
+    measures = measure(decoded.image).model_copy(update={"width": width, "height": height})
     fault = find_fault(measures, config)
-    for other in accepted:
-        distance = count_different_bits(measures.perceptual_hash, other.measures.perceptual_hash)
-        if fault is None and distance <= config.duplicate_distance:
-            fault = f"same as {other.name} (hashes differ in {distance} of 64 bits)"
-    image = shrink(image, short_side=config.working_side or min(image.size))
+    image = shrink(decoded.image, short_side=config.working_side or min(decoded.image.size))
+    mask = decoded.mask
     if fault is None:
         mask_png = encode_png(mask.resize(image.size, Image.Resampling.BOX)) if mask else None
         return Photo(name, sha256, encode_png(image), measures, mask_png)
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    return Reject(name, sha256, fault, encode_png(image))
+    return Reject(name, sha256, fault, shrink_png(encode_png(image), max_side=THUMBNAIL_SIDE))
+
+
+def rank_quality(photo: Photo) -> tuple[int, int]:
+    """Return a key that sorts the better photo first: the larger, then the clearly sharper."""
+    sharpness = max(photo.measures.sharpness, 1e-3)
+    return -min(photo.measures.width, photo.measures.height), -round(math.log(sharpness, SHARPER))
+
+
+def drop_duplicates(photos: Sequence[Photo], config: SubjectConfig) -> tuple[list[Photo], list[Reject]]:
+    """Return the photos without near-duplicates, of which the better one stays: the larger, then the sharper."""
+    kept: list[Photo] = []
+    rejected: list[Reject] = []
+    for photo in sorted(photos, key=rank_quality):
+        for other in kept:
+            distance = count_different_bits(photo.measures.perceptual_hash, other.measures.perceptual_hash)
+            if distance <= config.duplicate_distance:
+                reason = f"same as {other.name}, which is better (hashes differ in {distance} of 64 bits)"
+                thumbnail = shrink_png(photo.png, max_side=THUMBNAIL_SIDE)
+                rejected.append(Reject(photo.name, photo.sha256, reason, thumbnail))
+                break
+        else:
+            kept.append(photo)
+    order = {id(photo): number for number, photo in enumerate(photos)}
+    return sorted(kept, key=lambda photo: order[id(photo)]), rejected
 
 
 def shrink(image: Image.Image, *, short_side: int) -> Image.Image:
@@ -163,54 +228,6 @@ def shrink(image: Image.Image, *, short_side: int) -> Image.Image:
         return image
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
-
-
-def decode(data: bytes, *, max_pixels: int) -> tuple[Image.Image, Image.Image | None]:
-    """Return the upright RGB pixels of an encoded photo, and its cut-out. Raises Unfit with the reason."""
-    if not data:
-        raise Unfit("empty, unreadable, or over 64 MB")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-                if opened.width * opened.height > max_pixels:
-                    raise Unfit(f"too large: {opened.width}x{opened.height} px (subject.max_pixels)")
-                if getattr(opened, "is_animated", False):
-                    raise Unfit("animated")
-                upright = ImageOps.exif_transpose(opened)
-                return flatten(upright), find_mask(upright)
-    except Image.DecompressionBombError as error:
-        raise Unfit("too large to decode (subject.max_pixels)") from error
-    except UnidentifiedImageError as error:
-        raise Unfit("not a JPEG, PNG, WebP or GIF picture, whatever its name says") from error
-    # Pillow answers damaged files and metadata with many kinds of errors.
-    except (OSError, SyntaxError, ValueError, TypeError, struct.error) as error:
-        raise Unfit(f"damaged: {error}") from error
-
-
-class Unfit(Exception):
-    """Why a photo can't be used."""
-
-
-def flatten(image: Image.Image) -> Image.Image:
-    """Return RGB pixels over white, rebuilt so that no metadata goes along."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        base = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(base, layer)
-    elif image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 256).convert("L")
-    rgb = image.convert("RGB")
-    return Image.frombytes("RGB", rgb.size, rgb.tobytes())
-
-
-def find_mask(image: Image.Image) -> Image.Image | None:
-    """Return the opacity of a photo that was cut out, or None where all or nothing is opaque."""
-    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-        return None
-    alpha = image.convert("RGBA").getchannel("A")
-    low, high = alpha.getextrema()
-    return alpha if low < 128 <= high else None  # type: ignore[operator]
 
 
 def clean_name(name: str) -> str:

@@ -1,6 +1,7 @@
 """The subject stage: photos in, instance images with captions and QC out."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,22 @@ STAGE_VERSION = 5
 
 
 @task(name="check photos", persist_result=False)
-def check_photos(config: SubjectConfig, runtime: Runtime) -> Any:
-    """Decode, measure and compare the photos before anything is paid for."""
-    from tasks.subject import intake
+def check_photos(config: SubjectConfig, runtime: Runtime, *, is_drawn_world: bool) -> Any:
+    """Decode, measure and compare the photos before anything is paid for or computed.
 
-    return intake.check_photos(config, runtime.store)
+    Raises:
+        SubjectRejected: too few good ones, or they are not of the only world that the base model knows.
+
+    """
+    from tasks.subject import intake
+    from tasks.subject.known_world import check_known_world
+
+    photos = intake.check_photos(config, runtime.store)
+    for name, reason in photos.skipped:
+        runtime.progress.note(f"warning: {name} is not read: {reason}")
+    if not is_drawn_world:
+        return photos
+    return replace(photos, unknown_world=check_known_world(photos.accepted, config, runtime.store))
 
 
 @task(name="subject", persist_result=False, retries=1, retry_delay_seconds=3, retry_condition_fn=should_retry)
@@ -30,7 +42,7 @@ def prepare_subject(config: SubjectConfig, llm: LlmConfig, photos: Any, runtime:
     from tasks.subject.captioning import digest_prompts
 
     settings = config.model_dump(
-        mode="json", exclude={"source", "max_images", "captions", "batch_from", "max_wait_seconds"}
+        mode="json", exclude={"source", "max_images", "captions", "batch_from", "max_wait_seconds", "allow_unknown"}
     )
     captions = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest() if config.captions else ""
     models = [digest_prompts(), *(llm.identity(role) for role in ("inspector", "captioner", "profiler", "adjudicator"))]
@@ -39,12 +51,12 @@ def prepare_subject(config: SubjectConfig, llm: LlmConfig, photos: Any, runtime:
         SubjectSet,
         "subject",
         version=STAGE_VERSION,
-        settings=[settings, captions, models if is_asked else []],
+        settings=[settings, captions, models if is_asked else [], photos.unknown_world],
         inputs=photos.digests(),
         compute=lambda folder: compute_subject(folder, config, photos, runtime),
     )
-    for warning in manifest.warnings:
-        runtime.progress.note(f"look: {warning}")
+    for warning in filter(None, (manifest.unknown_world, *manifest.warnings)):
+        runtime.progress.note(f"warning: {warning}")
     return finished(manifest, runtime)
 
 
@@ -89,6 +101,7 @@ def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, run
         traits=tuple(sorted_photos.traits),
         leaks=tuple(sorted_photos.leaks),
         warnings=(*sorted_photos.warnings, *warnings),
+        unknown_world=photos.unknown_world,
         sources=sources,
         traces=keep_traces(folder, traces),
     )

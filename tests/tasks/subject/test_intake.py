@@ -6,14 +6,16 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
 from tasks.errors import ConfigError, SubjectRejected
 from tasks.images import decode_png
 from tasks.services.store import LocalStore
 from tasks.subject.config import SubjectConfig
-from tasks.subject.intake import check_photos
+from tasks.subject.decoding import decode
+from tasks.subject.intake import Photo, check_photo, check_photos
 from tests.tiny import draw_photo, draw_photos
 
 
@@ -47,11 +49,11 @@ def test_good_photos_are_accepted(tmp_path: Path, store: LocalStore) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("text.jpg", b"I am no picture", "not a JPEG, PNG, WebP or GIF"),
+        ("text.jpg", b"I am no picture", "not a JPEG, PNG, WebP, GIF, AVIF or HEIC"),
         ("half.jpg", encode(draw_photo(size=256), "JPEG")[:4000], "damaged"),
         ("bomb.png", bomb(), "too large"),
         ("empty.png", b"", "empty"),
-        ("tiff.png", encode(draw_photo(), "TIFF"), "not a JPEG, PNG, WebP or GIF"),
+        ("tiff.png", encode(draw_photo(), "TIFF"), "not a JPEG, PNG, WebP, GIF, AVIF or HEIC"),
         ("small.png", encode(draw_photo(size=32), "PNG"), "too small"),
         ("black.png", encode(Image.new("RGB", (128, 128)), "PNG"), "almost one tone"),
         ("blur.png", encode(draw_photo(5).filter(ImageFilter.GaussianBlur(9)), "PNG"), "blurred"),
@@ -117,6 +119,10 @@ def test_links_and_pipes_are_passed_over(tmp_path: Path, store: LocalStore) -> N
     photos = check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store)
     assert len(photos.accepted) == 3
     assert photos.rejected == ()
+    assert photos.skipped == (
+        ("link.png", "a link that leads out of the folder; copy the photo itself"),
+        ("pipe.png", "no regular file"),
+    )
 
 
 def test_photos_can_lie_in_the_store(store: LocalStore) -> None:
@@ -172,3 +178,149 @@ def test_models_are_shown_at_most_a_thousand_pixels_of_a_large_photo(tmp_path: P
     [photo] = check(tmp_path / "in", store, working_side=1536, min_images=1, min_sharpness=0).accepted
     assert decode_png(photo.png).size == (1920, 1536)
     assert decode_png(photo.shown_png).size == (1024, 819)
+
+
+def thin(width: int, height: int) -> bytes:
+    """Return a small PNG of any shape, all of whose pixels are there."""
+    return encode(Image.new("L", (width, height), 90), "PNG")
+
+
+def claim(width: int, height: int) -> bytes:
+    """Return a PNG that only claims its size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (thin(1, 20_000), "too small: 1x20000 px"),
+        (thin(1, 5_000), "too small: 1x5000 px"),
+        (claim(1, 50_000_000), "too small: 1x50000000 px"),
+        (claim(50_000_000, 1), "too small"),
+        (claim(64, 900_000), "too long and thin: 64x900000 px, at most 6 to 1"),
+        (claim(2**31 - 1, 2**31 - 1), "too large"),
+    ],
+)
+def test_thin_images_cost_one_photo_and_no_memory(tmp_path: Path, store: LocalStore, data: bytes, reason: str) -> None:
+    import tracemalloc
+
+    draw_photos(tmp_path / "in", num=5)
+    (tmp_path / "in" / "thin.png").write_bytes(data)
+    check(tmp_path / "in", store)  # libraries are loaded
+    tracemalloc.start()
+    photos = check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20_000_000
+    assert len(photos.accepted) == 5
+    assert [reject.name for reject in photos.rejected] == ["thin.png"]
+    assert reason in photos.rejected[0].reason
+
+
+@pytest.mark.parametrize(
+    "error", [OverflowError("x"), MemoryError(), RuntimeError("y"), KeyError("z"), RecursionError()]
+)
+def test_whatever_a_decoder_does_costs_one_photo(
+    tmp_path: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    draw_photos(tmp_path / "in", num=4)
+    real = ImageOps.exif_transpose
+    calls: list[int] = []
+
+    def transpose(image: Image.Image) -> Image.Image:
+        calls.append(1)
+        if len(calls) == 1:
+            raise error
+        return real(image)
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", transpose)
+    photos = check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store)
+    assert (len(photos.accepted), len(photos.rejected)) == (3, 1)
+
+
+HEIC = Path(__file__).parent / "photo.heic"
+
+
+def encode_mpo() -> bytes:
+    """Return what a phone writes: a JPEG with a second picture behind it."""
+    return encode(draw_photo(3, size=256), "MPO", save_all=True, append_images=[draw_photo(4, size=256)])
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("phone.jpg", encode_mpo()),
+        ("phone.MPO", encode_mpo()),
+        ("new.avif", encode(draw_photo(3, size=256), "AVIF")),
+        ("apple.HEIC", HEIC.read_bytes()),
+        ("photo.jfif", encode(draw_photo(3, size=256), "JPEG")),
+    ],
+)
+def test_photos_as_phones_write_them_are_read(tmp_path: Path, store: LocalStore, name: str, data: bytes) -> None:
+    draw_photos(tmp_path, num=3)
+    (tmp_path / name).write_bytes(data)
+    photos = check_photos(SubjectConfig(source=str(tmp_path), class_noun="fish"), store)
+    assert photos.rejected == ()
+    photo = next(photo for photo in photos.accepted if photo.name == name)
+    expected = np.asarray(draw_photo(3, size=256), int)
+    assert (photo.measures.width, photo.measures.height) == (256, 256)
+    assert np.abs(np.asarray(Image.open(io.BytesIO(photo.png)), int) - expected).mean() < 6  # lossy
+
+
+def test_every_file_that_is_not_read_is_named_with_its_reason(tmp_path: Path, store: LocalStore) -> None:
+    folder = tmp_path / "in"
+    draw_photos(folder, num=3)
+    (folder / "notes.txt").write_text("x")
+    (folder / "raw.cr2").write_bytes(b"x")
+    (folder / ".DS_Store").write_bytes(b"x")
+    (folder / "more").mkdir()
+    draw_photo(5).save(folder / "more" / "5.png")
+    (folder / "second-name.png").symlink_to("photo-1.png")
+    (folder / "broken.png").symlink_to("nothing")
+    (folder / "deep.png").symlink_to("more/5.png")
+    photos = check_photos(SubjectConfig(source=str(folder), class_noun="fish"), store)
+    assert {photo.name for photo in photos.accepted} == {"photo-0.png", "photo-1.png", "photo-2.png", "deep.png"}
+    assert [reject.name for reject in photos.rejected] == ["second-name.png"]
+    assert dict(photos.skipped) == {
+        "broken.png": "a link that leads nowhere",
+        "more": "a folder; photos lie in one folder",
+        "notes.txt": "not a photo by its name; JPEG, PNG, WebP, GIF, AVIF or HEIC are read",
+        "raw.cr2": "not a photo by its name; JPEG, PNG, WebP, GIF, AVIF or HEIC are read",
+    }
+
+
+def test_too_few_photos_name_what_was_passed_over(tmp_path: Path, store: LocalStore) -> None:
+    (tmp_path / "IMG_1.dng").write_bytes(b"x")
+    with pytest.raises(SubjectRejected, match=r"IMG_1.dng: not a photo by its name"):
+        check(tmp_path, store)
+
+
+def test_of_two_near_duplicates_the_better_one_stays(tmp_path: Path, store: LocalStore) -> None:
+    draw_photos(tmp_path, num=3)
+    photo = draw_photo(5, size=256)
+    photo.resize((128, 128)).save(tmp_path / "a-small.png")
+    photo.save(tmp_path / "b-large.png")
+    photo.filter(ImageFilter.GaussianBlur(1.2)).save(tmp_path / "c-soft.png")
+    photos = check_photos(SubjectConfig(source=str(tmp_path), class_noun="fish"), store)
+    assert "b-large.png" in {accepted.name for accepted in photos.accepted}
+    reasons = {reject.name: reject.reason for reject in photos.rejected}
+    assert set(reasons) == {"a-small.png", "c-soft.png"}
+    assert all("same as b-large.png, which is better" in reason for reason in reasons.values())
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_keeps_its_own_size(tmp_path: Path, store: LocalStore) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = draw_photo(3, size=512).resize((3000, 2000))
+    data = encode(image, "JPEG", exif=exif)
+    photo = check_photo("a.jpg", data, SubjectConfig(source="x", class_noun="fish", working_side=256))
+    assert isinstance(photo, Photo)
+    assert (photo.measures.width, photo.measures.height) == (2000, 3000)
+    assert Image.open(io.BytesIO(photo.png)).size == (256, 384)
+    decoded = decode(data, SubjectConfig(source="x", class_noun="fish", working_side=256))
+    assert min(decoded.image.size) < 2000

@@ -1,6 +1,5 @@
 """A folder in which tests type commands as a person would."""
 
-import json
 import os
 import socket
 import subprocess
@@ -13,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from flows.run_records import list_summaries
 
 ROOT = Path(__file__).resolve().parent.parent
 LIKENESS = [sys.executable, "-m", "flows.cli"]
@@ -65,9 +66,7 @@ class Workplace:
         return self.likeness("run", *QUICK, *words)
 
     def newest(self) -> dict[str, Any]:
-        paths = sorted(self.output.glob("*/summary.json"))
-        summary: dict[str, Any] = json.loads(paths[-1].read_text())
-        return summary
+        return list_summaries(self.output)[0]
 
 
 def end(process: "subprocess.Popen[bytes]", *, seconds: float = 45) -> None:

@@ -84,7 +84,7 @@ def test_the_form_has_enums_bounds_and_descriptions(service: Service) -> None:
     schema = service.deployment()["parameter_openapi_schema"]
     definition = schema["definitions"]["RunRequest"]
     assert definition["additionalProperties"] is False
-    assert definition["properties"]["diffusion"]["enum"][:2] == ["mini", "sd15"]
+    assert {"mini", "sd15"} <= set(definition["properties"]["diffusion"]["enum"])
     assert "token+lora" in definition["properties"]["method"]["enum"]
     assert all("description" in field for field in definition["properties"].values())
 
@@ -123,6 +123,29 @@ def test_a_path_outside_the_allowed_folders_fails_the_run(service: Service) -> N
     run = service.wait(service.trigger({"settings": {"output_dir": "/"}})["id"])
     assert run["state"]["type"] == "FAILED"
     assert "lies outside the allowed folders" in run["state"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (
+            {"settings": {"llm.profiles.local.capabilities.batch": "file",
+                          "llm.profiles.local.batch_command": ["sh", "-c", "touch owned"], "subject.batch_from": 2}},
+            "llm.profiles.local.capabilities.batch is set in conf/ on the worker's machine",
+        ),
+        ({"source": "${oc.env:OPENAI_API_KEY}", "class_noun": "fish"}, "is not a folder"),
+        ({"settings": {"tracking.uri": "sqlite:///file:/tmp/x.db?uri=true"}}, "tracking.uri is set in conf/"),
+        ({"settings": {"prior.class_prompt": "{class_noun:>2000000000}"}}, "may hold {article} and {class_noun} only"),
+    ],
+)  # fmt: skip
+def test_a_hostile_request_fails_in_its_first_second_and_learns_nothing(
+    service: Service, workplace: Workplace, request_: dict[str, Any], message: str
+) -> None:
+    run = service.wait(service.trigger(request_)["id"])
+    assert run["state"]["type"] == "FAILED"
+    assert message in run["state"]["message"]
+    assert CANARY not in json.dumps(run)
+    assert not list(workplace.folder.rglob("owned"))
 
 
 def test_no_secret_of_the_environment_is_in_the_database(service: Service, workplace: Workplace) -> None:

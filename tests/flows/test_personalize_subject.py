@@ -1,12 +1,16 @@
 """The whole job, for real, on the embedded default."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from safetensors.torch import load, save
 
 from tasks.contract import PREFIXES
+from tasks.services.store import LocalStore
+from tasks.stage.digests import parse_json, sign, verify_signed
 from tests.workplace import Workplace
 
 
@@ -92,6 +96,56 @@ def test_tracking_has_losses_metrics_artifacts_and_the_model(first_run: dict[str
     assert len(client.get_metric_history(version.run_id, "train/loss")) == 6
     names = {item.path for item in client.list_artifacts(version.run_id)}
     assert names == {"model", "report"}
+
+
+def test_publishing_is_not_called_cached_where_the_tracking_server_lost_it(
+    first_run: dict[str, Any], workplace: Workplace
+) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{workplace.output / 'mlflow.db'}"
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    registered = workplace.run()
+    assert registered.returncode == 0, registered.stderr[-3000:]
+    version = workplace.newest()["registered"]["version"]
+    client.delete_model_version("likeness-fish", version)
+    done = workplace.run()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"version {version} of the registered model likeness-fish is gone" in done.stderr
+    again = workplace.newest()
+    assert {name for name, stage in again["stages"].items() if not stage["cached"]} == {"publishing"}
+    assert again["registered"]["version"] != version
+    assert client.get_model_version("likeness-fish", again["registered"]["version"])
+
+
+def test_an_unequal_recomputation_invalidates_everything_below_it(
+    first_run: dict[str, Any], workplace: Workplace
+) -> None:
+    """Samples, scores and the published model describe the weights that there are, not those that there were."""
+    path = Path(first_run["paths"]["manifests"]["training"])
+    manifest = verify_signed(parse_json(path.read_bytes()))
+    weights = next(
+        ref for ref in manifest["objects"] if ref["key"].endswith("unet/diffusion_pytorch_model.safetensors")
+    )
+    kept = {name: (workplace.output / "store" / name).read_bytes() for name in (weights["key"],)}
+    changed = load(kept[weights["key"]])
+    name = next(iter(changed))
+    data = save({**changed, name: changed[name] + 1e-3})
+    new = {**weights, "sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+    whole = json.loads(json.dumps(manifest).replace(json.dumps(weights), json.dumps(new)))
+    before = path.read_bytes()
+    try:
+        LocalStore(workplace.output / "store").put_bytes(weights["key"], data)
+        path.write_text(json.dumps(sign(whole)))
+        done = workplace.run()
+        assert done.returncode == 0, done.stderr[-3000:]
+        cached = {stage: told["cached"] for stage, told in workplace.newest()["stages"].items()}
+    finally:
+        LocalStore(workplace.output / "store").put_bytes(weights["key"], kept[weights["key"]])
+        path.write_bytes(before)
+    assert cached == {
+        "subject": True, "prior": True, "training": True, "evaluation": False, "scoring": False, "publishing": False,
+    }  # fmt: skip
 
 
 def test_a_damaged_object_is_computed_anew(first_run: dict[str, Any], workplace: Workplace) -> None:

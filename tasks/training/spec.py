@@ -8,7 +8,7 @@ from pydantic import Field
 from tasks.diffusion.config import DiffusionConfig
 from tasks.encoders.config import EncoderConfig
 from tasks.settings import Section
-from tasks.stage.digests import digest
+from tasks.stage.digests import digest, digest_file
 from tasks.training.buckets import Size, choose_bucket
 from tasks.training.config import TrainingConfig
 
@@ -115,6 +115,31 @@ class TrainingSpec(Section):
         }
 
 
+class WorkerResult(Section):
+    """What the worker says of its tuned model, written last."""
+
+    num_steps: int
+    published_step: int
+    start_step: int
+    final_loss: float
+    micro_batch_size: int
+    trainable_parameters: int
+    total_parameters: int
+    peak_memory_bytes: int
+    files: dict[str, str] = Field(description="digests of everything that is stored, by path below the run folder")
+
+    def model_files(self) -> list[str]:
+        """Return the files of the tuned model, by path below its folder."""
+        return [name.removeprefix("model/") for name in self.files if name.startswith("model/")]
+
+
+class WorkerFailure(Section):
+    """Why the worker ended, where it could say so."""
+
+    kind: str = Field(description="class of the error tree")
+    message: str
+
+
 class RunFolder:
     """Names of the files that worker and supervisor share."""
 
@@ -126,11 +151,18 @@ class RunFolder:
         self.events = folder / "events.jsonl"
         self.stop = folder / "stop"
         self.result = folder / "result.json"
+        self.failure = folder / "failure.json"
         self.model = folder / "model"
         self.best = folder / "best"
         self.candidates = folder / "candidates"
         self.samples = folder / "samples"
         self.log = folder / "worker.log"
+
+    def digest_output(self) -> dict[str, str]:
+        """Return the digests of everything that the training stage stores, by path below this folder."""
+        folders = (self.model, self.candidates, self.samples)
+        paths = [self.losses, *(path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file())]
+        return {path.relative_to(self.folder).as_posix(): digest_file(path) for path in paths}
 
     def alive(self, rank: int) -> Path:
         """Return the file that a rank touches at every forward."""

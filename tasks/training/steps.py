@@ -154,15 +154,15 @@ def show_event(event: dict[str, Any], config: TrainingConfig, runtime: Runtime) 
 def store_result(
     folder: StageFolder,
     spec: Any,
-    result: dict[str, Any],
+    result: Any,
     subject: SubjectSet,
     prior: ClassImageSet,
 ) -> TunedModel:
     """Store weights and loss log and write the manifest."""
     from tasks.training.spec import RunFolder
 
-    run, micro = RunFolder(spec.path), result["micro_batch_size"]
-    model = tuple(folder.put_file(f"model/{name}", run.model / name) for name in result["files"])
+    run, micro = RunFolder(spec.path), result.micro_batch_size
+    model = tuple(folder.put_file(f"model/{name}", run.model / name) for name in result.model_files())
     folder.put_file("losses.jsonl", run.losses)
     for path in sorted(path for path in run.candidates.rglob("*") if path.is_file()):
         folder.put_file(path.relative_to(run.folder).as_posix(), path)
@@ -172,20 +172,20 @@ def store_result(
         TunedModel,
         version=STAGE_VERSION,
         counts={
-            "steps": result["num_steps"],
-            "resumed_from_step": result["start_step"],
+            "steps": result.num_steps,
+            "resumed_from_step": result.start_step,
             **({"images_at_a_time": micro} if micro != spec.training.train_batch_size else {}),
         },
         base_model=prior.base_model,
         model=model,
-        num_steps=result["num_steps"],
-        published_step=result["published_step"],
+        num_steps=result.num_steps,
+        published_step=result.published_step,
         family=spec.diffusion.family,
         method=spec.training.method,
-        trainable_parameters=result["trainable_parameters"],
-        total_parameters=result["total_parameters"],
-        final_loss=result["final_loss"],
-        peak_memory_bytes=result["peak_memory_bytes"],
+        trainable_parameters=result.trainable_parameters,
+        total_parameters=result.total_parameters,
+        final_loss=result.final_loss,
+        peak_memory_bytes=result.peak_memory_bytes,
         subject_key=subject.stage_key,
         prior_key=prior.stage_key,
     )

@@ -244,6 +244,10 @@ class BatchMaker:
             if spec.training.prior_loss_weight > 0:
                 sets["class"] = load_set(model, spec, "class", size, [[Variant()]] * len(spec.class_images))
             self.buckets.append(Bucket(indices, sets))
+        self.holdout = [
+            load_set(model, spec, "holdout", size, [[Variant()]] * len(indices))
+            for size, indices in spec.sort_into_buckets("holdout").items()
+        ]
         self.empty_ids = model.tokenize([""])[0]
 
     def make(self, indices: list[int], device: torch.device) -> list[TrainingBatch]:

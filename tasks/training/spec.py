@@ -56,16 +56,17 @@ class TrainingSpec(Section):
     encoders: EncoderConfig | None = Field(None, description="needed where the best weights are the most similar")
     instance_images: tuple[TrainingImage, ...]
     class_images: tuple[TrainingImage, ...]
+    holdout_images: tuple[TrainingImage, ...] = Field((), description="validated on, never trained on")
 
     @property
     def path(self) -> Path:
         """The run folder."""
         return Path(self.folder)
 
-    def sort_into_buckets(self) -> dict[Size, list[int]]:
-        """Return which instance images are trained in which size; without buckets all in the one square."""
+    def sort_into_buckets(self, kind: str = "instance") -> dict[Size, list[int]]:
+        """Return which instance or held-out images belong to which size; without buckets all to the one square."""
         resolution, buckets = self.diffusion.resolution, dict[Size, list[int]]()
-        for index, image in enumerate(self.instance_images):
+        for index, image in enumerate(self.holdout_images if kind == "holdout" else self.instance_images):
             size = Size(resolution, resolution)
             if self.training.is_aspect_bucketed:
                 size = choose_bucket((image.width, image.height), resolution)
@@ -73,15 +74,17 @@ class TrainingSpec(Section):
         return dict(sorted(buckets.items()))
 
     def images_of(self, kind: str, size: Size) -> tuple[TrainingImage, ...]:
-        """Return the instance images of a size, or the class images, which are cut to every size."""
+        """Return the instance or held-out images of a size, or the class images, which are cut to every size."""
         if kind == "class":
             return self.class_images
-        return tuple(self.instance_images[index] for index in self.sort_into_buckets()[size])
+        images = self.holdout_images if kind == "holdout" else self.instance_images
+        return tuple(images[index] for index in self.sort_into_buckets(kind)[size])
 
     def latents_paths(self) -> list[Path]:
-        """Return the cache files of both halves."""
+        """Return the cache files of both halves and of the held-out photos."""
+        paths = [self.latents_path("holdout", size) for size in self.sort_into_buckets("holdout")]
         kinds = ("instance", "class") if self.class_images else ("instance",)
-        return [self.latents_path(kind, size) for kind in kinds for size in self.sort_into_buckets()]
+        return [self.latents_path(kind, size) for kind in kinds for size in self.sort_into_buckets()] + paths
 
     def latents_path(self, kind: str, size: Size) -> Path:
         """Return the cache file of one half in one size, named by everything that its latents depend on."""
@@ -98,7 +101,7 @@ class TrainingSpec(Section):
 
     def identity(self) -> dict[str, str]:
         """Return digests that a checkpoint must share to be resumed from."""
-        images = [self.instance_images, self.class_images]
+        images = [self.instance_images, self.class_images, self.holdout_images]
         pairs = [[[image.content(), image.prompt] for image in group] for group in images]
         return {
             "configuration": digest(

@@ -10,10 +10,11 @@ from tasks.contract import StageFolder, fetch_folder, find_manifest
 from tasks.diffusion.config import DiffusionConfig
 from tasks.encoders.config import EncoderConfig
 from tasks.encoders.folders import identify_encoders
-from tasks.manifests import ClassImageSet, SubjectSet, TunedModel
+from tasks.manifests import ClassImageSet, InstanceImage, SubjectSet, TunedModel
 from tasks.prefect_states import finished
 from tasks.runtime import Runtime
 from tasks.training.config import TrainingConfig
+from tasks.training.holdout import settle_validation, split_photos
 
 STAGE_VERSION = 3
 
@@ -32,7 +33,7 @@ def fine_tune(
 
     Called directly in the flow: signals reach only the main thread.
     """
-    config = count_devices(config)
+    config = settle_validation(count_devices(config), len(subject.images), runtime.progress.note)
     resolution = diffusion.model_dump(mode="json", include={"family", "resolution"})
     measuring = [] if config.validation.metric == "loss" else [encoders.model_dump(), identify_encoders(encoders)]
     prior_key = prior.stage_key if config.prior_loss_weight > 0 else ""
@@ -73,6 +74,8 @@ def compute_training(
     from tasks.training.supervisor import locked, run_worker
 
     work = runtime.work_folder / "training" / folder.stage_key
+    num_holdout = config.validation.num_holdout or 0
+    photos, held = split_photos(subject.images, num_holdout, key=lambda image: image.source_sha256)
     with locked(work.with_suffix(".lock")) as descriptor:
         finished_meanwhile = find_manifest(runtime.store, TunedModel, "training", folder.stage_key)
         if finished_meanwhile is not None:
@@ -89,9 +92,8 @@ def compute_training(
             diffusion=diffusion,
             training=config,
             encoders=encoders,
-            instance_images=fetch_images(
-                runtime, work, [(i.image, i.mask, i.focus, i.instance_prompt, i.measures) for i in subject.images]
-            ),
+            instance_images=fetch_images(runtime, work, list_rows(photos)),
+            holdout_images=fetch_images(runtime, work, list_rows(held)),
             class_images=fetch_images(
                 runtime, work, [(i.image, None, None, prior.class_prompt, None) for i in prior.images]
             )
@@ -104,6 +106,11 @@ def compute_training(
         keep_latents(runtime.store, spec)
         shutil.rmtree(work)
     return manifest
+
+
+def list_rows(images: list[InstanceImage]) -> list[tuple[Any, Any, Any, str, Any]]:
+    """Return what is needed to train on photos."""
+    return [(i.image, i.mask, i.focus, i.instance_prompt, i.measures) for i in images]
 
 
 def fetch_images(runtime: Runtime, work: Path, rows: list[tuple[Any, Any, Any, str, Any]]) -> Any:
@@ -174,6 +181,7 @@ def store_result(
         counts={
             "steps": result.num_steps,
             "resumed_from_step": result.start_step,
+            **({"held_out": len(spec.holdout_images)} if spec.holdout_images else {}),
             **({"images_at_a_time": micro} if micro != spec.training.train_batch_size else {}),
         },
         base_model=prior.base_model,

@@ -2,11 +2,12 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.stage.files import staged_file
+from tasks.stage.files import explain_full_disk, staged_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,15 +22,30 @@ def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, *, metadata: Mappi
         StorageFull: there is no room; names the path and the needed size.
 
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    size_bytes = sum(tensor.nbytes + HEADER_BYTES for tensor in tensors.values())
-    with staged_file(path, size_bytes=size_bytes) as staged:
+    size_bytes = count_bytes(tensors)
+    with staged_file(path, size_bytes=size_bytes) as staged, explain_full_tensors(path, size_bytes=size_bytes):
+        save_file(dict(tensors), staged, metadata=dict(metadata) if metadata else None)
+
+
+def count_bytes(tensors: Mapping[str, "Tensor"]) -> int:
+    """Return about how large a file of tensors is."""
+    return sum(tensor.nbytes + HEADER_BYTES for tensor in tensors.values())
+
+
+@contextmanager
+def explain_full_tensors(path: Path, *, size_bytes: int) -> Iterator[None]:
+    """Turn a full disk into StorageFull, safetensors' own kind of error included.
+
+    The library words the system's error, whose number it ends with, instead of raising it.
+    """
+    from safetensors import SafetensorError
+
+    with explain_full_disk(path, size_bytes=size_bytes):
         try:
-            save_file(dict(tensors), staged, metadata=dict(metadata) if metadata else None)
+            yield
         except SafetensorError as error:
-            # The library words the system's error, whose number it ends with, instead of raising it.
             number = re.search(r"os error (\d+)", str(error))
             if number is None:
                 raise

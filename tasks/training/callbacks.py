@@ -10,6 +10,8 @@ import pytorch_lightning as pl
 import torch
 
 from tasks.errors import TrainingFailed
+from tasks.stage.digests import dump_line
+from tasks.stage.files import explain_full_disk
 from tasks.training.candidates import is_candidate, keep_candidate
 from tasks.training.checkpoints import TrainingState, collect_state, copy_all, save_checkpoint
 from tasks.training.module import DreamBoothModule
@@ -124,7 +126,7 @@ class StepKeeper(pl.Callback):
         for row in self.gather(trainer):
             self.losses.append(json.dumps(self.check(row)))
         if trainer.is_global_zero and self.pending:
-            with self.run.losses.open("a") as file:
+            with explain_full_disk(self.run.losses), self.run.losses.open("a") as file:
                 file.write("".join(line + "\n" for line in self.losses[-len(self.pending) :]))
             last = json.loads(self.losses[-1])
             config = self.spec.training
@@ -181,7 +183,8 @@ class StepKeeper(pl.Callback):
         rows = draw_samples(module) if trainer.is_global_zero or module.is_sharded else []
         if trainer.is_global_zero:
             self.run.samples.mkdir(exist_ok=True)
-            join_grid(rows).save(self.run.samples / f"step-{module.step:08d}.png")
+            with explain_full_disk(self.run.samples):
+                join_grid(rows).save(self.run.samples / f"step-{module.step:08d}.png")
             tell(self.run, {"event": "samples", "step": module.step})
         trainer.strategy.barrier()
 
@@ -220,9 +223,9 @@ class StepKeeper(pl.Callback):
 
 
 def tell(run: RunFolder, event: dict[str, Any]) -> None:
-    """Append one event for the supervisor."""
-    with run.events.open("a") as file:
-        file.write(json.dumps(event) + "\n")
+    """Append one event for the supervisor. Raises StorageFull."""
+    with explain_full_disk(run.events), run.events.open("a") as file:
+        file.write(dump_line(event))
 
 
 def count_skipped(losses: list[str]) -> int:

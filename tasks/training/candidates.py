@@ -10,6 +10,8 @@ from torch import Tensor
 
 from tasks.diffusion.base import open_model
 from tasks.diffusion.latent_model import LatentModel
+from tasks.errors import ArtifactCorrupt
+from tasks.stage.files import quarantine
 from tasks.training.checkpoints import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint
 from tasks.training.config import ValidationSettings
 from tasks.training.methods import prepare, save_learned
@@ -50,6 +52,20 @@ def list_candidates(run: RunFolder, losses: list[str], settings: ValidationSetti
     return [kept[step] for step in rank_steps(losses, settings) if step in kept]
 
 
+def verify_candidates(
+    run: RunFolder, losses: list[str], settings: ValidationSettings, *, identity: dict[str, str]
+) -> tuple[list[Path], list[Path]]:
+    """Return the kept weights that verify, best first, and those that don't, which are set aside."""
+    whole, damaged = [], []
+    for path in list_candidates(run, losses, settings):
+        try:
+            load_checkpoint(path, identity=identity)
+            whole.append(path)
+        except (OSError, ArtifactCorrupt):
+            damaged.append(quarantine(path))
+    return whole, damaged
+
+
 def write_candidate(path: Path, spec: TrainingSpec, folder: Path, *, identity: dict[str, str]) -> None:
     """Write kept weights as a model is published."""
     write_weights(load_checkpoint(path, identity=identity).weights, spec, folder)
@@ -75,4 +91,4 @@ def open_base(spec: TrainingSpec) -> LatentModel:
 
 def step_of(path: Path) -> int:
     """Return the step of a checkpoint's folder."""
-    return int(path.name.removeprefix("step-"))
+    return int(path.name.removeprefix("step-").split(".")[0])

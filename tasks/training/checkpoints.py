@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,14 +19,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tasks.errors import TrainingFailed
-from tasks.stage.digests import digest, digest_file
+from tasks.errors import ArtifactCorrupt, TrainingFailed
+from tasks.settings import Section
+from tasks.stage.digests import digest_file, dump_signed, load_signed
+from tasks.stage.files import sync
+from tasks.stage.tensor_files import count_bytes, explain_full_tensors
 from tasks.training.sharding import gather, spread
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
+NAME = re.compile(r"step-\d{8,}")
+
+
+class CheckpointManifest(Section):
+    """What a checkpoint says of itself, written last."""
+
+    schema_version: int
+    step: int
+    identity: dict[str, str]
+    files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,8 @@ def save_checkpoint(folder: Path, state: TrainingState, *, identity: dict[str, s
     """Write a checkpoint, then drop all but the newest `num_kept`.
 
     Raises:
-        TrainingFailed: a weight isn't finite; nothing is written.
+        TrainingFailed: a weight isn't finite, or the folder can't be written; nothing is.
+        StorageFull: there is no room; those before are kept.
 
     """
     for name, tensor in state.weights.items():
@@ -57,16 +72,17 @@ def save_checkpoint(folder: Path, state: TrainingState, *, identity: dict[str, s
             raise TrainingFailed(f"weight {name} is not finite at step {state.step}; lower training.learning_rate")
     target = folder / f"step-{state.step:08d}"
     staged = folder / f".part-{target.name}"
+    size_bytes = sum(map(count_bytes, (state.weights, state.moments, state.averages)))
     try:
-        write_checkpoint(staged, state, identity=identity)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(staged, target)
-        sync(folder)
+        with explain_full_tensors(target, size_bytes=size_bytes):
+            write_checkpoint(staged, state, identity=identity)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(staged, target)
+            sync(folder)
     except (OSError, SafetensorError) as error:
+        raise TrainingFailed(f"cannot save step {state.step} in {folder}: {error}") from error
+    finally:
         shutil.rmtree(staged, ignore_errors=True)
-        raise TrainingFailed(
-            f"cannot save step {state.step} in {folder}: {error}; make room and run again to go on from the one before"
-        ) from error
     for old in list_checkpoints(folder)[num_kept:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -82,8 +98,8 @@ def write_checkpoint(staged: Path, state: TrainingState, *, identity: dict[str, 
     (staged / "numbers.json").write_text(json.dumps({"groups": state.groups, "scaler": state.scaler}))
     (staged / "losses.jsonl").write_text("".join(line + "\n" for line in state.losses))
     files = {path.name: digest_file(path) for path in sorted(staged.iterdir())}
-    manifest = {"schema_version": SCHEMA_VERSION, "step": state.step, "identity": identity, "files": files}
-    (staged / MANIFEST).write_text(json.dumps({**manifest, "sha256": digest(manifest)}, indent=1))
+    manifest = CheckpointManifest(schema_version=SCHEMA_VERSION, step=state.step, identity=identity, files=files)
+    (staged / MANIFEST).write_bytes(dump_signed(manifest, indent=1))
     for path in staged.iterdir():
         sync(path)
     sync(staged)
@@ -101,7 +117,7 @@ def load_newest(folder: Path, *, identity: dict[str, str]) -> TrainingState | No
     for path in found:
         try:
             return load_checkpoint(path, identity=identity)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ArtifactCorrupt) as error:
             log.warning("checkpoint %s is damaged (%s); trying the one before", path.name, error)
             with contextlib.suppress(OSError):  # another rank may have moved it already
                 shutil.rmtree(folder / f".bad-{path.name}", ignore_errors=True)
@@ -112,20 +128,24 @@ def load_newest(folder: Path, *, identity: dict[str, str]) -> TrainingState | No
 
 
 def load_checkpoint(path: Path, *, identity: dict[str, str]) -> TrainingState:
-    """Read one checkpoint. Raises ValueError if a digest differs, TrainingFailed for another run's."""
-    manifest = json.loads((path / MANIFEST).read_text())
-    if manifest.pop("sha256", None) != digest(manifest):
-        raise ValueError(f"{MANIFEST} differs from its own digest")
-    if manifest["schema_version"] != SCHEMA_VERSION:
-        raise TrainingFailed(f"{path} has schema {manifest['schema_version']}, not {SCHEMA_VERSION}; delete it")
-    changed = [name for name, value in identity.items() if manifest["identity"].get(name) != value]
+    """Read one checkpoint.
+
+    Raises:
+        ArtifactCorrupt: something differs from its digest.
+        TrainingFailed: it is another run's.
+
+    """
+    manifest = load_signed(CheckpointManifest, (path / MANIFEST).read_bytes())
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise TrainingFailed(f"{path} has schema {manifest.schema_version}, not {SCHEMA_VERSION}; delete it")
+    changed = [name for name, value in identity.items() if manifest.identity.get(name) != value]
     if changed:
         raise TrainingFailed(f"{path} belongs to another run: {', '.join(changed)} changed; delete it to start over")
-    for name, expected in manifest["files"].items():
+    for name, expected in manifest.files.items():
         if digest_file(path / name) != expected:
-            raise ValueError(f"{name} differs from its manifest")
+            raise ArtifactCorrupt(f"{name} differs from its manifest")
     return TrainingState(
-        step=int(manifest["step"]),
+        step=manifest.step,
         weights=load_file(path / "weights.safetensors"),
         moments=load_file(path / "optimizer.safetensors"),
         averages=load_file(path / "averages.safetensors"),
@@ -138,7 +158,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Return checkpoint folders, newest step first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if path.name.startswith("step-") and (path / MANIFEST).exists()]
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and (path / MANIFEST).exists()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
@@ -195,12 +215,3 @@ def restore_state(
         moments = per_parameter.get(name, {})
         if moments:
             optimizer.state[parameter] = {key: spread(value, like=parameter) for key, value in moments.items()}
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

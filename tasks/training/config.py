@@ -36,12 +36,19 @@ class TokenSettings(Section):
 
 
 class ValidationSettings(Section):
-    """A loss without chance in it: fixed photos, noise and timesteps."""
+    """A loss without chance in it: fixed photos, noise and timesteps; of held-out photos where there are some."""
 
     every_steps: int = Field(0, ge=0, description="steps between validations; 0: none")
     keep: Literal["last", "best"] = Field("last", description="which weights are published: the last, or the best")
     metric: Literal["loss", "similarity"] = Field(
         "loss", description="what is best: validation loss, or DINO x CLIP-T of samples, which costs drawing them"
+    )
+    num_holdout: int | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="photos held out of training for the loss; null: one in five where keep=best goes by loss and "
+        "there are at least 6, else none, and similarity decides",
     )
     num_kept: int = Field(1, ge=1, le=20, description="best weights kept with the tuned model, the published included")
     is_early_stopping: bool = Field(

@@ -15,16 +15,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from tasks.diffusion.base import DiffusionModel
 from tasks.errors import ArtifactCorrupt
 from tasks.stage.digests import digest_file
+from tasks.stage.files import write_atomic
+from tasks.stage.tensor_files import save_tensors
 from tasks.training import draws
 from tasks.training.buckets import Size
-from tasks.training.latent_cache import is_whole, note_of, write
+from tasks.training.latent_cache import is_whole, note_of
 from tasks.training.spec import TrainingImage, TrainingSpec
 
 ENCODE_BATCH = 8
@@ -173,10 +175,9 @@ def load_set(
         encoded = encode_set(model, images, size=size, variants=variants)
         if int(os.environ.get("RANK", "0")) > 0:
             return encoded  # the first rank writes; the others need not wait for it
-        path.parent.mkdir(parents=True, exist_ok=True)
         note_of(path).unlink(missing_ok=True)
-        write(path, save({"mean": encoded.mean, "std": encoded.std, "mask": encoded.mask, "sizes": encoded.sizes}))
-        write(note_of(path), digest_file(path).encode())
+        save_tensors({"mean": encoded.mean, "std": encoded.std, "mask": encoded.mask, "sizes": encoded.sizes}, path)
+        write_atomic(note_of(path), digest_file(path))
     for image in images:
         check_digest(Path(image.path), image.sha256)
     return ImageSet(**load_file(path), input_ids=tokenize_prompts(model, images))
@@ -243,6 +244,10 @@ class BatchMaker:
             if spec.training.prior_loss_weight > 0:
                 sets["class"] = load_set(model, spec, "class", size, [[Variant()]] * len(spec.class_images))
             self.buckets.append(Bucket(indices, sets))
+        self.holdout = [
+            load_set(model, spec, "holdout", size, [[Variant()]] * len(indices))
+            for size, indices in spec.sort_into_buckets("holdout").items()
+        ]
         self.empty_ids = model.tokenize([""])[0]
 
     def make(self, indices: list[int], device: torch.device) -> list[TrainingBatch]:

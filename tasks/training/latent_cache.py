@@ -1,12 +1,12 @@
 """Cached latents in the store, shared by runs: keyed by what they were made of, verified before use."""
 
 import logging
-import os
 from pathlib import Path
 
 from tasks.errors import ServiceUnavailable
 from tasks.services.store import Store
 from tasks.stage.digests import digest_file
+from tasks.stage.files import write_atomic
 from tasks.training.spec import TrainingSpec
 
 log = logging.getLogger(__name__)
@@ -25,9 +25,8 @@ def fetch_latents(store: Store, spec: TrainingSpec) -> None:
             log.warning("cached latents can't be fetched and are made anew: %s", error)
             return
         if note and data:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, data)
-            write(note_of(path), note)
+            write_atomic(path, data)
+            write_atomic(note_of(path), note)
 
 
 def keep_latents(store: Store, spec: TrainingSpec) -> None:
@@ -37,7 +36,7 @@ def keep_latents(store: Store, spec: TrainingSpec) -> None:
             continue
         name, note = f"{PREFIX}/{path.name}", f"{PREFIX}/{note_of(path).name}"
         try:
-            if store.compute_sha256(name) != note_of(path).read_text():
+            if store.compute_sha256(name) != digest_file(path):
                 store.put_file(name, path)
             store.put_bytes(note, note_of(path).read_bytes())
         except ServiceUnavailable as error:
@@ -48,16 +47,9 @@ def keep_latents(store: Store, spec: TrainingSpec) -> None:
 def is_whole(path: Path) -> bool:
     """Whether a local cache file is what its digest says."""
     note = note_of(path)
-    return path.is_file() and note.is_file() and digest_file(path) == note.read_text()
+    return path.is_file() and note.is_file() and digest_file(path).encode() == note.read_bytes()
 
 
 def note_of(path: Path) -> Path:
     """Return the file that holds a cache file's digest."""
     return path.with_suffix(".sha256")
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file beside its place, then rename it."""
-    staged = path.with_name(f".{os.getpid()}-{path.name}")
-    staged.write_bytes(data)
-    os.replace(staged, path)

@@ -8,7 +8,7 @@ from pydantic import Field
 from tasks.diffusion.config import DiffusionConfig
 from tasks.encoders.config import EncoderConfig
 from tasks.settings import Section
-from tasks.stage.digests import digest
+from tasks.stage.digests import digest, digest_file
 from tasks.training.buckets import Size, choose_bucket
 from tasks.training.config import TrainingConfig
 
@@ -56,16 +56,17 @@ class TrainingSpec(Section):
     encoders: EncoderConfig | None = Field(None, description="needed where the best weights are the most similar")
     instance_images: tuple[TrainingImage, ...]
     class_images: tuple[TrainingImage, ...]
+    holdout_images: tuple[TrainingImage, ...] = Field((), description="validated on, never trained on")
 
     @property
     def path(self) -> Path:
         """The run folder."""
         return Path(self.folder)
 
-    def sort_into_buckets(self) -> dict[Size, list[int]]:
-        """Return which instance images are trained in which size; without buckets all in the one square."""
+    def sort_into_buckets(self, kind: str = "instance") -> dict[Size, list[int]]:
+        """Return which instance or held-out images belong to which size; without buckets all to the one square."""
         resolution, buckets = self.diffusion.resolution, dict[Size, list[int]]()
-        for index, image in enumerate(self.instance_images):
+        for index, image in enumerate(self.holdout_images if kind == "holdout" else self.instance_images):
             size = Size(resolution, resolution)
             if self.training.is_aspect_bucketed:
                 size = choose_bucket((image.width, image.height), resolution)
@@ -73,15 +74,17 @@ class TrainingSpec(Section):
         return dict(sorted(buckets.items()))
 
     def images_of(self, kind: str, size: Size) -> tuple[TrainingImage, ...]:
-        """Return the instance images of a size, or the class images, which are cut to every size."""
+        """Return the instance or held-out images of a size, or the class images, which are cut to every size."""
         if kind == "class":
             return self.class_images
-        return tuple(self.instance_images[index] for index in self.sort_into_buckets()[size])
+        images = self.holdout_images if kind == "holdout" else self.instance_images
+        return tuple(images[index] for index in self.sort_into_buckets(kind)[size])
 
     def latents_paths(self) -> list[Path]:
-        """Return the cache files of both halves."""
+        """Return the cache files of both halves and of the held-out photos."""
+        paths = [self.latents_path("holdout", size) for size in self.sort_into_buckets("holdout")]
         kinds = ("instance", "class") if self.class_images else ("instance",)
-        return [self.latents_path(kind, size) for kind in kinds for size in self.sort_into_buckets()]
+        return [self.latents_path(kind, size) for kind in kinds for size in self.sort_into_buckets()] + paths
 
     def latents_path(self, kind: str, size: Size) -> Path:
         """Return the cache file of one half in one size, named by everything that its latents depend on."""
@@ -98,7 +101,7 @@ class TrainingSpec(Section):
 
     def identity(self) -> dict[str, str]:
         """Return digests that a checkpoint must share to be resumed from."""
-        images = [self.instance_images, self.class_images]
+        images = [self.instance_images, self.class_images, self.holdout_images]
         pairs = [[[image.content(), image.prompt] for image in group] for group in images]
         return {
             "configuration": digest(
@@ -115,6 +118,31 @@ class TrainingSpec(Section):
         }
 
 
+class WorkerResult(Section):
+    """What the worker says of its tuned model, written last."""
+
+    num_steps: int
+    published_step: int
+    start_step: int
+    final_loss: float
+    micro_batch_size: int
+    trainable_parameters: int
+    total_parameters: int
+    peak_memory_bytes: int
+    files: dict[str, str] = Field(description="digests of everything that is stored, by path below the run folder")
+
+    def model_files(self) -> list[str]:
+        """Return the files of the tuned model, by path below its folder."""
+        return [name.removeprefix("model/") for name in self.files if name.startswith("model/")]
+
+
+class WorkerFailure(Section):
+    """Why the worker ended, where it could say so."""
+
+    kind: str = Field(description="class of the error tree")
+    message: str
+
+
 class RunFolder:
     """Names of the files that worker and supervisor share."""
 
@@ -126,11 +154,18 @@ class RunFolder:
         self.events = folder / "events.jsonl"
         self.stop = folder / "stop"
         self.result = folder / "result.json"
+        self.failure = folder / "failure.json"
         self.model = folder / "model"
         self.best = folder / "best"
         self.candidates = folder / "candidates"
         self.samples = folder / "samples"
         self.log = folder / "worker.log"
+
+    def digest_output(self) -> dict[str, str]:
+        """Return the digests of everything that the training stage stores, by path below this folder."""
+        folders = (self.model, self.candidates, self.samples)
+        paths = [self.losses, *(path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file())]
+        return {path.relative_to(self.folder).as_posix(): digest_file(path) for path in paths}
 
     def alive(self, rank: int) -> Path:
         """Return the file that a rank touches at every forward."""

@@ -12,11 +12,12 @@ from tasks.contract import PREFIXES, StageFolder, fetch_folder, find_manifest
 from tasks.diffusion.config import DiffusionConfig
 from tasks.encoders.config import EncoderConfig
 from tasks.encoders.folders import identify_encoders
-from tasks.manifests import ClassImageSet, SubjectSet, TunedModel
+from tasks.manifests import ClassImageSet, InstanceImage, SubjectSet, TunedModel
 from tasks.prefect_states import finished
 from tasks.runtime import Runtime
 from tasks.services.tracking import DatasetInfo
 from tasks.training.config import TrainingConfig
+from tasks.training.holdout import settle_validation, split_photos
 
 STAGE_VERSION = 3
 TRAINING_TAG = "likeness.training"
@@ -36,7 +37,7 @@ def fine_tune(
 
     Called directly in the flow: signals reach only the main thread.
     """
-    config = count_devices(config)
+    config = settle_validation(count_devices(config), len(subject.images), runtime.progress.note)
     resolution = diffusion.model_dump(mode="json", include={"family", "resolution"})
     measuring = [] if config.validation.metric == "loss" else [encoders.model_dump(), identify_encoders(encoders)]
     prior_digest = prior.compute_content_digest() if config.prior_loss_weight > 0 else ""
@@ -77,6 +78,8 @@ def compute_training(
     from tasks.training.supervisor import locked, run_worker
 
     work = runtime.work_folder / "training" / folder.stage_key
+    num_holdout = config.validation.num_holdout or 0
+    photos, held = split_photos(subject.images, num_holdout, key=lambda image: image.source_sha256)
     with locked(work.with_suffix(".lock")) as descriptor:
         finished_meanwhile = find_manifest(runtime.store, TunedModel, "training", folder.stage_key)
         if finished_meanwhile is not None:
@@ -93,9 +96,8 @@ def compute_training(
             diffusion=diffusion,
             training=config,
             encoders=encoders,
-            instance_images=fetch_images(
-                runtime, work, [(i.image, i.mask, i.focus, i.instance_prompt, i.measures) for i in subject.images]
-            ),
+            instance_images=fetch_images(runtime, work, list_rows(photos)),
+            holdout_images=fetch_images(runtime, work, list_rows(held)),
             class_images=fetch_images(
                 runtime, work, [(i.image, None, None, prior.class_prompt, None) for i in prior.images]
             )
@@ -124,6 +126,11 @@ def describe_datasets(subject: SubjectSet, prior: ClassImageSet) -> list[Dataset
         )
         for manifest in (subject, prior)
     ]
+
+
+def list_rows(images: list[InstanceImage]) -> list[tuple[Any, Any, Any, str, Any]]:
+    """Return what is needed to train on photos."""
+    return [(i.image, i.mask, i.focus, i.instance_prompt, i.measures) for i in images]
 
 
 def fetch_images(runtime: Runtime, work: Path, rows: list[tuple[Any, Any, Any, str, Any]]) -> Any:
@@ -179,15 +186,15 @@ def show_event(event: dict[str, Any], config: TrainingConfig, runtime: Runtime) 
 def store_result(
     folder: StageFolder,
     spec: Any,
-    result: dict[str, Any],
+    result: Any,
     subject: SubjectSet,
     prior: ClassImageSet,
 ) -> TunedModel:
     """Store weights and loss log and write the manifest."""
     from tasks.training.spec import RunFolder
 
-    run, micro = RunFolder(spec.path), result["micro_batch_size"]
-    model = tuple(folder.put_file(f"model/{name}", run.model / name) for name in result["files"])
+    run, micro = RunFolder(spec.path), result.micro_batch_size
+    model = tuple(folder.put_file(f"model/{name}", run.model / name) for name in result.model_files())
     folder.put_file("losses.jsonl", run.losses)
     for path in sorted(path for path in run.candidates.rglob("*") if path.is_file()):
         folder.put_file(path.relative_to(run.folder).as_posix(), path)
@@ -197,20 +204,21 @@ def store_result(
         TunedModel,
         version=STAGE_VERSION,
         counts={
-            "steps": result["num_steps"],
-            "resumed_from_step": result["start_step"],
+            "steps": result.num_steps,
+            "resumed_from_step": result.start_step,
+            **({"held_out": len(spec.holdout_images)} if spec.holdout_images else {}),
             **({"images_at_a_time": micro} if micro != spec.training.train_batch_size else {}),
         },
         base_model=prior.base_model,
         model=model,
-        num_steps=result["num_steps"],
-        published_step=result["published_step"],
+        num_steps=result.num_steps,
+        published_step=result.published_step,
         family=spec.diffusion.family,
         method=spec.training.method,
-        trainable_parameters=result["trainable_parameters"],
-        total_parameters=result["total_parameters"],
-        final_loss=result["final_loss"],
-        peak_memory_bytes=result["peak_memory_bytes"],
+        trainable_parameters=result.trainable_parameters,
+        total_parameters=result.total_parameters,
+        final_loss=result.final_loss,
+        peak_memory_bytes=result.peak_memory_bytes,
         subject_sha256=subject.compute_content_digest(),
         prior_sha256=prior.compute_content_digest(),
     )

@@ -2,7 +2,7 @@
 
 import contextlib
 import fcntl
-import json
+import logging
 import os
 import re
 import subprocess
@@ -14,10 +14,13 @@ from typing import Any
 
 import psutil
 
-from tasks.errors import TrainingFailed, TrainingStopped
-from tasks.stage.digests import digest_file
+from tasks.errors import ArtifactCorrupt, StorageFull, TrainingFailed, TrainingStopped
+from tasks.stage.digests import digest_file, dump_signed, load_lines, load_signed
+from tasks.stage.files import quarantine, write_atomic
 from tasks.stage.worker_process import GUARD, child_environment, guarded
-from tasks.training.spec import RunFolder, TrainingSpec
+from tasks.training.spec import RunFolder, TrainingSpec, WorkerFailure, WorkerResult
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 LOCK_SECONDS = 10.0
@@ -26,7 +29,7 @@ WORKER_MODULE = "tasks.training.worker"
 
 def run_worker(
     spec: TrainingSpec, *, on_event: Callable[[dict[str, Any]], None], inherited: tuple[int, ...] = ()
-) -> dict[str, Any]:
+) -> WorkerResult:
     """Train to the end and return the verified result.
 
     Any exception in here, a request to cancel included, first lets the worker save and end.
@@ -34,6 +37,7 @@ def run_worker(
     Raises:
         TrainingFailed: the worker ended without a result; names step and log.
         TrainingStopped: it was asked to stop, saved, and will go on in the next run.
+        StorageFull: it had no room.
 
     """
     run = RunFolder(spec.path)
@@ -41,8 +45,9 @@ def run_worker(
     result = read_result(run)
     if result is not None:
         return result
-    run.spec.write_text(spec.model_dump_json(indent=1))
+    write_atomic(run.spec, dump_signed(spec, indent=1))
     run.stop.unlink(missing_ok=True)
+    run.failure.unlink(missing_ok=True)
     run.events.write_text("")
     log_start = run.log.stat().st_size if run.log.exists() else 0
     process = start(spec, run, inherited=inherited)
@@ -62,7 +67,10 @@ def run_worker(
         return result
     if tail.last_event == "stopped":
         raise TrainingStopped(f"training stopped at step {tail.last_step} and is saved; run again to go on")
-    reason = find_reason(run.log, start=log_start)
+    failure = read_failure(run)
+    if failure is not None and failure.kind == StorageFull.__name__:
+        raise StorageFull(failure.message)
+    reason = f"{failure.kind}: {failure.message}" if failure else find_reason(run.log, start=log_start)
     raise TrainingFailed(f"training ended at step {tail.last_step}: {reason}; see {run.log}")
 
 
@@ -154,24 +162,36 @@ class EventTail:
             data = file.read()
         end = data.rfind(b"\n") + 1
         self.position += end
-        for line in data[:end].splitlines():
-            event = json.loads(line)
+        for event in load_lines(data[:end]):
+            if event is None:
+                log.warning("an event of the training worker is damaged and left out; see %s", self.path)
+                continue
             self.last_step = int(event.get("step", self.last_step))
             self.last_event = str(event["event"])
             self.on_event(event)
 
 
-def read_result(run: RunFolder) -> dict[str, Any] | None:
-    """Return the result manifest if every file of the tuned model verifies."""
+def read_result(run: RunFolder) -> WorkerResult | None:
+    """Return the result manifest if it and every file that it names verify; else set it aside."""
     if not run.result.exists():
         return None
-    result: dict[str, Any] = json.loads(run.result.read_text())
-    for name, sha256 in result["files"].items():
-        path = run.model / name
-        if not path.exists() or digest_file(path) != sha256:
-            run.result.unlink()
-            return None
+    try:
+        result = load_signed(WorkerResult, run.result.read_bytes())
+        for name, sha256 in result.files.items():
+            if digest_file(run.folder / name) != sha256:
+                raise ArtifactCorrupt(f"{name} differs from its digest")
+    except (OSError, ArtifactCorrupt) as error:
+        log.warning("the result of training is damaged (%s) and made again; see %s", error, quarantine(run.result))
+        return None
     return result
+
+
+def read_failure(run: RunFolder) -> WorkerFailure | None:
+    """Return what the worker said of its end; None where it couldn't."""
+    try:
+        return load_signed(WorkerFailure, run.failure.read_bytes())
+    except (OSError, ArtifactCorrupt):
+        return None
 
 
 def find_reason(log: Path, *, start: int = 0) -> str:

@@ -20,10 +20,16 @@ SAMPLE_SEED, SAMPLE_GUIDANCE, SAMPLES_PER_PROMPT = 7, 3.0, 2
 
 @torch.no_grad()
 def compute_validation_loss(module: DreamBoothModule) -> Tensor:
-    """Return the mean error on fixed photos, noise and timesteps: a scalar that depends on weights alone."""
+    """Return the mean error on fixed photos, noise and timesteps: a scalar that depends on weights alone.
+
+    The photos are those held out of training, where there are some.
+    """
     model = module.model
     rows = [(index, bucket.sets["instance"], row)
             for bucket in module.batches.buckets for row, index in enumerate(bucket.indices)]  # fmt: skip
+    if module.batches.holdout:
+        held = [(images, row) for images in module.batches.holdout for row in range(len(images))]
+        rows = [(index, images, row) for index, (images, row) in enumerate(held)]
     was_training = [part.training for part in module.trained.values()]
     module.trained.eval()
     losses = []

@@ -4,6 +4,7 @@ python -m tasks.training.worker SPEC.json
 python -m torch.distributed.run --standalone --nproc-per-node 2 -m tasks.training.worker SPEC.json
 """
 
+import contextlib
 import gc
 import json
 import logging
@@ -24,25 +25,51 @@ from torch.utils.data import DataLoader
 
 from tasks.diffusion.base import choose_device, find_family
 from tasks.diffusion.latent_model import LatentModel
-from tasks.errors import TrainingFailed
-from tasks.stage.digests import digest_file
+from tasks.errors import ArtifactCorrupt, LikenessError, StorageFull, TrainingFailed
+from tasks.stage.digests import dump_signed, load_signed
+from tasks.stage.files import explain_full_disk, write_atomic
+from tasks.stage.tensor_files import explain_full_tensors
 from tasks.training.callbacks import StepKeeper, tell
-from tasks.training.candidates import list_candidates, open_base, step_of, write_candidate, write_weights
+from tasks.training.candidates import open_base, step_of, verify_candidates, write_candidate, write_weights
 from tasks.training.checkpoints import copy_all, load_newest, restore_state
 from tasks.training.data import SampleCounter
 from tasks.training.methods import save_learned
 from tasks.training.module import DreamBoothModule
 from tasks.training.optimizers import set_up_kernels
 from tasks.training.sharding import join_processes, spread
-from tasks.training.spec import STOPPED_EXIT_CODE, RunFolder, TrainingSpec
+from tasks.training.spec import STOPPED_EXIT_CODE, RunFolder, TrainingSpec, WorkerFailure, WorkerResult
 from tasks.training.validation import has_settled
 
 
 def main(argv: list[str]) -> int:
-    """Fine-tune as the spec says; return the exit code."""
-    spec = TrainingSpec.model_validate_json(Path(argv[0]).read_text())
+    """Fine-tune as the spec says; return the exit code.
+
+    Raises:
+        LikenessError: also noted in `failure.json`, for the supervisor.
+
+    """
+    spec = read_spec(Path(argv[0]))
     set_up_process(spec)
-    return train(spec)
+    try:
+        return train(spec)
+    except LikenessError as error:
+        failure = WorkerFailure(kind=type(error).__name__, message=str(error))
+        with contextlib.suppress(OSError, StorageFull):  # then the log has to do
+            write_atomic(RunFolder(spec.path).failure, dump_signed(failure))
+        raise
+
+
+def write_spec(path: Path, spec: TrainingSpec) -> None:
+    """Write a spec for a worker to read."""
+    write_atomic(path, dump_signed(spec, indent=1))
+
+
+def read_spec(path: Path) -> TrainingSpec:
+    """Return a verified spec. Raises ArtifactCorrupt."""
+    try:
+        return load_signed(TrainingSpec, path.read_bytes())
+    except ArtifactCorrupt as error:
+        raise ArtifactCorrupt(f"{path}: {error}; run again to write it anew") from error
 
 
 def set_up_process(spec: TrainingSpec) -> None:
@@ -198,46 +225,58 @@ def write_result(
     `weights` are the last ones where the module itself has only its slices of them.
     """
     spec = module.spec
-    run.losses.write_text("".join(line + "\n" for line in losses))
-    shutil.rmtree(run.model, ignore_errors=True)
+    with explain_full_disk(run.losses):
+        run.losses.write_text("".join(line + "\n" for line in losses))
     num_steps = json.loads(losses[-1])["step"]
-    published_step = num_steps
-    shutil.rmtree(run.candidates, ignore_errors=True)
-    candidates = list_candidates(run, losses, spec.training.validation)
-    if candidates:
-        best, *others = candidates
-        published_step = step_of(best)
-        write_candidate(best, spec, run.model, identity=identity)
-        for path in others:
-            write_candidate(path, spec, run.candidates / path.name, identity=identity)
-    elif weights is not None:
-        write_weights(weights, spec, run.model)
-    else:
-        module.take_average()
-        save_learned(module.model, spec, module.trainable, run.model)
-    paths = sorted(path for path in run.model.rglob("*") if path.is_file())
+    with explain_full_tensors(run.model, size_bytes=count_model_bytes(module)):
+        published = write_best(run, spec, losses, identity=identity)
+        if published is None and weights is not None:
+            write_weights(weights, spec, run.model)
+        elif published is None:
+            module.take_average()
+            save_learned(module.model, spec, module.trainable, run.model)
     tail = [loss for line in losses[-20:] if (loss := json.loads(line)["loss"]) is not None]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
-    trained = sum(parameter.numel() for _, parameter in module.named_trained())
-    total = sum(
-        p.numel() for part in module.model.parts.values() if isinstance(part, nn.Module) for p in part.parameters()
+    result = WorkerResult(
+        num_steps=num_steps,
+        published_step=num_steps if published is None else published,
+        start_step=module.start_step,
+        final_loss=sum(tail) / max(1, len(tail)),
+        micro_batch_size=spec.training.train_batch_size,
+        trainable_parameters=sum(parameter.numel() for _, parameter in module.named_trained()),
+        total_parameters=sum(parameter.numel() for parameter in list_parameters(module)),
+        peak_memory_bytes=int(peak),
+        files=run.digest_output(),
     )
-    result = {
-        "num_steps": num_steps,
-        "published_step": published_step,
-        "start_step": module.start_step,
-        "final_loss": sum(tail) / max(1, len(tail)),
-        "micro_batch_size": spec.training.train_batch_size,
-        "trainable_parameters": trained,
-        "total_parameters": total,
-        "peak_memory_bytes": int(peak),
-        "files": {path.relative_to(run.model).as_posix(): digest_file(path) for path in paths},
-    }
-    staged = run.result.with_suffix(".part")
-    staged.write_text(json.dumps(result, indent=1))
-    os.replace(staged, run.result)
+    write_atomic(run.result, dump_signed(result, indent=1))
+
+
+def write_best(run: RunFolder, spec: TrainingSpec, losses: list[str], *, identity: dict[str, str]) -> int | None:
+    """Write the best kept weights as the model, the others beside it; return the step, None where none are kept."""
+    shutil.rmtree(run.model, ignore_errors=True)
+    shutil.rmtree(run.candidates, ignore_errors=True)
+    candidates, damaged = verify_candidates(run, losses, spec.training.validation, identity=identity)
+    for path in damaged:
+        text = f"kept weights of step {step_of(path)} are damaged and left out; see {path}"
+        tell(run, {"event": "note", "text": text})
+    for place, path in enumerate(candidates):
+        folder = run.candidates / path.name if place else run.model
+        write_candidate(path, spec, folder, identity=identity)
+    return step_of(candidates[0]) if candidates else None
+
+
+def list_parameters(module: DreamBoothModule) -> list[nn.Parameter]:
+    """Return every parameter of the model."""
+    return [p for part in module.model.parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
+
+
+def count_model_bytes(module: DreamBoothModule) -> int:
+    """Return about how large the published model is."""
+    is_whole = module.spec.training.method.endswith("full")
+    trained = [parameter for _, parameter in module.named_trained()]
+    return sum(parameter.nbytes for parameter in (list_parameters(module) if is_whole else trained))
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def run_ours(case: Case, *, steps: int, **changes: Any) -> int:
     """Train through the supervisor and return the worker's peak memory."""
     with tempfile.TemporaryDirectory() as name:
         result = run_worker(case.spec(Path(name) / "run", steps=steps, **changes), on_event=lambda event: None)
-    return int(result["peak_memory_bytes"])
+    return result.peak_memory_bytes
 
 
 def run_peer(script: Path, case: Case, *, steps: int) -> int:

@@ -9,11 +9,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tasks.diffusion.base import SamplingRequest, open_model
+from tasks.diffusion.latent_model import LatentModel
 from tasks.encoders.config import EncoderConfig
 from tasks.encoders.descriptors import Encoders
+from tasks.errors import ConfigError
 from tasks.training import callbacks
-from tasks.training.config import ValidationSettings
-from tasks.training.validation import has_settled, read_validations
+from tasks.training.config import TrainingConfig, ValidationSettings
+from tasks.training.holdout import settle_validation
+from tasks.training.module import DreamBoothModule
+from tasks.training.validation import compute_validation_loss, has_settled, read_validations
 from tests.tiny import make_spec, read_unet, train_here
 
 
@@ -103,3 +107,55 @@ def test_settled_means_little_variance_of_late(late: list[float], is_settled: bo
     lines = [json.dumps({"step": i, "validation_loss": value}) for i, value in enumerate(values)]
     assert has_settled(lines, ValidationSettings(window=3)) is is_settled
     assert not has_settled(lines[:5], ValidationSettings(window=3))
+
+
+def settled(num_photos: int, **validation: object) -> tuple[TrainingConfig, str]:
+    notes: list[str] = []
+    config = TrainingConfig(validation={"every_steps": 2, "keep": "best", **validation})
+    return settle_validation(config, num_photos, notes.append), " ".join(notes)
+
+
+@pytest.mark.parametrize(("num_photos", "expected"), [(6, 1), (10, 2), (20, 4)])
+def test_best_by_loss_holds_out_photos_where_there_are_enough(num_photos: int, expected: int) -> None:
+    config, note = settled(num_photos)
+    assert (config.validation.metric, config.validation.num_holdout) == ("loss", expected)
+    assert f"{expected} of {num_photos} photos" in note
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_holdout": 0}])
+def test_best_by_loss_of_few_photos_is_by_similarity_and_says_so(changes: dict[str, int]) -> None:
+    config, note = settled(5, **changes)
+    assert (config.validation.metric, config.validation.num_holdout) == ("similarity", 0)
+    assert "similarity" in note
+    assert "training.validation.num_holdout" in note
+
+
+def test_what_is_asked_for_is_held_out_and_all_photos_cannot_be() -> None:
+    assert settled(4, num_holdout=1)[0].validation.num_holdout == 1
+    assert settled(9, metric="similarity")[0].validation.num_holdout == 0
+    assert settled(9, keep="last", num_holdout=2)[0].validation.num_holdout == 2
+    with pytest.raises(ConfigError, match="training.validation.num_holdout=4 of 4 photos"):
+        settled(4, num_holdout=4)
+
+
+def test_held_out_photos_are_validated_on_and_never_trained_on(tmp_path: Path, tiny_model_folder: Path) -> None:
+    spec = make_spec(tmp_path, tiny_model_folder, validation={"every_steps": 2, "keep": "best"}, max_train_steps=4)
+    first, *others = spec.instance_images
+    spec = spec.model_copy(update={"instance_images": tuple(others), "holdout_images": (first,)})
+    model = open_model(spec.diffusion)
+    assert isinstance(model, LatentModel)
+    module = DreamBoothModule(model, spec)
+    held = module.batches.holdout[0]
+    latents = torch.cat([bucket.sets["instance"].mean for bucket in module.batches.buckets])
+    assert len(held) == 1
+    assert not any(torch.equal(held.mean[0], row) for row in latents)
+    before = float(compute_validation_loss(module))
+    held.mean.add_(1.0)
+    assert float(compute_validation_loss(module)) != before
+    without = spec.model_copy(update={"holdout_images": ()})
+    assert spec.identity() != without.identity()
+    runs = [train_here(tmp_path / name, tiny_model_folder, spec=one.model_copy(update={"folder": str(tmp_path / name)}))
+            for name, one in (("held", spec), ("all", without))]  # fmt: skip
+    rows = [[json.loads(line) for line in run.losses.read_text().splitlines()] for run in runs]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    assert rows[0][-1]["validation_loss"] != rows[1][-1]["validation_loss"]

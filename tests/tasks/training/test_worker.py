@@ -66,7 +66,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: P
         tmp_path_factory.mktemp("whole"), tiny_model_folder, max_train_steps=STEPS, checkpoint_every_steps=5
     )
     result = run_worker(spec, on_event=lambda event: None)
-    assert result["num_steps"] == STEPS
+    assert result.num_steps == STEPS
     return spec, RunFolder(spec.path)
 
 
@@ -84,7 +84,7 @@ def test_a_run_that_is_killed_again_and_again_ends_bit_equal(
     monkeypatch.delenv("LIKENESS_TEST_FAULT")
     starts: list[int] = []
     result = run_worker(again, on_event=lambda e: starts.append(e["step"]) if e["event"] == "started" else None)
-    assert starts == [result["start_step"]] == [15]
+    assert starts == [result.start_step] == [15]
     first, second = weights(whole), weights(run)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)

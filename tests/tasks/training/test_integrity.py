@@ -1,0 +1,200 @@
+"""What training wrote earlier is verified when it is read back: one flipped byte, a cut tail, other shapes."""
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tasks.errors import ArtifactCorrupt, StorageFull
+from tasks.services.store import LocalStore
+from tasks.stage.digests import dump_line
+from tasks.training import worker
+from tasks.training.checkpoints import MANIFEST, TrainingState, list_checkpoints, load_newest, save_checkpoint
+from tasks.training.latent_cache import fetch_latents, is_whole, keep_latents, note_of
+from tasks.training.spec import RunFolder, TrainingSpec
+from tasks.training.supervisor import EventTail, read_result
+from tests.tiny import make_spec, train_here
+
+IDENTITY = {"configuration": "c"}
+
+
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 0x80]) + data[middle + 1 :]
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def empty_list(data: bytes) -> bytes:
+    return b"[]"
+
+
+DAMAGES: list[Callable[[bytes], bytes]] = [flip, cut, empty_list]
+
+
+def damage(path: Path, how: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(how(path.read_bytes()))
+
+
+@contextmanager
+def small_disk(num_bytes: int) -> Iterator[None]:
+    """Let no file grow beyond a size, as a full disk would not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def save(folder: Path, step: int, *, size: int = 3) -> None:
+    weights = {"w": torch.full((size,), float(step))}
+    save_checkpoint(folder, TrainingState(step, weights, {}, {}, []), identity=IDENTITY, num_kept=2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> tuple[TrainingSpec, RunFolder]:
+    folder = tmp_path_factory.mktemp("trained")
+    spec = make_spec(folder, tiny_model_folder, max_train_steps=2)
+    return spec, train_here(folder, tiny_model_folder, spec=spec)
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", [MANIFEST, "numbers.json", "weights.safetensors", "averages.safetensors"])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+    tmp_path: Path, name: str, how: Callable[[bytes], bytes]
+) -> None:
+    save(tmp_path, 2)
+    save(tmp_path, 4)
+    damage(tmp_path / "step-00000004" / name, how)
+    loaded = load_newest(tmp_path, identity=IDENTITY)
+    assert loaded is not None
+    assert loaded.step == 2
+    assert (tmp_path / ".bad-step-00000004").is_dir()
+
+
+def test_folders_that_only_look_like_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    for name in ("step-copy", "step-00000004.orig"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MANIFEST).write_text("{}")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("is_note", [False, True])
+def test_damaged_latents_are_encoded_again(
+    trained: tuple[TrainingSpec, RunFolder], tmp_path: Path, is_note: bool, how: Callable[[bytes], bytes]
+) -> None:
+    spec, _ = trained
+    store = LocalStore(tmp_path / "store")
+    keep_latents(store, spec)
+    moved = spec.model_copy(update={"latent_folder": str(tmp_path / "latents")})
+    fetch_latents(store, moved)
+    path = moved.latents_paths()[0]
+    whole = path.read_bytes()
+    damage(note_of(path) if is_note else path, how)
+    assert not is_whole(path)
+    train_here(tmp_path, Path(spec.model_folder), spec=moved.model_copy(update={"folder": str(tmp_path / "run")}))
+    assert is_whole(path)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_result_is_set_aside_and_made_again(
+    trained: tuple[TrainingSpec, RunFolder], tmp_path: Path, how: Callable[[bytes], bytes]
+) -> None:
+    spec, run = trained
+    before = read_result(run)
+    assert before is not None
+    damage(run.result, how)
+    assert read_result(run) is None
+    assert run.result.with_name("result.json.quarantined").exists()
+    assert worker.train(spec) == 0
+    after = read_result(run)
+    assert after is not None
+    changed = {"start_step": 2, "peak_memory_bytes": after.peak_memory_bytes}
+    assert after == before.model_copy(update=changed)
+
+
+@pytest.mark.parametrize("name", ["losses.jsonl", "model/unet/diffusion_pytorch_model.safetensors"])
+def test_a_result_whose_files_were_changed_is_made_again(trained: tuple[TrainingSpec, RunFolder], name: str) -> None:
+    spec, run = trained
+    damage(run.folder / name, flip)
+    assert read_result(run) is None
+    assert worker.train(spec) == 0
+    assert read_result(run) is not None
+
+
+def test_edited_figures_of_a_result_are_not_believed(trained: tuple[TrainingSpec, RunFolder]) -> None:
+    spec, run = trained
+    run.result.write_text(run.result.read_text().replace('"num_steps": 2', '"num_steps": 3'))
+    assert read_result(run) is None
+    assert worker.train(spec) == 0
+
+
+@pytest.mark.parametrize("how", [flip, cut])
+def test_damaged_events_are_passed_over(tmp_path: Path, how: Callable[[bytes], bytes]) -> None:
+    path, seen = tmp_path / "events.jsonl", list[dict[str, Any]]()
+    rows = [dump_line({"event": "step", "step": step}).encode() for step in (1, 2, 3)]
+    others = [b"[1]\n", b"null\n", b'{"event": []}\n', b"[" * 100_000 + b"\n"]
+    path.write_bytes(rows[0] + how(rows[1]).strip() + b"\n" + b"".join(others) + rows[2])
+    tail = EventTail(path, seen.append)
+    tail.read()
+    assert [event["step"] for event in seen] == [1, 3]
+    assert tail.last_step == 3
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_order_is_not_carried_out(
+    trained: tuple[TrainingSpec, RunFolder], tmp_path: Path, how: Callable[[bytes], bytes]
+) -> None:
+    spec, _ = trained
+    path = tmp_path / "spec.json"
+    worker.write_spec(path, spec)
+    damage(path, how)
+    with pytest.raises(ArtifactCorrupt, match="spec.json"):
+        worker.main([str(path)])
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_kept_weights_give_way_to_the_next_best(
+    tmp_path: Path, tiny_model_folder: Path, how: Callable[[bytes], bytes]
+) -> None:
+    validation = {"every_steps": 1, "keep": "best", "metric": "loss", "num_kept": 2}
+    run = train_here(tmp_path, tiny_model_folder, max_train_steps=3, method="lora", validation=validation)
+    before = read_result(run)
+    assert before is not None
+    run.result.unlink()
+    best = run.best / f"step-{before.published_step:08d}"
+    damage(best / MANIFEST, how)
+    spec = make_spec(tmp_path, tiny_model_folder, max_train_steps=3, method="lora", validation=validation)
+    assert worker.train(spec) == 0
+    after = read_result(run)
+    assert after is not None
+    assert after.published_step != before.published_step
+    assert "kept weights of step" in run.events.read_text()
+
+
+def test_a_full_disk_is_one_line_with_path_and_size(
+    tmp_path: Path, tiny_model_folder: Path, trained: tuple[TrainingSpec, RunFolder]
+) -> None:
+    save(tmp_path, 2)
+    with small_disk(1000), pytest.raises(StorageFull, match=r"0\.\d MB for .*step-00000004 .*run again") as failure:
+        save(tmp_path, 4, size=100_000)
+    assert "\n" not in str(failure.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    spec = make_spec(tmp_path / "latents", tiny_model_folder)
+    with small_disk(1000), pytest.raises(StorageFull, match=r"MB for .*latents/.*\.safetensors"):
+        train_here(tmp_path / "latents", tiny_model_folder, spec=spec)
+    done, run = trained
+    run.result.unlink(missing_ok=True)
+    with small_disk(1000), pytest.raises(StorageFull, match=r"MB for .*/model"):
+        worker.train(done)
+    assert worker.train(done) == 0

@@ -3,7 +3,7 @@
 import csv
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -11,10 +11,11 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from tasks.errors import ConfigError, ReplyInvalid
-from tasks.services.llm.batch import ask_batch
-from tasks.services.llm.calls import Answers, Specs, ask_each
+from tasks.services.llm.batch import BatchOptions, ask_batch
+from tasks.services.llm.calls import Answers, Specs, ask_each, count_repairs
 from tasks.services.llm.client import LlmService
 from tasks.services.llm.requests import RequestSpec
+from tasks.services.llm.retries import map_in_pool
 from tasks.stage.digests import digest
 from tasks.subject.config import SubjectConfig
 from tasks.subject.examining import EXAMINE, Adjudication, adjudicate
@@ -115,8 +116,14 @@ def describe_photos(
     def look(photo: Photo) -> Described:
         return inspect_photo(photo, photos.accepted, config, llm=llm)
 
-    with ThreadPoolExecutor(llm.profile("inspector").concurrency) as pool:
-        for done, (photo, found) in enumerate(zip(unwritten, pool.map(look, unwritten), strict=True), 1):
+    inspected = map_in_pool(
+        look,
+        unwritten,
+        concurrency=llm.profile("inspector").concurrency,
+        num_repairs=count_repairs(llm, len(unwritten)),
+    )
+    with closing(inspected):
+        for done, (photo, found) in enumerate(zip(unwritten, inspected, strict=True), 1):
             described[photo.sha256] = found
             on_progress(done, total)
     wanted = {
@@ -162,10 +169,8 @@ def ask_captions(
     """Return captions and failures: by a batch job where there are many."""
     if len(specs) < config.batch_from or llm.profile("captioner").capabilities.batch == "none":
         return ask_each(specs, llm=llm, role="captioner", on_progress=on_progress)
-    return ask_batch(
-        llm, specs, role="captioner", state_prefix=state_prefix, poll_seconds=5.0,
-        max_wait_seconds=config.max_wait_seconds, on_progress=on_progress,
-    )  # fmt: skip
+    options = BatchOptions(state_prefix, poll_seconds=5.0, max_wait_seconds=config.max_wait_seconds)
+    return ask_batch(llm, specs, options, role="captioner", on_progress=on_progress)
 
 
 def read_captions(config: SubjectConfig, names: set[str]) -> dict[str, Caption]:

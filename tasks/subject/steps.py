@@ -8,7 +8,7 @@ from prefect import task
 
 from tasks.contract import StageFolder, keep_traces
 from tasks.manifests import RejectedImage, SubjectSet
-from tasks.prefect_states import finished, should_retry
+from tasks.prefect_states import finished
 from tasks.runtime import Runtime
 from tasks.services.llm.config import LlmConfig
 from tasks.subject.config import SubjectConfig
@@ -24,7 +24,7 @@ def check_photos(config: SubjectConfig, runtime: Runtime) -> Any:
     return intake.check_photos(config, runtime.store)
 
 
-@task(name="subject", persist_result=False, retries=1, retry_delay_seconds=3, retry_condition_fn=should_retry)
+@task(name="subject", persist_result=False)
 def prepare_subject(config: SubjectConfig, llm: LlmConfig, photos: Any, runtime: Runtime) -> Any:
     """Inspect and caption the photos; keep rejects with their reasons."""
     from tasks.subject.captioning import digest_prompts

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.services.llm.batch import MOST_BYTES
+from tasks.services.llm.completion import Usage
 from tasks.services.llm.config import LlmConfig
-from tasks.services.llm.ledger import Usage, compute_cost
+from tasks.services.llm.ledger import compute_cost
 from tasks.services.llm.requests import RequestSpec, count_body_tokens
 
 SHORT_REPLY_TOKENS = 120

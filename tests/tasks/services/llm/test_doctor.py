@@ -71,7 +71,7 @@ def test_the_mini_server_does_all_that_its_profile_says(tmp_path: Path) -> None:
         local.stop()
     assert all(finding.is_good for finding in found.values()), found
     assert set(found) == {"retirement", "key", "models", "schema", "pictures", "tools", "stream", "batch"}
-    assert found["stream"].detail.startswith("in ")
+    assert found["stream"].detail.endswith(" characters")
 
 
 def findings(
@@ -118,7 +118,7 @@ def test_a_flag_that_does_not_hold_is_named_with_what_to_change(tmp_path: Path) 
     told = {name: found[name].detail for name in ("tools", "reasoning", "stream") if not found[name].is_good}
     assert told["tools"] == "calls no tool; set .capabilities.tools=false"
     assert told["reasoning"] == "reasons (7 tokens) though told not to; set .capabilities.reasoning"
-    assert told["stream"] == "nothing came; set .capabilities.streaming=false"
+    assert told["stream"] == "no text was streamed; set .capabilities.streaming=false"
 
 
 @pytest.mark.parametrize("kind", ["openai", "xai"])

@@ -265,12 +265,3 @@ def list_summaries(output: Path) -> list[dict[str, Any]]:
     """Return the summaries of all runs in a folder, newest first."""
     found = sorted(output.glob("*/summary.json"), key=lambda path: path.parent.name, reverse=True)
     return [json.loads(path.read_text()) for path in found]
-
-
-def list_pending(output: Path) -> list[list[Path]]:
-    """Return the folders of parked runs, oldest first; those that asked for the same are one job."""
-    groups: dict[str, list[Path]] = {}
-    for path in sorted(output.glob("*/summary.json"), key=lambda path: path.parent.name):
-        if json.loads(path.read_text())["status"] == "pending":
-            groups.setdefault((path.parent / "request.json").read_text(), []).append(path.parent)
-    return list(groups.values())

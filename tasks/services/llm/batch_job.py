@@ -21,17 +21,19 @@ from tasks.services.llm.client import LlmService
 from tasks.services.llm.completion import ChatCompletion, Usage, bound_usage
 from tasks.services.llm.config import ProfileConfig
 from tasks.services.llm.errors import RequestRefused
+from tasks.services.llm.journal import append_line
 from tasks.services.llm.ledger import LedgerRow, compute_cost
 from tasks.services.llm.pictures import publish_line
 from tasks.services.llm.replies import quarantine
 from tasks.services.llm.requests import RequestSpec
 from tasks.services.llm.retries import call_with_retries
 from tasks.services.store import Store
-from tasks.stage.digests import dump_signed, load_signed
+from tasks.stage.digests import dump_line, dump_signed, load_signed
 
 log = logging.getLogger(__name__)
 # Providers end a job within 24 hours; one whose status is still unknown then has no answer to wait for.
 UNKNOWN_DEADLINE_SECONDS = 36 * 3600.0
+JOB_LOG = "jobs.jsonl"
 
 
 class BatchState(BaseModel):
@@ -122,6 +124,11 @@ class BatchJob:
         """Take the state that another process has stored meanwhile."""
         self.state = find_state(self.llm.store, self.state_key) or self.state
 
+    def log_use(self) -> None:
+        """Note beside the ledger that this run waits for this job: a run that is killed is found by it."""
+        row = {"state_key": self.state_key, "profile": self.name, "role": self.state.role}
+        append_line(self.llm.ledger.path.with_name(JOB_LOG), dump_line(row).encode())
+
     def ensure_created(self) -> None:
         """Upload and create the job, unless an earlier attempt already did; add the rows that it lacks."""
         if self.state.batch_id and self.provider.is_lost(self.state.batch_id):
@@ -178,6 +185,7 @@ class BatchJob:
         on_progress: Callable[[int], None],
     ) -> None:
         """Look at the job until it ends, with pauses that grow to `poll_seconds`. Raises StillPending."""
+        self.log_use()
         self.ensure_created()
         deadline = time.monotonic() + max_wait_seconds
         pause = min(0.2, poll_seconds)

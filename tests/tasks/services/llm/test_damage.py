@@ -19,7 +19,7 @@ from tests.tasks.services.llm.test_client import CHAT, GOOD, SPEC, ask, make_llm
 from tests.tasks.services.llm.test_rungs import REFUSAL, two_rungs
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
-    "one flipped byte": lambda data: flip(data),
+    "one flipped byte": lambda data: flip(data),  # noqa: PLW0108 - defined below
     "a cut tail": lambda data: data[: len(data) * 2 // 3],
     "no bytes": lambda data: b"",
     "a list": lambda data: b"[]",

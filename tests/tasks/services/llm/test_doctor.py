@@ -30,7 +30,8 @@ class Listing(ScriptedServer):
         self.reply = reply
 
     def next_answer(self) -> Any:
-        return 200, {}, json.dumps(completion('{"color": "red"}', **{"model": "asked-model", **self.reply})).encode()
+        content = '{"color": "vermilion"}' if "vermilion" in json.dumps(self.bodies[-1]) else '{"color": "red"}'
+        return 200, {}, json.dumps(completion(content, **{"model": "asked-model", **self.reply})).encode()
 
 
 @pytest.mark.parametrize(

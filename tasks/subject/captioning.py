@@ -2,6 +2,7 @@
 
 import csv
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from tasks.stage.digests import digest
 from tasks.subject.config import SubjectConfig
 from tasks.subject.examining import EXAMINE, Adjudication, adjudicate
 from tasks.subject.intake import CheckedPhotos, Photo
-from tasks.subject.linting import clean_phrase, find_leaks
+from tasks.subject.linting import clean_caption, clean_phrase, find_foreign_nouns, find_leaks, list_forms
 from tasks.subject.quality import Box
 from tasks.wording import choose_article, name_subject
 
@@ -197,16 +198,21 @@ def read_captions(config: SubjectConfig, names: set[str]) -> dict[str, Caption]:
     }
 
 
-def lint_caption(caption: Caption, trait_words: set[str]) -> tuple[Caption, list[str]]:
-    """Return a caption without the phrases that tell a fixed trait, and the words that did."""
+def lint_caption(
+    caption: Caption, trait_words: set[str], config: SubjectConfig
+) -> tuple[Caption, list[str], list[str]]:
+    """Return a caption without phrases that tell a fixed trait or another subject, and the words that did."""
     leaks: list[str] = []
+    foreign: list[str] = []
     kept = {}
     for name in ("surroundings", "view"):
-        phrase = getattr(caption, name)
+        phrase = clean_caption(getattr(caption, name), identifier_token=config.identifier_token)
         found = find_leaks(phrase, trait_words)
+        others = find_foreign_nouns(phrase, class_noun=config.class_noun)
         leaks += found
-        kept[name] = "" if found else phrase
-    return Caption(**kept), leaks
+        foreign += others
+        kept[name] = "" if found or others else phrase
+    return Caption(**kept), leaks, foreign
 
 
 def digest_prompts() -> str:
@@ -258,6 +264,8 @@ def join_phrases(start: str, caption: Caption) -> str:
 
 
 def without_name(phrase: str, config: SubjectConfig) -> str:
-    """Drop class noun and identifier token from a model's phrase."""
-    names = "|".join(re.escape(name) for name in (config.class_noun, config.identifier_token))
-    return re.sub(rf"\b(?:the |a |an )?(?:{names})s?\b", "", phrase, flags=re.IGNORECASE)
+    """Drop class noun, its plurals and the identifier token from a model's phrase."""
+    forms = [*list_forms(config.class_noun), config.identifier_token]
+    names = "|".join(re.escape(form) for form in forms)
+    plain = unicodedata.normalize("NFKC", phrase)
+    return re.sub(rf"\b(?:the |a |an )?(?:{names})\b", "", plain, flags=re.IGNORECASE)

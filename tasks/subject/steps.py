@@ -13,7 +13,7 @@ from tasks.runtime import Runtime
 from tasks.services.llm.config import LlmConfig
 from tasks.subject.config import SubjectConfig
 
-STAGE_VERSION = 4
+STAGE_VERSION = 5
 
 
 @task(name="check photos", persist_result=False)

@@ -137,7 +137,8 @@ def test_a_run_killed_while_its_batch_job_runs_is_pending_and_costs_are_those_of
         words = [
             f"llm.profiles.remote.base_url={server.url}", "llm.profiles.remote.model=asked-model", "llm.judge=remote",
             "llm.profiles.remote.capabilities.structure=json_schema", "llm.profiles.remote.capabilities.batch=openai",
-            "scoring.poll_seconds=0.1", "llm.profiles.remote.prices={input: 1, output: 10, date: d}",
+            "scoring.poll_seconds=0.1", "llm.profiles.remote.prices.input=1", "llm.profiles.remote.prices.output=10",
+            "llm.profiles.remote.prices.date=d",
         ]  # fmt: skip
         server.desk.turn.acquire()
         process = workplace.start(*words)

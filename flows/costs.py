@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.pending import read_status
+from flows.tables import make_cell
 from tasks.errors import ConfigError
 from tasks.services.llm.ledger import read_rows
 
@@ -21,7 +22,6 @@ def print_costs(folder: Path, *, is_json: bool) -> None:
         print(json.dumps(groups, indent=1))
         return
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
@@ -33,7 +33,7 @@ def print_costs(folder: Path, *, is_json: bool) -> None:
         served = row["served_model"] + (" (batch)" if row["is_batch"] else "")
         counts = [str(row[name]) for name in ("calls", "kept", "failed", *COLUMNS)]
         cells = (row["role"], row["profile"], served, *counts, show_usd(row["cost_usd"]))
-        table.add_row(*map(escape, cells))
+        table.add_row(*map(make_cell, cells))
     Console(width=160).print(table)
     for run, (rows, num_damaged) in ledgers.items():
         note = f", {num_damaged} damaged ledger lines are left out" if num_damaged else ""

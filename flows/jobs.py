@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from conf.schema import RunConfig
 from flows.pending import list_job_keys, read_config
+from flows.tables import make_cell
 from tasks.contract import PREFIXES
 from tasks.errors import ConfigError
 
@@ -144,7 +145,6 @@ def newest_with(output: Path, profile: str, job_id: str) -> Path:
 def print_jobs(jobs: list[FoundJob], output: Path) -> None:
     """Print a table of jobs."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     if not jobs:
@@ -159,7 +159,7 @@ def print_jobs(jobs: list[FoundJob], output: Path) -> None:
         status = state.status + (", cancelled" if state.is_cancelled and state.status != "cancelled" else "")
         status += ", kept" if state.is_harvested else ""
         cells = (job.name, state.profile, state.role, status, str(len(state.custom_ids)), created, show_cost(state))
-        table.add_row(*map(escape, cells), escape(", ".join(job.run_ids) or "-"))
+        table.add_row(*map(make_cell, (*cells, ", ".join(job.run_ids) or "-")))
     Console(width=200).print(table)
 
 

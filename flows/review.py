@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.runs import open_budget, read_run, write_json
+from flows.tables import make_cell
 from tasks.errors import ConfigError, LikenessError
 from tasks.manifests import SubjectSet
+from tasks.redaction import clean_text
 
 if TYPE_CHECKING:
     from tasks.services.llm.conversation import Conversation
@@ -53,7 +55,7 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
     before, kept = book.version, folder / "review.json"
 
     def confirm(question: str) -> bool:
-        return read(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+        return read(clean_text(f"{question} [y/N] ")).strip().lower() in ("y", "yes")
 
     tools = list_tools(subject, book, run.config.subject, store=store, confirm=confirm)
     history = History.model_validate_json(kept.read_text()) if kept.exists() else History()
@@ -105,5 +107,5 @@ def show_captions(subject: SubjectSet, book: "CaptionBook") -> None:
     for title in ("photo", "caption", "found"):
         table.add_column(title)
     for name, caption, found in describe_subject(subject, book):
-        table.add_row(name, caption or "-", found)
+        table.add_row(*map(make_cell, (name, caption or "-", found)))
     Console(width=160).print(table)

@@ -55,20 +55,24 @@ def describe_totals(groups: list[dict[str, Any]]) -> str:
 
 def find_paying_run(output: Path, name: str) -> Path:
     """Return a run's folder, whatever became of the run; `latest` is the newest that asked an LLM."""
-    folders = sorted(path.parent for path in output.glob(f"*/{LEDGER}"))
-    if name == "latest" and folders:
-        return folders[-1]
+    paying = sorted(path.parent for path in output.glob(f"*/{LEDGER}"))
+    if name == "latest" and paying:
+        return paying[-1]
+    folders = sorted(path.parent for path in output.glob("*/config.json"))
     matches = [folder for folder in folders if folder.name == name or folder.name.endswith(f"-{name}")]
     if len(matches) == 1:
         return matches[0]
-    raise ConfigError(f"no run {name!r} in {output} asked an LLM; `likeness runs` lists runs")
+    raise ConfigError(f"no run {name!r} in {output}; `likeness runs` lists them")
 
 
 def find_same(folder: Path) -> list[Path]:
     """Return the folders of all runs with the same configuration, oldest first; the cap on money may differ."""
     wanted = read_identity(folder)
-    runs = sorted(path.parent for path in folder.parent.glob(f"*/{LEDGER}"))
-    return [run for run in runs if run == folder or (wanted is not None and read_identity(run) == wanted)]
+    runs = sorted(path.parent for path in folder.parent.glob("*/config.json"))
+    same = [run for run in runs if run == folder or (wanted is not None and read_identity(run) == wanted)]
+    if not any((run / LEDGER).exists() for run in same):
+        raise ConfigError(f"run {folder.name} asked no LLM")
+    return same
 
 
 def read_identity(folder: Path) -> Any:
@@ -87,11 +91,9 @@ def show_usd(cost: float | None) -> str:
 
 
 def read_ledger(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return a run's attempts, and how many lines are damaged. Raises ConfigError where there are none."""
+    """Return a run's attempts, and how many lines are damaged."""
     path = folder / LEDGER
-    if not path.exists():
-        raise ConfigError(f"run {folder.name} asked no LLM")
-    rows = list(read_rows(path))
+    rows = list(read_rows(path)) if path.exists() else []
     return [row for row in rows if row is not None], rows.count(None)
 
 

@@ -84,27 +84,38 @@ def try_acquire(store: Store, name: str, owner: str) -> str | None:
     holder = find_holder(store, name)
     if holder is not None and not holder[1].is_stale():
         return None
-    numbers = [read_number(key) for key in list_leases(store, name)]
-    key = f"{prefix_of(name)}{max(numbers, default=0) + 1:06d}.json"
+    # The number follows from the lease that was found stale: a newer one, of somebody faster, is in its place.
+    key = f"{prefix_of(name)}{(read_number(holder[0]) if holder else 0) + 1:06d}.json"
     if not store.put_new(key, dump_signed(make_lease(owner))):
         return None
-    for old in list_leases(store, name):
-        if old < key:
-            store.delete(old)
+    for other in list_leases(store, name):
+        if other != key:
+            found = read_lease(store, other)
+            if found is not None and not found.is_stale():  # both began at once: neither has it
+                store.delete(key)
+                return None
+            store.delete(other)
     return key
 
 
 def find_holder(store: Store, name: str) -> tuple[str, Lease] | None:
-    """Return the newest lease of a name; a damaged one is stale."""
+    """Return the newest lease of a name and its key."""
     for key in reversed(list_leases(store, name)):
-        data = store.find_bytes(key)
-        if data is None:
-            continue
-        try:
-            return key, load_signed(Lease, data)
-        except ArtifactCorrupt:
-            return key, Lease(owner="", host="", pid=0, process_started=0.0, expires_at=0.0)
+        found = read_lease(store, key)
+        if found is not None:
+            return key, found
     return None
+
+
+def read_lease(store: Store, key: str) -> Lease | None:
+    """Return a lease; a damaged one is stale."""
+    data = store.find_bytes(key)
+    if data is None:
+        return None
+    try:
+        return load_signed(Lease, data)
+    except ArtifactCorrupt:
+        return Lease(owner="", host="", pid=0, process_started=0.0, expires_at=0.0)
 
 
 def keep_alive(store: Store, key: str, owner: str, ended: threading.Event) -> None:

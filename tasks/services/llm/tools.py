@@ -15,6 +15,8 @@ from tasks.services.llm.ledger import LedgerRow
 from tasks.services.llm.requests import RequestSpec, T, encode_image
 from tasks.services.llm.schema import strict_schema
 
+MOST_PICTURES = 4  # that one round of tools shows
+
 
 @dataclass(frozen=True)
 class ToolResult:
@@ -98,7 +100,7 @@ def run_calls(
             result = by_name[call.name].call(call.arguments)
             called.append(call.name)
         messages.append({"role": "tool", "tool_call_id": call.call_id, "content": json.dumps(result.values)})
-        if result.picture is not None:  # tools answer in text alone
+        if result.picture is not None and len(pictures) < MOST_PICTURES:  # tools answer in text alone
             url = encode_image(result.picture, max_side=max_side)
             pictures.append({"type": "image_url", "image_url": {"url": url}})
     if pictures:

@@ -18,7 +18,8 @@ EPILOG = """examples:
   likeness report                                      where the newest report is
   likeness generate latest "a photo of sks fish at night"
   likeness doctor llm=openai                           do keys and models work, before anything is paid for
-  likeness cost                                        what the newest run paid
+  likeness cost                                        what the newest run's configuration paid, reruns included
+  likeness jobs                                        remote batch jobs, with their cost so far
   likeness review                                      talk about the newest run's captions, and change them
   likeness sweep training.learning_rate=5e-5,1e-4 training.max_train_steps=150,300
 
@@ -112,7 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_llm_commands(add: Callable[..., argparse.ArgumentParser]) -> tuple[argparse.ArgumentParser, ...]:
     """Add the commands about LLMs; return those that take an output folder."""
-    pending = add("pending", help="go on with runs whose batch jobs were still running")
+    pending = add("pending", help="resume runs whose batch jobs were still running (exit code 11: some still wait)")
     pending.set_defaults(action=finish_pending)
 
     doctor = add("doctor", help="try every LLM profile: key, model list, retirement, schema, pictures, tools, ...")
@@ -123,11 +124,17 @@ def add_llm_commands(add: Callable[..., argparse.ArgumentParser]) -> tuple[argpa
     review.add_argument("run", nargs="?", default="latest", help=RUN_HELP)
     review.set_defaults(action=review_captions)
 
-    cost = add("cost", help="what a run asked of LLMs and what it paid")
+    jobs = add("jobs", help="list, show, adopt, cancel or discard remote batch jobs, with their cost so far")
+    jobs.add_argument("job_action", nargs="?", default="list", choices=("list", "show", "adopt", "cancel", "discard"))
+    jobs.add_argument("job", nargs="?", default="", help="the provider's id of a job")
+    jobs.add_argument("--profile", default="", help="LLM profile of a job that no run here made")
+    jobs.set_defaults(action=manage_jobs)
+
+    cost = add("cost", help="what a configuration asked of LLMs and what it paid, over all its runs")
     cost.add_argument("run", nargs="?", default="latest", help=RUN_HELP)
     cost.add_argument("--json", action="store_true", help="print the totals as JSON")
     cost.set_defaults(action=show_cost)
-    return pending, review, cost
+    return pending, review, jobs, cost
 
 
 def whole_number(text: str) -> int:
@@ -232,11 +239,18 @@ def review_captions(options: argparse.Namespace) -> int:
     return 0
 
 
-def show_cost(options: argparse.Namespace) -> int:
-    """Print what a run paid."""
-    from flows.costs import print_costs
+def manage_jobs(options: argparse.Namespace) -> int:
+    """Look after batch jobs."""
+    from flows.jobs import run_jobs_command
 
-    print_costs(find_run(options.output_dir, options.run), is_json=options.json)
+    return run_jobs_command(options.output_dir, options.job_action, options.job, profile=options.profile)
+
+
+def show_cost(options: argparse.Namespace) -> int:
+    """Print what a configuration paid."""
+    from flows.costs import find_paying_run, print_costs
+
+    print_costs(find_paying_run(options.output_dir, options.run), is_json=options.json)
     return 0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from flows.estimates import with_defaults
+from flows.tables import make_cell
 
 
 def print_examination(words: Iterable[str]) -> int:
@@ -37,7 +38,7 @@ def print_examination(words: Iterable[str]) -> int:
             for finding in examine(llm, name):
                 num_bad += not finding.is_good
                 sign = "[green]ok[/]" if finding.is_good else "[red]no[/]"
-                table.add_row(label, model, sign, finding.name, finding.detail)
+                table.add_row(*map(make_cell, (label, model)), sign, finding.name, make_cell(finding.detail))
                 label = model = ""
     finally:
         llm.close()

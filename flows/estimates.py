@@ -1,6 +1,7 @@
 """What a run would take, before anything is loaded or sent: memory by method, LLM calls and money."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import product
 from typing import Any, get_args
 
@@ -78,29 +79,64 @@ def describe(method: str, training: TrainingConfig, diffusion: object) -> list[s
 
 
 def print_calls(console: Any, config: RunConfig) -> None:
-    """Print calls, tokens and money by role, and the largest batch file."""
+    """Print calls, tokens and money by role, as expected and at most, and the largest batch file."""
     from rich.table import Table
 
-    from tasks.services.llm.estimate import SHORT_REPLY_TOKENS, estimate_calls
+    from tasks.services.llm.estimate import estimate_calls
 
-    plan = plan_requests(config)
-    rows = [estimate_calls(config.llm, role, requests, is_batch=is_batch(config, role)) for role, requests in plan]
+    rows = [
+        estimate_calls(config.llm, role, requests, is_batch=is_batch(config, role))
+        for role, requests in plan_requests(config)
+    ]
+    extra = [
+        replace(estimate_calls(config.llm, role, requests, is_batch=False, first_rung=rung), calls=0, expected_usd=0.0)
+        for role, requests, rung in plan_follow_ups(config)
+    ]
     table = Table(box=None)
-    for number, name in enumerate(("role", "profile", "calls", "tokens in", "USD from", "to")):
+    names = ("role", "profile", "calls", "at most", "tokens in", "USD expected", "at most")
+    for number, name in enumerate(names):
         table.add_column(name, justify="left" if number < 2 else "right")
-    for row in rows:
+    for row in [*rows, *extra]:
         way = " (batch)" if row.is_batch else ""
-        money = (show_usd(row.low_usd), show_usd(row.high_usd))
-        table.add_row(row.role, row.profile + way, str(row.calls), f"{row.input_tokens:,}", *money)
+        tokens = f"{row.input_tokens:,}" if row.calls else "-"
+        counts = (str(row.calls), f"{row.worst_calls:,}", tokens)
+        table.add_row(row.role, row.profile + way, *counts, show_usd(row.expected_usd), show_usd(row.worst_usd))
     console.print(table)
-    low, high = add_up([row.low_usd for row in rows]), add_up([row.high_usd for row in rows])
+    expected = add_up([row.expected_usd for row in rows])
+    worst = add_up([row.worst_usd for row in [*rows, *extra]])
+    cap = "" if config.llm.budget_usd is None else f", and never more than llm.budget_usd={config.llm.budget_usd:g}"
+    console.print(f"expected {show_usd(expected)} USD: one short reply from the first profile for each question")
     console.print(
-        f"in all {show_usd(low)} to {show_usd(high)} USD: with replies of {SHORT_REPLY_TOKENS} tokens, "
-        "or as long as they may be"
+        f"at most  {show_usd(worst)} USD: every retry, repair, next profile and follow-up billed at full length{cap}"
     )
     largest = max((row.largest_file_bytes for row in rows if row.is_batch), default=0)
     if largest:
         console.print(f"largest batch file {largest / 1e6:.2f} MB")
+
+
+def plan_follow_ups(config: RunConfig) -> list[tuple[str, list[RequestSpec[Any]], int]]:
+    """Return what is asked only where replies call for it, by role, with the place in the chain where it begins."""
+    from tasks.images import encode_png
+    from tasks.services.llm.tools import MOST_PICTURES
+    from tasks.subject.examining import EXAMINE, MAX_ROUNDS, Adjudication
+    from tasks.subject.intake import SHOWN_SIDE
+
+    found: list[tuple[str, list[RequestSpec[Any]], int]] = []
+    subject, scoring = config.subject, config.scoring
+    if subject.captioning == "llm" and config.llm.profile("adjudicator").capabilities.tools:
+        picture = encode_png(Image.new("RGB", (SHOWN_SIDE, SHOWN_SIDE)))
+        rounds = [
+            RequestSpec(
+                EXAMINE, ("x" * 1000, *[picture] * (1 + MOST_PICTURES * number)), Adjudication, is_reasoning=True
+            )
+            for number in range(MAX_ROUNDS + 1)
+        ]
+        found.append(("adjudicator", rounds * count_asked_photos(config), 0))
+    if scoring.settle_gap:
+        judged = dict(plan_requests(config))["judge"]
+        num = 3 * 2 * len(config.evaluation.prompts) * config.evaluation.num_images_per_prompt
+        found.append(("judge", [replace(spec, is_reasoning=True) for spec in judged[:num]], 1))
+    return found
 
 
 def add_up(costs: list[float | None]) -> float | None:

@@ -87,6 +87,8 @@ def list_stages(store: Store, referenced: set[str], limit: float) -> Iterator[It
             name = "/".join(item.key.split("/")[:2])
             groups.setdefault(name, []).append((item.key, item.size_bytes, item.modified))
         for name, objects in groups.items():
+            if any("/batches/" in key for key, _, _ in objects):
+                continue  # a batch job's state: its replies may be paid for and not yet read
             if name not in referenced and max(modified for _, _, modified in objects) < limit:
                 keys = tuple(key for key, _, _ in objects)
                 yield Item(f"{stage} that no run refers to", name, sum(size for _, size, _ in objects), keys=keys)

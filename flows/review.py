@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from flows.run_records import read_run
 from flows.runs import open_budget
+from flows.tables import make_cell
 from tasks.errors import ArtifactCorrupt, ConfigError, LikenessError
 from tasks.manifests import SubjectSet
+from tasks.redaction import clean_text
 from tasks.stage.digests import dump_signed, load_signed
 from tasks.stage.files import quarantine, write_atomic
 
@@ -56,7 +58,7 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
     before, kept = book.version, folder / "review.json"
 
     def confirm(question: str) -> bool:
-        return read(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+        return read(clean_text(f"{question} [y/N] ")).strip().lower() in ("y", "yes")
 
     tools = list_tools(subject, book, run.config.subject, store=store, confirm=confirm)
     history = read_history(kept)
@@ -121,5 +123,5 @@ def show_captions(subject: SubjectSet, book: "CaptionBook") -> None:
     for title in ("photo", "caption", "found"):
         table.add_column(title)
     for name, caption, found in describe_subject(subject, book):
-        table.add_row(name, caption or "-", found)
+        table.add_row(*map(make_cell, (name, caption or "-", found)))
     Console(width=160).print(table)

@@ -225,12 +225,3 @@ def read_run(folder: Path) -> PastRun:
         moved = config.store.model_copy(update={"folder": str(folder.parent / "store")})
         config = config.model_copy(update={"store": moved, "output_dir": str(folder.parent)})
     return PastRun(config, read_summary(folder))
-
-
-def list_pending(output: Path) -> list[list[Path]]:
-    """Return the folders of suspended runs, oldest first; those that asked for the same are one job."""
-    groups: dict[str, list[Path]] = {}
-    for folder in list_run_folders(output):
-        if read_summary(folder)["status"] == "pending":
-            groups.setdefault((folder / REQUEST).read_text(), []).append(folder)
-    return list(groups.values())

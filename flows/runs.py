@@ -219,10 +219,10 @@ def check_files(config: RunConfig) -> None:
 
 def open_budget(config: RunConfig, output: Path) -> Any:
     """Return the cap on what this configuration may cost, whichever runs of it spend it."""
-    from tasks.services.llm.ledger import Budget
+    from tasks.services.llm.budget import Budget
 
     uncapped = config.model_copy(update={"llm": config.llm.model_copy(update={"budget_usd": None})})
-    path = output / "work" / "budgets" / f"{compute_config_digest(uncapped)}.jsonl"
+    path = output / "work" / "budgets" / f"{compute_config_digest(uncapped)}.json"
     return Budget(path, config.llm.budget_usd)
 
 

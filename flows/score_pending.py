@@ -2,37 +2,41 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from prefect import flow
 from prefect.runtime import deployment
 
 from conf.trust import allowed_roots, check_path
+from flows.pending import PendingReport, list_pending
 from flows.personalize_subject import personalize_subject
-from flows.run_records import list_pending, read_request, read_summary, write_summary
+from flows.run_records import read_request, read_summary, write_summary
 from tasks.errors import LikenessError, StillPending
 
 log = logging.getLogger(__name__)
 
 
 @flow(name="score-pending", persist_result=False)
-def score_pending(output_dir: str = "runs") -> list[dict[str, Any]]:
-    """Finish every parked run whose batch job has ended; return the summaries of those that did.
+def score_pending(output_dir: str = "runs") -> PendingReport:
+    """Resume every pending run whose batch job has ended, and say how each of them stands.
 
-    Safe to run at any time and again: a job that is still running stays parked, and nothing is paid twice.
+    Safe to run at any time and again: a job that is still running stays pending, and nothing is paid twice.
     """
     if deployment.id is not None:
         check_path("output_dir", output_dir, allowed_roots())
-    finished = []
+    report = PendingReport()
     for folders in list_pending(Path(output_dir)):
+        name = folders[-1].name
         try:
             summary = personalize_subject(read_request(folders[0]).request)
-        except StillPending:
+        except StillPending as error:
+            log.info("run %s still waits: %s", name, error)
+            report.waiting.append(name)
             continue
         except LikenessError as error:  # it must not keep the others waiting
-            log.warning("run %s could not go on: %s", folders[-1].name, error)
+            log.warning("run %s could not be resumed: %s", name, error)
+            report.failed.append(f"{name}: {type(error).__name__}: {error}")
             continue
         for folder in folders:
             write_summary(folder, {**read_summary(folder), "status": "continued", "continued_by": summary["run_id"]})
-        finished.append(summary)
-    return finished
+        report.finished.append(summary)
+    return report

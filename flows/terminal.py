@@ -43,8 +43,9 @@ def run_in_terminal(settings: list[str]) -> int:
 
 
 def finish_pending(output: Path) -> int:
-    """Go on with parked runs and say how each of them stands."""
-    from flows.run_records import list_pending, read_request
+    """Resume pending runs and say how each of them stands; 0: all done, 11: some still wait, 1: some failed."""
+    from flows.pending import list_pending
+    from flows.run_records import read_request
 
     waiting = list_pending(output)
     if not waiting:
@@ -56,14 +57,18 @@ def finish_pending(output: Path) -> int:
 
         token = progress_of_run.set(progress)
         try:
-            finished = score_pending(str(output))
+            report = score_pending(str(output))
         finally:
             progress_of_run.reset(token)
             progress.close()
-    for summary in finished:
+    for summary in report.finished:
         print_summary(summary, config)
-    print(f"{len(finished)} of {len(waiting)} waiting runs finished")
-    return 0
+    for name in report.waiting:
+        print(f"{name}: still waits; `likeness jobs` lists batch jobs")
+    for line in report.failed:
+        print(f"failed: {line}", file=sys.stderr)
+    print(f"{len(report.finished)} of {len(waiting)} waiting runs finished")
+    return report.exit_code
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from tasks.mini.batches import BatchDesk
+from tasks.mini.batches import BatchDesk, DeskError
 
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -79,8 +79,6 @@ class ScriptedServer:
         """Answer one row of a batch."""
         self.counts["row"] += 1
         status, _, data = self.next_answer()
-        from tasks.mini.batches import DeskError
-
         if status != 200:
             raise DeskError(status, "scripted failure")
         loaded: dict[str, Any] = json.loads(data)
@@ -120,7 +118,10 @@ def make_handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:
                 end = data.rindex(b"}\n") + 2
                 self.send(server.desk.add_file("f.jsonl", data[start:end], purpose="batch"))
             elif self.path == "/v1/batches":
-                self.send(server.desk.create(json.loads(data)))
+                try:
+                    self.send(server.desk.create(json.loads(data)))
+                except DeskError as error:
+                    self.reply(error.status, {}, json.dumps({"error": {"message": error.message}}).encode())
 
         def do_GET(self) -> None:
             path = self.path.split("?")[0].removeprefix("/v1/").split("/")

@@ -37,7 +37,7 @@ class Grading:
     def traces(self) -> dict[str, str]:
         """Return what judges thought aloud, by question."""
         second = {f"second judge/{name}": answer for name, answer in self.second.items()}
-        return {name: answer.trace for name, answer in {**self.given, **second}.items()}
+        return {name: answer.reasoning for name, answer in {**self.given, **second}.items()}
 
 
 def grade(config: ScoringConfig, material: Material, *, llm: LlmService, folder: StageFolder, show: Show) -> Grading:

@@ -1,11 +1,12 @@
 """Put questions to a judge, one by one or as a batch job."""
 
+import math
 from collections.abc import Callable
 
 from tasks.contract import StageFolder
 from tasks.errors import ReplyInvalid
 from tasks.scoring.config import ScoringConfig
-from tasks.services.llm.batch import ask_batch
+from tasks.services.llm.batch import BatchOptions, ask_batch
 from tasks.services.llm.calls import Answers, Specs, ask_each
 from tasks.services.llm.client import LlmService
 
@@ -28,18 +29,16 @@ def ask_judge(
     on_progress(0, len(specs))
     has_batches = llm.profile(role).capabilities.batch != "none"
     if config.executor == "batch" and has_batches:
-        answers, failures = ask_batch(
-            llm,
-            specs,
-            role=role,
+        options = BatchOptions(
             state_prefix=f"{folder.prefix}/batches/{role}",
             poll_seconds=config.poll_seconds,
             max_wait_seconds=config.max_wait_seconds,
             deadline_seconds=config.deadline_seconds,
-            on_progress=on_progress,
         )
+        answers, failures = ask_batch(llm, specs, options, role=role, on_progress=on_progress)
     else:
-        answers, failures = ask_each(specs, llm=llm, role=role, on_progress=on_progress)
+        max_failures = math.floor(config.max_failed_share * len(specs))
+        answers, failures = ask_each(specs, llm=llm, role=role, on_progress=on_progress, max_failures=max_failures)
     if len(failures) > config.max_failed_share * len(specs):
         example = next(iter(failures.values()))
         raise ReplyInvalid(f"{len(failures)} of {len(specs)} questions got no grade: {example}; run again to ask anew")

@@ -8,7 +8,7 @@ from prefect import task
 
 from tasks.contract import StageFolder, keep_traces, read_verified
 from tasks.manifests import Agreement, Evaluation, ObjectRef, Scorecard, SubjectSet
-from tasks.prefect_states import finished, should_retry
+from tasks.prefect_states import finished
 from tasks.runtime import Runtime
 from tasks.scoring.config import ScoringConfig
 from tasks.services.llm.config import LlmConfig
@@ -16,7 +16,7 @@ from tasks.services.llm.config import LlmConfig
 STAGE_VERSION = 3
 
 
-@task(name="scoring", persist_result=False, retries=1, retry_delay_seconds=3, retry_condition_fn=should_retry)
+@task(name="scoring", persist_result=False)
 def score_samples(
     config: ScoringConfig, llm: LlmConfig, evaluation: Evaluation, subject: SubjectSet, runtime: Runtime
 ) -> Any:

@@ -2,8 +2,9 @@
 
 import csv
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,15 +13,16 @@ from pydantic import BaseModel, Field
 
 from tasks.errors import ConfigError, ReplyInvalid
 from tasks.prompts import choose_article, name_subject
-from tasks.services.llm.batch import ask_batch
-from tasks.services.llm.calls import Answers, Specs, ask_each
+from tasks.services.llm.batch import BatchOptions, ask_batch
+from tasks.services.llm.calls import Answers, Specs, ask_each, count_repairs
 from tasks.services.llm.client import LlmService
 from tasks.services.llm.requests import RequestSpec
+from tasks.services.llm.retries import map_in_pool
 from tasks.stage.digests import digest
 from tasks.subject.config import SubjectConfig
 from tasks.subject.examining import EXAMINE, Adjudication, adjudicate
 from tasks.subject.intake import CheckedPhotos, Photo
-from tasks.subject.linting import clean_phrase, find_leaks
+from tasks.subject.linting import clean_caption, clean_phrase, find_foreign_nouns, find_leaks, list_forms
 from tasks.subject.quality import Box
 
 INSPECT = (
@@ -115,8 +117,14 @@ def describe_photos(
     def look(photo: Photo) -> Described:
         return inspect_photo(photo, photos.accepted, config, llm=llm)
 
-    with ThreadPoolExecutor(llm.profile("inspector").concurrency) as pool:
-        for done, (photo, found) in enumerate(zip(unwritten, pool.map(look, unwritten), strict=True), 1):
+    inspected = map_in_pool(
+        look,
+        unwritten,
+        concurrency=llm.profile("inspector").concurrency,
+        num_repairs=count_repairs(llm, len(unwritten)),
+    )
+    with closing(inspected):
+        for done, (photo, found) in enumerate(zip(unwritten, inspected, strict=True), 1):
             described[photo.sha256] = found
             on_progress(done, total)
     wanted = {
@@ -162,10 +170,8 @@ def ask_captions(
     """Return captions and failures: by a batch job where there are many."""
     if len(specs) < config.batch_from or llm.profile("captioner").capabilities.batch == "none":
         return ask_each(specs, llm=llm, role="captioner", on_progress=on_progress)
-    return ask_batch(
-        llm, specs, role="captioner", state_prefix=state_prefix, poll_seconds=5.0,
-        max_wait_seconds=config.max_wait_seconds, on_progress=on_progress,
-    )  # fmt: skip
+    options = BatchOptions(state_prefix, poll_seconds=5.0, max_wait_seconds=config.max_wait_seconds)
+    return ask_batch(llm, specs, options, role="captioner", on_progress=on_progress)
 
 
 def read_captions(config: SubjectConfig, names: set[str]) -> dict[str, Caption]:
@@ -192,16 +198,21 @@ def read_captions(config: SubjectConfig, names: set[str]) -> dict[str, Caption]:
     }
 
 
-def lint_caption(caption: Caption, trait_words: set[str]) -> tuple[Caption, list[str]]:
-    """Return a caption without the phrases that tell a fixed trait, and the words that did."""
+def lint_caption(
+    caption: Caption, trait_words: set[str], config: SubjectConfig
+) -> tuple[Caption, list[str], list[str]]:
+    """Return a caption without phrases that tell a fixed trait or another subject, and the words that did."""
     leaks: list[str] = []
+    foreign: list[str] = []
     kept = {}
     for name in ("surroundings", "view"):
-        phrase = getattr(caption, name)
+        phrase = clean_caption(getattr(caption, name), identifier_token=config.identifier_token)
         found = find_leaks(phrase, trait_words)
+        others = find_foreign_nouns(phrase, class_noun=config.class_noun)
         leaks += found
-        kept[name] = "" if found else phrase
-    return Caption(**kept), leaks
+        foreign += others
+        kept[name] = "" if found or others else phrase
+    return Caption(**kept), leaks, foreign
 
 
 def digest_prompts() -> str:
@@ -253,6 +264,8 @@ def join_phrases(start: str, caption: Caption) -> str:
 
 
 def without_name(phrase: str, config: SubjectConfig) -> str:
-    """Drop class noun and identifier token from a model's phrase."""
-    names = "|".join(re.escape(name) for name in (config.class_noun, config.identifier_token))
-    return re.sub(rf"\b(?:the |a |an )?(?:{names})s?\b", "", phrase, flags=re.IGNORECASE)
+    """Drop class noun, its plurals and the identifier token from a model's phrase."""
+    forms = [*list_forms(config.class_noun), config.identifier_token]
+    names = "|".join(re.escape(form) for form in forms)
+    plain = unicodedata.normalize("NFKC", phrase)
+    return re.sub(rf"\b(?:the |a |an )?(?:{names})\b", "", plain, flags=re.IGNORECASE)

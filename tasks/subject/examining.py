@@ -61,13 +61,12 @@ def adjudicate(
     names = tuple(tool.name for tool in tools)
     spec = RequestSpec(EXAMINE, (text, photo.shown_png), Adjudication, is_reasoning=True, tools=names)
     try:
-        examined = ask_with_tools(llm, spec, tools, role="adjudicator", max_rounds=MAX_ROUNDS)
+        answer = ask_with_tools(llm, spec, tools, role="adjudicator", max_rounds=MAX_ROUNDS)
     except ReplyInvalid:
         return None
-    if examined.trace:
-        keep_trace(examined.trace)
-    reply: Adjudication = examined.answer.reply
-    return reply if examined.called else None  # a verdict that cites no measurement is none
+    if answer.reasoning:
+        keep_trace(answer.reasoning)
+    return answer.reply if answer.called else None  # a verdict that cites no measurement is none
 
 
 def list_tools(photo: Photo, others: list[Photo]) -> list[Tool]:

@@ -68,9 +68,13 @@ def sort_photos(
             continue
         caption = found.caption
         if caption is not None and found.inspection is not None:  # a person's words are not linted
-            caption, leaks = lint_caption(caption, trait_words)
+            caption, leaks, foreign = lint_caption(caption, trait_words, config)
             if leaks:
                 outcome.leaks.append(f"{photo.name}: {', '.join(leaks)}")
+            if foreign:
+                outcome.warnings.append(
+                    f"{photo.name}: a caption phrase named another subject ({', '.join(foreign)}) and is left out"
+                )
         outcome.images.append(
             InstanceImage(
                 image=folder.put(f"images/{photo.sha256[:16]}.png", photo.png),

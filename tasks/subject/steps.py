@@ -9,7 +9,7 @@ from prefect import task
 
 from tasks.contract import StageFolder, keep_traces
 from tasks.manifests import RejectedImage, SubjectSet
-from tasks.prefect_states import finished, should_retry
+from tasks.prefect_states import finished
 from tasks.runtime import Runtime
 from tasks.services.llm.config import LlmConfig
 from tasks.subject.config import SubjectConfig
@@ -36,7 +36,7 @@ def check_photos(config: SubjectConfig, runtime: Runtime, *, is_drawn_world: boo
     return replace(photos, unknown_world=check_known_world(photos.accepted, config, runtime.store))
 
 
-@task(name="subject", persist_result=False, retries=1, retry_delay_seconds=3, retry_condition_fn=should_retry)
+@task(name="subject", persist_result=False)
 def prepare_subject(config: SubjectConfig, llm: LlmConfig, photos: Any, runtime: Runtime) -> Any:
     """Inspect and caption the photos; keep rejects with their reasons."""
     from tasks.subject.captioning import digest_prompts

@@ -72,7 +72,7 @@ def print_money() -> None:
             estimate_calls(config.llm, role, requests, is_batch=is_batch and role == "judge")
             for role, requests in plan_requests(config)
         ]
-        low, high = sum(row.low_usd or 0 for row in rows), sum(row.high_usd or 0 for row in rows)
+        low, high = sum(row.expected_usd or 0 for row in rows), sum(row.worst_usd or 0 for row in rows)
         calls, tokens = sum(row.calls for row in rows), sum(row.input_tokens for row in rows)
         way = ", judge by batch" if is_batch else ""
         print(f"| `{name}`{way} | {calls} | {tokens:,} | {low:.3f} | {high:.3f} |")

@@ -112,17 +112,50 @@ def test_a_run_is_parked_while_its_batch_job_runs_and_goes_on_with_the_same_job(
         server.desk.turn.acquire()  # the provider is busy
         parked = workplace.run(*words)
         assert parked.returncode == 4, parked.stderr
-        assert "still validating; `likeness pending` goes on with it" in parked.stderr.splitlines()[-1]
+        assert "still validating; `likeness pending` resumes the run" in parked.stderr.splitlines()[-1]
         assert workplace.newest()["status"] == "pending"
         busy = workplace.likeness("pending")
         assert busy.stdout.strip().endswith("0 of 1 waiting runs finished"), busy.stderr
+        assert busy.returncode == 11
         server.desk.turn.release()
         wait_until(lambda: all(batch["status"] == "completed" for batch in server.desk.list_batches()))
         done = workplace.likeness("pending")
         assert done.stdout.strip().endswith("1 of 1 waiting runs finished"), done.stderr
+        assert done.returncode == 0
         assert server.counts["POST /v1/batches"] == 1
     summary = workplace.newest()
     assert summary["status"] == "finished"
     assert summary["scores"]["tuned"]["concept_preservation"] == 3
     assert not summary["judge"]["is_reliable"]
     assert "no run in runs waits" in workplace.likeness("pending").stdout
+
+
+def test_a_run_killed_while_its_batch_job_runs_is_pending_and_costs_are_those_of_all_its_runs(
+    first_run: dict[str, Any], workplace: Workplace
+) -> None:
+    with scripted_server(Grading()) as server:
+        words = [
+            f"llm.profiles.remote.base_url={server.url}", "llm.profiles.remote.model=asked-model", "llm.judge=remote",
+            "llm.profiles.remote.capabilities.structure=json_schema", "llm.profiles.remote.capabilities.batch=openai",
+            "scoring.poll_seconds=0.1", "llm.profiles.remote.prices.input=1", "llm.profiles.remote.prices.output=10",
+            "llm.profiles.remote.prices.date=d",
+        ]  # fmt: skip
+        server.desk.turn.acquire()
+        process = workplace.start(*words)
+        wait_until(lambda: process.poll() is not None or bool(server.desk.list_batches()))
+        wait_until(lambda: bool(list(workplace.output.glob("*/jobs.jsonl"))))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        killed = sorted(path.parent for path in workplace.output.glob("*/jobs.jsonl"))[-1]
+        assert not (killed / "summary.json").exists()
+        listed = workplace.likeness("jobs", "list")
+        assert server.desk.list_batches()[0]["id"] in listed.stdout, listed.stderr
+        server.desk.turn.release()
+        wait_until(lambda: all(batch["status"] == "completed" for batch in server.desk.list_batches()))
+        done = workplace.likeness("pending")
+        assert (done.returncode, server.counts["POST /v1/batches"]) == (0, 1), done.stderr
+    assert json.loads((killed / "summary.json").read_text())["status"] == "continued"
+    cost = workplace.likeness("cost", killed.name)
+    assert cost.returncode == 0, cost.stderr
+    assert "continued" in cost.stdout
+    assert workplace.newest()["run_id"] in cost.stdout

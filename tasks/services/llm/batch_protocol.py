@@ -5,21 +5,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pydantic import BaseModel
+from tasks.services.llm.completion import ChatCompletion, clean_line, is_finite, name_type, parse_completion, read_error
+from tasks.services.llm.transport import parse_body
 
 ENDPOINT = "/v1/chat/completions"
 TERMINAL = ("completed", "failed", "expired", "cancelled")
+STATUSES = (*TERMINAL, "validating", "in_progress", "finalizing", "cancelling")
+UNKNOWN = "unknown"
 MOST_LISTED = 2_000
 
 Call = Callable[[Callable[[Any, float], Any]], Any]
 """Runs something with a client and a timeout, with retries and our errors."""
 
 
-class BatchReply(BaseModel):
+@dataclass(frozen=True)
+class BatchReply:
     """The outcome of one row: a completion, or the reason there is none."""
 
-    completion: dict[str, Any] | None
-    error: str
+    completion: ChatCompletion | None
+    error: str = ""
+    is_billable: bool = False
+    """Whether a row without a completion may have been paid for: it was answered, and can't be read."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,14 @@ class RemoteJob:
 
     job_id: str
     status: str
+    """One of STATUSES, or UNKNOWN."""
     num_done: int = 0
     num_rows: int = 0
     file_id: str = ""
     error: str = ""
     """Why it failed as a whole."""
+    is_over_limit: bool = False
+    """Whether it failed because too many tokens were enqueued."""
     output_files: tuple[str, ...] = ()
 
 
@@ -72,9 +81,19 @@ def is_unknown(ask: Callable[[], Any]) -> bool:
         ask()
     except openai.NotFoundError:
         return True
-    except openai.OpenAIError:
+    except (openai.OpenAIError, ValueError, RecursionError):
         return False
     return False
+
+
+def read_response(response: Any) -> Any:
+    """Return the JSON of one of the SDK's raw responses. Raises EndpointUnavailable for anything else."""
+    return parse_body(response.content)
+
+
+def read_count(value: Any) -> int:
+    """Return a counter; what is none counts as 0."""
+    return int(value) if is_finite(value) and value >= 0 else 0
 
 
 def read_lines(data: bytes) -> Iterator[tuple[str, BatchReply]]:
@@ -86,15 +105,27 @@ def read_lines(data: bytes) -> Iterator[tuple[str, BatchReply]]:
 
 
 def read_row(line: bytes) -> tuple[str, BatchReply]:
-    """Sort one line of an output or error file: its custom id and outcome."""
+    """Parse one line of an output or error file; without a custom id it belongs to no row."""
     try:
-        row: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return "", BatchReply(completion=None, error="unreadable line")
-    response = row.get("response") or {}
-    custom_id = str(row.get("custom_id"))
-    if row.get("error") is None and response.get("status_code") == 200:
-        return custom_id, BatchReply(completion=response.get("body"), error="")
-    detail = row.get("error") or (response.get("body") or {}).get("error") or {}
-    message = detail.get("message") if isinstance(detail, dict) else str(detail)
-    return custom_id, BatchReply(completion=None, error=str(message or f"status {response.get('status_code')}"))
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return "", BatchReply(None, "unreadable line", is_billable=True)
+    return parse_row(row)
+
+
+def parse_row(row: Any) -> tuple[str, BatchReply]:
+    """Return one row's custom id and outcome, whatever its shape."""
+    if not isinstance(row, dict):
+        return "", BatchReply(None, f"the row is {name_type(row)}", is_billable=True)
+    custom_id = row["custom_id"] if isinstance(row.get("custom_id"), str) else ""
+    error, response = row.get("error"), row.get("response")
+    if error is not None:
+        return custom_id, BatchReply(None, read_error(error) or "the row failed")
+    if not isinstance(response, dict):
+        return custom_id, BatchReply(None, f"the row's response is {name_type(response)}", is_billable=True)
+    status, body = response.get("status_code"), response.get("body")
+    if status == 200:
+        return custom_id, BatchReply(parse_completion(body))
+    detail = body.get("error") if isinstance(body, dict) else body
+    reason = read_error(detail) if detail else ""
+    return custom_id, BatchReply(None, reason or clean_line(f"status {status}", limit=60))

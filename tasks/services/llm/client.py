@@ -1,35 +1,33 @@
-"""Ask a role and get a validated record back: cache, rungs, repair, budget and ledger in one place."""
+"""Ask a role and get a validated record back: cache, fallback chain, repair, budget and ledger in one place."""
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
 
-from pydantic import BaseModel, ValidationError
-
 from tasks.errors import LikenessError, ReplyInvalid
+from tasks.services.llm.budget import Budget
+from tasks.services.llm.completion import ChatCompletion, Usage, bound_usage, parse_completion
 from tasks.services.llm.config import LlmConfig, ProfileConfig, Structure
-from tasks.services.llm.dialects import read_content, read_trace
-from tasks.services.llm.ledger import Budget, Ledger, LedgerRow, Usage, compute_cost, read_usage
+from tasks.services.llm.dialects import read_content
+from tasks.services.llm.errors import may_be_billed, name_kind
+from tasks.services.llm.ledger import Ledger, LedgerRow, compute_cost
 from tasks.services.llm.pacing import Pace
 from tasks.services.llm.pictures import CALL_SECONDS, publish_pictures
 from tasks.services.llm.probing import find_structure
+from tasks.services.llm.replies import CachedReply, Refusal, check_refusal, find_record, put_record
 from tasks.services.llm.requests import RequestSpec, T, count_body_tokens
+from tasks.services.llm.retries import Circuit, call_with_retries, current_signal, outside_of_pool
 from tasks.services.llm.schema import parse_reply
-from tasks.services.llm.transport import (
-    call_with_retries,
-    complete,
-    complete_streaming,
-    is_surely_unpaid,
-    make_client,
-)
+from tasks.services.llm.single_flight import SingleFlight
+from tasks.services.llm.transport import complete, complete_streaming, make_client, translated
 from tasks.services.store import Store
 
 log = logging.getLogger(__name__)
-REFUSAL_DAYS = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,23 +40,11 @@ class Answer(Generic[T]):
     rung: int = 0
     reason: str = ""
     """Why it was not asked of, or not taken from, the rung before."""
-    trace: str = ""
-    """What the model thought aloud, where its provider tells."""
-
-
-class CachedReply(BaseModel):
-    """A validated reply in the store."""
-
-    content: str
-    served_model: str
-    trace: str = ""
-
-
-class Refusal(BaseModel):
-    """A reply that could not be used, so that the same profile isn't asked again at once."""
-
-    reason: str
-    at: float
+    reasoning: str = ""
+    """The model's own reasoning, where its provider returns it."""
+    citations: tuple[str, ...] = ()
+    called: tuple[str, ...] = ()
+    """Names of the tools that were called for it."""
 
 
 class LlmService:
@@ -82,9 +68,12 @@ class LlmService:
         self.start_local = start_local
         self.clients: dict[str, Any] = {}
         self.paces: dict[str, Pace] = {}
+        self.circuits: dict[str, Circuit] = {}
+        self.flights = SingleFlight()
         self.structures: dict[str, Structure] = {}
         self.substitutes: set[tuple[str, str]] = set()
         self.lock = threading.RLock()
+        self.probing = threading.RLock()
 
     def profile(self, role: str) -> ProfileConfig:
         """Return a role's first profile."""
@@ -99,7 +88,7 @@ class LlmService:
 
     def structure(self, name: str) -> Structure:
         """Return how a profile is asked for a schema; found out once where its YAML doesn't say."""
-        with self.lock:
+        with self.probing, outside_of_pool():
             if name not in self.structures:
                 profile = self.config.profiles[name]
                 known = profile.capabilities.structure
@@ -110,6 +99,11 @@ class LlmService:
                     else known
                 )
             return self.structures[name]
+
+    def circuit(self, name: str) -> Circuit:
+        """Return a profile's circuit breaker."""
+        with self.lock:
+            return self.circuits.setdefault(name, Circuit())
 
     def pace(self, name: str) -> Pace:
         """Return what keeps a profile's calls within its limits a minute."""
@@ -168,36 +162,40 @@ class LlmService:
         cached = self.find_cached(spec, name=name, role=role)
         if cached is not None:
             return replace(cached, rung=rung, reason=reason)
-        refusal_key = self.cache_key(spec, name).replace("/replies/", "/refusals/")
+        key = self.cache_key(spec, name)
+        row = LedgerRow(role, name, self.config.profiles[name].model, outcome="", rung=rung, reason=reason)
+        answer, is_own = self.flights.run(key, lambda: self._ask_once_or_twice(spec, row, is_refusal_kept))
+        if not is_own:
+            self.ledger.book(replace(row, outcome="cached", served_model=answer.served_model))
+        return replace(answer, rung=rung, reason=reason)
+
+    def _ask_once_or_twice(self, spec: RequestSpec[T], row: LedgerRow, is_refusal_kept: bool) -> Answer[T]:
+        """Ask one profile, and once more with the reason where its reply can't be used."""
+        kept = self.read_kept(spec, name=row.profile)
+        if kept is not None:  # stored by another thread since the first look
+            return kept
+        refusal_key = self.cache_key(spec, row.profile).replace("/replies/", "/refusals/")
         if is_refusal_kept:
-            self._check_refusal(refusal_key)
-        body = spec.body(self.config.profiles[name], self.structure(name))
-        row = LedgerRow(role, name, body["model"], outcome="", rung=rung, reason=reason)
+            check_refusal(self.store, refusal_key)
+        body = spec.body(self.config.profiles[row.profile], self.structure(row.profile))
         try:
-            return self._ask_once(spec, body, row=row)
-        except ReplyInvalid as error:
-            note = f"Your last reply could not be used: {error}. Reply again, with JSON that fits the schema."
-            body["messages"].append({"role": "user", "content": note})
-        try:
+            try:
+                return self._ask_once(spec, body, row=row)
+            except ReplyInvalid as error:
+                if not current_signal().take_repair():
+                    raise
+                note = f"Your last reply could not be used: {error}. Reply again, with JSON that fits the schema."
+                body["messages"].append({"role": "user", "content": note})
             return self._ask_once(spec, body, row=row)
         except ReplyInvalid as error:
             if is_refusal_kept:
-                kept = Refusal(reason=str(error), at=time.time())
-                self.store.put_bytes(refusal_key, kept.model_dump_json().encode())
+                put_record(self.store, Refusal(key=refusal_key, reason=str(error), at=time.time()))
             raise
-
-    def _check_refusal(self, key: str) -> None:
-        """Raise what this profile's reply was found to be lately, without asking again."""
-        data = self.store.find_bytes(key)
-        if data is not None:
-            refusal = Refusal.model_validate_json(data)
-            if time.time() - refusal.at < REFUSAL_DAYS * 86_400:
-                raise ReplyInvalid(refusal.reason)
 
     def _ask_once(self, spec: RequestSpec[T], body: dict[str, Any], *, row: LedgerRow) -> Answer[T]:
         started = time.monotonic()
-        raw = self.send(body, row=row)
-        return self.accept(spec, raw, row=replace(row, seconds=time.monotonic() - started))
+        completion = self.send(body, row=row)
+        return self.accept(spec, completion, row=replace(row, seconds=time.monotonic() - started))
 
     def send(
         self,
@@ -206,8 +204,10 @@ class LlmService:
         row: LedgerRow,
         on_text: Callable[[str], None] | None = None,
         create: Callable[..., dict[str, Any]] = complete,
-    ) -> dict[str, Any]:
+    ) -> ChatCompletion:
         """Send a body within pace and budget and return the completion; failures are booked, not replies.
+
+        Worst-case cost is reserved before each attempt: one that was cut off may be billed too.
 
         Args:
             on_text: takes the reply as it streams; what was shown once is not asked for again by itself.
@@ -215,64 +215,103 @@ class LlmService:
 
         """
         profile = self.config.profiles[row.profile]
-        tokens_in, tokens_out = count_body_tokens(body, profile)
-        most = Usage(input_tokens=tokens_in, output_tokens=tokens_out)
-        worst = compute_cost(profile.prices, most, is_batch=False)[0] or 0.0
+        most = self.reserve_tokens(row.profile, body)
         if profile.pictures == "presigned":
             body = publish_pictures(body, self.store, seconds=CALL_SECONDS)
-        reservation = self.budget.reserve(worst)
 
-        def fail(error: LikenessError) -> None:
-            self.ledger.book(replace(row, outcome=type(error).__name__))
-
-        def attempt(timeout: float) -> dict[str, Any]:
+        def attempt(timeout: float) -> ChatCompletion:
             client = self.client(row.profile)
-            if on_text is None:
-                return create(client, body, timeout_seconds=timeout)
-            return complete_streaming(client, body, timeout_seconds=timeout, on_text=on_text)
+            with self.reserved(row, most) as finish:
+                if on_text is None:
+                    raw = create(client, body, timeout_seconds=timeout)
+                else:
+                    raw = complete_streaming(client, body, timeout_seconds=timeout, on_text=on_text)
+                return finish(raw)
 
-        if on_text is not None:
-            profile = profile.model_copy(update={"max_attempts": 1})
         # Before the call's own time begins; tries after the first go by the provider's answers.
-        self.pace(row.profile).wait(tokens_in)
+        self.pace(row.profile).wait(most.input_tokens)
+        attempts = 1 if on_text is not None else profile.max_attempts
+        return call_with_retries(attempt, profile, circuit=self.circuit(row.profile), max_attempts=attempts)
+
+    def reserve_tokens(self, name: str, body: dict[str, Any]) -> Usage:
+        """Return the most tokens that a request may use."""
+        tokens_in, tokens_out = count_body_tokens(body, self.config.profiles[name])
+        return Usage(input_tokens=tokens_in, output_tokens=tokens_out)
+
+    @contextmanager
+    def reserved(self, row: LedgerRow, most: Usage) -> Iterator[Callable[[Any], ChatCompletion]]:
+        """Reserve one attempt's worst-case cost, and reconcile it by what came of the attempt.
+
+        Yields what turns a raw reply into a completion.
+        """
+        profile = self.config.profiles[row.profile]
+        cost, date = compute_cost(profile.prices, most, is_batch=False)
+        worst = cost or 0.0
+        reservation = self.budget.reserve(worst)
+        lost = replace(row, usage=most, cost_usd=cost, price_date=date)
+
+        def finish(raw: Any) -> ChatCompletion:
+            completion = bound_usage(parse_completion(raw), most, worst_usd=cost)
+            spent, _ = self.price(row.profile, completion, is_batch=False)
+            self.budget.settle(reservation, spent=worst if spent is None else spent)
+            return completion
+
         try:
-            raw: dict[str, Any] = call_with_retries(attempt, profile, on_failure=fail)
+            with translated(profile):
+                yield finish
         except KeyboardInterrupt:  # what was generated until then may be billed: it stays reserved
-            guess = compute_cost(profile.prices, Usage(input_tokens=tokens_in), is_batch=False)[0]
-            self.ledger.book(replace(row, outcome="cancelled", usage=Usage(input_tokens=tokens_in), cost_usd=guess))
+            self.ledger.book(replace(lost, outcome="cancelled", usage_fault="the call was interrupted"))
             raise
         except LikenessError as error:
-            if is_surely_unpaid(error):
-                self.budget.settle(reservation, reserved=worst, spent=0.0)
+            if may_be_billed(error):
+                self.ledger.book(replace(lost, outcome=name_kind(error), usage_fault="no reply was received"))
+            else:
+                self.budget.settle(reservation, spent=0.0)
+                self.ledger.book(replace(row, outcome=name_kind(error)))
             raise
-        cost, _ = self.price(row.profile, raw, is_batch=False)
-        self.budget.settle(reservation, reserved=worst, spent=worst if cost is None else cost)
-        return raw
 
-    def accept(self, spec: RequestSpec[T], completion: dict[str, Any], *, row: LedgerRow) -> Answer[T]:
-        """Book a completion, validate it, and keep it. Raises ReplyInvalid."""
-        cost, price_date = self.price(row.profile, completion, is_batch=row.is_batch)
-        served = str(completion.get("model") or "")
-        row = replace(
-            row, served_model=served, usage=read_usage(completion), cost_usd=cost, price_date=price_date,
-            seconds=round(row.seconds, 3),
-        )  # fmt: skip
-        choices = completion.get("choices") or [{}]
-        message = choices[0].get("message") or {}
-        content = read_content(message, self.structure(row.profile))
+    def accept(
+        self,
+        spec: RequestSpec[T],
+        completion: ChatCompletion,
+        *,
+        row: LedgerRow,
+        structure: Structure | None = None,
+        called: tuple[str, ...] = (),
+    ) -> Answer[T]:
+        """Book a completion, validate it, and keep it.
+
+        Args:
+            structure: how the reply was asked for; None: in the profile's way.
+            called: names of the tools that were called before.
+
+        Raises:
+            ReplyInvalid: the reply can't be used; it is booked all the same.
+
+        """
+        row = self.fill_row(completion, row)
+        content = read_content(completion, structure or self.structure(row.profile))
         try:
-            parsed = parse_reply(
-                spec.reply, content, finish_reason=choices[0].get("finish_reason"), refusal=message.get("refusal")
-            )
+            parsed = parse_reply(spec.reply, content, completion)
         except ReplyInvalid:
             self.ledger.book(replace(row, outcome="invalid"))
             raise
-        trace = read_trace(message)
+        kept = CachedReply(
+            key=self.cache_key(spec, row.profile), content=content or "", served_model=completion.model,
+            reasoning=completion.reasoning, citations=completion.citations, called=called,
+        )  # fmt: skip
         # Stored before it is booked: a run that ends in between must not pay for it again.
-        kept = CachedReply(content=content or "", served_model=served, trace=trace)
-        self.store.put_bytes(self.cache_key(spec, row.profile), kept.model_dump_json().encode())
+        put_record(self.store, kept)
         self.ledger.book(replace(row, outcome="ok"))
-        return Answer(parsed, row.profile, served, row.rung, row.reason, trace)
+        return replace(make_answer(parsed, kept, row.profile), rung=row.rung, reason=row.reason)
+
+    def fill_row(self, completion: ChatCompletion, row: LedgerRow) -> LedgerRow:
+        """Return a ledger row with what a completion used and cost."""
+        cost, date = self.price(row.profile, completion, is_batch=row.is_batch)
+        return replace(
+            row, served_model=completion.model, usage=completion.usage, usage_fault=completion.usage_fault,
+            cost_usd=cost, price_date=date, seconds=round(row.seconds, 3),
+        )  # fmt: skip
 
     def find_cached(self, spec: RequestSpec[T], *, name: str, role: str) -> Answer[T] | None:
         """Return a kept reply, and book that nothing was paid."""
@@ -284,23 +323,21 @@ class LlmService:
 
     def read_kept(self, spec: RequestSpec[T], *, name: str) -> Answer[T] | None:
         """Return a validated reply in the store."""
-        data = self.store.find_bytes(self.cache_key(spec, name))
-        if data is None:
+        kept = find_record(self.store, CachedReply, self.cache_key(spec, name))
+        if kept is None:
             return None
         try:
-            cached = CachedReply.model_validate_json(data)
-            parsed = parse_reply(spec.reply, cached.content, finish_reason="stop", refusal=None)
-        except (ValidationError, ReplyInvalid):
+            return make_answer(parse_reply(spec.reply, kept.content), kept, name)
+        except ReplyInvalid:
             return None
-        return Answer(parsed, name, cached.served_model, trace=cached.trace)
 
     def cache_key(self, spec: RequestSpec[Any], name: str) -> str:
         """Return where a profile's reply to a request is kept."""
         return f"llm/replies/{spec.compute_key(self.config.profiles[name])}.json"
 
-    def price(self, name: str, completion: dict[str, Any], *, is_batch: bool) -> tuple[float | None, str]:
+    def price(self, name: str, completion: ChatCompletion, *, is_batch: bool) -> tuple[float | None, str]:
         """Return what a completion cost, at the prices of the model that served it."""
-        profile, served = self.config.profiles[name], str(completion.get("model") or "")
+        profile, served = self.config.profiles[name], completion.model
         prices = profile.prices
         if served and not profile.is_served(served):
             if (name, served) not in self.substitutes:
@@ -308,20 +345,25 @@ class LlmService:
                 log.warning("%s was asked for and %s answered: its grades don't compare", profile.model, served)
             others = [other.prices for other in self.config.profiles.values() if other.is_served(served)]
             prices = others[0] if others else (prices if profile.base_url is None else None)
-        return compute_cost(prices, read_usage(completion), is_batch=is_batch)
+        return compute_cost(prices, completion.usage, is_batch=is_batch)
 
     def is_comparable(self, answer: Answer[Any]) -> bool:
         """Whether the model that was asked for has answered."""
         return self.config.profiles[answer.profile].is_served(answer.served_model)
 
-    def call(self, body: dict[str, Any], *, row: LedgerRow) -> dict[str, Any]:
+    def call(self, body: dict[str, Any], *, row: LedgerRow) -> ChatCompletion:
         """Send a body and book the completion: for what isn't the reply to a request, such as a probe."""
         completion = self.send(body, row=row)
         self.book_completion(completion, row=row)
         return completion
 
-    def book_completion(self, completion: dict[str, Any], *, row: LedgerRow) -> None:
+    def book_completion(self, completion: ChatCompletion, *, row: LedgerRow) -> None:
         """Write down a completion that is no reply to be validated and kept."""
-        cost, date = self.price(row.profile, completion, is_batch=False)
-        served, usage = str(completion.get("model") or ""), read_usage(completion)
-        self.ledger.book(replace(row, outcome="ok", served_model=served, usage=usage, cost_usd=cost, price_date=date))
+        self.ledger.book(replace(self.fill_row(completion, row), outcome="invalid" if completion.problem else "ok"))
+
+
+def make_answer(reply: T, kept: CachedReply, profile: str) -> Answer[T]:
+    """Return a validated reply with what is kept beside it."""
+    return Answer(
+        reply, profile, kept.served_model, reasoning=kept.reasoning, citations=kept.citations, called=kept.called
+    )

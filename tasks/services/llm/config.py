@@ -140,6 +140,9 @@ class LlmConfig(Section):
     second_judge: PlainNames = Field((), description="grades a part of them again; empty: nobody")
     reviewer: PlainNames = Field((), description="talks with a person about captions")
     budget_usd: float | None = Field(None, ge=0, description="most money for a configuration, reruns included")
+    max_repair_fraction: float = Field(
+        0.25, ge=0, le=1, description="most unusable replies asked for once more, of a stage's questions; rounded up"
+    )
     profiles: Annotated[dict[str, ProfileConfig], OPERATOR_ONLY]
 
     @field_validator("models", *ROLES, mode="before")

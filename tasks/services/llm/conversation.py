@@ -6,8 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tasks.errors import LikenessError
+from tasks.errors import LikenessError, ReplyInvalid
+from tasks.redaction import clean_text
 from tasks.services.llm.client import LlmService
+from tasks.services.llm.completion import ChatCompletion
 from tasks.services.llm.ledger import LedgerRow
 from tasks.services.llm.requests import count_body_tokens
 from tasks.services.llm.tools import Tool, run_calls
@@ -50,6 +52,7 @@ class Conversation:
 
         Raises:
             ServiceUnavailable: no whole reply came.
+            ReplyInvalid: it can't be read.
             BudgetExceeded: the next call could pass the cap.
 
         """
@@ -60,13 +63,14 @@ class Conversation:
             body = self.body([*self.history.turns, turn])
             if self.tools and number < MAX_ROUNDS - 1:
                 body["tools"] = [tool.describe() for tool in self.tools]
-            message = self._send(body, on_text)
-            calls = message.get("tool_calls") or []
-            if not calls:
-                turn.append({"role": "assistant", "content": message.get("content") or ""})
+            completion = self._send(body, on_text)
+            if not completion.tool_calls:
+                turn.append({"role": "assistant", "content": completion.content or completion.refusal})
                 break
-            turn.append({"role": "assistant", "content": message.get("content"), "tool_calls": calls})
-            turn += run_calls(calls, by_name, [], max_side=self.llm.config.profiles[self.name].max_image_side)
+            calls = [call.to_wire() for call in completion.tool_calls]
+            turn.append({"role": "assistant", "content": completion.content, "tool_calls": calls})
+            max_side = self.llm.config.profiles[self.name].max_image_side
+            turn += run_calls(completion.tool_calls, by_name, [], max_side=max_side)
         self.history.turns.append([without_pictures(message) for message in turn])
         return str(turn[-1].get("content") or "")
 
@@ -84,16 +88,17 @@ class Conversation:
             **profile.routing(),
         }
 
-    def _send(self, body: dict[str, Any], on_text: Callable[[str], None]) -> Message:
+    def _send(self, body: dict[str, Any], on_text: Callable[[str], None]) -> ChatCompletion:
         profile = self.llm.config.profiles[self.name]
         row = LedgerRow(self.role, self.name, profile.model, outcome="")
         is_streaming = profile.capabilities.streaming
         completion = self.llm.send(body, row=row, on_text=on_text if is_streaming else None)
         self.llm.book_completion(completion, row=row)
-        message: Message = ((completion.get("choices") or [{}])[0].get("message")) or {}
-        if not is_streaming and message.get("content"):
-            on_text(message["content"])
-        return message
+        if completion.problem:
+            raise ReplyInvalid(f"the reply has an unexpected shape: {completion.problem}; ask again")
+        if not is_streaming and completion.content:
+            on_text(clean_text(completion.content))
+        return completion
 
     def make_room(self, turn: list[Message]) -> None:
         """Sum up or drop old turns until the next request fits the model's context."""
@@ -120,7 +125,7 @@ class Conversation:
             completion = self.llm.call(body, row=row)
         except LikenessError:
             return ""
-        return str(((completion.get("choices") or [{}])[0].get("message") or {}).get("content") or "")
+        return completion.content or ""
 
 
 def without_pictures(message: Message) -> Message:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from tasks.services.llm.completion import ChatCompletion
 from tasks.services.llm.config import ProfileConfig, Structure
 from tasks.services.llm.schema import strict_schema
 
@@ -38,12 +39,11 @@ def ask_for(body: dict[str, Any], reply: type[BaseModel], structure: Structure) 
     return body
 
 
-def read_content(message: dict[str, Any], structure: Structure) -> str | None:
+def read_content(completion: ChatCompletion, structure: Structure) -> str | None:
     """Return the text of a reply in which its JSON should stand."""
     if structure == "tool":
-        calls = message.get("tool_calls") or []
-        return str(calls[0]["function"]["arguments"]) if calls else None
-    content: str | None = message.get("content")
+        return completion.tool_calls[0].arguments if completion.tool_calls else None
+    content = completion.content
     if structure == "text" and content:
         return find_object(content) or content
     return content
@@ -56,9 +56,11 @@ def find_object(text: str) -> str | None:
     while start >= 0:
         try:
             found, end = decoder.raw_decode(text, start)
-        except json.JSONDecodeError:
+        except ValueError:
             start = text.find("{", start + 1)
             continue
+        except RecursionError:
+            return None
         return text[start:end] if isinstance(found, dict) else None
     return None
 
@@ -75,8 +77,3 @@ def set_reasoning(body: dict[str, Any], profile: ProfileConfig, *, is_reasoning:
     if is_reasoning:
         body["max_completion_tokens"] = body["max_completion_tokens"] + profile.reasoning_tokens
     return body
-
-
-def read_trace(message: dict[str, Any]) -> str:
-    """Return what the model thought aloud, where its provider tells."""
-    return str(message.get("reasoning_content") or message.get("reasoning") or "")

@@ -2,7 +2,6 @@
 
 import datetime
 import io
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,13 +9,17 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from tasks.errors import ConfigError, LikenessError, ReplyInvalid
+from tasks.errors import LikenessError, ReplyInvalid
 from tasks.services.llm.client import LlmService
+from tasks.services.llm.completion import ChatCompletion, clean_line
 from tasks.services.llm.config import ProfileConfig
 from tasks.services.llm.dialects import TOOL, ask_for, set_reasoning
-from tasks.services.llm.ledger import LedgerRow, read_usage
+from tasks.services.llm.errors import EndpointUnavailable, RequestRefused
+from tasks.services.llm.ledger import LedgerRow
+from tasks.services.llm.probing import try_structure
 from tasks.services.llm.requests import RequestSpec
-from tasks.services.llm.transport import openai_arguments, read_key, translated
+from tasks.services.llm.schema import parse_reply
+from tasks.services.llm.transport import parse_body, read_key, translated
 
 SOON_DAYS = 60
 
@@ -36,31 +39,53 @@ class ColorSeen(BaseModel):
     color: Literal["red", "green", "blue"] = Field(description="the color that fills the picture")
 
 
+class Arguments(BaseModel):
+    """Any JSON object."""
+
+
 def examine(llm: LlmService, name: str) -> Iterator[Finding]:
     """Yield what is found of one profile; what needs an answer is not tried where there is none."""
     profile = llm.config.profiles[name]
     yield check_retirement(profile, today=datetime.datetime.now(datetime.UTC).date())
     try:
         read_key(profile)
+        listed = check_listed(llm, name)
+    except RequestRefused as error:
+        yield Finding("key" if error.status in (401, 403) else "models", False, str(error))
+        return
+    except EndpointUnavailable as error:
+        yield Finding("models", False, str(error))
+        return
     except LikenessError as error:
         yield Finding("key", False, str(error))
         return
-    yield Finding("key", True, profile.api_key_variable or "none needed")
-    try:
-        yield check_listed(llm, name)
-    except LikenessError as error:
-        yield Finding("models", False, str(error))
-        return
+    yield listed
+    yield from run_checks(llm, name)
+
+
+def run_checks(llm: LlmService, name: str) -> Iterator[Finding]:
+    """Yield a finding per check, and one on the key: only a call that was answered proves it.
+
+    Some providers list their models to everybody.
+    """
+    key = llm.config.profiles[name].api_key_variable
+    is_key_known = False
     for check, try_out in CHECKS.items():
         try:
-            detail = try_out(llm, name)
+            detail, is_good = try_out(llm, name), True
+        except RequestRefused as error:
+            if error.status in (401, 403):
+                yield Finding("key", False, str(error))
+                return
+            detail, is_good = str(error), False
         except ReplyInvalid as error:
             detail, is_good = str(error), False
         except LikenessError as error:
             yield Finding(check, False, str(error))
             continue
-        else:
-            is_good = True
+        if not is_key_known:
+            is_key_known = True
+            yield Finding("key", True, f"{key}, accepted" if key else "none needed")
         if detail:
             yield Finding(check, is_good, detail)
 
@@ -80,22 +105,31 @@ def check_listed(llm: LlmService, name: str) -> Finding:
     """Look for the model in the provider's list, and for a shutdown date there."""
     profile = llm.config.profiles[name]
     with translated(profile):
-        listed = {model.id: model for model in llm.client(name).models.list(timeout=30)}
+        page = parse_body(llm.client(name).models.with_raw_response.list(timeout=30).content)
+    rows = page.get("data") if isinstance(page, dict) else None
+    models = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    listed = {clean_line(model.get("id"), limit=100): model for model in models}
     if profile.model not in listed:
         near = [model for model in listed if profile.is_served(model)]
         some = ", ".join(near or sorted(listed)[:6]) or "nothing"
         return Finding("models", False, f"{profile.model} is not listed; listed: {some}")
-    shutdown = getattr(listed[profile.model], "shutdown_date", None)
+    shutdown = listed[profile.model].get("shutdown_date")
     if shutdown:
-        return Finding("models", False, f"listed, to be shut down on {shutdown}")
+        return Finding("models", False, f"listed, to be shut down on {clean_line(str(shutdown), limit=40)}")
     return Finding("models", True, f"listed, one of {len(listed)}")
 
 
 def try_schema(llm: LlmService, name: str) -> str:
     """Ask for JSON that only a server that minds the schema gives."""
-    declared = llm.config.profiles[name].capabilities.structure
+    profile = llm.config.profiles[name]
     found = llm.structure(name)
-    return f"asked by {found}" + (", found by trying" if declared == "auto" else "")
+    if profile.capabilities.structure == "auto":
+        return f"asked by {found}, found by trying"
+    row = LedgerRow("doctor", name, profile.model, outcome="")
+    problem = try_structure(profile, found, call=lambda body: llm.call(body, row=row))
+    if problem:
+        raise ReplyInvalid(f"{problem}; set .capabilities.structure=auto")
+    return f"asked by {found}"
 
 
 def try_picture(llm: LlmService, name: str) -> str:
@@ -122,10 +156,9 @@ def try_tool(llm: LlmService, name: str) -> str:
     if not profile.capabilities.tools:
         return ""
     completion = call(llm, name, ask_for(make_body(profile, "Which color is the sky?"), ColorSeen, "tool"))
-    calls = completion["choices"][0]["message"].get("tool_calls") or []
-    if not calls or calls[0]["function"]["name"] != TOOL:
-        raise ReplyInvalid("calls no tool; set .capabilities.tools=false")
-    json.loads(calls[0]["function"]["arguments"])
+    if not completion.tool_calls or completion.tool_calls[0].name != TOOL:
+        raise ReplyInvalid(f"calls no tool{explain(completion)}; set .capabilities.tools=false")
+    parse_reply(Arguments, completion.tool_calls[0].arguments)
     return "calls them"
 
 
@@ -137,7 +170,7 @@ def try_reasoning(llm: LlmService, name: str) -> str:
     counts = []
     for is_reasoning in (False, True):
         body = set_reasoning(make_body(profile, "Is 391 prime?"), profile, is_reasoning=is_reasoning)
-        counts.append(read_usage(call(llm, name, body)).reasoning_tokens)
+        counts.append(call(llm, name, body).usage.reasoning_tokens)
     if counts[0]:
         raise ReplyInvalid(f"reasons ({counts[0]} tokens) though told not to; set .capabilities.reasoning")
     return f"off: 0 tokens, on: {counts[1]}"
@@ -148,13 +181,19 @@ def try_stream(llm: LlmService, name: str) -> str:
     profile = llm.config.profiles[name]
     if not profile.capabilities.streaming:
         return ""
-    body = {**make_body(profile, "Say hello."), "stream": True}
-    with translated(profile):
-        chunks = [chunk for chunk in llm.client(name).chat.completions.create(**openai_arguments(body), timeout=60)]
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    if not text:
-        raise ReplyInvalid("nothing came; set .capabilities.streaming=false")
-    return f"in {len(chunks)} pieces"
+    pieces: list[str] = []
+    row = LedgerRow("doctor", name, profile.model, outcome="")
+    try:
+        completion = llm.send(make_body(profile, "Say hello."), row=row, on_text=pieces.append)
+    except EndpointUnavailable as error:
+        if error.status is not None:
+            raise
+        completion = ChatCompletion()  # booked already
+    else:
+        llm.book_completion(completion, row=row)
+    if not completion.content:
+        raise ReplyInvalid(f"no text was streamed{explain(completion)}; set .capabilities.streaming=false")
+    return f"{len(completion.content)} characters"
 
 
 def try_batch(llm: LlmService, name: str) -> str:
@@ -164,12 +203,14 @@ def try_batch(llm: LlmService, name: str) -> str:
     try:
         with translated(llm.config.profiles[name]):
             if kind == "openai":
-                client.batches.list(limit=1, timeout=30)
+                client.batches.with_raw_response.list(limit=1, timeout=30)
             elif kind == "xai":
                 client.get("/batches", cast_to=object, options={"params": {"limit": 1}})
             else:
                 return ""
-    except ConfigError as error:
+    except RequestRefused as error:
+        if error.status in (401, 403):
+            raise
         raise ReplyInvalid("knows no batch jobs; set .capabilities.batch=none, or local") from error
     return "lists them"
 
@@ -191,6 +232,11 @@ def make_body(profile: ProfileConfig, text: str) -> dict[str, Any]:
     }
 
 
-def call(llm: LlmService, name: str, body: dict[str, Any]) -> dict[str, Any]:
+def explain(completion: ChatCompletion) -> str:
+    """Return why a reply can't be read, as the end of a clause."""
+    return f" ({completion.problem})" if completion.problem else ""
+
+
+def call(llm: LlmService, name: str, body: dict[str, Any]) -> ChatCompletion:
     """Ask and book."""
     return llm.call(body, row=LedgerRow("doctor", name, body["model"], outcome=""))

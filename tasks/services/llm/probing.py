@@ -7,9 +7,12 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel
 
-from tasks.errors import ConfigError, ReplyInvalid, ServiceUnavailable
+from tasks.errors import ConfigError, ReplyInvalid
+from tasks.services.llm.completion import ChatCompletion
 from tasks.services.llm.config import STRUCTURES, ProfileConfig, Structure
 from tasks.services.llm.dialects import ask_for, read_content
+from tasks.services.llm.errors import EndpointUnavailable, RequestRefused
+from tasks.services.llm.replies import Record, find_record, put_record
 from tasks.services.llm.schema import parse_reply
 from tasks.services.store import Store
 
@@ -20,8 +23,14 @@ class Probe(BaseModel):
     color: Literal["vermilion", "chartreuse"]
 
 
+class Probed(Record):
+    """What was found out about a server."""
+
+    structure: Structure
+
+
 def find_structure(
-    profile: ProfileConfig, *, store: Store, call: Callable[[dict[str, Any]], dict[str, Any]]
+    profile: ProfileConfig, *, store: Store, call: Callable[[dict[str, Any]], ChatCompletion]
 ) -> Structure:
     """Return the first structure of the ladder that works, from the store where it is known.
 
@@ -31,21 +40,21 @@ def find_structure(
     """
     identity = json.dumps([profile.base_url, profile.model])
     key = f"llm/dialects/{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
-    kept = store.find_bytes(key)
-    if kept is not None and kept.decode() in STRUCTURES:
-        return cast(Structure, kept.decode())
+    kept = find_record(store, Probed, key)
+    if kept is not None:
+        return kept.structure
     reasons = []
     for structure in STRUCTURES:
         reason = try_structure(profile, cast(Structure, structure), call=call)
         if not reason:
-            store.put_bytes(key, structure.encode())
+            put_record(store, Probed(key=key, structure=cast(Structure, structure)))
             return cast(Structure, structure)
         reasons.append(f"{structure}: {reason}")
     raise ConfigError(f"{profile.model} at {profile.base_url} gives no JSON by any way: {'; '.join(reasons)[:400]}")
 
 
 def try_structure(
-    profile: ProfileConfig, structure: Structure, *, call: Callable[[dict[str, Any]], dict[str, Any]]
+    profile: ProfileConfig, structure: Structure, *, call: Callable[[dict[str, Any]], ChatCompletion]
 ) -> str:
     """Return why one way of asking doesn't work, or nothing."""
     body = {
@@ -59,17 +68,14 @@ def try_structure(
     }
     try:
         completion = call(ask_for(body, Probe, structure))
-        choices = completion.get("choices") or [{}]
-        message = choices[0].get("message") or {}
-        content = read_content(message, structure)
-        parse_reply(Probe, content, finish_reason=choices[0].get("finish_reason"), refusal=message.get("refusal"))
-    except ConfigError as error:
-        if "refuses the request" not in str(error):
+        parse_reply(Probe, read_content(completion, structure), completion)
+    except RequestRefused as error:
+        if error.status in (401, 403, 404):
             raise
         return str(error)
-    except ServiceUnavailable as error:
+    except EndpointUnavailable as error:
         # Some servers answer a schema that they don't know with status 500; a dead one ends the search.
-        if "answered 5" not in str(error):
+        if error.status is None or error.status < 500:
             raise
         return str(error)
     except ReplyInvalid as error:

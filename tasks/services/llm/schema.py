@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from tasks.errors import ReplyInvalid
+from tasks.redaction import shorten, show_value
+from tasks.services.llm.completion import ChatCompletion
 
 T = TypeVar("T", bound=BaseModel)
 # Providers disagree on bounds, formats and defaults; what they all enforce is types, enums and keys.
@@ -46,27 +48,39 @@ def close(node: Any, definitions: dict[str, Any]) -> Any:
     return kept
 
 
-def parse_reply(model: type[T], content: str | None, *, finish_reason: str | None, refusal: str | None) -> T:
+def parse_reply(model: type[T], content: str | None, completion: ChatCompletion | None = None) -> T:
     """Return the validated reply.
+
+    Args:
+        content: the text in which its JSON should stand.
+        completion: what it came with; None for a reply that was accepted before.
 
     Raises:
         ReplyInvalid: it is a refusal, empty, cut off, or does not fit the schema. A cut reply is
             never repaired: a shorter valid object would be a wrong one.
 
     """
-    if refusal:
-        raise ReplyInvalid(f"the model refused: {refusal[:200]}")
-    if finish_reason == "length":
-        raise ReplyInvalid("the reply was cut off; raise llm.profiles.<name>.max_output_tokens")
-    if finish_reason == "content_filter":
-        raise ReplyInvalid("the provider's filter stopped the reply")
+    if completion is not None:
+        check_finished(completion)
     if not content:
         raise ReplyInvalid("the reply is empty")
     try:
         return model.model_validate(json.loads(content))
-    except json.JSONDecodeError as error:
-        raise ReplyInvalid(f"the reply is not JSON: {content[:80]!r}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ReplyInvalid(f"the reply does not fit: {where}: {first['msg']}") from error
+        raise ReplyInvalid(f"the reply does not fit: {shorten(where)}: {shorten(first['msg'])}") from error
+    except (ValueError, RecursionError) as error:
+        raise ReplyInvalid(f"the reply is not JSON: {show_value(content[:80])}") from error
+
+
+def check_finished(completion: ChatCompletion) -> None:
+    """Raise ReplyInvalid for a reply that can't be read, is a refusal, or was cut off."""
+    if completion.problem:
+        raise ReplyInvalid(f"the reply has an unexpected shape: {completion.problem}")
+    if completion.refusal:
+        raise ReplyInvalid(f"the model refused: {shorten(completion.refusal)}")
+    if completion.finish_reason == "length":
+        raise ReplyInvalid("the reply was cut off; raise llm.profiles.<name>.max_output_tokens")
+    if completion.finish_reason == "content_filter":
+        raise ReplyInvalid("the provider's filter stopped the reply")

@@ -3,18 +3,17 @@
 OpenAI and xAI search in their Responses APIs, OpenRouter by a server tool of chat completions.
 """
 
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 from tasks.errors import ConfigError
 from tasks.services.llm.client import Answer, LlmService
-from tasks.services.llm.dialects import find_object
 from tasks.services.llm.ledger import LedgerRow
 from tasks.services.llm.requests import RequestSpec, T
 from tasks.services.llm.schema import strict_schema
+from tasks.services.llm.transport import read_object
 
 MOST_DOMAINS = 5
 
@@ -44,62 +43,63 @@ def ask_with_search(llm: LlmService, spec: RequestSpec[T], *, role: str, domains
     profile = llm.config.profiles[name]
     kept = llm.find_cached(spec, name=name, role=role)
     if kept is not None:
-        return Found(kept, tuple(json.loads(kept.trace or "[]")))
+        return Found(kept, kept.citations)
     row = LedgerRow(role, name, profile.model, outcome="", reason="web search")
     started = time.monotonic()
     if profile.capabilities.web_search == "openrouter":
         tool = {"type": "openrouter:web_search", "parameters": {"allowed_domains": list(domains)} if domains else {}}
-        body = {**spec.body(profile, "json_schema"), "tools": [tool]}
-        completion = llm.send(body, row=row)
+        completion = llm.send({**spec.body(profile, "json_schema"), "tools": [tool]}, row=row)
     else:
         filters = {"filters": {"allowed_domains": list(domains[:MOST_DOMAINS])}} if domains else {}
         body = {**spec.plain_body(profile), "tools": [{"type": "web_search", **filters}]}
         completion = llm.send(body, row=row, create=lambda client, body, timeout_seconds: respond(
             client, body, spec, timeout_seconds=timeout_seconds
         ))  # fmt: skip
-    message = completion["choices"][0]["message"]
-    citations = read_citations(message)
-    message["reasoning_content"] = json.dumps(citations)  # kept beside the reply
-    message["content"] = find_object(message.get("content") or "") or message.get("content")
-    message["tool_calls"] = [{"function": {"arguments": message["content"]}}]  # where schemas are asked for by a tool
-    answer = llm.accept(spec, completion, row=LedgerRow(**{**vars(row), "seconds": time.monotonic() - started}))
-    return Found(answer, tuple(citations))
+    row = replace(row, seconds=time.monotonic() - started)
+    answer = llm.accept(spec, completion, row=row, structure="text")
+    return Found(answer, answer.citations)
 
 
 def respond(client: Any, body: dict[str, Any], spec: RequestSpec[T], *, timeout_seconds: float) -> dict[str, Any]:
-    """Ask by the Responses API, and return its reply as a chat completion."""
+    """Ask by the Responses API, and return its reply in the shape of a chat completion."""
     text = "\n".join(part for part in spec.parts if isinstance(part, str))
     shape = {"type": "json_schema", "name": spec.reply.__name__, "strict": True, "schema": strict_schema(spec.reply)}
-    response = client.responses.create(
+    deadline = time.monotonic() + timeout_seconds
+    with client.responses.with_streaming_response.create(
         model=body["model"], instructions=spec.system, input=text, tools=body["tools"], text={"format": shape},
         max_output_tokens=body["max_completion_tokens"], store=False, timeout=timeout_seconds,
-    ).model_dump()  # fmt: skip
-    parts = [part for item in response["output"] if item.get("type") == "message" for part in item.get("content") or []]
-    written = "".join(part.get("text") or "" for part in parts)
-    refusal = "".join(part.get("refusal") or "" for part in parts)
-    notes = [note for part in parts for note in part.get("annotations") or []]
-    usage = response.get("usage") or {}
+    ) as response:  # fmt: skip
+        return to_chat(read_object(response, deadline=deadline, seconds=timeout_seconds))
+
+
+def to_chat(response: dict[str, Any]) -> dict[str, Any]:
+    """Return a reply of the Responses API in the shape of a chat completion; odd parts go along as they are."""
+    whole: dict[str, Any] = {"model": response.get("model"), "usage": to_chat_usage(response.get("usage"))}
+    output = response.get("output")
+    if not isinstance(output, list):
+        return {**whole, "choices": output or []}
+    parts: list[Any] = []
+    for item in output:
+        if not isinstance(item, dict):
+            return {**whole, "choices": [item]}
+        if item.get("type") == "message":
+            content = item.get("content") or []
+            parts += content if isinstance(content, list) else [content]
+    notes = [part.get("annotations") for part in parts if isinstance(part, dict)]
+    flat = [note for listed in notes if isinstance(listed, list) for note in listed]
+    message = {"content": parts, "annotations": flat}
     is_whole = response.get("status") == "completed"
+    return {**whole, "choices": [{"message": message, "finish_reason": "stop" if is_whole else "length"}]}
+
+
+def to_chat_usage(usage: Any) -> Any:
+    """Return the Responses API's usage in the words of chat completions."""
+    if not isinstance(usage, dict):
+        return usage
     return {
-        "model": response.get("model"),
-        "choices": [
-            {
-                "message": {"role": "assistant", "content": written, "refusal": refusal or None, "annotations": notes},
-                "finish_reason": "stop" if is_whole else "length",
-            }
-        ],
-        "usage": {
-            "prompt_tokens": usage.get("input_tokens"),
-            "completion_tokens": usage.get("output_tokens"),
-            "prompt_tokens_details": usage.get("input_tokens_details"),
-            "completion_tokens_details": usage.get("output_tokens_details"),
-            "cost_in_usd_ticks": usage.get("cost_in_usd_ticks"),
-        },
+        "prompt_tokens": usage.get("input_tokens"),
+        "completion_tokens": usage.get("output_tokens"),
+        "prompt_tokens_details": usage.get("input_tokens_details"),
+        "completion_tokens_details": usage.get("output_tokens_details"),
+        "cost_in_usd_ticks": usage.get("cost_in_usd_ticks"),
     }
-
-
-def read_citations(message: dict[str, Any]) -> list[str]:
-    """Return the addresses that a reply cites, in order, each once."""
-    notes = [note for note in message.get("annotations") or [] if note.get("type") == "url_citation"]
-    urls = [str((note.get("url_citation") or note).get("url") or "") for note in notes]
-    return list(dict.fromkeys(url for url in urls if url.startswith(("https://", "http://"))))

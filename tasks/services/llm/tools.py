@@ -2,17 +2,20 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from tasks.errors import ReplyInvalid
 from tasks.services.llm.client import Answer, LlmService
-from tasks.services.llm.dialects import TOOL, ask_for, read_trace
+from tasks.services.llm.completion import ToolCall
+from tasks.services.llm.dialects import TOOL, ask_for
 from tasks.services.llm.ledger import LedgerRow
 from tasks.services.llm.requests import RequestSpec, T, encode_image
 from tasks.services.llm.schema import strict_schema
+
+MOST_PICTURES = 4  # that one round of tools shows
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,9 @@ class Tool:
             return ToolResult({"error": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"})
 
 
-@dataclass(frozen=True)
-class Examined:
-    """An answer, and the names of the tools that were called for it."""
-
-    answer: Answer[Any]
-    called: tuple[str, ...]
-    trace: str = ""
-    """What the model thought aloud, where its provider tells."""
-
-
 def ask_with_tools(
     llm: LlmService, spec: RequestSpec[T], tools: Sequence[Tool], *, role: str, max_rounds: int
-) -> Examined:
+) -> Answer[T]:
     """Return a reply that was given through the `answer` tool, after at most `max_rounds` rounds of others.
 
     Raises:
@@ -72,7 +65,7 @@ def ask_with_tools(
     profile = llm.config.profiles[name]
     cached = llm.find_cached(spec, name=name, role=role)
     if cached is not None:
-        return read_examined(cached)
+        return cached
     by_name = {tool.name: tool for tool in tools}
     forced = ask_for(spec.plain_body(profile), spec.reply, "tool")
     body = {**forced, "tools": [tool.describe() for tool in tools] + forced["tools"], "tool_choice": "required"}
@@ -82,59 +75,34 @@ def ask_with_tools(
             body["tool_choice"] = forced["tool_choice"]
         row = LedgerRow(role, name, profile.model, outcome="")
         completion = llm.send(body, row=row)
-        message = ((completion.get("choices") or [{}])[0].get("message")) or {}
-        calls = message.get("tool_calls") or []
-        answers = [call for call in calls if call["function"]["name"] == TOOL]
-        if answers or not calls:
-            return read_examined(accept(llm, spec, completion, answers, called, row=row))
+        answers = tuple(call for call in completion.tool_calls if call.name == TOOL)
+        if answers:
+            answered = replace(completion, tool_calls=answers, finish_reason="stop")
+            return llm.accept(spec, answered, row=row, structure="tool", called=tuple(called))
+        if not completion.tool_calls:
+            return llm.accept(spec, completion, row=row, called=tuple(called))
         llm.book_completion(completion, row=row)
+        calls = [call.to_wire() for call in completion.tool_calls]
         body["messages"] = [*body["messages"], {"role": "assistant", "content": None, "tool_calls": calls}]
-        body["messages"] += run_calls(calls, by_name, called, max_side=profile.max_image_side)
+        body["messages"] += run_calls(completion.tool_calls, by_name, called, max_side=profile.max_image_side)
     raise ReplyInvalid(f"no answer after {max_rounds} rounds of tools")
 
 
-def read_examined(answer: Answer[Any]) -> Examined:
-    """Return an answer with what was noted beside it."""
-    notes = json.loads(answer.trace or "{}")
-    return Examined(answer, tuple(notes.get("called", ())), notes.get("trace", ""))
-
-
 def run_calls(
-    calls: list[dict[str, Any]], by_name: dict[str, Tool], called: list[str], *, max_side: int
+    calls: Sequence[ToolCall], by_name: dict[str, Tool], called: list[str], *, max_side: int
 ) -> list[dict[str, Any]]:
     """Run what was called and return the messages that tell what came of it; pictures follow as a user's."""
-    messages, pictures = [], []
+    messages: list[dict[str, Any]] = []
+    pictures: list[dict[str, Any]] = []
     for call in calls:
-        name = call["function"]["name"]
-        result = ToolResult({"error": f"there is no tool {name}"})
-        if name in by_name:
-            result = by_name[name].call(call["function"]["arguments"])
-            called.append(name)
-        messages.append({"role": "tool", "tool_call_id": call["id"], "content": json.dumps(result.values)})
-        if result.picture is not None:  # tools answer in text alone
+        result = ToolResult({"error": f"there is no tool {call.name}"})
+        if call.name in by_name:
+            result = by_name[call.name].call(call.arguments)
+            called.append(call.name)
+        messages.append({"role": "tool", "tool_call_id": call.call_id, "content": json.dumps(result.values)})
+        if result.picture is not None and len(pictures) < MOST_PICTURES:  # tools answer in text alone
             url = encode_image(result.picture, max_side=max_side)
             pictures.append({"type": "image_url", "image_url": {"url": url}})
     if pictures:
         messages.append({"role": "user", "content": [{"type": "text", "text": "What you asked to see:"}, *pictures]})
     return messages
-
-
-def accept(
-    llm: LlmService,
-    spec: RequestSpec[T],
-    completion: dict[str, Any],
-    answers: list[dict[str, Any]],
-    called: list[str],
-    *,
-    row: LedgerRow,
-) -> Answer[T]:
-    """Book and keep an answer as if it had been a plain reply. Raises ReplyInvalid."""
-    choice = (completion.get("choices") or [{}])[0]
-    told = choice.get("message") or {}
-    notes = json.dumps({"called": called, "trace": read_trace(told)})
-    message = {**told, "tool_calls": answers, "reasoning_content": notes}
-    if answers:
-        message["content"] = answers[0]["function"]["arguments"]
-    finish_reason = "stop" if answers else choice.get("finish_reason")
-    whole = {**completion, "choices": [{**choice, "message": message, "finish_reason": finish_reason}]}
-    return llm.accept(spec, whole, row=row)

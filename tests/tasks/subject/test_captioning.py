@@ -7,11 +7,12 @@ from tasks.subject.captioning import (
     ImageInspection,
     find_doubt,
     find_objection,
+    lint_caption,
     write_caption,
     write_instance_prompt,
 )
 from tasks.subject.config import SubjectConfig
-from tasks.subject.linting import clean_phrase
+from tasks.subject.linting import clean_phrase, find_foreign_nouns, list_forms
 
 CONFIG = SubjectConfig(source="x", class_noun="fish")
 
@@ -64,3 +65,40 @@ def test_objections_name_what_is_wrong() -> None:
     assert "no fish seen" in str(find_objection(inspection(is_class_noun_visible=False), CONFIG))
     assert "more than one fish" in str(find_objection(inspection(num_subjects="several"), CONFIG))
     assert "rejects" in str(find_objection(inspection(verdict="reject"), CONFIG))
+
+
+@pytest.mark.parametrize(
+    ("said", "prompt"),
+    [
+        ("on the beach beside ohwx", "a photo of sks fish on the beach beside"),
+        ("on \uff53\uff4b\uff53 sand", "a photo of sks fish on sand"),
+        ("near zwx and q9x7 rocks", "a photo of sks fish near and rocks"),
+        ("on s\u200bks sand", "a photo of sks fish on sand"),
+        ("on <zwx> sand", "a photo of sks fish on sand"),
+        ("on \u0455ks sand", "a photo of sks fish on sand"),
+        ("in the snow", "a photo of sks fish in the snow"),
+        ("on a \ufb02at stone", "a photo of sks fish on a flat stone"),
+        ("beside two dogs", "a photo of sks fish"),
+        ("with three children", "a photo of sks fish"),
+        ("among wolves", "a photo of sks fish"),
+        ("with puppies", "a photo of sks fish"),
+        ("among other fishes", "a photo of sks fish among other"),
+    ],
+)
+def test_a_captioners_phrase_holds_no_other_subject(said: str, prompt: str) -> None:
+    caption, _, _ = lint_caption(Caption(surroundings=said, view=""), set(), CONFIG)
+    assert write_instance_prompt(caption, CONFIG) == prompt
+
+
+@pytest.mark.parametrize("noun", ["puppy", "wolf", "mouse", "dog"])
+def test_the_shown_class_noun_and_its_plural_are_not_foreign(noun: str) -> None:
+    config = SubjectConfig(source="x", class_noun=noun)
+    for form in list_forms(noun):
+        assert find_foreign_nouns(f"with {form}", class_noun=noun) == []
+        prompt = write_instance_prompt(Caption(surroundings=f"with {form}", view=""), config)
+        assert prompt == f"a photo of sks {noun} with"
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "word " * 5000, "\ufdfa" * 5000, "a\u0300" * 5000])
+def test_a_phrase_is_short_whatever_comes(text: str) -> None:
+    assert len(clean_phrase(text)) <= 144

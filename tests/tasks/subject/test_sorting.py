@@ -75,7 +75,8 @@ def test_words_of_traits_are_found_in_captions_and_common_ones_are_not() -> None
 
 
 def test_a_phrase_that_tells_a_trait_is_cut() -> None:
-    caption, leaks = lint_caption(Caption(surroundings="in the snow", view="its blue fins up"), {"blue"})
+    config = SubjectConfig(source="x", class_noun="fish")
+    caption, leaks, _ = lint_caption(Caption(surroundings="in the snow", view="its blue fins up"), {"blue"}, config)
     assert (caption.surroundings, caption.view, leaks) == ("in the snow", "", ["blue"])
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tasks.errors import ConfigError, ServiceUnavailable, StillPending
 from tasks.services.llm import batch_xai
-from tasks.services.llm.batch import ask_batch
+from tasks.services.llm.batch import BatchOptions, ask_batch
 from tasks.services.llm.client import LlmService
 from tasks.services.llm.config import CapabilityConfig
 from tests.llm_server import ScriptedServer, scripted_server
@@ -45,10 +45,8 @@ def make_batching(url_of: Any, folder: Path, kind: str, **changes: Any) -> LlmSe
 
 
 def ask(llm: LlmService, *, max_wait_seconds: float = 20, deadline_seconds: float | None = None) -> Any:
-    return ask_batch(
-        llm, SPECS, role="judge", state_prefix="05-scoring/k/batches", poll_seconds=0.02,
-        max_wait_seconds=max_wait_seconds, deadline_seconds=deadline_seconds, on_progress=lambda done, total: None,
-    )  # fmt: skip
+    options = BatchOptions("05-scoring/k/batches", 0.02, max_wait_seconds, deadline_seconds)
+    return ask_batch(llm, SPECS, options, role="judge", on_progress=lambda done, total: None)
 
 
 def test_xais_container_is_filled_and_read_page_by_page(server: XaiServer, tmp_path: Path) -> None:

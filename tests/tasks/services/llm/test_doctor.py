@@ -2,6 +2,7 @@
 
 import datetime
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ import pytest
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from flows.costs import sum_costs
+from flows.estimates import print_estimates
 from tasks.mini.launch import LocalServer
+from tasks.services.llm.calls import ask_each
 from tasks.services.llm.client import LlmService
-from tasks.services.llm.config import CapabilityConfig, ProfileConfig
+from tasks.services.llm.config import CapabilityConfig, PriceConfig, ProfileConfig
 from tasks.services.llm.doctor import check_retirement, examine
 from tasks.services.llm.estimate import estimate_calls
 from tasks.services.llm.ledger import Ledger
 from tasks.services.store import LocalStore
 from tests.llm_server import ScriptedServer, completion, scripted_server
 from tests.tasks.services.llm.test_client import GOOD, SPEC, ask, make_llm
+from tests.tasks.services.llm.test_rungs import two_rungs
 
 TODAY = datetime.date(2026, 11, 22)
 
@@ -31,7 +35,8 @@ class Listing(ScriptedServer):
         self.reply = reply
 
     def next_answer(self) -> Any:
-        return 200, {}, json.dumps(completion('{"color": "red"}', **{"model": "asked-model", **self.reply})).encode()
+        content = '{"color": "vermilion"}' if "vermilion" in json.dumps(self.bodies[-1]) else '{"color": "red"}'
+        return 200, {}, json.dumps(completion(content, **{"model": "asked-model", **self.reply})).encode()
 
 
 @pytest.mark.parametrize(
@@ -72,7 +77,7 @@ def test_the_mini_server_does_all_that_its_profile_says(tmp_path: Path) -> None:
         local.stop()
     assert all(finding.is_good for finding in found.values()), found
     assert set(found) == {"retirement", "key", "models", "schema", "pictures", "tools", "stream", "batch"}
-    assert found["stream"].detail.startswith("in ")
+    assert found["stream"].detail.endswith(" characters")
 
 
 def findings(
@@ -119,7 +124,7 @@ def test_a_flag_that_does_not_hold_is_named_with_what_to_change(tmp_path: Path) 
     told = {name: found[name].detail for name in ("tools", "reasoning", "stream") if not found[name].is_good}
     assert told["tools"] == "calls no tool; set .capabilities.tools=false"
     assert told["reasoning"] == "reasons (7 tokens) though told not to; set .capabilities.reasoning"
-    assert told["stream"] == "nothing came; set .capabilities.streaming=false"
+    assert told["stream"] == "no text was streamed; set .capabilities.streaming=false"
 
 
 @pytest.mark.parametrize("kind", ["openai", "xai"])
@@ -148,6 +153,44 @@ def test_an_estimate_counts_calls_and_takes_the_batch_price(tmp_path: Path) -> N
         whole, half = (estimate_calls(config, "judge", [SPEC] * 3, is_batch=is_batch) for is_batch in (False, True))
         assert not server.counts
     assert whole.calls == 3
-    assert whole.low_usd == pytest.approx((whole.input_tokens * 1.0 + 3 * 120 * 10.0) / 1e6)
-    assert half.low_usd == pytest.approx((whole.low_usd or 0) / 2)
-    assert whole.high_usd == pytest.approx((whole.input_tokens * 1.0 + 3 * 600 * 10.0) / 1e6)
+    assert whole.expected_usd == pytest.approx((whole.input_tokens * 1.0 + 3 * 120 * 10.0) / 1e6)
+    assert half.expected_usd == pytest.approx((whole.expected_usd or 0) / 2)
+    assert whole.worst_calls == 3 * (3 + 1)  # three attempts for each question, and for the one that is repaired
+
+
+class Spendthrift(ScriptedServer):
+    """Cuts every reply but the last attempt's, which doesn't fit; claims as many tokens as were allowed."""
+
+    def __init__(self, max_attempts: int) -> None:
+        super().__init__()
+        self.max_attempts = max_attempts
+
+    def next_answer(self) -> Any:
+        usage = {"prompt_tokens": 300, "completion_tokens": 600}
+        whole = json.dumps(completion('{"grade": 9}', usage=usage)).encode()
+        return 200, {}, whole if self.counts["POST /v1/chat/completions"] % self.max_attempts == 0 else whole[:99]
+
+
+def test_an_estimate_is_an_upper_bound_of_what_is_booked(tmp_path: Path) -> None:
+    prices = PriceConfig(input=1.0, output=10.0, date="d")
+    with scripted_server(Spendthrift(2)) as server, scripted_server(Spendthrift(2)) as strong:
+        llm = two_rungs(server, strong, tmp_path, max_attempts=2, prices=prices, concurrency=1)
+        specs = {f"s{number}": replace(SPEC, repeat=number) for number in range(4)}
+        estimate = estimate_calls(llm.config, "judge", list(specs.values()), is_batch=False)
+        answers, failures = ask_each(specs, llm=llm, role="judge", on_progress=lambda done, total: None)
+        calls = server.counts["POST /v1/chat/completions"] + strong.counts["POST /v1/chat/completions"]
+    assert (len(answers), len(failures)) == (0, 4)
+    spent = llm.ledger.sum_cost() or 0.0
+    assert (estimate.expected_usd or 0.0) < spent <= (estimate.worst_usd or 0.0)
+    assert calls <= estimate.worst_calls
+
+
+def test_an_estimate_counts_what_is_asked_only_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    print_estimates(["llm=openai", "scoring=sync", "subject.source=photos", "subject.class_noun=mug", "diffusion=mini"])
+    shown = capsys.readouterr().out
+    assert "adjudicator" in shown
+    expected, worst = (
+        float(next(line for line in shown.splitlines() if line.startswith(word)).split()[number])
+        for word, number in (("expected", 1), ("at most", 2))
+    )
+    assert 0 < expected < worst

@@ -224,7 +224,8 @@ import os, signal, sys
 from pathlib import Path
 from tasks.services.llm.client import LlmService
 from tasks.services.llm.config import CapabilityConfig, LlmConfig, PriceConfig, ProfileConfig
-from tasks.services.llm.ledger import Budget, Ledger
+from tasks.services.llm.budget import Budget
+from tasks.services.llm.ledger import Ledger
 from tasks.services.store import LocalStore
 from tasks.services.llm.requests import RequestSpec
 from pydantic import BaseModel
@@ -238,7 +239,7 @@ able = CapabilityConfig(structure="json_schema")
 prices = PriceConfig(input=1.0, output=10.0, date="d")
 profile = ProfileConfig(base_url=url, model="asked-model", capabilities=able, prices=prices)
 store, ledger = LocalStore(folder / "store"), Ledger(folder / "ledger.jsonl")
-budget = Budget(folder / "budget.jsonl", 1.0)
+budget = Budget(folder / "budget.json", 1.0)
 llm = LlmService(LlmConfig(models=("p",), profiles={"p": profile}), store=store, ledger=ledger, budget=budget)
 plain = {"store": store.put_bytes, "book": ledger.book}
 
@@ -272,5 +273,5 @@ def test_a_process_killed_after_the_reply_loses_no_money_that_it_need_not(
     again = run("never")
     assert (again.returncode, again.stdout.strip()) == (0, "2"), again.stderr
     assert server.counts[CHAT] == asked
-    spent = sum(json.loads(line)["usd"] for line in (tmp_path / "budget.jsonl").read_text().splitlines())
+    spent = json.loads((tmp_path / "budget.json").read_text())["spent_usd"]
     assert spent == pytest.approx(asked * (100 * 1.0 + 20 * 10.0) / 1e6)  # the cap knows of every reply

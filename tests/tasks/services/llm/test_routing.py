@@ -11,7 +11,7 @@ from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from tasks.errors import ConfigError
 from tasks.services.config import StoreConfig
-from tasks.services.llm.batch import ask_batch
+from tasks.services.llm.batch import BatchOptions, ask_batch
 from tasks.services.llm.config import ProfileConfig
 from tasks.services.store import S3Store
 from tests.llm_server import scripted_server
@@ -83,10 +83,7 @@ def batch_body(llm: Any, server: Any) -> Any:
         return plain(body)
 
     server.desk.answer = remember
-    ask_batch(
-        llm, {"s": SPEC}, role="judge", state_prefix="b", poll_seconds=0.02, max_wait_seconds=20,
-        on_progress=lambda done, total: None,
-    )  # fmt: skip
+    ask_batch(llm, {"s": SPEC}, BatchOptions("b", 0.02, 20), role="judge", on_progress=lambda done, total: None)
     return seen[0]
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from tasks.errors import BudgetExceeded, ConfigError, ReplyInvalid
+from tasks.services.llm.budget import Budget
 from tasks.services.llm.client import LlmService
+from tasks.services.llm.completion import Usage, parse_usage
 from tasks.services.llm.config import CapabilityConfig, LlmConfig, PriceConfig, ProfileConfig
-from tasks.services.llm.ledger import Budget, Ledger, Usage, compute_cost, read_usage
+from tasks.services.llm.ledger import Ledger, compute_cost
 from tasks.services.llm.requests import RequestSpec
 from tasks.services.store import LocalStore
 from tests.llm_server import ScriptedServer, completion, scripted_server
@@ -182,9 +184,9 @@ def test_usage_is_read_in_every_providers_words() -> None:
         "prompt_tokens_details": {"cached_tokens": 60, "image_tokens": 25},
         "completion_tokens_details": {"reasoning_tokens": 10},
     }  # fmt: skip
-    assert read_usage({"usage": usage}) == Usage(100, 60, 25, 30, 10, 37_500 / 1e10)
-    assert read_usage({"usage": {"cost": 0.5}}).reported_usd == 0.5
-    assert read_usage({}) == Usage()
+    assert parse_usage(usage) == (Usage(100, 60, 25, 30, 10, 37_500 / 1e10), "")
+    assert parse_usage({"cost": 0.5}) == (Usage(reported_usd=0.5), "")
+    assert parse_usage({}) == parse_usage(None) == (Usage(), "no usage was reported")
 
 
 def test_cost_counts_cached_tokens_batches_and_prefers_what_the_provider_says() -> None:
@@ -206,7 +208,7 @@ def test_eight_workers_with_money_for_three_calls_make_three(cheap: ScriptedServ
     cheap.script((200, {}, json.dumps(completion(GOOD, usage={"prompt_tokens": 1, "completion_tokens": 600})).encode()))
 
     def work(number: int) -> str:
-        budget = Budget(tmp_path / "budget.jsonl", config.budget_usd)
+        budget = Budget(tmp_path / "budget.json", config.budget_usd)
         store, ledger = LocalStore(tmp_path / "store"), Ledger(tmp_path / f"ledger-{number}.jsonl")
         llm = LlmService(config, store=store, ledger=ledger, budget=budget)
         try:
@@ -231,12 +233,12 @@ def test_eight_workers_with_money_for_three_calls_make_three(cheap: ScriptedServ
 
 
 def test_money_that_a_call_did_not_need_is_given_back(tmp_path: Path) -> None:
-    budget = Budget(tmp_path / "budget.jsonl", 1.0)
+    budget = Budget(tmp_path / "budget.json", 1.0)
     name = budget.reserve(0.9)
     with pytest.raises(BudgetExceeded, match=r"0.9000 of 1.0000 USD .* raise llm.budget_usd"):
         budget.reserve(0.2)
-    budget.settle(name, reserved=0.9, spent=0.1)
-    assert Budget(tmp_path / "budget.jsonl", 1.0).reserve(0.9)
+    budget.settle(name, spent=0.1)
+    assert Budget(tmp_path / "budget.json", 1.0).reserve(0.9)
 
 
 def test_a_cap_without_prices_is_refused() -> None:

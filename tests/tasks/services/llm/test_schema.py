@@ -6,6 +6,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from tasks.errors import ReplyInvalid
+from tasks.services.llm.completion import ChatCompletion
 from tasks.services.llm.schema import parse_reply, strict_schema
 
 
@@ -20,9 +21,8 @@ class Outer(BaseModel):
     note: str | None = None
 
 
-def parse(content: str | None, **options: str | None) -> Outer:
-    settings = {"finish_reason": "stop", "refusal": None, **options}
-    return parse_reply(Outer, content, **settings)  # type: ignore[arg-type]
+def parse(content: str | None, **options: str) -> Outer:
+    return parse_reply(Outer, content, ChatCompletion(**{"finish_reason": "stop", **options}))
 
 
 def test_objects_are_closed_and_all_keys_required_at_every_level() -> None:

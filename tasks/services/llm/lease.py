@@ -1,0 +1,154 @@
+"""Leases in the store: one holder per name, found dead by its process or its missing heartbeat.
+
+A stale lease is taken over under the next number, created only where it doesn't exist: of several that
+try, one gets it.
+"""
+
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
+from pydantic import BaseModel
+
+from tasks.errors import ArtifactCorrupt, LikenessError, StillPending
+from tasks.services.store import Store
+from tasks.stage.digests import dump_signed, load_signed
+
+log = logging.getLogger(__name__)
+HEARTBEAT_SECONDS, EXPIRY_SECONDS = 20.0, 120.0
+
+
+class Lease(BaseModel):
+    """Who holds a name, and until when."""
+
+    owner: str
+    host: str
+    pid: int
+    process_started: float
+    expires_at: float
+
+    def is_stale(self) -> bool:
+        """Whether its holder is gone: a dead process on this host, or one without a heartbeat."""
+        if time.time() > self.expires_at:
+            return True
+        return self.host == socket.gethostname() and find_start(self.pid) != self.process_started
+
+
+def find_start(pid: int) -> float:
+    """Return when a process started, 0 where there is none; numbers of processes are used again."""
+    try:
+        process = psutil.Process(pid)
+        return 0.0 if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.Error:
+        return 0.0
+
+
+@contextmanager
+def hold_lease(
+    store: Store, name: str, *, max_wait_seconds: float, poll_seconds: float, on_wait: Callable[[], None]
+) -> Iterator[None]:
+    """Hold a name while the block runs; wait for another holder first.
+
+    Raises:
+        StillPending: the other holder still runs after `max_wait_seconds`.
+
+    """
+    deadline = time.monotonic() + max_wait_seconds
+    owner = uuid.uuid4().hex
+    while (key := try_acquire(store, name, owner)) is None:
+        if time.monotonic() > deadline:
+            holder = find_holder(store, name)
+            who = f"process {holder[1].pid} on {holder[1].host}" if holder else "another process"
+            raise StillPending(f"{who} runs the same batch job; `likeness pending` resumes this run when it has ended")
+        on_wait()
+        time.sleep(min(1.0, poll_seconds))
+    ended = threading.Event()
+    beat = threading.Thread(target=keep_alive, args=(store, key, owner, ended), daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beat.join()
+        store.delete(key)
+
+
+def try_acquire(store: Store, name: str, owner: str) -> str | None:
+    """Return the key of a lease that was acquired, or None where somebody holds it."""
+    holder = find_holder(store, name)
+    if holder is not None and not holder[1].is_stale():
+        return None
+    # The number follows from the lease that was found stale: a newer one, of somebody faster, is in its place.
+    key = f"{prefix_of(name)}{(read_number(holder[0]) if holder else 0) + 1:06d}.json"
+    if not store.put_new(key, dump_signed(make_lease(owner))):
+        return None
+    for other in list_leases(store, name):
+        if other != key:
+            found = read_lease(store, other)
+            if found is not None and not found.is_stale():  # both began at once: neither has it
+                store.delete(key)
+                return None
+            store.delete(other)
+    return key
+
+
+def find_holder(store: Store, name: str) -> tuple[str, Lease] | None:
+    """Return the newest lease of a name and its key."""
+    for key in reversed(list_leases(store, name)):
+        found = read_lease(store, key)
+        if found is not None:
+            return key, found
+    return None
+
+
+def read_lease(store: Store, key: str) -> Lease | None:
+    """Return a lease; a damaged one is stale."""
+    data = store.find_bytes(key)
+    if data is None:
+        return None
+    try:
+        return load_signed(Lease, data)
+    except ArtifactCorrupt:
+        return Lease(owner="", host="", pid=0, process_started=0.0, expires_at=0.0)
+
+
+def keep_alive(store: Store, key: str, owner: str, ended: threading.Event) -> None:
+    """Renew a lease until its holder ends."""
+    while not ended.wait(HEARTBEAT_SECONDS):
+        try:
+            store.put_bytes(key, dump_signed(make_lease(owner)))
+        except (LikenessError, OSError) as error:  # the next beat may get through before it expires
+            log.warning("lease %s was not renewed: %s", key, error)
+
+
+def make_lease(owner: str) -> Lease:
+    """Return a lease of this process."""
+    return Lease(
+        owner=owner,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        process_started=find_start(os.getpid()),
+        expires_at=time.time() + EXPIRY_SECONDS,
+    )
+
+
+def prefix_of(name: str) -> str:
+    """Return the key prefix of a name's leases."""
+    return f"llm/leases/{name}/"
+
+
+def list_leases(store: Store, name: str) -> list[str]:
+    """Return the keys of a name's leases, oldest first."""
+    return [key for key in store.list_keys(prefix_of(name)) if key.endswith(".json")]
+
+
+def read_number(key: str) -> int:
+    """Return a lease's number."""
+    stem = key.rsplit("/", 1)[-1].removesuffix(".json")
+    return int(stem) if stem.isdigit() else 0

@@ -1,0 +1,75 @@
+"""Replies, refusals and probed capabilities in the store: signed, bound to their key, and quarantined when damaged."""
+
+import logging
+import time
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from tasks.errors import ArtifactCorrupt, ReplyInvalid
+from tasks.services.store import Store
+from tasks.stage.digests import dump_signed, load_signed
+
+log = logging.getLogger(__name__)
+REFUSAL_DAYS = 1.0
+
+
+class Record(BaseModel):
+    """What the store holds under a key, which the record names: a copy under another key is no record."""
+
+    key: str
+
+
+class CachedReply(Record):
+    """A validated reply."""
+
+    content: str
+    served_model: str
+    reasoning: str = ""
+    citations: tuple[str, ...] = ()
+    called: tuple[str, ...] = ()
+    """Names of the tools that were called for it."""
+
+
+class Refusal(Record):
+    """A reply that could not be used, so that the same profile isn't asked again at once."""
+
+    reason: str
+    at: float
+
+
+R = TypeVar("R", bound=Record)
+
+
+def put_record(store: Store, record: Record) -> None:
+    """Store a record under its key."""
+    store.put_bytes(record.key, dump_signed(record))
+
+
+def find_record(store: Store, kind: type[R], key: str) -> R | None:
+    """Return a verified record; one that was damaged is moved aside and counts as absent."""
+    data = store.find_bytes(key)
+    if data is None:
+        return None
+    try:
+        record = load_signed(kind, data)
+        if record.key != key:
+            raise ArtifactCorrupt(f"the record belongs to {record.key}")
+    except ArtifactCorrupt as error:
+        quarantine(store, key, data, error)
+        return None
+    return record
+
+
+def quarantine(store: Store, key: str, data: bytes, error: ArtifactCorrupt) -> None:
+    """Move a damaged object aside."""
+    log.warning("%s is damaged (%s); it is kept as %s.quarantined and computed again", key, error, key)
+    store.put_bytes(f"{key}.quarantined", data)
+    store.delete(key)
+
+
+def check_refusal(store: Store, key: str) -> None:
+    """Raise what a profile's reply was found to be lately, without asking again."""
+    refusal = find_record(store, Refusal, key)
+    if refusal is not None and time.time() - refusal.at < REFUSAL_DAYS * 86_400:
+        raise ReplyInvalid(refusal.reason)

@@ -1,0 +1,125 @@
+"""Whatever is read back was verified: one flipped byte and one cut tail for each kind of record."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.errors import StillPending
+from tasks.services.llm.client import LlmService
+from tasks.services.llm.config import CapabilityConfig
+from tasks.services.llm.ledger import read_rows
+from tests.llm_server import ScriptedServer, completion, scripted_server
+from tests.tasks.services.llm.test_batch import BATCHES
+from tests.tasks.services.llm.test_batch import ask as ask_in_batch
+from tests.tasks.services.llm.test_client import CHAT, GOOD, SPEC, ask, make_llm
+from tests.tasks.services.llm.test_rungs import REFUSAL, two_rungs
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "one flipped byte": lambda data: flip(data),  # noqa: PLW0108 - defined below
+    "a cut tail": lambda data: data[: len(data) * 2 // 3],
+    "no bytes": lambda data: b"",
+    "a list": lambda data: b"[]",
+    "deep nesting": lambda data: b"[" * 100_000,
+}
+damages = pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+
+
+def flip(data: bytes) -> bytes:
+    """Change one digit or letter, so that the record stays JSON of the same shape."""
+    for old, new in ((b'\\"grade\\": 2', b'\\"grade\\": 1'), (b"refused", b"refuses"), (b"json_mode", b"json_mod3")):
+        if old in data:
+            return data.replace(old, new, 1)
+    return data.replace(b'"attempt": 0', b'"attempt": 3', 1)
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with scripted_server() as running:
+        running.script(GOOD)
+        yield running
+
+
+def damage_only(llm: LlmService, prefix: str, damage: Callable[[bytes], bytes]) -> str:
+    [key] = [key for key in llm.store.list_keys(prefix) if key.endswith(".json")]
+    data = llm.store.find_bytes(key) or b""
+    assert damage(data) != data
+    llm.store.put_bytes(key, damage(data))
+    return key
+
+
+@damages
+def test_a_damaged_reply_is_asked_for_again(server: ScriptedServer, tmp_path: Path, damage: Any) -> None:
+    llm = make_llm(server, tmp_path)
+    ask(llm)
+    key = damage_only(llm, "llm/replies/", damage)
+    assert ask(make_llm(server, tmp_path)).grade == 2
+    assert server.counts[CHAT] == 2
+    assert llm.store.list_keys(f"{key}.quarantined")
+
+
+def test_a_reply_under_another_questions_key_is_none(server: ScriptedServer, tmp_path: Path) -> None:
+    llm = make_llm(server, tmp_path)
+    ask(llm)
+    [key] = llm.store.list_keys("llm/replies/")
+    other = replace(SPEC, repeat=1)
+    llm.store.put_bytes(llm.cache_key(other, "p"), llm.store.find_bytes(key) or b"")
+    server.script('{"grade": 1}')
+    assert llm.ask(other, role="judge").reply.grade == 1
+    assert server.counts[CHAT] == 2
+
+
+@damages
+def test_a_damaged_refusal_is_asked_about_again(server: ScriptedServer, tmp_path: Path, damage: Any) -> None:
+    server.script(REFUSAL)
+    with scripted_server() as strong:
+        strong.script(GOOD)
+        llm = two_rungs(server, strong, tmp_path)
+        llm.ask(SPEC, role="judge")
+        damage_only(llm, "llm/refusals/", damage)
+        llm.store.delete(llm.store.list_keys("llm/replies/")[0])
+        two_rungs(server, strong, tmp_path).ask(SPEC, role="judge")
+    assert server.counts[CHAT] == 4  # asked, and once more, both times
+
+
+@damages
+def test_a_damaged_probe_is_made_again(tmp_path: Path, damage: Any) -> None:
+    class JsonMode(ScriptedServer):
+        def next_answer(self) -> Any:
+            body = self.bodies[-1]
+            is_good = (body.get("response_format") or {}) == {"type": "json_object"}
+            content = '{"color": "vermilion"}' if "vermilion" in json.dumps(body) else GOOD
+            return 200, {}, json.dumps(completion(content if is_good else "red")).encode()
+
+    with scripted_server(JsonMode()) as server:
+        able = CapabilityConfig(structure="auto")
+        llm = make_llm(server, tmp_path, capabilities=able)
+        assert llm.structure("p") == "json_mode"
+        damage_only(llm, "llm/dialects/", damage)
+        assert make_llm(server, tmp_path, capabilities=able).structure("p") == "json_mode"
+        assert server.counts[CHAT] == 8
+
+
+@damages
+def test_a_damaged_batch_state_finds_its_job_again(server: ScriptedServer, tmp_path: Path, damage: Any) -> None:
+    server.desk.turn.acquire()
+    llm = make_llm(server, tmp_path)
+    with pytest.raises(StillPending):
+        ask_in_batch(llm, max_wait_seconds=0.1)
+    damage_only(llm, "05-scoring/", damage)
+    server.desk.turn.release()
+    answers, failures = ask_in_batch(make_llm(server, tmp_path))
+    assert (len(answers), failures) == (4, {})
+    assert (server.counts[BATCHES], server.counts["row"]) == (1, 4)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: data.replace(b'"ok"', b'"ko"', 1)])
+def test_a_damaged_ledger_line_costs_that_line_only(server: ScriptedServer, tmp_path: Path, damage: Any) -> None:
+    ask(make_llm(server, tmp_path))
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(damage(path.read_bytes()))
+    ask(make_llm(server, tmp_path))
+    assert [row and row["outcome"] for row in read_rows(path)] == [None, "cached"]

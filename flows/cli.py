@@ -1,6 +1,8 @@
 """The `likeness` command: thin, calls the flows."""
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,7 @@ RUN_HELP = "run folder's name, or latest"
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     options = make_parser().parse_args(argv)
+    quiet_libraries()
     try:
         command: Callable[[argparse.Namespace], int] = options.action
         return command(options)
@@ -43,6 +46,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; run again to go on from here", file=sys.stderr)
         return 130
+
+
+def quiet_libraries() -> None:
+    """Keep bars and notes of libraries off the terminal; what is set still wins."""
+    for name, value in (
+        ("TOKENIZERS_PARALLELISM", "false"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TQDM_DISABLE", "1"),
+    ):  # fmt: skip
+        os.environ.setdefault(name, value)
+    # Where they are installed: kernels and image processors that nothing here uses.
+    for name in ("bitsandbytes", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def explain_os_error(error: OSError) -> str:

@@ -1,6 +1,7 @@
 """Draw single pictures with a run's tuned model."""
 
 import secrets
+import sys
 from pathlib import Path
 
 from flows.run_records import read_run
@@ -25,6 +26,8 @@ def generate(
         ConfigError: the run did not finish, or kept no weights of that step.
 
     """
+    # Where it is installed, diffusers imports it with every model: seconds, for nothing that drawing needs.
+    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     from tasks.diffusion.base import SamplingRequest, open_model
     from tasks.services.store import open_store
 

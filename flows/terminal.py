@@ -18,6 +18,7 @@ from conf.request import RunRequest
 from conf.schema import RunConfig
 from flows.embedded import EmbeddedServer, needs_server
 from tasks.progress import ProgressView, make_progress
+from tasks.redaction import clean_text
 
 
 def run_in_terminal(settings: list[str]) -> int:
@@ -77,6 +78,8 @@ def ready_for_flows(
 ) -> Iterator[tuple[RunConfig, ProgressView, EmbeddedServer | None]]:
     """Check what can be checked at once while the embedded Prefect server starts."""
     config = compile_request(request)
+    # At once: the next words come after seconds of imports.
+    print(describe_start(config), flush=True)
     signal.signal(signal.SIGTERM, raise_interrupt)
     server = EmbeddedServer(Path(config.output_dir)) if needs_server() else None
     prepare_environment(is_embedded=server is not None)
@@ -91,6 +94,16 @@ def ready_for_flows(
     finally:
         if server is not None:
             server.stop()
+
+
+def describe_start(config: RunConfig) -> str:
+    """Return what is about to be done, in one line."""
+    photos = "the demo photos" if config.subject.source == "demo" else clean_text(config.subject.source)
+    llm = ", ".join(config.llm.used_profiles())
+    return (
+        f"{config.subject.class_noun} from {photos}: {config.diffusion.location} at {config.diffusion.resolution} px, "
+        f"{config.training.method}, {config.training.max_train_steps} steps, LLM {llm}, output in {config.output_dir}"
+    )
 
 
 def raise_interrupt(signum: int, frame: FrameType | None) -> None:
@@ -119,17 +132,12 @@ def prepare_environment(*, is_embedded: bool) -> None:
         "PREFECT_LOGGING_LEVEL": "CRITICAL",  # errors are printed once, by us
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TQDM_DISABLE": "1",
     }
     if is_embedded:
         # The embedded server ends with the run, often before the last log lines are sent.
         defaults["PREFECT_LOGGING_TO_API_ENABLED"] = "false"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    # Where it is installed, peft loads it, and it tells of kernels that nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name in ("NO_PROXY", "no_proxy"):
         hosts = [host for host in os.environ.get(name, "").split(",") if host]
         os.environ[name] = ",".join(dict.fromkeys([*hosts, "127.0.0.1", "localhost"]))

@@ -4,14 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.runs import open_budget, read_run, write_json
+from flows.runs import open_budget, read_run
 from flows.tables import make_cell
-from tasks.errors import ConfigError, LikenessError
+from tasks.errors import ArtifactCorrupt, ConfigError, LikenessError
 from tasks.manifests import SubjectSet
 from tasks.redaction import clean_text
+from tasks.stage.digests import dump_signed, load_signed
+from tasks.stage.files import quarantine, write_atomic
 
 if TYPE_CHECKING:
-    from tasks.services.llm.conversation import Conversation
+    from tasks.services.llm.conversation import Conversation, History
     from tasks.subject.reviewing import CaptionBook
 
 HELP = "/captions lists them, /quit or Ctrl-D ends; Ctrl-C stops a reply"
@@ -30,7 +32,7 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
     from tasks.contract import find_manifest
     from tasks.mini.launch import LocalServer
     from tasks.services.llm.client import LlmService
-    from tasks.services.llm.conversation import Conversation, History
+    from tasks.services.llm.conversation import Conversation
     from tasks.services.llm.ledger import Ledger
     from tasks.services.store import open_store
     from tasks.subject.reviewing import list_tools, open_book, write_briefing
@@ -58,7 +60,7 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
         return read(clean_text(f"{question} [y/N] ")).strip().lower() in ("y", "yes")
 
     tools = list_tools(subject, book, run.config.subject, store=store, confirm=confirm)
-    history = History.model_validate_json(kept.read_text()) if kept.exists() else History()
+    history = read_history(kept)
     conversation = Conversation(llm, "reviewer", write_briefing(subject, book), tools, history)
     show_captions(subject, book)
     print(f"{len(history.turns)} turns before this one; " * bool(history.turns) + HELP)
@@ -69,11 +71,24 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
             elif text:
                 conversation.system = write_briefing(subject, book)
                 say(conversation, text)
-                write_json(kept, conversation.history.model_dump())
+                write_atomic(kept, dump_signed(conversation.history))
     finally:
         llm.close()
         server.stop()
     return book.path if book.version > before else None
+
+
+def read_history(path: Path) -> "History":
+    """Return what was said before; a damaged file is moved aside."""
+    from tasks.services.llm.conversation import History
+
+    if not path.exists():
+        return History()
+    try:
+        return load_signed(History, path.read_bytes())
+    except ArtifactCorrupt as error:
+        print(f"{quarantine(path)} is damaged ({error}); the conversation starts anew")
+        return History()
 
 
 def ask_line(read: Callable[[str], str]) -> str:

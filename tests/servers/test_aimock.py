@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import BudgetExceeded, ConfigError, ReplyInvalid, ServiceUnavailable
-from tasks.services.llm.batch import ask_batch
+from tasks.services.llm.batch import BatchOptions, ask_batch
 from tasks.services.llm.client import LlmService
 from tasks.services.llm.doctor import examine
 from tasks.services.llm.requests import RequestSpec
@@ -135,7 +135,7 @@ def test_a_reply_that_cannot_be_used_is_asked_for_again_with_the_reason(url: str
 
 def test_what_the_model_thought_is_kept(url: str, tmp_path: Path) -> None:
     spec = RequestSpec("", ("thoughtful", fill_picture("red")), Seen)
-    assert make(url, tmp_path).ask(spec, role="inspector").trace == "It looks red to me."
+    assert make(url, tmp_path).ask(spec, role="inspector").reasoning == "It looks red to me."
 
 
 def test_a_wrong_key_is_named_by_its_variable(url: str, tmp_path: Path) -> None:
@@ -151,10 +151,10 @@ def test_a_batch_is_uploaded_created_found_and_read(url: str, tmp_path: Path) ->
     specs = {str(n): RequestSpec("", (f"sample {n}",), Seen) for n in range(3)}
     seen: list[tuple[int, int]] = []
     llm = make(url, tmp_path)
+    options = BatchOptions("batches", poll_seconds=0.05, max_wait_seconds=20)
     answers, failures = ask_batch(
-        llm, specs, role="inspector", state_prefix="batches", poll_seconds=0.05, max_wait_seconds=20,
-        on_progress=lambda done, total: seen.append((done, total)),
-    )  # fmt: skip
+        llm, specs, options, role="inspector", on_progress=lambda done, total: seen.append((done, total))
+    )
     # Its rows all say the same, which is no JSON: every one comes back by its name, and none is kept.
     assert answers == {}
     assert failures == dict.fromkeys(specs, "the reply is not JSON: 'Mock batch completion'")

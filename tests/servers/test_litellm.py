@@ -7,7 +7,7 @@ import pytest
 
 from tasks.errors import ConfigError
 from tasks.mini.launch import LocalServer
-from tasks.services.llm.batch import ask_batch
+from tasks.services.llm.batch import BatchOptions, ask_batch
 from tasks.services.llm.doctor import examine
 from tasks.services.llm.requests import RequestSpec
 from tests.servers.served import SERVERS, Seen, ask_color, fill_picture, find_port, make_llm, need, serving
@@ -108,9 +108,7 @@ def test_a_model_that_it_does_not_know_is_a_wrong_configuration(url: str, tmp_pa
 def test_files_and_batches_pass_through(url: str, tmp_path: Path) -> None:
     llm = make_llm(url, "mini-vision", tmp_path, api_key_variable="GOOD_KEY")
     specs = {c: RequestSpec("You look.", ("Which color fills it?", fill_picture(c)), Seen) for c in ("red", "blue")}
-    answers, failures = ask_batch(
-        llm, specs, role="inspector", state_prefix="batches", poll_seconds=0.2, max_wait_seconds=30,
-        on_progress=lambda done, total: None,
-    )  # fmt: skip
+    options = BatchOptions("batches", poll_seconds=0.2, max_wait_seconds=30)
+    answers, failures = ask_batch(llm, specs, options, role="inspector", on_progress=lambda done, total: None)
     assert failures == {}
     assert {name: answer.reply.color for name, answer in answers.items()} == {"red": "red", "blue": "blue"}

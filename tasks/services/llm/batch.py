@@ -24,6 +24,7 @@ from tasks.services.llm.requests import RequestSpec, count_body_tokens
 
 log = logging.getLogger(__name__)
 MOST_ROWS, MOST_BYTES = 50_000, 190_000_000  # providers' published limits, with a margin
+LONGEST_PAUSE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def run_jobs(
     outcome, done = BatchOutcome(), 0
     queue = deque(jobs)
     started = time.monotonic()
+    num_waits = 0
     while queue:
         job = queue.popleft()
         with hold_lease(
@@ -130,8 +132,15 @@ def run_jobs(
             )
             reasons = job.keep(rows, role=job.state.role)
         if job.job.is_over_limit and reasons:
-            is_late = time.monotonic() - started > options.max_wait_seconds
-            queue.extendleft(reversed(plan_smaller(llm, job, rows, is_late=is_late, options=options)))
+            pause = min(LONGEST_PAUSE_SECONDS, options.poll_seconds * 2**num_waits) if len(job.lines) == 1 else 0.0
+            if time.monotonic() + pause - started > options.max_wait_seconds:
+                raise StillPending(
+                    f"the provider's queue has no room for the batch job: {job.job.error}; `likeness pending` resumes "
+                    f"the run, or set llm.profiles.{job.name}.batch_tokens below the limit"
+                )
+            time.sleep(pause)
+            num_waits += bool(pause)
+            queue.extendleft(reversed(plan_smaller(llm, job, options)))
             continue
         done += len(job.lines)
         for custom_id, reason in reasons.items():
@@ -139,42 +148,25 @@ def run_jobs(
     return outcome
 
 
-def plan_smaller(
-    llm: LlmService, job: BatchJob, rows: dict[str, RequestSpec[Any]], *, is_late: bool, options: BatchOptions
-) -> list[BatchJob]:
-    """Return jobs in place of one that was over the limit on enqueued tokens: its halves, or itself after a wait.
-
-    Raises:
-        StillPending: there was no room for as long as a job may be waited for.
-
-    """
-    setting = f"llm.profiles.{job.name}.batch_tokens"
-    if is_late:
-        raise StillPending(
-            f"the provider's queue has no room for the batch job: {job.job.error}; `likeness pending` resumes "
-            f"the run, or set {setting} below the limit"
-        )
+def plan_smaller(llm: LlmService, job: BatchJob, options: BatchOptions) -> list[BatchJob]:
+    """Return jobs in place of one that was over the limit on enqueued tokens: its halves, or a row once more."""
     custom_ids = list(job.lines)
     middle = len(custom_ids) // 2
-    if not middle:
-        time.sleep(options.poll_seconds)
-    else:
+    if middle:
         log.warning(
             "batch job %s is over the provider's limit on enqueued tokens and split in two (%s); set %s below it",
-            job.job.job_id, job.job.error, setting,
+            job.job.job_id, job.job.error, f"llm.profiles.{job.name}.batch_tokens",
         )  # fmt: skip
     parts = [custom_ids[:middle], custom_ids[middle:]] if middle else [custom_ids]
     states = list_states(llm.store, options.state_prefix)
     return [
-        new_job(
-            llm, {name: job.lines[name] for name in part}, states, like=job.state, options_prefix=options.state_prefix
-        )
+        new_job(llm, {name: job.lines[name] for name in part}, states, like=job.state, prefix=options.state_prefix)
         for part in parts
     ]
 
 
 def new_job(
-    llm: LlmService, lines: dict[str, bytes], states: list[BatchState], *, like: BatchState, options_prefix: str
+    llm: LlmService, lines: dict[str, bytes], states: list[BatchState], *, like: BatchState, prefix: str
 ) -> BatchJob:
     """Return a planned job; the attempt counts those of the same input."""
     sha256 = hashlib.sha256(b"".join(lines.values())).hexdigest()
@@ -182,7 +174,7 @@ def new_job(
     state = BatchState(
         input_sha256=sha256, attempt=attempt, custom_ids=tuple(lines), profile=like.profile, role=like.role
     )
-    return BatchJob(llm, lines, state, state_prefix=options_prefix)
+    return BatchJob(llm, lines, state, state_prefix=prefix)
 
 
 def plan_jobs(
@@ -205,7 +197,7 @@ def plan_jobs(
     }
     like = BatchState(input_sha256="", attempt=0, custom_ids=(), profile=profile, role=role)
     for lines in split_lines(make_lines(llm, missing, name=profile), llm.config.profiles[profile]):
-        jobs.append(new_job(llm, lines, states, like=like, options_prefix=state_prefix))
+        jobs.append(new_job(llm, lines, states, like=like, prefix=state_prefix))
     return jobs
 
 

@@ -65,13 +65,18 @@ def parse_reply(model: type[T], content: str | None, completion: ChatCompletion 
     if not content:
         raise ReplyInvalid("the reply is empty")
     try:
-        return model.model_validate(json.loads(content))
+        return model.model_validate(json.loads(content, parse_constant=refuse_constant))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ReplyInvalid(f"the reply does not fit: {shorten(where)}: {shorten(first['msg'])}") from error
     except (ValueError, RecursionError) as error:
         raise ReplyInvalid(f"the reply is not JSON: {show_value(content[:80])}") from error
+
+
+def refuse_constant(name: str) -> None:
+    """Raise ValueError for NaN and Infinity, which are no JSON."""
+    raise ValueError(name)
 
 
 def check_finished(completion: ChatCompletion) -> None:

@@ -60,6 +60,8 @@ def test_a_fitting_reply_is_parsed() -> None:
         (GOOD[:-20], {}, "not JSON"),
         (GOOD.replace("1", "7", 1), {}, "does not fit: score"),
         ("[]", {}, "does not fit"),
+        ("[" * 100_000, {}, "not JSON"),
+        ('{"score": NaN}', {}, "not JSON"),
     ],
 )
 def test_anything_else_says_what_is_wrong(content: str | None, options: dict[str, str], reason: str) -> None:

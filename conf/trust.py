@@ -21,6 +21,8 @@ from tasks.settings import RequestRule
 
 PATH = RequestRule("path")
 HUB_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+WORDS = ("", "demo", "mini", "auto", "none")
+"""Values of path fields that are no paths."""
 PLAIN = (bool, int, float, type(None))
 
 
@@ -81,7 +83,7 @@ def check_request(settings: Mapping[str, Any], roots: tuple[Path, ...]) -> None:
 
 def check_path(name: str, value: str, roots: tuple[Path, ...], rule: RequestRule = PATH) -> None:
     """Refuse a path outside the allowed roots. Raises ConfigError."""
-    if value in ("", "demo", "mini") or (rule.kind == "photos" and value.startswith("store:")):
+    if value in WORDS or (rule.kind == "photos" and value.startswith("store:")):
         return
     try:
         path = Path(value).expanduser().absolute().resolve()

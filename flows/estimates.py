@@ -13,6 +13,7 @@ from conf.schema import RunConfig
 from tasks.manifests import SampleKind, Side
 from tasks.services.llm.requests import RequestSpec
 from tasks.training.config import TrainingConfig
+from tasks.training.memory_table import CARDS, MemoryEstimate, look_up
 
 GIB = 2**30
 
@@ -33,13 +34,15 @@ def print_estimates(words: Iterable[str]) -> None:
         + (", gradient checkpointing" if training.is_gradient_checkpointed else "")
     )
     table = Table(box=None)
-    for name in ("method", "trained", "of", "weights", "gradients", "moments", "activations", "peak"):
+    for name in ("method", "trained", "of", "weights", "gradients", "moments", "activations", "peak", "fits"):
         table.add_column(name, justify="left" if name == "method" else "right")
-    for method in methods():
-        table.add_row(
-            *describe(method, config.training, config.diffusion), style="bold" if method == training.method else ""
-        )
+    found = estimate_all(config)
+    for method, estimate in found.items():
+        table.add_row(method, *describe(estimate), style="bold" if method == training.method else "")
     console.print(table)
+    for card in CARDS:
+        fitting = [method for method, estimate in found.items() if estimate.total <= card * GIB]
+        console.print(f"{card} GB: {', '.join(fitting) or 'none'}")
     console.print("bold: as configured; fused attention assumed\n")
     print_calls(console, config)
 
@@ -60,21 +63,26 @@ def methods() -> tuple[str, ...]:
     return names
 
 
-def describe(method: str, training: TrainingConfig, diffusion: object) -> list[str]:
-    """Return a method's row."""
-    from tasks.diffusion.base import DESCRIPTIONS, find_folder
-    from tasks.diffusion.config import DiffusionConfig
-    from tasks.training.estimate import estimate_memory
+def estimate_all(config: RunConfig) -> dict[str, MemoryEstimate]:
+    """Return every method's peak memory: looked up for a preset as it is, else computed from its architecture."""
+    known = look_up(config.diffusion, config.training, methods())
+    if known is not None:
+        return known
+    from tasks.diffusion.base import find_description
+    from tasks.training.estimate import estimate_methods
 
-    assert isinstance(diffusion, DiffusionConfig)
-    folder = find_folder(diffusion, wanted=DESCRIPTIONS)
-    found = estimate_memory(folder, diffusion, training.model_copy(update={"method": method}))
+    return estimate_methods(find_description(config.diffusion), config.diffusion, config.training, methods())
+
+
+def describe(found: MemoryEstimate) -> list[str]:
+    """Return the cells of a method's row."""
     sizes = (found.weights, found.gradients, found.moments, found.activations, found.total)
+    card = found.find_card()
     return [
-        method,
         f"{found.trainable_parameters / 1e6:,.2f} M",
         f"{found.total_parameters / 1e6:,.1f} M",
         *(f"{size / GIB:.2f} GiB" for size in sizes),
+        f"{card} GB" if card else f"over {CARDS[-1]} GB",
     ]
 
 

@@ -145,7 +145,7 @@ def collect_metrics(evaluation: Evaluation) -> dict[str, Any]:
     """Return the metrics as `summary.json` has them."""
     metrics: dict[str, Any] = {"ceiling": evaluation.ceiling.model_dump()}
     for side, values in evaluation.metrics.items():
-        metrics[side] = {**values.model_dump(), **evaluation.drift[side].model_dump()}
+        metrics[side] = {**values.model_dump(), **evaluation.drift[side].model_dump(exclude_none=True)}
     return metrics
 
 

@@ -17,6 +17,7 @@ from conf.overrides import parse_overrides
 from conf.request import RunRequest
 from conf.schema import RunConfig
 from flows.embedded import EmbeddedServer, needs_server
+from tasks.metrics import METRICS
 from tasks.progress import ProgressView, make_progress
 from tasks.redaction import clean_text
 
@@ -148,9 +149,11 @@ def print_summary(summary: dict[str, Any], config: RunConfig) -> None:
     """Print headline figures and where everything is."""
     metrics, scores = summary["metrics"], summary["scores"]
     print(f"\n{'':16}{'base':>8}{'tuned':>8}{'photos':>8}")
-    for key, name in (("dino", "DINO"), ("clip_i", "CLIP-I"), ("clip_t", "CLIP-T"), ("pres", "PRES"), ("div", "DIV")):
+    for key, metric in METRICS.items():
         cells = [metrics[side].get(key) for side in ("base", "tuned", "ceiling")]
-        print(f"{name:16}" + "".join(f"{cell:8.3f}" if cell is not None else f"{'':8}" for cell in cells))
+        if cells[0] is None:
+            continue
+        print(f"{metric.name:16}" + "".join(f"{cell:8.3f}" if cell is not None else f"{'':8}" for cell in cells))
     axes = (("concept_preservation", "subject"), ("prompt_following", "prompt"), ("image_quality", "drawing"))
     for key, name in ((key, f"judge: {axis}") for key, axis in axes):
         cells = [scores.get(side, {}).get(key) for side in ("base", "tuned")]

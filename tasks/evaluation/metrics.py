@@ -3,8 +3,9 @@
 All are cosines between descriptors of length one: `(N, D)` rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from PIL import Image
 from torch import Tensor
@@ -70,12 +71,19 @@ def measure_ceiling(photos: Described) -> CeilingMetrics:
     )
 
 
-def measure_drift(class_samples: Described, photos: Described) -> DriftMetrics:
-    """Return PRES and DIV; DIV is a DINO distance here, where the paper takes LPIPS."""
+def measure_drift(class_samples: Described, photos: Described, *, div: float | None = None) -> DriftMetrics:
+    """Return PRES and DIV as the paper has them, DIV measured already, and a DINO distance among class samples."""
     return DriftMetrics(
         pres=mean_similarity(class_samples.dino, photos.dino),
-        div=1.0 - mean_similarity_within(class_samples.dino),
+        dino_div=1.0 - mean_similarity_within(class_samples.dino),
+        div=div,
     )
+
+
+def measure_div(prompts: Sequence[Sequence[Image.Image]], distance: Callable[[Sequence[Image.Image]], float]) -> float:
+    """Return DIV: the mean distance of samples of one subject and prompt, over prompts with several samples."""
+    values = [distance(pictures) for pictures in prompts if len(pictures) > 1]
+    return sum(values) / len(values)
 
 
 @dataclass(frozen=True)
@@ -87,10 +95,16 @@ class Measured:
     ceiling: CeilingMetrics
 
 
-def measure_all(photos: Described, subjects: dict[Side, Described], classes: dict[Side, Described]) -> Measured:
+def measure_all(
+    photos: Described,
+    subjects: dict[Side, Described],
+    classes: dict[Side, Described],
+    *,
+    div: Mapping[Side, float] = MappingProxyType({}),
+) -> Measured:
     """Measure both sides."""
     return Measured(
         metrics={side: measure_subject(rows, photos) for side, rows in subjects.items()},
-        drift={side: measure_drift(rows, photos) for side, rows in classes.items()},
+        drift={side: measure_drift(rows, photos, div=div.get(side)) for side, rows in classes.items()},
         ceiling=measure_ceiling(photos),
     )

@@ -8,14 +8,14 @@ from tasks import diffusion as diffusion_code
 from tasks import encoders as encoders_code
 from tasks.contract import StageFolder, fetch_folder, read_verified
 from tasks.diffusion.config import DiffusionConfig
-from tasks.encoders.folders import identify_encoders
+from tasks.encoders.folders import find_lpips, identify_encoders
 from tasks.evaluation.config import EvaluationConfig
 from tasks.manifests import Evaluation, Sample, Side, SubjectSet, TunedModel
 from tasks.prefect_states import finished
 from tasks.prompts import write_class_prompt
 from tasks.runtime import Runtime
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 CLASS_PROMPT = "a photo of {article} {class_noun}"
 
 
@@ -113,8 +113,35 @@ def measure_samples(
     sides: tuple[Side, ...] = ("base", "tuned")
     reference = describe(encoders, photos, captions)
     measured = measure_all(
-        reference, {side: of(side, "subject") for side in sides}, {side: of(side, "class") for side in sides}
+        reference,
+        {side: of(side, "subject") for side in sides},
+        {side: of(side, "class") for side in sides},
+        div=measure_diversity(config, diffusion, samples, runtime),
     )
     shown = [sample for sample in samples if sample.kind != "class"]
     each = measure_each(encode(shown), reference)
     return measured, {sample.image.key: metrics for sample, metrics in zip(shown, each, strict=True)}
+
+
+def measure_diversity(
+    config: EvaluationConfig, diffusion: DiffusionConfig, samples: Any, runtime: Runtime
+) -> dict[Side, float]:
+    """Return DIV of both sides; nothing where LPIPS has no weights, or every prompt one sample."""
+    from tasks.diffusion.base import choose_device
+    from tasks.encoders.lpips import load_lpips, mean_distance_within
+    from tasks.evaluation.metrics import measure_div
+    from tasks.images import decode_png
+
+    files = find_lpips(config.encoders)
+    if files is None or config.num_images_per_prompt < 2:
+        if config.encoders.lpips != "none":
+            runtime.progress.note("DIV is not measured: it needs LPIPS's weights and two samples a prompt; see README")
+        return {}
+    lpips = load_lpips(files, choose_device(diffusion))
+    found: dict[Side, float] = {}
+    for side in ("base", "tuned"):
+        own = [sample for sample in samples if sample.side == side and sample.kind == "subject"]
+        prompts = [[s for s in own if s.prompt == prompt] for prompt in dict.fromkeys(s.prompt for s in own)]
+        pictures = [[decode_png(read_verified(runtime.store, s.image)) for s in row] for row in prompts]
+        found[side] = measure_div(pictures, lambda row: mean_distance_within(lpips, row))
+    return found

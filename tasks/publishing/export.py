@@ -131,7 +131,7 @@ def headline_metrics(evaluation: Evaluation, scores: Scorecard) -> dict[str, flo
     for side, metrics in evaluation.metrics.items():
         figures.update({f"{side}/{name}": value for name, value in metrics.model_dump().items()})
     for side, drift in evaluation.drift.items():
-        figures.update({f"{side}/{name}": value for name, value in drift.model_dump().items()})
+        figures.update({f"{side}/{name}": value for name, value in drift.model_dump(exclude_none=True).items()})
     figures.update({f"ceiling/{name}": value for name, value in evaluation.ceiling.model_dump().items()})
     for side, score in scores.scores.items():
         figures.update({f"{side}/{name}": value for name, value in score.model_dump().items()})

@@ -23,15 +23,12 @@ from tasks.manifests import (
     SubjectSet,
     TunedModel,
 )
+from tasks.metrics import METRICS
 from tasks.services.store import Store
 
 TEMPLATE_FOLDER = Path(__file__).resolve().parent
 PICTURE_SIDE = 256
-EXPLANATIONS = {
-    "dino": ("DINO", "how alike samples and photos look to a self-supervised encoder; sees the very thing"),
-    "clip_i": ("CLIP-I", "how alike they are to CLIP; sees the kind of thing"),
-    "clip_t": ("CLIP-T", "how well samples fit the prompt, said with the class noun alone"),
-}
+FIDELITY = ("dino", "clip_i", "clip_t")
 
 
 @dataclass(frozen=True)
@@ -73,6 +70,7 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         checkpoints=list_checkpoints(inputs.evaluation, inputs.scores),
         judge=inputs.scores.served_model,
         metric_rows=list_metrics(inputs.evaluation),
+        drift_rows=list_drift(inputs.evaluation),
         sample_rows=list_samples(inputs.evaluation.samples, graded),
         class_samples={
             side: [s for s in inputs.evaluation.samples if s.side == side and s.kind == "class"]
@@ -87,12 +85,24 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
 def list_metrics(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Return a row per metric: values, ceiling, and the share of the way to it."""
     rows = []
-    for key, (name, text) in EXPLANATIONS.items():
+    for key, metric in ((key, METRICS[key]) for key in FIDELITY):
         base, tuned = (getattr(evaluation.metrics[side], key) for side in ("base", "tuned"))
         ceiling = getattr(evaluation.ceiling, key)
         gap = ceiling - base
         share = (tuned - base) / gap if key != "clip_t" and gap > 1e-6 else None
-        rows.append({"name": name, "text": text, "base": base, "tuned": tuned, "ceiling": ceiling, "share": share})
+        rows.append(
+            {"name": metric.name, "metric": metric, "base": base, "tuned": tuned, "ceiling": ceiling, "share": share}
+        )
+    return rows
+
+
+def list_drift(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return a row per measure of the class that was taken: values of both sides."""
+    rows = []
+    for key in ("pres", "div", "dino_div"):
+        base, tuned = (getattr(evaluation.drift[side], key) for side in ("base", "tuned"))
+        if base is not None and tuned is not None:
+            rows.append({"metric": METRICS[key], "base": base, "tuned": tuned})
     return rows
 
 

@@ -6,7 +6,6 @@ forward would keep for the backward, found by running one without numbers.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +19,32 @@ from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.latent_model import DTYPES, LatentModel
 from tasks.diffusion.loading import find_classes
 from tasks.training.config import TrainingConfig
+from tasks.training.memory_table import MemoryEstimate
 
 META = torch.device("meta")
-# What the allocator and the kernels' workspaces take besides, as a share of all else and in bytes.
-OVERHEAD_SHARE, OVERHEAD_BYTES = 0.05, 600 * 2**20
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes at the peak of a training step on one device."""
-
-    weights: int
-    gradients: int
-    moments: int
-    averages: int
-    activations: int
-    trainable_parameters: int
-    total_parameters: int
-
-    @property
-    def total(self) -> int:
-        """All of it, with the allocator's share."""
-        plain = self.weights + self.gradients + self.moments + self.averages + self.activations
-        return int(plain * (1 + OVERHEAD_SHARE)) + OVERHEAD_BYTES
+def estimate_methods(
+    folder: Path, diffusion: DiffusionConfig, training: TrainingConfig, methods: Sequence[str]
+) -> dict[str, MemoryEstimate]:
+    """Return what each method would take; the model is built once, and adapted last, since adapters stay."""
+    model = build_empty(folder, diffusion)
+    found = {}
+    for method in sorted(methods, key=lambda name: name.endswith("lora")):
+        found[method] = estimate_built(model, training.model_copy(update={"method": method}))
+        for part in model.parts.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False)
+    return {method: found[method] for method in methods}
 
 
 def estimate_memory(folder: Path, diffusion: DiffusionConfig, training: TrainingConfig) -> MemoryEstimate:
     """Return what training would take, from the configuration files in a model's folder alone."""
-    model = build_empty(folder, diffusion)
+    return estimate_built(build_empty(folder, diffusion), training)
+
+
+def estimate_built(model: LatentModel, training: TrainingConfig) -> MemoryEstimate:
+    """Return what training a model of shapes would take."""
     trained = choose_trained(model, training)
     trainable = sum(p.numel() for p in trained)
     ids = {id(p) for p in trained}
@@ -100,12 +97,15 @@ def choose_trained(model: LatentModel, training: TrainingConfig) -> list[nn.Para
     names = [name for name in names if training.is_denoiser_trained or name != model.denoiser_name]
     if training.method.endswith("lora"):
         lora = training.lora
-        with META:
-            add_lora(
-                model, names, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout,
-                is_dora=lora.is_dora, target_modules=lora.target_modules,
-            )  # fmt: skip
-        trained = [p for name in names for p in model.parts[name].parameters() if p.requires_grad]
+        if not hasattr(model.denoiser, "peft_config"):
+            with META:
+                add_lora(
+                    model, names, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout,
+                    is_dora=lora.is_dora, target_modules=lora.target_modules,
+                )  # fmt: skip
+        trained = [p for name in names for key, p in model.parts[name].named_parameters() if ".lora_" in key]
+        for parameter in trained:
+            parameter.requires_grad_(True)
     elif training.method.endswith("full"):
         for name in names:
             model.parts[name].requires_grad_(True)

@@ -120,7 +120,7 @@ def print_judge(num_subjects: int) -> None:
     print("|---|---|---|---|---|---|---|---|")
     grades: list[float] = []
     similarities: list[float] = []
-    encoders = Encoders(EncoderConfig(clip="mini", dino="mini"), torch.device("cpu"))
+    encoders = Encoders(EncoderConfig(clip="mini", dino="mini", dino_resize=None), torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         server = LocalServer(folder / "log")

@@ -108,7 +108,7 @@ def quality_row(name: str, on: Measured, off: Measured | None) -> str:
         cells.append(f"{(tuned - base) / (ceiling - base) * 100:.0f} %")
     change = (m["tuned"]["clip_t"] - m["base"]["clip_t"]) / m["base"]["clip_t"] * 100
     cells.append(f"{m['base']['clip_t']:.3f} -> {m['tuned']['clip_t']:.3f} ({change:+.1f} %)")
-    for key in ("pres", "div"):
+    for key in ("pres", "dino_div"):
         without = f"{off.summary['metrics']['tuned'][key]:.3f}" if off else "-"
         cells.append(f"{m['tuned'][key]:.3f} / {without}")
     scores = on.summary["scores"]
@@ -152,7 +152,7 @@ def main() -> None:
         words = (f"subject.source={folder}", f"subject.class_noun={noun}")
         rows.append(quality_row(noun, measure(out, *words), measure(out, "prior=none", *words)))
     names = ["subject", "DINO (photos)", "of the way", "CLIP-I (photos)", "of the way", "CLIP-T"]
-    names += ["PRES on / off", "DIV on / off", "judge"]
+    names += ["PRES on / off", "DINO-DIV on / off", "judge"]
     print(f"\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
     print("\n".join(rows))
 

@@ -133,7 +133,10 @@ def test_a_path_outside_the_allowed_folders_fails_the_run(service: Service) -> N
                           "llm.profiles.local.batch_command": ["sh", "-c", "touch owned"], "subject.batch_from": 2}},
             "llm.profiles.local.capabilities.batch is set in conf/ on the worker's machine",
         ),
-        ({"source": "${oc.env:OPENAI_API_KEY}", "class_noun": "fish"}, "'${oc.env:OPENAI_API_KEY}' lies outside the allowed"),
+        (
+            {"source": "${oc.env:OPENAI_API_KEY}", "class_noun": "fish"},
+            "'${oc.env:OPENAI_API_KEY}' lies outside the allowed folders",
+        ),
         ({"settings": {"tracking.uri": "sqlite:///file:/tmp/x.db?uri=true"}}, "tracking.uri is set in conf/"),
         ({"settings": {"prior.class_prompt": "{class_noun:>2000000000}"}}, "may hold {article} and {class_noun} only"),
     ],

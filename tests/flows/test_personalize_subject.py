@@ -23,7 +23,7 @@ def test_six_stages_turn_photos_into_a_published_model(first_run: dict[str, Any]
     assert first_run["judge"]["is_reliable"] in (True, False)
     assert first_run["cost_usd"] == 0.0
     for side in ("base", "tuned"):
-        assert set(first_run["metrics"][side]) == {"dino", "clip_i", "clip_t", "pres", "div"}
+        assert set(first_run["metrics"][side]) == {"dino", "clip_i", "clip_t", "pres", "dino_div"}
         assert set(first_run["scores"][side]) == {"concept_preservation", "prompt_following", "image_quality"}
     model = Path(first_run["paths"]["model"])
     assert {"README.md", "lineage.json", "model_index.json", "unet", "vae", "text_encoder"} <= {

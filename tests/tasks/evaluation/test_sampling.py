@@ -16,7 +16,7 @@ CONFIG = EvaluationConfig(
     num_class_images=3,
     num_inference_steps=2,
     batch_size=3,
-    encoders=EncoderConfig(clip="mini", dino="mini"),
+    encoders=EncoderConfig(clip="mini", dino="mini", dino_resize=None),
 )
 
 

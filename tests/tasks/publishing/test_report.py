@@ -47,7 +47,7 @@ def make_evaluation(store: LocalStore) -> Evaluation:
             "base": SubjectMetrics(dino=0.2, clip_i=0.5, clip_t=0.4),
             "tuned": SubjectMetrics(dino=0.5, clip_i=0.7, clip_t=0.3),
         },
-        drift={"base": DriftMetrics(pres=0.1, div=0.9), "tuned": DriftMetrics(pres=0.2, div=0.8)},
+        drift={"base": DriftMetrics(pres=0.1, dino_div=0.9), "tuned": DriftMetrics(pres=0.2, dino_div=0.8)},
         ceiling=CeilingMetrics(dino=0.8, clip_i=0.9, clip_t=0.5),
         sample_metrics={s.image.key: SubjectMetrics(dino=0.1 * n, clip_i=0, clip_t=0) for n, s in enumerate(samples)},
         published_step=800,

@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.diffusion.base import open_model
+from conf.request import compile_request, parse_overrides
+from conf.schema import RunConfig
+from tasks.diffusion.base import find_description, open_model
 from tasks.diffusion.latent_model import LatentModel
-from tasks.training.estimate import MemoryEstimate, estimate_memory
+from tasks.training.estimate import build_empty, estimate_memory, estimate_methods
+from tasks.training.memory_table import MemoryEstimate, look_up
 from tasks.training.module import DreamBoothModule
 from tasks.training.spec import TrainingSpec
 from tests.tasks.training.test_methods import MAKERS, family_spec
@@ -68,3 +71,62 @@ def test_less_is_predicted_for_what_takes_less(tmp_path: Path, tiny_model_folder
     assert total(train_batch_size=2).activations > 1.5 * full.activations
     assert total(ema_decay=0.99).averages == full.trainable_parameters * 4
     assert total(optimizer="adamw8bit").moments == full.moments / 4
+
+
+PRESETS = ("mini", "sd15", "sd21", "sdxl", "sd35-medium", "flux-dev")
+METHODS = ("full", "lora", "token", "token+lora", "token+full")
+# As the published checkpoints have them.
+PARAMETERS = {
+    "sd15": {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863},
+    "sd21": {"unet": 865_910_724, "text_encoder": 340_387_840},
+    "sdxl": {"unet": 2_567_463_684, "text_encoder_2": 694_659_840},
+    "sd35-medium": {"transformer": 2_243_171_520, "text_encoder_3": 4_762_310_656, "vae": 83_819_683},
+    "flux-dev": {"transformer": 11_901_408_320, "text_encoder_2": 4_762_310_656},
+}
+
+
+def preset_config(name: str, *words: str) -> RunConfig:
+    llm = [] if name == "mini" else ["llm=openai"]
+    subject = ["subject.source=x", "subject.class_noun=thing"]
+    return compile_request(parse_overrides([f"diffusion={name}", *subject, *llm, *words]))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shipped_architectures_have_the_published_numbers_of_parameters(name: str) -> None:
+    config = preset_config(name).diffusion
+    parts = build_empty(find_description(config), config).parts
+    assert {part: sum(p.numel() for p in parts[part].parameters()) for part in PARAMETERS[name]} == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_answered_from_the_table_and_other_settings_are_not(name: str) -> None:
+    config = preset_config(name)
+    found = look_up(config.diffusion, config.training, METHODS)
+    assert found is not None
+    assert list(found) == list(METHODS)
+    assert found["lora"].total < found["full"].total
+    for words in (("training.train_batch_size=3",), ("training.lora.rank=5",), ("diffusion.resolution=256",)):
+        other = preset_config(name, *words)
+        assert look_up(other.diffusion, other.training, METHODS) is None
+
+
+@pytest.mark.parametrize(("name", "methods"), [("mini", METHODS), ("sd15", ("full", "lora")), ("flux-dev", ("lora",))])
+def test_the_table_is_what_would_be_computed(name: str, methods: tuple[str, ...]) -> None:
+    config = preset_config(name)
+    found = estimate_methods(find_description(config.diffusion), config.diffusion, config.training, methods)
+    assert found == look_up(config.diffusion, config.training, methods)
+
+
+def test_a_model_built_once_gives_each_method_what_one_of_its_own_does(tiny_model_folder: Path, tmp_path: Path) -> None:
+    spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion")
+    together = estimate_methods(tiny_model_folder, spec.diffusion, spec.training, METHODS)
+    for method in METHODS:
+        training = spec.training.model_copy(update={"method": method})
+        assert together[method] == estimate_memory(tiny_model_folder, spec.diffusion, training)
+
+
+def test_the_smallest_card_that_fits_is_named() -> None:
+    def card(gib: float) -> int | None:
+        return MemoryEstimate(int(gib * 2**30), 0, 0, 0, 0, 0, 0).find_card()
+
+    assert [card(gib) for gib in (1, 7, 12, 20, 60, 90)] == [8, 8, 16, 24, 80, None]

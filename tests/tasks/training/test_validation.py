@@ -71,7 +71,7 @@ def test_the_best_few_are_kept_and_written_as_the_published_one_is(
 
 def test_similarity_is_that_of_samples_drawn_of_the_weights(tmp_path: Path, tiny_model_folder: Path) -> None:
     prompts = ("a photo of {subject}", "{subject} in the snow")
-    encoders = EncoderConfig(clip="mini", dino="mini")
+    encoders = EncoderConfig(clip="mini", dino="mini", dino_resize=None)
     validation = {"every_steps": 4, "keep": "best", "metric": "similarity", "sample_prompts": prompts}
     spec = make_spec(tmp_path, tiny_model_folder, validation=validation).model_copy(update={"encoders": encoders})
     run = train_here(tmp_path, tiny_model_folder, spec=spec)

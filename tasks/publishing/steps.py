@@ -15,7 +15,7 @@ from tasks.services.config import TrackingConfig
 from tasks.services.tracking import Tracker
 from tasks.stage.files import PART_PREFIX, write_atomic
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 Upstream = tuple[SubjectSet, ClassImageSet, TunedModel, Evaluation, Scorecard]
 
 

@@ -26,9 +26,21 @@ KINDS: dict[str, type[Manifest]] = {
     "subject": SubjectSet, "prior": ClassImageSet, "training": TunedModel,
     "evaluation": Evaluation, "scoring": Scorecard, "publishing": Publication,
 }  # fmt: skip
-LEFT_OUT = {"tracking_run_id", "registered_version", "subject_sha256", "prior_sha256", "base_model", "size_bytes"}
+LEFT_OUT = {
+    "evidence", "tracking_run_id", "registered_version", "subject_sha256", "prior_sha256", "base_model", "size_bytes",
+}  # fmt: skip
+    "evidence",
+    "tracking_run_id",
+    "registered_version",
+    "subject_sha256",
+    "prior_sha256",
+    "base_model",
+    "size_bytes",
+}
 # Six steps of training and a few of denoising: a thousandth between CPUs, far less than any change of what is computed.
 RELATIVE, ABSOLUTE = 0.01, 0.01
+# The mini judge's grades are steps of what it measures: next to a limit, rounding moves one by a whole step.
+GRADE = 1.01
 # Mean absolute difference of pictures, in levels of 255.
 LEVELS = 2.0
 
@@ -53,7 +65,7 @@ def simplify(value: Any) -> Any:
     return [simplify(child) for child in value] if isinstance(value, list) else value
 
 
-def find_difference(golden: Any, found: Any, where: str = "") -> str:
+def find_difference(golden: Any, found: Any, where: str = "", *, absolute: float = ABSOLUTE) -> str:
     """Return the first place where two results differ, or nothing."""
     if isinstance(golden, dict) and isinstance(found, dict):
         if set(golden) != set(found):
@@ -64,11 +76,11 @@ def find_difference(golden: Any, found: Any, where: str = "") -> str:
             return f"{where}: {len(golden)} items, now {len(found)}"
         pairs = [(number, *pair) for number, pair in enumerate(zip(golden, found, strict=True))]
     elif isinstance(golden, float) and isinstance(found, float | int):
-        is_close = math.isclose(golden, found, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+        is_close = math.isclose(golden, found, rel_tol=RELATIVE, abs_tol=absolute)
         return "" if is_close else f"{where}: {golden}, now {found}"
     else:
         return "" if golden == found else f"{where}: {golden!r}, now {found!r}"
-    differences = (find_difference(one, other, f"{where}/{name}") for name, one, other in pairs)
+    differences = (find_difference(one, other, f"{where}/{name}", absolute=absolute) for name, one, other in pairs)
     return next(filter(None, differences), "")
 
 

@@ -31,7 +31,7 @@ from tasks.manifests import ClassImageSet, Evaluation, ModelRef, Publication, Sc
 from tasks.progress import ProgressView, make_progress
 from tasks.redaction import MASK, SECRET_NAME, install_log_redaction, redact
 from tasks.runtime import Runtime
-from tasks.stage.files import write_atomic
+from tasks.stage.files import explain_full_disk, write_atomic
 
 Manifests = tuple[SubjectSet, ClassImageSet, TunedModel, Evaluation, Scorecard, Publication]
 progress_of_run: contextvars.ContextVar[ProgressView | None] = contextvars.ContextVar("progress", default=None)
@@ -197,7 +197,8 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
         find_encoders(config.evaluation.encoders)  # a missing one must not wait for the end of training
         check_files(config)
         tracker.check()
-        yield Run(run_id, folder, request, config, base_model, runtime, started)
+        with explain_full_disk(output):
+            yield Run(run_id, folder, request, config, base_model, runtime, started)
     except BaseException as error:
         runtime.stopping.set()
         runtime.live.abandon()

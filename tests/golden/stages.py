@@ -29,14 +29,6 @@ KINDS: dict[str, type[Manifest]] = {
 LEFT_OUT = {
     "evidence", "tracking_run_id", "registered_version", "subject_sha256", "prior_sha256", "base_model", "size_bytes",
 }  # fmt: skip
-    "evidence",
-    "tracking_run_id",
-    "registered_version",
-    "subject_sha256",
-    "prior_sha256",
-    "base_model",
-    "size_bytes",
-}
 # Six steps of training and a few of denoising: a thousandth between CPUs, far less than any change of what is computed.
 RELATIVE, ABSOLUTE = 0.01, 0.01
 # The mini judge's grades are steps of what it measures: next to a limit, rounding moves one by a whole step.

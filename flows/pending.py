@@ -65,6 +65,17 @@ def read_request(folder: Path) -> RunRequest:
         raise ConfigError(f"{folder / 'request.json'} can't be read; start the run anew") from error
 
 
+def find_readable(groups: list[list[Path]]) -> Path:
+    """Return the first run whose request can be read; else the first, whose error says so."""
+    for folders in groups:
+        try:
+            read_request(folders[0])
+        except ConfigError:
+            continue
+        return folders[0]
+    return groups[0][0]
+
+
 def list_job_keys(folder: Path) -> list[str]:
     """Return the store keys of the batch jobs that a run made or waited for, each once."""
     path = folder / JOB_LOG

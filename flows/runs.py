@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from conf.request import RunRequest, compile_request, compute_config_digest
 from conf.schema import RunConfig
 from tasks.contract import PREFIXES
-from tasks.errors import ConfigError, StillPending
+from tasks.errors import ConfigError, LikenessError, StillPending
 from tasks.manifests import ClassImageSet, Evaluation, ModelRef, Publication, Scorecard, SubjectSet, TunedModel
 from tasks.progress import ProgressView, make_progress
 from tasks.runtime import Runtime
@@ -198,8 +198,9 @@ def write_failure(folder: Path, run_id: str, error: BaseException) -> None:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if not (folder / "summary.json").exists():
         status = "pending" if isinstance(error, StillPending) else "failed"
+        kind = error.kind if isinstance(error, LikenessError) else type(error).__name__
         note = {"schema_version": SUMMARY_VERSION, "run_id": run_id, "status": status,
-                "error": {"kind": type(error).__name__, "message": reason}}  # fmt: skip
+                "error": {"kind": kind, "message": reason}}  # fmt: skip
         write_json(folder / "summary.json", note)
 
 

@@ -34,7 +34,7 @@ def score_pending(output_dir: str = "runs") -> PendingReport:
             continue
         except LikenessError as error:  # it must not keep the others waiting
             log.warning("run %s could not be resumed: %s", name, error)
-            report.failed.append(f"{name}: {type(error).__name__}: {error}")
+            report.failed.append(f"{name}: {error.kind}: {error}")
             continue
         for folder in folders:
             note = {"schema_version": SUMMARY_VERSION, "run_id": folder.name, **read_summary(folder)}

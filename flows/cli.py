@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         command: Callable[[argparse.Namespace], int] = options.action
         return command(options)
     except LikenessError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{error.kind}: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         print(explain_os_error(error), file=sys.stderr)

@@ -1,5 +1,6 @@
 """`likeness jobs`: list, show, adopt, cancel and discard batch jobs, with what they cost so far."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from flows.pending import list_job_keys
 from flows.run_records import list_run_folders, read_run
 from flows.tables import make_cell
 from tasks.contract import PREFIXES
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, LikenessError
 
 if TYPE_CHECKING:
     from tasks.services.llm.batch_admin import JobHandle
@@ -84,12 +85,15 @@ def find_jobs(output: Path) -> list[FoundJob]:
     for folder in runs:
         try:
             store_config = read_run(folder).config.store
+            if (name := store_config.model_dump_json()) in seen:
+                continue
+            seen.add(name)
+            store = open_store(store_config)
         except ConfigError:  # of another version of likeness, or damaged
             continue
-        if (name := store_config.model_dump_json()) in seen:
+        except LikenessError as error:
+            print(f"jobs of {folder.name} can't be listed: {error}", file=sys.stderr)
             continue
-        seen.add(name)
-        store = open_store(store_config)
         keys = [key for stage in ("subject", "scoring") for key in store.list_keys(f"{PREFIXES[stage]}/")]
         for key in keys:
             if "/batches/" in key and key.endswith(".json") and (state := find_state(store, key)) is not None:

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.run_records import REQUEST, list_run_folders, read_run, read_summary
-from tasks.errors import LikenessError
+from flows.run_records import REQUEST, list_run_folders, read_request, read_run, read_summary
+from tasks.errors import ArtifactCorrupt, LikenessError
 from tasks.stage.digests import load_lines
 
 JOB_LOG = "jobs.jsonl"
@@ -38,6 +38,17 @@ def list_pending(output: Path) -> list[list[Path]]:
         if status == "pending" or (status in INTERRUPTED and has_live_job(folder)):
             groups.setdefault((folder / REQUEST).read_text(errors="replace"), []).append(folder)
     return list(groups.values())
+
+
+def find_readable(groups: list[list[Path]]) -> Path:
+    """Return the first run whose request can be read; else the first, whose error says so."""
+    for folders in groups:
+        try:
+            read_request(folders[0])
+        except ArtifactCorrupt:
+            continue
+        return folders[0]
+    return groups[0][0]
 
 
 def list_job_keys(folder: Path) -> list[str]:

@@ -109,7 +109,7 @@ def say(conversation: "Conversation", text: str) -> None:
     except KeyboardInterrupt:
         print("\n(stopped; nothing of it is kept)")
     except LikenessError as error:
-        print(f"\n{type(error).__name__}: {error}")
+        print(f"\n{error.kind}: {error}")
 
 
 def show_captions(subject: SubjectSet, book: "CaptionBook") -> None:

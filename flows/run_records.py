@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from conf.groups import GROUPS
 from conf.request import RunRequest
 from conf.schema import RunConfig
-from tasks.errors import ArtifactCorrupt, ConfigError, StillPending, TrainingStopped
+from tasks.errors import ArtifactCorrupt, ConfigError, LikenessError, StillPending, TrainingStopped
 from tasks.redaction import clean_text, redact
 from tasks.stage.digests import dump_signed, load_signed, parse_json, sign, verify_signed
 from tasks.stage.files import write_atomic
@@ -70,7 +70,8 @@ def write_end(folder: Path, run_id: str, error: BaseException) -> None:
     if earlier["status"] == "finished":
         return
     kept = {name: earlier[name] for name in ("started_at",) if name in earlier}
-    details = {"kind": type(error).__name__, "message": reason[:500]}
+    kind = error.kind if isinstance(error, LikenessError) else type(error).__name__
+    details = {"kind": kind, "message": reason[:500]}
     write_summary(folder, {**head(run_id, find_status(error)), **kept, "error": details})
 
 

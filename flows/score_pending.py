@@ -34,7 +34,7 @@ def score_pending(output_dir: str = "runs") -> PendingReport:
             continue
         except LikenessError as error:  # it must not keep the others waiting
             log.warning("run %s could not be resumed: %s", name, error)
-            report.failed.append(f"{name}: {type(error).__name__}: {error}")
+            report.failed.append(f"{name}: {error.kind}: {error}")
             continue
         for folder in folders:
             write_summary(folder, {**read_summary(folder), "status": "continued", "continued_by": summary["run_id"]})

@@ -46,14 +46,14 @@ def run_in_terminal(settings: list[str]) -> int:
 
 def finish_pending(output: Path) -> int:
     """Resume pending runs and say how each of them stands; 0: all done, 11: some still wait, 1: some failed."""
-    from flows.pending import list_pending
+    from flows.pending import find_readable, list_pending
     from flows.run_records import read_request
 
     waiting = list_pending(output)
     if not waiting:
         print(f"no run in {output} waits for a batch job")
         return 0
-    with ready_for_flows(read_request(waiting[0][0]).request) as (config, progress, _):
+    with ready_for_flows(read_request(find_readable(waiting)).request) as (config, progress, _):
         from flows.runs import progress_of_run
         from flows.score_pending import score_pending
 

@@ -34,6 +34,11 @@ class LikenessError(Exception):
     def __init__(self, message: str = "") -> None:
         super().__init__(shorten(clean_text(redact(shorten(message, limit=4 * MESSAGE_LIMIT))), limit=MESSAGE_LIMIT))
 
+    @property
+    def kind(self) -> str:
+        """The class of this tree that the error belongs to: services have subclasses of their own."""
+        return next(cls.__name__ for cls in type(self).__mro__ if cls.__module__ == LikenessError.__module__)
+
 
 class ConfigError(LikenessError):
     """The configuration is wrong or incomplete."""

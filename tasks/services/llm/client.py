@@ -14,7 +14,7 @@ from tasks.services.llm.budget import Budget
 from tasks.services.llm.completion import ChatCompletion, Usage, bound_usage, parse_completion
 from tasks.services.llm.config import LlmConfig, ProfileConfig, Structure
 from tasks.services.llm.dialects import read_content
-from tasks.services.llm.errors import may_be_billed, name_kind
+from tasks.services.llm.errors import may_be_billed
 from tasks.services.llm.ledger import Ledger, LedgerRow, compute_cost
 from tasks.services.llm.pacing import Pace
 from tasks.services.llm.pictures import CALL_SECONDS, publish_pictures
@@ -264,10 +264,10 @@ class LlmService:
             raise
         except LikenessError as error:
             if may_be_billed(error):
-                self.ledger.book(replace(lost, outcome=name_kind(error), usage_fault="no reply was received"))
+                self.ledger.book(replace(lost, outcome=error.kind, usage_fault="no reply was received"))
             else:
                 self.budget.settle(reservation, spent=0.0)
-                self.ledger.book(replace(row, outcome=name_kind(error)))
+                self.ledger.book(replace(row, outcome=error.kind))
             raise
 
     def accept(

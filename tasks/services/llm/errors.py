@@ -42,8 +42,3 @@ class QuotaExceeded(BudgetExceeded):
 def may_be_billed(error: LikenessError) -> bool:
     """Whether a failed attempt may cost money: all but those that were refused or never sent."""
     return isinstance(error, EndpointUnavailable) and error.is_billable
-
-
-def name_kind(error: LikenessError) -> str:
-    """Return the class of the public tree that an error belongs to."""
-    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "tasks.errors")

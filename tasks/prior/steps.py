@@ -12,7 +12,7 @@ from tasks.prior.config import PriorConfig
 from tasks.runtime import Runtime
 from tasks.wording import write_class_prompt
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 
 @task(name="prior", persist_result=False)

@@ -13,7 +13,7 @@ from tasks.publishing.config import PublishingConfig
 from tasks.runtime import Runtime
 from tasks.services.config import TrackingConfig
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 Upstream = tuple[SubjectSet, ClassImageSet, TunedModel, Evaluation, Scorecard]
 
 

@@ -54,6 +54,8 @@ class LatentModel(ABC):
     """The denoiser's layers in the original checkpoint, where they aren't diffusers' own."""
     index_settings: ClassVar[tuple[str, ...]] = ()
     """Settings beside the parts in the pipeline's index that change what is computed."""
+    fixed_settings: ClassVar[dict[str, Any]] = {}
+    """Settings of the pipeline's index that are always these."""
     implementation: ClassVar[str] = "diffusers"
     """The code that defines the model, as ModelSpec names it."""
 
@@ -64,7 +66,7 @@ class LatentModel(ABC):
         self.noise = noise
         self.device = device or choose_device(config)
         self.parts = parts
-        self.settings: dict[str, Any] = {}
+        self.settings: dict[str, Any] = dict(self.fixed_settings)
         self.identifier_token = ""
         self.learned: dict[str, LearnedEmbedding] = {}
         self.placeholders: dict[str, list[str]] = {}
@@ -80,7 +82,7 @@ class LatentModel(ABC):
         parts = load_parts(folder, wanted, optional=texts, denoiser_class=cls.denoiser_class, dtype=dtype)
         model = cls(parts, cls.load_noise(folder), config)
         index = json.loads((folder / "model_index.json").read_text())
-        model.settings = {name: index[name] for name in cls.index_settings if name in index}
+        model.settings |= {name: index[name] for name in cls.index_settings if name in index}
         return model
 
     @classmethod
@@ -285,8 +287,6 @@ class LatentModel(ABC):
             part.save_pretrained(folder / name)
             library = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"
             index[name] = [library, type(part).__name__]
-        if self.pipeline_class == "StableDiffusionPipeline":
-            index["requires_safety_checker"] = False
         (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def saved_scheduler(self) -> Any:

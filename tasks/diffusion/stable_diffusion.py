@@ -30,6 +30,7 @@ class StableDiffusion(LatentModel):
     noise_class = GaussianDiffusion
     text_encoder_names = ("text_encoder",)
     unused_parts = ("feature_extractor", "image_encoder", "safety_checker")
+    fixed_settings: ClassVar = {"requires_safety_checker": False}
     has_resting_layers = False
     lora_targets: ClassVar = {"unet": UNET_LORA_TARGETS, "text_encoder": CLIP_LORA_TARGETS}
     noise: GaussianDiffusion

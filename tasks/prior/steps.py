@@ -13,7 +13,7 @@ from tasks.prior.config import PriorConfig
 from tasks.prompts import write_class_prompt
 from tasks.runtime import Runtime
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 
 @task(name="prior", persist_result=False)

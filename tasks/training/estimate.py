@@ -19,7 +19,7 @@ from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.latent_model import DTYPES, LatentModel
 from tasks.diffusion.loading import find_classes
 from tasks.training.config import TrainingConfig
-from tasks.training.memory_table import MemoryEstimate
+from tasks.training.memory_table import MOMENT_BYTES, MemoryEstimate, count_rows
 
 META = torch.device("meta")
 
@@ -60,7 +60,7 @@ def estimate_built(model: LatentModel, training: TrainingConfig) -> MemoryEstima
                 weights += parameter.numel() * (4 if id(parameter) in ids else frozen_size) // num_shards
     if training.precision != "fp32" and shards == 1:
         weights += trainable * 2  # autocast keeps a copy of the weights in half precision
-    moment_size = {"adamw8bit": 2, "prodigy": 16}.get(training.optimizer, 8)
+    moment_size = MOMENT_BYTES.get(training.optimizer, 8)
     return MemoryEstimate(
         weights=weights,
         gradients=trainable * 4 // shards,
@@ -122,8 +122,7 @@ def choose_trained(model: LatentModel, training: TrainingConfig) -> list[nn.Para
 
 def count_activations(model: LatentModel, training: TrainingConfig) -> int:
     """Return the bytes that one forward keeps for the backward."""
-    halves = 2 if training.prior_loss_weight > 0 else 1
-    rows = training.train_batch_size * halves
+    rows = count_rows(training)
     if training.is_gradient_checkpointed:
         model.denoiser.train()
         model.denoiser.enable_gradient_checkpointing()

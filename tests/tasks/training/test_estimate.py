@@ -1,6 +1,7 @@
 """Predicted memory: parameters exactly, activations as a real forward keeps them, ordered as methods are."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,16 +106,28 @@ def test_every_preset_is_answered_from_the_table_and_other_settings_are_not(name
     assert found is not None
     assert list(found) == list(METHODS)
     assert found["lora"].total < found["full"].total
-    for words in (("training.train_batch_size=3",), ("training.lora.rank=5",), ("diffusion.resolution=256",)):
+    for words in (("training.lora.rank=5",), ("diffusion.resolution=256",)):
         other = preset_config(name, *words)
         assert look_up(other.diffusion, other.training, METHODS) is None
 
 
-@pytest.mark.parametrize(("name", "methods"), [("mini", METHODS), ("sd15", ("full", "lora")), ("flux-dev", ("lora",))])
-def test_the_table_is_what_would_be_computed(name: str, methods: tuple[str, ...]) -> None:
-    config = preset_config(name)
+@pytest.mark.parametrize(
+    ("name", "methods", "words"),
+    [
+        ("mini", METHODS, ()),
+        ("sd15", ("full", "lora"), ("training.train_batch_size=3", "prior=none", "training.optimizer=adamw8bit")),
+        ("flux-dev", ("lora",), ("training.ema_decay=0.9",)),
+    ],
+)
+def test_the_table_is_what_would_be_computed(name: str, methods: tuple[str, ...], words: tuple[str, ...]) -> None:
+    config = preset_config(name, *words)
     found = estimate_methods(find_description(config.diffusion), config.diffusion, config.training, methods)
-    assert found == look_up(config.diffusion, config.training, methods)
+    known = look_up(config.diffusion, config.training, methods)
+    assert known is not None
+    for method in methods:
+        # Some activations, as those of rotary embeddings, don't grow with the batch.
+        assert known[method].activations == pytest.approx(found[method].activations, rel=0.01)
+        assert replace(known[method], activations=0) == replace(found[method], activations=0)
 
 
 def test_a_model_built_once_gives_each_method_what_one_of_its_own_does(tiny_model_folder: Path, tmp_path: Path) -> None:

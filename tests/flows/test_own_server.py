@@ -1,4 +1,4 @@
-"""A run with an LLM server of one's own and a key for it, which keeps the weights of several steps."""
+"""A run with an LLM provider of one's own, added by two files, and a key for it; it keeps the weights of several steps."""
 
 import contextlib
 import time
@@ -13,7 +13,7 @@ from tests.workplace import Workplace
 
 CANARY = "sk-canary-6c1f0b7e"
 WORDS = (
-    "llm=vllm", "llm.profiles.vllm.model=mini-vision", "llm.profiles.vllm.api_key_variable=SOME_KEY",
+    "llm=mine",
     "training.validation.every_steps=2", "training.validation.keep=best", "training.validation.num_kept=2",
     "evaluation.num_candidate_images=1",
 )  # fmt: skip
@@ -25,7 +25,8 @@ def watched(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> d
     server = LocalServer(tmp_path_factory.mktemp("server") / "log")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOME_KEY", CANARY)
-        process = workplace.start(*WORDS, f"llm.profiles.vllm.base_url={server.start()}")
+        patch.setenv("LIKENESS_CONF", str(add_provider(tmp_path_factory.mktemp("our conf"), server.start())))
+        process = workplace.start(*WORDS)
         told: set[str] = set()
         try:
             while process.poll() is None:
@@ -36,6 +37,20 @@ def watched(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> d
             server.stop()
     assert process.returncode == 0, printed[-3000:]
     return {"summary": workplace.newest(), "printed": printed, "words": told}
+
+
+def add_provider(folder: Path, base_url: str) -> Path:
+    """Write the two files that a new LLM provider is, into an operator's folder of options."""
+    (folder / "llm" / "profile").mkdir(parents=True)
+    (folder / "llm" / "profile" / "mine.yaml").write_text(
+        f"base_url: {base_url}\nmodel: mini-vision\napi_key_variable: SOME_KEY\n"
+        'prices: {input: 0.0, output: 0.0, date: "2026-11-24"}\n'
+    )
+    (folder / "llm" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - /llm/profile@llm.profiles.mine: mine\n"
+        "llm: {models: [mine]}\nscoring: {executor: sync}\n"
+    )
+    return folder
 
 
 def list_words(pid: int) -> set[str]:

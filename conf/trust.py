@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from conf.schema import RunConfig
+from tasks.contract import PREFIXES
 from tasks.errors import ConfigError
 from tasks.redaction import show_value
 from tasks.settings import RequestRule
@@ -23,6 +24,8 @@ PATH = RequestRule("path")
 HUB_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 WORDS = ("", "demo", "mini", "auto", "none")
 """Values of path fields that are no paths."""
+OWN_FOLDERS = frozenset({*PREFIXES.values(), "known-world", "latents", "llm"})
+"""Folders at the top of the store that the pipeline writes."""
 PLAIN = (bool, int, float, type(None))
 
 
@@ -83,7 +86,10 @@ def check_request(settings: Mapping[str, Any], roots: tuple[Path, ...]) -> None:
 
 def check_path(name: str, value: str, roots: tuple[Path, ...], rule: RequestRule = PATH) -> None:
     """Refuse a path outside the allowed roots. Raises ConfigError."""
-    if value in WORDS or (rule.kind == "photos" and value.startswith("store:")):
+    if value in WORDS:
+        return
+    if rule.kind == "photos" and value.startswith("store:"):
+        check_store_prefix(name, value.removeprefix("store:"))
         return
     try:
         path = Path(value).expanduser().absolute().resolve()
@@ -96,6 +102,15 @@ def check_path(name: str, value: str, roots: tuple[Path, ...], rule: RequestRule
         listed = ", ".join(map(str, roots))
         raise ConfigError(
             f"{name}: {show_value(value)} lies outside the allowed folders ({listed}); see LIKENESS_ROOTS"
+        )
+
+
+def check_store_prefix(name: str, prefix: str) -> None:
+    """Refuse what stages keep in the store: other people's photos lie there. Raises ConfigError."""
+    folder, sign, _ = prefix.partition("/")
+    if not sign or folder in OWN_FOLDERS:
+        raise ConfigError(
+            f"{name}: store:{show_value(prefix)[1:-1]} is no folder of uploads; name one, as store:uploads/rex/"
         )
 
 

@@ -167,6 +167,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     config = compile_request(request, roots=None if is_trusted else allowed_roots())
     store = open_store(config.store)
     output = Path(config.output_dir).absolute()
+    tracker = open_tracker(config.tracking, folder=output)
     run_id = make_run_id(config.subject.class_noun)
     folder = make_run_folder(output / run_id)
     write_atomic(folder / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
@@ -182,7 +183,6 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
         batch_folder=output / "work" / "batches",
     )
     shared = progress_of_run.get()
-    tracker = open_tracker(config.tracking, folder=output)
     runtime = Runtime(
         run_id=run_id,
         store=store,

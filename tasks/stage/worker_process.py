@@ -27,7 +27,13 @@ def child_environment(**changes: str) -> dict[str, str]:
     with OPENING:
         lifeline = open_lifeline()
     paths: Sequence[str] = [str(SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), LIFELINE: lifeline, **changes}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+        "PYTHONSAFEPATH": "1",  # a folder named tasks where a person happens to be is not imported
+        LIFELINE: lifeline,
+        **changes,
+    }
 
 
 @lru_cache(maxsize=1)

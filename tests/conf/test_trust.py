@@ -114,6 +114,13 @@ def test_a_prefix_in_the_store_stays_in_the_store(tmp_path: Path, source: str) -
         ask((tmp_path,), class_noun="dog", source=source)
 
 
+@pytest.mark.parametrize("source", ["store:01-subject/abc/images/", "store:llm/pictures/", "store:0", "store:u"])
+def test_a_request_cannot_train_on_what_others_left_in_the_store(tmp_path: Path, source: str) -> None:
+    with pytest.raises(ConfigError, match=r"subject.source: .*no folder of uploads"):
+        ask((tmp_path,), class_noun="dog", source=source)
+    assert ask((tmp_path,), class_noun="dog", source="store:uploads/rex/").subject.source == "store:uploads/rex/"
+
+
 @pytest.mark.parametrize("roots", [None, "some"])
 @pytest.mark.parametrize(
     ("name", "text"),

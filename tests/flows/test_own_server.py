@@ -1,4 +1,4 @@
-"""A run with an LLM provider of one's own, added by two files, and a key for it; it keeps the weights of several steps."""
+"""A run with an LLM provider of one's own, added by two files, and a key; it keeps the weights of several steps."""
 
 import contextlib
 import time

@@ -74,3 +74,18 @@ def test_a_module_runs_as_it_would_by_itself(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tasks.stage.guard", "ending", "a", "--b"]
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (3, "__main__ ['a', '--b']")
+
+
+def test_a_folder_that_is_named_like_ours_is_not_imported(tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "__init__.py").write_text("raise SystemExit('foreign code')\n")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "ending.py").write_text("import tasks; print(tasks.__file__)\n")
+    code = (
+        "import subprocess, sys; from tasks.stage.worker_process import child_environment, guarded\n"
+        "environment = child_environment(); environment['PYTHONPATH'] += ':' + sys.argv[2]\n"
+        "subprocess.run(guarded('ending'), env=environment, cwd=sys.argv[1], check=True)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), str(tmp_path / "lib")]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.stdout.strip() == str(ROOT / "tasks" / "__init__.py"), done.stderr

@@ -16,7 +16,7 @@ from tasks.training import worker
 from tasks.training.checkpoints import MANIFEST, TrainingState, list_checkpoints, load_newest, save_checkpoint
 from tasks.training.latent_cache import fetch_latents, is_whole, keep_latents, note_of
 from tasks.training.spec import RunFolder, TrainingSpec
-from tasks.training.supervisor import EventTail, read_result
+from tasks.training.supervisor import EventTail, read_result, run_worker
 from tests.tiny import make_spec, train_here
 
 IDENTITY = {"configuration": "c"}
@@ -198,3 +198,9 @@ def test_a_full_disk_is_one_line_with_path_and_size(
     with small_disk(1000), pytest.raises(StorageFull, match=r"MB for .*/model"):
         worker.train(done)
     assert worker.train(done) == 0
+
+
+def test_a_worker_without_room_says_so_through_its_supervisor(tmp_path: Path, tiny_model_folder: Path) -> None:
+    spec = make_spec(tmp_path, tiny_model_folder)
+    with small_disk(15_000), pytest.raises(StorageFull, match=r"^no room left: 0\.\d MB for .*latents/.*safetensors"):
+        run_worker(spec, on_event=lambda event: None)

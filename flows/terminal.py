@@ -116,10 +116,12 @@ def check_early(config: RunConfig) -> None:
     """Refuse photos, folders and keys that can't work before anything is started."""
     from tasks.services.llm.transport import read_key
     from tasks.services.store import open_store
+    from tasks.services.tracking import open_tracker
     from tasks.subject.intake import check_photos
     from tasks.subject.known_world import check_class_noun
 
     store = open_store(config.store)
+    open_tracker(config.tracking, folder=Path(config.output_dir)).check()
     for name in config.llm.used_profiles():
         read_key(config.llm.profiles[name])
     if config.is_mini:

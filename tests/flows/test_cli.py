@@ -29,6 +29,7 @@ def place(tmp_path: Path, workplace: Workplace) -> Workplace:
         (["subject.source=two"], 2, "ConfigError: subject.class_noun is not set"),
         (["output_dir=file/runs"], 2, "ConfigError: cannot write to"),
         (["llm=openai"], 2, "ConfigError: OPENAI_API_KEY is not set"),
+        (["tracking.uri=http://127.0.0.1:9"], 4, "ServiceUnavailable: tracking at http://127.0.0.1:9 does not answer"),
         (["scoring.labels=none.csv"], 2, "ConfigError: scoring.labels=none.csv is not a file"),
     ],
 )

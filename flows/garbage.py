@@ -31,7 +31,7 @@ class Item:
 
 
 def collect_garbage(output: Path, *, days: float, is_deleting: bool) -> list[Item]:
-    """Return what can go, and remove it where told to; younger than `days` stays, as do stages that runs refer to.
+    """Return what can go, and remove it if `is_deleting`; what is younger than `days` or referred to by a run stays.
 
     Replies of LLMs are never removed: they were paid for.
 

@@ -80,7 +80,7 @@ def find_status(error: BaseException) -> str:
     if isinstance(error, StillPending):
         return "pending"
     is_stopped = isinstance(error, KeyboardInterrupt | SystemExit | TrainingStopped)
-    # Prefect's own are told by name: this module is read by commands that don't wait for its import.
+    # Prefect's own are matched by name: commands that list runs don't wait for its import.
     is_stopped = is_stopped or type(error).__name__ in ("TerminationSignal", "CancelledRun", "CancelledError")
     return "cancelled" if is_stopped else "failed"
 

@@ -47,7 +47,8 @@ def collect_garbage(output: Path, *, days: float, is_deleting: bool) -> list[Ite
         days = max(days, 1.0)  # what a run at work has made so far is younger
     store = find_store(folders)
     limit = time.time() - days * DAY
-    is_known = "damaged" not in statuses.values()  # such a run may refer to anything
+    # A damaged run may refer to anything, and a store elsewhere may serve runs of other folders.
+    is_known = "damaged" not in statuses.values() and is_own_store(store, output)
     stages = list_stages(store, list_referenced(folders), limit) if is_known else ()
     items = [
         *stages,
@@ -68,6 +69,11 @@ def find_store(folders: list[Path]) -> Store:
         except ConfigError:
             continue
     raise ConfigError("no run's configuration can be read, so that its store isn't known")
+
+
+def is_own_store(store: Store, output: Path) -> bool:
+    """Whether a store lies in the output folder, so that no runs but those there refer to it."""
+    return isinstance(store, LocalStore) and store.root.resolve().is_relative_to(output.resolve())
 
 
 def list_referenced(folders: list[Path]) -> set[str]:

@@ -1,6 +1,8 @@
 """What `likeness gc` removes, and what it never touches."""
 
+import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -92,6 +94,18 @@ def test_where_a_summary_is_torn_no_stage_is_taken_for_unused(tmp_path: Path) ->
     age(output / "store")
     collect_garbage(output, days=7, is_deleting=True)
     assert find_manifest(store, Manifest, "prior", "used") is not None
+
+
+def test_a_store_that_other_folders_may_use_keeps_all_stages(tmp_path: Path) -> None:
+    output, _ = make_output(tmp_path)
+    shared = tmp_path / "shared"
+    shutil.move(output / "store", shared)
+    config = json.loads((output / "one" / "config.json").read_text())
+    config["store"]["folder"] = str(shared)
+    (output / "one" / "config.json").write_text(json.dumps(config))
+    age(shared)
+    assert collect_garbage(output, days=7, is_deleting=True) == []
+    assert find_manifest(LocalStore(shared), Manifest, "prior", "unused") is not None
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:

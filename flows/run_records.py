@@ -59,7 +59,7 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 def write_start(folder: Path, run_id: str) -> None:
     """Note that a run is being worked on, and by which process."""
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": round(psutil.Process().create_time(), 2)}
     write_summary(folder, {**head(run_id, "running"), "started_at": stamp(time.time()), "owner": owner})
 
 

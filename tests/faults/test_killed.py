@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from flows.run_records import read_summary
 from tests.llm_server import ScriptedServer, completion, scripted_server
 from tests.tiny import draw_photos
 from tests.workplace import Workplace
@@ -147,7 +148,7 @@ def test_a_run_killed_while_its_batch_job_runs_is_pending_and_costs_are_those_of
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         killed = sorted(path.parent for path in workplace.output.glob("*/jobs.jsonl"))[-1]
-        assert not (killed / "summary.json").exists()
+        assert read_summary(killed)["status"] == "killed"
         listed = workplace.likeness("jobs", "list")
         assert server.desk.list_batches()[0]["id"] in listed.stdout, listed.stderr
         server.desk.turn.release()

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from conf.request import compile_request, parse_overrides
+from conf.compose import compile_request
+from conf.overrides import parse_overrides
 from conf.schema import RunConfig
 from tasks.diffusion.base import find_description, open_model
 from tasks.diffusion.latent_model import LatentModel

@@ -14,6 +14,7 @@ from tasks.stage.files import PART_PREFIX
 
 HOUR, DAY = 3_600.0, 86_400.0
 PART_AGE = HOUR
+MOST_DAYS = 36_500
 # Copies and latents: made again when they are missing.
 CACHES = ("models", "published", "candidates", "latents")
 
@@ -42,14 +43,13 @@ def collect_garbage(output: Path, *, days: float, is_deleting: bool) -> list[Ite
     folders = list_run_folders(output)
     if not folders:
         raise ConfigError(f"no runs in {output}; name the folder of your runs with --output-dir")
-    statuses = {folder: read_summary(folder)["status"] for folder in folders}
-    if "running" in statuses.values():
+    if not 0 <= days <= MOST_DAYS:
+        raise ConfigError(f"--days {days:g}: between 0 and {MOST_DAYS:,} are taken")
+    if any(read_summary(folder)["status"] == "running" for folder in folders):
         days = max(days, 1.0)  # what a run at work has made so far is younger
     store = find_store(folders)
     limit = time.time() - days * DAY
-    # A damaged run may refer to anything, and a store elsewhere may serve runs of other folders.
-    is_known = "damaged" not in statuses.values() and is_own_store(store, output)
-    stages = list_stages(store, list_referenced(folders), limit) if is_known else ()
+    stages = () if explain_kept_stages(output) else list_stages(store, list_referenced(folders), limit)
     items = [
         *stages,
         *list_leftovers(output, store),
@@ -59,6 +59,20 @@ def collect_garbage(output: Path, *, days: float, is_deleting: bool) -> list[Ite
         for item in items:
             remove(item, store)
     return items
+
+
+def explain_kept_stages(output: Path) -> str:
+    """Return why no stage may go now, or nothing."""
+    folders = list_run_folders(output)
+    for folder in folders:
+        status = read_summary(folder)["status"]
+        if status == "running":
+            return f"run {folder.name} is at work, and may come to use any stage; try again when it has ended"
+        if status == "damaged":
+            return f"what run {folder.name} refers to is unknown, for its summary.json is damaged; remove that folder"
+    if not is_own_store(find_store(folders), output):
+        return f"the store lies outside {output}, and may serve runs of other folders"
+    return ""
 
 
 def find_store(folders: list[Path]) -> Store:
@@ -81,7 +95,8 @@ def list_referenced(folders: list[Path]) -> set[str]:
     found = set()
     for folder in folders:
         for name, stage in read_summary(folder).get("stages", {}).items():
-            found.add(f"{PREFIXES[name]}/{stage['key']}")
+            if name in PREFIXES:
+                found.add(f"{PREFIXES[name]}/{stage['key']}")
     return found
 
 
@@ -170,6 +185,8 @@ def print_garbage(output: Path, *, days: float, is_deleting: bool) -> None:
         table.add_row(kind, str(len(sizes)), f"{sum(sizes) / 1e6:.1f}")
     Console(width=120).print(table)
     total = sum(item.size_bytes for item in items) / 1e6
+    if reason := explain_kept_stages(output):
+        print(f"all stages stay: {reason}")
     if is_deleting:
         print(f"{len(items)} removed, {total:.1f} MB freed")
     else:

@@ -10,10 +10,10 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from conf.groups import GROUPS
 from conf.request import RunRequest
@@ -33,6 +33,25 @@ class StoredRequest(BaseModel):
 
     request: RunRequest
     is_trusted: bool
+
+
+class StageNote(BaseModel):
+    """What every summary says of a stage, at least."""
+
+    key: str = Field(pattern=r"^[\w.-]+$")
+
+
+class SummaryShape(BaseModel):
+    """The parts of a summary that lists of runs are made from; files of another shape are damaged."""
+
+    run_id: str = Field(pattern=r"^[\w.-]+$")
+    status: Literal["running", "finished", "pending", "continued", "failed", "cancelled", "killed"]
+    stages: dict[str, StageNote] = {}
+    wall_seconds: float = 0.0
+    metrics: dict[str, dict[str, float | None]] = {}
+    scores: dict[str, dict[str, Any]] = {}
+    error: dict[str, str] = {}
+    paths: dict[str, str | dict[str, str]] = {}
 
 
 def write_request(folder: Path, request: RunRequest, *, is_trusted: bool) -> None:
@@ -63,13 +82,21 @@ def write_start(folder: Path, run_id: str) -> None:
     write_summary(folder, {**head(run_id, "running"), "started_at": stamp(time.time()), "owner": owner})
 
 
+def write_stages(folder: Path, keys: dict[str, str]) -> None:
+    """Note the keys of the stages that a run at work has begun, so that nothing they hold is taken for garbage."""
+    summary = read_summary(folder)
+    if summary["status"] == "running":
+        write_summary(folder, {**summary, "stages": {name: {"key": key} for name, key in keys.items()}})
+
+
 def write_end(folder: Path, run_id: str, error: BaseException) -> None:
     """Note what ended a run before it was finished."""
-    reason = clean_text(redact(str(error))).splitlines()[0] if str(error) else type(error).__name__
+    lines = clean_text(redact(str(error))).strip().splitlines()
+    reason = lines[0] if lines else type(error).__name__
     earlier = read_summary(folder)
     if earlier["status"] == "finished":
         return
-    kept = {name: earlier[name] for name in ("started_at",) if name in earlier}
+    kept: dict[str, Any] = {name: earlier[name] for name in ("started_at", "stages") if name in earlier}
     kind = error.kind if isinstance(error, LikenessError) else type(error).__name__
     details = {"kind": kind, "message": reason[:500]}
     write_summary(folder, {**head(run_id, find_status(error)), **kept, "error": details})
@@ -102,11 +129,12 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """
     try:
         summary = verify_signed(parse_json((folder / SUMMARY).read_bytes()))
+        SummaryShape.model_validate(summary)
     except FileNotFoundError:
         return head(folder.name, "killed")
     except (ArtifactCorrupt, OSError) as error:
         return {**head(folder.name, "damaged"), "error": {"kind": type(error).__name__, "message": str(error)}}
-    if not isinstance(summary.get("status"), str) or not isinstance(summary.get("run_id"), str):
+    except ValidationError:
         return head(folder.name, "damaged")
     if summary["status"] == "running" and not is_alive(summary.get("owner")):
         summary["status"] = "killed"
@@ -160,7 +188,7 @@ def suggest_next(summary: dict[str, Any], folder: Path) -> str:
     if status in ("finished", "continued", "running"):
         return ""
     try:
-        return " ".join(["likeness run", *write_words(read_request(folder).request)])
+        return " ".join(["likeness run", *write_words(relocate(read_request(folder).request, folder))])
     except ArtifactCorrupt:
         return "its request is damaged: start it again by hand"
 
@@ -221,8 +249,29 @@ def read_run(folder: Path) -> PastRun:
         config = RunConfig.model_validate_json((folder / "config.json").read_text())
     except (ValidationError, OSError) as error:
         raise ConfigError(f"run {folder.name} is of another version of likeness, or damaged; run it again") from error
-    own_store = f"{config.output_dir}/store"
-    if config.store.folder == own_store:  # as it was where the run was started; its folder knows better
-        moved = config.store.model_copy(update={"folder": str(folder.parent / "store")})
-        config = config.model_copy(update={"store": moved, "output_dir": str(folder.parent)})
+    # As it was where the run was started; its folder knows better.
+    store = config.store.model_copy(update={"folder": rebase(config.store.folder, config.output_dir, folder)})
+    config = config.model_copy(update={"store": store, "output_dir": str(folder.parent)})
     return PastRun(config, read_summary(folder))
+
+
+def rebase(path: str, old_output: str, folder: Path) -> str:
+    """Return a path that lay in a run's output folder as it is where the run's folder is now."""
+    old = Path(old_output).absolute()
+    if not path or not Path(path).absolute().is_relative_to(old):
+        return path
+    return str(folder.parent / Path(path).absolute().relative_to(old))
+
+
+def relocate(request: RunRequest, folder: Path) -> RunRequest:
+    """Return a run's request for the folder that the run lies in now, which may be a copy of the one it asked for."""
+    try:
+        old = RunConfig.model_validate_json((folder / "config.json").read_bytes()).output_dir
+    except (ValidationError, OSError):
+        old = str(request.settings.get("output_dir", "runs"))
+    if Path(old).resolve() == folder.parent.resolve():
+        return request
+    settings = {**request.settings, "output_dir": str(folder.parent)}
+    if "store.folder" in settings:
+        settings["store.folder"] = rebase(str(settings["store.folder"]), old, folder)
+    return request.model_copy(update={"settings": settings})

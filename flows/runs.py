@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from flows.run_records import (
     stamp,
     write_end,
     write_request,
+    write_stages,
     write_start,
     write_summary,
     write_words,
@@ -35,6 +37,8 @@ from tasks.stage.files import explain_full_disk, write_atomic
 
 Manifests = tuple[SubjectSet, ClassImageSet, TunedModel, Evaluation, Scorecard, Publication]
 progress_of_run: contextvars.ContextVar[ProgressView | None] = contextvars.ContextVar("progress", default=None)
+trust_of_run: contextvars.ContextVar[bool] = contextvars.ContextVar("trust", default=True)
+"""False while runs are resumed that a deployment was asked for."""
 
 
 @dataclass
@@ -163,6 +167,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     from tasks.services.tracking import open_tracker
 
     install_log_redaction()
+    is_trusted = is_trusted and trust_of_run.get()
     started = time.monotonic()
     config = compile_request(request, roots=None if is_trusted else allowed_roots())
     store = open_store(config.store)
@@ -191,6 +196,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
         live=LiveRun(tracker, run_id, dict(show_config(config)), describe_run(config, request)),
         progress=shared or make_progress(),
         work_folder=output / "work",
+        on_stage=partial(write_stages, folder),
     )
     try:
         base_model = identify_model(config.diffusion)

@@ -9,7 +9,8 @@ from prefect.runtime import deployment
 from conf.trust import allowed_roots, check_path
 from flows.pending import PendingReport, list_pending
 from flows.personalize_subject import personalize_subject
-from flows.run_records import read_request, read_summary, write_summary
+from flows.run_records import read_request, read_summary, relocate, write_summary
+from flows.runs import trust_of_run
 from tasks.errors import LikenessError, StillPending
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,12 @@ def score_pending(output_dir: str = "runs") -> PendingReport:
     for folders in list_pending(Path(output_dir)):
         name = folders[-1].name
         try:
-            summary = personalize_subject(read_request(folders[0]).request)
+            stored = read_request(folders[0])
+            token = trust_of_run.set(stored.is_trusted)
+            try:
+                summary = personalize_subject(relocate(stored.request, folders[0]))
+            finally:
+                trust_of_run.reset(token)
         except StillPending as error:
             log.info("run %s still waits: %s", name, error)
             report.waiting.append(name)

@@ -16,6 +16,7 @@ from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from conf.request import RunRequest
 from conf.schema import RunConfig
+from conf.trust import allowed_roots
 from flows.embedded import EmbeddedServer, needs_server
 from tasks.metrics import METRICS
 from tasks.progress import ProgressView, make_progress
@@ -47,13 +48,16 @@ def run_in_terminal(settings: list[str]) -> int:
 def finish_pending(output: Path) -> int:
     """Resume pending runs and say how each of them stands; 0: all done, 11: some still wait, 1: some failed."""
     from flows.pending import find_readable, list_pending
-    from flows.run_records import read_request
+    from flows.run_records import read_request, relocate
 
     waiting = list_pending(output)
     if not waiting:
         print(f"no run in {output} waits for a batch job")
         return 0
-    with ready_for_flows(read_request(find_readable(waiting)).request) as (config, progress, _):
+    folder = find_readable(waiting)
+    stored = read_request(folder)
+    request = relocate(stored.request, folder)
+    with ready_for_flows(request, is_trusted=stored.is_trusted) as (config, progress, _):
         from flows.runs import progress_of_run
         from flows.score_pending import score_pending
 
@@ -75,10 +79,10 @@ def finish_pending(output: Path) -> int:
 
 @contextlib.contextmanager
 def ready_for_flows(
-    request: RunRequest,
+    request: RunRequest, *, is_trusted: bool = True
 ) -> Iterator[tuple[RunConfig, ProgressView, EmbeddedServer | None]]:
     """Check what can be checked at once while the embedded Prefect server starts."""
-    config = compile_request(request)
+    config = compile_request(request, roots=None if is_trusted else allowed_roots())
     # At once: the next words come after seconds of imports.
     print(describe_start(config), flush=True)
     signal.signal(signal.SIGTERM, raise_interrupt)

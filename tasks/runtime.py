@@ -50,6 +50,9 @@ class Runtime:
     work_folder: Path
     """Local scratch space that outlives the run: training state, fetched photos."""
     records: dict[str, StageRecord] = field(default_factory=dict)
+    on_stage: Callable[[dict[str, str]], None] = lambda keys: None
+    """Told the keys of all stages so far whenever one begins."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
     stopping: threading.Event = field(default_factory=threading.Event)
     num_training_steps: int = 0
     first_training_step: int = 0
@@ -101,8 +104,10 @@ class Runtime:
     @contextmanager
     def recorded(self, stage: str, key: str) -> Iterator[StageRecord]:
         """Measure a stage."""
-        record = self.records[stage] = StageRecord(key)
-        record.started = time.monotonic()
+        record = StageRecord(key, started=time.monotonic())
+        with self.lock:  # stages may run side by side
+            self.records[stage] = record
+            self.on_stage({name: other.key for name, other in self.records.items()})
         try:
             yield record
         finally:

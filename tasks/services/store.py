@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.services.config import StoreConfig
 from tasks.stage.digests import digest_file
-from tasks.stage.files import PART_PREFIX, explain_full_disk, staged_file, write_atomic
+from tasks.stage.files import PART_PREFIX, explain_full_disk, quarantine, staged_file, write_atomic
 
 SHA256_METADATA = "sha256"
 
@@ -102,11 +102,18 @@ class LocalStore:
         """Return the file of a key."""
         return self.root / check_key(key)
 
+    def free_path(self, key: str) -> Path:
+        """Return the file of a key to be written; a folder that somebody put in its place is moved aside."""
+        path = self.path(key)
+        if path.is_dir() and not path.is_symlink():
+            quarantine(path)
+        return path
+
     def put_bytes(self, key: str, data: bytes) -> None:
-        write_atomic(self.path(key), data)
+        write_atomic(self.free_path(key), data)
 
     def put_new(self, key: str, data: bytes) -> bool:
-        target = self.path(key)
+        target = self.free_path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=PART_PREFIX)
         try:
@@ -122,13 +129,13 @@ class LocalStore:
         return True
 
     def put_file(self, key: str, path: Path) -> None:
-        with staged_file(self.path(key), size_bytes=path.stat().st_size) as staged:
+        with staged_file(self.free_path(key), size_bytes=path.stat().st_size) as staged:
             link_or_copy(path, staged)
 
     def find_bytes(self, key: str) -> bytes | None:
         try:
             return self.path(key).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
 
     def get_file(self, key: str, path: Path) -> None:
@@ -145,7 +152,7 @@ class LocalStore:
             mark = (status.st_size, status.st_mtime_ns, status.st_ino)
             if self.hashed.get(key, ((), ""))[0] != mark:  # read once per run, then known by size and time
                 self.hashed[key] = (mark, digest_file(path))
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         return self.hashed[key][1]
 

@@ -6,6 +6,7 @@ content still has the digest that was written with it. A flipped byte and a cut 
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,17 +60,29 @@ def verify_signed(value: Any) -> dict[str, Any]:
     plain = {key: child for key, child in value.items() if key != DIGEST_FIELD}
     if DIGEST_FIELD not in value:
         raise ArtifactCorrupt(f"the record has no {DIGEST_FIELD}")
-    if value[DIGEST_FIELD] != digest(plain):
+    try:
+        found = digest(plain)
+    except (ValueError, RecursionError) as error:  # what we write has no NaN and is shallow
+        raise ArtifactCorrupt("the record holds what no record of ours can hold") from error
+    if value[DIGEST_FIELD] != found:
         raise ArtifactCorrupt(f"the record differs from its {DIGEST_FIELD}")
     return plain
 
 
 def parse_json(data: bytes) -> Any:
-    """Return parsed JSON. Raises ArtifactCorrupt for anything else, deep nesting included."""
+    """Return parsed JSON. Raises ArtifactCorrupt for anything else; deep nesting and infinite numbers too."""
     try:
-        return json.loads(data)
+        return json.loads(data, parse_float=parse_finite, parse_constant=parse_finite)
     except (ValueError, RecursionError) as error:  # a decoding error is a ValueError too
         raise ArtifactCorrupt("the record is not JSON") from error
+
+
+def parse_finite(text: str) -> float:
+    """Return a number. Raises ValueError for one that is infinite or none."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is not finite")
+    return value
 
 
 def dump_signed(record: BaseModel, *, indent: int | None = None) -> bytes:

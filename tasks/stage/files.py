@@ -71,5 +71,7 @@ def explain_full_disk(path: Path, *, size_bytes: int | None = None) -> Iterator[
 def quarantine(path: Path) -> Path:
     """Move a damaged file aside, so that it is kept for inspection and never read again."""
     aside = path.with_name(f"{path.name}.quarantined")
+    while aside.is_dir():  # only a file can be replaced
+        aside = aside.with_name(f"{aside.name}.quarantined")
     os.replace(path, aside)
     return aside

@@ -10,10 +10,10 @@ import pytest
 
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
-from flows.garbage import collect_garbage
-from flows.run_records import head, write_request, write_start, write_summary
+from flows.garbage import collect_garbage, print_garbage
+from flows.run_records import head, read_summary, write_end, write_request, write_stages, write_start, write_summary
 from tasks.contract import StageFolder, find_manifest
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, StillPending
 from tasks.manifests import Manifest
 from tasks.services.store import LocalStore, link_or_copy
 
@@ -68,6 +68,40 @@ def test_a_run_at_work_keeps_what_it_has_just_made(tmp_path: Path) -> None:
     output, store = make_output(tmp_path, status="running")
     assert collect_garbage(output, days=0, is_deleting=True) == []
     assert find_manifest(store, Manifest, "prior", "unused") is not None
+
+
+@pytest.mark.parametrize("status", ["pending", "failed", "killed", "cancelled"])
+def test_what_an_unfinished_run_began_stays(tmp_path: Path, status: str) -> None:
+    output, store = make_output(tmp_path, status="running")
+    folder = output / "one"
+    write_stages(folder, {"prior": "used"})
+    if status == "killed":
+        summary = read_summary(folder)
+        write_summary(folder, {**summary, "owner": {**summary["owner"], "started": 1.0}})
+    else:
+        errors = {"pending": StillPending("a job"), "failed": ConfigError("x"), "cancelled": KeyboardInterrupt()}
+        write_end(folder, "one", errors[status])
+    assert read_summary(folder)["status"] == status
+    age(output / "store")
+    listed = collect_garbage(output, days=7, is_deleting=True)
+    assert [item.name for item in listed] == ["02-prior/unused"]
+    assert find_manifest(store, Manifest, "prior", "used") is not None
+
+
+def test_why_stages_stay_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, _ = make_output(tmp_path, status="running")
+    print_garbage(output, days=0, is_deleting=False)
+    assert "all stages stay: run one is at work" in capsys.readouterr().out
+    (output / "one" / "summary.json").write_text("{")
+    print_garbage(output, days=0, is_deleting=False)
+    assert "its summary.json is damaged; remove that folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("days", [-1.0, float("nan"), float("inf")])
+def test_an_age_that_is_none_is_refused(tmp_path: Path, days: float) -> None:
+    output, _ = make_output(tmp_path)
+    with pytest.raises(ConfigError, match="--days"):
+        collect_garbage(output, days=days, is_deleting=True)
 
 
 def test_leftovers_of_cut_off_runs_go(tmp_path: Path) -> None:

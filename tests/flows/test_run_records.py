@@ -7,15 +7,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conf.compose import compile_request, compute_config_digest
 from conf.overrides import parse_overrides
 from flows.run_records import (
+    head,
     list_summaries,
     read_request,
+    read_run,
     read_summary,
+    relocate,
     suggest_next,
     write_end,
     write_request,
@@ -127,3 +131,58 @@ def test_a_runs_folder_may_move(tmp_path: Path) -> None:
     [summary] = list_summaries(tmp_path / "moved")
     assert summary["paths"]["model"] == str(tmp_path / "moved" / "store" / "m")
     assert summary["paths"]["manifests"]["prior"] == "s3://bucket/m.json"
+
+
+@pytest.mark.parametrize("store", ["", "mine"])
+def test_a_copy_of_an_output_folder_never_works_in_the_original(tmp_path: Path, store: str) -> None:
+    original, copy = tmp_path / "runs", tmp_path / "copy"
+    words = [f"output_dir={original}", *([f"store.folder={original / store}"] if store else [])]
+    request = parse_overrides(words)
+    folder = original / "one"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(compile_request(request).model_dump_json())
+    write_request(folder, request, is_trusted=False)
+    write_summary(folder, {**head("one", "failed")})
+    shutil.copytree(original, copy)
+    assert relocate(request, folder) == request
+    for config in (read_run(copy / "one").config, compile_request(relocate(request, copy / "one"))):
+        assert config.output_dir == str(copy)
+        assert config.store.folder == str(copy / (store or "store"))
+    assert str(original) not in suggest_next(read_summary(copy / "one"), copy / "one")
+
+
+def test_a_store_elsewhere_stays_where_it_is(tmp_path: Path) -> None:
+    request = parse_overrides([f"output_dir={tmp_path / 'runs'}", f"store.folder={tmp_path / 'shared'}"])
+    folder = tmp_path / "copy" / "one"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(compile_request(request).model_dump_json())
+    assert read_run(folder).config.store.folder == str(tmp_path / "shared")
+    assert compile_request(relocate(request, folder)).store.folder == str(tmp_path / "shared")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stages": ["subject"]}, {"stages": {"subject": "key"}}, {"stages": {"prior": {"key": "../../x"}}},
+        {"wall_seconds": "long"}, {"metrics": []}, {"metrics": {"tuned": {"dino": "x"}}}, {"error": "text"},
+        {"paths": []}, {"paths": {"report": None}}, {"status": "fai\x1b[31mled"}, {"run_id": "../etc"},
+        {"wall_seconds": float("inf")},
+    ],
+)  # fmt: skip
+def test_a_summary_of_another_shape_is_damaged(tmp_path: Path, fields: dict[str, Any]) -> None:
+    folder = make_run(tmp_path, "one")
+    summary = {**head("one", "finished"), **fields}
+    try:
+        write_summary(folder, summary)
+    except ValueError:  # JSON has no infinity, but a parser reads what is too large as one
+        text = json.dumps({**summary, "content_sha256": "0" * 64})
+        (folder / "summary.json").write_text(text.replace("Infinity", "3e999"))
+    [read] = list_summaries(tmp_path)
+    assert read["status"] == "damaged"
+    print_runs([read], folder=tmp_path)
+
+
+def test_an_error_of_control_characters_alone_is_named_by_its_kind(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "one")
+    write_end(folder, "one", ValueError("\x07\n"))
+    assert read_summary(folder)["error"]["message"] == "ValueError"

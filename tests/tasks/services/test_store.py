@@ -79,3 +79,17 @@ def test_a_failed_write_leaves_the_old_object(tmp_path: Path) -> None:
         store.put_file("a", tmp_path / "missing")
     assert store.find_bytes("a") == b"old"
     assert store.list_keys("") == ["a"]
+
+
+def test_a_folder_in_an_objects_place_is_moved_aside(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    for again in range(2):
+        (store.path("01-subject/k/a.png") / "inner").mkdir(parents=True)
+        assert store.find_bytes("01-subject/k/a.png") is None
+        assert store.compute_sha256("01-subject/k/a.png") is None
+        if again:
+            assert store.put_new("01-subject/k/a.png", b"x")
+        else:
+            store.put_bytes("01-subject/k/a.png", b"x")
+        assert store.find_bytes("01-subject/k/a.png") == b"x"
+        store.delete("01-subject/k/a.png")

@@ -34,7 +34,12 @@ def test_no_flipped_byte_and_no_cut_passes() -> None:
             load_signed(Note, data[:place])
 
 
-@pytest.mark.parametrize("data", [b"[]", b"null", b"{}", b"\xff", b'"x"', b"[" * 100_000])
+NO_RECORDS = [
+    b'{"content_sha256": "", "number": %s}' % value for value in (b"3e999", b"-3e999", b"NaN", b"Infinity")
+] + [b'{"content_sha256": "", "number": ' + b"[" * depth + b"]" * depth + b"}" for depth in (500, 950, 1000, 5000)]
+
+
+@pytest.mark.parametrize("data", [b"[]", b"null", b"{}", b"\xff", b'"x"', b"[" * 100_000, *NO_RECORDS])
 def test_anything_else_is_refused_by_one_kind_of_error(data: bytes) -> None:
     with pytest.raises(ArtifactCorrupt):
         load_signed(Note, data)
@@ -57,3 +62,9 @@ def test_a_torn_or_changed_line_costs_that_line_alone() -> None:
     rows = list(load_lines((lines[0] + changed + lines[2][:-9]).encode()))
     assert rows == [{"usd": 1.0}, None, None]
     assert json.loads(lines[0])["content_sha256"]
+
+
+@pytest.mark.parametrize("data", NO_RECORDS)
+def test_a_line_that_no_log_of_ours_holds_costs_that_line_alone(data: bytes) -> None:
+    line = dump_line({"usd": 1.0}).encode()
+    assert list(load_lines(line + data + b"\n" + line)) == [{"usd": 1.0}, None, {"usd": 1.0}]

@@ -1,0 +1,68 @@
+"""Runs that are resumed keep the rights of whoever asked for them, and stay in the folder they lie in."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.compose import compile_request
+from conf.request import RunRequest
+from conf.trust import allowed_roots
+from flows import score_pending as module
+from flows.personalize_subject import personalize_subject
+from flows.run_records import head, list_run_folders, write_request, write_summary
+
+COMMAND = {"llm.profiles.local.capabilities.batch": "file", "llm.profiles.local.batch_command": ["sh", "-c", "id"]}
+
+
+def make_pending(output: Path, request: RunRequest, *, is_trusted: bool) -> None:
+    folder = output / "one"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(compile_request(request).model_dump_json())
+    write_request(folder, request, is_trusted=is_trusted)
+    write_summary(folder, head("one", "pending"))
+
+
+def test_what_a_deployment_asked_for_is_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIKENESS_ROOTS", str(tmp_path))
+    monkeypatch.setattr(module, "personalize_subject", personalize_subject.fn)
+    output = tmp_path / "runs"
+    make_pending(output, RunRequest(settings={"output_dir": str(output), **COMMAND}), is_trusted=False)
+    report = module.score_pending.fn(str(output))
+    assert len(report.failed) == 1
+    assert "is set in conf/ on the worker's machine, not by a request" in report.failed[0]
+    assert list_run_folders(output) == [output / "one"]
+
+
+def test_photos_that_were_swapped_for_a_link_out_of_the_roots_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, secret = tmp_path / "root", tmp_path / "secret"
+    photos = root / "rex"
+    photos.mkdir(parents=True)
+    secret.mkdir()
+    monkeypatch.setenv("LIKENESS_ROOTS", str(root))
+    monkeypatch.setattr(module, "personalize_subject", personalize_subject.fn)
+    request = RunRequest(source=str(photos), class_noun="fish", settings={"output_dir": str(root / "runs")})
+    compile_request(request, roots=allowed_roots())
+    make_pending(root / "runs", request, is_trusted=False)
+    photos.rmdir()
+    photos.symlink_to(secret)
+    [failed] = module.score_pending.fn(str(root / "runs")).failed
+    assert "lies outside the allowed folders" in failed
+
+
+def test_a_copied_folder_is_resumed_in_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[RunRequest] = []
+
+    def record(request: RunRequest) -> dict[str, Any]:
+        asked.append(request)
+        return head("two", "finished")
+
+    monkeypatch.setattr(module, "personalize_subject", record)
+    output, copy = tmp_path / "runs", tmp_path / "copy"
+    make_pending(output, RunRequest(settings={"output_dir": str(output)}), is_trusted=True)
+    shutil.copytree(output, copy)
+    assert len(module.score_pending.fn(str(copy)).finished) == 1
+    assert compile_request(asked[0]).output_dir == str(copy)

@@ -20,7 +20,7 @@ from conf.request import RunRequest
 from conf.schema import RunConfig
 from tasks.errors import ArtifactCorrupt, ConfigError, LikenessError, StillPending, TrainingStopped
 from tasks.redaction import clean_text, redact
-from tasks.stage.digests import dump_signed, load_signed, parse_json, sign, verify_signed
+from tasks.stage.digests import digest, dump_signed, load_signed, parse_json, sign, verify_signed
 from tasks.stage.files import write_atomic
 
 SUMMARY_VERSION = 1
@@ -76,10 +76,18 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     write_atomic(folder / SUMMARY, json.dumps(sign(summary), indent=1) + "\n")
 
 
-def write_start(folder: Path, run_id: str) -> None:
+def write_start(folder: Path, run_id: str, config_digest: str = "") -> None:
     """Note that a run is being worked on, and by which process."""
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": round(psutil.Process().create_time(), 2)}
-    write_summary(folder, {**head(run_id, "running"), "started_at": stamp(time.time()), "owner": owner})
+    write_summary(
+        folder,
+        {
+            **head(run_id, "running"),
+            "config_digest": config_digest,
+            "started_at": stamp(time.time()),
+            "owner": owner,
+        },
+    )
 
 
 def write_stages(folder: Path, keys: dict[str, str]) -> None:
@@ -96,7 +104,9 @@ def write_end(folder: Path, run_id: str, error: BaseException) -> None:
     earlier = read_summary(folder)
     if earlier["status"] == "finished":
         return
-    kept: dict[str, Any] = {name: earlier[name] for name in ("started_at", "stages") if name in earlier}
+    kept: dict[str, Any] = {
+        name: earlier[name] for name in ("config_digest", "started_at", "stages") if name in earlier
+    }
     kind = error.kind if isinstance(error, LikenessError) else type(error).__name__
     details = {"kind": kind, "message": reason[:500]}
     write_summary(folder, {**head(run_id, find_status(error)), **kept, "error": details})
@@ -246,13 +256,18 @@ class PastRun:
 def read_run(folder: Path) -> PastRun:
     """Return what a run's folder holds. Raises ConfigError for a run of another version, or a damaged one."""
     try:
-        config = RunConfig.model_validate_json((folder / "config.json").read_text())
-    except (ValidationError, OSError) as error:
+        data = (folder / "config.json").read_bytes()
+        config = RunConfig.model_validate_json(data)
+        found = digest(parse_json(data))[:16]  # of the text: a later version may add settings
+    except (ValidationError, OSError, ArtifactCorrupt) as error:
         raise ConfigError(f"run {folder.name} is of another version of likeness, or damaged; run it again") from error
+    summary = read_summary(folder)
+    if summary.get("config_digest", "") not in ("", found):
+        raise ConfigError(f"{folder / 'config.json'} was changed after the run; run it again")
     # As it was where the run was started; its folder knows better.
     store = config.store.model_copy(update={"folder": rebase(config.store.folder, config.output_dir, folder)})
     config = config.model_copy(update={"store": store, "output_dir": str(folder.parent)})
-    return PastRun(config, read_summary(folder))
+    return PastRun(config, summary)
 
 
 def rebase(path: str, old_output: str, folder: Path) -> str:

@@ -177,7 +177,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     folder = make_run_folder(output / run_id)
     write_atomic(folder / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
     write_request(folder, request, is_trusted=is_trusted)
-    write_start(folder, run_id)
+    write_start(folder, run_id, compute_config_digest(config))
     server = LocalServer(folder / "vision-server.log")
     llm = LlmService(
         config.llm,

@@ -24,6 +24,8 @@ WAYS_ON = (
 class Verdict(BaseModel):
     """What the encoders made of a set of photos."""
 
+    photos: str
+    """Digest of the photos."""
     psnr: float
     distance: float
     is_drawn: bool
@@ -61,16 +63,19 @@ def refuse(reason: str, config: SubjectConfig) -> str:
 
 def find_verdict(photos: Sequence[Photo], store: Store) -> Verdict:
     """Return the verdict on a set of photos, from the store where it is known."""
-    key = f"known-world/{digest([VERSION, sorted(photo.sha256 for photo in photos)])[:32]}.json"
+    name = digest([VERSION, sorted(photo.sha256 for photo in photos)])
+    key = f"known-world/{name[:32]}.json"
     data = store.find_bytes(key)
     if data is not None:
         try:
-            return load_signed(Verdict, data)
+            known = load_signed(Verdict, data)
+            if known.photos == name:
+                return known
         except ArtifactCorrupt:
-            store.delete(key)
+            pass  # it is replaced
     from tasks.mini.recognition import Recognizer
 
     evidence = Recognizer().measure([decode_png(photo.png) for photo in photos])
-    verdict = Verdict(psnr=evidence.psnr, distance=evidence.distance, is_drawn=evidence.is_drawn)
+    verdict = Verdict(photos=name, psnr=evidence.psnr, distance=evidence.distance, is_drawn=evidence.is_drawn)
     store.put_bytes(key, dump_signed(verdict))
     return verdict

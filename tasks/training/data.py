@@ -21,12 +21,11 @@ from torch.utils.data import IterableDataset
 
 from tasks.diffusion.base import DiffusionModel
 from tasks.errors import ArtifactCorrupt
-from tasks.stage.digests import digest_file
 from tasks.stage.files import write_atomic
 from tasks.stage.tensor_files import save_tensors
 from tasks.training import draws
 from tasks.training.buckets import Size
-from tasks.training.latent_cache import is_whole, note_of
+from tasks.training.latent_cache import is_whole, make_note, note_of
 from tasks.training.spec import TrainingImage, TrainingSpec
 
 ENCODE_BATCH = 8
@@ -177,7 +176,7 @@ def load_set(
             return encoded  # the first rank writes; the others need not wait for it
         note_of(path).unlink(missing_ok=True)
         save_tensors({"mean": encoded.mean, "std": encoded.std, "mask": encoded.mask, "sizes": encoded.sizes}, path)
-        write_atomic(note_of(path), digest_file(path))
+        write_atomic(note_of(path), make_note(path))
     for image in images:
         check_digest(Path(image.path), image.sha256)
     return ImageSet(**load_file(path), input_ids=tokenize_prompts(model, images))

@@ -47,7 +47,12 @@ def keep_latents(store: Store, spec: TrainingSpec) -> None:
 def is_whole(path: Path) -> bool:
     """Whether a local cache file is what its digest says."""
     note = note_of(path)
-    return path.is_file() and note.is_file() and digest_file(path).encode() == note.read_bytes()
+    return path.is_file() and note.is_file() and make_note(path) == note.read_bytes()
+
+
+def make_note(path: Path) -> bytes:
+    """Return a file's digest and name, as sha256sum writes them: another run's latents don't pass for this one's."""
+    return f"{digest_file(path)}  {path.name}\n".encode()
 
 
 def note_of(path: Path) -> Path:

@@ -186,3 +186,17 @@ def test_an_error_of_control_characters_alone_is_named_by_its_kind(tmp_path: Pat
     folder = make_run(tmp_path, "one")
     write_end(folder, "one", ValueError("\x07\n"))
     assert read_summary(folder)["error"]["message"] == "ValueError"
+
+
+def test_a_configuration_that_was_changed_after_the_run_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    folder.mkdir()
+    config = compile_request(parse_overrides([]))
+    text = config.model_dump_json()
+    (folder / "config.json").write_text(text)
+    write_start(folder, "one", compute_config_digest(config))
+    write_end(folder, "one", ConfigError("x"))
+    assert read_run(folder).config.seed == config.seed
+    (folder / "config.json").write_text(text.replace('"seed":', '"seed":1', 1))
+    with pytest.raises(ConfigError, match="was changed after the run"):
+        read_run(folder)

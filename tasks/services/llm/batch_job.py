@@ -78,10 +78,13 @@ def find_state(store: Store, key: str) -> BatchState | None:
     if data is None:
         return None
     try:
-        return load_signed(BatchState, data)
+        state = load_signed(BatchState, data)
+        if state.file_name != key.rpartition("/")[2]:
+            raise ArtifactCorrupt(f"the state is that of {state.file_name}")
     except ArtifactCorrupt as error:
         quarantine(store, key, data, error)
         return None
+    return state
 
 
 def list_states(store: Store, prefix: str) -> list[BatchState]:

@@ -12,7 +12,7 @@ from tasks.mini.world import CLASS_NOUNS
 from tasks.services.store import LocalStore
 from tasks.subject.config import SubjectConfig
 from tasks.subject.intake import check_photos
-from tasks.subject.known_world import check_class_noun, check_known_world
+from tasks.subject.known_world import check_class_noun, check_known_world, find_verdict
 from tests.tiny import draw_photos
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "camera.png", "motorcycle_left.png",
@@ -78,3 +78,16 @@ def test_drawn_photos_pass(tmp_path: Path, store: LocalStore) -> None:
     draw_photos(tmp_path / "in", num=4)
     config = SubjectConfig(source=str(tmp_path / "in"), class_noun="fish")
     assert check_known_world(check_photos(config, store).accepted, config, store) == ""
+
+
+def test_a_verdict_on_other_photos_is_not_believed(tmp_path: Path, store: LocalStore) -> None:
+    draw_photos(tmp_path / "in", num=4)
+    drawn = check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store).accepted
+    find_verdict(drawn, store)
+    [key] = store.list_keys("known-world/")
+    find_verdict(drawn[:3], store)
+    [other] = set(store.list_keys("known-world/")) - {key}
+    store.put_bytes(other, store.find_bytes(key) or b"")
+    again = find_verdict(drawn[:3], store)
+    assert store.find_bytes(other) != store.find_bytes(key)
+    assert again.photos.startswith(Path(other).stem)

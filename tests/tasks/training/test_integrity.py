@@ -1,6 +1,7 @@
 """What training wrote earlier is verified when it is read back: one flipped byte, a cut tail, other shapes."""
 
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,6 +105,17 @@ def test_damaged_latents_are_encoded_again(
     train_here(tmp_path, Path(spec.model_folder), spec=moved.model_copy(update={"folder": str(tmp_path / "run")}))
     assert is_whole(path)
     assert path.read_bytes() == whole
+
+
+def test_latents_of_other_photos_do_not_pass_under_another_name(
+    trained: tuple[TrainingSpec, RunFolder], tmp_path: Path
+) -> None:
+    path = trained[0].latents_paths()[0]
+    other = tmp_path / f"other{path.suffix}"
+    shutil.copy(path, other)
+    shutil.copy(note_of(path), note_of(other))
+    assert is_whole(path)
+    assert not is_whole(other)
 
 
 @pytest.mark.parametrize("how", DAMAGES)

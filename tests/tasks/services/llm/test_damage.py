@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from tasks.errors import StillPending
+from tasks.services.llm.batch_job import BatchState, find_state
 from tasks.services.llm.client import LlmService
 from tasks.services.llm.config import CapabilityConfig
 from tasks.services.llm.ledger import read_rows
+from tasks.services.store import LocalStore
+from tasks.stage.digests import dump_signed
 from tests.llm_server import ScriptedServer, completion, scripted_server
 from tests.tasks.services.llm.test_batch import BATCHES
 from tests.tasks.services.llm.test_batch import ask as ask_in_batch
@@ -123,3 +126,14 @@ def test_a_damaged_ledger_line_costs_that_line_only(server: ScriptedServer, tmp_
     path.write_bytes(damage(path.read_bytes()))
     ask(make_llm(server, tmp_path))
     assert [row and row["outcome"] for row in read_rows(path)] == [None, "cached"]
+
+
+def test_a_state_of_another_job_is_moved_aside(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    state = BatchState(input_sha256="a" * 64, attempt=0, custom_ids=("1",), profile="p", role="judge", batch_id="A")
+    own, others = (f"05-scoring/k/batches/{name}" for name in (state.file_name, "b" * 24 + "-0.json"))
+    for key in (own, others):
+        store.put_bytes(key, dump_signed(state))
+    assert find_state(store, own) == state
+    assert find_state(store, others) is None
+    assert store.find_bytes(others) is None

@@ -173,11 +173,8 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     store = open_store(config.store)
     output = Path(config.output_dir).absolute()
     tracker = open_tracker(config.tracking, folder=output)
-    run_id = make_run_id(config.subject.class_noun)
-    folder = make_run_folder(output / run_id)
-    write_atomic(folder / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
-    write_request(folder, request, is_trusted=is_trusted)
-    write_start(folder, run_id, compute_config_digest(config))
+    folder = make_run_folder(output, config, request, is_trusted=is_trusted)
+    run_id = folder.name
     server = LocalServer(folder / "vision-server.log")
     llm = LlmService(
         config.llm,
@@ -239,12 +236,19 @@ def make_run_id(class_noun: str) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{noun}-{secrets.token_hex(2)}"
 
 
-def make_run_folder(folder: Path) -> Path:
-    """Create the run's folder. Raises ConfigError where it can't be written."""
+def make_run_folder(output: Path, config: RunConfig, request: RunRequest, *, is_trusted: bool) -> Path:
+    """Create a run's folder, named by the run's id, and what it holds from the first second on.
+
+    Raises ConfigError where it can't be written.
+    """
+    folder = output / make_run_id(config.subject.class_noun)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise ConfigError(f"cannot write to {folder.parent}: {error.strerror}; set output_dir") from error
+        raise ConfigError(f"cannot write to {output}: {error.strerror}; set output_dir") from error
+    write_atomic(folder / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    write_request(folder, request, is_trusted=is_trusted)
+    write_start(folder, folder.name, compute_config_digest(config))
     return folder
 
 

@@ -32,7 +32,9 @@ class LikenessError(Exception):
     is_retryable = False
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(shorten(clean_text(redact(shorten(message, limit=4 * MESSAGE_LIMIT))), limit=MESSAGE_LIMIT))
+        cleaned = clean_text(redact(shorten(message, limit=4 * MESSAGE_LIMIT)))
+        # All of Unicode's line ends: what a server says must not pass for a line of ours.
+        super().__init__(shorten(" ".join(line.strip() for line in cleaned.strip().splitlines()), limit=MESSAGE_LIMIT))
 
     @property
     def kind(self) -> str:

@@ -87,3 +87,9 @@ def test_log_records_and_their_tracebacks_are_redacted(caplog: pytest.LogCapture
     assert "\x1b" not in caplog.text
     assert "failed with ***" in caplog.text
     assert "Traceback" in caplog.text
+
+
+def test_a_message_is_one_line() -> None:
+    message = str(ConfigError("a\nb\u2028c\x85d\r\n\te\u2029"))
+    assert message == "a b cd e"
+    assert len(message.splitlines()) == 1

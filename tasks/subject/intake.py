@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -241,6 +242,11 @@ def shrink(image: Image.Image, *, short_side: int) -> Image.Image:
 
 
 def clean_name(name: str) -> str:
-    """Return a file name that is safe to print: no control or direction marks, at most 60 letters."""
+    """Return a file name that is safe to print: no control or direction marks, at most 60 letters.
+
+    What is cut off is told apart by a digest.
+    """
     kept = "".join(c if unicodedata.category(c)[0] not in "CZ" or c == " " else "?" for c in name)
-    return kept if len(kept) <= 60 else kept[:56] + "..."
+    if len(kept) <= 60:
+        return kept
+    return f"{kept[:48]}...{hashlib.sha256(os.fsencode(name)).hexdigest()[:9]}"

@@ -374,3 +374,14 @@ def test_what_all_photos_take_together_is_bounded(
     monkeypatch.setattr("tasks.subject.intake.MOST_PIXELS_IN_ALL", 3 * 128 * 128)
     with pytest.raises(SubjectRejected, match=r"more than .* megapixels .*subject.working_side"):
         check(tmp_path / "in", store)
+
+
+def test_long_names_that_begin_alike_stay_apart(tmp_path: Path, store: LocalStore) -> None:
+    paths = draw_photos(tmp_path / "in", num=3)
+    for number, path in enumerate(paths[:2]):
+        path.rename(path.with_name("x" * 245 + f"{number}.png"))
+    names = [
+        photo.name for photo in check_photos(CONFIG.model_copy(update={"source": str(tmp_path / "in")}), store).accepted
+    ]
+    assert len(set(names)) == 3
+    assert max(map(len, names)) == 60

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from conf.groups import FOLDER, GROUPS, extra_folder
 from conf.request import RunRequest, Value
 from conf.schema import RunConfig
-from conf.trust import check_budget, check_request, list_rules
+from conf.trust import check_budget, check_request, check_source, list_rules
 from tasks.errors import ConfigError
 from tasks.redaction import redact_url, show_value
 from tasks.stage.digests import digest
@@ -52,7 +52,7 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
     if roots is not None:
         check_request(settings, roots)
     plain = compose_groups(choices)
-    operators_cap = plain["llm"]["budget_usd"]
+    operators_cap, operators_folders = plain["llm"]["budget_usd"], (plain["output_dir"], plain["store"]["folder"])
     missing = {dotted for dotted, child in walk(plain) if child == "???"}
     overlay(plain, settings)
     missing -= set(settings)
@@ -65,6 +65,8 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
         raise ConfigError(describe_invalid(error)) from error
     if roots is not None:
         check_budget(config, operators_cap)
+        if "subject.source" in settings:
+            check_source(config, *operators_folders)
     return config
 
 

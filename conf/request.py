@@ -3,6 +3,7 @@
 A request's values are data: plain strings, numbers and lists, which nothing interprets.
 """
 
+import math
 import re
 from typing import Annotated
 
@@ -13,6 +14,14 @@ from tasks.redaction import clean_text
 
 Value = bool | int | float | str | None | list[bool | int | float | str]
 MOST_SETTINGS, MOST_ITEMS, MOST_CHARACTERS = 500, 500, 4_000
+
+
+def check_number(name: str, value: float) -> None:
+    """Refuse numbers that are not finite or have more than 64 bits. Raises ValueError."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}: {value} is no finite number")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: a number of {value.bit_length()} bits is out of range")
 
 
 def check_string(name: str, value: str) -> None:
@@ -95,4 +104,6 @@ class RunRequest(BaseModel):
             for item in items:
                 if isinstance(item, str):
                     check_string(key, item)
+                elif isinstance(item, int | float):
+                    check_number(key, item)
         return settings

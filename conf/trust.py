@@ -22,10 +22,20 @@ from tasks.settings import RequestRule
 
 PATH = RequestRule("path")
 HUB_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-WORDS = ("", "demo", "mini", "auto", "none")
-"""Values of path fields that are no paths."""
+WORDS = {
+    "subject.source": ("demo",),
+    "subject.captions": ("",),
+    "scoring.labels": ("",),
+    "store.folder": ("",),
+    "diffusion.location": ("mini",),
+    "evaluation.encoders.clip": ("mini",),
+    "evaluation.encoders.dino": ("mini",),
+    "evaluation.encoders.lpips": ("auto", "none"),
+}
+"""Values of path fields that are no paths; nothing at all where a field may be left empty."""
 OWN_FOLDERS = frozenset({*PREFIXES.values(), "known-world", "latents", "llm"})
 """Folders at the top of the store that the pipeline writes."""
+WORK_FOLDER = "work"  # in output_dir
 PLAIN = (bool, int, float, type(None))
 
 
@@ -86,7 +96,7 @@ def check_request(settings: Mapping[str, Any], roots: tuple[Path, ...]) -> None:
 
 def check_path(name: str, value: str, roots: tuple[Path, ...], rule: RequestRule = PATH) -> None:
     """Refuse a path outside the allowed roots. Raises ConfigError."""
-    if value in WORDS:
+    if value in WORDS.get(name, ()):
         return
     if rule.kind == "photos" and value.startswith("store:"):
         check_store_prefix(name, value.removeprefix("store:"))
@@ -112,6 +122,37 @@ def check_store_prefix(name: str, prefix: str) -> None:
         raise ConfigError(
             f"{name}: store:{show_value(prefix)[1:-1]} is no folder of uploads; name one, as store:uploads/rex/"
         )
+
+
+def check_source(config: RunConfig, output_dir: str, folder: str) -> None:
+    """Refuse photos that runs keep in a local store or beside it: other people's. Raises ConfigError.
+
+    Args:
+        config: what the request stands for.
+        output_dir: that of the operator's own options.
+        folder: the store's, likewise.
+
+    """
+    source, outputs = config.subject.source, (config.output_dir, output_dir)
+    if source in WORDS["subject.source"]:
+        return
+    stores = [config.store.folder, folder, *(f"{output}/store" for output in outputs)]
+    owned = [resolve(store) / name for store in stores if store for name in OWN_FOLDERS]
+    owned += [resolve(output) / WORK_FOLDER for output in outputs]
+    is_prefix = source.startswith("store:")
+    prefix = source.removeprefix("store:").rpartition("/")[0]
+    place = resolve(f"{config.store.folder}/{prefix}") if is_prefix else resolve(source)
+    # All that lies below a prefix is read, of a folder only what lies in it.
+    if any(place.is_relative_to(own) or (is_prefix and own.is_relative_to(place)) for own in owned):
+        raise ConfigError(f"subject.source: {show_value(source)} holds what runs keep; name a folder of uploads")
+
+
+def resolve(path: str) -> Path:
+    """Return a path without links and `~`. Raises ConfigError."""
+    try:
+        return Path(path).expanduser().absolute().resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{show_value(path)} is no path") from error
 
 
 def check_budget(config: RunConfig, operators: float | None) -> None:

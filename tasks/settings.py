@@ -14,6 +14,8 @@ from tasks.prompts import check_template
 from tasks.redaction import clean_text
 
 TEXT_LIMIT = 2_000
+MOST_SEED = 2**63 - 1  # torch takes twice that, so that a seed that is counted up from it is one too
+MOST_WAIT = 30 * 24 * 3600.0  # seconds
 
 
 class Section(BaseModel):

@@ -38,6 +38,9 @@ def load_parts(
     scripts = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
     if scripts:
         raise ConfigError(f"{folder} brings code of its own ({scripts[0]}), which is never run; remove it")
+    adapters = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("adapter_config.json"))
+    if adapters:  # peft would load the model that it names instead
+        raise ConfigError(f"{folder} holds {adapters[0]}, an adapter of another model; name a whole base model")
     classes = find_classes(folder, (*names, *optional), denoiser_class=denoiser_class)
     missing = [name for name in names if name not in classes]
     if missing:
@@ -81,6 +84,8 @@ def check_weights(folder: Path) -> None:
     """Raise ConfigError unless a part's folder holds safetensors."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is missing")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json")
     if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)

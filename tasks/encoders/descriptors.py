@@ -1,6 +1,5 @@
 """The encoders that measure: CLIP for pictures and prompts, a self-supervised ViT for pictures."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
 from tasks.encoders.config import EncoderConfig
-from tasks.encoders.folders import find_encoders
+from tasks.encoders.folders import find_encoders, read_preprocessor
 
 BATCH_SIZE = 32
 
@@ -23,7 +22,7 @@ class Preprocessor:
     """
 
     def __init__(self, folder: Path, *, resize: int | None = None) -> None:
-        settings = json.loads((folder / "preprocessor_config.json").read_text())
+        settings = read_preprocessor(folder)
         kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
         size, crop = settings.get("size", 224), settings.get("crop_size")
         if isinstance(size, int):

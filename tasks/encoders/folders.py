@@ -1,8 +1,11 @@
 """Where the measuring encoders lie; torch-free, so that a missing one is named before anything is computed."""
 
 import importlib.util
+import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 from tasks.diffusion.base import MINI_FOLDER
 from tasks.encoders.config import EncoderConfig
@@ -12,6 +15,8 @@ from tasks.stage.digests import digest_file, digest_folder
 # The paper's encoders were published as pickles alone; torch reads them as weights only, never as code.
 ALEXNET = "alexnet-owt-7be5be79.pth"  # as torchvision names it in torch's cache
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+MOST_SIDE = 2048  # of the pictures that an encoder's own configuration may ask for, pixels
+SIDES = ("height", "width", "shortest_edge", "longest_edge")
 
 
 def find_encoders(config: EncoderConfig) -> tuple[Path, Path]:
@@ -34,7 +39,58 @@ def find_encoder(location: str, revision: str | None, *, mini: str) -> Path:
         folder = fetch_encoder(location, revision)
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         raise ConfigError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}; see evaluation.encoders")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json; see evaluation.encoders")
+    if (folder / "adapter_config.json").exists():  # peft would load the model that it names instead
+        raise ConfigError(f"{folder} holds adapter_config.json, an adapter of another model; name a whole encoder")
+    read_preprocessor(folder)
     return folder
+
+
+def read_preprocessor(folder: Path) -> dict[str, Any]:
+    """Return an encoder's `preprocessor_config.json`, its numbers checked: a size decides how much memory is taken.
+
+    Raises:
+        ConfigError: it is missing or damaged, or a number is out of bounds.
+
+    """
+    path = folder / "preprocessor_config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} can't be read: {str(error) or 'nested too deeply'}; see evaluation.encoders"
+        ) from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} is no mapping; see evaluation.encoders")
+    for name, default in (("size", 224), ("crop_size", 1), ("patch_size", 1)):
+        value = settings.get(name, default)
+        if not is_size(default if value is None and name != "size" else value, needs_edge=name == "size"):
+            raise ConfigError(f"{path}: {name} is no size of 1 to {MOST_SIDE} pixels")
+    if settings.get("do_normalize", True):
+        for name, least in (("image_mean", -math.inf), ("image_std", 0.0)):
+            values = settings.get(name)
+            if not (isinstance(values, list) and len(values) == 3 and all(is_number(v) and v > least for v in values)):
+                raise ConfigError(f"{path}: {name} is no list of 3 numbers{' above 0' if least == 0 else ''}")
+    if not is_number(settings.get("rescale_factor", 1)):
+        raise ConfigError(f"{path}: rescale_factor is no number")
+    resample = settings.get("resample", 0)
+    if type(resample) is not int or not 0 <= resample <= 5:
+        raise ConfigError(f"{path}: resample is none of Pillow's 0 to 5")
+    return settings
+
+
+def is_size(value: Any, *, needs_edge: bool) -> bool:
+    """Whether a value is a number of pixels within bounds, or a mapping of sides to such numbers."""
+    if not isinstance(value, dict):
+        return type(value) is int and 1 <= value <= MOST_SIDE
+    is_whole = {"height", "width"} <= set(value) or (needs_edge and "shortest_edge" in value)
+    return is_whole and set(value) <= set(SIDES) and all(is_size(side, needs_edge=False) for side in value.values())
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return type(value) in (int, float) and abs(value) < 1e6
 
 
 def fetch_encoder(location: str, revision: str | None) -> Path:

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from tasks.encoders.config import EncoderConfig
-from tasks.settings import Section, SubjectTemplates
+from tasks.settings import MOST_SEED, Section, SubjectTemplates
 
 
 class EvaluationConfig(Section):
@@ -19,6 +19,6 @@ class EvaluationConfig(Section):
     )
     num_inference_steps: int = Field(25, ge=1, le=1000, description="denoising steps")
     guidance_scale: float = Field(7.5, ge=1, le=30, description="classifier-free guidance")
-    seed: int = Field(1000, ge=0, description="seed of the first sample of a prompt")
+    seed: int = Field(1000, ge=0, le=MOST_SEED, description="seed of the first sample of a prompt")
     batch_size: int = Field(8, ge=1, le=256, description="images per denoising batch")
     encoders: EncoderConfig

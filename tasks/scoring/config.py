@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tasks.settings import LocalPath, Section
+from tasks.settings import MOST_WAIT, LocalPath, Section
 
 
 class ScoringConfig(Section):
@@ -27,13 +27,17 @@ class ScoringConfig(Section):
     )
     second_share: float = Field(0.2, ge=0, le=1, description="share of samples that the second judge grades too")
     labels: LocalPath = Field("", description="CSV of a person's grades: sample,concept_preservation,prompt_following")
-    poll_seconds: float = Field(5.0, gt=0, le=3600, description="longest wait between looks at a batch job")
+    poll_seconds: float = Field(5.0, ge=0.01, le=3600, description="longest wait between looks at a batch job")
     max_wait_seconds: float = Field(
-        1800, gt=0, description="park the run after this; `likeness pending` goes on with it, the job runs on"
+        1800,
+        gt=0,
+        le=MOST_WAIT,
+        description="park the run after this; `likeness pending` goes on with it, the job runs on",
     )
     deadline_seconds: float | None = Field(
         None,
         gt=0,
+        le=MOST_WAIT,
         description="cancel a batch job that has not ended so long after it was created, and ask what is left one by "
         "one, at full price; null: wait for it",
     )

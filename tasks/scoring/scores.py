@@ -1,12 +1,12 @@
 """From answers to scores, and to what is known of the judge that gave them."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
 from typing import Any
 
+from tasks.csv_files import read_rows
 from tasks.errors import ConfigError
 from tasks.manifests import (
     Agreement,
@@ -254,18 +254,13 @@ def read_labels(path: Path, samples: Sequence[Sample]) -> dict[str, dict[str, in
         ConfigError: the file can't be read, or names a sample or grade that isn't there.
 
     """
-    try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise ConfigError(f"scoring.labels={path}: {error.strerror}") from error
     grades: dict[str, dict[str, int]] = {}
-    for number, row in enumerate(rows, 2):
-        name = (row.get("sample") or "").strip()
+    for number, row in read_rows(path, ("sample", *AXES), setting="scoring.labels"):
+        name = row["sample"].strip()
         keys = [sample.image.key for sample in samples if name and sample.image.key.endswith(name)]
         if len(keys) != 1:
             raise ConfigError(f"{path}, line {number}: {name!r} names {len(keys)} samples, not one")
-        grades[keys[0]] = {axis: read_grade(row[axis], path, number) for axis in AXES if row.get(axis)}
+        grades[keys[0]] = {axis: read_grade(row[axis], path, number) for axis in AXES if row[axis].strip()}
     return grades
 
 

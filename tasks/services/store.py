@@ -20,6 +20,7 @@ from tasks.stage.digests import digest_file
 from tasks.stage.files import PART_PREFIX, explain_full_disk, quarantine, staged_file, write_atomic
 
 SHA256_METADATA = "sha256"
+READ_ONLY = 0o444  # a file may have several names: a person who edits one of them in place must not change the others
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,10 @@ class LocalStore:
         return True
 
     def put_file(self, key: str, path: Path) -> None:
-        with staged_file(self.free_path(key), size_bytes=path.stat().st_size) as staged:
+        target = self.free_path(key)
+        with staged_file(target, size_bytes=path.stat().st_size) as staged:
             link_or_copy(path, staged)
+        target.chmod(READ_ONLY)
 
     def find_bytes(self, key: str) -> bytes | None:
         try:

@@ -1,6 +1,5 @@
 """Inspect and caption photos through the LLM; code puts the subject's name into the prompts."""
 
-import csv
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from tasks.csv_files import read_rows
 from tasks.errors import ConfigError, ReplyInvalid
 from tasks.prompts import choose_article, name_subject
 from tasks.services.llm.batch import BatchOptions, ask_batch
@@ -183,19 +183,14 @@ def read_captions(config: SubjectConfig, names: set[str]) -> dict[str, Caption]:
     """
     if not config.captions:
         return {}
-    try:
-        with Path(config.captions).open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise ConfigError(f"subject.captions={config.captions}: {error.strerror}") from error
-    for number, row in enumerate(rows, 2):
-        if not row.get("photo"):
-            raise ConfigError(f"{config.captions}, line {number}: no photo; the columns are photo,surroundings,view")
+    written = {}
+    for line, row in read_rows(Path(config.captions), ("photo", "surroundings", "view"), setting="subject.captions"):
+        if not row["photo"]:
+            raise ConfigError(f"{config.captions}, line {line}: no photo; the columns are photo,surroundings,view")
         if row["photo"] not in names:
-            raise ConfigError(f"{config.captions}, line {number}: there is no photo {row['photo']!r}")
-    return {
-        row["photo"]: Caption(surroundings=row.get("surroundings") or "", view=row.get("view") or "") for row in rows
-    }
+            raise ConfigError(f"{config.captions}, line {line}: there is no photo {row['photo']!r}")
+        written[row["photo"]] = Caption(surroundings=row["surroundings"], view=row["view"])
+    return written
 
 
 def lint_caption(

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tasks.settings import CHECKED, Domains, LocalPath, PhotoSource, PlainText, Section
+from tasks.settings import CHECKED, MOST_WAIT, Domains, LocalPath, PhotoSource, PlainText, Section
 
 
 class SubjectConfig(Section):
@@ -28,9 +28,14 @@ class SubjectConfig(Section):
         "llm", description="llm: inspected and captioned by the LLM; template: no LLM at all"
     )
     captions: LocalPath = Field("", description="CSV of your own captions: photo,surroundings,view; needs no model")
-    batch_from: int = Field(100, ge=2, description="photos from which on captions are asked for in a batch job")
+    batch_from: int = Field(
+        100, ge=2, le=1_000_000, description="photos from which on captions are asked for in a batch job"
+    )
     max_wait_seconds: float = Field(
-        1800, gt=0, description="park the run when that job takes longer; `likeness pending` goes on with it"
+        1800,
+        gt=0,
+        le=MOST_WAIT,
+        description="park the run when that job takes longer; `likeness pending` goes on with it",
     )
     is_profiled: bool = Field(True, description="have the LLM look at all photos at once: one subject? right noun?")
     is_looked_up: bool = Field(
@@ -49,22 +54,23 @@ class SubjectConfig(Section):
     max_trained: int | None = Field(
         None, ge=1, le=1000, description="most photos to train on: the best and most varied ones; null: all good ones"
     )
-    min_side: int = Field(64, ge=16, description="smallest side of a photo, pixels")
+    min_side: int = Field(64, ge=16, le=8192, description="smallest side of a photo, pixels")
     max_aspect: float = Field(
         6.0,
         ge=1,
         le=100,
         description="longest shape of a photo, long side over short side; panoramas lose their subject",
     )
-    max_pixels: int = Field(60_000_000, ge=4096, description="largest photo, pixels")
+    max_pixels: int = Field(60_000_000, ge=4096, le=178_000_000, description="largest photo, pixels")
     working_side: int | None = Field(
         None,
         ge=64,
+        le=8192,
         description="photos are kept with this short side, or smaller as they are, pixels; "
         "null: 1.5 x diffusion.resolution, at least 768",
     )
     min_sharpness: float = Field(
-        20.0, ge=0, description="least variance of the Laplacian (luma 0..255 at 256 px); 0 turns it off"
+        20.0, ge=0, le=1e6, description="least variance of the Laplacian (luma 0..255 at 256 px); 0 turns it off"
     )
     min_brightness: float = Field(0.06, ge=0, le=1, description="least mean luma, 0..1")
     max_brightness: float = Field(0.94, ge=0, le=1, description="most mean luma, 0..1")

@@ -4,6 +4,7 @@ import io
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tasks.redaction import clean_text, shorten
@@ -13,6 +14,7 @@ from tasks.subject.config import SubjectConfig
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "HEIF")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".avif", ".heic", ".heif", ".hif")
 ORIENTATION, FIRST_TURNED = 0x0112, 5  # EXIF: from 5 on width and height change places
+ORIENTATIONS = range(1, 9)  # anything else that stands there means nothing: upright
 READABLE = "JPEG, PNG, WebP, GIF, AVIF or HEIC"
 
 
@@ -47,10 +49,11 @@ def decode(data: bytes, config: SubjectConfig) -> DecodedPhoto:
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
                 check_header(opened, config)
                 width, height = opened.size
-                is_turned = opened.getexif().get(ORIENTATION, 1) >= FIRST_TURNED
+                orientation = opened.getexif().get(ORIENTATION, 1)
+                is_known = orientation in ORIENTATIONS
                 bound_memory(opened, config)
-                upright = ImageOps.exif_transpose(opened)
-                size = (height, width) if is_turned else (width, height)
+                upright = to_eight_bits(ImageOps.exif_transpose(opened) if is_known else opened)
+                size = (height, width) if is_known and orientation >= FIRST_TURNED else (width, height)
                 return DecodedPhoto(flatten(upright), find_mask(upright), size)
     except Unfit:
         raise
@@ -97,14 +100,25 @@ def bound_memory(opened: Image.Image, config: SubjectConfig) -> None:
         opened.draft("RGB", (round(opened.width * factor), round(opened.height * factor)))
 
 
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """Return a gray picture of 16 bits with 8, its transparent colour as opacity; any other as it is."""
+    if not image.mode.startswith("I;16"):
+        return image
+    gray = image.point(lambda value: value / 256).convert("L")
+    clear = image.info.get("transparency")
+    gray.info.pop("transparency", None)
+    if not isinstance(clear, int):
+        return gray
+    opacity = (np.asarray(image) != clear).astype(np.uint8) * 255
+    return Image.merge("LA", (gray, Image.fromarray(opacity)))
+
+
 def flatten(image: Image.Image) -> Image.Image:
     """Return RGB pixels over white, rebuilt so that no metadata goes along."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         base = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         image = Image.alpha_composite(base, layer)
-    elif image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 256).convert("L")
     rgb = image.convert("RGB")
     return Image.frombytes("RGB", rgb.size, rgb.tobytes())
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from tasks.subject.decoding import READABLE, SUFFIXES, Unfit, decode
 from tasks.subject.quality import count_different_bits, find_fault, measure
 
 MOST_BYTES = 64_000_000
+MOST_PIXELS_IN_ALL = 2_000_000_000  # of all kept photos, which are in memory together; 6 GB at the worst
 THUMBNAIL_SIDE = 160
 SHARPER = 1.5
 SHOWN_SIDE = 1024
@@ -35,6 +37,8 @@ class Photo:
     measures: ImageMeasures
     mask_png: bytes | None = None
     """Where the subject is, as a gray PNG of the same size; None for a photo without cut-out."""
+    num_pixels: int = 0
+    """How many are kept."""
 
     @cached_property
     def shown_png(self) -> bytes:
@@ -79,9 +83,16 @@ def check_photos(config: SubjectConfig, store: Store) -> CheckedPhotos:
     source = list_source(config, store)
     good: list[Photo] = []
     rejected: list[Reject] = []
+    num_pixels = 0
     for name, read in source.files:
         outcome = check_photo(name, read(), config)
         (good if isinstance(outcome, Photo) else rejected).append(outcome)  # type: ignore[arg-type]
+        num_pixels += outcome.num_pixels if isinstance(outcome, Photo) else 0
+        if num_pixels > MOST_PIXELS_IN_ALL:
+            raise SubjectRejected(
+                f"the photos in {config.source} are more than {MOST_PIXELS_IN_ALL / 1e6:,.0f} megapixels as they are "
+                "kept: choose fewer, or lower subject.working_side"
+            )
     accepted, duplicates = drop_duplicates(good, config)
     rejected += duplicates
     left_out = [*((reject.name, reject.reason) for reject in rejected), *source.skipped]
@@ -193,7 +204,7 @@ def check_photo(name: str, data: bytes, config: SubjectConfig) -> Photo | Reject
     mask = decoded.mask
     if fault is None:
         mask_png = encode_png(mask.resize(image.size, Image.Resampling.BOX)) if mask else None
-        return Photo(name, sha256, encode_png(image), measures, mask_png)
+        return Photo(name, sha256, encode_png(image), measures, mask_png, image.width * image.height)
     return Reject(name, sha256, fault, shrink_png(encode_png(image), max_side=THUMBNAIL_SIDE))
 
 
@@ -231,6 +242,11 @@ def shrink(image: Image.Image, *, short_side: int) -> Image.Image:
 
 
 def clean_name(name: str) -> str:
-    """Return a file name that is safe to print: no control or direction marks, at most 60 letters."""
+    """Return a file name that is safe to print: no control or direction marks, at most 60 letters.
+
+    What is cut off is told apart by a digest.
+    """
     kept = "".join(c if unicodedata.category(c)[0] not in "CZ" or c == " " else "?" for c in name)
-    return kept if len(kept) <= 60 else kept[:56] + "..."
+    if len(kept) <= 60:
+        return kept
+    return f"{kept[:48]}...{hashlib.sha256(os.fsencode(name)).hexdigest()[:9]}"

@@ -57,7 +57,7 @@ class CaptionBook:
         """Write the next version, with one caption more or other than before."""
         self.rows[photo] = caption
         self.version += 1
-        with self.path.open("x", newline="") as file:
+        with self.path.open("x", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("photo", "surroundings", "view"))
             writer.writerows((name, row.surroundings, row.view) for name, row in sorted(self.rows.items()))

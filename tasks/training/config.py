@@ -15,7 +15,7 @@ class LoraSettings(Section):
         None, gt=0, le=1, description="learning rate of the text encoder's adapters; null: as the denoiser's"
     )
     rank: int = Field(16, ge=1, le=512, description="width of the adapters; size and memory grow with it")
-    alpha: float = Field(16.0, gt=0, description="the change is scaled by alpha / rank")
+    alpha: float = Field(16.0, gt=0, le=100_000, description="the change is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
     is_dora: bool = Field(False, description="learn magnitudes apart (arXiv 2402.09353); slower")
     target_modules: PlainNames = Field((), description="layers of the denoiser; empty: as the family says")
@@ -31,14 +31,17 @@ class TokenSettings(Section):
     learning_rate: float = Field(5e-4, gt=0, le=1, description="AdamW learning rate of the vectors")
     init: PlainText = Field("", description="words to begin from; empty: the class noun")
     switch_step: int = Field(
-        0, ge=0, description="token+...: until this step the token alone is trained, then the weights alone; 0: both"
+        0,
+        ge=0,
+        le=1_000_000,
+        description="token+...: until this step the token alone is trained, then the weights alone; 0: both",
     )
 
 
 class ValidationSettings(Section):
     """A loss without chance in it: fixed photos, noise and timesteps; of held-out photos where there are some."""
 
-    every_steps: int = Field(0, ge=0, description="steps between validations; 0: none")
+    every_steps: int = Field(0, ge=0, le=1_000_000, description="steps between validations; 0: none")
     keep: Literal["last", "best"] = Field("last", description="which weights are published: the last, or the best")
     metric: Literal["loss", "similarity"] = Field(
         "loss", description="what is best: validation loss, or DINO x CLIP-T of samples, which costs drawing them"
@@ -56,7 +59,7 @@ class ValidationSettings(Section):
     )
     window: int = Field(8, ge=2, le=1000, description="validations that have to be settled")
     threshold: float = Field(0.15, gt=0, lt=1, description="settled: variance in the window over that of all")
-    sample_every_steps: int = Field(0, ge=0, description="steps between sample grids; 0: none")
+    sample_every_steps: int = Field(0, ge=0, le=1_000_000, description="steps between sample grids; 0: none")
     sample_prompts: SubjectTemplates = Field(("a photo of {subject}",), description="templates of the sample grids")
     sample_inference_steps: int = Field(20, ge=1, le=1000, description="denoising steps of their pictures")
 
@@ -87,14 +90,16 @@ class TrainingConfig(Section):
     lr_schedule: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = Field("constant", description="learning rate by step, as diffusers' get_scheduler names and computes it")
-    lr_warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0, before what the schedule says")
+    lr_warmup_steps: int = Field(
+        0, ge=0, le=1_000_000, description="steps of linear warm-up from 0, before what the schedule says"
+    )
     lr_num_cycles: int = Field(1, ge=1, le=1000, description="cycles of cosine_with_restarts")
     lr_power: float = Field(1.0, gt=0, le=10, description="exponent of polynomial")
     weight_decay: float = Field(1e-2, ge=0, le=1, description="AdamW weight decay")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    max_grad_norm: float = Field(1.0, gt=0, le=1e9, description="gradients are clipped to this norm")
     prior_loss_weight: float = Field(1.0, ge=0, le=100, description="weight of the class half; 0 needs no class images")
     snr_gamma: float | None = Field(
-        None, gt=0, description="min-SNR weighting of every example (arXiv 2303.09556), usually 5; null: none"
+        None, gt=0, le=1e6, description="min-SNR weighting of every example (arXiv 2303.09556), usually 5; null: none"
     )
     caption_dropout: float = Field(
         0.0, ge=0, le=1, description="share of instance prompts left empty; keeps guidance working in long runs"
@@ -128,22 +133,28 @@ class TrainingConfig(Section):
     )
     is_deterministic: bool = Field(True, description="deterministic kernels, so that resume is bit-equal")
     max_skipped_steps: int = Field(
-        3, ge=0, description="steps in a row with a loss or gradient that isn't finite, left out before training stops"
+        3,
+        ge=0,
+        le=1_000_000,
+        description="steps in a row with a loss or gradient that isn't finite, left out before training stops",
     )
-    checkpoint_every_steps: int = Field(100, ge=1, description="steps between checkpoints")
-    num_checkpoints_kept: int = Field(2, ge=2, description="valid checkpoints kept while training")
-    log_every_steps: int = Field(10, ge=1, description="steps between log lines")
+    checkpoint_every_steps: int = Field(100, ge=1, le=1_000_000, description="steps between checkpoints")
+    num_checkpoints_kept: int = Field(2, ge=2, le=1000, description="valid checkpoints kept while training")
+    log_every_steps: int = Field(10, ge=1, le=1_000_000, description="steps between log lines")
     num_devices: int = Field(1, ge=0, le=64, description="processes on a machine, one per device; 0: all its GPUs")
     is_sharded: bool = Field(
         False, description="spread what is trained over all devices (FSDP), for models that don't fit on one"
     )
     num_nodes: int = Field(1, ge=1, le=1024, description="machines; above 1 they share output_dir")
     rendezvous: OperatorText = Field("", description="HOST:PORT of the first machine, where there are several")
-    num_threads: int = Field(0, ge=0, description="CPU threads per process; 0: all cores")
+    num_threads: int = Field(0, ge=0, le=1024, description="CPU threads per process; 0: all cores")
     stall_seconds: float = Field(
-        1800.0, gt=0, description="time without a forward on some rank after which the run is ended as stuck"
+        1800.0,
+        gt=0,
+        le=604_800,
+        description="time without a forward on some rank after which the run is ended as stuck",
     )
-    grace_seconds: float = Field(25.0, gt=0, description="time to save after a request to stop")
+    grace_seconds: float = Field(25.0, gt=0, le=86_400, description="time to save after a request to stop")
 
     @property
     def world_size(self) -> int:

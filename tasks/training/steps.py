@@ -195,11 +195,11 @@ def store_result(
 
     run, micro = RunFolder(spec.path), result.micro_batch_size
     model = tuple(folder.put_file(f"model/{name}", run.model / name) for name in result.model_files())
-    folder.put_file("losses.jsonl", run.losses)
+    folder.put("losses.jsonl", run.losses.read_bytes())  # a later attempt writes into the file
     for path in sorted(path for path in run.candidates.rglob("*") if path.is_file()):
         folder.put_file(path.relative_to(run.folder).as_posix(), path)
     for path in sorted(run.samples.glob("*.png")):
-        folder.put_file(f"samples/{path.name}", path)
+        folder.put(f"samples/{path.name}", path.read_bytes())
     return folder.finish(
         TunedModel,
         version=STAGE_VERSION,

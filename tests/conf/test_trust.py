@@ -10,7 +10,7 @@ from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from conf.request import RunRequest
 from conf.schema import RunConfig
-from conf.trust import list_rules, walk_rules
+from conf.trust import WORDS, check_path, list_rules, walk_rules
 from tasks.errors import ConfigError
 from tasks.redaction import redact
 from tasks.settings import RequestRule, Section
@@ -121,6 +121,55 @@ def test_a_request_cannot_train_on_what_others_left_in_the_store(tmp_path: Path,
     with pytest.raises(ConfigError, match=r"subject.source: .*no folder of uploads"):
         ask((tmp_path,), class_noun="dog", source=source)
     assert ask((tmp_path,), class_noun="dog", source="store:uploads/rex/").subject.source == "store:uploads/rex/"
+
+
+@pytest.mark.parametrize(
+    ("source", "folder"),
+    [
+        ("{root}/runs/store/01-subject/abc/images", None),
+        ("{root}/link", None),
+        ("{root}/runs/store/llm/pictures", ""),
+        ("{root}/runs/work/x/data", None),
+        ("{root}/mine/01-subject", "{root}/mine"),
+        ("{root}/operators/01-subject/abc", "{root}/mine"),
+        ("store:store/01-subject/abc/", "{root}/runs"),
+        ("store:store/", "{root}/runs"),
+        ("store:abc/images/", "{root}/runs/store/01-subject"),
+        ("store:operators/", "{root}"),
+    ],
+)
+def test_a_request_cannot_name_the_stores_own_folders_by_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, folder: str | None
+) -> None:
+    option = tmp_path / "conf" / "experiment" / "kept.yaml"
+    option.parent.mkdir(parents=True)
+    option.write_text(f"# @package _global_\nstore: {{folder: {tmp_path}/operators}}\n")
+    monkeypatch.setenv("LIKENESS_CONF", str(tmp_path / "conf"))
+    (tmp_path / "runs" / "store" / "01-subject").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "runs" / "store" / "01-subject")
+    settings = {} if folder is None else {"store.folder": folder.format(root=tmp_path)}
+    experiment = "kept" if folder else "none"
+    with pytest.raises(ConfigError, match=r"subject.source: .*what runs keep"):
+        ask(
+            (tmp_path,), class_noun="dog", source=source.format(root=tmp_path), settings=settings, experiment=experiment
+        )
+    uploads = () if "01-subject" in (folder or "") else ("store:uploads/rex/",)
+    for good in (f"{tmp_path}/photos", f"{tmp_path}/runs/store/uploads/rex", *uploads):
+        assert ask((tmp_path,), class_noun="dog", source=good, settings=settings).subject.source == good
+
+
+def test_words_that_are_no_paths_are_those_of_their_own_setting(tmp_path: Path) -> None:
+    rules = list_rules()
+    assert all((rule := rules[name]) and rule.kind in ("path", "photos", "model") for name in WORDS)
+    for name, rule in rules.items():
+        if rule is None or rule.kind not in ("path", "photos", "model"):
+            continue
+        for word in ("", "demo", "mini", "auto", "none"):
+            if word in WORDS.get(name, ()):
+                check_path(name, word, (tmp_path,), rule)
+            else:
+                with pytest.raises(ConfigError, match=f"{name}: .*outside the allowed folders"):
+                    check_path(name, word, (tmp_path,), rule)
 
 
 @pytest.mark.parametrize("roots", [None, "some"])

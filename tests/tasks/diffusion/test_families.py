@@ -104,6 +104,9 @@ def test_what_a_repository_may_not_hold_is_refused_by_name(folders: dict[str, Pa
     (pickled / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"x")
     scripted = copy("scripted")
     (scripted / "unet" / "my_unet.py").write_text("raise SystemExit")
+    adapted, nameless = copy("adapted"), copy("nameless")
+    (adapted / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
+    (nameless / "text_encoder" / "config.json").unlink()
     foreign, lacking = copy("foreign"), copy("lacking")
     for folder, value in ((foreign, ["my_code", "MyUNet"]), (lacking, [None, None])):
         index = json.loads((folder / "model_index.json").read_text())
@@ -111,6 +114,8 @@ def test_what_a_repository_may_not_hold_is_refused_by_name(folders: dict[str, Pa
     for folder, message in (
         (pickled, "holds diffusion_pytorch_model.bin, a pickle; only safetensors"),
         (scripted, r"brings code of its own \(unet/my_unet.py\)"),
+        (adapted, r"holds text_encoder/adapter_config.json, an adapter of another model"),
+        (nameless, "text_encoder has no config.json"),
         (foreign, "unet is a my_code.MyUNet"),
         (lacking, "has no unet"),
     ):

@@ -113,3 +113,41 @@ def test_lpips_is_left_out_or_named_where_its_weights_are_missing(
     assert find_lpips(EncoderConfig(clip="mini", dino="mini")) is None
     with pytest.raises(ConfigError, match=r"evaluation.encoders.lpips needs .*alex.pth"):
         find_lpips(EncoderConfig(clip="mini", dino="mini", lpips=str(tmp_path / "alex.pth")))
+
+
+def test_a_folder_that_leads_to_another_model_is_refused(tmp_path: Path) -> None:
+    folder = shutil.copytree(MINI_FOLDER / "clip", tmp_path / "clip")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/elsewhere"}))
+    with pytest.raises(ConfigError, match=r"holds adapter_config.json, an adapter of another model"):
+        Encoders(EncoderConfig(clip=str(folder), dino="mini"), CPU)
+    (folder / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"has no config.json"):
+        Encoders(EncoderConfig(clip=str(folder), dino="mini"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("size", 10**6), ("size", {"shortest_edge": 60_000}), ("size", {"shortest_edge": -1}), ("size", "x"),
+        ("size", {"height": 224}), ("size", {}), ("size", True), ("size", None),
+        ("crop_size", {"height": 1, "width": 10**9}),
+        ("crop_size", 0), ("crop_size", {"shortest_edge": 5}), ("patch_size", 10**6), ("image_mean", None),
+        ("image_mean", [0.5]), ("image_std", [1, 1, 0]), ("image_std", [1, 1, 1e999]), ("rescale_factor", "x"),
+        ("resample", 17),
+    ],
+)  # fmt: skip
+def test_numbers_of_a_preprocessor_are_bounded_before_a_picture_is_scaled(
+    tmp_path: Path, name: str, value: object
+) -> None:
+    settings = {**CONFIGS["clip, newer"][1], name: value}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=rf"preprocessor_config.json: {name} is no"):
+        Preprocessor(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", None])
+def test_a_damaged_preprocessor_is_named(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"preprocessor_config.json .*see evaluation.encoders"):
+        Preprocessor(tmp_path)

@@ -335,6 +335,30 @@ def test_labels_that_fit_nothing_are_named(material: Material, tmp_path: Path, r
         scores.read_labels(path, material.samples)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "sample,concept_preservation,prompt_following\nbase-subject-1.png,\xfc,\n".encode("latin1"),
+            "line 2: this is no UTF-8; save",
+        ),
+        (b"sample,prompt_folowing\n", "line 1: there is no column"),
+        (b"prompt_following\n", "line 1: no column"),
+        (b"sample,concept_preservation,prompt_following\nbase-subject-1.png,,,w\n", "line 2: 4 fields, not 3; quote"),
+        (b"", "line 1: nothing is there; the columns are"),
+    ],
+)
+def test_what_is_wrong_with_a_persons_labels_is_named_by_line(
+    material: Material, tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"labels.csv, {message}"):
+        scores.read_labels(path, material.samples)
+    path.write_bytes("\ufeffsample,prompt_following\nbase-subject-1.png,3\n".encode())
+    assert list(scores.read_labels(path, material.samples).values()) == [{"prompt_following": 3}]
+
+
 def test_each_axis_hides_what_would_sway_it() -> None:
     references = [b"r1", b"r2"]
     concept = concept_spec(references, b"s", class_noun="dog", repeat=0)

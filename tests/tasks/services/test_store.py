@@ -93,3 +93,16 @@ def test_a_folder_in_an_objects_place_is_moved_aside(tmp_path: Path) -> None:
             store.put_bytes("01-subject/k/a.png", b"x")
         assert store.find_bytes("01-subject/k/a.png") == b"x"
         store.delete("01-subject/k/a.png")
+
+
+def test_a_stored_file_is_read_only_under_all_its_names(tmp_path: Path) -> None:
+    store, made = LocalStore(tmp_path / "store"), tmp_path / "made"
+    made.write_bytes(b"weights")
+    store.put_file("03-training/k/model", made)
+    store.get_file("03-training/k/model", tmp_path / "local")
+    store.put_file("06-publishing/k/model", tmp_path / "local")
+    names = [made, tmp_path / "local", *map(store.path, ("03-training/k/model", "06-publishing/k/model"))]
+    assert {name.stat().st_mode & 0o777 for name in names} == {0o444}
+    store.put_file("06-publishing/k/model", made)
+    store.delete("06-publishing/k/model")
+    assert store.find_bytes("03-training/k/model") == b"weights"

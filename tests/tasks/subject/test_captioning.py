@@ -1,13 +1,17 @@
 """How a model's words become training prompts."""
 
+from pathlib import Path
+
 import pytest
 
+from tasks.errors import ConfigError
 from tasks.subject.captioning import (
     Caption,
     ImageInspection,
     find_doubt,
     find_objection,
     lint_caption,
+    read_captions,
     write_caption,
     write_instance_prompt,
 )
@@ -102,3 +106,29 @@ def test_the_shown_class_noun_and_its_plural_are_not_foreign(noun: str) -> None:
 @pytest.mark.parametrize("text", ["x" * 5000, "word " * 5000, "\ufdfa" * 5000, "a\u0300" * 5000])
 def test_a_phrase_is_short_whatever_comes(text: str) -> None:
     assert len(clean_phrase(text)) <= 144
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("photo,surroundings,view\na.jpg,\xfc,\n".encode("latin1"), "line 2: this is no UTF-8; save"),
+        (b"photo,surroundings,view\n\na.jpg," + b"y" * 200_000 + b",\n", r"line 3: this is no CSV \(field larger"),
+        (b'photo,surroundings,view\na.jpg,"y\n', r"line 2: this is no CSV \(unexpected end"),
+        (b"photo;surroundings;view\n", "line 1: there is no column"),
+        (b"surroundings,view\n", "line 1: no column"),
+        (b"photo,surroundings,view\na.jpg,,,w\n", "line 2: 4 fields, not 3; quote"),
+        (b"", "line 1: nothing is there; the columns are"),
+    ],
+)
+def test_what_is_wrong_with_a_persons_captions_is_named_by_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"captions.csv, {message}"):
+        read_captions(CONFIG.model_copy(update={"captions": str(path)}), {"a.jpg"})
+
+
+def test_captions_of_a_spreadsheet_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_bytes("\ufeffphoto,surroundings,view\r\n\r\na.jpg,\u00fcber Land\r\n".encode())
+    written = read_captions(CONFIG.model_copy(update={"captions": str(path)}), {"a.jpg"})
+    assert written == {"a.jpg": Caption(surroundings="\u00fcber Land", view="")}

@@ -18,6 +18,8 @@ from tasks.subject.decoding import decode
 from tasks.subject.intake import Photo, check_photo, check_photos
 from tests.tiny import draw_photo, draw_photos
 
+CONFIG = SubjectConfig(source="x", class_noun="fish")
+
 
 def check(folder: Path, store: LocalStore, **changes: object) -> object:
     return check_photos(SubjectConfig(source=str(folder), class_noun="fish", **changes), store)  # type: ignore[arg-type]
@@ -324,3 +326,62 @@ def test_a_large_jpeg_is_decoded_smaller_and_keeps_its_own_size(tmp_path: Path, 
     assert Image.open(io.BytesIO(photo.png)).size == (256, 384)
     decoded = decode(data, SubjectConfig(source="x", class_noun="fish", working_side=256))
     assert min(decoded.image.size) < 2000
+
+
+def sixteen_bits(channels: int, *, clear: int) -> bytes:
+    """Return a PNG of 16 bits with a transparent colour, its left half of that colour."""
+    values = np.linspace(20_000, 50_000, 120 * 100 * channels).reshape(120, 100, channels).astype(">u2")
+    values[:, :50] = clear
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 100, 120, 16, 0 if channels == 1 else 2, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in values))
+    parts = [(b"IHDR", header), (b"tRNS", struct.pack(">H", clear) * channels), (b"IDAT", rows), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, content) for kind, content in parts)
+
+
+def test_a_gray_photo_of_sixteen_bits_keeps_its_shades_and_its_transparent_colour() -> None:
+    found = decode(sixteen_bits(1, clear=1000), CONFIG)
+    assert np.array(found.image)[:, :50].min() == 255  # laid over white
+    right = np.array(found.image)[:, 50:]
+    assert (right.min(), right.max()) == (78, 195)
+    assert found.mask is not None
+    mask = np.array(found.mask)
+    assert (mask[:, :50].max(), mask[:, 50:].min()) == (0, 255)
+    assert decode(sixteen_bits(3, clear=1000), CONFIG).image.size == (100, 120)
+
+
+@pytest.mark.parametrize("value", [9, 255, 65535])
+def test_an_orientation_that_does_not_exist_is_upright(value: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    found = decode(encode(draw_photo(0).resize((160, 120)), "JPEG", exif=exif), CONFIG)
+    assert (found.size, found.image.size) == ((160, 120), (160, 120))
+
+
+def test_an_orientation_in_words_is_upright() -> None:
+    words = b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x02\0\0\0A\0\0\0\0\0\0\0"
+    found = decode(encode(draw_photo(0).resize((160, 120)), "PNG", exif=words), CONFIG)
+    assert found.size == (160, 120)
+
+
+def test_what_all_photos_take_together_is_bounded(
+    tmp_path: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_photos(tmp_path / "in", num=4, size=128)
+    monkeypatch.setattr("tasks.subject.intake.MOST_PIXELS_IN_ALL", 3 * 128 * 128)
+    with pytest.raises(SubjectRejected, match=r"more than .* megapixels .*subject.working_side"):
+        check(tmp_path / "in", store)
+
+
+def test_long_names_that_begin_alike_stay_apart(tmp_path: Path, store: LocalStore) -> None:
+    paths = draw_photos(tmp_path / "in", num=3)
+    for number, path in enumerate(paths[:2]):
+        path.rename(path.with_name("x" * 245 + f"{number}.png"))
+    names = [
+        photo.name for photo in check_photos(CONFIG.model_copy(update={"source": str(tmp_path / "in")}), store).accepted
+    ]
+    assert len(set(names)) == 3
+    assert max(map(len, names)) == 60

@@ -179,7 +179,11 @@ def test_captions_that_cannot_be_read_are_named(photos: CheckedPhotos, tmp_path:
     with scripted_server() as server:
         llm = make_llm(server, tmp_path)
         (tmp_path / "other.csv").write_text("photo\nphoto-9.png\n")
-        messages = {"bad.csv": "line 2: no photo", "none.csv": "No such file", "other.csv": "no photo 'photo-9.png'"}
+        messages = {
+            "bad.csv": "line 1: there is no column 'name'",
+            "none.csv": "No such file",
+            "other.csv": "no photo 'photo-9.png'",
+        }
         for name, message in messages.items():
             config = config_of(photos, captions=str(tmp_path / name))
             with pytest.raises(ConfigError, match=message):

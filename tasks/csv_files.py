@@ -1,0 +1,63 @@
+"""Read the small CSV files that a person writes by hand; whatever is wrong with one is named by its line."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from tasks.errors import ConfigError
+from tasks.redaction import show_value
+
+
+def read_rows(path: Path, columns: Sequence[str], *, setting: str) -> list[tuple[int, dict[str, str]]]:
+    """Return the rows of a file with their line numbers; a column or field that is left out is empty.
+
+    Args:
+        columns: those that the file may have; it must have the first.
+        setting: what names the file, for messages.
+
+    Raises:
+        ConfigError: the file can't be read, is no UTF-8, is no CSV, or has other columns.
+
+    """
+    way_out = f"the columns are {','.join(columns)}"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{setting}={path}: {error.strerror}") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeError as error:
+        line = data[: getattr(error, "start", 0)].count(b"\n") + 1
+        raise ConfigError(f"{path}, line {line}: this is no UTF-8; save the file as CSV in UTF-8") from error
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[tuple[int, dict[str, str]]] = []
+    header: list[str] | None = None
+    try:
+        for cells in reader:
+            if not cells:
+                continue
+            where = f"{path}, line {reader.line_num}"
+            if header is None:
+                header = check_columns([cell.strip() for cell in cells], columns, where)
+                continue
+            if len(cells) > len(header):
+                raise ConfigError(f"{where}: {len(cells)} fields, not {len(header)}; quote a text that holds commas")
+            rows.append((reader.line_num, dict.fromkeys(columns, "") | dict(zip(header, cells, strict=False))))
+    except csv.Error as error:
+        raise ConfigError(f"{path}, line {reader.line_num}: this is no CSV ({error}); {way_out}") from error
+    if header is None:
+        raise ConfigError(f"{path}, line 1: nothing is there; {way_out}")
+    return rows
+
+
+def check_columns(header: list[str], columns: Sequence[str], where: str) -> list[str]:
+    """Return the columns of a file. Raises ConfigError where one is missing, unknown or twice there."""
+    way_out = f"the columns are {','.join(columns)}"
+    for name in header:
+        if name not in columns:
+            raise ConfigError(f"{where}: there is no column {show_value(name)}; {way_out}")
+    if columns[0] not in header or len(set(header)) < len(header):
+        problem = "no column " + columns[0] if columns[0] not in header else "a column is there twice"
+        raise ConfigError(f"{where}: {problem}; {way_out}")
+    return header

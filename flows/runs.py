@@ -188,7 +188,13 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
         store=store,
         llm=llm,
         tracker=tracker,
-        live=LiveRun(tracker, run_id, dict(show_config(config)), describe_run(config, request)),
+        live=LiveRun(
+            tracker,
+            run_id,
+            dict(show_config(config)),
+            describe_run(config, request),
+            reopen=lambda: open_tracker(config.tracking, folder=output),
+        ),
         progress=shared or make_progress(),
         work_folder=output / "work",
     )

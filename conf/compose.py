@@ -52,7 +52,7 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
     if roots is not None:
         check_request(settings, roots)
     plain = compose_groups(choices)
-    operators_cap = plain["llm"]["budget_usd"]
+    operators_cap = find_cap(plain, choices) if roots is not None else None
     missing = {dotted for dotted, child in walk(plain) if child == "???"}
     overlay(plain, settings)
     missing -= set(settings)
@@ -66,6 +66,14 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
     if roots is not None:
         check_budget(config, operators_cap)
     return config
+
+
+def find_cap(plain: dict[str, Any], choices: dict[str, str]) -> float | None:
+    """Return the operator's cap on money: the smallest, so that no choice of a request lifts it."""
+    defaults = {group: str(RunRequest.model_fields[field].default) for field, group in GROUPS.items()}
+    composed = [plain, compose_groups({**choices, "experiment": "none"}), compose_groups(defaults)]
+    caps = [found["llm"]["budget_usd"] for found in composed]
+    return min((cap for cap in caps if cap is not None), default=None)
 
 
 def compose_groups(choices: dict[str, str]) -> dict[str, Any]:

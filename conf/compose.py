@@ -52,7 +52,8 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
     if roots is not None:
         check_request(settings, roots)
     plain = compose_groups(choices)
-    operators_cap, operators_folders = plain["llm"]["budget_usd"], (plain["output_dir"], plain["store"]["folder"])
+    operators_cap = find_cap(plain, choices) if roots is not None else None
+    operators_folders = (plain["output_dir"], plain["store"]["folder"])
     missing = {dotted for dotted, child in walk(plain) if child == "???"}
     overlay(plain, settings)
     missing -= set(settings)
@@ -68,6 +69,14 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
         if "subject.source" in settings:
             check_source(config, *operators_folders)
     return config
+
+
+def find_cap(plain: dict[str, Any], choices: dict[str, str]) -> float | None:
+    """Return the operator's cap on money: the smallest, so that no choice of a request lifts it."""
+    defaults = {group: str(RunRequest.model_fields[field].default) for field, group in GROUPS.items()}
+    composed = [plain, compose_groups({**choices, "experiment": "none"}), compose_groups(defaults)]
+    caps = [found["llm"]["budget_usd"] for found in composed]
+    return min((cap for cap in caps if cap is not None), default=None)
 
 
 def compose_groups(choices: dict[str, str]) -> dict[str, Any]:

@@ -32,6 +32,20 @@ def check_string(name: str, value: str) -> None:
         raise ValueError(f"{name}: control characters are not taken")
 
 
+def check_setting(key: str, value: Value) -> None:
+    """Refuse anything that is more than a dotted name and a plain value. Raises ValueError."""
+    if len(key) > 200 or not re.fullmatch(r"[a-z][a-z0-9_]*(\.[A-Za-z0-9][A-Za-z0-9_-]*)*", key):
+        raise ValueError(f"{key[:200]!r} is not a dotted name of a setting")
+    items = value if isinstance(value, list) else [value]
+    if len(items) > MOST_ITEMS:
+        raise ValueError(f"{key}: {len(items):,} values, at most {MOST_ITEMS} are taken")
+    for item in items:
+        if isinstance(item, str):
+            check_string(key, item)
+        elif isinstance(item, int | float):
+            check_number(key, item)
+
+
 class RunRequest(BaseModel):
     """What to run. Every field has a default; with none set, it is the demo."""
 
@@ -96,14 +110,5 @@ class RunRequest(BaseModel):
     def check_settings(cls, settings: dict[str, Value]) -> dict[str, Value]:
         """Refuse anything that is more than a name and a plain value."""
         for key, value in settings.items():
-            if len(key) > 200 or not re.fullmatch(r"[a-z][a-z0-9_]*(\.[A-Za-z0-9][A-Za-z0-9_-]*)*", key):
-                raise ValueError(f"{key[:200]!r} is not a dotted name of a setting")
-            items = value if isinstance(value, list) else [value]
-            if len(items) > MOST_ITEMS:
-                raise ValueError(f"{key}: {len(items):,} values, at most {MOST_ITEMS} are taken")
-            for item in items:
-                if isinstance(item, str):
-                    check_string(key, item)
-                elif isinstance(item, int | float):
-                    check_number(key, item)
+            check_setting(key, value)
         return settings

@@ -5,13 +5,15 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from conf.compose import compile_request, describe_invalid
 from conf.overrides import parse_overrides, split_sweep
-from conf.request import RunRequest, Value
+from conf.request import RunRequest, Value, check_setting
 from tasks.errors import ConfigError
 from tasks.stage.digests import digest
+
+MOST_TRIALS, MOST_PARAMETERS = 1_000, 100
 
 
 class SweepRequest(BaseModel):
@@ -20,12 +22,33 @@ class SweepRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     base: RunRequest = Field(default_factory=RunRequest, description="what every trial shares")
-    space: dict[str, list[Value]] = Field(min_length=1, description="setting: the values to try")
+    space: dict[str, list[Value]] = Field(
+        min_length=1, max_length=MOST_PARAMETERS, description="setting: the values to try"
+    )
     num_trials: int = Field(0, ge=0, description="finished trials in all; 0: every combination")
     study: str = Field("", pattern=r"^[A-Za-z0-9_-]*$", description="name to go on with; empty: made from the request")
     objective: Literal["dino_x_clip_t", "dino", "clip_i", "clip_t", "concept_preservation"] = Field(
         "dino_x_clip_t", description="what is maximized, of the tuned model"
     )
+
+    @field_validator("space")
+    @classmethod
+    def check_space(cls, space: dict[str, list[Value]]) -> dict[str, list[Value]]:
+        """Refuse what no trial could set."""
+        for key, values in space.items():
+            if not values or len(values) > MOST_TRIALS:
+                raise ValueError(f"{key[:200]!r}: {len(values):,} values to try, from 1 to {MOST_TRIALS:,} are taken")
+            for value in values:
+                check_setting(key, value)
+        return space
+
+    @model_validator(mode="after")
+    def check_trials(self) -> "SweepRequest":
+        """Refuse more trials than anybody would wait for, before they are listed."""
+        count = math.prod(map(len, self.space.values())) if self.is_grid else self.num_trials
+        if count > MOST_TRIALS:
+            raise ValueError(f"{count:,} combinations, at most {MOST_TRIALS:,} are taken; try fewer values")
+        return self
 
     @property
     def study_name(self) -> str:

@@ -16,14 +16,31 @@ MASK = "***"
 # So many characters of a secret in a row are masked: servers echo keys truncated, or cut into pieces.
 WINDOW = 8
 SHORTEST = 4
-SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"((KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?|(^|_)(AUTH|AUTH_STRING|PASS|DSN))$", re.IGNORECASE
+)
+# A short value of a variable is no secret where it is one of these: masking them would garble ordinary text.
+COMMON = frozenset({"true", "false", "none", "null", "auto", "basic", "bearer", "default", "test", "user"})
 # Every repetition is bounded: these run over text that servers and files supply.
-CREDENTIALS = re.compile(r"\b([a-z][a-z0-9+.-]{0,30}://)[^\s/@?#]{1,500}@", re.IGNORECASE)
+CREDENTIALS = re.compile(r"\b([a-z][a-z0-9+.-]{0,30}://)[^\s/?#]{1,2000}@", re.IGNORECASE)
 QUERY = re.compile(r"\b([a-z][a-z0-9+.-]{0,30}://[^\s?#\"'<>]{1,2000})\?[^\s#\"'<>]{1,4000}", re.IGNORECASE)
 BEARER = re.compile(r"\b(Bearer|Basic)\s{1,4}[\w.~+/=-]{6,2000}", re.IGNORECASE)
 ASSIGNED = re.compile(
     r"((?:token|secret|passw(?:or)?d|api[_-]?key|access[_-]?key|signature|credential|\bsig)[\w.-]{0,40}=)"
     r"[^\s&#,;)'\"]{1,2000}",
+    re.IGNORECASE,
+)
+# In JSON, YAML, Python and headers a name ends at its sign: `max_tokens: 600` is not one of these, and neither is
+# the word that stands for the subject.
+NAMED = (
+    r"((?:(?<!identifier[_ ])(?<!training\.)token|secret|passw(?:or)?d|(?:api|access|secret|private)[_-]?key|"
+    r"authorization)(?:\\?[\"'])?\s{0,3}"
+)
+QUOTED = re.compile(
+    NAMED + r"[:=]\s{0,3}(\\?[\"']))(?!(?:bearer|basic)\s)(?:(?!\2)(?:\\[^\n]|[^\n])){1,2000}", re.IGNORECASE
+)
+PLAIN = re.compile(
+    NAMED + r":[ \t]{0,3})(?!(?:bearer|basic|true|false|none|null|\d{1,6})\b)[^\s,;(){}\[\]'\"\\]{1,2000}",
     re.IGNORECASE,
 )
 registered: set[str] = set()
@@ -38,13 +55,27 @@ def register_secret(value: str) -> str:
 
 def list_secrets() -> frozenset[str]:
     """Return the values that are masked: registered ones, and environment variables named like secrets."""
-    named = {
-        value
-        for name, value in os.environ.items()
-        # A path to a file of credentials is no secret, and masking it would hide every path beside it.
-        if SECRET_NAME.search(name) and len(value) >= WINDOW and not value.startswith(("/", "~", "."))
-    }
+    named: set[str] = set()
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name):
+            named.update(secret for secret in list_parts(name, value) if is_maskable(secret))
     return frozenset(named | registered)
+
+
+def list_parts(name: str, value: str) -> list[str]:
+    """Return what is secret in a variable's value: of an address of a database, who logs in and with what."""
+    user = re.match(r"[a-z][a-z0-9+.-]{0,30}://([^\s/?#]{1,2000})@", value, re.IGNORECASE)
+    if user is None or not name.upper().endswith("DSN"):
+        return [value]
+    return [user[1], user[1].partition(":")[2]]
+
+
+def is_maskable(value: str) -> bool:
+    """Tell whether masking a variable's value hides a secret and not ordinary text."""
+    if len(value) < SHORTEST or (len(value) < WINDOW and (value.isdecimal() or value.lower() in COMMON)):
+        return False
+    # A path to a file of credentials is no secret, and masking it would hide every path beside it.
+    return not (value.startswith(("/", "~", ".")) and os.path.exists(os.path.expanduser(value)))
 
 
 @lru_cache(maxsize=8)
@@ -82,7 +113,9 @@ def redact(text: str) -> str:
         text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", MASK, text)
     text = redact_url(text)
     text = BEARER.sub(rf"\1 {MASK}", text)
-    return ASSIGNED.sub(rf"\g<1>{MASK}", text)
+    for assigned in (ASSIGNED, QUOTED, PLAIN):
+        text = assigned.sub(rf"\g<1>{MASK}", text)
+    return text
 
 
 def redact_url(text: str) -> str:

@@ -28,13 +28,13 @@ def track_run(
     `folder` holds `model/`, `report/` and, where training drew any, `training_samples/`. A run that was opened
     while training, `live`, is completed and closed.
     """
+    if live is not None:
+        tracker = live.take_over()
     tracker.forget(tag=PUBLICATION_TAG, value=publication_key)
     tags = {**tags, PUBLICATION_TAG: publication_key}
     is_failed = True
     logged: set[tuple[str, int]] = set()
     try:
-        if live is not None:
-            live.drain()
         if live is not None and live.is_open:
             run_id, logged, live.is_open = live.run_id, live.logged, False
             for tag, value in tags.items():

@@ -1,17 +1,20 @@
 """Tracking of metrics and artifacts: MLflow, or nothing."""
 
+import http.client
 import logging
 import socket
+import sqlite3
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from tasks.errors import LikenessError, ServiceUnavailable
+from tasks.errors import ConfigError, LikenessError, ServiceUnavailable
 from tasks.services.config import TrackingConfig
 from tasks.services.tracking_files import first_use, relocate_artifacts
 
@@ -147,20 +150,38 @@ class MlflowTracker:
 
     def check(self) -> None:
         """Reach the server without importing MLflow, which takes seconds. Raises ServiceUnavailable."""
-        address = urlsplit(self.config.uri)
         try:
-            if address.scheme in ("http", "https"):
-                health = f"{self.config.uri.rstrip('/')}/health"
-                urllib.request.urlopen(health, timeout=CHECK_SECONDS).close()  # noqa: S310 - its scheme is known
-            elif address.hostname:
-                port = address.port or DATABASE_PORTS.get(address.scheme.partition("+")[0], 0)
-                socket.create_connection((address.hostname, port), timeout=CHECK_SECONDS).close()
+            self.reach()
         except urllib.error.HTTPError:
             return  # it answers; what it minds is said when it is used
+        except sqlite3.Error as error:
+            raise ConfigError(
+                f"tracking at {self.uri}: {error}; move the file away, set tracking.uri, or set tracking=none"
+            ) from error
         except OSError as error:
             raise ServiceUnavailable(
                 f"tracking at {self.config.uri} does not answer: {error}; start it, or set tracking=none"
             ) from error
+        except (ValueError, http.client.HTTPException) as error:  # no address, or no server of MLflow's
+            reason = f"{type(error).__name__} {error}".splitlines()[0]
+            raise ConfigError(
+                f"tracking at {self.config.uri} is no MLflow server: {reason}; set tracking.uri or tracking=none"
+            ) from error
+
+    def reach(self) -> None:
+        """Open and close a connection to the server, or look at the head of the file."""
+        address = urlsplit(self.config.uri)
+        if address.scheme in ("http", "https"):
+            health = f"{self.config.uri.rstrip('/')}/health"
+            urllib.request.urlopen(health, timeout=CHECK_SECONDS).close()  # noqa: S310 - its scheme is known
+        elif address.hostname:
+            port = address.port or DATABASE_PORTS.get(address.scheme.partition("+")[0], 0)
+            socket.create_connection((address.hostname, port), timeout=CHECK_SECONDS).close()
+        elif address.scheme in ("", "sqlite"):
+            database = Path(self.uri.removeprefix("sqlite:///"))
+            if database.is_file():
+                with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+                    connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
     def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
         """Open a run in the configured experiment."""

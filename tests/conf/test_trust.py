@@ -14,6 +14,7 @@ from conf.trust import WORDS, check_path, list_rules, walk_rules
 from tasks.errors import ConfigError
 from tasks.redaction import redact
 from tasks.settings import RequestRule, Section
+from tests.workplace import ROOT
 
 CANARY = "canary-7f3a9c1e0b5d"
 
@@ -271,6 +272,21 @@ def test_a_request_may_lower_the_operators_cap_on_money_and_not_lift_it(
     for value in (3.0, None):
         with pytest.raises(ConfigError, match=r"llm.budget_usd: at most 2.0 USD"):
             ask((tmp_path,), experiment="capped", settings={"llm.budget_usd": value})
+
+
+def test_no_choice_of_a_request_lifts_the_operators_cap_on_money(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for group in ("experiment", "llm"):
+        (tmp_path / "conf" / group).mkdir(parents=True)
+    capped = (ROOT / "conf" / "llm" / "openai.yaml").read_text().replace("\nllm:\n", "\nllm:\n  budget_usd: 2.0\n")
+    assert "budget_usd: 2.0" in capped
+    (tmp_path / "conf" / "llm" / "mine.yaml").write_text(capped)
+    (tmp_path / "conf" / "experiment" / "lifted.yaml").write_text("# @package _global_\nllm: {budget_usd: 9.0}\n")
+    monkeypatch.setenv("LIKENESS_CONF", str(tmp_path / "conf"))
+    assert ask((tmp_path,), llm="mine").llm.budget_usd == 2.0
+    with pytest.raises(ConfigError, match=r"llm.budget_usd: at most 2.0 USD"):
+        ask((tmp_path,), llm="mine", experiment="lifted")
 
 
 def test_an_option_in_the_operators_folder_is_an_option_everywhere(

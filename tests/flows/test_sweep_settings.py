@@ -1,8 +1,10 @@
 """A sweep: trials share what they don't change, and a stopped study goes on."""
 
 import pytest
+from pydantic import ValidationError
 
-from conf.sweep import parse_sweep
+from conf.request import Value
+from conf.sweep import SweepRequest, parse_sweep
 from flows.sweep_settings import compute_objective
 from tasks.errors import ConfigError
 from tests.workplace import QUICK, Workplace
@@ -58,3 +60,18 @@ def test_objectives_are_read_from_the_summary() -> None:
     assert compute_objective(summary, "dino_x_clip_t") == pytest.approx(0.2)
     assert compute_objective(summary, "concept_preservation") == 3.0
     assert compute_objective(summary, "clip_i") == 0.7
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"evil\x1b[31m key": [1]}, "is not a dotted name of a setting"),
+        ({"training.prompt": ["x" * 10_000]}, "10,000 characters, at most 4,000"),
+        ({"training.prompt": ["a\x1b[31m"]}, "control characters are not taken"),
+        ({"seed": []}, "0 values to try"),
+        ({f"a{number}": list(range(100)) for number in range(4)}, "100,000,000 combinations, at most 1,000"),
+    ],
+)
+def test_a_sweep_is_bounded_before_its_trials_are_listed(space: dict[str, list[Value]], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        SweepRequest(space=space)

@@ -3,6 +3,7 @@
 import base64
 import logging
 import urllib.parse
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,6 @@ CANARY = "sk-canary/7f3a+9c1e0b5d2468"
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", CANARY)
-    monkeypatch.setenv("GOOGLE_CREDENTIALS", "/home/somebody/key.json")
 
 
 @pytest.mark.parametrize(
@@ -50,11 +50,69 @@ def test_a_secret_is_masked_whole_cut_or_encoded(shown: str) -> None:
         ("http://host/v1?token=unknown1&x=1", "http://host/v1?***"),
         ("Authorization: Bearer abcdefgh", "Authorization: Bearer ***"),
         ("max_output_tokens: 600", "max_output_tokens: 600"),
-        ("/home/somebody/photos is not a folder", "/home/somebody/photos is not a folder"),
+        ("https://u:p@ss@host/x", "https://***@host/x"),
+        ("https://host/x and me@host", "https://host/x and me@host"),
+        ('{"api_key": "a1b2 c3", "n": 1}', '{"api_key": "***", "n": 1}'),
+        (r'{"secret": "a\"b", "n": 1}', '{"secret": "***", "n": 1}'),
+        ("{'api_key': 'a1b2', 'n': 1}", "{'api_key': '***', 'n': 1}"),
+        (r"{\"token\": \"a1b2\", \"n\": 1}", r"{\"token\": \"***\", \"n\": 1}"),
+        ("connect(token='a1b2', n=1)", "connect(token='***', n=1)"),
+        ("password: a1b2, n: 1", "password: ***, n: 1"),
+        ("Authorization: a1b2", "Authorization: ***"),
+        ('{"Authorization": "Bearer abcdefgh"}', '{"Authorization": "Bearer ***"}'),
+        ('{"identifier_token": "sks"}', '{"identifier_token": "sks"}'),
+        ("training.token: Input should be valid", "training.token: Input should be valid"),
+        ("tokens: 512 and token: 512", "tokens: 512 and token: 512"),
+        ('{"token": null, "api_key_env": "SOME_NAME"}', '{"token": null, "api_key_env": "SOME_NAME"}'),
     ],
 )
 def test_credentials_that_are_not_known_are_masked_by_their_place(text: str, hidden: str) -> None:
     assert redact(text) == hidden
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "/wJalrXUtnFEMI/K7MDENG"),
+        ("OPENAI_API_KEY", ".sk-0123456789"),
+        ("SOME_TOKEN", "~0123456789"),
+        ("MLFLOW_TRACKING_PASSWORD", "hunter2"),
+        ("PREFECT_API_AUTH_STRING", "admin:correct-horse"),
+        ("AUTH", "correct-horse"),
+        ("PASS", "horse"),
+        ("SMTP_PASS", "correct-horse"),
+        ("DSN", "correct-horse"),
+        ("SENTRY_DSN", "correct-horse"),
+    ],
+)
+def test_a_variable_named_like_a_secret_is_masked(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert redact(f"login {value} refused") == "login *** refused"
+
+
+@pytest.mark.parametrize("value", ["true", "None", "null", "auto", "123456", "abc"])
+def test_a_common_short_value_is_not_masked(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTHER_KEY", value)
+    assert redact(f"it is {value} here") == f"it is {value} here"
+
+
+def test_a_short_secret_is_masked_as_a_word_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTHER_KEY", "horse")
+    assert redact("horse, horses") == "***, horses"
+
+
+def test_only_the_login_of_a_database_address_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_DSN", "postgresql://somebody:a1b2c3@localhost/db")
+    assert redact("postgresql on localhost refuses a1b2c3 of somebody:a1b2c3") == (
+        "postgresql on localhost refuses *** of ***"
+    )
+
+
+def test_a_file_of_credentials_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "credentials.json"
+    path.touch()
+    monkeypatch.setenv("GOOGLE_CREDENTIALS", str(path))
+    assert redact(f"{path} is no key") == f"{path} is no key"
 
 
 def test_every_error_is_redacted_cleaned_and_short() -> None:

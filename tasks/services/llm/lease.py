@@ -76,7 +76,8 @@ def hold_lease(
     finally:
         ended.set()
         beat.join()
-        store.delete(key)
+        if is_own(store, key, owner):
+            store.delete(key)
 
 
 def try_acquire(store: Store, name: str, owner: str) -> str | None:
@@ -119,12 +120,24 @@ def read_lease(store: Store, key: str) -> Lease | None:
 
 
 def keep_alive(store: Store, key: str, owner: str, ended: threading.Event) -> None:
-    """Renew a lease until its holder ends."""
+    """Renew a lease until its holder ends, or somebody took it over while this process slept."""
     while not ended.wait(HEARTBEAT_SECONDS):
         try:
+            if not is_own(store, key, owner):
+                log.warning("lease %s was taken over by another process, which now runs the same job", key)
+                return
             store.put_bytes(key, dump_signed(make_lease(owner)))
         except (LikenessError, OSError) as error:  # the next beat may get through before it expires
             log.warning("lease %s was not renewed: %s", key, error)
+
+
+def is_own(store: Store, key: str, owner: str) -> bool:
+    """Whether a lease is still its owner's: there, under its token, and the newest of its name."""
+    found = read_lease(store, key)
+    if found is None or found.owner != owner:
+        return False
+    listed = store.list_keys(key.rpartition("/")[0] + "/")
+    return not any(other > key for other in listed if other.endswith(".json"))
 
 
 def make_lease(owner: str) -> Lease:

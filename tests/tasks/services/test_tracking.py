@@ -1,15 +1,17 @@
 """Tracking with a real MLflow on SQLite."""
 
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tasks.errors import ServiceUnavailable
+from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.publishing.registry import track_run
 from tasks.services.config import TrackingConfig
 from tasks.services.live_tracking import LiveRun
@@ -145,6 +147,34 @@ def test_an_unreachable_server_is_found_at_once_and_without_mlflow(tmp_path: Pat
         True,
     ]
     assert lines[-1] == "False"
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:abc", "postgresql://h:abc/db", "http://[::1", "http://a b/"])
+def test_what_is_no_address_is_one_clear_line(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^tracking at [^\n]*; set tracking.uri or tracking=none$"):
+        MlflowTracker(TrackingConfig(uri=uri), folder=tmp_path).check()
+
+
+def test_another_kind_of_server_is_one_clear_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"SSH-2.0-OpenSSH_9\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(ConfigError, match=r"is no MLflow server: BadStatusLine .*; set tracking.uri"):
+            MlflowTracker(TrackingConfig(uri=f"http://127.0.0.1:{server.getsockname()[1]}"), folder=tmp_path).check()
+        thread.join()
+
+
+def test_a_broken_database_file_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"junk" * 999)
+    with pytest.raises(ConfigError, match=r"mlflow.db: file is not a database; move the file away"):
+        MlflowTracker(TrackingConfig(), folder=tmp_path).check()
 
 
 def test_two_first_uses_at_once_both_work(tmp_path: Path) -> None:

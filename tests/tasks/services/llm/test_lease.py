@@ -95,3 +95,23 @@ def test_a_holder_renews_its_lease(leases: LocalStore, monkeypatch: pytest.Monke
         while leases.find_bytes(key) == first:
             assert time.monotonic() < deadline, "it was not renewed"
             time.sleep(0.01)
+
+
+def test_a_lease_that_was_taken_over_is_not_renewed_and_not_given_back(
+    leases: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.0)
+    key = try_acquire(leases, "job", "sleeper")
+    assert key is not None
+    put(leases, make_lease("sleeper").model_copy(update={"expires_at": 0.0}))
+    taken = try_acquire(leases, "job", "taker")
+    assert taken is not None
+    lease.keep_alive(leases, key, "sleeper", threading.Event())
+    assert list_leases(leases, "job") == [taken]
+    assert try_acquire(leases, "job", "third") is None
+
+
+def test_a_holder_that_slept_deletes_no_lease_of_another(leases: LocalStore) -> None:
+    with hold(leases):
+        put(leases, make_lease("other"))
+    assert list_leases(leases, "job") == ["llm/leases/job/000001.json"]

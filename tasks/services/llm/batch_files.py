@@ -137,7 +137,11 @@ class LocalBatches(FileBatches):
         """
         outcome: dict[str, Any] = {"custom_id": row["custom_id"], "response": None, "error": None}
         try:
-            outcome["response"] = {"status_code": 200, "body": drop_infinite(self.ask(row["body"]).raw)}
+            response = {"status_code": 200, "body": drop_infinite(self.ask(row["body"]).raw)}
+            dump_line(response)
+            outcome["response"] = response
+        except RecursionError:  # this row fails alone
+            outcome["error"] = {"message": "the reply nests too deeply"}
         except (ServiceUnavailable, RequestRefused) as error:
             if isinstance(error, RequestRefused) and error.status not in ROW_STATUSES:
                 raise

@@ -10,6 +10,9 @@ import pytest
 
 from tasks.errors import ServiceUnavailable, StillPending
 from tasks.mini.batches import BatchDesk
+from tasks.services.llm.batch_files import LocalBatches, read_signed_lines
+from tasks.services.llm.completion import ChatCompletion
+from tasks.services.llm.config import ProfileConfig
 from tests.llm_server import ScriptedServer, completion, scripted_server
 from tests.tasks.services.llm.test_batch import BATCHES, ask
 from tests.tasks.services.llm.test_batch_providers import ask as ask_provider
@@ -305,6 +308,23 @@ def test_an_odd_row_of_a_program_fails_alone(tmp_path: Path) -> None:
     with scripted_server() as server:
         answers, failures = ask_provider(make_batching(server, tmp_path, "file", batch_command=command))
     assert (len(answers), len(failures)) == (3, 1)
+
+
+@pytest.mark.parametrize("depth", [600, 5_000])
+def test_a_nested_reply_to_our_own_runner_fails_alone(tmp_path: Path, depth: int) -> None:
+    nested: list[Any] = []
+    for _ in range(depth):
+        nested = [nested]
+    profile = ProfileConfig(base_url="http://127.0.0.1:1/v1", model="m")
+    replies = iter([ChatCompletion(raw={"z": nested}), ChatCompletion(raw={"z": 1})])
+    batches = LocalBatches(profile, tmp_path, lambda body: next(replies))
+    staged = tmp_path / "staged.part"
+    for custom_id in ("1", "2"):
+        batches.answer({"custom_id": custom_id, "body": {}}, staged)
+    told = dict(read_signed_lines(staged.read_bytes()))
+    assert sorted(told) == ["1", "2"]
+    assert (told["1"].completion, told["1"].error) == (None, "the reply nests too deeply")
+    assert told["2"].completion is not None
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate"])

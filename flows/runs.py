@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conf.compose import compile_request, compute_config_digest
 from conf.request import RunRequest
@@ -34,6 +34,9 @@ from tasks.progress import ProgressView, make_progress
 from tasks.redaction import MASK, SECRET_NAME, install_log_redaction, redact
 from tasks.runtime import Runtime
 from tasks.stage.files import explain_full_disk, write_atomic
+
+if TYPE_CHECKING:
+    from tasks.services.tracking import Tracker
 
 Manifests = tuple[SubjectSet, ClassImageSet, TunedModel, Evaluation, Scorecard, Publication]
 progress_of_run: contextvars.ContextVar[ProgressView | None] = contextvars.ContextVar("progress", default=None)
@@ -157,8 +160,6 @@ def collect_metrics(evaluation: Evaluation) -> dict[str, Any]:
 def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     """Compile a request, open its services, and close them whatever happens."""
     from conf.trust import allowed_roots
-    from tasks.diffusion.base import identify_model
-    from tasks.encoders.folders import find_encoders
     from tasks.mini.launch import LocalServer
     from tasks.services.live_tracking import LiveRun
     from tasks.services.llm.client import LlmService
@@ -202,10 +203,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
         on_stage=partial(write_stages, folder),
     )
     try:
-        base_model = identify_model(config.diffusion)
-        find_encoders(config.evaluation.encoders)  # a missing one must not wait for the end of training
-        check_files(config)
-        tracker.check()
+        base_model = check_first(config, tracker)
         with explain_full_disk(output):
             yield Run(run_id, folder, request, config, base_model, runtime, started)
     except BaseException as error:
@@ -218,6 +216,18 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
             runtime.progress.close()
         llm.close()
         server.stop()
+
+
+def check_first(config: RunConfig, tracker: "Tracker") -> ModelRef:
+    """Refuse what must not wait for the end of training; return the base model."""
+    from tasks.diffusion.base import identify_model
+    from tasks.encoders.folders import find_encoders
+
+    base_model = identify_model(config.diffusion)
+    find_encoders(config.evaluation.encoders)
+    check_files(config)
+    tracker.check()
+    return base_model
 
 
 def check_files(config: RunConfig) -> None:

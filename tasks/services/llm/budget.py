@@ -28,6 +28,7 @@ class BudgetState(BaseModel):
 class Budget:
     """Worst-case cost is reserved before each attempt, then reconciled.
 
+    Money is counted without a cap too, so that one that is set later knows what was spent before.
     What a process reserved and never settled, because it was killed, counts as spent: it may have been.
     A damaged file frees no money: nothing is reserved until a person has looked at it.
     """
@@ -44,10 +45,10 @@ class Budget:
 
         """
         name = uuid.uuid4().hex
-        if self.cap_usd is None:
-            return name
+        if self.path is None or (self.cap_usd is None and usd <= 0):
+            return name  # nothing to count: most calls go to local models
         with self._locked() as state:
-            if state.total + usd > self.cap_usd + 1e-12:
+            if self.cap_usd is not None and state.total + usd > self.cap_usd + 1e-12:
                 raise BudgetExceeded(
                     f"{state.total:.4f} of {self.cap_usd:.4f} USD are spent or reserved and the next call may cost "
                     f"{usd:.4f}; what was answered is kept: raise llm.budget_usd and run again"
@@ -57,7 +58,7 @@ class Budget:
 
     def settle(self, name: str, *, spent: float) -> None:
         """Replace a reservation by what was spent; one that is settled already stays as it is."""
-        if self.cap_usd is not None:
+        if self.path is not None and self.path.exists():
             with self._locked() as state:
                 if state.reserved.pop(name, None) is not None:
                     state.spent_usd += max(0.0, spent)
@@ -70,16 +71,20 @@ class Budget:
         with self.path.with_suffix(".lock").open("a+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             state = self._read()
-            yield state
-            write_atomic(self.path, dump_signed(state))
+            yield state or BudgetState()
+            if state is not None:
+                write_atomic(self.path, dump_signed(state))
 
-    def _read(self) -> BudgetState:
+    def _read(self) -> BudgetState | None:
+        """Return the state; None for a damaged file where there is no cap, which stays for the one that sets it."""
         assert self.path is not None
         try:
             return load_signed(BudgetState, self.path.read_bytes())
         except FileNotFoundError:
             return BudgetState()
         except ArtifactCorrupt as error:
+            if self.cap_usd is None:
+                return None
             raise BudgetExceeded(
                 f"the budget file {self.path} is damaged ({error}), so what is spent is unknown; compare `likeness "
                 "cost` with the provider's bill, lower llm.budget_usd by it, delete the file and run again"

@@ -173,3 +173,25 @@ def test_a_reservation_is_settled_once(tmp_path: Path) -> None:
     budget.settle(name, spent=0.0)
     with pytest.raises(BudgetExceeded):
         budget.reserve(0.5)
+
+
+def test_what_was_spent_without_a_cap_counts_for_one_that_is_set_later(tmp_path: Path) -> None:
+    path = tmp_path / "budget.json"
+    free = Budget(path, None)
+    free.settle(free.reserve(0.0), spent=0.0)
+    assert not path.exists()
+    free.settle(free.reserve(5.0), spent=4.0)
+    free.reserve(2.0)  # of a process that was killed
+    with pytest.raises(BudgetExceeded, match=r"6\.0000 of 6\.5000 USD"):
+        Budget(path, 6.5).reserve(1.0)
+    Budget(path, 7.5).reserve(1.0)
+
+
+def test_without_a_cap_a_damaged_budget_stops_nobody_and_stays_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "budget.json"
+    path.write_bytes(b"{")
+    free = Budget(path, None)
+    free.settle(free.reserve(5.0), spent=5.0)
+    assert path.read_bytes() == b"{"
+    with pytest.raises(BudgetExceeded, match="is damaged"):
+        Budget(path, 1.0).reserve(0.1)

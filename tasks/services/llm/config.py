@@ -13,6 +13,22 @@ STRUCTURES = ("json_schema", "json_object", "tool", "json_mode", "text")
 Structure = Literal["json_schema", "json_object", "tool", "json_mode", "text"]
 
 
+KEY_FIELD = re.compile(
+    r"(^|[_-])(api[_-]?key|authorization|secret|password|(access|auth|bearer)[_-]?token)$", re.IGNORECASE
+)
+
+
+def find_key_field(value: object) -> str:
+    """Return the name of the first field, at any depth, that is named like a key; or nothing."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            if found := str(name) if KEY_FIELD.search(str(name)) else find_key_field(child):
+                return found
+    if isinstance(value, list | tuple):
+        return next(filter(None, map(find_key_field, value)), "")
+    return ""
+
+
 class PriceConfig(Section):
     """USD per million tokens."""
 
@@ -90,6 +106,14 @@ class ProfileConfig(Section):
         if self.capabilities.batch == "file" and not self.batch_command:
             raise ValueError("capabilities.batch=file needs batch_command")
         return self
+
+    @field_validator("extra_body")
+    @classmethod
+    def check_body(cls, body: dict[str, object]) -> dict[str, object]:
+        """Refuse keys: a configuration is written to files, shown in reports and kept by tracking servers."""
+        if name := find_key_field(body):
+            raise ValueError(f"{name} is a key; name its environment variable in api_key_variable instead")
+        return body
 
     @model_validator(mode="after")
     def check_routing(self) -> "ProfileConfig":

@@ -94,3 +94,14 @@ def test_a_folder_signs_no_addresses(tmp_path: Path) -> None:
             ask(make_llm(server, tmp_path, pictures="presigned"))
     with pytest.raises(ConfigError, match="pictures=presigned needs a bucket"):
         compile_request(parse_overrides(["llm=openai", "llm.profiles.openai-luna.pictures=presigned"]))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"api_key": "sk-1"}, {"provider": [{"x-api-key": "sk-1"}]}, {"headers": {"Authorization": "Bearer x"}},
+     {"access_token": "x"}],
+)  # fmt: skip
+def test_keys_have_no_place_in_what_is_added_to_requests(body: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="is a key; name its environment variable in api_key_variable"):
+        ProfileConfig(model="m", extra_body=body)
+    ProfileConfig(model="m", extra_body={"prompt_cache_key": "likeness", "stop_token": "x"})

@@ -166,6 +166,7 @@ def describe_invalid(error: ValidationError) -> str:
     """Return the first thing that is wrong in one line, with the nearest valid names."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
+    where = "" if where == "settings" else where  # the message names the setting itself
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         names = {dotted for dotted, _ in walk(schema_names(RunConfig))}

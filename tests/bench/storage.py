@@ -5,6 +5,7 @@
 The bucket is moto's, in this process; every request of the run passes a proxy that counts.
 """
 
+import logging
 import os
 import socket
 import tempfile
@@ -65,6 +66,7 @@ def counted_bucket() -> Iterator[CountingProxy]:
     import boto3
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

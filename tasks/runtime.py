@@ -51,7 +51,7 @@ class Runtime:
     """Local scratch space that outlives the run: training state, fetched photos."""
     records: dict[str, StageRecord] = field(default_factory=dict)
     on_stage: Callable[[dict[str, str]], None] = lambda keys: None
-    """Told the keys of all stages so far whenever one begins."""
+    """Called with the keys of all stages so far whenever one begins."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     stopping: threading.Event = field(default_factory=threading.Event)
     num_training_steps: int = 0

@@ -69,7 +69,7 @@ class Flux(LatentModel):
 
     @property
     def architecture(self) -> str:
-        """ModelSpec's name: only the dev model is told a guidance."""
+        """ModelSpec's name: only the dev model takes a guidance scale."""
         return "flux-1-dev" if self.denoiser.config.guidance_embeds else "flux-1-schnell"
 
     def encode_prompts(self, input_ids: Tensor) -> Conditioning:
@@ -108,8 +108,8 @@ class Flux(LatentModel):
 
     def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
         """Return encoded prompts; guidance is a number for the transformer, no second forward."""
-        told = self.encode_prompts(self.tokenize(prompts))
-        return {"prompt_embeds": told.encoder_hidden_states, "pooled_prompt_embeds": told.pooled}
+        conditioning = self.encode_prompts(self.tokenize(prompts))
+        return {"prompt_embeds": conditioning.encoder_hidden_states, "pooled_prompt_embeds": conditioning.pooled}
 
 
 def pack(latents: Tensor) -> Tensor:

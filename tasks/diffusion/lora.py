@@ -246,9 +246,9 @@ def predict_once(model: LatentModel) -> Tensor:
     shape = (1, int(model.vae.config.latent_channels), side, side)
     noisy = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, weight.dtype)
     timesteps = model.noise.choose_timesteps(torch.tensor([0.5])).to(model.device)
-    told = model.encode_prompts(model.tokenize(["a photo"]))
+    conditioning = model.encode_prompts(model.tokenize(["a photo"]))
     sizes = torch.tensor([[8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side]], device=model.device)
-    return model.predict(noisy, timesteps, told, sizes).float()
+    return model.predict(noisy, timesteps, conditioning, sizes).float()
 
 
 @torch.no_grad()

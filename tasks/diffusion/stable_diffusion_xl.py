@@ -41,13 +41,13 @@ class StableDiffusionXl(LatentModel):
         joined = torch.cat(states, -1)
         if not self.settings.get("force_zeros_for_empty_prompt", True):
             return Conditioning(joined, pooled)
-        # The empty prompt is told as zeros, in training as in sampling.
+        # The empty prompt is encoded as zeros, in training as in sampling.
         empty = self.tokenize([""]).to(input_ids.device)
-        is_told = (input_ids != empty).any(1).to(self.device)
-        return Conditioning(joined * is_told[:, None, None], pooled * is_told[:, None])
+        is_nonempty = (input_ids != empty).any(1).to(self.device)
+        return Conditioning(joined * is_nonempty[:, None, None], pooled * is_nonempty[:, None])
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
-        """Return the UNet's prediction, told of original size, crop and target size."""
+        """Return the UNet's prediction, conditioned on original size, crop and target size."""
         added = {"text_embeds": conditioning.pooled, "time_ids": sizes.to(noisy_latents)}
         states = conditioning.encoder_hidden_states
         prediction: Tensor = self.denoiser(
@@ -65,11 +65,11 @@ class StableDiffusionXl(LatentModel):
 
     def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
         """Return encoded prompts and the encoded empty prompt."""
-        told = self.encode_prompts(self.tokenize(prompts))
-        untold = self.encode_prompts(self.tokenize([""] * len(prompts)))
+        conditioning = self.encode_prompts(self.tokenize(prompts))
+        negative = self.encode_prompts(self.tokenize([""] * len(prompts)))
         return {
-            "prompt_embeds": told.encoder_hidden_states,
-            "pooled_prompt_embeds": told.pooled,
-            "negative_prompt_embeds": untold.encoder_hidden_states,
-            "negative_pooled_prompt_embeds": untold.pooled,
+            "prompt_embeds": conditioning.encoder_hidden_states,
+            "pooled_prompt_embeds": conditioning.pooled,
+            "negative_prompt_embeds": negative.encoder_hidden_states,
+            "negative_pooled_prompt_embeds": negative.pooled,
         }

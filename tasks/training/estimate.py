@@ -141,8 +141,8 @@ def count_activations(model: LatentModel, training: TrainingConfig) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), flash_attention():
-        told = encode_empty(model, rows)
-        model.predict(latents, timesteps, told, torch.zeros(rows, 6, device=META))
+        conditioning = encode_empty(model, rows)
+        model.predict(latents, timesteps, conditioning, torch.zeros(rows, 6, device=META))
     total = sum(storage.nbytes() for storage in kept.values())
     return total if training.precision == "fp32" else int(total * 0.55)
 

@@ -27,7 +27,7 @@ EPILOG = """examples:
 
 settings are key=value words; conf/run.yaml lists them all with their defaults.
 """
-RUN_HELP = "run folder's name, or latest"
+RUN_HELP = "run folder, its name or the end of it, or latest"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -299,7 +299,9 @@ def find_run(output: Path, name: str) -> Path:
     finished = [folder for folder in folders if (folder / "report.html").exists()]
     if name == "latest" and finished:
         return finished[-1]
-    matches = [folder for folder in folders if folder.name == name or folder.name.endswith(f"-{name}")]
+    path = Path(name).absolute()  # a shell completes names to paths
+    matches = [folder for folder in folders if folder.absolute() == path]
+    matches = matches or [folder for folder in folders if folder.name == name or folder.name.endswith(f"-{name}")]
     if len(matches) == 1:
         return matches[0]
     raise ConfigError(f"no run {name!r} in {output}; `likeness runs` lists them")

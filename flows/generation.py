@@ -1,7 +1,11 @@
 """Draw single pictures with a run's tuned model."""
 
+import gc
+import re
 import secrets
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flows.run_records import read_run
@@ -26,8 +30,6 @@ def generate(
         ConfigError: the run did not finish, or kept no weights of that step.
 
     """
-    # Where it is installed, diffusers imports it with every model: seconds, for nothing that drawing needs.
-    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     from tasks.diffusion.base import SamplingRequest, open_model
     from tasks.services.store import open_store
 
@@ -36,7 +38,8 @@ def generate(
     store, work = open_store(config.store), Path(config.output_dir) / "work"
     weights = fetch_weights(store, folder.name, key, candidate=candidate, work=work)
     seed = secrets.randbelow(2**31) if seed is None else seed
-    model = open_model(config.diffusion, folder=weights)
+    with fast_imports(weights):
+        model = open_model(config.diffusion, folder=weights)
     picture = model.sample(
         [SamplingRequest(prompt=prompt, seed=seed)],
         num_inference_steps=num_inference_steps or config.evaluation.num_inference_steps,
@@ -49,6 +52,33 @@ def generate(
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}; set --out") from error
     return path, seed
+
+
+@contextmanager
+def fast_imports(weights: Path) -> Iterator[None]:
+    """Import less, and faster, in a process that has imported nothing heavy yet.
+
+    diffusers imports bitsandbytes, scipy and peft wherever they are installed: 1.2 s of the 5.5 s to the first
+    picture of the mini model. Sampling needs peft for adapters, and scipy for beta sigmas. The garbage collector
+    finds nothing among modules that are being imported, but walks through them all each time: another 0.8 s.
+    """
+    if "torch" in sys.modules:  # what is imported stays, and others may need the rest
+        yield
+        return
+    unused = ["bitsandbytes"]
+    if (weights / "model_index.json").is_file():
+        unused.append("peft")
+        scheduler = weights / "scheduler" / "scheduler_config.json"
+        if scheduler.is_file() and not re.search(rb'"use_beta_sigmas"\s*:\s*true', scheduler.read_bytes()):
+            unused.append("scipy")
+    for name in unused:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def fetch_weights(store: Store, name: str, key: str, *, candidate: int | None, work: Path) -> Path:

@@ -23,6 +23,10 @@ SECRET_NAME = re.compile(
 COMMON = frozenset({"true", "false", "none", "null", "auto", "basic", "bearer", "default", "test", "user"})
 # Every repetition is bounded: these run over text that servers and files supply.
 CREDENTIALS = re.compile(r"\b([a-z][a-z0-9+.-]{0,30}://)[^\s/?#]{1,2000}@", re.IGNORECASE)
+# A password with a slash, "?" or "#" in it should have been percent-encoded; a port is no password.
+RAW_PASSWORD = re.compile(
+    r"\b([a-z][a-z0-9+.-]{0,30}://)[^\s/?#:@\"'<>]{1,200}:(?!\d{1,5}[/?#])[^\s\"'<>]{1,2000}@", re.IGNORECASE
+)
 QUERY = re.compile(r"\b([a-z][a-z0-9+.-]{0,30}://[^\s?#\"'<>]{1,2000})\?[^\s#\"'<>]{1,4000}", re.IGNORECASE)
 BEARER = re.compile(r"\b(Bearer|Basic)\s{1,4}[\w.~+/=-]{6,2000}", re.IGNORECASE)
 ASSIGNED = re.compile(
@@ -120,7 +124,8 @@ def redact(text: str) -> str:
 
 def redact_url(text: str) -> str:
     """Return a text whose addresses have no credentials and no query: presigned ones are keys themselves."""
-    return QUERY.sub(rf"\1?{MASK}", CREDENTIALS.sub(rf"\1{MASK}@", text))
+    text = CREDENTIALS.sub(rf"\1{MASK}@", text)
+    return QUERY.sub(rf"\1?{MASK}", RAW_PASSWORD.sub(rf"\1{MASK}@", text))
 
 
 def clean_text(text: str, *, keep: str = "\n\t") -> str:

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from tasks.errors import ConfigError
+from tasks.redaction import show_value
 
 # Classes that a model_index.json may name, beside the family's denoiser; anything else would be foreign code.
 KNOWN: dict[str, tuple[str, ...]] = {
@@ -86,12 +87,25 @@ def check_weights(folder: Path) -> None:
         raise ConfigError(f"{folder} is missing")
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json")
+    check_shards(folder)
     if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise ConfigError(f"{folder} holds {pickles[0]}, a pickle; only safetensors are loaded")
     raise ConfigError(f"{folder} holds no weights")
+
+
+def check_shards(folder: Path) -> None:
+    """Raise ConfigError where an index names anything but the folder's own safetensors files."""
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(f"{index} names no weights; get the model anew") from error
+        for shard in shards:
+            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise ConfigError(f"{index} names {show_value(shard)}, which is no safetensors file of its folder")
 
 
 def load_scheduler(folder: Path, scheduler_class: Any) -> Any:

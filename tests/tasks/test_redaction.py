@@ -51,6 +51,8 @@ def test_a_secret_is_masked_whole_cut_or_encoded(shown: str) -> None:
         ("Authorization: Bearer abcdefgh", "Authorization: Bearer ***"),
         ("max_output_tokens: 600", "max_output_tokens: 600"),
         ("https://u:p@ss@host/x", "https://***@host/x"),
+        ("https://u:p/a?b#c@host/x", "https://***@host/x"),
+        ("http://localhost:8000/a@b", "http://localhost:8000/a@b"),
         ("https://host/x and me@host", "https://host/x and me@host"),
         ('{"api_key": "a1b2 c3", "n": 1}', '{"api_key": "***", "n": 1}'),
         (r'{"secret": "a\"b", "n": 1}', '{"secret": "***", "n": 1}'),

@@ -123,6 +123,17 @@ def test_what_a_repository_may_not_hold_is_refused_by_name(folders: dict[str, Pa
             open_family("stable_diffusion", folder)
 
 
+@pytest.mark.parametrize(
+    "text", ['{"weight_map": {"a": "../../secret.safetensors"}}', '{"weight_map": {"a": "x.bin"}}',
+             '{"weight_map": {"a": 5}}', "[]", "{", "[" * 100_000],
+)  # fmt: skip
+def test_an_index_may_only_name_the_safetensors_beside_it(folders: dict[str, Path], tmp_path: Path, text: str) -> None:
+    folder = Path(shutil.copytree(folders["stable_diffusion"], tmp_path / "model"))
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"unet/diffusion_pytorch_model.safetensors.index.json names"):
+        open_family("stable_diffusion", folder)
+
+
 @pytest.mark.parametrize("is_zeroed", [True, False])
 def test_the_empty_prompt_of_sdxl_is_what_its_index_says(tmp_path: Path, is_zeroed: bool) -> None:
     folder = MAKERS["stable_diffusion_xl"](tmp_path / "model")

@@ -25,7 +25,7 @@ test: setup-dev check  ## run all checks and tests
 
 # What is compared with other code, with the kernels of CPUs without AVX-512, with AVX2 alone, and on two threads.
 NUMERIC := tests/tasks/diffusion tests/tasks/encoders tests/tasks/evaluation tests/tasks/training/test_losses.py \
-	tests/tasks/training/test_data.py tests/tasks/training/test_known_defects.py tests/tasks/training/test_buckets.py
+	tests/tasks/training/data/test_dataset.py tests/tasks/training/test_known_defects.py tests/tasks/training/data/test_buckets.py
 test-numerics: setup-dev  ## compare numbers as other CPUs compute them
 	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(NUMERIC)
 	@ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(NUMERIC)

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from tasks.config_base import LocalPath, Section
 from tasks.diffusion.config import DiffusionConfig
 from tasks.evaluation.config import EvaluationConfig
 from tasks.prior.config import PriorConfig
@@ -12,7 +13,6 @@ from tasks.publishing.config import PublishingConfig
 from tasks.scoring.config import ScoringConfig
 from tasks.services.config import StoreConfig, TrackingConfig
 from tasks.services.llm.config import LlmConfig
-from tasks.settings import LocalPath, Section
 from tasks.subject.config import SubjectConfig
 from tasks.training.config import TrainingConfig
 

@@ -15,10 +15,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from conf.schema import RunConfig
-from tasks.contract import PREFIXES
+from tasks.config_base import RequestRule
 from tasks.errors import ConfigError
 from tasks.redaction import show_value
-from tasks.settings import RequestRule
+from tasks.stage.cache import PREFIXES
 
 PATH = RequestRule("path")
 HUB_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")

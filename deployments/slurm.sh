@@ -31,7 +31,7 @@ done
 if [ -n "$spec" ]; then
   srun --nodes=$((SLURM_NNODES - 1)) --ntasks-per-node=1 --exclude="$head" .venv/bin/python -m torch.distributed.run \
     --nnodes="$SLURM_NNODES" --nproc-per-node="$SLURM_GPUS_ON_NODE" --rdzv-backend=c10d \
-    --rdzv-endpoint="$meeting" --rdzv-id="$(basename "$(dirname "$spec")")" -m tasks.training.worker "$spec" &
+    --rdzv-endpoint="$meeting" --rdzv-id="$(basename "$(dirname "$spec")")" -m tasks.training.process.worker "$spec" &
 fi
 rm -f "$marker"
 wait "$main"

@@ -12,9 +12,9 @@ from prefect.artifacts import (
 )
 from prefect.context import FlowRunContext
 
-from tasks.contract import read_verified
-from tasks.manifests import Publication
-from tasks.runtime import Runtime
+from tasks.manifests.base import Publication
+from tasks.stage.cache import read_verified
+from tasks.stage.context import Runtime
 
 
 def show_artifacts(summary: dict[str, Any], publication: Publication, runtime: Runtime) -> None:

@@ -7,12 +7,12 @@ from prefect.runtime import deployment
 
 from conf.request import RunRequest
 from flows.artifacts import show_artifacts
-from flows.runs import open_run
+from flows.run_context import open_run
 from tasks.evaluation.steps import evaluate
-from tasks.prefect_states import result_of
 from tasks.prior.steps import generate_class_images
 from tasks.publishing.steps import publish
 from tasks.scoring.steps import score_samples
+from tasks.stage.states import result_of
 from tasks.subject.steps import check_photos, prepare_subject
 from tasks.training.steps import fine_tune
 

@@ -7,10 +7,10 @@ from prefect import flow
 from prefect.runtime import deployment
 
 from conf.trust import allowed_roots, check_path
-from flows.pending import PendingReport, list_pending
+from flows.cli.pending import PendingReport, list_pending
 from flows.personalize_subject import personalize_subject
+from flows.run_context import trust_of_run
 from flows.run_records import read_request, read_summary, relocate, write_summary
-from flows.runs import trust_of_run
 from tasks.errors import LikenessError, StillPending
 
 log = logging.getLogger(__name__)

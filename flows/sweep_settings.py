@@ -16,7 +16,7 @@ from conf.sweep import SweepRequest
 from conf.trust import allowed_roots
 from flows.personalize_subject import personalize_subject
 from tasks.errors import ConfigError, LikenessError
-from tasks.services.tracking import MlflowTracker
+from tasks.services.tracking.mlflow_tracker import MlflowTracker
 
 
 @flow(name="sweep-settings", persist_result=False)

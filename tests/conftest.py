@@ -19,8 +19,8 @@ os.environ.setdefault(
 
 from tasks.services.config import StoreConfig
 from tasks.services.store import LocalStore, S3Store, Store
-from tests.tiny import make_tiny_stable_diffusion
-from tests.workplace import Workplace, serve_prefect
+from tests.support.cli_sandbox import Workplace, serve_prefect
+from tests.support.tiny import make_tiny_stable_diffusion
 
 
 def refuse_remote(event: str, args: tuple[object, ...]) -> None:

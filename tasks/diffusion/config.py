@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tasks.settings import ModelName, PlainName, Section
+from tasks.config_base import ModelName, PlainName, Section
 
 
 class DiffusionConfig(Section):

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from tasks.settings import LocalPath, ModelName, PlainName, Section
+from tasks.config_base import LocalPath, ModelName, PlainName, Section
 
 
 class EncoderConfig(Section):

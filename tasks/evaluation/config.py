@@ -2,8 +2,8 @@
 
 from pydantic import Field
 
+from tasks.config_base import MOST_SEED, Section, SubjectTemplates
 from tasks.encoders.config import EncoderConfig
-from tasks.settings import MOST_SEED, Section, SubjectTemplates
 
 
 class EvaluationConfig(Section):

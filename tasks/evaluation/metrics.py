@@ -10,8 +10,8 @@ from types import MappingProxyType
 from PIL import Image
 from torch import Tensor
 
-from tasks.encoders.descriptors import Encoders
-from tasks.manifests import CeilingMetrics, DriftMetrics, Side, SubjectMetrics
+from tasks.encoders.embeddings import Encoders
+from tasks.manifests.base import CeilingMetrics, DriftMetrics, Side, SubjectMetrics
 
 
 @dataclass(frozen=True)

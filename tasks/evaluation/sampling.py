@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from tasks.contract import StageFolder
-from tasks.diffusion.base import DiffusionModel, SamplingRequest
+from tasks.diffusion.types import DiffusionModel, SamplingRequest
 from tasks.evaluation.config import EvaluationConfig
 from tasks.images import encode_png
-from tasks.manifests import Sample, SampleKind, Side
+from tasks.manifests.base import Sample, SampleKind, Side
 from tasks.prompts import write_plain_prompt, write_subject_prompt
+from tasks.stage.cache import StageFolder
 
 Source = Side | int
 """Base or published weights, or those kept of a step."""

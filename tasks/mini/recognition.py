@@ -21,9 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tasks.diffusion.base import MINI_FOLDER
-from tasks.mini.vision import Eyes
-from tasks.mini.world import CLASS_NOUNS, IMAGE_SIZE, draw_scene, sample_subject_scene
+from tasks.diffusion.types import MINI_FOLDER
+from tasks.mini.vision_server.vision import Eyes
+from tasks.mini.world.scenes import CLASS_NOUNS, IMAGE_SIZE, draw_scene, sample_subject_scene
 
 STATISTICS = MINI_FOLDER / "recognition.safetensors"
 NUM_FITTED, FIT_SEED = 2_000, 500_000

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from tasks.settings import MOST_SEED, ClassTemplate, Section
+from tasks.config_base import MOST_SEED, ClassTemplate, Section
 
 
 class PriorConfig(Section):

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 
 from PIL import Image, ImageStat
 
-from tasks.contract import StageFolder
-from tasks.diffusion.base import DiffusionModel, SamplingRequest
+from tasks.diffusion.types import DiffusionModel, SamplingRequest
 from tasks.errors import ConfigError
 from tasks.images import encode_png
-from tasks.manifests import ClassImage
+from tasks.manifests.base import ClassImage
 from tasks.prior.config import PriorConfig
+from tasks.stage.cache import StageFolder
 
 Draw = Callable[[list[int]], Iterator[tuple[int, Image.Image]]]
 

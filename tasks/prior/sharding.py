@@ -9,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from tasks.config_base import Section
 from tasks.diffusion.config import DiffusionConfig
 from tasks.errors import ConfigError
 from tasks.prior.config import PriorConfig
-from tasks.settings import Section
 from tasks.stage.worker_process import child_environment, guarded
 
 POLL_SECONDS = 0.2

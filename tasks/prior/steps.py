@@ -5,13 +5,13 @@ from typing import Any
 from prefect import task
 
 from tasks import diffusion as diffusion_code
-from tasks.contract import StageFolder
 from tasks.diffusion.config import DiffusionConfig
-from tasks.manifests import ClassImageSet, ModelRef
-from tasks.prefect_states import finished
+from tasks.manifests.base import ClassImageSet, ModelRef
 from tasks.prior.config import PriorConfig
 from tasks.prompts import write_class_prompt
-from tasks.runtime import Runtime
+from tasks.stage.cache import StageFolder
+from tasks.stage.context import Runtime
+from tasks.stage.states import finished
 
 STAGE_VERSION = 2
 
@@ -48,8 +48,8 @@ def compute_prior(
     runtime: Runtime,
 ) -> ClassImageSet:
     """Draw what is missing and write the manifest."""
-    from tasks.diffusion.base import open_model
-    from tasks.diffusion.latent_model import release_memory
+    from tasks.diffusion.adapter import release_memory
+    from tasks.diffusion.types import open_model
     from tasks.prior.generation import draw_pictures, generate_class_images
     from tasks.prior.sharding import draw_on_devices
 

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from tasks.settings import PlainText, Section
+from tasks.config_base import PlainText, Section
 
 
 class PublishingConfig(Section):

@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tasks.contract import StageFolder, fetch_folder
-from tasks.manifests import ClassImageSet, Evaluation, Manifest, ObjectRef, Scorecard, SubjectSet, TunedModel
+from tasks.manifests.base import ClassImageSet, Evaluation, Manifest, ObjectRef, Scorecard, SubjectSet, TunedModel
 from tasks.prompts import name_subject
 from tasks.services.store import Store
+from tasks.stage.cache import StageFolder, fetch_folder
 from tasks.stage.files import write_atomic
 
 CARD = """---

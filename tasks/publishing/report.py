@@ -10,9 +10,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from PIL import Image
 
-from tasks.contract import read_verified
 from tasks.images import decode_png, encode_png
-from tasks.manifests import (
+from tasks.manifests.base import (
     ClassImageSet,
     Evaluation,
     Judgement,
@@ -25,6 +24,7 @@ from tasks.manifests import (
 )
 from tasks.metrics import METRICS
 from tasks.services.store import Store
+from tasks.stage.cache import read_verified
 
 TEMPLATE_FOLDER = Path(__file__).resolve().parent
 PICTURE_SIDE = 256

@@ -6,14 +6,14 @@ from typing import Any
 
 from prefect import task
 
-from tasks.contract import StageFolder, fetch_folder
-from tasks.manifests import ClassImageSet, Evaluation, Publication, Scorecard, SubjectSet, TunedModel
-from tasks.prefect_states import finished, should_retry
+from tasks.manifests.base import ClassImageSet, Evaluation, Publication, Scorecard, SubjectSet, TunedModel
 from tasks.publishing.config import PublishingConfig
-from tasks.runtime import Runtime
 from tasks.services.config import TrackingConfig
-from tasks.services.tracking import Tracker
+from tasks.services.tracking.mlflow_tracker import Tracker
+from tasks.stage.cache import StageFolder, fetch_folder
+from tasks.stage.context import Runtime
 from tasks.stage.files import PART_PREFIX, write_atomic
+from tasks.stage.states import finished, should_retry
 
 STAGE_VERSION = 3
 Upstream = tuple[SubjectSet, ClassImageSet, TunedModel, Evaluation, Scorecard]

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tasks.settings import MOST_WAIT, LocalPath, Section
+from tasks.config_base import MOST_WAIT, LocalPath, Section
 
 
 class ScoringConfig(Section):

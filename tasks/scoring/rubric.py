@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from tasks.services.llm.requests import RequestSpec
+from tasks.services.llm.chat.request import RequestSpec
 from tasks.stage.digests import digest
 
 Grade = Literal[0, 1, 2, 3, 4]

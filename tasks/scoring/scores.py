@@ -8,7 +8,7 @@ from typing import Any
 
 from tasks.csv_files import read_rows
 from tasks.errors import ConfigError
-from tasks.manifests import (
+from tasks.manifests.base import (
     Agreement,
     CheckpointRank,
     ControlResult,
@@ -20,15 +20,15 @@ from tasks.manifests import (
     SideScores,
     SubjectMetrics,
 )
-from tasks.scoring.agreement import (
+from tasks.scoring.judge_requests import AXES, Kind, Question
+from tasks.scoring.statistics import (
     bootstrap_mean,
     compute_alpha,
     compute_kappa,
     compute_spearman,
     compute_strengths,
 )
-from tasks.scoring.questions import AXES, Kind, Question
-from tasks.services.llm.calls import Answers
+from tasks.services.llm.executor import Answers
 
 SIDES: tuple[Side, ...] = ("base", "tuned")
 SELF_LIMIT, OTHER_LIMIT = 3.0, 1.0

@@ -6,12 +6,12 @@ from typing import Any
 
 from prefect import task
 
-from tasks.contract import StageFolder, keep_traces, read_verified
-from tasks.manifests import Agreement, Evaluation, ObjectRef, Scorecard, SubjectSet
-from tasks.prefect_states import finished
-from tasks.runtime import Runtime
+from tasks.manifests.base import Agreement, Evaluation, ObjectRef, Scorecard, SubjectSet
 from tasks.scoring.config import ScoringConfig
 from tasks.services.llm.config import LlmConfig
+from tasks.stage.cache import StageFolder, keep_traces, read_verified
+from tasks.stage.context import Runtime
+from tasks.stage.states import finished
 
 STAGE_VERSION = 3
 
@@ -42,8 +42,8 @@ def compute_scores(
     """Put all questions to the judge and write the manifest."""
     from tasks.images import shrink_png
     from tasks.scoring import scores
-    from tasks.scoring.grading import grade
-    from tasks.scoring.questions import Material
+    from tasks.scoring.judge import grade
+    from tasks.scoring.judge_requests import Material
 
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
     samples = [sample for sample in evaluation.samples if sample.kind == "subject"]

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from tasks.settings import OPERATOR_ONLY, LocalPath, OperatorText, PlainName, PlainText, Section, check_url
+from tasks.config_base import OPERATOR_ONLY, LocalPath, OperatorText, PlainName, PlainText, Section, check_url
 
 
 class StoreConfig(Section):

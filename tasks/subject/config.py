@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tasks.settings import CHECKED, MOST_WAIT, Domains, LocalPath, PhotoSource, PlainText, Section
+from tasks.config_base import CHECKED, MOST_WAIT, Domains, LocalPath, PhotoSource, PlainText, Section
 
 
 class SubjectConfig(Section):

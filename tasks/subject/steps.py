@@ -7,11 +7,11 @@ from typing import Any
 
 from prefect import task
 
-from tasks.contract import StageFolder, keep_traces
-from tasks.manifests import RejectedImage, SubjectSet
-from tasks.prefect_states import finished
-from tasks.runtime import Runtime
+from tasks.manifests.base import RejectedImage, SubjectSet
 from tasks.services.llm.config import LlmConfig
+from tasks.stage.cache import StageFolder, keep_traces
+from tasks.stage.context import Runtime
+from tasks.stage.states import finished
 from tasks.subject.config import SubjectConfig
 
 STAGE_VERSION = 5
@@ -25,8 +25,8 @@ def check_photos(config: SubjectConfig, runtime: Runtime, *, is_drawn_world: boo
         SubjectRejected: too few good ones, or they are not of the only world that the base model knows.
 
     """
-    from tasks.subject import intake
-    from tasks.subject.known_world import check_known_world
+    from tasks.subject.photos import ingest as intake
+    from tasks.subject.photos.known_world import check_known_world
 
     photos = intake.check_photos(config, runtime.store)
     for name, reason in photos.skipped:
@@ -39,7 +39,7 @@ def check_photos(config: SubjectConfig, runtime: Runtime, *, is_drawn_world: boo
 @task(name="subject", persist_result=False)
 def prepare_subject(config: SubjectConfig, llm: LlmConfig, photos: Any, runtime: Runtime) -> Any:
     """Inspect and caption the photos; keep rejects with their reasons."""
-    from tasks.subject.captioning import digest_prompts
+    from tasks.subject.captions.captioning import digest_prompts
 
     settings = config.model_dump(
         mode="json", exclude={"source", "max_images", "captions", "batch_from", "max_wait_seconds", "allow_unknown"}
@@ -62,10 +62,10 @@ def prepare_subject(config: SubjectConfig, llm: LlmConfig, photos: Any, runtime:
 
 def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, runtime: Runtime) -> SubjectSet:
     """Ask the LLM about the photos, sort out, and write the manifest. Raises SubjectRejected."""
-    from tasks.subject import intake
-    from tasks.subject.captioning import describe_photos
-    from tasks.subject.naming import look_up_names
-    from tasks.subject.sorting import check_leaks, look_at_all, sort_photos
+    from tasks.subject.captions.captioning import describe_photos
+    from tasks.subject.name_lookup import look_up_names
+    from tasks.subject.photos import ingest as intake
+    from tasks.subject.selection import check_leaks, look_at_all, sort_photos
 
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
     described = describe_photos(

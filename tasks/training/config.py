@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tasks.settings import OperatorText, PlainNames, PlainText, Section, SubjectTemplates
+from tasks.config_base import OperatorText, PlainNames, PlainText, Section, SubjectTemplates
 
 
 class LoraSettings(Section):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tasks.diffusion.noise import NoiseProcess
+from tasks.diffusion.noise_schedulers import NoiseProcess
 
 # Shapes: B images per half, C latent channels, h x w latent side.
 

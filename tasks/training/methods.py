@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tasks.diffusion.latent_model import DTYPES, LatentModel
-from tasks.diffusion.learned_tokens import initial_vectors, save_tokens
+from tasks.diffusion.adapter import DTYPES, LatentModel
+from tasks.diffusion.textual_inversion import initial_vectors, save_tokens
 from tasks.errors import ConfigError
-from tasks.training.spec import TrainingSpec
+from tasks.training.process.worker_spec import TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def add_adapters(
     model: LatentModel, spec: TrainingSpec, trainable: Trainable, parts: list[str], *, first_step: int
 ) -> None:
     """Train low-rank adapters in the parts."""
-    from tasks.diffusion.lora import add_lora
+    from tasks.diffusion.lora.adapters import add_lora
 
     lora = spec.training.lora
     adapted = add_lora(
@@ -155,7 +155,7 @@ def save_learned(model: LatentModel, spec: TrainingSpec, trainable: Trainable, f
     if vectors:
         save_tokens(folder, spec.identifier_token, vectors)
     if training.method.endswith("lora"):
-        from tasks.diffusion.lora import LoraExport, save_lora
+        from tasks.diffusion.lora.adapters import LoraExport, save_lora
 
         names = [name for name in trainable.modules if not name.endswith("_token")]
         subject = f"{spec.identifier_token} {spec.class_noun}"

@@ -8,15 +8,15 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from tasks.diffusion.base import Conditioning
-from tasks.diffusion.latent_model import DTYPES, LatentModel
-from tasks.training import draws
-from tasks.training.data import BatchMaker, TrainingBatch, send
+from tasks.diffusion.adapter import DTYPES, LatentModel
+from tasks.diffusion.types import Conditioning
+from tasks.training.data.dataset import BatchMaker, TrainingBatch, send
+from tasks.training.data import rng as draws
 from tasks.training.losses import PriorPreservationLoss, min_snr_weights, prior_preservation_loss
 from tasks.training.methods import Trainable, prepare
 from tasks.training.optimizers import has_fused_skip, make_optimizer
+from tasks.training.process.worker_spec import TrainingSpec, compute_learning_rate_factor
 from tasks.training.sharding import gather, shard
-from tasks.training.spec import TrainingSpec, compute_learning_rate_factor
 
 
 class DreamBoothModule(pl.LightningModule):

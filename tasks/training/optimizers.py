@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tasks.diffusion.latent_model import LatentModel
+from tasks.diffusion.adapter import LatentModel
 from tasks.errors import ConfigError
 from tasks.training.config import TrainingConfig
 

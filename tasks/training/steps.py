@@ -8,16 +8,16 @@ from prefect import task
 
 from tasks import diffusion as diffusion_code
 from tasks import encoders as encoders_code
-from tasks.contract import PREFIXES, StageFolder, fetch_folder, find_manifest
 from tasks.diffusion.config import DiffusionConfig
 from tasks.encoders.config import EncoderConfig
 from tasks.encoders.folders import identify_encoders
-from tasks.manifests import ClassImageSet, InstanceImage, SubjectSet, TunedModel
-from tasks.prefect_states import finished
-from tasks.runtime import Runtime
-from tasks.services.tracking import DatasetInfo
+from tasks.manifests.base import ClassImageSet, InstanceImage, SubjectSet, TunedModel
+from tasks.services.tracking.mlflow_tracker import DatasetInfo
+from tasks.stage.cache import PREFIXES, StageFolder, fetch_folder, find_manifest
+from tasks.stage.context import Runtime
+from tasks.stage.states import finished
 from tasks.training.config import TrainingConfig
-from tasks.training.holdout import settle_validation, split_photos
+from tasks.training.data.holdout import settle_validation, split_photos
 
 STAGE_VERSION = 3
 TRAINING_TAG = "likeness.training"
@@ -72,10 +72,10 @@ def compute_training(
     runtime: Runtime,
 ) -> TunedModel:
     """Run the worker to its end and move its result into the store, one run at a time."""
-    from tasks.diffusion.base import find_folder
-    from tasks.training.latent_cache import fetch_latents, keep_latents
-    from tasks.training.spec import TrainingSpec
-    from tasks.training.supervisor import locked, run_worker
+    from tasks.diffusion.types import find_folder
+    from tasks.training.data.latent_cache import fetch_latents, keep_latents
+    from tasks.training.process.supervisor import locked, run_worker
+    from tasks.training.process.worker_spec import TrainingSpec
 
     work = runtime.work_folder / "training" / folder.stage_key
     num_holdout = config.validation.num_holdout or 0
@@ -137,7 +137,7 @@ def fetch_images(runtime: Runtime, work: Path, rows: list[tuple[Any, Any, Any, s
     """Copy images and their masks to local files and put them beside their prompts and original sizes."""
     from PIL import Image
 
-    from tasks.training.spec import TrainingImage
+    from tasks.training.process.worker_spec import TrainingImage
 
     def measure(path: str) -> dict[str, int]:
         with Image.open(path) as opened:
@@ -191,7 +191,7 @@ def store_result(
     prior: ClassImageSet,
 ) -> TunedModel:
     """Store weights and loss log and write the manifest."""
-    from tasks.training.spec import RunFolder
+    from tasks.training.process.worker_spec import RunFolder
 
     run, micro = RunFolder(spec.path), result.micro_batch_size
     model = tuple(folder.put_file(f"model/{name}", run.model / name) for name in result.model_files())

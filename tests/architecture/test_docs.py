@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from conf.groups import GROUPS, list_options
-from flows.cli import make_parser
+from flows.cli.main import make_parser
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = (ROOT / "README.md").read_text()

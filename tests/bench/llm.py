@@ -21,26 +21,26 @@ from PIL import Image
 
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
-from flows.estimates import plan_requests
+from flows.cli.estimate import plan_requests
 from tasks.encoders.config import EncoderConfig
-from tasks.encoders.descriptors import Encoders
+from tasks.encoders.embeddings import Encoders
 from tasks.errors import LikenessError
 from tasks.images import decode_png, encode_png
-from tasks.manifests import ObjectRef, Sample, Side
-from tasks.mini.launch import LocalServer
-from tasks.mini.world import CLASS_NOUNS, PLACE_PHRASES, draw_scene, sample_subject_scene
+from tasks.manifests.base import ObjectRef, Sample, Side
+from tasks.mini.vision_server.launch import LocalServer
+from tasks.mini.world.scenes import CLASS_NOUNS, PLACE_PHRASES, draw_scene, sample_subject_scene
 from tasks.scoring import scores
-from tasks.scoring.agreement import compute_spearman
 from tasks.scoring.config import ScoringConfig
-from tasks.scoring.questions import Material, list_questions
-from tasks.services.llm.calls import ask_each
-from tasks.services.llm.client import LlmService
+from tasks.scoring.judge_requests import Material, list_questions
+from tasks.scoring.statistics import compute_spearman
+from tasks.services.llm.budget.cost_estimate import estimate_calls
+from tasks.services.llm.budget.ledger import Ledger
 from tasks.services.llm.config import CapabilityConfig, LlmConfig, ProfileConfig
-from tasks.services.llm.estimate import estimate_calls
-from tasks.services.llm.ledger import Ledger
+from tasks.services.llm.executor import ask_each
+from tasks.services.llm.service import LlmService
 from tasks.services.store import LocalStore
-from tests.llm_server import completion, scripted_server
-from tests.tasks.services.llm.test_client import CHAT, GOOD, SPEC
+from tests.support.llm_server import completion, scripted_server
+from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC
 
 PROFILES = ("openai-luna", "openai-luna-5", "openai-nano", "xai", "xai-fast", "openrouter")
 GROUPS = {"openai": "openai", "xai": "xai", "openrouter": "openrouter"}

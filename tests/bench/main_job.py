@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from tasks.mini.world import draw_subject
+from tasks.mini.world.scenes import draw_subject
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SUBJECTS = (("mug", 3), ("robot", 5), ("house", 11))
@@ -48,7 +48,7 @@ class Measured:
 
 def measure(out: Path, *words: str, environment: dict[str, str] | None = None) -> Measured:
     """Run `likeness run` and watch its time and the memory of all its processes."""
-    command = [sys.executable, "-m", "flows.cli", "run", f"output_dir={out}", *words]
+    command = [sys.executable, "-m", "flows.cli.main", "run", f"output_dir={out}", *words]
     base = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
     settings = {**base, "PREFECT_HOME": str(out / "prefect"), "HF_HUB_OFFLINE": "1", **(environment or {})}
     started = time.monotonic()

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.workplace import Workplace
+from tests.support.cli_sandbox import Workplace
 
 BUCKET = "bench"
 

@@ -28,17 +28,17 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tasks.diffusion.base import MINI_FOLDER, open_model
+from tasks.diffusion.adapter import DTYPES, LatentModel
 from tasks.diffusion.config import DiffusionConfig
-from tasks.diffusion.latent_model import DTYPES, LatentModel
-from tasks.mini.world import CLASS_NOUNS, draw_subject
+from tasks.diffusion.types import MINI_FOLDER, open_model
+from tasks.mini.world.scenes import CLASS_NOUNS, draw_subject
 from tasks.stage.digests import digest_folder
 from tasks.training.config import TrainingConfig
 from tasks.training.losses import prior_preservation_loss
 from tasks.training.module import DreamBoothModule
-from tasks.training.spec import TrainingImage, TrainingSpec
-from tasks.training.supervisor import run_worker
-from tests.tiny import describe_image
+from tasks.training.process.supervisor import run_worker
+from tasks.training.process.worker_spec import TrainingImage, TrainingSpec
+from tests.support.tiny import describe_image
 
 INSTANCE_PROMPT, CLASS_PROMPT = "a photo of sks fish", "a photo of a fish"
 

@@ -11,10 +11,10 @@ from conf.overrides import parse_overrides
 from conf.request import RunRequest
 from conf.schema import RunConfig
 from conf.trust import WORDS, check_path, list_rules, walk_rules
+from tasks.config_base import RequestRule, Section
 from tasks.errors import ConfigError
 from tasks.redaction import redact
-from tasks.settings import RequestRule, Section
-from tests.workplace import ROOT
+from tests.support.cli_sandbox import ROOT
 
 CANARY = "canary-7f3a9c1e0b5d"
 

@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 
 from flows.run_records import read_summary
-from tests.llm_server import ScriptedServer, completion, scripted_server
-from tests.tiny import draw_photos
-from tests.workplace import Workplace
+from tests.support.cli_sandbox import Workplace
+from tests.support.llm_server import ScriptedServer, completion, scripted_server
+from tests.support.tiny import draw_photos
 
 
 class Grading(ScriptedServer):
@@ -88,7 +88,7 @@ def test_a_vision_server_killed_mid_run_is_one_line_and_no_answer_is_asked_twice
     output = workplace.folder / "other runs"
     process = workplace.start(*words)
     wait_until(lambda: process.poll() is not None or count_lines("*/ledger.jsonl", output) >= 2)
-    for child in find_children(process.pid, "tasks.mini.server"):
+    for child in find_children(process.pid, "tasks.mini.vision_server.server"):
         child.kill()
     _, stderr = process.communicate(timeout=200)
     assert process.returncode == 4, stderr

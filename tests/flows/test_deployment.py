@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.workplace import ROOT, Workplace, end
+from tests.support.cli_sandbox import ROOT, Workplace, end
 
 CANARY = "canary-3b1f"
 PREFECT = [sys.executable, "-m", "prefect"]

@@ -8,8 +8,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tasks.mini.launch import LocalServer
-from tests.workplace import Workplace
+from tasks.mini.vision_server.launch import LocalServer
+from tests.support.cli_sandbox import Workplace
 
 CANARY = "sk-canary-6c1f0b7e"
 WORDS = (
@@ -75,7 +75,7 @@ def holds(path: Path, text: str) -> bool:
 
 
 def test_a_key_is_in_no_file_database_log_or_process_argument(watched: dict[str, Any], workplace: Workplace) -> None:
-    assert any("tasks.training.worker" in word for word in watched["words"])  # it was looked at while it ran
+    assert any("tasks.training.process.worker" in word for word in watched["words"])  # it was looked at while it ran
     assert CANARY not in watched["printed"] + " ".join(watched["words"])
     files = [path for path in workplace.folder.rglob("*") if path.is_file()]
     assert any(path.name == "mlflow.db" for path in files)

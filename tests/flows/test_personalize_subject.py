@@ -8,10 +8,10 @@ from typing import Any
 from PIL import Image
 from safetensors.torch import load, save
 
-from tasks.contract import PREFIXES
 from tasks.services.store import LocalStore
+from tasks.stage.cache import PREFIXES
 from tasks.stage.digests import parse_json, sign, verify_signed
-from tests.workplace import Workplace
+from tests.support.cli_sandbox import Workplace
 
 
 def test_six_stages_turn_photos_into_a_published_model(first_run: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from conf.compose import compile_request, compute_config_digest
 from conf.overrides import parse_overrides
+from flows.cli.run import print_runs
 from flows.run_records import (
     head,
     list_summaries,
@@ -27,7 +28,6 @@ from flows.run_records import (
     write_summary,
     write_words,
 )
-from flows.terminal import print_runs
 from tasks.errors import ArtifactCorrupt, ConfigError, StillPending, TrainingStopped
 
 WORDS = [

@@ -7,7 +7,7 @@ from conf.request import Value
 from conf.sweep import SweepRequest, parse_sweep
 from flows.sweep_settings import compute_objective
 from tasks.errors import ConfigError
-from tests.workplace import QUICK, Workplace
+from tests.support.cli_sandbox import QUICK, Workplace
 
 
 def test_trials_share_stages_and_the_best_is_named(first_run: dict[str, object], workplace: Workplace) -> None:

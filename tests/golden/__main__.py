@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tasks.stage.digests import parse_json, verify_signed
 from tests.golden.stages import FOLDER, KINDS, describe, join_pictures
-from tests.workplace import Workplace
+from tests.support.cli_sandbox import Workplace
 
 
 def main() -> None:

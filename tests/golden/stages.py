@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tasks.contract import compute_schema_digest
-from tasks.manifests import (
+from tasks.manifests.base import (
     ClassImageSet,
     Evaluation,
     Manifest,
@@ -20,6 +19,7 @@ from tasks.manifests import (
     TunedModel,
     without_stage_keys,
 )
+from tasks.stage.cache import compute_schema_digest
 
 FOLDER = Path(__file__).parent
 KINDS: dict[str, type[Manifest]] = {

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel
 
-from tasks.services.llm.client import LlmService
+from tasks.services.llm.budget.ledger import Ledger
+from tasks.services.llm.chat.request import RequestSpec
 from tasks.services.llm.config import CapabilityConfig, LlmConfig, ProfileConfig
-from tasks.services.llm.ledger import Ledger
-from tasks.services.llm.requests import RequestSpec
+from tasks.services.llm.service import LlmService
 from tasks.services.store import LocalStore
 
 # What is installed by hand lies here: litellm/ (a venv), aimock/ (node_modules), llama-server (a binary).

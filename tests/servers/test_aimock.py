@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from tasks.errors import BudgetExceeded, ConfigError, ReplyInvalid, ServiceUnavailable
-from tasks.services.llm.batch import BatchOptions, ask_batch
-from tasks.services.llm.client import LlmService
+from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
+from tasks.services.llm.chat.request import RequestSpec
 from tasks.services.llm.doctor import examine
-from tasks.services.llm.requests import RequestSpec
+from tasks.services.llm.service import LlmService
 from tests.servers.served import SERVERS, Seen, ask_color, fill_picture, find_port, make_llm, need, serving
 
 HOW = "make test-llm-servers"

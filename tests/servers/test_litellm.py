@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import ConfigError
-from tasks.mini.launch import LocalServer
-from tasks.services.llm.batch import BatchOptions, ask_batch
+from tasks.mini.vision_server.launch import LocalServer
+from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
+from tasks.services.llm.chat.request import RequestSpec
 from tasks.services.llm.doctor import examine
-from tasks.services.llm.requests import RequestSpec
 from tests.servers.served import SERVERS, Seen, ask_color, fill_picture, find_port, make_llm, need, serving
 
 HOW = "make test-llm-servers"

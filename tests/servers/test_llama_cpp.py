@@ -8,9 +8,9 @@ import pytest
 from pydantic import BaseModel
 
 from tasks.errors import ConfigError, ReplyInvalid, ServiceUnavailable
-from tasks.services.llm.client import LlmService
+from tasks.services.llm.chat.request import RequestSpec
 from tasks.services.llm.doctor import examine
-from tasks.services.llm.requests import RequestSpec
+from tasks.services.llm.service import LlmService
 from tests.servers.served import SERVERS, Seen, ask_color, find_port, make_llm, need, serving
 from tests.servers.tiny_gguf import make_tiny_gguf
 

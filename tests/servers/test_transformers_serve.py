@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import ConfigError, ReplyInvalid, ServiceUnavailable
+from tasks.services.llm.chat.request import RequestSpec
 from tasks.services.llm.doctor import examine
-from tasks.services.llm.requests import RequestSpec
 from tests.servers.served import Seen, ask_color, fill_picture, find_port, make_llm, serving
 from tests.servers.tiny_vlm import make_tiny_vlm
 
@@ -68,8 +68,8 @@ def test_its_own_failure_is_the_service_being_unavailable(served: tuple[str, str
     llm = make_llm(*served, tmp_path, structure="text")
     body = RequestSpec("", ("look", fill_picture("red")), Seen).body(llm.config.profiles["p"], "text")
     body["messages"][1]["content"][1]["image_url"]["url"] = "data:image/png;base64,AAAA"
-    from tasks.services.llm.retries import call_with_retries
-    from tasks.services.llm.transport import complete
+    from tasks.services.llm.chat.retries import call_with_retries
+    from tasks.services.llm.chat.transport import complete
 
     with pytest.raises(ServiceUnavailable, match="answered 500"):
         call_with_retries(lambda left: complete(llm.client("p"), body, timeout_seconds=left), llm.config.profiles["p"])

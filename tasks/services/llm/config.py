@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tasks.settings import OPERATOR_ONLY, PlainNames, Section, check_url
+from tasks.config_base import OPERATOR_ONLY, PlainNames, Section, check_url
 
 ROLES = ("inspector", "captioner", "profiler", "adjudicator", "judge", "second_judge", "reviewer")
 STRUCTURES = ("json_schema", "json_object", "tool", "json_mode", "text")

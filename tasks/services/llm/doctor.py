@@ -10,16 +10,16 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from tasks.errors import LikenessError, ReplyInvalid
-from tasks.services.llm.client import LlmService
-from tasks.services.llm.completion import ChatCompletion, clean_line
+from tasks.services.llm.budget.ledger import LedgerRow
+from tasks.services.llm.chat.capability_probe import try_structure
+from tasks.services.llm.chat.completion import ChatCompletion, clean_line
+from tasks.services.llm.chat.json_schema import parse_reply
+from tasks.services.llm.chat.request import RequestSpec
+from tasks.services.llm.chat.response_format import TOOL, ask_for, set_reasoning
+from tasks.services.llm.chat.transport import parse_body, read_key, translated
 from tasks.services.llm.config import ProfileConfig
-from tasks.services.llm.dialects import TOOL, ask_for, set_reasoning
 from tasks.services.llm.errors import EndpointUnavailable, RequestRefused
-from tasks.services.llm.ledger import LedgerRow
-from tasks.services.llm.probing import try_structure
-from tasks.services.llm.requests import RequestSpec
-from tasks.services.llm.schema import parse_reply
-from tasks.services.llm.transport import parse_body, read_key, translated
+from tasks.services.llm.service import LlmService
 
 SOON_DAYS = 60
 

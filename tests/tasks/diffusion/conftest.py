@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_families import MAKERS
+from tests.support.tiny_families import MAKERS
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from tasks.contract import StageFolder
-from tasks.diffusion.base import DiffusionModel, open_model
+from tasks.diffusion.types import DiffusionModel, open_model
 from tasks.encoders.config import EncoderConfig
 from tasks.evaluation.config import EvaluationConfig
 from tasks.evaluation.sampling import Source, draw_samples, plan_samples
 from tasks.services.store import LocalStore
-from tests.tiny import tiny_diffusion_config
+from tasks.stage.cache import StageFolder
+from tests.support.tiny import tiny_diffusion_config
 
 CONFIG = EvaluationConfig(
     prompts=("a photo of {subject}", "{subject} in the snow"),

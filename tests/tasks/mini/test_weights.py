@@ -6,9 +6,9 @@ import re
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel, ViTModel
 
-from tasks.diffusion.base import MINI_FOLDER
-from tasks.mini.tokens import RARE_TOKENS
-from tasks.mini.verify import TARGETS, check_digests, measure_encoders, measure_generation
+from tasks.diffusion.types import MINI_FOLDER
+from tasks.mini.pretrain.tokens import RARE_TOKENS
+from tasks.mini.pretrain.verify import TARGETS, check_digests, measure_encoders, measure_generation
 
 
 def test_every_file_is_what_its_digest_says() -> None:

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tasks.contract import StageFolder
-from tasks.diffusion.base import DiffusionModel, open_model
+from tasks.diffusion.types import DiffusionModel, open_model
 from tasks.errors import ConfigError
 from tasks.prior.config import PriorConfig
 from tasks.prior.generation import check_picture, draw_pictures, generate_class_images
 from tasks.prior.sharding import draw_on_devices
 from tasks.services.store import LocalStore
-from tests.tiny import tiny_diffusion_config
+from tasks.stage.cache import StageFolder
+from tests.support.tiny import tiny_diffusion_config
 
 CONFIG = PriorConfig(num_images=5, num_inference_steps=2, guidance_scale=2.0, batch_size=2)
 PROMPT = "a photo of a fish"

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.contract import StageFolder
 from tasks.images import decode_png, encode_png
-from tasks.manifests import (
+from tasks.manifests.base import (
     CeilingMetrics,
     CheckpointRank,
     DriftMetrics,
@@ -27,7 +26,8 @@ from tasks.publishing.report import (
     smoothed,
 )
 from tasks.services.store import LocalStore
-from tests.tiny import draw_photo
+from tasks.stage.cache import StageFolder
+from tests.support.tiny import draw_photo
 
 
 def make_evaluation(store: LocalStore) -> Evaluation:
@@ -107,7 +107,7 @@ def test_smoothing_keeps_the_mean_of_a_level_curve() -> None:
 
 
 def test_headline_metrics_are_flat_and_complete(store: LocalStore) -> None:
-    from tasks.manifests import JudgeHealth, SideScores
+    from tasks.manifests.base import JudgeHealth, SideScores
 
     scores = StageFolder(store, "scoring", "k").finish(
         Scorecard, version=1, counts={}, served_model="m", judgements=(), failed=(),

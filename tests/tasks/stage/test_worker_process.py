@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.workplace import ROOT
+from tests.support.cli_sandbox import ROOT
 
 PARENT = """
 import subprocess, sys, time

@@ -8,16 +8,16 @@ import pytest
 
 from tasks.errors import ConfigError, LikenessError, ServiceUnavailable
 from tasks.services.store import LocalStore
-from tasks.subject.captioning import describe_photos
+from tasks.subject.adjudication import MAX_ROUNDS
+from tasks.subject.captions.captioning import describe_photos
 from tasks.subject.config import SubjectConfig
-from tasks.subject.examining import MAX_ROUNDS
-from tasks.subject.intake import CheckedPhotos, check_photos
-from tasks.subject.sorting import look_at_all
-from tests.llm_server import Answer, ScriptedServer, scripted_server
-from tests.tasks.services.llm.test_client import CHAT, make_llm
-from tests.tasks.subject.test_examining import calling
-from tests.tasks.subject.test_sorting import GOOD
-from tests.tiny import draw_photos
+from tasks.subject.photos.ingest import CheckedPhotos, check_photos
+from tasks.subject.selection import look_at_all
+from tests.support.llm_server import Answer, ScriptedServer, scripted_server
+from tests.support.tiny import draw_photos
+from tests.tasks.services.llm.test_service import CHAT, make_llm
+from tests.tasks.subject.test_adjudication import calling
+from tests.tasks.subject.test_selection import GOOD
 
 CONFIG = SubjectConfig(source="x", class_noun="fish")
 NUM = 4

@@ -13,12 +13,12 @@ import torch
 from tasks.errors import ArtifactCorrupt, StorageFull
 from tasks.services.store import LocalStore
 from tasks.stage.digests import dump_line
-from tasks.training import worker
-from tasks.training.checkpoints import MANIFEST, TrainingState, list_checkpoints, load_newest, save_checkpoint
-from tasks.training.latent_cache import fetch_latents, is_whole, keep_latents, note_of
-from tasks.training.spec import RunFolder, TrainingSpec
-from tasks.training.supervisor import EventTail, read_result, run_worker
-from tests.tiny import make_spec, train_here
+from tasks.training.checkpoint_io import MANIFEST, TrainingState, list_checkpoints, load_newest, save_checkpoint
+from tasks.training.data.latent_cache import fetch_latents, is_whole, keep_latents, note_of
+from tasks.training.process import worker
+from tasks.training.process.supervisor import EventTail, read_result, run_worker
+from tasks.training.process.worker_spec import RunFolder, TrainingSpec
+from tests.support.tiny import make_spec, train_here
 
 IDENTITY = {"configuration": "c"}
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from tasks.diffusion.base import open_model
-from tasks.diffusion.noise import GaussianDiffusion, RectifiedFlow
-from tasks.training import draws
-from tasks.training.data import BatchMaker, SampleCounter
+from tasks.diffusion.noise_schedulers import GaussianDiffusion, RectifiedFlow
+from tasks.diffusion.types import open_model
+from tasks.training.data.dataset import BatchMaker, SampleCounter
+from tasks.training.data import rng as draws
 from tasks.training.losses import min_snr_weights, prior_preservation_loss
-from tasks.training.spec import TrainingSpec
-from tests.tiny import make_spec
+from tasks.training.process.worker_spec import TrainingSpec
+from tests.support.tiny import make_spec
 
 CPU = torch.device("cpu")
 PROMPTS = ("a photo of sks fish", "sks fish in the snow", "sks fish on the beach")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tasks.training.losses import prior_preservation_loss
-from tests.numerics import assert_same_up_to_rounding
+from tests.support.numerics import assert_same_up_to_rounding
 
 
 def test_halves_are_weighed_apart() -> None:

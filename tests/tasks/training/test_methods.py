@@ -12,16 +12,16 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from tasks.diffusion.base import SamplingRequest, open_model
-from tasks.diffusion.latent_model import LORA_FILE, LatentModel
-from tasks.diffusion.learned_tokens import EMBEDS_FILE
-from tasks.diffusion.lora import KOHYA_FILE
+from tasks.diffusion.adapter import LORA_FILE, LatentModel
+from tasks.diffusion.lora.adapters import KOHYA_FILE
+from tasks.diffusion.textual_inversion import EMBEDS_FILE
+from tasks.diffusion.types import SamplingRequest, open_model
 from tasks.errors import ConfigError, TrainingFailed
-from tasks.training import worker
 from tasks.training.module import DreamBoothModule
-from tasks.training.spec import RunFolder, TrainingSpec
-from tests.tiny import make_spec
-from tests.tiny_families import make_tiny_flux, make_tiny_sd3, make_tiny_sdxl
+from tasks.training.process import worker
+from tasks.training.process.worker_spec import RunFolder, TrainingSpec
+from tests.support.tiny import make_spec
+from tests.support.tiny_families import make_tiny_flux, make_tiny_sd3, make_tiny_sdxl
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "stable_diffusion_xl": make_tiny_sdxl,

@@ -9,11 +9,11 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from tasks.errors import ConfigError
-from tasks.training import worker
 from tasks.training.config import TrainingConfig
 from tasks.training.optimizers import check_compiler, make_optimizer
-from tasks.training.spec import RunFolder, compute_learning_rate_factor
-from tests.tiny import make_spec, read_unet, train_here
+from tasks.training.process import worker
+from tasks.training.process.worker_spec import RunFolder, compute_learning_rate_factor
+from tests.support.tiny import make_spec, read_unet, train_here
 
 
 def train(folder: Path, model: Path, **changes: object) -> RunFolder:

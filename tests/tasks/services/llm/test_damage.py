@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from tasks.errors import StillPending
-from tasks.services.llm.batch_job import BatchState, find_state
-from tasks.services.llm.client import LlmService
+from tasks.services.llm.batch.job import BatchState, find_state
+from tasks.services.llm.budget.ledger import read_rows
 from tasks.services.llm.config import CapabilityConfig
-from tasks.services.llm.ledger import read_rows
+from tasks.services.llm.service import LlmService
 from tasks.services.store import LocalStore
 from tasks.stage.digests import dump_signed
-from tests.llm_server import ScriptedServer, completion, scripted_server
-from tests.tasks.services.llm.test_batch import BATCHES
-from tests.tasks.services.llm.test_batch import ask as ask_in_batch
-from tests.tasks.services.llm.test_client import CHAT, GOOD, SPEC, ask, make_llm
-from tests.tasks.services.llm.test_rungs import REFUSAL, two_rungs
+from tests.support.llm_server import ScriptedServer, completion, scripted_server
+from tests.tasks.services.llm.batch.test_jobs import BATCHES
+from tests.tasks.services.llm.batch.test_jobs import ask as ask_in_batch
+from tests.tasks.services.llm.test_fallback_chain import REFUSAL, two_rungs
+from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC, ask, make_llm
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "one flipped byte": lambda data: flip(data),  # noqa: PLW0108 - defined below

@@ -10,19 +10,19 @@ import pytest
 
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
-from flows.costs import sum_costs
-from flows.estimates import print_estimates
-from tasks.mini.launch import LocalServer
-from tasks.services.llm.calls import ask_each
-from tasks.services.llm.client import LlmService
+from flows.cli.cost import sum_costs
+from flows.cli.estimate import print_estimates
+from tasks.mini.vision_server.launch import LocalServer
+from tasks.services.llm.budget.cost_estimate import estimate_calls
+from tasks.services.llm.budget.ledger import Ledger
 from tasks.services.llm.config import CapabilityConfig, PriceConfig, ProfileConfig
 from tasks.services.llm.doctor import check_retirement, examine
-from tasks.services.llm.estimate import estimate_calls
-from tasks.services.llm.ledger import Ledger
+from tasks.services.llm.executor import ask_each
+from tasks.services.llm.service import LlmService
 from tasks.services.store import LocalStore
-from tests.llm_server import ScriptedServer, completion, scripted_server
-from tests.tasks.services.llm.test_client import GOOD, SPEC, ask, make_llm
-from tests.tasks.services.llm.test_rungs import two_rungs
+from tests.support.llm_server import ScriptedServer, completion, scripted_server
+from tests.tasks.services.llm.test_fallback_chain import two_rungs
+from tests.tasks.services.llm.test_service import GOOD, SPEC, ask, make_llm
 
 TODAY = datetime.date(2026, 11, 22)
 

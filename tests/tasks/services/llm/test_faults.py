@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import BudgetExceeded, ConfigError, LikenessError, ReplyInvalid, ServiceUnavailable
-from tests.llm_server import ScriptedServer, completion, scripted_server
-from tests.tasks.services.llm.test_client import CHAT, GOOD, SPEC, ask, make_llm
+from tests.support.llm_server import ScriptedServer, completion, scripted_server
+from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC, ask, make_llm
 
 WHOLE = json.dumps(completion(GOOD)).encode()
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
@@ -222,12 +222,12 @@ def test_no_key_is_ever_written_down(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tasks.services.llm.client import LlmService
+from tasks.services.llm.service import LlmService
 from tasks.services.llm.config import CapabilityConfig, LlmConfig, PriceConfig, ProfileConfig
-from tasks.services.llm.budget import Budget
-from tasks.services.llm.ledger import Ledger
+from tasks.services.llm.budget.spending_cap import Budget
+from tasks.services.llm.budget.ledger import Ledger
 from tasks.services.store import LocalStore
-from tasks.services.llm.requests import RequestSpec
+from tasks.services.llm.chat.request import RequestSpec
 from pydantic import BaseModel
 
 class Reply(BaseModel):

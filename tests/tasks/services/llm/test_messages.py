@@ -9,13 +9,13 @@ import pytest
 
 from tasks.errors import LikenessError
 from tasks.redaction import registered
+from tasks.services.llm.agents.conversation import Conversation
 from tasks.services.llm.config import CapabilityConfig
-from tasks.services.llm.conversation import Conversation
 from tasks.services.llm.doctor import examine
-from tests.llm_server import ScriptedServer, completion, scripted_server
-from tests.tasks.services.llm.test_batch import ask as ask_in_batch
-from tests.tasks.services.llm.test_client import GOOD, ask, make_llm
-from tests.tasks.services.llm.test_conversation import say, stream
+from tests.support.llm_server import ScriptedServer, completion, scripted_server
+from tests.tasks.services.llm.agents.test_conversation import say, stream
+from tests.tasks.services.llm.batch.test_jobs import ask as ask_in_batch
+from tests.tasks.services.llm.test_service import GOOD, ask, make_llm
 
 CANARY = "sk-canary-7f3a9b2c4d5e6f"
 

@@ -11,11 +11,11 @@ from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from tasks.errors import ConfigError
 from tasks.services.config import StoreConfig
-from tasks.services.llm.batch import BatchOptions, ask_batch
+from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.config import ProfileConfig
 from tasks.services.store import S3Store
-from tests.llm_server import scripted_server
-from tests.tasks.services.llm.test_client import CHAT, GOOD, SPEC, ask, make_llm
+from tests.support.llm_server import scripted_server
+from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC, ask, make_llm
 
 
 def test_openrouter_is_told_fallbacks_and_the_most_it_may_pay(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_another_route_is_another_answer(tmp_path: Path) -> None:
 
 
 def test_calls_keep_to_the_profiles_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.services.llm.pacing.WINDOW_SECONDS", 1.0)
+    monkeypatch.setattr("tasks.services.llm.budget.rate_limit.WINDOW_SECONDS", 1.0)
     with scripted_server() as server:
         server.script(GOOD)
         llm = make_llm(server, tmp_path, requests_per_minute=1)

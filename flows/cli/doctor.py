@@ -1,0 +1,50 @@
+"""`likeness doctor`: whether every LLM profile does what its YAML says."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from conf.compose import compile_request
+from conf.overrides import parse_overrides
+from flows.cli.console import make_cell
+from flows.cli.estimate import with_defaults
+
+
+def print_examination(words: Iterable[str]) -> int:
+    """Try every profile that serves a role, print what was found, and return the exit code."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tasks.mini.vision_server.launch import LocalServer
+    from tasks.services.llm.budget.ledger import Ledger
+    from tasks.services.llm.config import ROLES
+    from tasks.services.llm.doctor import examine
+    from tasks.services.llm.service import LlmService
+    from tasks.services.store import open_store
+
+    config = compile_request(parse_overrides(with_defaults(words)))
+    output = Path(config.output_dir).absolute()
+    ledger = Ledger(output / "doctor-ledger.jsonl")
+    server = LocalServer(output / "doctor-vision-server.log")
+    output.mkdir(parents=True, exist_ok=True)
+    llm = LlmService(config.llm, store=open_store(config.store), ledger=ledger, start_local=server.start)
+    num_bad = 0
+    table = Table(box=None, header_style="bold")
+    for title in ("profile", "model", "", "checked", "found"):
+        table.add_column(title)
+    try:
+        for name in config.llm.used_profiles():
+            roles = [role for role in ROLES if name in config.llm.rungs(role)]
+            label, model = f"{name} ({', '.join(roles)})", config.llm.profiles[name].model
+            for finding in examine(llm, name):
+                num_bad += not finding.is_good
+                sign = "[green]ok[/]" if finding.is_good else "[red]no[/]"
+                table.add_row(*map(make_cell, (label, model)), sign, finding.name, make_cell(finding.detail))
+                label = model = ""
+    finally:
+        llm.close()
+        server.stop()
+    Console(width=160).print(table)
+    cost = ledger.sum_cost()
+    print(f"{ledger.count_calls()} calls, {'unknown cost' if cost is None else f'{cost:.4f} USD'}")
+    print("every profile does what it says" if num_bad == 0 else f"{num_bad} to change, under llm.profiles.<name>")
+    return 0 if num_bad == 0 else 2

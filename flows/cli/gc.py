@@ -1,0 +1,193 @@
+"""`likeness gc`: what no run refers to any more, and what was left by runs that were cut off. Dry run by default."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.run_records import list_run_folders, read_run, read_summary
+from tasks.errors import ConfigError
+from tasks.services.store import LocalStore, Store, open_store
+from tasks.stage.cache import PREFIXES
+from tasks.stage.files import PART_PREFIX
+
+HOUR, DAY = 3_600.0, 86_400.0
+PART_AGE = HOUR
+MOST_DAYS = 36_500
+# Copies and latents: made again when they are missing.
+CACHES = ("models", "published", "candidates", "latents")
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that can go."""
+
+    kind: str
+    name: str
+    size_bytes: int
+    path: Path | None = None
+    keys: tuple[str, ...] = ()
+    """Objects in the store, where it is no path."""
+
+
+def collect_garbage(output: Path, *, days: float, is_deleting: bool) -> list[Item]:
+    """Return what can go, and remove it if `is_deleting`; what is younger than `days` or referred to by a run stays.
+
+    Replies of LLMs are never removed: they were paid for.
+
+    Raises:
+        ConfigError: there are no runs, so that nothing tells what is referred to.
+
+    """
+    folders = list_run_folders(output)
+    if not folders:
+        raise ConfigError(f"no runs in {output}; name the folder of your runs with --output-dir")
+    if not 0 <= days <= MOST_DAYS:
+        raise ConfigError(f"--days {days:g}: between 0 and {MOST_DAYS:,} are taken")
+    if any(read_summary(folder)["status"] == "running" for folder in folders):
+        days = max(days, 1.0)  # what a run at work has made so far is younger
+    store = find_store(folders)
+    limit = time.time() - days * DAY
+    stages = () if explain_kept_stages(output) else list_stages(store, list_referenced(folders), limit)
+    items = [
+        *stages,
+        *list_leftovers(output, store),
+        *list_work(output, limit),
+    ]
+    if is_deleting:
+        for item in items:
+            remove(item, store)
+    return items
+
+
+def explain_kept_stages(output: Path) -> str:
+    """Return why no stage may go now, or nothing."""
+    folders = list_run_folders(output)
+    for folder in folders:
+        status = read_summary(folder)["status"]
+        if status == "running":
+            return f"run {folder.name} is at work, and may come to use any stage; try again when it has ended"
+        if status == "damaged":
+            return f"what run {folder.name} refers to is unknown, for its summary.json is damaged; remove that folder"
+    if not is_own_store(find_store(folders), output):
+        return f"the store lies outside {output}, and may serve runs of other folders"
+    return ""
+
+
+def find_store(folders: list[Path]) -> Store:
+    """Return the store of the newest run whose configuration can be read."""
+    for folder in reversed(folders):
+        try:
+            return open_store(read_run(folder).config.store)
+        except ConfigError:
+            continue
+    raise ConfigError("no run's configuration can be read, so that its store isn't known")
+
+
+def is_own_store(store: Store, output: Path) -> bool:
+    """Whether a store lies in the output folder, so that no runs but those there refer to it."""
+    return isinstance(store, LocalStore) and store.root.resolve().is_relative_to(output.resolve())
+
+
+def list_referenced(folders: list[Path]) -> set[str]:
+    """Return the store's stage folders that runs refer to."""
+    found = set()
+    for folder in folders:
+        for name, stage in read_summary(folder).get("stages", {}).items():
+            if name in PREFIXES:
+                found.add(f"{PREFIXES[name]}/{stage['key']}")
+    return found
+
+
+def list_stages(store: Store, referenced: set[str], limit: float) -> Iterator[Item]:
+    """Yield stage folders that no run refers to and that nothing was added to of late."""
+    for stage, prefix in PREFIXES.items():
+        groups: dict[str, list[tuple[str, int, float]]] = {}
+        for item in store.list_objects(f"{prefix}/"):
+            name = "/".join(item.key.split("/")[:2])
+            groups.setdefault(name, []).append((item.key, item.size_bytes, item.modified))
+        for name, objects in groups.items():
+            if any("/batches/" in key for key, _, _ in objects):
+                continue  # a batch job's state: its replies may be paid for and not yet read
+            if name not in referenced and max(modified for _, _, modified in objects) < limit:
+                keys = tuple(key for key, _, _ in objects)
+                yield Item(f"{stage} that no run refers to", name, sum(size for _, size, _ in objects), keys=keys)
+            elif name in referenced:
+                for key, size, _ in objects:
+                    if key.endswith(".quarantined"):
+                        yield Item("quarantined", key, size, keys=(key,))
+
+
+def list_leftovers(output: Path, store: Store) -> Iterator[Item]:
+    """Yield temporary files of writes that were cut off."""
+    roots = [output, *([store.root] if isinstance(store, LocalStore) and output not in store.root.parents else [])]
+    for root in roots:
+        for path in root.rglob(f"{PART_PREFIX}*"):
+            if measure_age(path) > PART_AGE:
+                yield Item("abandoned temporary file", str(path), measure_size(path), path=path)
+
+
+def list_work(output: Path, limit: float) -> Iterator[Item]:
+    """Yield local copies, and training state that nobody went on with."""
+    work = output / "work"
+    for name in CACHES:
+        for path in (work / name).glob("*"):
+            if path.stat().st_mtime < limit:
+                yield Item(f"local copy ({name})", str(path), measure_size(path), path=path)
+    for path in (work / "training").glob("*"):
+        if path.is_dir() and newest(path) < limit:
+            yield Item("training state", str(path), measure_size(path), path=path)
+    for path in (work / "training").glob("*/checkpoints/.bad-*"):
+        yield Item("quarantined", str(path), measure_size(path), path=path)
+
+
+def measure_age(path: Path) -> float:
+    """Return how long ago a file was changed, in seconds; 0 for one that is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def newest(folder: Path) -> float:
+    """Return when anything in a folder was last changed."""
+    return max((path.stat().st_mtime for path in [folder, *folder.rglob("*")] if path.exists()), default=0.0)
+
+
+def measure_size(path: Path) -> int:
+    """Return the bytes that removing it frees; a file with other names frees none."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(file.stat().st_size for file in files if file.stat().st_nlink == 1)
+
+
+def remove(item: Item, store: Store) -> None:
+    """Remove one item; manifests first, so that nothing half removed is taken for whole."""
+    for key in sorted(item.keys, key=lambda key: not key.endswith("/manifest.json")):
+        store.delete(key)
+    if item.path is not None and item.path.is_dir():
+        shutil.rmtree(item.path, ignore_errors=True)
+    elif item.path is not None:
+        item.path.unlink(missing_ok=True)
+
+
+def print_garbage(output: Path, *, days: float, is_deleting: bool) -> None:
+    """Collect, and print what goes or would go."""
+    from rich.console import Console
+    from rich.table import Table
+
+    items = collect_garbage(output, days=days, is_deleting=is_deleting)
+    table = Table(box=None, header_style="bold")
+    for title in ("what", "number", "MB"):
+        table.add_column(title, justify="left" if title == "what" else "right")
+    for kind in dict.fromkeys(item.kind for item in items):
+        sizes = [item.size_bytes for item in items if item.kind == kind]
+        table.add_row(kind, str(len(sizes)), f"{sum(sizes) / 1e6:.1f}")
+    Console(width=120).print(table)
+    total = sum(item.size_bytes for item in items) / 1e6
+    if reason := explain_kept_stages(output):
+        print(f"all stages stay: {reason}")
+    if is_deleting:
+        print(f"{len(items)} removed, {total:.1f} MB freed")
+    else:
+        print(f"{len(items)} can go, {total:.1f} MB; nothing was removed: add --delete")

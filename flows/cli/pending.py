@@ -1,0 +1,78 @@
+"""Runs that wait for a batch job: suspended ones, and interrupted ones whose job is still alive."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flows.run_records import REQUEST, list_run_folders, read_request, read_run, read_summary
+from tasks.errors import ArtifactCorrupt, LikenessError
+from tasks.stage.digests import load_lines
+
+JOB_LOG = "jobs.jsonl"
+INTERRUPTED = ("failed", "cancelled", "killed", "damaged")
+"""Statuses of runs that may have left a job behind."""
+
+
+@dataclass
+class PendingReport:
+    """What came of resuming pending runs, by run folder names."""
+
+    finished: list[dict[str, Any]] = field(default_factory=list)
+    """Summaries."""
+    waiting: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0: all are done; 11: some still wait; 1: some failed."""
+        if self.failed:
+            return 1
+        return 11 if self.waiting else 0
+
+
+def list_pending(output: Path) -> list[list[Path]]:
+    """Return the folders of pending runs, oldest first; those that asked for the same are one job."""
+    groups: dict[str, list[Path]] = {}
+    for folder in list_run_folders(output):
+        status = read_summary(folder)["status"]
+        if status == "pending" or (status in INTERRUPTED and has_live_job(folder)):
+            groups.setdefault((folder / REQUEST).read_text(errors="replace"), []).append(folder)
+    return list(groups.values())
+
+
+def find_readable(groups: list[list[Path]]) -> Path:
+    """Return the first run whose request can be read; else the first, whose error says so."""
+    for folders in groups:
+        try:
+            read_request(folders[0])
+        except ArtifactCorrupt:
+            continue
+        return folders[0]
+    return groups[0][0]
+
+
+def list_job_keys(folder: Path) -> list[str]:
+    """Return the store keys of the batch jobs that a run made or waited for, each once."""
+    path = folder / JOB_LOG
+    rows = load_lines(path.read_bytes()) if path.is_file() else iter(())
+    keys = [row.get("state_key") for row in rows if row is not None]
+    return list(dict.fromkeys(key for key in keys if isinstance(key, str)))
+
+
+def has_live_job(folder: Path) -> bool:
+    """Whether a run made a batch job that nobody has harvested, and that no running process attends."""
+    from tasks.services.llm.batch.job import find_state
+    from tasks.services.llm.batch.lease import find_holder
+    from tasks.services.store import open_store
+
+    keys = list_job_keys(folder)
+    if not keys:
+        return False
+    try:
+        store = open_store(read_run(folder).config.store)
+        states = [state for key in keys if (state := find_state(store, key)) is not None]
+    except (LikenessError, OSError, ValueError):  # a store that is gone holds no job
+        return False
+    live = [state for state in states if not state.is_harvested]
+    holders = [find_holder(store, state.file_name.removesuffix(".json")) for state in live]
+    return bool(live) and not any(holder and not holder[1].is_stale() for holder in holders)

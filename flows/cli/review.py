@@ -1,0 +1,127 @@
+"""`likeness review`: a talk in the terminal about a run's photos and captions."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.cli.console import make_cell
+from flows.run_context import open_budget
+from flows.run_records import read_run
+from tasks.errors import ArtifactCorrupt, ConfigError, LikenessError
+from tasks.manifests.base import SubjectSet
+from tasks.redaction import clean_text
+from tasks.stage.digests import dump_signed, load_signed
+from tasks.stage.files import quarantine, write_atomic
+
+if TYPE_CHECKING:
+    from tasks.services.llm.agents.conversation import Conversation, History
+    from tasks.subject.captions.caption_review import CaptionBook
+
+HELP = "/captions lists them, /quit or Ctrl-D ends; Ctrl-C stops a reply"
+
+
+def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
+    """Talk about a run's captions; return the file of the captions that were changed, if any were.
+
+    Args:
+        read: asks the person for a line.
+
+    Raises:
+        ConfigError: the run has no captions, or its reviewer can't call tools.
+
+    """
+    from tasks.mini.vision_server.launch import LocalServer
+    from tasks.services.llm.agents.conversation import Conversation
+    from tasks.services.llm.budget.ledger import Ledger
+    from tasks.services.llm.service import LlmService
+    from tasks.services.store import open_store
+    from tasks.stage.cache import find_manifest
+    from tasks.subject.captions.caption_review import list_tools, open_book, write_briefing
+
+    run = read_run(folder)
+    store = open_store(run.config.store)
+    key = run.find_stage_key("subject")
+    subject = find_manifest(store, SubjectSet, "subject", key)
+    if subject is None:
+        raise ConfigError(f"the captions of run {folder.name} are gone from the store; run it again")
+    if not run.config.llm.profile("reviewer").capabilities.tools:
+        raise ConfigError("the reviewer changes captions by tools; choose another profile, llm.reviewer=...")
+    server = LocalServer(folder / "vision-server.log")
+    llm = LlmService(
+        run.config.llm,
+        store=store,
+        ledger=Ledger(folder / "ledger.jsonl"),
+        budget=open_budget(run.config, folder.parent),
+        start_local=server.start,
+    )
+    book = open_book(folder, run.config.subject, subject)
+    before, kept = book.version, folder / "review.json"
+
+    def confirm(question: str) -> bool:
+        return read(clean_text(f"{question} [y/N] ")).strip().lower() in ("y", "yes")
+
+    tools = list_tools(subject, book, run.config.subject, store=store, confirm=confirm)
+    history = read_history(kept)
+    conversation = Conversation(llm, "reviewer", write_briefing(subject, book), tools, history)
+    show_captions(subject, book)
+    print(f"{len(history.turns)} turns before this one; " * bool(history.turns) + HELP)
+    try:
+        while (text := ask_line(read)) != "/quit":
+            if text == "/captions":
+                show_captions(subject, book)
+            elif text:
+                conversation.system = write_briefing(subject, book)
+                say(conversation, text)
+                write_atomic(kept, dump_signed(conversation.history, indent=1))
+    finally:
+        llm.close()
+        server.stop()
+    return book.path if book.version > before else None
+
+
+def read_history(path: Path) -> "History":
+    """Return what was said before; a damaged file is moved aside and said so."""
+    from tasks.services.llm.agents.conversation import History
+
+    if not path.exists():
+        return History()
+    try:
+        return load_signed(History, path.read_bytes())
+    except ArtifactCorrupt as error:
+        print(f"warning: {path}: {error}; it is kept as {quarantine(path).name} and a new one begun")
+        return History()
+
+
+def ask_line(read: Callable[[str], str]) -> str:
+    """Return what the person says; the end of input or Ctrl-C is a goodbye."""
+    try:
+        return read("you> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return "/quit"
+
+
+def say(conversation: "Conversation", text: str) -> None:
+    """Show the reply as it comes; neither Ctrl-C nor an error ends the talk."""
+    try:
+        conversation.say(text, on_text=lambda piece: print(piece, end="", flush=True))
+        print()
+    except KeyboardInterrupt:
+        print("\n(stopped; nothing of it is kept)")
+    except LikenessError as error:
+        print(f"\n{error.kind}: {error}")
+
+
+def show_captions(subject: SubjectSet, book: "CaptionBook") -> None:
+    """Print a table of photos."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tasks.subject.captions.caption_review import describe_subject
+
+    table = Table(box=None, header_style="bold")
+    for title in ("photo", "caption", "found"):
+        table.add_column(title)
+    for name, caption, found in describe_subject(subject, book):
+        table.add_row(*map(make_cell, (name, caption or "-", found)))
+    Console(width=160).print(table)

@@ -1,0 +1,277 @@
+"""A run around the DAG: its configuration, services, folder, and `summary.json`."""
+
+import contextvars
+import json
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conf.compose import compile_request, compute_config_digest
+from conf.request import RunRequest
+from conf.schema import RunConfig
+from flows.run_records import (
+    head,
+    relate,
+    resolve_paths,
+    stamp,
+    write_end,
+    write_request,
+    write_stages,
+    write_start,
+    write_summary,
+    write_words,
+)
+from tasks.errors import ConfigError
+from tasks.manifests.base import ClassImageSet, Evaluation, ModelRef, Publication, Scorecard, SubjectSet, TunedModel
+from tasks.redaction import MASK, SECRET_NAME, install_log_redaction, redact
+from tasks.stage.cache import PREFIXES, read_verified
+from tasks.stage.context import Runtime
+from tasks.stage.files import explain_full_disk, write_atomic
+from tasks.stage.progress import ProgressView, make_progress
+
+if TYPE_CHECKING:
+    from tasks.services.tracking.mlflow_tracker import Tracker
+
+Manifests = tuple[SubjectSet, ClassImageSet, TunedModel, Evaluation, Scorecard, Publication]
+progress_of_run: contextvars.ContextVar[ProgressView | None] = contextvars.ContextVar("progress", default=None)
+trust_of_run: contextvars.ContextVar[bool] = contextvars.ContextVar("trust", default=True)
+"""False while runs are resumed that a deployment was asked for."""
+
+
+@dataclass
+class Run:
+    """One run of the main job."""
+
+    run_id: str
+    folder: Path
+    request: RunRequest
+    config: RunConfig
+    base_model: ModelRef
+    runtime: Runtime
+    started: float
+
+    @property
+    def config_rows(self) -> list[tuple[str, str]]:
+        """Return the configuration as dotted names and values, as it is shown to others."""
+        return show_config(self.config)
+
+    def summarize(self, manifests: Manifests) -> dict[str, Any]:
+        """Write `summary.json` (described in flows/README.md) and return it."""
+        evaluation, scores, publication = manifests[3], manifests[4], manifests[5]
+        runtime = self.runtime
+        report = self.folder / "report.html"
+        write_atomic(report, read_verified(runtime.store, publication.report))
+
+        def describe(key: str) -> str:
+            return relate(runtime.store.describe(key), self.folder)
+
+        stages = {
+            name: {
+                "key": record.key,
+                "cached": record.is_cached,
+                "seconds": record.seconds,
+                "counts": record.counts,
+                "cost_usd": record.cost_usd,
+            }
+            for name, record in ((name, runtime.records[name]) for name in PREFIXES)
+        }
+        summary = {
+            **head(self.run_id, "finished"),
+            "config_digest": compute_config_digest(self.config),
+            "started_at": stamp(time.time() - self.elapsed()),
+            "wall_seconds": round(self.elapsed(), 3),
+            "overhead_seconds": round(runtime.measure_overhead(self.started), 3),
+            "llm_calls": runtime.llm.ledger.count_calls(),
+            "training_steps": runtime.num_training_steps,
+            "cost_usd": runtime.llm.ledger.sum_cost(),
+            "subject": {"class_noun": manifests[0].class_noun, "identifier_token": manifests[0].identifier_token},
+            "stages": stages,
+            "metrics": collect_metrics(evaluation),
+            "scores": {side: score.model_dump() for side, score in scores.scores.items()},
+            "judge": describe_judge(scores),
+            "checkpoints": [rank.model_dump() for rank in scores.checkpoints],
+            "registered": {"model": publication.registered_model, "version": publication.registered_version},
+            "paths": {
+                "report": report.name,
+                "model": describe(f"{PREFIXES['publishing']}/{publication.stage_key}/model"),
+                "manifests": {
+                    name: describe(f"{PREFIXES[name]}/{record.key}/manifest.json")
+                    for name, record in runtime.records.items()
+                },
+            },
+        }
+        write_summary(self.folder, summary)
+        return resolve_paths(summary, self.folder)
+
+    def elapsed(self) -> float:
+        """Return seconds since the run began."""
+        return time.monotonic() - self.started
+
+
+def show_config(config: RunConfig) -> list[tuple[str, str]]:
+    """Return a configuration as dotted names and values, without what could be a secret."""
+    rows = flatten(config.model_dump(mode="json"))
+    return [(name, MASK if SECRET_NAME.search(name) else redact(value)) for name, value in rows]
+
+
+def describe_run(config: RunConfig, request: RunRequest) -> dict[str, str]:
+    """Return the tags by which a tracking server's UI shows what a run is."""
+    words = " ".join(["likeness run", *write_words(request)])
+    text = f"One {config.subject.class_noun}, tuned from {config.diffusion.location}.\n\n`{words}`"
+    return {"mlflow.note.content": text, "likeness.config": compute_config_digest(config)}
+
+
+def describe_judge(scores: Scorecard) -> dict[str, Any]:
+    """Return whether the judge can be trusted, and why not, as `summary.json` has it."""
+    health = scores.health
+    failed = [control.name for control in health.controls if not control.is_passed]
+    reason = ""
+    if not health.controls:
+        reason = "no controls were asked"
+    elif failed:
+        reason = f"controls failed: {', '.join(failed)}"
+    elif not health.is_comparable:
+        reason = "another model than the one asked for answered"
+    pairs = scores.pairs.model_dump() if scores.pairs else None
+    return {
+        "is_reliable": health.is_reliable,
+        "reason": reason,
+        "alpha": health.alpha,
+        "spearman": health.spearman,
+        "pairs": pairs,
+    }
+
+
+def collect_metrics(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the metrics as `summary.json` has them."""
+    metrics: dict[str, Any] = {"ceiling": evaluation.ceiling.model_dump()}
+    for side, values in evaluation.metrics.items():
+        metrics[side] = {**values.model_dump(), **evaluation.drift[side].model_dump(exclude_none=True)}
+    return metrics
+
+
+@contextmanager
+def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
+    """Compile a request, open its services, and close them whatever happens."""
+    from conf.trust import allowed_roots
+    from tasks.mini.vision_server.launch import LocalServer
+    from tasks.services.llm.budget.ledger import Ledger
+    from tasks.services.llm.service import LlmService
+    from tasks.services.store import open_store
+    from tasks.services.tracking.live import LiveRun
+    from tasks.services.tracking.mlflow_tracker import open_tracker
+
+    install_log_redaction()
+    is_trusted = is_trusted and trust_of_run.get()
+    started = time.monotonic()
+    config = compile_request(request, roots=None if is_trusted else allowed_roots())
+    store = open_store(config.store)
+    output = Path(config.output_dir).absolute()
+    tracker = open_tracker(config.tracking, folder=output)
+    folder = make_run_folder(output, config, request, is_trusted=is_trusted)
+    run_id = folder.name
+    server = LocalServer(folder / "vision-server.log")
+    llm = LlmService(
+        config.llm,
+        store=store,
+        ledger=Ledger(folder / "ledger.jsonl"),
+        budget=open_budget(config, output),
+        start_local=server.start,
+        batch_folder=output / "work" / "batches",
+    )
+    shared = progress_of_run.get()
+    runtime = Runtime(
+        run_id=run_id,
+        store=store,
+        llm=llm,
+        tracker=tracker,
+        live=LiveRun(
+            tracker,
+            run_id,
+            dict(show_config(config)),
+            describe_run(config, request),
+            reopen=lambda: open_tracker(config.tracking, folder=output),
+        ),
+        progress=shared or make_progress(),
+        work_folder=output / "work",
+        on_stage=partial(write_stages, folder),
+    )
+    try:
+        base_model = check_first(config, tracker)
+        with explain_full_disk(output):
+            yield Run(run_id, folder, request, config, base_model, runtime, started)
+    except BaseException as error:
+        runtime.stopping.set()
+        runtime.live.abandon()
+        write_end(folder, run_id, error)
+        raise
+    finally:
+        if shared is None:
+            runtime.progress.close()
+        llm.close()
+        server.stop()
+
+
+def check_first(config: RunConfig, tracker: "Tracker") -> ModelRef:
+    """Refuse what must not wait for the end of training; return the base model."""
+    from tasks.diffusion.types import identify_model
+    from tasks.encoders.folders import find_encoders
+
+    base_model = identify_model(config.diffusion)
+    find_encoders(config.evaluation.encoders)
+    check_files(config)
+    tracker.check()
+    return base_model
+
+
+def check_files(config: RunConfig) -> None:
+    """Refuse files of a person's that aren't there, before anything is computed."""
+    for name, path in (("subject.captions", config.subject.captions), ("scoring.labels", config.scoring.labels)):
+        if path and not Path(path).is_file():
+            raise ConfigError(f"{name}={path} is not a file")
+
+
+def open_budget(config: RunConfig, output: Path) -> Any:
+    """Return the cap on what this configuration may cost, whichever runs of it spend it."""
+    from tasks.services.llm.budget.spending_cap import Budget
+
+    uncapped = config.model_copy(update={"llm": config.llm.model_copy(update={"budget_usd": None})})
+    path = output / "work" / "budgets" / f"{compute_config_digest(uncapped)}.json"
+    return Budget(path, config.llm.budget_usd)
+
+
+def make_run_id(class_noun: str) -> str:
+    """Return a name that sorts by time."""
+    noun = re.sub(r"[^a-z0-9]+", "-", class_noun.lower()).strip("-")
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{noun}-{secrets.token_hex(2)}"
+
+
+def make_run_folder(output: Path, config: RunConfig, request: RunRequest, *, is_trusted: bool) -> Path:
+    """Create a run's folder, named by the run's id, and what it holds from the first second on.
+
+    Raises ConfigError where it can't be written.
+    """
+    folder = output / make_run_id(config.subject.class_noun)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {output}: {error.strerror}; set output_dir") from error
+    write_atomic(folder / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    write_request(folder, request, is_trusted=is_trusted)
+    write_start(folder, folder.name, compute_config_digest(config))
+    return folder
+
+
+def flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield dotted names and values of a nested dict."""
+    for key, child in value.items():
+        if isinstance(child, dict):
+            yield from flatten(child, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", child if isinstance(child, str) else json.dumps(child)

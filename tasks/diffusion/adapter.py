@@ -1,0 +1,306 @@
+"""What the families share: a frozen VAE, noising, tokenizing, saving, and drawing through a pipeline."""
+
+import gc
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import diffusers
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tasks.diffusion.config import DiffusionConfig
+from tasks.diffusion.loading import load_parts, load_scheduler
+from tasks.diffusion.lora.kohya import OriginalLayer
+from tasks.diffusion.noise_schedulers import GaussianDiffusion, NoiseProcess, RectifiedFlow
+from tasks.diffusion.textual_inversion import (
+    EMBEDS_FILE,
+    LearnedEmbedding,
+    add_token,
+    load_tokens,
+    placeholders,
+    write_prompt,
+)
+from tasks.diffusion.types import Conditioning, Posterior, SamplingRequest, choose_device
+from tasks.prompts import shorten_prompt
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+DECODED_PIXELS = 8 * 512**2  # at a time: the VAE's activations are large
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class LatentModel(ABC):
+    """A loaded model on its device. A family says how prompts are encoded and what is predicted."""
+
+    pipeline_class: ClassVar[str]
+    denoiser_name: ClassVar[str]
+    denoiser_class: ClassVar[str]
+    noise_class: ClassVar[type[GaussianDiffusion] | type[RectifiedFlow]]
+    text_encoder_names: ClassVar[tuple[str, ...]]
+    is_any_encoder_optional: ClassVar[bool] = False
+    unused_parts: ClassVar[tuple[str, ...]] = ("feature_extractor", "image_encoder")
+    """Parts that the pipeline's index names and nothing here reads."""
+    has_resting_layers: ClassVar[bool] = True
+    """Whether layers get no gradient, as the last of a text encoder whose states are read before it."""
+    max_lengths: ClassVar[dict[str, int]] = {}
+    """Token limits of tokenizers that name none that suits the family."""
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]]
+    """Names of the layers that LoRA adapts, by part."""
+    original_layers: ClassVar[tuple[OriginalLayer, ...]] = ()
+    """The denoiser's layers in the original checkpoint, where they aren't diffusers' own."""
+    index_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings beside the parts in the pipeline's index that change what is computed."""
+    fixed_settings: ClassVar[dict[str, Any]] = {}
+    """Settings of the pipeline's index that are always these."""
+    implementation: ClassVar[str] = "diffusers"
+    """The code that defines the model, as ModelSpec names it."""
+
+    def __init__(
+        self, parts: dict[str, Any], noise: NoiseProcess, config: DiffusionConfig, device: torch.device | None = None
+    ) -> None:
+        self.config = config
+        self.noise = noise
+        self.device = device or choose_device(config)
+        self.parts = parts
+        self.settings: dict[str, Any] = dict(self.fixed_settings)
+        self.identifier_token = ""
+        self.learned: dict[str, LearnedEmbedding] = {}
+        self.placeholders: dict[str, list[str]] = {}
+        for part in parts.values():
+            if isinstance(part, nn.Module):
+                part.to(self.device).eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, folder: Path, config: DiffusionConfig, *, dtype: torch.dtype = torch.float32) -> Self:
+        """Load a diffusers folder. Raises ConfigError for an incomplete one."""
+        texts = tuple(part for name in cls.text_encoder_names for part in (name, tokenizer_of(name)))
+        wanted = (cls.denoiser_name, "vae", *(() if cls.is_any_encoder_optional else texts))
+        parts = load_parts(folder, wanted, optional=texts, denoiser_class=cls.denoiser_class, dtype=dtype)
+        model = cls(parts, cls.load_noise(folder), config)
+        index = json.loads((folder / "model_index.json").read_text())
+        model.settings |= {name: index[name] for name in cls.index_settings if name in index}
+        return model
+
+    @classmethod
+    def load_noise(cls, folder: Path) -> GaussianDiffusion | RectifiedFlow:
+        """Return the noise process on the model's own schedule."""
+        return cls.noise_class(load_scheduler(folder, cls.noise_class.scheduler_class))
+
+    @classmethod
+    def index_names(cls) -> list[str]:
+        """Return the parts that the family's `model_index.json` names."""
+        encoders = cls.text_encoder_names
+        return ["scheduler", "vae", cls.denoiser_name, *encoders, *map(tokenizer_of, encoders), *cls.unused_parts]
+
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """ModelSpec's name of the base model."""
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder; always frozen."""
+        return self.parts["vae"]
+
+    @property
+    def denoiser(self) -> Any:
+        """The UNet or transformer."""
+        return self.parts[self.denoiser_name]
+
+    @property
+    def text_encoders(self) -> dict[str, Any]:
+        """The text encoders that are there, by part name."""
+        return {name: self.parts[name] for name in self.text_encoder_names if name in self.parts}
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """The tokenizer of every text encoder that is there."""
+        return {name: self.parts[tokenizer_of(name)] for name in self.text_encoders}
+
+    def trainable_modules(self, *, is_text_encoder_trained: bool) -> dict[str, nn.Module]:
+        """Return the denoiser and, where asked for, the CLIP text encoders; T5 is never trained."""
+        modules: dict[str, nn.Module] = {self.denoiser_name: self.denoiser}
+        if is_text_encoder_trained:
+            modules |= {n: e for n, e in self.text_encoders.items() if "T5" not in type(e).__name__}
+        return modules
+
+    def max_length(self, name: str) -> int:
+        """Return the number of tokens that a text encoder gets."""
+        return self.max_lengths.get(name) or int(self.tokenizers[name].model_max_length)
+
+    def shorten(self, prompt: str) -> dict[str, str]:
+        """Return what each text encoder gets of a prompt: all that it reads, cut at a phrase."""
+        return {name: shorten_prompt(prompt, fits=partial(self.has_room, name)) for name in self.tokenizers}
+
+    def has_room(self, name: str, prompt: str) -> bool:
+        """Whether one text encoder gets all tokens of a prompt."""
+        tokens = self.tokenizers[name](self.spell([prompt], name)[0], verbose=False).input_ids
+        return len(tokens) <= self.max_length(name)
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Return the ids of all tokenizers side by side, `(B, L1 + L2 + ...)`, padded; each cuts for itself."""
+        given = [self.shorten(prompt) for prompt in prompts]
+        columns = [
+            tokenizer(
+                self.spell([prompt[name] for prompt in given], name),
+                padding="max_length",
+                max_length=self.max_length(name),
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            for name, tokenizer in self.tokenizers.items()
+        ]
+        return torch.cat(columns, 1) if columns else torch.zeros(len(prompts), 0, dtype=torch.long)
+
+    def spell(self, prompts: Sequence[str], name: str) -> list[str]:
+        """Return prompts as one tokenizer takes them: the identifier token as its learned vectors."""
+        names = self.placeholders.get(name, [])
+        return [write_prompt(prompt, self.identifier_token, names) if names else prompt for prompt in prompts]
+
+    def learn_token(self, identifier_token: str, vectors: dict[str, Tensor]) -> dict[str, LearnedEmbedding]:
+        """Give text encoders vectors `(V, D)` of a new token; prompts go on to say the identifier token."""
+        self.identifier_token = identifier_token
+        for name, rows in vectors.items():
+            names = placeholders(identifier_token, len(rows))
+            tokenizer = self.tokenizers[name]
+            if names[0] not in tokenizer.get_vocab():
+                self.learned[name] = add_token(tokenizer, self.parts[name], names, rows)
+            self.placeholders[name] = names
+        return self.learned
+
+    def apply_adapters(self, folder: Path) -> None:
+        """Put learned tokens and LoRA weights that lie in a folder into this model."""
+        if (folder / EMBEDS_FILE).is_file():
+            identifier_token, vectors = load_tokens(folder / EMBEDS_FILE)
+            self.learn_token(identifier_token, vectors)
+            self.bake_tokens()
+        if (folder / LORA_FILE).is_file():
+            from tasks.diffusion.lora.adapters import fuse_lora
+
+            fuse_lora(self, folder)
+
+    @torch.no_grad()
+    def bake_tokens(self) -> None:
+        """Turn learned vectors into ordinary rows of the embedding tables."""
+        for name, learned in self.learned.items():
+            rows = torch.cat([learned.weight, learned.vectors.to(learned.weight)])
+            table = nn.Embedding(rows.shape[0], rows.shape[1], _weight=rows).requires_grad_(False)
+            self.parts[name].set_input_embeddings(table)
+            self.parts[name].config.vocab_size = len(rows)
+        self.learned = {}
+
+    def split_ids(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Return each text encoder's own ids, on the device."""
+        lengths = [self.max_length(name) for name in self.text_encoders]
+        return dict(zip(self.text_encoders, torch.split(input_ids.to(self.device), lengths, 1), strict=True))
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: Tensor) -> Posterior:
+        """Return the posterior, scaled to the denoiser's latents."""
+        posterior = self.vae.encode(pixel_values.to(self.device)).latent_dist
+        factor, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+        return Posterior(mean=(posterior.mean - shift) * factor, std=posterior.std * factor)
+
+    @abstractmethod
+    def encode_prompts(self, input_ids: Tensor) -> Conditioning:
+        """Return what the denoiser is told of the prompts."""
+
+    @abstractmethod
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
+        """Return the denoiser's prediction."""
+
+    @torch.no_grad()
+    def sample(
+        self, requests: Sequence[SamplingRequest], *, num_inference_steps: int, guidance_scale: float
+    ) -> list[Image.Image]:
+        """Draw one picture per request through diffusers' pipeline, each from its own seed."""
+        pipeline = self.make_pipeline()
+        generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+        with self.autocast():
+            latents: Tensor = pipeline(
+                **self.pipeline_inputs([request.prompt for request in requests]),
+                generator=generators,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                height=self.config.resolution,
+                width=self.config.resolution,
+                output_type="latent",
+            ).images
+        return self.decode(self.unpack_latents(latents))
+
+    def autocast(self) -> torch.autocast:
+        """Return the context to denoise in: half precision where it is configured, or where the weights are.
+
+        Norms don't mix formats, so weights in half precision leave no choice.
+        """
+        held = {parameter.dtype for parameter in self.denoiser.parameters()} & {torch.bfloat16, torch.float16}
+        dtype = next(iter(held), DTYPES[self.config.precision])
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def unpack_latents(self, latents: Tensor) -> Tensor:
+        """Return the pipeline's latents as `(B, C, h, w)`."""
+        return latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Return the pictures of scaled latents `(B, C, h, w)`.
+
+        In float32, whatever surrounds it: activations of SDXL's VAE overflow fp16 (its `force_upcast`).
+        """
+        factor, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+        side = self.config.resolution
+        pictures = []
+        with torch.autocast(self.device.type, enabled=False):
+            for rows in torch.split(latents.float(), max(1, DECODED_PIXELS // side**2)):
+                pixels = self.vae.decode(rows / factor + shift, return_dict=False)[0]
+                levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+                pictures += [Image.fromarray(row.permute(1, 2, 0).cpu().numpy()) for row in levels]
+        return pictures
+
+    def make_pipeline(self) -> Any:
+        """Return a pipeline over the loaded parts; nothing is read again."""
+        pipeline_class = getattr(diffusers, self.pipeline_class)
+        names = [name for name in self.index_names() if name != "scheduler"]
+        parts = {name: self.parts.get(name) for name in names}
+        pipeline = pipeline_class(scheduler=self.make_sampler(), **parts, **self.settings)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @abstractmethod
+    def make_sampler(self) -> Any:
+        """Return the scheduler of sampling."""
+
+    @abstractmethod
+    def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
+        """Return the prompts as the pipeline takes them, encoded here."""
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that the family's pipeline reads."""
+        # The pipeline class could write this too, but importing it takes seconds of every start.
+        index: dict[str, Any] = {"_class_name": self.pipeline_class, "_diffusers_version": diffusers.__version__}
+        index |= {name: [None, None] for name in self.index_names()} | self.settings
+        for name, part in {**self.parts, "scheduler": self.saved_scheduler()}.items():
+            part.save_pretrained(folder / name)
+            library = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"
+            index[name] = [library, type(part).__name__]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def saved_scheduler(self) -> Any:
+        """Return the scheduler that a saved folder names."""
+        return self.make_sampler()
+
+
+def release_memory() -> None:
+    """Give the device's memory back: the next stage may be another process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def tokenizer_of(text_encoder_name: str) -> str:
+    """Return the name of a text encoder's tokenizer."""
+    return text_encoder_name.replace("text_encoder", "tokenizer")

@@ -1,0 +1,99 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet, noise or velocity prediction."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from PIL import Image
+from torch import Tensor
+
+from tasks.diffusion.adapter import LatentModel
+from tasks.diffusion.noise_schedulers import GaussianDiffusion
+from tasks.diffusion.types import Conditioning, SamplingRequest
+
+SAMPLERS = {
+    "ddim": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+}
+UNET_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+CLIP_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+class StableDiffusion(LatentModel):
+    """A loaded model on its device."""
+
+    pipeline_class = "StableDiffusionPipeline"
+    denoiser_name = "unet"
+    denoiser_class = "UNet2DConditionModel"
+    noise_class = GaussianDiffusion
+    text_encoder_names = ("text_encoder",)
+    unused_parts = ("feature_extractor", "image_encoder", "safety_checker")
+    fixed_settings: ClassVar = {"requires_safety_checker": False}
+    has_resting_layers = False
+    lora_targets: ClassVar = {"unet": UNET_LORA_TARGETS, "text_encoder": CLIP_LORA_TARGETS}
+    noise: GaussianDiffusion
+
+    @property
+    def architecture(self) -> str:
+        """ModelSpec's name: the second generation has a wider text encoder."""
+        if self.denoiser.config.cross_attention_dim != 1024:
+            return "stable-diffusion-v1"
+        return (
+            "stable-diffusion-v2-768-v" if self.noise.prediction_type == "v_prediction" else "stable-diffusion-v2-512"
+        )
+
+    def encode_prompts(self, input_ids: Tensor) -> Conditioning:
+        """Return `encoder_hidden_states` `(B, L, D)`."""
+        return Conditioning(self.parts["text_encoder"](input_ids.to(self.device)).last_hidden_state)
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
+        """Return the UNet's prediction."""
+        states = conditioning.encoder_hidden_states
+        prediction: Tensor = self.denoiser(noisy_latents, timesteps, states, return_dict=False)[0]
+        return prediction
+
+    @torch.no_grad()
+    def sample(
+        self, requests: Sequence[SamplingRequest], *, num_inference_steps: int, guidance_scale: float
+    ) -> list[Image.Image]:
+        """Draw one picture per request, both halves of the guidance in one forward.
+
+        Diffusers' pipeline draws the same picture, but importing it takes seconds of every start.
+        """
+        with self.autocast():
+            prompts = [request.prompt for request in requests]
+            states = self.encode_prompts(self.tokenize([*([""] * len(prompts)), *prompts]))
+            sampler = self.make_sampler()
+            sampler.set_timesteps(num_inference_steps, device=self.device)
+            latents = self.draw_latents(requests) * sampler.init_noise_sigma
+            for timestep in sampler.timesteps:
+                doubled = sampler.scale_model_input(torch.cat([latents, latents]), timestep)
+                plain, prompted = self.predict(doubled, timestep, states, torch.empty(0)).float().chunk(2)
+                guided = plain + guidance_scale * (prompted - plain)
+                latents = sampler.step(guided, timestep, latents, return_dict=False)[0]
+        return self.decode(latents)
+
+    def draw_latents(self, requests: Sequence[SamplingRequest]) -> Tensor:
+        """Return start noise `(B, C, h, w)`; each row depends on its own seed alone."""
+        side = self.config.resolution // (2 ** (len(self.vae.config.block_out_channels) - 1))
+        shape = (self.denoiser.config.in_channels, side, side)
+        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)) for request in requests]
+        return torch.stack(rows).to(self.device)
+
+    def make_sampler(self) -> Any:
+        """Return the configured denoising method on the model's own schedule."""
+        return SAMPLERS[self.config.sampler].from_config(self.noise.scheduler.config)
+
+    def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
+        """Return encoded prompts and the encoded empty prompt."""
+        told, untold = (self.encode_prompts(self.tokenize(texts)) for texts in (prompts, [""] * len(prompts)))
+        return {
+            "prompt_embeds": told.encoder_hidden_states,
+            "negative_prompt_embeds": untold.encoder_hidden_states,
+        }
+
+    def saved_scheduler(self) -> Any:
+        """Return DDIM, which every tool reads."""
+        return DDIMScheduler.from_config(self.noise.scheduler.config)

@@ -1,0 +1,143 @@
+"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206): rectified flow, MMDiT, up to three text encoders."""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from tasks.diffusion.adapter import LatentModel
+from tasks.diffusion.families.stable_diffusion import CLIP_LORA_TARGETS
+from tasks.diffusion.lora.kohya import OriginalLayer
+from tasks.diffusion.noise_schedulers import RectifiedFlow
+from tasks.diffusion.types import Conditioning
+
+CLIP_LENGTH = 77
+T5_LENGTH = 256
+BLOCK, ORIGINAL = "transformer_blocks.{n}", "joint_blocks.{n}"
+# Layers of the checkpoint that Stability AI published; the X of `attn2` is Stable Diffusion 3.5 Medium's.
+ORIGINAL_LAYERS = (
+    *(OriginalLayer(f"{ORIGINAL}.x_block.{attn}.qkv", tuple(f"{BLOCK}.{attn}.to_{x}" for x in "qkv"))
+      for attn in ("attn", "attn2")),
+    OriginalLayer(f"{ORIGINAL}.context_block.attn.qkv", tuple(f"{BLOCK}.attn.add_{x}_proj" for x in "qkv")),
+    *(OriginalLayer(f"{ORIGINAL}.{theirs}", (f"{BLOCK}.{ours}",)) for theirs, ours in {
+        "x_block.attn.proj": "attn.to_out.0",
+        "x_block.attn2.proj": "attn2.to_out.0",
+        "x_block.mlp.fc1": "ff.net.0.proj",
+        "x_block.mlp.fc2": "ff.net.2",
+        "x_block.adaLN_modulation.1": "norm1.linear",
+        "context_block.attn.proj": "attn.to_add_out",
+        "context_block.mlp.fc1": "ff_context.net.0.proj",
+        "context_block.mlp.fc2": "ff_context.net.2",
+        "context_block.adaLN_modulation.1": "norm1_context.linear",
+    }.items()),
+    *(OriginalLayer(theirs, (ours,)) for theirs, ours in {
+        "x_embedder.proj": "pos_embed.proj",
+        "context_embedder": "context_embedder",
+        "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+        "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+        "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+        "final_layer.linear": "proj_out",
+    }.items()),
+)  # fmt: skip
+
+
+class StableDiffusion3(LatentModel):
+    """A loaded model on its device."""
+
+    pipeline_class = "StableDiffusion3Pipeline"
+    denoiser_name = "transformer"
+    denoiser_class = "SD3Transformer2DModel"
+    noise_class = RectifiedFlow
+    text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    is_any_encoder_optional = True
+    max_lengths: ClassVar = {"text_encoder_3": T5_LENGTH}
+    lora_targets: ClassVar = {
+        # As diffusers' train_dreambooth_lora_sd3.py has them.
+        "transformer": (
+            "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+            "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+        ),
+        "text_encoder": CLIP_LORA_TARGETS,
+        "text_encoder_2": CLIP_LORA_TARGETS,
+    }  # fmt: skip
+    original_layers = ORIGINAL_LAYERS
+    noise: RectifiedFlow
+
+    @property
+    def architecture(self) -> str:
+        """ModelSpec's name, by size: 3.5 Medium attends twice, 3.5 Large has 38 blocks."""
+        config = self.denoiser.config
+        if getattr(config, "dual_attention_layers", ()):
+            return "stable-diffusion-3-5-medium"
+        return "stable-diffusion-3-5-large" if config.num_layers >= 38 else "stable-diffusion-3-m"
+
+    def encode_prompts(self, input_ids: Tensor) -> Conditioning:
+        """Return CLIP's states side by side, T5's behind them, and CLIP's pooled texts.
+
+        A text encoder that is missing leaves zeros in its place, as it did now and then in training.
+        """
+        ids = self.split_ids(input_ids)
+        sizes = self.transformer_sizes()
+        clip = [self.encode_clip(name, ids.get(name), len(input_ids)) for name in self.text_encoder_names[:2]]
+        states = torch.cat([state for state, _ in clip], -1)
+        states = F.pad(states, (0, sizes["states"] - states.shape[-1]))
+        if "text_encoder_3" in ids:
+            long = self.parts["text_encoder_3"](ids["text_encoder_3"]).last_hidden_state
+        else:
+            long = states.new_zeros(len(input_ids), T5_LENGTH, sizes["states"])
+        pooled = torch.cat([pool for _, pool in clip], -1)
+        return Conditioning(torch.cat([states, long.to(states)], 1), pooled)
+
+    def encode_clip(self, name: str, ids: Tensor | None, num: int) -> tuple[Tensor, Tensor]:
+        """Return states `(B, 77, D)` and pooled text `(B, D)` of one CLIP, or zeros of its width."""
+        if ids is None:
+            width = self.missing_width(name)
+            return (
+                torch.zeros(num, CLIP_LENGTH, width, device=self.device),
+                torch.zeros(num, width, device=self.device),
+            )
+        out = self.parts[name](ids, output_hidden_states=True)
+        return out.hidden_states[-2], out.text_embeds
+
+    def missing_width(self, name: str) -> int:
+        """Return the width of a missing CLIP: what the other one leaves of the pooled text."""
+        pooled = self.transformer_sizes()["pooled"]
+        others = [n for n in self.text_encoder_names[:2] if n != name and n in self.parts]
+        if others:
+            return pooled - int(self.parts[others[0]].config.projection_dim)
+        return pooled if name == "text_encoder" else 0
+
+    def transformer_sizes(self) -> dict[str, int]:
+        """Return the widths that the transformer expects."""
+        config = self.denoiser.config
+        return {"states": int(config.joint_attention_dim), "pooled": int(config.pooled_projection_dim)}
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
+        """Return the transformer's prediction."""
+        prediction: Tensor = self.denoiser(
+            hidden_states=noisy_latents,
+            timestep=timesteps,
+            encoder_hidden_states=conditioning.encoder_hidden_states,
+            pooled_projections=conditioning.pooled,
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def make_sampler(self) -> Any:
+        """Return the flow's Euler steps, the only method that the family is used with."""
+        return FlowMatchEulerDiscreteScheduler.from_config(self.noise.scheduler.config)
+
+    def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
+        """Return encoded prompts and the encoded empty prompt."""
+        told = self.encode_prompts(self.tokenize(prompts))
+        untold = self.encode_prompts(self.tokenize([""] * len(prompts)))
+        return {
+            "prompt_embeds": told.encoder_hidden_states,
+            "pooled_prompt_embeds": told.pooled,
+            "negative_prompt_embeds": untold.encoder_hidden_states,
+            "negative_pooled_prompt_embeds": untold.pooled,
+        }

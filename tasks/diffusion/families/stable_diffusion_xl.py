@@ -1,0 +1,75 @@
+"""Stable Diffusion XL (arXiv 2307.01952): two CLIP text encoders, sizes as a condition, a larger UNet."""
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers import EulerDiscreteScheduler
+from torch import Tensor
+
+from tasks.diffusion.adapter import LatentModel
+from tasks.diffusion.families.stable_diffusion import CLIP_LORA_TARGETS, SAMPLERS, UNET_LORA_TARGETS
+from tasks.diffusion.noise_schedulers import GaussianDiffusion
+from tasks.diffusion.types import Conditioning
+
+
+class StableDiffusionXl(LatentModel):
+    """A loaded model on its device."""
+
+    pipeline_class = "StableDiffusionXLPipeline"
+    denoiser_name = "unet"
+    denoiser_class = "UNet2DConditionModel"
+    noise_class = GaussianDiffusion
+    text_encoder_names = ("text_encoder", "text_encoder_2")
+    lora_targets: ClassVar = {
+        "unet": UNET_LORA_TARGETS,
+        "text_encoder": CLIP_LORA_TARGETS,
+        "text_encoder_2": CLIP_LORA_TARGETS,
+    }
+    index_settings = ("force_zeros_for_empty_prompt",)
+    architecture = "stable-diffusion-xl-v1-base"
+    implementation = "https://github.com/Stability-AI/generative-models"
+    noise: GaussianDiffusion
+
+    def encode_prompts(self, input_ids: Tensor) -> Conditioning:
+        """Return both encoders' last states but one, side by side, and the second one's pooled text."""
+        states, pooled = [], None
+        for name, ids in self.split_ids(input_ids).items():
+            out = self.parts[name](ids, output_hidden_states=True)
+            states.append(out.hidden_states[-2])
+            pooled = out[0]
+        assert pooled is not None
+        joined = torch.cat(states, -1)
+        if not self.settings.get("force_zeros_for_empty_prompt", True):
+            return Conditioning(joined, pooled)
+        # The empty prompt is encoded as zeros, in training as in sampling.
+        empty = self.tokenize([""]).to(input_ids.device)
+        is_nonempty = (input_ids != empty).any(1).to(self.device)
+        return Conditioning(joined * is_nonempty[:, None, None], pooled * is_nonempty[:, None])
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
+        """Return the UNet's prediction, conditioned on original size, crop and target size."""
+        added = {"text_embeds": conditioning.pooled, "time_ids": sizes.to(noisy_latents)}
+        states = conditioning.encoder_hidden_states
+        prediction: Tensor = self.denoiser(
+            noisy_latents, timesteps, states, added_cond_kwargs=added, return_dict=False
+        )[0]
+        return prediction
+
+    def make_sampler(self) -> Any:
+        """Return the configured denoising method on the model's own schedule."""
+        return SAMPLERS[self.config.sampler].from_config(self.noise.scheduler.config)
+
+    def saved_scheduler(self) -> Any:
+        """Return Euler, as the base model has."""
+        return EulerDiscreteScheduler.from_config(self.noise.scheduler.config)
+
+    def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
+        """Return encoded prompts and the encoded empty prompt."""
+        conditioning = self.encode_prompts(self.tokenize(prompts))
+        negative = self.encode_prompts(self.tokenize([""] * len(prompts)))
+        return {
+            "prompt_embeds": conditioning.encoder_hidden_states,
+            "pooled_prompt_embeds": conditioning.pooled,
+            "negative_prompt_embeds": negative.encoder_hidden_states,
+            "negative_pooled_prompt_embeds": negative.pooled,
+        }

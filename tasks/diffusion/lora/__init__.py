@@ -1,0 +1,1 @@
+"""LoRA adapters and the file formats that other tools read."""

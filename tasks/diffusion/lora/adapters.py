@@ -1,0 +1,277 @@
+"""LoRA (arXiv 2106.09685) on a loaded model: add it, write it in the formats that tools read, check, fuse."""
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tasks.diffusion.adapter import DTYPES, LORA_FILE, LatentModel
+from tasks.diffusion.lora.kohya import to_kohya
+from tasks.errors import AdapterSaveFailed, ConfigError
+from tasks.stage.tensor_files import save_tensors
+
+KOHYA_FILE = "lora_kohya.safetensors"
+CHECK_ADAPTER = "saved"
+# A prediction with the saved adapter may differ by this share of what the trained one changes, and by this
+# share of its size: half-precision weights round by 2^-11 (fp16) or 2^-8 (bf16), and errors add up over layers.
+CHECK_TOLERANCE = 0.1
+ROUNDING = {"fp32": 1e-4, "fp16": 2**-8, "bf16": 2**-5}
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """How an adapter is written."""
+
+    alpha: float
+    save_precision: str
+    title: str
+    trigger_phrase: str
+
+
+def add_lora(model: LatentModel, parts: list[str], *, rank: int, alpha: float, dropout: float, is_dora: bool,
+             target_modules: tuple[str, ...]) -> dict[str, nn.Module]:  # fmt: skip
+    """Put LoRA layers into the named parts and return those; all else stays frozen.
+
+    The layers begin as zero changes; their random half comes from torch's generator.
+
+    Raises:
+        ConfigError: a target is no layer of the denoiser, or one that LoRA can't adapt.
+
+    """
+    adapted = {}
+    for name in parts:
+        targets = target_modules if name == model.denoiser_name and target_modules else model.lora_targets[name]
+        if name == model.denoiser_name:
+            check_targets(model.parts[name], targets)
+        settings = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]
+            lora_dropout=dropout,
+            use_dora=is_dora,
+            init_lora_weights="gaussian",
+            target_modules=list(targets),
+        )
+        model.parts[name].add_adapter(settings)
+        for parameter in model.parts[name].parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # small updates vanish in half precision
+        adapted[name] = model.parts[name]
+    return adapted
+
+
+def check_targets(module: nn.Module, targets: tuple[str, ...]) -> None:
+    """Refuse names that no layer ends with, and layers without a matrix or kernel."""
+    for target in targets:
+        found = [layer for path, layer in module.named_modules() if path == target or path.endswith(f".{target}")]
+        if not found:
+            raise ConfigError(f"training.lora.target_modules: {target} is no layer of {type(module).__name__}")
+        if wrong := [layer for layer in found if not isinstance(layer, nn.Linear | nn.Conv2d)]:
+            kind = type(wrong[0]).__name__
+            raise ConfigError(f"training.lora.target_modules: {target} is a {kind}; LoRA adapts Linear and Conv2d")
+
+
+def save_lora(model: LatentModel, folder: Path, names: list[str], export: LoraExport) -> None:
+    """Write the adapter for diffusers and, beside it, in kohya's naming; then load it back and compare.
+
+    In diffusers' file the scale alpha / rank is folded into the weights, so that readers which know no alpha
+    and readers of the metadata agree; kohya's file has alpha as tensors.
+
+    Raises:
+        AdapterSaveFailed: what was written doesn't load as what was trained.
+
+    """
+    tensors: dict[str, Tensor] = {}
+    kohya: dict[str, Tensor] = {}
+    config: dict[str, Any] = {}
+    for name in names:
+        part = model.parts[name]
+        state = read_adapter(model, name)
+        settings = {**part.peft_config["default"].to_dict(), "base_model_name_or_path": None}
+        rank = settings["r"]
+        settings |= {"target_modules": sorted(settings["target_modules"]), "lora_alpha": rank}
+        config |= {f"{name}.{key}": value for key, value in settings.items()}
+        tensors |= {
+            f"{name}.{key}": value * (export.alpha / rank) if ".lora_B." in key else value
+            for key, value in state.items()
+        }
+        is_denoiser = name == model.denoiser_name
+        prefix = "lora_unet" if is_denoiser else kohya_prefix(model, name)
+        layers = model.original_layers if is_denoiser else ()
+        source = part if is_denoiser else nn.Module()
+        kohya |= to_kohya(state, source, prefix=prefix, alpha=export.alpha, layers=layers)
+    metadata = describe(model, export)
+    adapter = json.dumps(config, indent=2, sort_keys=True)
+    dtype = DTYPES[export.save_precision]
+    save_tensors(cast(tensors, dtype), folder / LORA_FILE, metadata={**metadata, "lora_adapter_metadata": adapter})
+    network = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(export.alpha)}
+    save_tensors(cast(kohya, dtype), folder / KOHYA_FILE, metadata={**metadata, **network})
+    check_saved_lora(model, folder, names, export)
+
+
+def read_adapter(model: LatentModel, name: str, adapter: str = "default") -> dict[str, Tensor]:
+    """Return what one part's adapter holds, by PEFT's names, in float32 on the CPU; nothing for what wasn't loaded."""
+    if adapter not in getattr(model.parts[name], "peft_config", {}):
+        return {}
+    state = get_peft_model_state_dict(model.parts[name], adapter_name=adapter)
+    if name in model.text_encoders:
+        # transformers 5 flattened this class; every tool knows its layers by their older names. Its own loader
+        # passes over DoRA's magnitudes unless their keys end like those of other weights.
+        prefix = "" if hasattr(model.parts[name], "text_model") else "text_model."
+        state = {f"{prefix}{key}.weight" if key.endswith("lora_magnitude_vector") else f"{prefix}{key}": value
+                 for key, value in state.items()}  # fmt: skip
+    return {key: value.detach().float().cpu() for key, value in state.items() if not value.is_meta}
+
+
+def kohya_prefix(model: LatentModel, name: str) -> str:
+    """Return kohya's name of a text encoder; encoders are numbered only where there are several."""
+    if len(model.text_encoder_names) == 1:
+        return "lora_te"
+    return f"lora_te{model.text_encoder_names.index(name) + 1}"
+
+
+def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return tensors as they are stored: alpha and DoRA's magnitudes, which scale whole rows, stay in float32."""
+    whole = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "dora_scale", "alpha")
+    return {key: value.to(torch.float32 if key.endswith(whole) else dtype).contiguous()
+            for key, value in tensors.items()}  # fmt: skip
+
+
+def describe(model: LatentModel, export: LoraExport) -> dict[str, str]:
+    """Return the metadata of the ModelSpec standard, version 1.0.1; no date, so that equal runs give equal files."""
+    side = model.config.resolution
+    prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(getattr(model.noise, "prediction_type", ""))
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{model.architecture}/lora",
+        "modelspec.implementation": model.implementation,
+        "modelspec.title": export.title,
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.trigger_phrase": export.trigger_phrase,
+        "modelspec.usage_hint": f"write {export.trigger_phrase} in the prompt",
+        **({"modelspec.prediction_type": prediction} if prediction else {}),
+    }
+
+
+def check_saved_lora(model: LatentModel, folder: Path, names: list[str], export: LoraExport) -> None:
+    """Load the file as other programs do, beside the trained adapter, and compare keys, weights and a prediction.
+
+    Raises:
+        AdapterSaveFailed: names the file and what differs.
+
+    """
+    load_beside(model, folder, CHECK_ADAPTER)
+    try:
+        for name in names:
+            compare_weights(model, name, folder / LORA_FILE, export)
+        compare_predictions(model, names, folder / LORA_FILE, export)
+    finally:
+        for name in names:
+            part = model.parts[name]
+            part.enable_adapters()
+            part.set_adapter("default")
+            if CHECK_ADAPTER in part.peft_config:
+                # diffusers and transformers spell it differently
+                (part.delete_adapters if name == model.denoiser_name else part.delete_adapter)(CHECK_ADAPTER)
+
+
+def load_beside(model: LatentModel, folder: Path, adapter: str) -> None:
+    """Load a file through diffusers' own loader. Raises AdapterSaveFailed where the loader refuses it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`", category=UserWarning)
+            model.make_pipeline().load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=adapter)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise AdapterSaveFailed(f"{folder / LORA_FILE} can't be loaded by diffusers: {reason}") from error
+
+
+def compare_weights(model: LatentModel, name: str, path: Path, export: LoraExport) -> None:
+    """Compare one part's loaded adapter with the trained one, tensor by tensor, as rounded by the file's format."""
+    trained, loaded = read_adapter(model, name), read_adapter(model, name, CHECK_ADAPTER)
+    if missing := sorted(set(trained) - set(loaded)):
+        raise AdapterSaveFailed(
+            f"{path}: {len(missing)} of {len(trained)} tensors of {name} don't load (first {missing[0]}); "
+            "choose other training.lora.target_modules"
+        )
+    scales = [model.parts[name].peft_config[key] for key in ("default", CHECK_ADAPTER)]
+    factor = scales[0].lora_alpha / scales[0].r / (scales[1].lora_alpha / scales[1].r)
+    expected = {key: value * factor if ".lora_B." in key else value for key, value in trained.items()}
+    for key, value in cast(expected, DTYPES[export.save_precision]).items():
+        # The factor is applied in float32 here as there; both sides were then rounded once.
+        if not torch.allclose(loaded[key], value.float(), rtol=2**-7, atol=1e-6):
+            raise AdapterSaveFailed(f"{path}: {name}.{key} loads with other weights than were trained")
+
+
+@torch.no_grad()
+def compare_predictions(model: LatentModel, names: list[str], path: Path, export: LoraExport) -> None:
+    """Compare what the denoiser predicts with either adapter, on one fixed noisy latent."""
+    parts = [model.parts[name] for name in names]
+    modes = [part.training for part in parts]
+    for part in parts:
+        part.eval()
+    predictions = {}
+    for adapter in ("default", CHECK_ADAPTER, None):
+        for part in parts:
+            part.disable_adapters() if adapter is None else part.set_adapter(adapter)
+        predictions[adapter] = predict_once(model)
+    for part, mode in zip(parts, modes, strict=True):
+        part.enable_adapters()
+        part.train(mode)
+    trained, saved, plain = predictions.values()
+    precision = max((export.save_precision, *precisions(parts)), key=lambda name: ROUNDING[name])
+    allowed = CHECK_TOLERANCE * (trained - plain).norm() + ROUNDING[precision] * trained.norm()
+    if not (saved - trained).norm() <= allowed:  # also where one isn't finite
+        raise AdapterSaveFailed(f"{path} predicts something else than the adapter that was trained")
+
+
+def precisions(parts: list[nn.Module]) -> set[str]:
+    """Return the number formats that modules compute in."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return {names[p.dtype] for part in parts for p in part.parameters() if p.dtype in names}
+
+
+def predict_once(model: LatentModel) -> Tensor:
+    """Return one prediction, in float32, of small fixed latents."""
+    weight = next(p for p in model.denoiser.parameters() if not p.requires_grad)
+    full = model.config.resolution // 2 ** (len(model.vae.config.block_out_channels) - 1)
+    side = min(16, full)
+    shape = (1, int(model.vae.config.latent_channels), side, side)
+    noisy = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, weight.dtype)
+    timesteps = model.noise.choose_timesteps(torch.tensor([0.5])).to(model.device)
+    conditioning = model.encode_prompts(model.tokenize(["a photo"]))
+    sizes = torch.tensor([[8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side]], device=model.device)
+    return model.predict(noisy, timesteps, conditioning, sizes).float()
+
+
+@torch.no_grad()
+def fuse_lora(model: LatentModel, folder: Path) -> None:
+    """Add a saved adapter to the weights, through diffusers' own loader.
+
+    Raises:
+        AdapterSaveFailed: a part of the file isn't loaded.
+
+    """
+    stored = load_file(folder / LORA_FILE)
+    names = sorted({key.split(".")[0] for key in stored})
+    load_beside(model, folder, CHECK_ADAPTER)
+    for name in names:
+        held = {key: value for key, value in stored.items() if key.startswith(f"{name}.")}
+        loaded = read_adapter(model, name, CHECK_ADAPTER)
+        found = [key for key, value in held.items()
+                 if torch.equal(loaded.get(key.removeprefix(f"{name}."), torch.empty(0)), value.float())]  # fmt: skip
+        if len(found) != len(held):
+            raise AdapterSaveFailed(f"{folder / LORA_FILE}: {len(found)} of {len(held)} tensors of {name} load")
+        for key, parameter in model.parts[name].named_parameters():
+            if ".lora_" in key:
+                parameter.data = parameter.data.float()  # products of half-precision factors would be rounded twice
+    pipeline = model.make_pipeline()
+    pipeline.fuse_lora(components=names)  # Flux would leave its text encoder out
+    pipeline.unload_lora_weights()

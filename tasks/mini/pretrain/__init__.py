@@ -1,0 +1,1 @@
+"""Pretraining of the mini models; nothing at run time imports it."""

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible vision server of the drawn world."""

@@ -1,0 +1,66 @@
+"""How the mini vision server replies: JSON by schema, a tool call, or a sentence."""
+
+import json
+import re
+import uuid
+from typing import Any
+
+from tasks.mini.vision_server.schema_answers import Question, describe, fill_schema
+
+CAPTION_REQUEST = re.compile(
+    r"caption (?:of |for )?(\S+\.(?:png|jpe?g|webp|gif))\s*(?::|=|\bto\b|\bas\b)?\s*(.+)", re.I
+)
+
+
+def write_message(body: dict[str, Any], question: Question) -> tuple[dict[str, Any], str]:
+    """Return the assistant's message and its finish reason."""
+    message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
+    tool = choose_tool(body, question)
+    if tool is not None:
+        call = {"name": tool["name"], "arguments": json.dumps(fill_arguments(tool, question))}
+        message["tool_calls"] = [{"id": f"call_{uuid.uuid4().hex[:16]}", "type": "function", "function": call}]
+        return message, "tool_calls"
+    wanted = body.get("response_format") or {"type": "text"}
+    if wanted.get("type") == "json_schema":
+        message["content"] = json.dumps(fill_schema(wanted["json_schema"]["schema"], question))
+    elif wanted.get("type") == "json_object":
+        message["content"] = json.dumps({"description": describe(question)})
+    else:
+        message["content"] = say(body, question)
+    return message, "stop"
+
+
+def choose_tool(body: dict[str, Any], question: Question) -> dict[str, Any] | None:
+    """Return the function to call: the one that is forced, or looks once and then answers, or what is asked for."""
+    tools: dict[str, dict[str, Any]] = {tool["function"]["name"]: tool["function"] for tool in body.get("tools") or []}
+    choice = body.get("tool_choice", "auto")
+    if isinstance(choice, dict):
+        return tools.get(choice["function"]["name"])
+    if not tools or choice == "none":
+        return None
+    first, *_, last = [*tools.values(), *tools.values()]
+    if choice == "required":
+        return last if question.findings else first
+    is_asked = "apply_caption" in tools and not question.findings and CAPTION_REQUEST.search(question.last_text)
+    return tools["apply_caption"] if is_asked else None
+
+
+def fill_arguments(tool: dict[str, Any], question: Question) -> Any:
+    """Return arguments for a call, from what is asked or seen."""
+    asked = CAPTION_REQUEST.search(question.last_text)
+    if tool["name"] == "apply_caption" and asked:
+        surroundings, _, view = asked[2].strip().strip('"').partition(", ")
+        return {"photo": asked[1], "surroundings": surroundings, "view": view}
+    return fill_schema(tool["parameters"], question)
+
+
+def say(body: dict[str, Any], question: Question) -> str:
+    """Return a sentence: what a tool found, how to ask, or what is seen."""
+    if question.findings:
+        return f"That is what came of it: {question.findings[-1]}"
+    if any(tool["function"]["name"] == "apply_caption" for tool in body.get("tools") or []):
+        return (
+            "I am the mini vision server and understand one kind of request, for example: "
+            "caption fish-7-01.jpg: on a red table, seen from above"
+        )
+    return describe(question)

@@ -1,0 +1,62 @@
+"""Start the mini vision server beside a run and stop it with the run."""
+
+import queue
+import subprocess
+import threading
+from pathlib import Path
+
+from tasks.errors import ServiceUnavailable
+from tasks.stage.worker_process import child_environment, guarded
+
+START_SECONDS = 120.0
+
+
+class LocalServer:
+    """The server's process; started on first use."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.process: subprocess.Popen[str] | None = None
+        self.base_url = ""
+        self.lock = threading.Lock()
+
+    def start(self) -> str:
+        """Return the server's address, starting it if it isn't running. Raises ServiceUnavailable."""
+        with self.lock:
+            if self.process is not None and self.process.poll() is None:
+                return self.base_url
+            command, environment = guarded("tasks.mini.vision_server.server"), child_environment(OMP_NUM_THREADS="1")
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("ab") as log:
+                self.process = subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True, start_new_session=True
+                )
+            self.base_url = self.read_address(self.process)
+            return self.base_url
+
+    def read_address(self, process: "subprocess.Popen[str]") -> str:
+        """Return the address that the server prints once it listens."""
+        lines: queue.Queue[str] = queue.Queue()
+        pipe = process.stdout
+        assert pipe is not None
+        threading.Thread(target=lambda: lines.put(pipe.readline()), daemon=True).start()
+        try:
+            address = lines.get(timeout=START_SECONDS).strip()
+        except queue.Empty:
+            address = ""
+        if not address.startswith("http"):
+            self.stop()
+            raise ServiceUnavailable(f"the mini vision server did not start; see {self.log}")
+        return address
+
+    def stop(self) -> None:
+        """End the server."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if self.process is not None and self.process.stdout is not None:
+            self.process.stdout.close()

@@ -1,0 +1,1 @@
+"""The drawn world: objects, backgrounds, scenes and their captions."""

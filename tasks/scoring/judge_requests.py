@@ -1,0 +1,171 @@
+"""Every question that a judge is asked: samples, repeats, controls and pairs, each with a name."""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any, Literal
+
+from PIL import Image, ImageFilter
+
+from tasks.images import encode_png
+from tasks.manifests.base import Sample
+from tasks.scoring.config import ScoringConfig
+from tasks.scoring.rubric import concept_spec, pair_spec, prompt_spec, quality_spec
+from tasks.services.llm.chat.request import RequestSpec
+
+AXES = ("concept_preservation", "prompt_following", "image_quality")
+BLUR_SHARE = 1 / 32
+Kind = Literal["sample", "self", "other", "shuffled", "blurred", "pair", "contest", "settled"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request to the judge, and what it is about."""
+
+    spec: RequestSpec[Any]
+    kind: Kind
+    axis: str
+    key: str
+    """The sample's object, or for pairs both, base first."""
+    repeat: int = 0
+    is_swapped: bool = False
+    players: tuple[str, str] = ("", "")
+    """Whose pictures a pair compares, in the key's order."""
+
+    @property
+    def name(self) -> str:
+        """A name that no other question has."""
+        return f"{self.kind}/{self.axis}/{self.key}/{self.repeat}{'/swapped' if self.is_swapped else ''}"
+
+
+@dataclass(frozen=True)
+class Material:
+    """What questions are made of; pictures as PNG bytes."""
+
+    class_noun: str
+    references: list[bytes]
+    samples: list[Sample]
+    others: list[Sample]
+    """Class samples of the base model: other subjects of the same class."""
+    read: Callable[[Sample], bytes]
+    candidates: list[Sample] = field(default_factory=list)
+    """Samples of the weights of other steps."""
+    published_step: int = 0
+
+
+def list_questions(config: ScoringConfig, material: Material) -> list[Question]:
+    """Return all questions for the first judge: those whose beginnings are the same stand together."""
+    questions = [q for sample in material.samples for q in ask_axes(material, sample, repeat=0)]
+    for sample in spread_out(material.samples, config.num_repeated):
+        for repeat in range(1, config.num_repeats):
+            questions += ask_axes(material, sample, repeat=repeat)
+    questions += list(list_controls(config, material))
+    questions += list(list_pairs(config, material))
+    questions += list(list_contests(config, material))
+    return list({question.name: question for question in questions}.values())
+
+
+def ask_axes(material: Material, sample: Sample, *, repeat: int) -> list[Question]:
+    """Return one question per axis about a sample."""
+    picture = material.read(sample)
+    concept = concept_spec(material.references, picture, class_noun=material.class_noun, repeat=repeat)
+    specs: tuple[RequestSpec[Any], ...] = (
+        concept,
+        prompt_spec(picture, class_prompt=sample.class_prompt, repeat=repeat),
+        quality_spec(picture, repeat=repeat),
+    )
+    return [Question(spec, "sample", axis, sample.image.key, repeat) for spec, axis in zip(specs, AXES, strict=True)]
+
+
+def list_controls(config: ScoringConfig, material: Material) -> Iterator[Question]:
+    """Yield questions whose answers are known: they look like any other to the judge."""
+    concept, prompt, quality = AXES
+    references, noun = material.references, material.class_noun
+    for number in range(min(config.num_controls, len(references)) if len(references) > 1 else 0):
+        rest = references[:number] + references[number + 1 :]
+        spec = concept_spec(rest, references[number], class_noun=noun, repeat=0)
+        yield Question(spec, "self", concept, str(number))
+    for other in material.others[: config.num_controls]:
+        spec = concept_spec(references, material.read(other), class_noun=noun, repeat=0)
+        yield Question(spec, "other", concept, other.image.key)
+    for sample in choose_for_controls(config, material):
+        wrong = find_other_prompt(sample, material.samples)
+        if wrong:
+            spec_prompt = prompt_spec(material.read(sample), class_prompt=wrong, repeat=0)
+            yield Question(spec_prompt, "shuffled", prompt, sample.image.key)
+        yield Question(quality_spec(blur(material.read(sample)), repeat=0), "blurred", quality, sample.image.key)
+
+
+def choose_for_controls(config: ScoringConfig, material: Material) -> list[Sample]:
+    """Return samples of the base model, which follows prompts best, one for each of the longest prompts."""
+    by_prompt: dict[str, Sample] = {}
+    for sample in material.samples:
+        if sample.side == "base":
+            by_prompt.setdefault(sample.class_prompt, sample)
+    return sorted(by_prompt.values(), key=lambda sample: -len(sample.class_prompt))[: config.num_controls]
+
+
+def find_other_prompt(sample: Sample, samples: list[Sample]) -> str:
+    """Return the longest of the other prompts: it says most that the sample doesn't show."""
+    others = {other.class_prompt for other in samples if other.class_prompt != sample.class_prompt}
+    return max(others, key=lambda prompt: (len(prompt), prompt), default="")
+
+
+def blur(png: bytes) -> bytes:
+    """Return a picture that nobody would call clean."""
+    with Image.open(io.BytesIO(png)) as opened:
+        picture = opened.convert("RGB")
+    return encode_png(picture.filter(ImageFilter.GaussianBlur(max(2.0, max(picture.size) * BLUR_SHARE))))
+
+
+def list_pairs(config: ScoringConfig, material: Material) -> Iterator[Question]:
+    """Yield base against tuned on the same prompt and seed, each pair in both orders."""
+    by_draw = {(sample.prompt, sample.seed, sample.side): sample for sample in material.samples}
+    tuned = [sample for sample in material.samples if sample.side == "tuned"]
+    for sample in spread_out(tuned, config.num_pairs):
+        base = by_draw.get((sample.prompt, sample.seed, "base"))
+        if base is None:
+            continue
+        yield from ask_both_ways(material, "pair", base, sample, players=("base", "tuned"))
+
+
+def list_contests(config: ScoringConfig, material: Material) -> Iterator[Question]:
+    """Yield every two of the kept weights on the same prompt and seed, each pair in both orders."""
+    published = [sample for sample in material.samples if sample.side == "tuned"]
+    steps = sorted({sample.step for sample in material.candidates if sample.step is not None})
+    by_draw: dict[tuple[str, int], dict[int, Sample]] = {}
+    for sample in [*published, *material.candidates]:
+        step = material.published_step if sample.step is None else sample.step
+        by_draw.setdefault((sample.prompt, sample.seed), {})[step] = sample
+    whole = [drawn for drawn in by_draw.values() if steps and len(drawn) == len(steps) + 1]
+    for drawn in whole[: config.num_contests]:
+        for first, second in combinations(sorted(drawn), 2):
+            players = (str(first), str(second))
+            yield from ask_both_ways(material, "contest", drawn[first], drawn[second], players=players)
+
+
+def ask_both_ways(
+    material: Material, kind: Kind, one: Sample, other: Sample, *, players: tuple[str, str]
+) -> Iterator[Question]:
+    """Yield a pair in both orders."""
+    for is_swapped in (False, True):
+        first, second = (other, one) if is_swapped else (one, other)
+        spec = pair_spec(
+            material.references, material.read(first), material.read(second), class_noun=material.class_noun
+        )
+        key = f"{one.image.key}+{other.image.key}"
+        yield Question(spec, kind, "pair", key, is_swapped=is_swapped, players=players)
+
+
+def list_second(config: ScoringConfig, material: Material) -> list[Question]:
+    """Return the questions for the second judge."""
+    num = round(config.second_share * len(material.samples))
+    return [q for sample in spread_out(material.samples, num) for q in ask_axes(material, sample, repeat=0)]
+
+
+def spread_out(samples: list[Sample], num: int) -> list[Sample]:
+    """Return up to `num` samples, evenly spread over all of them."""
+    if num >= len(samples):
+        return samples
+    return [samples[i * len(samples) // num] for i in range(num)]

@@ -1,0 +1,1 @@
+"""Completions of several turns: tools, web search, conversations."""

@@ -1,0 +1,136 @@
+"""A conversation with history: replies stream, tools act, and what no longer fits is summarized."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+from tasks.errors import LikenessError, ReplyInvalid
+from tasks.redaction import clean_text
+from tasks.services.llm.agents.tools import Tool, run_calls
+from tasks.services.llm.budget.ledger import LedgerRow
+from tasks.services.llm.chat.completion import ChatCompletion
+from tasks.services.llm.chat.request import count_body_tokens
+from tasks.services.llm.service import LlmService
+
+CONTEXT_SHARE = 0.8
+KEPT_TURNS = 4
+MAX_ROUNDS = 6
+SUMMARIZE = "Sum up this conversation in at most 120 words: what was decided, what was changed, what is open."
+
+Message = dict[str, Any]
+
+
+class History(BaseModel):
+    """What was said: a summary of what lies far back, and the last turns word by word."""
+
+    summary: str = ""
+    turns: list[list[Message]] = []
+    """A turn begins with the person's words and ends with the reply to them."""
+
+
+@dataclass
+class Conversation:
+    """A role that is talked to."""
+
+    llm: LlmService
+    role: str
+    system: str
+    tools: Sequence[Tool] = ()
+    history: History = field(default_factory=History)
+
+    @property
+    def name(self) -> str:
+        """The profile that serves the role."""
+        return self.llm.config.rungs(self.role)[0]
+
+    def say(self, text: str, *, on_text: Callable[[str], None]) -> str:
+        """Return the reply to a person's words, shown piece by piece; tools are called in between.
+
+        An interrupt leaves the history as it was before.
+
+        Raises:
+            ServiceUnavailable: no whole reply came.
+            ReplyInvalid: it can't be read.
+            BudgetExceeded: the next call could pass the cap.
+
+        """
+        turn: list[Message] = [{"role": "user", "content": text}]
+        self.make_room(turn)
+        by_name = {tool.name: tool for tool in self.tools}
+        for number in range(MAX_ROUNDS):
+            body = self.body([*self.history.turns, turn])
+            if self.tools and number < MAX_ROUNDS - 1:
+                body["tools"] = [tool.describe() for tool in self.tools]
+            completion = self._send(body, on_text)
+            if not completion.tool_calls:
+                turn.append({"role": "assistant", "content": completion.content or completion.refusal})
+                break
+            calls = [call.to_wire() for call in completion.tool_calls]
+            turn.append({"role": "assistant", "content": completion.content, "tool_calls": calls})
+            max_side = self.llm.config.profiles[self.name].max_image_side
+            turn += run_calls(completion.tool_calls, by_name, [], max_side=max_side)
+        self.history.turns.append([without_pictures(message) for message in turn])
+        return str(turn[-1].get("content") or "")
+
+    def body(self, turns: Sequence[Sequence[Message]]) -> dict[str, Any]:
+        """Return a chat completion's body over the given turns."""
+        profile = self.llm.config.profiles[self.name]
+        summary = f"\n\nWhat was said before, in short: {self.history.summary}" if self.history.summary else ""
+        return {
+            "model": profile.model,
+            "messages": [
+                {"role": "system", "content": self.system + summary},
+                *(message for turn in turns for message in turn),
+            ],
+            "max_completion_tokens": profile.max_output_tokens,
+            **profile.routing(),
+        }
+
+    def _send(self, body: dict[str, Any], on_text: Callable[[str], None]) -> ChatCompletion:
+        profile = self.llm.config.profiles[self.name]
+        row = LedgerRow(self.role, self.name, profile.model, outcome="")
+        is_streaming = profile.capabilities.streaming
+        completion = self.llm.send(body, row=row, on_text=on_text if is_streaming else None)
+        self.llm.book_completion(completion, row=row)
+        if completion.problem:
+            raise ReplyInvalid(f"the reply has an unexpected shape: {completion.problem}; ask again")
+        if not is_streaming and completion.content:
+            on_text(clean_text(completion.content))
+        return completion
+
+    def make_room(self, turn: list[Message]) -> None:
+        """Sum up or drop old turns until the next request fits the model's context."""
+        while self.history.turns and not self.fits(turn):
+            num = max(1, len(self.history.turns) - KEPT_TURNS)
+            old, self.history.turns = self.history.turns[:num], self.history.turns[num:]
+            self.history.summary = self.summarize(old) or self.history.summary
+
+    def fits(self, turn: list[Message]) -> bool:
+        """Whether a request with all turns leaves room for the reply."""
+        profile = self.llm.config.profiles[self.name]
+        tools = [tool.describe() for tool in self.tools]
+        used = sum(count_body_tokens({**self.body([*self.history.turns, turn]), "tools": tools}, profile))
+        return used <= CONTEXT_SHARE * profile.capabilities.context_tokens
+
+    def summarize(self, turns: list[list[Message]]) -> str:
+        """Return a summary of turns that are to go, or nothing where none could be had."""
+        told = [f"{message['role']}: {message['content']}" for turn in turns for message in turn if message["content"]]
+        words = f"Before that: {self.history.summary}\n" if self.history.summary else ""
+        ask = {"role": "user", "content": f"{words}{chr(10).join(told)}\n\n{SUMMARIZE}"}
+        row = LedgerRow(self.role, self.name, self.llm.config.profiles[self.name].model, outcome="", reason="summary")
+        body = {**self.body([]), "messages": [{"role": "system", "content": self.system}, ask]}
+        try:
+            completion = self.llm.call(body, row=row)
+        except LikenessError:
+            return ""
+        return completion.content or ""
+
+
+def without_pictures(message: Message) -> Message:
+    """Return a message for the history: pictures were looked at once and would fill it."""
+    if not isinstance(message.get("content"), list):
+        return message
+    texts = [part["text"] if part["type"] == "text" else "(a picture)" for part in message["content"]]
+    return {**message, "content": " ".join(texts)}

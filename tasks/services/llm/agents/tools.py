@@ -1,0 +1,108 @@
+"""Let a model call local functions before it answers: a typed registry, validated arguments, bounded rounds."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from tasks.errors import ReplyInvalid
+from tasks.services.llm.budget.ledger import LedgerRow
+from tasks.services.llm.chat.completion import ToolCall
+from tasks.services.llm.chat.json_schema import strict_schema
+from tasks.services.llm.chat.request import RequestSpec, T, encode_image
+from tasks.services.llm.chat.response_format import TOOL, ask_for
+from tasks.services.llm.service import Answer, LlmService
+
+MOST_PICTURES = 4  # that one round of tools shows
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What a tool found: plain values, and perhaps a picture to look at."""
+
+    values: dict[str, Any]
+    picture: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that only looks; the description is what the model reads."""
+
+    name: str
+    description: str
+    arguments: type[BaseModel]
+    run: Callable[[Any], ToolResult]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the tool as a chat completion takes it."""
+        function = {
+            "name": self.name, "description": self.description,
+            "parameters": strict_schema(self.arguments), "strict": True,
+        }  # fmt: skip
+        return {"type": "function", "function": function}
+
+    def call(self, arguments: str) -> ToolResult:
+        """Run with a model's arguments; what doesn't fit is told to it, not raised."""
+        try:
+            return self.run(self.arguments.model_validate_json(arguments))
+        except ValidationError as error:
+            first = error.errors()[0]
+            return ToolResult({"error": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"})
+
+
+def ask_with_tools(
+    llm: LlmService, spec: RequestSpec[T], tools: Sequence[Tool], *, role: str, max_rounds: int
+) -> Answer[T]:
+    """Return a reply that was given through the `answer` tool, after at most `max_rounds` rounds of others.
+
+    Raises:
+        ReplyInvalid: no answer that fits came, not even when nothing else could be called.
+
+    """
+    name = llm.config.rungs(role)[0]
+    profile = llm.config.profiles[name]
+    cached = llm.find_cached(spec, name=name, role=role)
+    if cached is not None:
+        return cached
+    by_name = {tool.name: tool for tool in tools}
+    forced = ask_for(spec.plain_body(profile), spec.reply, "tool")
+    body = {**forced, "tools": [tool.describe() for tool in tools] + forced["tools"], "tool_choice": "required"}
+    called: list[str] = []
+    for number in range(max_rounds + 1):
+        if number == max_rounds:
+            body["tool_choice"] = forced["tool_choice"]
+        row = LedgerRow(role, name, profile.model, outcome="")
+        completion = llm.send(body, row=row)
+        answers = tuple(call for call in completion.tool_calls if call.name == TOOL)
+        if answers:
+            answered = replace(completion, tool_calls=answers, finish_reason="stop")
+            return llm.accept(spec, answered, row=row, structure="tool", called=tuple(called))
+        if not completion.tool_calls:
+            return llm.accept(spec, completion, row=row, called=tuple(called))
+        llm.book_completion(completion, row=row)
+        calls = [call.to_wire() for call in completion.tool_calls]
+        body["messages"] = [*body["messages"], {"role": "assistant", "content": None, "tool_calls": calls}]
+        body["messages"] += run_calls(completion.tool_calls, by_name, called, max_side=profile.max_image_side)
+    raise ReplyInvalid(f"no answer after {max_rounds} rounds of tools")
+
+
+def run_calls(
+    calls: Sequence[ToolCall], by_name: dict[str, Tool], called: list[str], *, max_side: int
+) -> list[dict[str, Any]]:
+    """Run what was called and return the messages that tell what came of it; pictures follow as a user's."""
+    messages: list[dict[str, Any]] = []
+    pictures: list[dict[str, Any]] = []
+    for call in calls:
+        result = ToolResult({"error": f"there is no tool {call.name}"})
+        if call.name in by_name:
+            result = by_name[call.name].call(call.arguments)
+            called.append(call.name)
+        messages.append({"role": "tool", "tool_call_id": call.call_id, "content": json.dumps(result.values)})
+        if result.picture is not None and len(pictures) < MOST_PICTURES:  # tools answer in text alone
+            url = encode_image(result.picture, max_side=max_side)
+            pictures.append({"type": "image_url", "image_url": {"url": url}})
+    if pictures:
+        messages.append({"role": "user", "content": [{"type": "text", "text": "What you asked to see:"}, *pictures]})
+    return messages

@@ -1,0 +1,105 @@
+"""Let a model search the web before it answers: text only, with the pages that it cites.
+
+OpenAI and xAI search in their Responses APIs, OpenRouter by a server tool of chat completions.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic
+
+from tasks.errors import ConfigError
+from tasks.services.llm.budget.ledger import LedgerRow
+from tasks.services.llm.chat.json_schema import strict_schema
+from tasks.services.llm.chat.request import RequestSpec, T
+from tasks.services.llm.chat.transport import read_object
+from tasks.services.llm.service import Answer, LlmService
+
+MOST_DOMAINS = 5
+
+
+@dataclass(frozen=True)
+class Found(Generic[T]):
+    """An answer and the addresses it cites."""
+
+    answer: Answer[T]
+    citations: tuple[str, ...]
+
+
+def ask_with_search(llm: LlmService, spec: RequestSpec[T], *, role: str, domains: Sequence[str] = ()) -> Found[T]:
+    """Return a validated reply of a role's first profile that can search; pictures never go along.
+
+    Raises:
+        ConfigError: no profile of the role searches, or the request has pictures.
+        ReplyInvalid: the reply doesn't fit.
+
+    """
+    names = [name for name in llm.config.rungs(role) if llm.config.profiles[name].capabilities.web_search != "none"]
+    if not names:
+        raise ConfigError(f"no profile of the {role} searches the web; choose one whose capabilities say so")
+    if any(isinstance(part, bytes) for part in spec.parts):
+        raise ConfigError("pictures are not sent along with a web search")
+    name = names[0]
+    profile = llm.config.profiles[name]
+    kept = llm.find_cached(spec, name=name, role=role)
+    if kept is not None:
+        return Found(kept, kept.citations)
+    row = LedgerRow(role, name, profile.model, outcome="", reason="web search")
+    started = time.monotonic()
+    if profile.capabilities.web_search == "openrouter":
+        tool = {"type": "openrouter:web_search", "parameters": {"allowed_domains": list(domains)} if domains else {}}
+        completion = llm.send({**spec.body(profile, "json_schema"), "tools": [tool]}, row=row)
+    else:
+        filters = {"filters": {"allowed_domains": list(domains[:MOST_DOMAINS])}} if domains else {}
+        body = {**spec.plain_body(profile), "tools": [{"type": "web_search", **filters}]}
+        completion = llm.send(body, row=row, create=lambda client, body, timeout_seconds: respond(
+            client, body, spec, timeout_seconds=timeout_seconds
+        ))  # fmt: skip
+    row = replace(row, seconds=time.monotonic() - started)
+    answer = llm.accept(spec, completion, row=row, structure="text")
+    return Found(answer, answer.citations)
+
+
+def respond(client: Any, body: dict[str, Any], spec: RequestSpec[T], *, timeout_seconds: float) -> dict[str, Any]:
+    """Ask by the Responses API, and return its reply in the shape of a chat completion."""
+    text = "\n".join(part for part in spec.parts if isinstance(part, str))
+    shape = {"type": "json_schema", "name": spec.reply.__name__, "strict": True, "schema": strict_schema(spec.reply)}
+    deadline = time.monotonic() + timeout_seconds
+    with client.responses.with_streaming_response.create(
+        model=body["model"], instructions=spec.system, input=text, tools=body["tools"], text={"format": shape},
+        max_output_tokens=body["max_completion_tokens"], store=False, timeout=timeout_seconds,
+    ) as response:  # fmt: skip
+        return to_chat(read_object(response, deadline=deadline, seconds=timeout_seconds))
+
+
+def to_chat(response: dict[str, Any]) -> dict[str, Any]:
+    """Return a reply of the Responses API in the shape of a chat completion; odd parts go along as they are."""
+    whole: dict[str, Any] = {"model": response.get("model"), "usage": to_chat_usage(response.get("usage"))}
+    output = response.get("output")
+    if not isinstance(output, list):
+        return {**whole, "choices": output or []}
+    parts: list[Any] = []
+    for item in output:
+        if not isinstance(item, dict):
+            return {**whole, "choices": [item]}
+        if item.get("type") == "message":
+            content = item.get("content") or []
+            parts += content if isinstance(content, list) else [content]
+    notes = [part.get("annotations") for part in parts if isinstance(part, dict)]
+    flat = [note for listed in notes if isinstance(listed, list) for note in listed]
+    message = {"content": parts, "annotations": flat}
+    is_whole = response.get("status") == "completed"
+    return {**whole, "choices": [{"message": message, "finish_reason": "stop" if is_whole else "length"}]}
+
+
+def to_chat_usage(usage: Any) -> Any:
+    """Return the Responses API's usage in the words of chat completions."""
+    if not isinstance(usage, dict):
+        return usage
+    return {
+        "prompt_tokens": usage.get("input_tokens"),
+        "completion_tokens": usage.get("output_tokens"),
+        "prompt_tokens_details": usage.get("input_tokens_details"),
+        "completion_tokens_details": usage.get("output_tokens_details"),
+        "cost_in_usd_ticks": usage.get("cost_in_usd_ticks"),
+    }

@@ -1,0 +1,128 @@
+"""Look after batch jobs outside of a run: retrieve, adopt, cancel and discard them."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tasks.errors import ConfigError, StillPending
+from tasks.services.llm.batch.job import BatchState, find_state, open_provider
+from tasks.services.llm.batch.lease import hold_lease
+from tasks.services.llm.batch.provider import TERMINAL, BatchProvider, RemoteJob
+from tasks.services.llm.budget.ledger import LedgerRow
+from tasks.services.llm.chat.completion import ChatCompletion, Usage, bound_usage
+from tasks.services.llm.chat.response_format import read_content
+from tasks.services.llm.chat.retries import call_with_retries
+from tasks.services.llm.reply_cache import CachedReply, find_record, put_record
+from tasks.services.llm.service import LlmService
+from tasks.stage.digests import dump_signed
+
+
+@dataclass(frozen=True)
+class JobHandle:
+    """A batch job and where its state lies."""
+
+    llm: LlmService
+    state: BatchState
+    state_key: str
+    """Empty for a job that only the provider knows."""
+
+    @property
+    def job_id(self) -> str:
+        """The provider's id, or the state's own name before there is one."""
+        return self.state.batch_id or self.state.file_name.removesuffix(".json")
+
+    def provider(self) -> BatchProvider:
+        """Return the profile's way of running batch jobs."""
+        name = self.state.profile
+        if name not in self.llm.config.profiles:
+            raise ConfigError(f"job {self.job_id} is of profile {name!r}, which its run's configuration lacks")
+        profile = self.llm.config.profiles[name]
+
+        def call(ask: Any) -> Any:
+            return call_with_retries(lambda timeout: ask(self.llm.client(name), timeout), profile)
+
+        return open_provider(self.llm, name, role=self.state.role, call=call)
+
+    def save(self, **changes: Any) -> None:
+        """Store the state with changes."""
+        if self.state_key:
+            self.llm.store.put_bytes(self.state_key, dump_signed(self.state.model_copy(update=changes)))
+
+
+def retrieve(job: JobHandle) -> RemoteJob:
+    """Return a job as its provider sees it. Raises ConfigError where there is none yet."""
+    if not job.state.batch_id:
+        raise ConfigError(f"job {job.job_id} is {job.state.status}: the provider doesn't have it yet; run again")
+    return job.provider().look(job.state.batch_id)
+
+
+def cancel(job: JobHandle) -> None:
+    """Cancel a job; the next run keeps what it answered and asks the rest by calls."""
+    remote = retrieve(job)
+    with attended(job):
+        job.save(is_cancelled=True)
+        if remote.status not in TERMINAL:
+            job.provider().cancel(job.state.batch_id)
+
+
+def discard(job: JobHandle) -> float:
+    """Forget a job: its rows are asked anew. Return the money that stays reserved, because it may be billed."""
+    with attended(job):
+        job.save(is_harvested=True, is_cancelled=True)
+    return job.state.reserved_usd
+
+
+def adopt(job: JobHandle) -> tuple[int, float | None]:
+    """Keep an ended job's replies, so that no run pays for them again; return their number and cost.
+
+    They are validated when a run reads them. Raises StillPending where the job has not ended.
+    """
+    remote = retrieve(job)
+    if remote.status not in TERMINAL:
+        raise StillPending(f"batch job {job.job_id} is {remote.status}; adopt it when it has ended")
+    with attended(job):
+        state = find_state(job.llm.store, job.state_key) if job.state_key else None
+        if state is not None and state.is_harvested:
+            return 0, 0.0
+        count, costs = 0, list[float | None]()
+        for custom_id, outcome in job.provider().read(remote):
+            if outcome.completion is not None and is_ours(job.state, custom_id):
+                costs.append(keep_reply(job, custom_id, outcome.completion))
+                count += 1
+        spent = None if None in costs else sum(cost for cost in costs if cost is not None)
+        if job.state.reservation:
+            job.llm.budget.settle(job.state.reservation, spent=job.state.reserved_usd if spent is None else spent)
+        job.save(is_harvested=True, status=remote.status, spent_usd=spent)
+    return count, spent
+
+
+def is_ours(state: BatchState, custom_id: str) -> bool:
+    """Whether a row is one of the job's; of a job without a state, whether its id is a digest as ours are."""
+    if state.custom_ids:
+        return custom_id in state.custom_ids
+    return len(custom_id) == 40 and set(custom_id) <= set("0123456789abcdef")
+
+
+def keep_reply(job: JobHandle, custom_id: str, completion: ChatCompletion) -> float | None:
+    """Store one row's reply and book it; return its cost."""
+    llm, name = job.llm, job.state.profile
+    profile = llm.config.profiles[name]
+    key = f"llm/replies/{custom_id}.json"
+    share = job.state.reserved_usd / max(1, len(job.state.custom_ids))
+    most = Usage(output_tokens=profile.max_output_tokens + profile.reasoning_tokens, input_tokens=10**6)
+    # The request itself is not at hand: a row's share of the job's reservation stands for its worst case.
+    completion = bound_usage(completion, most, worst_usd=share or None)
+    if completion.usage_fault:
+        completion = replace(completion, usage=Usage(reported_usd=share))
+    row = llm.fill_row(completion, LedgerRow(job.state.role, name, profile.model, outcome="ok", is_batch=True))
+    is_usable = not completion.problem and not completion.refusal and completion.finish_reason != "length"
+    content = read_content(completion, llm.structure(name)) if is_usable else None
+    if content and find_record(llm.store, CachedReply, key) is None:
+        put_record(llm.store, CachedReply(key=key, content=content, served_model=completion.model))
+    llm.ledger.book(row if content else replace(row, outcome="invalid"))
+    return row.cost_usd
+
+
+def attended(job: JobHandle) -> Any:
+    """Hold the job's lease. Raises StillPending where a running process has it."""
+    name = job.state.file_name.removesuffix(".json") if job.state_key else job.job_id
+    return hold_lease(job.llm.store, name, max_wait_seconds=0.0, poll_seconds=0.1, on_wait=lambda: None)

@@ -1,0 +1,312 @@
+"""One remote batch job: its state in the store, created once, waited for, and read row by row.
+
+planned -> uploaded (file id) -> created (batch id) -> terminal -> harvested row by row
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from tasks.errors import ArtifactCorrupt, ConfigError, ReplyInvalid, ServiceUnavailable, StillPending
+from tasks.services.llm.batch.local import FileBatches, LocalBatches
+from tasks.services.llm.batch.openai_api import OpenAiBatches
+from tasks.services.llm.batch.provider import TERMINAL, UNKNOWN, BatchProvider, BatchReply, Call, RemoteJob
+from tasks.services.llm.batch.xai_api import XaiBatches
+from tasks.services.llm.budget.journal import append_line
+from tasks.services.llm.budget.ledger import LedgerRow, compute_cost
+from tasks.services.llm.chat.completion import ChatCompletion, Usage, bound_usage
+from tasks.services.llm.chat.image_urls import publish_line
+from tasks.services.llm.chat.request import RequestSpec
+from tasks.services.llm.chat.retries import call_with_retries
+from tasks.services.llm.config import ProfileConfig
+from tasks.services.llm.errors import RequestRefused
+from tasks.services.llm.reply_cache import quarantine
+from tasks.services.llm.service import LlmService
+from tasks.services.store import Store
+from tasks.stage.digests import dump_line, dump_signed, load_signed
+
+log = logging.getLogger(__name__)
+# Providers end a job within 24 hours; one whose status is still unknown then has no answer to wait for.
+UNKNOWN_DEADLINE_SECONDS = 36 * 3600.0
+JOB_LOG = "jobs.jsonl"
+
+
+class BatchState(BaseModel):
+    """How far a batch job is."""
+
+    input_sha256: str
+    attempt: int
+    custom_ids: tuple[str, ...]
+    profile: str = ""
+    role: str = ""
+    file_id: str = ""
+    batch_id: str = ""
+    status: str = "planned"
+    created_at: float = 0.0
+    """When the provider took it, in seconds since 1970."""
+    is_cancelled: bool = False
+    """Whether we have given it up: what it lacks is asked one by one."""
+    is_filled: bool = False
+    """Whether the job has all its rows."""
+    reservation: str = ""
+    reserved_usd: float = 0.0
+    """What is set aside of the budget until the job is harvested."""
+    spent_usd: float | None = 0.0
+    """What its rows cost; None where no price is known."""
+    is_harvested: bool = False
+    """Whether every row's outcome is stored: only then may its rows be asked again."""
+
+    @property
+    def mark(self) -> str:
+        """The name by which the provider's job is found again."""
+        return f"{self.input_sha256}/{self.attempt}"
+
+    @property
+    def file_name(self) -> str:
+        """The last part of the state's key."""
+        return f"{self.input_sha256[:24]}-{self.attempt}.json"
+
+
+def find_state(store: Store, key: str) -> BatchState | None:
+    """Return a verified state. One that was damaged is moved aside; its remote job is found again by its mark."""
+    data = store.find_bytes(key)
+    if data is None:
+        return None
+    try:
+        state = load_signed(BatchState, data)
+        if state.file_name != key.rpartition("/")[2]:
+            raise ArtifactCorrupt(f"the state is that of {state.file_name}")
+    except ArtifactCorrupt as error:
+        quarantine(store, key, data, error)
+        return None
+    return state
+
+
+def list_states(store: Store, prefix: str) -> list[BatchState]:
+    """Return all verified states below a prefix."""
+    keys = [key for key in store.list_keys(f"{prefix}/") if key.endswith(".json")]
+    return [state for key in keys if (state := find_state(store, key)) is not None]
+
+
+class BatchJob:
+    """One remote job, found again by the digest of its input."""
+
+    def __init__(self, llm: LlmService, lines: dict[str, bytes], state: BatchState, *, state_prefix: str) -> None:
+        self.llm = llm
+        self.lines = lines
+        self.state = state
+        self.name = state.profile
+        self.profile = llm.config.profiles[self.name]
+        self.state_key = f"{state_prefix}/{state.file_name}"
+        self.unanswered: set[str] = set()
+        self.is_cancel_sent = False
+        self.job = RemoteJob("", UNKNOWN)
+        self.provider = open_provider(llm, self.name, role=state.role, call=self._call)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether rows are chat completions of ours, each paid for by itself."""
+        return self.profile.capabilities.batch == "local"
+
+    def _call(self, call: Callable[[Any, float], Any], max_attempts: int = 0) -> Any:
+        return call_with_retries(
+            lambda timeout: call(self.llm.client(self.name), timeout), self.profile, max_attempts=max_attempts
+        )
+
+    def save(self, **changes: Any) -> None:
+        """Store the state with changes."""
+        self.state = self.state.model_copy(update=changes)
+        self.llm.store.put_bytes(self.state_key, dump_signed(self.state))
+
+    def reload(self) -> None:
+        """Take the state that another process has stored meanwhile."""
+        self.state = find_state(self.llm.store, self.state_key) or self.state
+
+    def log_use(self) -> None:
+        """Note beside the ledger that this run waits for this job: a run that is killed is found by it."""
+        row = {"state_key": self.state_key, "profile": self.name, "role": self.state.role}
+        append_line(self.llm.ledger.path.with_name(JOB_LOG), dump_line(row).encode())
+
+    def ensure_created(self) -> None:
+        """Upload and create the job, unless an earlier attempt already did; add the rows that it lacks."""
+        if self.state.batch_id and self.provider.is_lost(self.state.batch_id):
+            self.save(file_id="", batch_id="", status="planned", is_filled=False)
+        if not self.state.batch_id:
+            self.save()
+            job = self.provider.find(self.state.mark) or self._create()
+            file_id = job.file_id or self.state.file_id
+            self.save(batch_id=job.job_id, file_id=file_id, status=job.status, created_at=time.time())
+        if not self.state.is_filled:
+            self.provider.fill(RemoteJob(self.state.batch_id, self.state.status), self._published_lines())
+            self.save(is_filled=True)
+
+    def _create(self) -> RemoteJob:
+        is_uploaded_before = bool(self.state.file_id)
+        self._upload()
+        if not self.state.reservation and not self.is_local:
+            worst = sum(self.price_row(custom_id)[1] or 0.0 for custom_id in self.lines)
+            self.save(reservation=self.llm.budget.reserve(worst), reserved_usd=worst)
+        try:
+            return self._create_once()
+        except RequestRefused as error:
+            if not is_uploaded_before or error.status not in (400, 404):
+                raise
+            self.save(file_id="")  # uploaded by an earlier attempt, and gone since
+            self._upload()
+            return self._create_once()
+
+    def _create_once(self) -> RemoteJob:
+        # One attempt only: after a doubtful answer the next run looks for the job by its mark.
+        return self.provider.create(self.state.file_id, self.state.mark, call=lambda call: self._call(call, 1))
+
+    def _upload(self) -> None:
+        if not self.state.file_id:
+            self.save(file_id=self.provider.upload(self._published_lines(), self.state.mark), status="uploaded")
+
+    def _published_lines(self) -> dict[str, bytes]:
+        """Return the lines as they are sent; a job's name goes by those with the pictures inside."""
+        if self.profile.pictures == "inline":
+            return self.lines
+        return {custom_id: publish_line(line, self.llm.store) for custom_id, line in self.lines.items()}
+
+    def price_row(self, custom_id: str) -> tuple[Usage, float | None]:
+        """Return the most tokens that a row can use, and their price."""
+        most = self.llm.reserve_tokens(self.name, json.loads(self.lines[custom_id])["body"])
+        return most, compute_cost(self.profile.prices, most, is_batch=not self.is_local)[0]
+
+    def wait(
+        self,
+        *,
+        poll_seconds: float,
+        max_wait_seconds: float,
+        deadline_seconds: float | None,
+        on_progress: Callable[[int], None],
+    ) -> None:
+        """Look at the job until it ends, with pauses that grow to `poll_seconds`. Raises StillPending."""
+        self.log_use()
+        self.ensure_created()
+        deadline = time.monotonic() + max_wait_seconds
+        pause = min(0.2, poll_seconds)
+        while True:
+            job = self.provider.look(self.state.batch_id)
+            on_progress(min(len(self.lines), job.num_done))
+            if job.status != self.state.status:
+                self.save(status=job.status)
+            if job.status in TERMINAL:
+                self.job = job
+                return
+            if self._is_late(job, deadline_seconds) and not self.is_cancel_sent and job.status != "cancelling":
+                self.cancel(job)
+                if job.status == UNKNOWN:  # nor will its end be told: what can be read is read now
+                    self.job = job
+                    return
+            if time.monotonic() > deadline:
+                raise StillPending(
+                    f"batch job {job.job_id} is still {job.status}; `likeness pending` resumes the run, "
+                    "`likeness jobs` lists and cancels jobs"
+                )
+            time.sleep(pause)
+            pause = min(poll_seconds, pause * 1.5)
+
+    def _is_late(self, job: RemoteJob, deadline_seconds: float | None) -> bool:
+        if deadline_seconds is None and job.status == UNKNOWN:
+            deadline_seconds = UNKNOWN_DEADLINE_SECONDS
+        return deadline_seconds is not None and time.time() > self.state.created_at + deadline_seconds
+
+    def cancel(self, job: RemoteJob) -> None:
+        """Give the job up; noted first, so that a run that ends in between sends it again."""
+        self.save(is_cancelled=True)
+        try:
+            self.provider.cancel(job.job_id)
+        except (ConfigError, ServiceUnavailable) as error:  # perhaps it has just ended: the next look will tell
+            log.warning("batch job %s is late and can't be cancelled: %s", job.job_id, error)
+            return
+        self.is_cancel_sent = True
+        log.warning("batch job %s is late and cancelled; its unanswered rows are asked by calls", job.job_id)
+
+    def harvest(self) -> dict[str, BatchReply]:
+        """Return one outcome per row, matched by custom id; rows without any are named too."""
+        outcomes: dict[str, BatchReply] = {}
+        for custom_id, outcome in self.provider.read(self.job):
+            if custom_id in self.lines:
+                outcomes.setdefault(custom_id, self.bound(custom_id, outcome))
+        for custom_id in self.lines:
+            outcomes.setdefault(custom_id, self.explain_missing())
+        return outcomes
+
+    def bound(self, custom_id: str, outcome: BatchReply) -> BatchReply:
+        """Return an outcome whose usage is possible."""
+        if outcome.completion is None or self.is_local:  # of local rows the call has seen to it
+            return outcome
+        most, worst = self.price_row(custom_id)
+        return BatchReply(bound_usage(outcome.completion, most, worst_usd=worst))
+
+    def explain_missing(self) -> BatchReply:
+        """Return the outcome of a row that the provider's files don't name."""
+        status, num_files = self.job.status, len(self.job.output_files)
+        if self.job.error:
+            return BatchReply(None, f"batch job {status}: {self.job.error}")
+        lost = f"batch job ended as {status} without this row in its {num_files} output file(s); run again to ask anew"
+        return BatchReply(None, lost, is_billable=status in ("completed", UNKNOWN))
+
+    def keep(self, rows: dict[str, RequestSpec[Any]], *, role: str) -> dict[str, str]:
+        """Store every reply, and return why the others can't be, by custom id."""
+        outcomes = self.harvest()
+        reasons = {
+            custom_id: self.keep_row(rows[custom_id], outcome, role=role) for custom_id, outcome in outcomes.items()
+        }
+        self.mark_harvested(outcomes)
+        if self.state.is_cancelled:  # by us: what it didn't come to is asked otherwise
+            self.unanswered = {custom_id for custom_id, outcome in outcomes.items() if outcome.completion is None}
+        return {custom_id: reason for custom_id, reason in reasons.items() if reason}
+
+    def keep_row(self, spec: RequestSpec[Any], outcome: BatchReply, *, role: str) -> str:
+        """Store one row's reply, unless an earlier attempt did; return why it can't be, or nothing."""
+        if self.llm.read_kept(spec, name=self.name) is not None:
+            return ""
+        row = LedgerRow(role, self.name, self.profile.model, outcome="", is_batch=not self.is_local)
+        try:
+            if outcome.completion is None:
+                raise ReplyInvalid(outcome.error)
+            self.llm.accept(spec, outcome.completion, row=row)
+        except ReplyInvalid as error:
+            return str(error)
+        return ""
+
+    def mark_harvested(self, outcomes: dict[str, BatchReply]) -> None:
+        """Note that every row's outcome is stored, and give back what of the budget was not needed."""
+        costs = [self.cost_of(custom_id, outcome) for custom_id, outcome in outcomes.items()]
+        spent = None if None in costs else sum(cost for cost in costs if cost is not None)
+        if self.state.reservation:
+            self.llm.budget.settle(self.state.reservation, spent=self.state.reserved_usd if spent is None else spent)
+        self.save(is_harvested=True, spent_usd=spent)
+
+    def cost_of(self, custom_id: str, outcome: BatchReply) -> float | None:
+        """Return what a row cost: the reservation where it was answered and can't be read."""
+        if outcome.completion is not None:
+            return self.llm.price(self.name, outcome.completion, is_batch=not self.is_local)[0]
+        return self.price_row(custom_id)[1] if outcome.is_billable else 0.0
+
+
+def open_provider(llm: LlmService, name: str, *, role: str, call: Call) -> BatchProvider:
+    """Return a profile's way of running batch jobs."""
+    profile: ProfileConfig = llm.config.profiles[name]
+    folder: Path = llm.batch_folder
+    row = LedgerRow(role, name, profile.model, outcome="")
+
+    def ask(body: dict[str, Any]) -> ChatCompletion:
+        return llm.send(body, row=row)
+
+    kind = profile.capabilities.batch
+    if kind == "xai":
+        return XaiBatches(call, lambda: llm.client(name))
+    if kind == "file":
+        return FileBatches(profile, folder)
+    if kind == "local":
+        return LocalBatches(profile, folder, ask)
+    return OpenAiBatches(call, lambda: llm.client(name))

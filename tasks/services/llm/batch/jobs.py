@@ -1,0 +1,236 @@
+"""Batch jobs that survive: planned by content, persisted before each step, adopted, harvested.
+
+A job is one JSONL file. Its state lies in the store, so a run that was killed at any point resumes
+with the same remote job instead of paying for another; a lease keeps two processes from making it twice.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tasks.errors import StillPending
+from tasks.services.llm.batch.job import BatchJob, BatchState, list_states
+from tasks.services.llm.batch.lease import hold_lease
+from tasks.services.llm.batch.provider import ENDPOINT
+from tasks.services.llm.chat.request import RequestSpec, count_body_tokens
+from tasks.services.llm.config import ProfileConfig
+from tasks.services.llm.executor import Answers, Specs, ask_each
+from tasks.services.llm.service import LlmService
+
+log = logging.getLogger(__name__)
+MOST_ROWS, MOST_BYTES = 50_000, 190_000_000  # providers' published limits, with a margin
+LONGEST_PAUSE_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """Where the state of jobs lies, and how long they are waited for."""
+
+    state_prefix: str
+    """Key prefix in the store."""
+    poll_seconds: float
+    max_wait_seconds: float
+    """Longest wait in this process for one job."""
+    deadline_seconds: float | None = None
+    """A job that has not ended so long after it was created is cancelled, and asked in calls."""
+
+
+@dataclass
+class BatchOutcome:
+    """What came of the jobs, by custom id."""
+
+    failures: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    """Rows of cancelled jobs, to be asked by calls."""
+
+
+def ask_batch(
+    llm: LlmService,
+    specs: Specs,
+    options: BatchOptions,
+    *,
+    role: str,
+    on_progress: Callable[[int, int], None],
+) -> tuple[Answers, dict[str, str]]:
+    """Answer many requests through the batch API of a role's first profile.
+
+    Args:
+        specs: requests by a name of the caller's.
+        on_progress: called with rows done and rows in all.
+
+    Returns:
+        Validated replies, and reasons for the rest, both by name.
+
+    """
+    profile = llm.config.rungs(role)[0]
+    names: dict[str, list[str]] = {}
+    for name, spec in specs.items():
+        names.setdefault(spec.compute_key(llm.config.profiles[profile]), []).append(name)
+    rows = {custom_id: specs[named[0]] for custom_id, named in names.items()}
+    answers: Answers = {}
+    for name, spec in specs.items():
+        cached = llm.find_cached(spec, name=profile, role=role)
+        if cached is not None:
+            answers[name] = cached
+    jobs = plan_jobs(llm, rows, profile=profile, role=role, state_prefix=options.state_prefix)
+    outcome = run_jobs(llm, jobs, rows, options, on_progress=lambda done: on_progress(done, len(specs)))
+    failures = {name: reason for custom_id, reason in outcome.failures.items() for name in names[custom_id]}
+    left = {name: specs[name] for custom_id in outcome.left for name in names[custom_id]}
+    asked, failed = ask_each(left, llm=llm, role=role, on_progress=lambda done, total: None)
+    for name, spec in specs.items():
+        if name not in {**failures, **failed, **answers, **asked}:
+            kept = llm.read_kept(spec, name=profile)
+            if kept is None:
+                failures[name] = "no reply was kept for this row; run again to ask anew"
+            else:
+                answers[name] = kept
+    on_progress(len(specs), len(specs))
+    return {**answers, **asked}, {**failures, **failed}
+
+
+def run_jobs(
+    llm: LlmService,
+    jobs: list[BatchJob],
+    rows: dict[str, RequestSpec[Any]],
+    options: BatchOptions,
+    *,
+    on_progress: Callable[[int], None],
+) -> BatchOutcome:
+    """Run jobs one after the other; one that is over the provider's limit on enqueued tokens is split.
+
+    Raises:
+        StillPending: a job, or the wait for room in the provider's queue, takes longer than it may.
+
+    """
+    outcome, done = BatchOutcome(), 0
+    queue = deque(jobs)
+    started = time.monotonic()
+    num_waits = 0
+    while queue:
+        job = queue.popleft()
+        with hold_lease(
+            llm.store,
+            job.state.file_name.removesuffix(".json"),
+            max_wait_seconds=options.max_wait_seconds,
+            poll_seconds=options.poll_seconds,
+            on_wait=lambda: on_progress(done),  # noqa: B023
+        ):
+            job.reload()
+            if job.state.is_harvested:  # by the process that held the lease before
+                done += len(job.lines)
+                continue
+            job.wait(
+                poll_seconds=options.poll_seconds,
+                max_wait_seconds=options.max_wait_seconds,
+                deadline_seconds=options.deadline_seconds,
+                on_progress=lambda num, base=done: on_progress(base + num),  # type: ignore[misc]
+            )
+            reasons = job.keep(rows, role=job.state.role)
+        if job.job.is_over_limit and reasons:
+            pause = min(LONGEST_PAUSE_SECONDS, options.poll_seconds * 2**num_waits) if len(job.lines) == 1 else 0.0
+            if time.monotonic() + pause - started > options.max_wait_seconds:
+                raise StillPending(
+                    f"the provider's queue has no room for the batch job: {job.job.error}; `likeness pending` resumes "
+                    f"the run, or set llm.profiles.{job.name}.batch_tokens below the limit"
+                )
+            time.sleep(pause)
+            num_waits += bool(pause)
+            queue.extendleft(reversed(plan_smaller(llm, job, options)))
+            continue
+        done += len(job.lines)
+        for custom_id, reason in reasons.items():
+            (outcome.left if custom_id in job.unanswered else outcome.failures)[custom_id] = reason
+    return outcome
+
+
+def plan_smaller(llm: LlmService, job: BatchJob, options: BatchOptions) -> list[BatchJob]:
+    """Return jobs in place of one that was over the limit on enqueued tokens: its halves, or a row once more."""
+    custom_ids = list(job.lines)
+    middle = len(custom_ids) // 2
+    if middle:
+        log.warning(
+            "batch job %s is over the provider's limit on enqueued tokens and split in two (%s); set %s below it",
+            job.job.job_id, job.job.error, f"llm.profiles.{job.name}.batch_tokens",
+        )  # fmt: skip
+    parts = [custom_ids[:middle], custom_ids[middle:]] if middle else [custom_ids]
+    states = list_states(llm.store, options.state_prefix)
+    return [
+        new_job(llm, {name: job.lines[name] for name in part}, states, like=job.state, prefix=options.state_prefix)
+        for part in parts
+    ]
+
+
+def new_job(
+    llm: LlmService, lines: dict[str, bytes], states: list[BatchState], *, like: BatchState, prefix: str
+) -> BatchJob:
+    """Return a planned job; the attempt counts those of the same input."""
+    sha256 = hashlib.sha256(b"".join(lines.values())).hexdigest()
+    attempt = sum(state.input_sha256 == sha256 for state in states)
+    state = BatchState(
+        input_sha256=sha256, attempt=attempt, custom_ids=tuple(lines), profile=like.profile, role=like.role
+    )
+    return BatchJob(llm, lines, state, state_prefix=prefix)
+
+
+def plan_jobs(
+    llm: LlmService, rows: dict[str, RequestSpec[Any]], *, profile: str, role: str, state_prefix: str
+) -> list[BatchJob]:
+    """Return the jobs that earlier attempts left unfinished, then new ones for rows in none of them."""
+    states = list_states(llm.store, state_prefix)
+    jobs: list[BatchJob] = []
+    covered: set[str] = set()
+    for state in states:
+        is_ours = state.profile == profile and set(state.custom_ids) <= set(rows)
+        if not state.is_harvested and is_ours and not covered & set(state.custom_ids):
+            lines = make_lines(llm, {custom_id: rows[custom_id] for custom_id in state.custom_ids}, name=profile)
+            jobs.append(BatchJob(llm, lines, state, state_prefix=state_prefix))
+            covered.update(state.custom_ids)
+    missing = {
+        custom_id: spec
+        for custom_id, spec in rows.items()
+        if custom_id not in covered and llm.read_kept(spec, name=profile) is None
+    }
+    like = BatchState(input_sha256="", attempt=0, custom_ids=(), profile=profile, role=role)
+    for lines in split_lines(make_lines(llm, missing, name=profile), llm.config.profiles[profile]):
+        jobs.append(new_job(llm, lines, states, like=like, prefix=state_prefix))
+    return jobs
+
+
+def make_lines(llm: LlmService, rows: dict[str, RequestSpec[Any]], *, name: str) -> dict[str, bytes]:
+    """Return one JSONL line per custom id, in order of id."""
+    if not rows:
+        return {}
+    profile, structure = llm.config.profiles[name], llm.structure(name)
+    return {
+        custom_id: json.dumps(
+            {
+                "custom_id": custom_id,
+                "method": "POST",
+                "url": ENDPOINT,
+                "body": rows[custom_id].body(profile, structure),
+            },
+            sort_keys=True,
+        ).encode()
+        + b"\n"
+        for custom_id in sorted(rows)
+    }
+
+
+def split_lines(lines: dict[str, bytes], profile: ProfileConfig) -> list[dict[str, bytes]]:
+    """Cut lines into files within the providers' limits on rows and bytes, and the profile's on tokens."""
+    chunks: list[dict[str, bytes]] = []
+    size = tokens = 0
+    for custom_id, line in lines.items():
+        count = count_body_tokens(json.loads(line)["body"], profile)[0] if profile.batch_tokens else 0
+        is_over = size + len(line) > MOST_BYTES or tokens + count > (profile.batch_tokens or 0)
+        if not chunks or is_over or len(chunks[-1]) >= MOST_ROWS:
+            chunks.append({})
+            size = tokens = 0
+        chunks[-1][custom_id] = line
+        size, tokens = size + len(line), tokens + count
+    return chunks

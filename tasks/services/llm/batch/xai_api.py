@@ -1,0 +1,155 @@
+"""Batch jobs by xAI's protocol (docs.x.ai, Batch API): filled in pieces, counted, read in pages."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tasks.services.llm.batch.provider import (
+    MOST_LISTED,
+    UNKNOWN,
+    BatchReply,
+    Call,
+    RemoteJob,
+    is_unknown,
+    read_count,
+)
+from tasks.services.llm.chat.completion import clean_line, name_type, parse_completion, read_error
+from tasks.services.llm.errors import EndpointUnavailable
+
+XAI_PAGE = 1000
+XAI_MOST_BYTES = 20_000_000  # of one request that adds rows: 25 MB, with a margin
+
+
+class XaiBatches:
+    """A container with a name of ours: made empty, filled in pieces, read in pages; no status but counters."""
+
+    def __init__(self, call: Call, client: Callable[[], Any]) -> None:
+        self.call = call
+        self.client = client
+
+    def find(self, mark: str) -> RemoteJob | None:
+        """Look through all containers for our name."""
+        token = ""
+        for _ in range(MOST_LISTED // 100):
+            page = self.get("/batches", {"limit": 100, **({"pagination_token": token} if token else {})})
+            for batch in list_dicts(page.get("batches") or page.get("data")):
+                if batch.get("name") == f"likeness-{mark}":
+                    return describe(batch)
+            previous, token = token, read_token(page)
+            if not token or token == previous:
+                break
+        return None
+
+    def is_lost(self, job_id: str) -> bool:
+        """Ask for the container; only a clear no counts."""
+        return is_unknown(lambda: self.client().get(f"/batches/{job_id}", cast_to=object))
+
+    def upload(self, lines: dict[str, bytes], mark: str) -> str:
+        """Do nothing: rows are added to the container."""
+        return ""
+
+    def create(self, file_id: str, mark: str, *, call: Call) -> RemoteJob:
+        """Make the empty container."""
+        body = {"name": f"likeness-{mark}"}
+        job = describe(call(lambda client, _: client.post("/batches", body=body, cast_to=object)))
+        if not job.job_id:
+            raise EndpointUnavailable("the provider made a batch job without an id; run again to resume")
+        return job
+
+    def fill(self, job: RemoteJob, lines: dict[str, bytes]) -> None:
+        """Add the rows that are missing, in pieces. Rows keep their order, so the count says which are there."""
+        rows = list(lines.values())
+        start = self.look(job.job_id).num_rows
+        while start < len(rows):
+            end, size = start, 0
+            while end < len(rows) and (end == start or size + len(rows[end]) <= XAI_MOST_BYTES):
+                size += len(rows[end])
+                end += 1
+            body = {"batch_requests": [to_xai(json.loads(row)) for row in rows[start:end]]}
+            self.call(lambda client, _: client.post(f"/batches/{job.job_id}/requests", body=body, cast_to=object))  # noqa: B023
+            counted = self.look(job.job_id).num_rows
+            if counted < end:
+                raise EndpointUnavailable(f"batch job {job.job_id} has {counted} rows of {end}; run again to resume")
+            start = end
+
+    def look(self, job_id: str) -> RemoteJob:
+        """Retrieve the counters."""
+        return describe(self.get(f"/batches/{job_id}", {}), job_id=job_id)
+
+    def cancel(self, job_id: str) -> None:
+        """Cancel what is pending."""
+        self.call(lambda client, _: client.post(f"/batches/{job_id}:cancel", cast_to=object))
+
+    def read(self, job: RemoteJob) -> Iterator[tuple[str, BatchReply]]:
+        """Read page after page; a provider that repeats one has no more."""
+        token, seen = "", set[str]()
+        while token not in seen:
+            seen.add(token)
+            query = {"limit": XAI_PAGE, **({"pagination_token": token} if token else {})}
+            page = self.get(f"/batches/{job.job_id}/results", query)
+            for row in page["results"] if isinstance(page.get("results"), list) else []:
+                yield from_xai(row)
+            token = read_token(page)
+            if not token:
+                return
+
+    def get(self, path: str, query: dict[str, Any]) -> dict[str, Any]:
+        """Return what the provider says; nothing where it is no object."""
+        page = self.call(lambda client, _: client.get(path, cast_to=object, options={"params": query} if query else {}))
+        return page if isinstance(page, dict) else {}
+
+
+def describe(batch: Any, *, job_id: str = "") -> RemoteJob:
+    """Return counters as a status: an empty or unfinished container is still to be waited for."""
+    batch = batch if isinstance(batch, dict) else {}
+    state = batch.get("state")
+    names = ("requests", "pending", "success", "error", "cancelled")
+    counts = {name: read_count(state.get(f"num_{name}")) if isinstance(state, dict) else 0 for name in names}
+    reason = clean_line(batch.get("cancel_by_xai_message"), limit=200)
+    status = "in_progress" if counts["pending"] or not counts["requests"] else "completed"
+    if not isinstance(state, dict):
+        status = UNKNOWN
+    if reason:
+        status = "failed"
+    elif batch.get("cancel_time") and not counts["pending"]:
+        status = "cancelled"
+    return RemoteJob(
+        job_id=job_id or clean_line(batch.get("batch_id") or batch.get("id"), limit=200),
+        status=status,
+        num_done=counts["success"] + counts["error"] + counts["cancelled"],
+        num_rows=counts["requests"],
+        error=reason,
+    )
+
+
+def list_dicts(value: Any) -> list[dict[str, Any]]:
+    """Return the objects of a list."""
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def read_token(page: dict[str, Any]) -> str:
+    """Return where the next page begins, or nothing."""
+    token = page.get("pagination_token")
+    return token if isinstance(token, str) else ""
+
+
+def to_xai(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a line of OpenAI's JSONL as a row of xAI's."""
+    return {"batch_request_id": row["custom_id"], "batch_request": {"chat_get_completion": row["body"]}}
+
+
+def from_xai(row: Any) -> tuple[str, BatchReply]:
+    """Return the custom id and outcome of one of xAI's results, whatever its shape."""
+    if not isinstance(row, dict):
+        return "", BatchReply(None, f"the row is {name_type(row)}", is_billable=True)
+    found = row.get("batch_request_id")
+    custom_id = found if isinstance(found, str) else ""
+    result = row.get("batch_result")
+    response = result.get("response") if isinstance(result, dict) else None
+    completion = response.get("chat_get_completion") if isinstance(response, dict) else None
+    if completion is not None:
+        return custom_id, BatchReply(parse_completion(completion))
+    error = row.get("error_message") or (result.get("error") if isinstance(result, dict) else None)
+    if error:
+        return custom_id, BatchReply(None, read_error(error) or "the row failed")
+    return custom_id, BatchReply(None, "no answer", is_billable=result is not None)

@@ -1,0 +1,1 @@
+"""Money and rates: ledger, spending cap, rate limits, cost estimates."""

@@ -1,0 +1,115 @@
+"""What requests would cost, before any is sent: as expected, and at most."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tasks.services.llm.batch.jobs import MOST_BYTES
+from tasks.services.llm.budget.ledger import compute_cost
+from tasks.services.llm.chat.completion import Usage
+from tasks.services.llm.chat.request import RequestSpec, count_body_tokens
+from tasks.services.llm.config import STRUCTURES, LlmConfig, ProfileConfig
+
+SHORT_REPLY_TOKENS = 120
+REPAIR_TOKENS = 700  # the note that goes along when a reply is asked for once more
+
+
+@dataclass(frozen=True)
+class CallEstimate:
+    """What a role would take."""
+
+    role: str
+    profile: str
+    calls: int
+    """As expected: one for each question."""
+    worst_calls: int
+    """With every retry, repair and profile of the fallback chain."""
+    input_tokens: int
+    """As expected."""
+    expected_usd: float | None
+    """With replies of 120 tokens from the first profile; None where no price is known."""
+    worst_usd: float | None
+    """With all `worst_calls` billed, and replies as long as they may be."""
+    is_batch: bool
+    largest_file_bytes: int
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Tokens and bytes of all requests to one profile."""
+
+    most: Usage
+    num_bytes: int
+
+
+def estimate_calls(
+    config: LlmConfig, role: str, requests: Sequence[RequestSpec[Any]], *, is_batch: bool, first_rung: int = 0
+) -> CallEstimate:
+    """Return what a role's profiles would take for these requests.
+
+    Args:
+        first_rung: where in the fallback chain they begin.
+
+    """
+    names = config.rungs(role)
+    names = names[min(first_rung, len(names) - 1) :]
+    first = config.profiles[names[0]]
+    totals = {name: count_all(config.profiles[name], requests) for name in names}
+    most = totals[names[0]].most
+    short = replace(most, output_tokens=min(most.output_tokens, len(requests) * SHORT_REPLY_TOKENS))
+    worst_calls, worst_usd = 0, list[float | None]()
+    for name in names:
+        calls, usd = count_worst(config, name, totals[name].most, num=len(requests))
+        worst_calls += calls
+        worst_usd.append(usd)
+    if is_batch:  # a job that is cancelled late is billed, and its rows are asked by calls
+        worst_calls += len(requests)
+        worst_usd.append(compute_cost(first.prices, most, is_batch=True)[0])
+    return CallEstimate(
+        role=role,
+        profile=names[0],
+        calls=len(requests),
+        worst_calls=worst_calls,
+        input_tokens=most.input_tokens,
+        expected_usd=compute_cost(first.prices, short, is_batch=is_batch)[0],
+        worst_usd=None if None in worst_usd else sum(usd for usd in worst_usd if usd is not None),
+        is_batch=is_batch,
+        largest_file_bytes=min(totals[names[0]].num_bytes, MOST_BYTES),
+    )
+
+
+def count_all(profile: ProfileConfig, requests: Sequence[RequestSpec[Any]]) -> Totals:
+    """Return the tokens that requests send and may get back from one profile."""
+    structure = profile.capabilities.structure
+    tokens_in = tokens_out = size = 0
+    counted = Counter(id(request) for request in requests)
+    for request in {id(request): request for request in requests}.values():
+        num = counted[id(request)]
+        body = request.body(profile, "json_schema" if structure == "auto" else structure)
+        sent, received = count_body_tokens(body, profile)
+        tokens_in, tokens_out = tokens_in + num * sent, tokens_out + num * received
+        size += num * len(json.dumps(body))
+    return Totals(Usage(input_tokens=tokens_in, output_tokens=tokens_out), size)
+
+
+def count_worst(config: LlmConfig, name: str, most: Usage, *, num: int) -> tuple[int, float | None]:
+    """Return the most calls of one profile for so many questions, and their price if every attempt is billed."""
+    profile = config.profiles[name]
+    if not num:
+        return 0, 0.0
+    repairs = math.ceil(config.max_repair_fraction * num)
+    factor = profile.max_attempts * (num + repairs)
+    usage = Usage(
+        input_tokens=math.ceil(factor * most.input_tokens / num) + profile.max_attempts * repairs * REPAIR_TOKENS,
+        output_tokens=math.ceil(factor * most.output_tokens / num),
+    )
+    probes = len(STRUCTURES) * profile.max_attempts if profile.capabilities.structure == "auto" else 0
+    usage = replace(
+        usage,
+        input_tokens=usage.input_tokens + probes * REPAIR_TOKENS,
+        output_tokens=usage.output_tokens + probes * profile.max_output_tokens,
+    )
+    return factor + probes, compute_cost(profile.prices, usage, is_batch=False)[0]

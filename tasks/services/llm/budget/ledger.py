@@ -1,0 +1,96 @@
+"""What was asked of providers and what it cost: one signed line per attempt, appended."""
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tasks.redaction import clean_text, redact, shorten
+from tasks.services.llm.budget.journal import append_line
+from tasks.services.llm.chat.completion import Usage
+from tasks.services.llm.config import PriceConfig
+from tasks.stage.digests import dump_line, load_lines
+
+MOST_CHARACTERS = 500
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One attempt."""
+
+    role: str
+    profile: str
+    asked_model: str
+    outcome: str
+    """ok, cached, invalid, cancelled, or the error's name."""
+    served_model: str = ""
+    usage: Usage = field(default_factory=Usage)
+    usage_fault: str = ""
+    """Why usage and cost are the reservation's rather than the provider's; empty where they are the provider's."""
+    is_batch: bool = False
+    cost_usd: float | None = 0.0
+    """None where no price is known."""
+    price_date: str = ""
+    """Day of the price table, or `reported` for the provider's own figure."""
+    rung: int = 0
+    """0 for the role's first profile, 1 for the second, ..."""
+    reason: str = ""
+    """Why it was not asked of the one before."""
+    seconds: float = 0.0
+    at: float = 0.0
+
+
+class Ledger:
+    """Appends rows to a file and keeps this process's totals."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[LedgerRow] = []
+        self.lock = threading.Lock()
+
+    def book(self, row: LedgerRow) -> None:
+        """Write down one attempt."""
+        row = replace(
+            row,
+            reason=show(row.reason),
+            usage_fault=show(row.usage_fault),
+            served_model=show(row.served_model),
+        )
+        line = dump_line({**asdict(row), "at": round(time.time(), 3)}).encode()
+        with self.lock:
+            self.rows.append(row)
+            append_line(self.path, line)
+
+    def count_calls(self, *, since: int = 0) -> int:
+        """Return how many attempts reached a provider."""
+        return sum(row.outcome != "cached" for row in self.rows[since:])
+
+    def sum_cost(self, *, since: int = 0) -> float | None:
+        """Return the money spent; None if any price is unknown."""
+        costs = [row.cost_usd for row in self.rows[since:] if row.outcome != "cached"]
+        return None if any(cost is None for cost in costs) else sum(c for c in costs if c is not None)
+
+
+def show(text: str) -> str:
+    """Return a text as a ledger may hold it."""
+    return shorten(clean_text(redact(text)), limit=MOST_CHARACTERS)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Yield a ledger's rows, None for each line that is torn or was changed."""
+    yield from load_lines(path.read_bytes())
+
+
+def compute_cost(prices: PriceConfig | None, usage: Usage, *, is_batch: bool) -> tuple[float | None, str]:
+    """Return USD and where the figure is from; None where neither provider nor profile says."""
+    if usage.reported_usd is not None:
+        return usage.reported_usd, "reported"
+    if prices is None:
+        return (None if usage.input_tokens + usage.output_tokens else 0.0), ""
+    share = 1 - prices.batch_discount if is_batch else 1.0
+    cached_price = prices.input if prices.cached_input is None else prices.cached_input
+    fresh = usage.input_tokens - usage.cached_tokens
+    total = fresh * prices.input + usage.cached_tokens * cached_price + usage.output_tokens * prices.output
+    return share * total / 1e6, prices.date

@@ -1,0 +1,1 @@
+"""One chat completion: what is sent, how it travels, what comes back."""

@@ -1,0 +1,91 @@
+"""JSON schemas that every provider's strict mode takes."""
+
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from tasks.errors import ReplyInvalid
+from tasks.redaction import shorten, show_value
+from tasks.services.llm.chat.completion import ChatCompletion
+
+T = TypeVar("T", bound=BaseModel)
+# Providers disagree on bounds, formats and defaults; what they all enforce is types, enums and keys.
+UNSUPPORTED = (
+    "default", "title", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
+    "minLength", "maxLength", "pattern", "format", "minItems", "maxItems", "multipleOf",
+)  # fmt: skip
+
+
+def strict_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """Return a closed schema in which every property is required."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+    result = close(schema, definitions)
+    assert isinstance(result, dict)
+    return result
+
+
+def close(node: Any, definitions: dict[str, Any]) -> Any:
+    """Inline references, close objects and drop what strict modes refuse."""
+    if isinstance(node, list):
+        return [close(item, definitions) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        return close(definitions[node["$ref"].rsplit("/", 1)[-1]], definitions)
+    if "const" in node:
+        node = {**node, "enum": [node["const"]]}
+        del node["const"]
+    properties = node.get("properties")
+    kept = {
+        key: close(value, definitions) for key, value in node.items() if key not in UNSUPPORTED and key != "properties"
+    }
+    if isinstance(properties, dict):
+        kept["properties"] = {name: close(child, definitions) for name, child in properties.items()}
+        kept["required"] = list(properties)
+        kept["additionalProperties"] = False
+    return kept
+
+
+def parse_reply(model: type[T], content: str | None, completion: ChatCompletion | None = None) -> T:
+    """Return the validated reply.
+
+    Args:
+        content: the text in which its JSON should stand.
+        completion: what it came with; None for a reply that was accepted before.
+
+    Raises:
+        ReplyInvalid: it is a refusal, empty, cut off, or does not fit the schema. A cut reply is
+            never repaired: a shorter valid object would be a wrong one.
+
+    """
+    if completion is not None:
+        check_finished(completion)
+    if not content:
+        raise ReplyInvalid("the reply is empty")
+    try:
+        return model.model_validate(json.loads(content, parse_constant=refuse_constant))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ReplyInvalid(f"the reply does not fit: {shorten(where)}: {shorten(first['msg'])}") from error
+    except (ValueError, RecursionError) as error:
+        raise ReplyInvalid(f"the reply is not JSON: {show_value(content[:80])}") from error
+
+
+def refuse_constant(name: str) -> None:
+    """Raise ValueError for NaN and Infinity, which are no JSON."""
+    raise ValueError(name)
+
+
+def check_finished(completion: ChatCompletion) -> None:
+    """Raise ReplyInvalid for a reply that can't be read, is a refusal, or was cut off."""
+    if completion.problem:
+        raise ReplyInvalid(f"the reply has an unexpected shape: {completion.problem}")
+    if completion.refusal:
+        raise ReplyInvalid(f"the model refused: {shorten(completion.refusal)}")
+    if completion.finish_reason == "length":
+        raise ReplyInvalid("the reply was cut off; raise llm.profiles.<name>.max_output_tokens")
+    if completion.finish_reason == "content_filter":
+        raise ReplyInvalid("the provider's filter stopped the reply")

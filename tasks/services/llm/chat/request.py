@@ -1,0 +1,97 @@
+"""One request as plain data: what the sync client sends and what a batch file holds."""
+
+import base64
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from PIL import Image
+from pydantic import BaseModel
+
+from tasks.services.llm.chat.json_schema import strict_schema
+from tasks.services.llm.chat.response_format import ask_for, set_reasoning
+from tasks.services.llm.config import ProfileConfig, Structure
+
+CHARACTERS_PER_TOKEN = 3  # fewer than English has, so that estimates err upward
+TOKENS_PER_REQUEST = 50
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class RequestSpec(Generic[T]):
+    """A question with pictures and the shape of its answer.
+
+    `parts` alternate freely: text, and PNG or JPEG bytes. `repeat` tells apart requests that are asked
+    several times over on purpose.
+    """
+
+    system: str
+    parts: tuple[str | bytes, ...]
+    reply: type[T]
+    is_reasoning: bool = False
+    repeat: int = 0
+    tools: tuple[str, ...] = ()
+    """Names of the tools that may be called before the answer."""
+
+    def plain_body(self, profile: ProfileConfig) -> dict[str, Any]:
+        """Return the body of a chat completion without the shape of its answer."""
+        content: list[dict[str, Any]] = []
+        for part in self.parts:
+            if isinstance(part, str):
+                content.append({"type": "text", "text": part})
+            else:
+                url = encode_image(part, max_side=profile.max_image_side)
+                content.append({"type": "image_url", "image_url": {"url": url}})
+        body: dict[str, Any] = {
+            "model": profile.model,
+            "messages": [{"role": "system", "content": self.system}, {"role": "user", "content": content}],
+            "max_completion_tokens": profile.max_output_tokens,
+            **profile.routing(),
+        }
+        return set_reasoning(body, profile, is_reasoning=self.is_reasoning)
+
+    def body(self, profile: ProfileConfig, structure: Structure) -> dict[str, Any]:
+        """Return the body of a chat completion."""
+        return ask_for(self.plain_body(profile), self.reply, structure)
+
+    def compute_key(self, profile: ProfileConfig) -> str:
+        """Return a digest of everything that decides the answer; the batch `custom_id` too."""
+        whole = [profile.base_url, self.plain_body(profile), strict_schema(self.reply), self.repeat, *self.tools]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def count_body_tokens(body: dict[str, Any], profile: ProfileConfig) -> tuple[int, int]:
+    """Return about how many tokens a body sends, at most, and how many may come back."""
+    characters, pixels = len(json.dumps(body.get("response_format") or body.get("tools") or "")), 0
+    for message in body["messages"]:
+        content = message.get("content") or json.dumps(message.get("tool_calls") or "")
+        parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
+            if part["type"] == "text":
+                characters += len(part["text"])
+            else:
+                pixels += count_pixels(part["image_url"]["url"])
+    tokens = characters // CHARACTERS_PER_TOKEN + pixels // profile.capabilities.pixels_per_token + TOKENS_PER_REQUEST
+    return tokens, int(body["max_completion_tokens"])
+
+
+def count_pixels(url: str) -> int:
+    """Return the pixels of an image in a data URL."""
+    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as opened:
+        return opened.width * opened.height
+
+
+def encode_image(data: bytes, *, max_side: int) -> str:
+    """Return a data URL of the pixels alone: no metadata, at most `max_side` pixels a side."""
+    with Image.open(io.BytesIO(data)) as opened:
+        image = opened.convert("RGB")
+    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    clean = Image.frombytes("RGB", image.size, image.tobytes())
+    buffer = io.BytesIO()
+    clean.save(buffer, format="PNG" if max(clean.size) <= 128 else "JPEG", quality=92)
+    kind = "png" if max(clean.size) <= 128 else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

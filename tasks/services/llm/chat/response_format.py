@@ -1,0 +1,79 @@
+"""How one question is asked of servers that speak differently, and where its answer stands in the reply.
+
+A ladder, best first: strict JSON schema; JSON object with the schema beside it (llama.cpp); a forced
+tool call; JSON mode with the schema in words; plain text, from which the first JSON object is taken.
+"""
+
+import json
+from typing import Any
+
+from pydantic import BaseModel
+
+from tasks.services.llm.chat.completion import ChatCompletion
+from tasks.services.llm.chat.json_schema import strict_schema
+from tasks.services.llm.config import ProfileConfig, Structure
+
+TOOL = "answer"
+
+
+def ask_for(body: dict[str, Any], reply: type[BaseModel], structure: Structure) -> dict[str, Any]:
+    """Return the body of a chat completion that asks for a reply of the given shape."""
+    schema = strict_schema(reply)
+    body = {**body, "messages": list(body["messages"])}
+    if structure == "json_schema":
+        body["response_format"] = {
+            "type": "json_schema", "json_schema": {"name": reply.__name__, "strict": True, "schema": schema},
+        }  # fmt: skip
+    elif structure == "json_object":
+        body["response_format"] = {"type": "json_object", "schema": schema}
+    elif structure == "tool":
+        function = {"name": TOOL, "description": "Give the answer.", "parameters": schema, "strict": True}
+        body["tools"] = [{"type": "function", "function": function}]
+        body["tool_choice"] = {"type": "function", "function": {"name": TOOL}}
+    else:
+        words = f"Reply with one JSON object and nothing else. It must fit this JSON schema: {json.dumps(schema)}"
+        first, *others = body["messages"]
+        body["messages"] = [{**first, "content": f"{first['content']}\n\n{words}"}, *others]
+        if structure == "json_mode":
+            body["response_format"] = {"type": "json_object"}
+    return body
+
+
+def read_content(completion: ChatCompletion, structure: Structure) -> str | None:
+    """Return the text of a reply in which its JSON should stand."""
+    if structure == "tool":
+        return completion.tool_calls[0].arguments if completion.tool_calls else None
+    content = completion.content
+    if structure == "text" and content:
+        return find_object(content) or content
+    return content
+
+
+def find_object(text: str) -> str | None:
+    """Return the first whole JSON object in a text; what is cut off is not completed."""
+    decoder = json.JSONDecoder()
+    start = text.find("{")
+    while start >= 0:
+        try:
+            found, end = decoder.raw_decode(text, start)
+        except ValueError:
+            start = text.find("{", start + 1)
+            continue
+        except RecursionError:
+            return None
+        return text[start:end] if isinstance(found, dict) else None
+    return None
+
+
+def set_reasoning(body: dict[str, Any], profile: ProfileConfig, *, is_reasoning: bool) -> dict[str, Any]:
+    """Return the body with reasoning switched, and room for it where the model counts it as output."""
+    kind = profile.capabilities.reasoning
+    if kind == "none":
+        return body
+    if kind == "effort":
+        body = {**body, "reasoning_effort": "medium" if is_reasoning else "none"}
+    else:
+        body = {**body, "reasoning": {"enabled": is_reasoning}}
+    if is_reasoning:
+        body["max_completion_tokens"] = body["max_completion_tokens"] + profile.reasoning_tokens
+    return body

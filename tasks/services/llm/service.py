@@ -1,0 +1,369 @@
+"""Ask a role and get a validated record back: cache, fallback chain, repair, budget and ledger in one place."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic
+
+from tasks.errors import LikenessError, ReplyInvalid
+from tasks.services.llm.budget.ledger import Ledger, LedgerRow, compute_cost
+from tasks.services.llm.budget.rate_limit import Pace
+from tasks.services.llm.budget.spending_cap import Budget
+from tasks.services.llm.chat.capability_probe import find_structure
+from tasks.services.llm.chat.completion import ChatCompletion, Usage, bound_usage, parse_completion
+from tasks.services.llm.chat.image_urls import CALL_SECONDS, publish_pictures
+from tasks.services.llm.chat.json_schema import parse_reply
+from tasks.services.llm.chat.request import RequestSpec, T, count_body_tokens
+from tasks.services.llm.chat.response_format import read_content
+from tasks.services.llm.chat.retries import Circuit, call_with_retries, current_signal, outside_of_pool
+from tasks.services.llm.chat.transport import complete, complete_streaming, make_client, translated
+from tasks.services.llm.config import LlmConfig, ProfileConfig, Structure
+from tasks.services.llm.errors import may_be_billed
+from tasks.services.llm.reply_cache import CachedReply, Refusal, check_refusal, find_record, put_record
+from tasks.services.llm.single_flight import SingleFlight
+from tasks.services.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    """A validated reply, and how it came about."""
+
+    reply: T
+    profile: str
+    served_model: str
+    rung: int = 0
+    reason: str = ""
+    """Why it was not asked of, or not taken from, the rung before."""
+    reasoning: str = ""
+    """The model's own reasoning, where its provider returns it."""
+    citations: tuple[str, ...] = ()
+    called: tuple[str, ...] = ()
+    """Names of the tools that were called for it."""
+
+
+class LlmService:
+    """Roles, their profiles, one client each; replies are kept in the store by content."""
+
+    def __init__(
+        self,
+        config: LlmConfig,
+        *,
+        store: Store,
+        ledger: Ledger,
+        budget: Budget | None = None,
+        start_local: Callable[[], str] | None = None,
+        batch_folder: Path = Path("batches"),
+    ) -> None:
+        self.config = config
+        self.batch_folder = batch_folder
+        self.store = store
+        self.ledger = ledger
+        self.budget = budget or Budget()
+        self.start_local = start_local
+        self.clients: dict[str, Any] = {}
+        self.paces: dict[str, Pace] = {}
+        self.circuits: dict[str, Circuit] = {}
+        self.flights = SingleFlight()
+        self.structures: dict[str, Structure] = {}
+        self.substitutes: set[tuple[str, str]] = set()
+        self.lock = threading.RLock()
+        self.probing = threading.RLock()
+
+    def profile(self, role: str) -> ProfileConfig:
+        """Return a role's first profile."""
+        return self.config.profile(role)
+
+    def client(self, name: str) -> Any:
+        """Return the openai client of a profile, made once."""
+        with self.lock:
+            if name not in self.clients:
+                self.clients[name] = make_client(self.config.profiles[name], start_local=self.start_local)
+            return self.clients[name]
+
+    def structure(self, name: str) -> Structure:
+        """Return how a profile is asked for a schema; found out once where its YAML doesn't say."""
+        with self.probing, outside_of_pool():
+            if name not in self.structures:
+                profile = self.config.profiles[name]
+                known = profile.capabilities.structure
+                row = LedgerRow("probe", name, profile.model, outcome="")
+                self.structures[name] = (
+                    find_structure(profile, store=self.store, call=lambda body: self.call(body, row=row))
+                    if known == "auto"
+                    else known
+                )
+            return self.structures[name]
+
+    def circuit(self, name: str) -> Circuit:
+        """Return a profile's circuit breaker."""
+        with self.lock:
+            return self.circuits.setdefault(name, Circuit())
+
+    def pace(self, name: str) -> Pace:
+        """Return what keeps a profile's calls within its limits a minute."""
+        with self.lock:
+            profile = self.config.profiles[name]
+            return self.paces.setdefault(name, Pace(profile.requests_per_minute, profile.tokens_per_minute))
+
+    def close(self) -> None:
+        """Close all connections."""
+        for client in self.clients.values():
+            client.close()
+
+    def ask(
+        self,
+        spec: RequestSpec[T],
+        *,
+        role: str,
+        doubt: Callable[[T], str | None] = lambda reply: None,
+        first_rung: int = 0,
+    ) -> Answer[T]:
+        """Return a role's validated reply: from the cheapest profile whose reply will do.
+
+        Args:
+            doubt: says why a valid reply should be asked of the next profile, or nothing.
+            first_rung: where to begin; the last profile where there are fewer.
+
+        Raises:
+            ServiceUnavailable: no answer within the profile's attempts and time.
+            ReplyInvalid: no profile gave an answer that fits, each asked twice.
+            ConfigError: key or model is refused.
+            BudgetExceeded: the next call could pass the cap.
+
+        """
+        names = self.config.rungs(role)
+        doubtful: Answer[T] | None = None
+        reason = ""
+        for rung, name in list(enumerate(names))[min(first_rung, len(names) - 1) :]:
+            is_last = rung == len(names) - 1
+            try:
+                answer = self._ask_rung(spec, name, role=role, rung=rung, reason=reason, is_refusal_kept=not is_last)
+            except ReplyInvalid as error:
+                if is_last and doubtful is None:
+                    raise
+                reason = str(error)
+                continue
+            reason = doubt(answer.reply) or ""
+            if not reason:
+                return answer
+            doubtful = answer
+        assert doubtful is not None
+        return replace(doubtful, reason=reason)
+
+    def _ask_rung(
+        self, spec: RequestSpec[T], name: str, *, role: str, rung: int, reason: str, is_refusal_kept: bool
+    ) -> Answer[T]:
+        cached = self.find_cached(spec, name=name, role=role)
+        if cached is not None:
+            return replace(cached, rung=rung, reason=reason)
+        key = self.cache_key(spec, name)
+        row = LedgerRow(role, name, self.config.profiles[name].model, outcome="", rung=rung, reason=reason)
+        answer, is_own = self.flights.run(key, lambda: self._ask_once_or_twice(spec, row, is_refusal_kept))
+        if not is_own:
+            self.ledger.book(replace(row, outcome="cached", served_model=answer.served_model))
+        return replace(answer, rung=rung, reason=reason)
+
+    def _ask_once_or_twice(self, spec: RequestSpec[T], row: LedgerRow, is_refusal_kept: bool) -> Answer[T]:
+        """Ask one profile, and once more with the reason where its reply can't be used."""
+        kept = self.read_kept(spec, name=row.profile)
+        if kept is not None:  # stored by another thread since the first look
+            return kept
+        refusal_key = self.cache_key(spec, row.profile).replace("/replies/", "/refusals/")
+        if is_refusal_kept:
+            check_refusal(self.store, refusal_key)
+        body = spec.body(self.config.profiles[row.profile], self.structure(row.profile))
+        try:
+            try:
+                return self._ask_once(spec, body, row=row)
+            except ReplyInvalid as error:
+                if not current_signal().take_repair():
+                    raise
+                note = f"Your last reply could not be used: {error}. Reply again, with JSON that fits the schema."
+                body["messages"].append({"role": "user", "content": note})
+            return self._ask_once(spec, body, row=row)
+        except ReplyInvalid as error:
+            if is_refusal_kept:
+                put_record(self.store, Refusal(key=refusal_key, reason=str(error), at=time.time()))
+            raise
+
+    def _ask_once(self, spec: RequestSpec[T], body: dict[str, Any], *, row: LedgerRow) -> Answer[T]:
+        started = time.monotonic()
+        completion = self.send(body, row=row)
+        return self.accept(spec, completion, row=replace(row, seconds=time.monotonic() - started))
+
+    def send(
+        self,
+        body: dict[str, Any],
+        *,
+        row: LedgerRow,
+        on_text: Callable[[str], None] | None = None,
+        create: Callable[..., dict[str, Any]] = complete,
+    ) -> ChatCompletion:
+        """Send a body within pace and budget and return the completion; failures are booked, not replies.
+
+        Worst-case cost is reserved before each attempt: one that was cut off may be billed too.
+
+        Args:
+            on_text: takes the reply as it streams; what was shown once is not asked for again by itself.
+            create: makes the call; takes client, body and `timeout_seconds`.
+
+        """
+        profile = self.config.profiles[row.profile]
+        most = self.reserve_tokens(row.profile, body)
+        if profile.pictures == "presigned":
+            body = publish_pictures(body, self.store, seconds=CALL_SECONDS)
+
+        def attempt(timeout: float) -> ChatCompletion:
+            client = self.client(row.profile)
+            with self.reserved(row, most) as finish:
+                if on_text is None:
+                    raw = create(client, body, timeout_seconds=timeout)
+                else:
+                    raw = complete_streaming(client, body, timeout_seconds=timeout, on_text=on_text)
+                return finish(raw)
+
+        # Before the call's own time begins; tries after the first go by the provider's answers.
+        self.pace(row.profile).wait(most.input_tokens)
+        attempts = 1 if on_text is not None else profile.max_attempts
+        return call_with_retries(attempt, profile, circuit=self.circuit(row.profile), max_attempts=attempts)
+
+    def reserve_tokens(self, name: str, body: dict[str, Any]) -> Usage:
+        """Return the most tokens that a request may use."""
+        tokens_in, tokens_out = count_body_tokens(body, self.config.profiles[name])
+        return Usage(input_tokens=tokens_in, output_tokens=tokens_out)
+
+    @contextmanager
+    def reserved(self, row: LedgerRow, most: Usage) -> Iterator[Callable[[Any], ChatCompletion]]:
+        """Reserve one attempt's worst-case cost, and reconcile it by what came of the attempt.
+
+        Yields what turns a raw reply into a completion.
+        """
+        profile = self.config.profiles[row.profile]
+        cost, date = compute_cost(profile.prices, most, is_batch=False)
+        worst = cost or 0.0
+        reservation = self.budget.reserve(worst)
+        lost = replace(row, usage=most, cost_usd=cost, price_date=date)
+
+        def finish(raw: Any) -> ChatCompletion:
+            completion = bound_usage(parse_completion(raw), most, worst_usd=cost)
+            spent, _ = self.price(row.profile, completion, is_batch=False)
+            self.budget.settle(reservation, spent=worst if spent is None else spent)
+            return completion
+
+        try:
+            with translated(profile):
+                yield finish
+        except KeyboardInterrupt:  # what was generated until then may be billed: it stays reserved
+            self.ledger.book(replace(lost, outcome="cancelled", usage_fault="the call was interrupted"))
+            raise
+        except LikenessError as error:
+            if may_be_billed(error):
+                self.ledger.book(replace(lost, outcome=error.kind, usage_fault="no reply was received"))
+            else:
+                self.budget.settle(reservation, spent=0.0)
+                self.ledger.book(replace(row, outcome=error.kind))
+            raise
+
+    def accept(
+        self,
+        spec: RequestSpec[T],
+        completion: ChatCompletion,
+        *,
+        row: LedgerRow,
+        structure: Structure | None = None,
+        called: tuple[str, ...] = (),
+    ) -> Answer[T]:
+        """Book a completion, validate it, and keep it.
+
+        Args:
+            structure: how the reply was asked for; None: in the profile's way.
+            called: names of the tools that were called before.
+
+        Raises:
+            ReplyInvalid: the reply can't be used; it is booked all the same.
+
+        """
+        row = self.fill_row(completion, row)
+        content = read_content(completion, structure or self.structure(row.profile))
+        try:
+            parsed = parse_reply(spec.reply, content, completion)
+        except ReplyInvalid:
+            self.ledger.book(replace(row, outcome="invalid"))
+            raise
+        kept = CachedReply(
+            key=self.cache_key(spec, row.profile), content=content or "", served_model=completion.model,
+            reasoning=completion.reasoning, citations=completion.citations, called=called,
+        )  # fmt: skip
+        # Stored before it is booked: a run that ends in between must not pay for it again.
+        put_record(self.store, kept)
+        self.ledger.book(replace(row, outcome="ok"))
+        return replace(make_answer(parsed, kept, row.profile), rung=row.rung, reason=row.reason)
+
+    def fill_row(self, completion: ChatCompletion, row: LedgerRow) -> LedgerRow:
+        """Return a ledger row with what a completion used and cost."""
+        cost, date = self.price(row.profile, completion, is_batch=row.is_batch)
+        return replace(
+            row, served_model=completion.model, usage=completion.usage, usage_fault=completion.usage_fault,
+            cost_usd=cost, price_date=date, seconds=round(row.seconds, 3),
+        )  # fmt: skip
+
+    def find_cached(self, spec: RequestSpec[T], *, name: str, role: str) -> Answer[T] | None:
+        """Return a kept reply, and book that nothing was paid."""
+        found = self.read_kept(spec, name=name)
+        if found is not None:
+            model = self.config.profiles[name].model
+            self.ledger.book(LedgerRow(role, name, model, outcome="cached", served_model=found.served_model))
+        return found
+
+    def read_kept(self, spec: RequestSpec[T], *, name: str) -> Answer[T] | None:
+        """Return a validated reply in the store."""
+        kept = find_record(self.store, CachedReply, self.cache_key(spec, name))
+        if kept is None:
+            return None
+        try:
+            return make_answer(parse_reply(spec.reply, kept.content), kept, name)
+        except ReplyInvalid:
+            return None
+
+    def cache_key(self, spec: RequestSpec[Any], name: str) -> str:
+        """Return where a profile's reply to a request is kept."""
+        return f"llm/replies/{spec.compute_key(self.config.profiles[name])}.json"
+
+    def price(self, name: str, completion: ChatCompletion, *, is_batch: bool) -> tuple[float | None, str]:
+        """Return what a completion cost, at the prices of the model that served it."""
+        profile, served = self.config.profiles[name], completion.model
+        prices = profile.prices
+        if served and not profile.is_served(served):
+            if (name, served) not in self.substitutes:
+                self.substitutes.add((name, served))
+                log.warning("%s was asked for and %s answered: its grades don't compare", profile.model, served)
+            others = [other.prices for other in self.config.profiles.values() if other.is_served(served)]
+            prices = others[0] if others else (prices if profile.base_url is None else None)
+        return compute_cost(prices, completion.usage, is_batch=is_batch)
+
+    def is_comparable(self, answer: Answer[Any]) -> bool:
+        """Whether the model that was asked for has answered."""
+        return self.config.profiles[answer.profile].is_served(answer.served_model)
+
+    def call(self, body: dict[str, Any], *, row: LedgerRow) -> ChatCompletion:
+        """Send a body and book the completion: for what isn't the reply to a request, such as a probe."""
+        completion = self.send(body, row=row)
+        self.book_completion(completion, row=row)
+        return completion
+
+    def book_completion(self, completion: ChatCompletion, *, row: LedgerRow) -> None:
+        """Write down a completion that is no reply to be validated and kept."""
+        self.ledger.book(replace(self.fill_row(completion, row), outcome="invalid" if completion.problem else "ok"))
+
+
+def make_answer(reply: T, kept: CachedReply, profile: str) -> Answer[T]:
+    """Return a validated reply with what is kept beside it."""
+    return Answer(
+        reply, profile, kept.served_model, reasoning=kept.reasoning, citations=kept.citations, called=kept.called
+    )

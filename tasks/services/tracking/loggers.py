@@ -1,0 +1,172 @@
+"""TensorBoard and Weights & Biases beside MLflow: curves and pictures, no registry.
+
+Their packages are optional: `pip install tensorboard`, `pip install wandb`.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import ConfigError, ServiceUnavailable
+from tasks.services.config import TrackingConfig
+from tasks.services.tracking.mlflow_tracker import DatasetInfo, NoTracker, Tracker
+
+
+class TensorboardLogger(NoTracker):
+    """Writes event files below `tensorboard/` in the output folder; `tensorboard --logdir` shows them."""
+
+    def __init__(self, config: TrackingConfig, *, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError("tracking with tensorboard needs the package: pip install tensorboard") from error
+        self.open = SummaryWriter
+        self.folder = folder / "tensorboard"
+        self.writer: Any = None
+
+    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
+        """Open the run's folder and note its parameters as a table."""
+        self.writer = self.open(str(self.folder / name))
+        rows = "\n".join(f"| {key} | {value[:200]} |" for key, value in params.items())
+        self.writer.add_text("parameters", f"| name | value |\n|---|---|\n{rows}")
+        return name
+
+    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+        """Add points to the curves."""
+        for name, value, step in rows:
+            self.writer.add_scalar(name, value, step)
+
+    def log_folder(self, folder: Path, *, path: str) -> None:
+        """Add the folder's pictures; other files stay where they are."""
+        import numpy as np
+        from PIL import Image
+
+        for file in sorted(folder.glob("*.png")):
+            with Image.open(file) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            self.writer.add_image(f"{path}/{file.stem}", pixels, dataformats="HWC")
+
+    def finish(self, *, is_failed: bool) -> None:
+        """Flush and close."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+class WandbLogger(NoTracker):
+    """A run of Weights & Biases below `wandb/` in the output folder; offline unless asked otherwise."""
+
+    def __init__(self, config: TrackingConfig, *, folder: Path) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError("tracking with wandb needs the package: pip install wandb") from error
+        self.wandb: Any = wandb
+        self.config = config
+        self.folder = folder
+        self.run: Any = None
+
+    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
+        """Open a run in the project that is named as the experiment."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.run = self.wandb.init(
+                project=self.config.experiment,
+                name=name,
+                config={**params, **tags},
+                dir=str(self.folder),
+                mode=self.config.wandb_mode,
+                settings=self.wandb.Settings(silent=True),
+            )
+        except (self.wandb.errors.UsageError, self.wandb.errors.AuthenticationError) as error:
+            raise ConfigError(f"W&B refuses: {error}; run `wandb login`, or set tracking.wandb_mode=offline") from error
+        except self.wandb.errors.Error as error:
+            raise ServiceUnavailable(f"W&B does not answer: {error}; tracking.wandb_mode=offline needs none") from error
+        return str(self.run.id)
+
+    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+        """Add points; each carries its own step, since W&B takes steps only in rising order."""
+        by_step: dict[int, dict[str, float]] = {}
+        for name, value, step in rows:
+            by_step.setdefault(step, {})[name] = value
+        self.run.define_metric("*", step_metric="step")
+        for step, values in sorted(by_step.items()):
+            self.run.log({**values, "step": step})
+
+    def log_folder(self, folder: Path, *, path: str) -> None:
+        """Add the folder's pictures; other files stay where they are."""
+        pictures = {f"{path}/{file.stem}": self.wandb.Image(str(file)) for file in sorted(folder.glob("*.png"))}
+        if pictures:
+            self.run.log(pictures)
+
+    def finish(self, *, is_failed: bool) -> None:
+        """Close the run."""
+        if self.run is not None:
+            self.run.finish(exit_code=int(is_failed))
+
+
+class Trackers:
+    """Tells several trackers the same; the first one keeps runs and models."""
+
+    def __init__(self, first: Tracker, others: list[Tracker]) -> None:
+        self.first = first
+        self.all = [first, *others]
+
+    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
+        """Open a run in each and return the first one's id."""
+        run_ids = [tracker.start(name=name, params=params, tags=tags) for tracker in self.all]
+        return run_ids[0]
+
+    def check(self) -> None:
+        """Ask each."""
+        for tracker in self.all:
+            tracker.check()
+
+    def close_stale(self, *, tag: str, value: str) -> None:
+        """Tell the first."""
+        self.first.close_stale(tag=tag, value=value)
+
+    def set_tag(self, name: str, value: str) -> None:
+        """Tell the first."""
+        self.first.set_tag(name, value)
+
+    def log_datasets(self, datasets: Sequence[DatasetInfo]) -> None:
+        """Tell the first."""
+        self.first.log_datasets(datasets)
+
+    def forget(self, *, tag: str, value: str) -> None:
+        """Remove what an attempt that was cut off left in the first."""
+        self.first.forget(tag=tag, value=value)
+
+    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+        """Log in each."""
+        kept = list(rows)
+        for tracker in self.all:
+            tracker.log_metrics(kept)
+
+    def log_folder(self, folder: Path, *, path: str) -> None:
+        """Log in each."""
+        for tracker in self.all:
+            tracker.log_folder(folder, path=path)
+
+    def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
+        """Register in the first."""
+        return self.first.register(name=name, path=path, description=description, tags=tags)
+
+    def has_artifacts(self, run_id: str, paths: Sequence[str]) -> bool:
+        """Ask the first."""
+        return self.first.has_artifacts(run_id, paths)
+
+    def has_version(self, name: str, version: str) -> bool:
+        """Ask the first."""
+        return self.first.has_version(name, version)
+
+    def finish(self, *, is_failed: bool) -> None:
+        """Close each, whatever another does."""
+        errors = []
+        for tracker in self.all:
+            try:
+                tracker.finish(is_failed=is_failed)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]

@@ -1,0 +1,349 @@
+"""Tracking of metrics and artifacts: MLflow, or nothing."""
+
+import http.client
+import logging
+import socket
+import sqlite3
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from tasks.errors import ConfigError, LikenessError, ServiceUnavailable
+from tasks.services.config import TrackingConfig
+from tasks.services.tracking.mlflow_files import first_use, relocate_artifacts
+
+log = logging.getLogger(__name__)
+BATCH_SIZE = 500
+CHECK_SECONDS = 5.0
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+MISSING_CODES = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Data that a run was made of, by content."""
+
+    name: str
+    digest: str
+    source: str
+    """Where its objects lie in the store."""
+    context: str
+    """What it is for, such as training."""
+
+
+class Tracker(Protocol):
+    """What the pipeline asks of a tracking server."""
+
+    def check(self) -> None:
+        """Find out within seconds whether the server can be used. Raises ServiceUnavailable."""
+
+    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
+        """Open a tracking run and return its id."""
+
+    def forget(self, *, tag: str, value: str) -> None:
+        """Remove runs with a tag, and model versions made of them: an attempt that was cut off."""
+
+    def close_stale(self, *, tag: str, value: str) -> None:
+        """Mark runs with a tag as killed that are still said to be running: their process is gone."""
+
+    def set_tag(self, name: str, value: str) -> None:
+        """Set a tag of the open run."""
+
+    def log_datasets(self, datasets: Sequence[DatasetInfo]) -> None:
+        """Name the data that the open run is made of."""
+
+    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+        """Log (name, value, step) rows in batches."""
+
+    def log_folder(self, folder: Path, *, path: str) -> None:
+        """Log every file of a folder as artifacts below a path."""
+
+    def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
+        """Register the artifacts below a path as a new version of a model; return its version."""
+
+    def has_artifacts(self, run_id: str, paths: Sequence[str]) -> bool:
+        """Whether a tracking run is there and has artifacts below each path."""
+
+    def has_version(self, name: str, version: str) -> bool:
+        """Whether the registry has a version of a model."""
+
+    def finish(self, *, is_failed: bool) -> None:
+        """Close the tracking run."""
+
+
+class NoTracker:
+    """Keeps nothing."""
+
+    def check(self) -> None:
+        """There is no server."""
+
+    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
+        """There is no run."""
+        return None
+
+    def forget(self, *, tag: str, value: str) -> None:
+        """Nothing is kept."""
+
+    def close_stale(self, *, tag: str, value: str) -> None:
+        """Nothing is kept."""
+
+    def set_tag(self, name: str, value: str) -> None:
+        """Nothing is kept."""
+
+    def log_datasets(self, datasets: Sequence[DatasetInfo]) -> None:
+        """Nothing is kept."""
+
+    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+        """Nothing is kept."""
+
+    def log_folder(self, folder: Path, *, path: str) -> None:
+        """Nothing is kept."""
+
+    def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
+        """There is no registry."""
+        return None
+
+    def has_artifacts(self, run_id: str, paths: Sequence[str]) -> bool:
+        """Nothing is kept, so nothing can be gone."""
+        return True
+
+    def has_version(self, name: str, version: str) -> bool:
+        """There is no registry."""
+        return True
+
+    def finish(self, *, is_failed: bool) -> None:
+        """There is no run."""
+
+
+class MlflowTracker:
+    """Talks to MLflow through its client, on SQLite and a local folder by default."""
+
+    def __init__(self, config: TrackingConfig, *, folder: Path) -> None:
+        self.config = config
+        self.folder = folder.absolute()
+        self.uri = config.uri or f"sqlite:///{self.folder / 'mlflow.db'}"
+        self._client: Any = None
+        self.run_id: str | None = None
+        self.parent_run_id: str | None = None
+
+    @property
+    def client(self) -> Any:
+        """The client; made on first use, since importing MLflow takes seconds."""
+        if self._client is None:
+            from mlflow import MlflowClient
+
+            for name in ("mlflow", "alembic"):
+                logging.getLogger(name).setLevel(logging.ERROR)
+            with first_use(self.folder):
+                if not self.config.uri:
+                    relocate_artifacts(self.folder / "mlflow.db", self.folder / "artifacts")
+                client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+                client.search_experiments(max_results=1)  # creates the tables of a new database
+            self._client = client
+        return self._client
+
+    def check(self) -> None:
+        """Reach the server without importing MLflow, which takes seconds. Raises ServiceUnavailable."""
+        try:
+            self.reach()
+        except urllib.error.HTTPError:
+            return  # it answers; what it minds is said when it is used
+        except sqlite3.Error as error:
+            raise ConfigError(
+                f"tracking at {self.uri}: {error}; move the file away, set tracking.uri, or set tracking=none"
+            ) from error
+        except OSError as error:
+            raise ServiceUnavailable(
+                f"tracking at {self.config.uri} does not answer: {error}; start it, or set tracking=none"
+            ) from error
+        except (ValueError, http.client.HTTPException) as error:  # no address, or no server of MLflow's
+            reason = f"{type(error).__name__} {error}".splitlines()[0]
+            raise ConfigError(
+                f"tracking at {self.config.uri} is no MLflow server: {reason}; set tracking.uri or tracking=none"
+            ) from error
+
+    def reach(self) -> None:
+        """Open and close a connection to the server, or look at the head of the file."""
+        address = urlsplit(self.config.uri)
+        if address.scheme in ("http", "https"):
+            health = f"{self.config.uri.rstrip('/')}/health"
+            urllib.request.urlopen(health, timeout=CHECK_SECONDS).close()  # noqa: S310 - its scheme is known
+        elif address.hostname:
+            port = address.port or DATABASE_PORTS.get(address.scheme.partition("+")[0], 0)
+            socket.create_connection((address.hostname, port), timeout=CHECK_SECONDS).close()
+        elif address.scheme in ("", "sqlite"):
+            database = Path(self.uri.removeprefix("sqlite:///"))
+            if database.is_file():
+                with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+                    connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+
+    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
+        """Open a run in the configured experiment."""
+        with translated(self.uri):
+            experiment_id = self.find_experiment()
+            tags = {"mlflow.source.name": "likeness", "mlflow.source.type": "PROJECT", **tags}
+            if self.parent_run_id:
+                tags = {**tags, "mlflow.parentRunId": self.parent_run_id}
+            run = self.client.create_run(experiment_id, run_name=name, tags=tags)
+            self.run_id = str(run.info.run_id)
+            self.log_params(params)
+        return self.run_id
+
+    def forget(self, *, tag: str, value: str) -> None:
+        """Remove what an attempt that was cut off left behind."""
+        with translated(self.uri):
+            runs = self.client.search_runs([self.find_experiment()], f"tags.`{tag}` = '{value}'")
+            for run in runs:
+                versions = self.client.search_model_versions(f"run_id='{run.info.run_id}'")
+                for version in versions:
+                    self.client.delete_model_version(version.name, version.version)
+                self.client.delete_run(run.info.run_id)
+
+    def find_experiment(self) -> str:
+        """Return the experiment's id, creating it where it is missing."""
+        found = self.client.get_experiment_by_name(self.config.experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        location = None if self.config.uri else (self.folder / "artifacts").as_uri()
+        with first_use(self.folder):
+            found = self.client.get_experiment_by_name(self.config.experiment)
+            if found is not None:  # another run made it in the meantime
+                return str(found.experiment_id)
+            return str(self.client.create_experiment(self.config.experiment, artifact_location=location))
+
+    def close_stale(self, *, tag: str, value: str) -> None:
+        """Mark what a process that is gone left open."""
+        with translated(self.uri):
+            wanted = f"tags.`{tag}` = '{value}' and attributes.status = 'RUNNING'"
+            for run in self.client.search_runs([self.find_experiment()], wanted):
+                self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def set_tag(self, name: str, value: str) -> None:
+        """Set a tag of the run."""
+        with translated(self.uri):
+            self.client.set_tag(self.run_id, name, value)
+
+    def log_datasets(self, datasets: Sequence[DatasetInfo]) -> None:
+        """Log inputs, which the UI shows beside the run."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                dataset=Dataset(
+                    name=info.name,
+                    digest=info.digest[:36],
+                    source_type="likeness",
+                    source=info.source,  # its limit
+                ),
+                tags=[InputTag("mlflow.data.context", info.context)],
+            )
+            for info in datasets
+        ]
+        with translated(self.uri):
+            self.client.log_inputs(self.run_id, datasets=inputs)
+
+    def log_params(self, params: dict[str, str]) -> None:
+        """Log parameters; MLflow takes at most 100 a call and 6000 characters each."""
+        from mlflow.entities import Param
+
+        items = [Param(key, value[:6000]) for key, value in params.items()]
+        for start in range(0, len(items), 100):
+            self.client.log_batch(self.run_id, params=items[start : start + 100])
+
+    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+        """Log metrics in batches: one call each would take 20 ms."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, step) for name, value, step in rows]
+        with translated(self.uri):
+            for start in range(0, len(metrics), BATCH_SIZE):
+                self.client.log_batch(self.run_id, metrics=metrics[start : start + BATCH_SIZE])
+
+    def log_folder(self, folder: Path, *, path: str) -> None:
+        """Log a folder's files."""
+        with translated(self.uri):
+            self.client.log_artifacts(self.run_id, str(folder), artifact_path=path)
+
+    def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
+        """Register what lies below an artifact path; the alias `latest-tuned` moves to it."""
+        from mlflow.exceptions import MlflowException
+
+        with translated(self.uri):
+            try:
+                self.client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            run = self.client.get_run(self.run_id)
+            source = f"{run.info.artifact_uri}/{path}"
+            version = self.client.create_model_version(
+                name, source, run_id=self.run_id, tags=tags, description=description
+            )
+            self.client.set_registered_model_alias(name, "latest-tuned", version.version)
+        return str(version.version)
+
+    def has_artifacts(self, run_id: str, paths: Sequence[str]) -> bool:
+        """Whether a run is there, not deleted, and has artifacts below each path."""
+        from mlflow.exceptions import MlflowException
+
+        with translated(self.uri):
+            try:
+                run = self.client.get_run(run_id)
+                is_deleted = run.info.lifecycle_stage == "deleted"
+                return not is_deleted and all(self.client.list_artifacts(run_id, path) for path in paths)
+            except MlflowException as error:
+                if error.error_code in MISSING_CODES:
+                    return False
+                raise
+
+    def has_version(self, name: str, version: str) -> bool:
+        """Whether the registry has a version of a model."""
+        from mlflow.exceptions import MlflowException
+
+        with translated(self.uri):
+            try:
+                self.client.get_model_version(name, version)
+            except MlflowException as error:
+                if error.error_code in MISSING_CODES:
+                    return False
+                raise
+        return True
+
+    def finish(self, *, is_failed: bool) -> None:
+        """Close the run."""
+        if self.run_id is not None:
+            with translated(self.uri):
+                self.client.set_terminated(self.run_id, "FAILED" if is_failed else "FINISHED")
+
+
+def open_tracker(config: TrackingConfig, *, folder: Path) -> Tracker:
+    """Return the configured tracker, and others beside it. Raises ConfigError where a package is missing."""
+    first: Tracker = MlflowTracker(config, folder=folder) if config.kind == "mlflow" else NoTracker()
+    if not config.also:
+        return first
+    from tasks.services.tracking.loggers import TensorboardLogger, Trackers, WandbLogger
+
+    loggers: dict[str, Callable[..., Tracker]] = {"tensorboard": TensorboardLogger, "wandb": WandbLogger}
+    return Trackers(first, [loggers[name](config, folder=folder.absolute()) for name in config.also])
+
+
+class translated:  # noqa: N801 - reads as a statement
+    """Turn MLflow's errors into ours."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, LikenessError):
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ServiceUnavailable(f"tracking at {self.uri}: {reason}") from error

@@ -1,0 +1,233 @@
+"""The stage contract: keys by content, objects first, manifest last, digests checked on reading.
+
+A stage's folder is `<prefix>/<stage_key>/` in the store, for example `02-prior/1f3a.../`.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from tasks.errors import ArtifactCorrupt
+from tasks.manifests.base import Manifest, ObjectRef
+from tasks.services.store import Store
+from tasks.stage.digests import digest, digest_file, dump_signed, load_signed
+
+log = logging.getLogger(__name__)
+M = TypeVar("M", bound=Manifest)
+
+PREFIXES = {
+    "subject": "01-subject",
+    "prior": "02-prior",
+    "training": "03-training",
+    "evaluation": "04-evaluation",
+    "scoring": "05-scoring",
+    "publishing": "06-publishing",
+}
+MANIFEST_NAME = "manifest.json"
+VERIFIED_AT_ONCE = 16
+
+
+def compute_stage_key(stage: str, kind: type[Manifest], *, version: int, settings: Any, inputs: Iterable[str]) -> str:
+    """Return the key of a stage's output.
+
+    Args:
+        stage: the stage's name.
+        kind: its manifest class, whose schema is part of the key: a new field is another key.
+        version: its hand-bumped STAGE_VERSION.
+        settings: the configuration fields that change the result, versions of shared code, and nothing else.
+        inputs: content digests of everything it reads.
+
+    """
+    if isinstance(settings, BaseModel):
+        settings = settings.model_dump(mode="json")
+    return digest([stage, version, compute_schema_digest(kind), settings, list(inputs)])[:32]
+
+
+def compute_schema_digest(kind: type[BaseModel]) -> str:
+    """Return the digest of a record's shape, without its documentation."""
+    return digest(without_documentation(kind.model_json_schema()))
+
+
+def without_documentation(node: Any) -> Any:
+    """Return a JSON schema without titles and descriptions; properties may have these names."""
+    if isinstance(node, list):
+        return [without_documentation(child) for child in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        name: {key: without_documentation(child) for key, child in value.items()}
+        if name in ("properties", "$defs")
+        else without_documentation(value)
+        for name, value in node.items()
+        if name not in ("title", "description")
+    }
+
+
+class StageFolder:
+    """One stage's folder in the store while it is being filled."""
+
+    def __init__(self, store: Store, stage: str, stage_key: str) -> None:
+        self.store = store
+        self.stage = stage
+        self.stage_key = stage_key
+        self.prefix = f"{PREFIXES[stage]}/{stage_key}"
+        self.started = time.monotonic()
+        self.refs: dict[str, ObjectRef] = {}
+
+    def put(self, name: str, data: bytes) -> ObjectRef:
+        """Store one object of this stage; the manifest will name it."""
+        key = f"{self.prefix}/{name}"
+        self.store.put_bytes(key, data)
+        ref = ObjectRef(key=key, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
+        self.refs[key] = ref
+        return ref
+
+    def put_file(self, name: str, path: Path) -> ObjectRef:
+        """Store one file of this stage."""
+        key = f"{self.prefix}/{name}"
+        self.store.put_file(key, path)
+        ref = ObjectRef(key=key, sha256=digest_file(path), size_bytes=path.stat().st_size)
+        self.refs[key] = ref
+        return ref
+
+    def keep(self, ref: ObjectRef) -> ObjectRef:
+        """Name an object of this folder that an earlier attempt already stored."""
+        self.refs[ref.key] = ref
+        return ref
+
+    def reuse(self, name: str) -> ObjectRef | None:
+        """Return an object that an earlier attempt stored, where it is what its note says.
+
+        The note `<name>.ref` is written after the object, so a torn object has none.
+        """
+        note = self.store.find_bytes(f"{self.prefix}/{name}.ref")
+        if note is None:
+            return None
+        try:
+            ref = load_signed(ObjectRef, note)
+            verify(self.store, ref)
+        except ArtifactCorrupt:
+            return None
+        if ref.key != f"{self.prefix}/{name}":
+            return None
+        return self.keep(ref)
+
+    def put_resumable(self, name: str, data: bytes) -> ObjectRef:
+        """Store an object and the note by which a later attempt will trust it."""
+        ref = self.put(name, data)
+        self.store.put_bytes(f"{self.prefix}/{name}.ref", dump_signed(ref))
+        return ref
+
+    def finish(self, kind: type[M], *, version: int, **fields: Any) -> M:
+        """Write the manifest: from here on the stage is complete."""
+        manifest = kind(
+            stage=self.stage,
+            stage_key=self.stage_key,
+            stage_version=version,
+            seconds=round(time.monotonic() - self.started, 3),
+            objects=tuple(self.refs[key] for key in sorted(self.refs)),
+            **fields,
+        )
+        self.store.put_bytes(f"{self.prefix}/{MANIFEST_NAME}", dump_signed(manifest, indent=1))
+        return manifest
+
+
+def find_manifest(store: Store, kind: type[M], stage: str, stage_key: str) -> M | None:
+    """Return the stored manifest if it and every object it names verify.
+
+    A folder that does not verify is quarantined: its manifest is moved aside with the reason,
+    so that the stage is computed again.
+    """
+    key = f"{PREFIXES[stage]}/{stage_key}/{MANIFEST_NAME}"
+    data = store.find_bytes(key)
+    if data is None:
+        return None
+    try:
+        manifest = load_signed(kind, data)
+        check_manifest(manifest, stage, stage_key)
+        verify_all(store, manifest.objects)
+    except ArtifactCorrupt as error:
+        log.warning("%s %s is damaged and will be computed again: %s", stage, stage_key[:8], error)
+        store.put_bytes(f"{key}.quarantined", data)
+        store.delete(key)
+        return None
+    return manifest
+
+
+def check_manifest(manifest: Manifest, stage: str, stage_key: str) -> None:
+    """Refuse a manifest of another stage, or one that uses objects it doesn't list. Raises ArtifactCorrupt."""
+    if (manifest.stage, manifest.stage_key) != (stage, stage_key):
+        raise ArtifactCorrupt(f"the manifest is that of {manifest.stage} {manifest.stage_key[:8]}")
+    prefix = f"{PREFIXES[stage]}/{stage_key}/"
+    listed = {ref.key: ref for ref in manifest.objects}
+    if any(not key.startswith(prefix) for key in listed):
+        raise ArtifactCorrupt("the manifest lists objects of another folder")
+    for ref in iter_refs(manifest):
+        if ref.key.startswith(prefix) and listed.get(ref.key) != ref:
+            raise ArtifactCorrupt(f"the manifest uses {ref.key}, which it doesn't list")
+
+
+def iter_refs(value: Any) -> Iterator[ObjectRef]:
+    """Yield every object reference in a record, however deep."""
+    if isinstance(value, ObjectRef):
+        yield value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from iter_refs(getattr(value, name))
+    elif isinstance(value, dict):
+        for child in value.values():
+            yield from iter_refs(child)
+    elif isinstance(value, tuple | list):
+        for child in value:
+            yield from iter_refs(child)
+
+
+def verify_all(store: Store, refs: Sequence[ObjectRef]) -> None:
+    """Check many objects at once: in a bucket each one is a request. Raises ArtifactCorrupt."""
+    with ThreadPoolExecutor(VERIFIED_AT_ONCE) as pool:
+        for _ in pool.map(lambda ref: verify(store, ref), refs):
+            pass
+
+
+def verify(store: Store, ref: ObjectRef) -> None:
+    """Check an object's digest without keeping it. Raises ArtifactCorrupt."""
+    actual = store.compute_sha256(ref.key)
+    if actual != ref.sha256:
+        state = "is missing" if actual is None else "has changed"
+        raise ArtifactCorrupt(f"{ref.key} {state}; run again to rebuild it")
+
+
+def read_verified(store: Store, ref: ObjectRef) -> bytes:
+    """Return an object's bytes. Raises ArtifactCorrupt if they are not what was stored."""
+    data = store.find_bytes(ref.key)
+    if data is None or hashlib.sha256(data).hexdigest() != ref.sha256:
+        state = "is missing" if data is None else "has changed"
+        raise ArtifactCorrupt(f"{ref.key} {state}; run again to rebuild it")
+    return data
+
+
+def keep_traces(folder: StageFolder, traces: dict[str, str]) -> ObjectRef | None:
+    """Store what models thought aloud, by what it was about; nothing where none did."""
+    told = {name: trace for name, trace in traces.items() if trace}
+    return folder.put("traces.json", json.dumps(told, indent=1).encode()) if told else None
+
+
+def fetch_folder(store: Store, refs: Iterable[ObjectRef], *, below: str, folder: Path) -> Path:
+    """Copy objects to a local folder, with the part of their keys after `below`; verify each."""
+    for ref in refs:
+        path = folder / ref.key.split(f"/{below}/", 1)[1]
+        if path.exists() and digest_file(path) == ref.sha256:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store.get_file(ref.key, path)
+        if digest_file(path) != ref.sha256:
+            path.unlink()
+            raise ArtifactCorrupt(f"{ref.key} has changed; run again to rebuild it")
+    return folder

@@ -1,0 +1,124 @@
+"""What a run holds while it runs: services, progress, the record of its stages."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tasks.errors import LikenessError
+from tasks.manifests.base import Manifest
+from tasks.services.llm.service import LlmService
+from tasks.services.store import Store
+from tasks.services.tracking.live import LiveRun
+from tasks.services.tracking.mlflow_tracker import Tracker
+from tasks.stage.cache import StageFolder, compute_stage_key, find_manifest
+from tasks.stage.progress import ProgressView
+
+log = logging.getLogger(__name__)
+M = TypeVar("M", bound=Manifest)
+
+
+@dataclass
+class StageRecord:
+    """What a stage did in this invocation."""
+
+    key: str
+    is_cached: bool = False
+    seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
+    cost_usd: float | None = 0.0
+    started: float = 0.0
+    ended: float = 0.0
+    """On the monotonic clock."""
+
+
+@dataclass
+class Runtime:
+    """Services and records of one run; passed to steps, never stored."""
+
+    run_id: str
+    store: Store
+    llm: LlmService
+    tracker: Tracker
+    progress: ProgressView
+    live: LiveRun
+    """The tracking run while stages are at work."""
+    work_folder: Path
+    """Local scratch space that outlives the run: training state, fetched photos."""
+    records: dict[str, StageRecord] = field(default_factory=dict)
+    on_stage: Callable[[dict[str, str]], None] = lambda keys: None
+    """Called with the keys of all stages so far whenever one begins."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    stopping: threading.Event = field(default_factory=threading.Event)
+    num_training_steps: int = 0
+    first_training_step: int = 0
+
+    def show(self, name: str) -> Callable[[int, int], None]:
+        """Return a callback that moves one progress bar and ends a stage when the run stops."""
+
+        def update(done: int, total: int) -> None:
+            if self.stopping.is_set():
+                raise LikenessError("the run is stopping")
+            self.progress.update(name, done, total)
+
+        return update
+
+    def run_stage(
+        self,
+        kind: type[M],
+        stage: str,
+        *,
+        version: int,
+        settings: Any,
+        inputs: Iterable[str],
+        compute: Callable[[StageFolder], M],
+        find_missing_effect: Callable[[M], str] = lambda manifest: "",
+    ) -> M:
+        """Return the stored manifest of a stage if it verifies; else compute it.
+
+        Args:
+            find_missing_effect: names what the stage had left outside the store and is gone, or nothing.
+
+        """
+        key = compute_stage_key(stage, kind, version=version, settings=settings, inputs=inputs)
+        with self.recorded(stage, key) as record:
+            manifest = find_manifest(self.store, kind, stage, key)
+            missing = find_missing_effect(manifest) if manifest else ""
+            if missing:
+                self.progress.note(f"warning: {stage} {key[:8]} is computed again: {missing}")
+                manifest = None
+            record.is_cached = manifest is not None
+            if manifest is None:
+                manifest = compute(StageFolder(self.store, stage, key))
+                record.cost_usd = manifest.cost_usd
+            record.counts = manifest.counts
+        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in manifest.counts.items())
+        word = "stored" if record.is_cached else "done"
+        self.progress.note(f"{stage:<11} {word:<6} {record.seconds:6.1f} s  {key[:8]}  {counts}")
+        return manifest
+
+    @contextmanager
+    def recorded(self, stage: str, key: str) -> Iterator[StageRecord]:
+        """Measure a stage."""
+        record = StageRecord(key, started=time.monotonic())
+        with self.lock:  # stages may run side by side
+            self.records[stage] = record
+            self.on_stage({name: other.key for name, other in self.records.items()})
+        try:
+            yield record
+        finally:
+            record.ended = time.monotonic()
+            record.seconds = round(record.ended - record.started, 3)
+
+    def measure_overhead(self, started: float) -> float:
+        """Return the seconds since `started` in which no stage was at work; stages may run side by side."""
+        now, covered = time.monotonic(), started
+        overhead = 0.0
+        for record in sorted(self.records.values(), key=lambda record: record.started):
+            overhead += max(0.0, record.started - covered)
+            covered = max(covered, record.ended)
+        return overhead + max(0.0, now - covered)

@@ -1,0 +1,1 @@
+"""Photos: decoding, measuring, duplicates, known subjects."""

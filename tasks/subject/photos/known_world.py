@@ -1,0 +1,81 @@
+"""Whether photos are of the world that the shipped base model knows: else it would tune on what it can't draw.
+
+The drawn-world model makes something of any photos, and says nothing: a cat became "a tree in the desert".
+"""
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel
+
+from tasks.errors import ArtifactCorrupt, SubjectRejected
+from tasks.images import decode_png
+from tasks.services.store import Store
+from tasks.stage.digests import digest, dump_signed, load_signed
+from tasks.subject.config import SubjectConfig
+from tasks.subject.photos.ingest import Photo
+
+VERSION = 1  # of the measures and their limits
+WAYS_ON = (
+    "draw a subject of it (python -m tasks.mini.world.scenes subject --help), or take a base model of the real world on a "
+    "GPU (diffusion=sd15) with a hosted LLM (llm=openai), or set subject.allow_unknown=true"
+)
+
+
+class Verdict(BaseModel):
+    """What the encoders made of a set of photos."""
+
+    photos: str
+    """Digest of the photos."""
+    psnr: float
+    distance: float
+    is_drawn: bool
+
+
+def check_class_noun(config: SubjectConfig) -> str:
+    """Return what speaks against the class noun, or nothing; where it isn't allowed, raise SubjectRejected."""
+    from tasks.mini.world.scenes import CLASS_NOUNS
+
+    if config.class_noun.lower() in CLASS_NOUNS:
+        return ""
+    reason = f"the drawn world has no {config.class_noun} (it has: {', '.join(CLASS_NOUNS)})"
+    return refuse(reason, config)
+
+
+def check_known_world(photos: Sequence[Photo], config: SubjectConfig, store: Store) -> str:
+    """Return what speaks against photos and class noun, or nothing; where it isn't allowed, raise SubjectRejected."""
+    reason = check_class_noun(config)
+    verdict = find_verdict(photos, store)
+    if verdict.is_drawn:
+        return reason
+    return refuse(
+        "the photos are not of the drawn world, the only one that the shipped model knows "
+        f"(reconstruction {verdict.psnr:.1f} dB, embedding distance {verdict.distance:.1f})",
+        config,
+    )
+
+
+def refuse(reason: str, config: SubjectConfig) -> str:
+    """Return the reason where photos of another world are allowed. Raises SubjectRejected."""
+    if config.allow_unknown:
+        return reason
+    raise SubjectRejected(f"{reason}: {WAYS_ON}")
+
+
+def find_verdict(photos: Sequence[Photo], store: Store) -> Verdict:
+    """Return the verdict on a set of photos, from the store where it is known."""
+    name = digest([VERSION, sorted(photo.sha256 for photo in photos)])
+    key = f"known-world/{name[:32]}.json"
+    data = store.find_bytes(key)
+    if data is not None:
+        try:
+            known = load_signed(Verdict, data)
+            if known.photos == name:
+                return known
+        except ArtifactCorrupt:
+            pass  # it is replaced
+    from tasks.mini.recognition import Recognizer
+
+    evidence = Recognizer().measure([decode_png(photo.png) for photo in photos])
+    verdict = Verdict(photos=name, psnr=evidence.psnr, distance=evidence.distance, is_drawn=evidence.is_drawn)
+    store.put_bytes(key, dump_signed(verdict))
+    return verdict

@@ -1,0 +1,94 @@
+"""Which weights are kept while training, best first, and how they are written in the end."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tasks.diffusion.adapter import LatentModel
+from tasks.diffusion.types import open_model
+from tasks.errors import ArtifactCorrupt
+from tasks.stage.files import quarantine
+from tasks.training.checkpoint_io import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint
+from tasks.training.config import ValidationSettings
+from tasks.training.methods import prepare, save_learned
+from tasks.training.process.worker_spec import RunFolder, TrainingSpec
+
+ALL = 1_000_000_000
+
+
+def rank_steps(losses: list[str], settings: ValidationSettings) -> list[int]:
+    """Return the validated steps of a loss log, best first; of equals, the earliest first."""
+    name, sign = ("validation_loss", 1) if settings.metric == "loss" else ("validation_similarity", -1)
+    rows = [json.loads(line) for line in losses if f'"{name}"' in line]
+    found = [(sign * row[name], row["step"]) for row in rows if row[name] is not None]
+    return [step for _, step in sorted(found)]
+
+
+def is_candidate(losses: list[str], settings: ValidationSettings) -> bool:
+    """Whether the last step of a loss log is among the best."""
+    return json.loads(losses[-1])["step"] in rank_steps(losses, settings)[: settings.num_kept]
+
+
+def keep_candidate(
+    run: RunFolder, spec: TrainingSpec, weights: dict[str, Tensor], losses: list[str], *, identity: dict[str, str]
+) -> None:
+    """Save the weights of the last step, and drop those that are no longer among the best."""
+    settings = spec.training.validation
+    step = json.loads(losses[-1])["step"]
+    save_checkpoint(run.best, TrainingState(step, weights, {}, {}, []), identity=identity, num_kept=ALL)
+    best = rank_steps(losses, settings)[: settings.num_kept]
+    for path in list_checkpoints(run.best):
+        if step_of(path) not in best:
+            shutil.rmtree(path)
+
+
+def list_candidates(run: RunFolder, losses: list[str], settings: ValidationSettings) -> list[Path]:
+    """Return the kept weights, best first."""
+    kept = {step_of(path): path for path in list_checkpoints(run.best)}
+    return [kept[step] for step in rank_steps(losses, settings) if step in kept]
+
+
+def verify_candidates(
+    run: RunFolder, losses: list[str], settings: ValidationSettings, *, identity: dict[str, str]
+) -> tuple[list[Path], list[Path]]:
+    """Return the kept weights that verify, best first, and those that don't, which are set aside."""
+    whole, damaged = [], []
+    for path in list_candidates(run, losses, settings):
+        try:
+            load_checkpoint(path, identity=identity)
+            whole.append(path)
+        except (OSError, ArtifactCorrupt):
+            damaged.append(quarantine(path))
+    return whole, damaged
+
+
+def write_candidate(path: Path, spec: TrainingSpec, folder: Path, *, identity: dict[str, str]) -> None:
+    """Write kept weights as a model is published."""
+    write_weights(load_checkpoint(path, identity=identity).weights, spec, folder)
+
+
+@torch.no_grad()
+def write_weights(weights: dict[str, Tensor], spec: TrainingSpec, folder: Path) -> None:
+    """Write trained weights as a model is published, through a fresh base model; the devices are full."""
+    on_cpu = spec.model_copy(update={"diffusion": spec.diffusion.model_copy(update={"device": "cpu"})})
+    model = open_base(on_cpu)
+    trainable = prepare(model, spec)
+    for name, parameter in trainable.named_parameters():
+        parameter.copy_(weights[name])
+    save_learned(model, spec, trainable, folder)
+
+
+def open_base(spec: TrainingSpec) -> LatentModel:
+    """Load the base model: frozen weights in their own precision, what is fully trained in float32."""
+    base = spec.diffusion.model_copy(update={"location": spec.model_folder})
+    is_frozen = not spec.training.method.endswith("full")
+    return cast(LatentModel, open_model(base, precision=spec.training.frozen_precision if is_frozen else "fp32"))
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-").split(".")[0])

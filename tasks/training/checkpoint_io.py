@@ -1,0 +1,217 @@
+"""Checkpoints that can be trusted: safetensors and JSON, digests in a manifest, renamed last.
+
+A checkpoint is the folder `step-00000100/`. It is written beside its place, synced and renamed, so
+it exists whole or not at all; loading verifies every digest and falls back to the one before.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tasks.config_base import Section
+from tasks.errors import ArtifactCorrupt, TrainingFailed
+from tasks.stage.digests import digest_file, dump_signed, load_signed
+from tasks.stage.files import sync
+from tasks.stage.tensor_files import count_bytes, explain_full_tensors
+from tasks.training.sharding import gather, spread
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 3
+MANIFEST = "manifest.json"
+NAME = re.compile(r"step-\d{8,}")
+
+
+class CheckpointManifest(Section):
+    """What a checkpoint says of itself, written last."""
+
+    schema_version: int
+    step: int
+    identity: dict[str, str]
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint holds."""
+
+    step: int
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    averages: dict[str, Tensor]
+    """Averaged weights; empty where none are kept."""
+    losses: list[str]
+    """The lines of the loss log up to this step."""
+    groups: list[dict[str, float]] = field(default_factory=list)
+    """Numbers that the optimizer keeps per group, such as Prodigy's estimate of the rate."""
+    scaler: dict[str, float] = field(default_factory=dict)
+    """What the gradient scaler of fp16 has found; empty in other formats."""
+
+
+def save_checkpoint(folder: Path, state: TrainingState, *, identity: dict[str, str], num_kept: int) -> Path:
+    """Write a checkpoint, then drop all but the newest `num_kept`.
+
+    Raises:
+        TrainingFailed: a weight isn't finite, or the folder can't be written; nothing is.
+        StorageFull: there is no room; those before are kept.
+
+    """
+    for name, tensor in state.weights.items():
+        if not torch.isfinite(tensor).all():
+            raise TrainingFailed(f"weight {name} is not finite at step {state.step}; lower training.learning_rate")
+    target = folder / f"step-{state.step:08d}"
+    staged = folder / f".part-{target.name}"
+    size_bytes = sum(map(count_bytes, (state.weights, state.moments, state.averages)))
+    try:
+        with explain_full_tensors(target, size_bytes=size_bytes):
+            write_checkpoint(staged, state, identity=identity)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(staged, target)
+            sync(folder)
+    except (OSError, SafetensorError) as error:
+        raise TrainingFailed(f"cannot save step {state.step} in {folder}: {error}") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    for old in list_checkpoints(folder)[num_kept:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def write_checkpoint(staged: Path, state: TrainingState, *, identity: dict[str, str]) -> None:
+    """Write every file of a checkpoint, its manifest last, and flush them to disk."""
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    save_file(state.weights, staged / "weights.safetensors")
+    save_file(state.moments, staged / "optimizer.safetensors")
+    save_file(state.averages, staged / "averages.safetensors")
+    (staged / "numbers.json").write_text(json.dumps({"groups": state.groups, "scaler": state.scaler}))
+    (staged / "losses.jsonl").write_text("".join(line + "\n" for line in state.losses))
+    files = {path.name: digest_file(path) for path in sorted(staged.iterdir())}
+    manifest = CheckpointManifest(schema_version=SCHEMA_VERSION, step=state.step, identity=identity, files=files)
+    (staged / MANIFEST).write_bytes(dump_signed(manifest, indent=1))
+    for path in staged.iterdir():
+        sync(path)
+    sync(staged)
+
+
+def load_newest(folder: Path, *, identity: dict[str, str]) -> TrainingState | None:
+    """Return the newest checkpoint that verifies, or None where there is none at all.
+
+    Raises:
+        TrainingFailed: a checkpoint belongs to another configuration, data or base model; or there
+            are some and none verifies.
+
+    """
+    found = list_checkpoints(folder)
+    for path in found:
+        try:
+            return load_checkpoint(path, identity=identity)
+        except (OSError, ArtifactCorrupt) as error:
+            log.warning("checkpoint %s is damaged (%s); trying the one before", path.name, error)
+            with contextlib.suppress(OSError):  # another rank may have moved it already
+                shutil.rmtree(folder / f".bad-{path.name}", ignore_errors=True)
+                os.replace(path, folder / f".bad-{path.name}")
+    if found or list(folder.glob(".bad-*")):
+        raise TrainingFailed(f"no checkpoint in {folder} verifies; delete that folder to start over")
+    return None
+
+
+def load_checkpoint(path: Path, *, identity: dict[str, str]) -> TrainingState:
+    """Read one checkpoint.
+
+    Raises:
+        ArtifactCorrupt: something differs from its digest.
+        TrainingFailed: it is another run's.
+
+    """
+    manifest = load_signed(CheckpointManifest, (path / MANIFEST).read_bytes())
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise TrainingFailed(f"{path} has schema {manifest.schema_version}, not {SCHEMA_VERSION}; delete it")
+    changed = [name for name, value in identity.items() if manifest.identity.get(name) != value]
+    if changed:
+        raise TrainingFailed(f"{path} belongs to another run: {', '.join(changed)} changed; delete it to start over")
+    for name, expected in manifest.files.items():
+        if digest_file(path / name) != expected:
+            raise ArtifactCorrupt(f"{name} differs from its manifest")
+    return TrainingState(
+        step=manifest.step,
+        weights=load_file(path / "weights.safetensors"),
+        moments=load_file(path / "optimizer.safetensors"),
+        averages=load_file(path / "averages.safetensors"),
+        losses=(path / "losses.jsonl").read_text().splitlines(),
+        **json.loads((path / "numbers.json").read_text()),
+    )
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return checkpoint folders, newest step first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and (path / MANIFEST).exists()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def collect_state(
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: int,
+    averages: Mapping[str, Tensor],
+    losses: list[str],
+    scaler: dict[str, float],
+    is_writer: bool = True,
+) -> TrainingState:
+    """Copy weights, averages and optimizer moments to the CPU, by parameter name.
+
+    Where they lie in slices every rank has to take part, but only the writer keeps what it gets.
+    """
+    weights = copy_all(parameters, is_kept=is_writer)
+    moments: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        state = {f"{name}|{key}": torch.as_tensor(value) for key, value in optimizer.state.get(parameter, {}).items()}
+        moments |= copy_all(state, is_kept=is_writer)
+    kept = copy_all(averages, is_kept=is_writer)
+    groups = [
+        {key: value for key, value in group.items() if isinstance(value, int | float)}
+        for group in optimizer.param_groups
+    ]
+    return TrainingState(step, weights, moments, kept, list(losses), groups, scaler)
+
+
+def copy_all(tensors: Mapping[str, Tensor], *, is_kept: bool = True) -> dict[str, Tensor]:
+    """Return whole, contiguous copies on the CPU, gathered from all ranks where they lie in slices."""
+    copies = {}
+    for name, tensor in tensors.items():
+        whole = gather(tensor.detach())
+        if is_kept:
+            copies[name] = whole.cpu().contiguous().clone()
+    return copies
+
+
+@torch.no_grad()
+def restore_state(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: TrainingState
+) -> None:
+    """Put a checkpoint's weights and moments in place. Raises KeyError where one is missing."""
+    per_parameter: dict[str, dict[str, Tensor]] = {}
+    for joined, value in state.moments.items():
+        name, key = joined.rsplit("|", 1)
+        per_parameter.setdefault(name, {})[key] = value
+    for group, numbers in zip(optimizer.param_groups, state.groups, strict=True):
+        group.update(numbers)
+    for name, parameter in parameters.items():
+        parameter.copy_(spread(state.weights[name], like=parameter))
+        moments = per_parameter.get(name, {})
+        if moments:
+            optimizer.state[parameter] = {key: spread(value, like=parameter) for key, value in moments.items()}

@@ -1,0 +1,1 @@
+"""Training data: preprocessing, latents, batches, counter-based randomness."""

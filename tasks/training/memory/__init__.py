@@ -1,0 +1,1 @@
+"""Peak memory of training, predicted before anything is loaded."""

@@ -1,0 +1,107 @@
+"""Predicted memory of the presets as they are, computed beforehand: an answer without importing torch.
+
+`python -m tasks.training.memory.table` computes the table anew; a test compares parts of it.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from tasks.diffusion.config import DiffusionConfig
+from tasks.stage.digests import digest
+from tasks.training.config import TrainingConfig
+
+TABLE = Path(__file__).parent / "table.json"
+TABLE_VERSION = 2  # of the prediction
+TABLE_ROWS = 2  # images of a forward that the table's activations are of
+MOMENT_BYTES = {"adamw8bit": 2, "prodigy": 16}  # of a trained parameter; else two in float32
+# What the allocator and the kernels' workspaces take besides, as a share of all else and in bytes.
+OVERHEAD_SHARE, OVERHEAD_BYTES = 0.05, 600 * 2**20
+CARDS = (8, 16, 24, 80)  # GB, as cards are sold
+# The other settings scale what is in the table.
+MATTERS = {
+    "lora", "token", "is_denoiser_trained", "is_text_encoder_trained", "is_gradient_checkpointed", "precision",
+    "frozen_precision",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes at the peak of a training step on one device."""
+
+    weights: int
+    gradients: int
+    moments: int
+    averages: int
+    activations: int
+    trainable_parameters: int
+    total_parameters: int
+
+    @property
+    def total(self) -> int:
+        """All of it, with the allocator's share."""
+        plain = self.weights + self.gradients + self.moments + self.averages + self.activations
+        return int(plain * (1 + OVERHEAD_SHARE)) + OVERHEAD_BYTES
+
+    def find_card(self) -> int | None:
+        """Return the smallest usual card that it fits on, in GB; None where it fits on none."""
+        return next((card for card in CARDS if self.total <= card * 2**30), None)
+
+
+def count_rows(training: TrainingConfig) -> int:
+    """Return the images of one forward."""
+    return training.train_batch_size * (2 if training.prior_loss_weight > 0 else 1)
+
+
+def describe_key(diffusion: DiffusionConfig, training: TrainingConfig) -> str:
+    """Return the digest of all settings that change the prediction in other ways than by scaling it."""
+    where = [diffusion.family, diffusion.location, diffusion.resolution]
+    return digest([TABLE_VERSION, where, training.model_dump(mode="json", include=MATTERS)])[:32]
+
+
+def look_up(
+    diffusion: DiffusionConfig, training: TrainingConfig, methods: Sequence[str]
+) -> dict[str, MemoryEstimate] | None:
+    """Return the estimates of a preset, for any batch size and optimizer; None for what isn't in the table."""
+    rows = json.loads(TABLE.read_text()).get(describe_key(diffusion, training))
+    if rows is None or training.is_sharded:
+        return None
+    return {method: scale(MemoryEstimate(**rows[method]), training) for method in methods}
+
+
+def scale(found: MemoryEstimate, training: TrainingConfig) -> MemoryEstimate:
+    """Return a table's estimate for the configured optimizer, averages and images of a forward."""
+    trainable = found.trainable_parameters
+    return replace(
+        found,
+        moments=trainable * MOMENT_BYTES.get(training.optimizer, 8),
+        averages=trainable * 4 if training.ema_decay else 0,
+        activations=found.activations * count_rows(training) // TABLE_ROWS,
+    )
+
+
+def main(presets: Sequence[str]) -> None:
+    """Write the table for presets."""
+    from typing import get_args
+
+    from conf.compose import compile_request
+    from conf.overrides import parse_overrides
+    from tasks.diffusion.types import find_description
+    from tasks.training.memory.estimate import estimate_methods
+
+    methods: tuple[str, ...] = get_args(TrainingConfig.model_fields["method"].annotation)
+    rows = {}
+    for preset in presets:
+        words = [f"diffusion={preset}", "subject.source=x", "subject.class_noun=thing"]
+        config = compile_request(parse_overrides([*words, *([] if preset == "mini" else ["llm=openai"])]))
+        plain = config.training.model_copy(update={"train_batch_size": 1, "prior_loss_weight": 1.0})
+        found = estimate_methods(find_description(config.diffusion), config.diffusion, plain, methods)
+        key = describe_key(config.diffusion, config.training)
+        rows[key] = {method: asdict(estimate) for method, estimate in found.items()}
+    TABLE.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ("mini", "sd15", "sd21", "sdxl", "sd35-medium", "flux-dev"))

@@ -1,0 +1,1 @@
+"""The supervised worker processes, one per device."""

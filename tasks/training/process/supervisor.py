@@ -1,0 +1,235 @@
+"""Start the training worker, follow it, stop it gently, and believe only its result manifest."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tasks.errors import ArtifactCorrupt, StorageFull, TrainingFailed, TrainingStopped
+from tasks.stage.digests import digest_file, dump_signed, load_lines, load_signed
+from tasks.stage.files import quarantine, write_atomic
+from tasks.stage.worker_process import GUARD, child_environment, guarded
+from tasks.training.process.worker_spec import RunFolder, TrainingSpec, WorkerFailure, WorkerResult
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.2
+LOCK_SECONDS = 10.0
+WORKER_MODULE = "tasks.training.process.worker"
+
+
+def run_worker(
+    spec: TrainingSpec, *, on_event: Callable[[dict[str, Any]], None], inherited: tuple[int, ...] = ()
+) -> WorkerResult:
+    """Train to the end and return the verified result.
+
+    Any exception in here, a request to cancel included, first lets the worker save and end.
+
+    Raises:
+        TrainingFailed: the worker ended without a result; names step and log.
+        TrainingStopped: it was asked to stop, saved, and will go on in the next run.
+        StorageFull: it had no room.
+
+    """
+    run = RunFolder(spec.path)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    result = read_result(run)
+    if result is not None:
+        return result
+    write_atomic(run.spec, dump_signed(spec, indent=1))
+    run.stop.unlink(missing_ok=True)
+    run.failure.unlink(missing_ok=True)
+    run.events.write_text("")
+    log_start = run.log.stat().st_size if run.log.exists() else 0
+    process = start(spec, run, inherited=inherited)
+    tail = EventTail(run.events, on_event)
+    started = time.time()
+    try:
+        while process.poll() is None:
+            tail.read()
+            check_alive(run, spec, started=started, process=process, step=tail.last_step)
+            time.sleep(POLL_SECONDS)
+    finally:
+        if process.poll() is None:
+            stop(process, run, grace_seconds=spec.training.grace_seconds)
+    tail.read()
+    result = read_result(run)
+    if result is not None:
+        return result
+    if tail.last_event == "stopped":
+        raise TrainingStopped(f"training stopped at step {tail.last_step} and is saved; run again to go on")
+    failure = read_failure(run)
+    if failure is not None and failure.kind == StorageFull.__name__:
+        raise StorageFull(failure.message)
+    reason = f"{failure.kind}: {failure.message}" if failure else find_reason(run.log, start=log_start)
+    raise TrainingFailed(f"training ended at step {tail.last_step}: {reason}; see {run.log}")
+
+
+def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()) -> "subprocess.Popen[bytes]":
+    """Start one process per device, in a session of its own, holding the given descriptors."""
+    training = spec.training
+    meeting = ["--standalone"]
+    if training.num_nodes > 1:
+        meeting = [
+            "--nnodes", str(training.num_nodes), "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", training.rendezvous, "--rdzv-id", spec.stage_key,
+        ]  # fmt: skip
+    # Each rank watches the supervisor itself: a launcher that is killed takes no rank with it.
+    launcher = [*meeting, "--nproc-per-node", str(training.num_devices), "-m", GUARD]
+    command = guarded("torch.distributed.run", *launcher, WORKER_MODULE, str(run.spec))
+    if training.world_size == 1:  # one process needs nobody to meet, and starts three seconds sooner
+        command = guarded(WORKER_MODULE, str(run.spec))
+    environment = child_environment(
+        TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    )
+    with run.log.open("ab") as log:
+        return subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            pass_fds=inherited,
+        )
+
+
+def check_alive(
+    run: RunFolder, spec: TrainingSpec, *, started: float, process: "subprocess.Popen[bytes]", step: int
+) -> None:
+    """End all ranks where one stands still: a stopped rank would keep the others waiting for ever.
+
+    Raises:
+        TrainingFailed: naming the rank.
+
+    """
+    limit = spec.training.stall_seconds
+    for rank in range(spec.training.world_size):
+        path = run.alive(rank)
+        seen = max(started, path.stat().st_mtime) if path.exists() else started
+        if time.time() - seen > limit:
+            end_all(process)
+            raise TrainingFailed(
+                f"rank {rank} did no forward for {limit:.0f} s after step {step}; all ranks were ended; see {run.log}"
+            )
+
+
+def stop(process: "subprocess.Popen[bytes]", run: RunFolder, *, grace_seconds: float) -> None:
+    """Ask the worker to save, give it its grace, then end the whole group."""
+    run.stop.touch()
+    deadline = time.monotonic() + grace_seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        # A second Ctrl-C must not cut off the save that the first one asked for.
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(POLL_SECONDS)
+    if process.poll() is None:
+        end_all(process)
+
+
+def end_all(process: "subprocess.Popen[bytes]") -> None:
+    """Kill the launcher and every rank; ranks have sessions of their own, so a group isn't enough."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
+    process.wait()
+
+
+class EventTail:
+    """Reads whole new lines of the worker's event file."""
+
+    def __init__(self, path: Path, on_event: Callable[[dict[str, Any]], None]) -> None:
+        self.path = path
+        self.on_event = on_event
+        self.position = 0
+        self.last_step = 0
+        self.last_event = ""
+
+    def read(self) -> None:
+        """Hand on what was appended since the last look."""
+        with self.path.open("rb") as file:
+            file.seek(self.position)
+            data = file.read()
+        end = data.rfind(b"\n") + 1
+        self.position += end
+        for event in load_lines(data[:end]):
+            if event is None:
+                log.warning("an event of the training worker is damaged and left out; see %s", self.path)
+                continue
+            self.last_step = int(event.get("step", self.last_step))
+            self.last_event = str(event["event"])
+            self.on_event(event)
+
+
+def read_result(run: RunFolder) -> WorkerResult | None:
+    """Return the result manifest if it and every file that it names verify; else set it aside."""
+    if not run.result.exists():
+        return None
+    try:
+        result = load_signed(WorkerResult, run.result.read_bytes())
+        for name, sha256 in result.files.items():
+            if digest_file(run.folder / name) != sha256:
+                raise ArtifactCorrupt(f"{name} differs from its digest")
+    except (OSError, ArtifactCorrupt) as error:
+        log.warning("the result of training is damaged (%s) and made again; see %s", error, quarantine(run.result))
+        return None
+    return result
+
+
+def read_failure(run: RunFolder) -> WorkerFailure | None:
+    """Return what the worker said of its end; None where it couldn't."""
+    try:
+        return load_signed(WorkerFailure, run.failure.read_bytes())
+    except (OSError, ArtifactCorrupt):
+        return None
+
+
+def find_reason(log: Path, *, start: int = 0) -> str:
+    """Return the most telling line of the worker's log, from a byte position on."""
+    text = log.read_bytes()[start:].decode(errors="replace") if log.exists() else ""
+    found = []
+    for line in reversed(text.splitlines()):
+        stripped = line.strip()
+        stripped = stripped.split("]:", 1)[-1].strip() if stripped.startswith("[rank") else stripped
+        name = stripped.split(":", 1)[0].rsplit(".", 1)[-1].strip()
+        if name.endswith(("Error", "Failed", "Corrupt", "Rejected", "Exception")) and "ChildFailed" not in name:
+            found.append(stripped[:300])
+    # The other ranks then lose their connection, which explains nothing.
+    telling = [line for line in found if not re.search("Connection closed by peer|Connection reset|NCCL", line)]
+    if found:
+        return (telling or found)[0]
+    return "the worker was killed or ended without a word"
+
+
+@contextmanager
+def locked(path: Path, *, seconds: float = LOCK_SECONDS) -> Iterator[int]:
+    """Hold a lock for as long as this process, or one that inherited the descriptor, lives.
+
+    Waits a little: the worker of a run that was killed ends itself within two seconds.
+
+    Raises:
+        TrainingFailed: another run has it.
+
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise TrainingFailed(f"another run is training this very model; wait for it ({path})") from error
+                time.sleep(POLL_SECONDS)
+        yield file.fileno()

@@ -1,0 +1,195 @@
+"""The frozen order that the supervisor hands to the worker, as one JSON file."""
+
+import math
+from pathlib import Path
+
+from pydantic import Field
+
+from tasks.config_base import Section
+from tasks.diffusion.config import DiffusionConfig
+from tasks.encoders.config import EncoderConfig
+from tasks.stage.digests import digest, digest_file
+from tasks.training.config import TrainingConfig
+from tasks.training.data.buckets import Size, choose_bucket
+
+LATENTS_VERSION = 4  # of preprocessing and encoding
+POLYNOMIAL_END = 1e-7  # diffusers' `lr_end`
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on request; run again
+
+
+class TrainingImage(Section):
+    """One picture to learn from."""
+
+    path: str
+    width: int
+    height: int
+    sha256: str
+    prompt: str
+    mask_path: str = ""
+    mask_sha256: str = ""
+    focus: tuple[float, float] | None = Field(None, description="what a crop lies around where there is no mask")
+    original_width: int = Field(0, description="width of the photo that this is a smaller copy of; 0: it is none")
+    original_height: int = Field(0, description="height of that photo")
+
+    def original_size(self) -> tuple[int, int]:
+        """Return height and width of the picture as it was taken."""
+        return self.original_height or self.height, self.original_width or self.width
+
+    def content(self) -> list[object]:
+        """Return what the picture's latents depend on."""
+        return [self.sha256, self.mask_sha256, self.focus, self.original_size()]
+
+
+class TrainingSpec(Section):
+    """Everything the worker needs; it reads no other configuration."""
+
+    stage_key: str
+    folder: str = Field(description="run folder of the worker: checkpoints, logs, result")
+    latent_folder: str = Field(description="where cached latents lie, shared by runs")
+    model_folder: str = Field(description="diffusers folder of the base model")
+    base_model_sha256: str
+    seed: int
+    identifier_token: str
+    class_noun: str
+    diffusion: DiffusionConfig
+    training: TrainingConfig
+    encoders: EncoderConfig | None = Field(None, description="needed where the best weights are the most similar")
+    instance_images: tuple[TrainingImage, ...]
+    class_images: tuple[TrainingImage, ...]
+    holdout_images: tuple[TrainingImage, ...] = Field((), description="validated on, never trained on")
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return Path(self.folder)
+
+    def sort_into_buckets(self, kind: str = "instance") -> dict[Size, list[int]]:
+        """Return which instance or held-out images belong to which size; without buckets all to the one square."""
+        resolution, buckets = self.diffusion.resolution, dict[Size, list[int]]()
+        for index, image in enumerate(self.holdout_images if kind == "holdout" else self.instance_images):
+            size = Size(resolution, resolution)
+            if self.training.is_aspect_bucketed:
+                size = choose_bucket((image.width, image.height), resolution)
+            buckets.setdefault(size, []).append(index)
+        return dict(sorted(buckets.items()))
+
+    def images_of(self, kind: str, size: Size) -> tuple[TrainingImage, ...]:
+        """Return the instance or held-out images of a size, or the class images, which are cut to every size."""
+        if kind == "class":
+            return self.class_images
+        images = self.holdout_images if kind == "holdout" else self.instance_images
+        return tuple(images[index] for index in self.sort_into_buckets(kind)[size])
+
+    def latents_paths(self) -> list[Path]:
+        """Return the cache files of both halves and of the held-out photos."""
+        paths = [self.latents_path("holdout", size) for size in self.sort_into_buckets("holdout")]
+        kinds = ("instance", "class") if self.class_images else ("instance",)
+        return [self.latents_path(kind, size) for kind in kinds for size in self.sort_into_buckets()] + paths
+
+    def latents_path(self, kind: str, size: Size) -> Path:
+        """Return the cache file of one half in one size, named by everything that its latents depend on."""
+        images, crops = self.images_of(kind, size), [0, False, 0]
+        if kind == "instance":
+            training = self.training
+            seed = self.seed if training.num_crop_variants else 0
+            crops = [training.num_crop_variants, training.flip_probability > 0, seed]
+            if training.num_crop_variants:  # a crop is a function of its picture's number
+                crops += self.sort_into_buckets()[size]
+        how = [LATENTS_VERSION, self.diffusion.device, self.training.is_tf32, list(size)]
+        content = [how, self.base_model_sha256, [image.content() for image in images], crops]
+        return Path(self.latent_folder) / f"{digest(content)[:32]}.safetensors"
+
+    def identity(self) -> dict[str, str]:
+        """Return digests that a checkpoint must share to be resumed from."""
+        images = [self.instance_images, self.class_images, self.holdout_images]
+        pairs = [[[image.content(), image.prompt] for image in group] for group in images]
+        return {
+            "configuration": digest(
+                [
+                    self.seed,
+                    self.identifier_token,
+                    self.class_noun,
+                    self.training.result_fields(),
+                    self.diffusion.resolution,
+                ]
+            ),
+            "data": digest(pairs),
+            "base model": self.base_model_sha256,
+        }
+
+
+class WorkerResult(Section):
+    """What the worker says of its tuned model, written last."""
+
+    num_steps: int
+    published_step: int
+    start_step: int
+    final_loss: float
+    micro_batch_size: int
+    trainable_parameters: int
+    total_parameters: int
+    peak_memory_bytes: int
+    files: dict[str, str] = Field(description="digests of everything that is stored, by path below the run folder")
+
+    def model_files(self) -> list[str]:
+        """Return the files of the tuned model, by path below its folder."""
+        return [name.removeprefix("model/") for name in self.files if name.startswith("model/")]
+
+
+class WorkerFailure(Section):
+    """Why the worker ended, where it could say so."""
+
+    kind: str = Field(description="class of the error tree")
+    message: str
+
+
+class RunFolder:
+    """Names of the files that worker and supervisor share."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.spec = folder / "spec.json"
+        self.checkpoints = folder / "checkpoints"
+        self.losses = folder / "losses.jsonl"
+        self.events = folder / "events.jsonl"
+        self.stop = folder / "stop"
+        self.result = folder / "result.json"
+        self.failure = folder / "failure.json"
+        self.model = folder / "model"
+        self.best = folder / "best"
+        self.candidates = folder / "candidates"
+        self.samples = folder / "samples"
+        self.log = folder / "worker.log"
+
+    def digest_output(self) -> dict[str, str]:
+        """Return the digests of everything that the training stage stores, by path below this folder."""
+        folders = (self.model, self.candidates, self.samples)
+        paths = [self.losses, *(path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file())]
+        return {path.relative_to(self.folder).as_posix(): digest_file(path) for path in paths}
+
+    def alive(self, rank: int) -> Path:
+        """Return the file that a rank touches at every forward."""
+        return self.folder / f"alive-{rank}"
+
+
+def compute_learning_rate_factor(config: TrainingConfig, step: int, *, rate: float) -> float:
+    """Return the share of a learning rate at an optimizer step, counted from 0.
+
+    Point by point the schedules of `diffusers.optimization.get_scheduler`: warm-up begins at 0, and what
+    decays begins to do so after it. A polynomial ends at 1e-7, whatever the rate that it begins with.
+    """
+    name, warmup = config.lr_schedule, config.lr_warmup_steps
+    if step < warmup:
+        return step / warmup
+    progress = min(1.0, (step - warmup) / max(1, config.max_train_steps - warmup))
+    place = config.lr_num_cycles * progress % 1.0
+    end = min(1.0, POLYNOMIAL_END / rate)
+    shapes: dict[str, float] = {
+        "constant": 1.0,
+        "constant_with_warmup": 1.0,
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "cosine_with_restarts": 0.0 if progress == 1 else 0.5 * (1 + math.cos(math.pi * place)),
+        "polynomial": (1 - end) * (1 - progress) ** config.lr_power + end,
+    }
+    return shapes[name]

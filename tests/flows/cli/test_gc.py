@@ -1,0 +1,162 @@
+"""What `likeness gc` removes, and what it never touches."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.compose import compile_request
+from conf.overrides import parse_overrides
+from flows.cli.gc import collect_garbage, print_garbage
+from flows.run_records import head, read_summary, write_end, write_request, write_stages, write_start, write_summary
+from tasks.errors import ConfigError, StillPending
+from tasks.manifests.base import Manifest
+from tasks.services.store import LocalStore, link_or_copy
+from tasks.stage.cache import StageFolder, find_manifest
+
+OLD = time.time() - 30 * 86_400
+
+
+def make_output(tmp_path: Path, *, status: str = "finished") -> tuple[Path, LocalStore]:
+    """An output folder with one run that refers to stage `used`; nobody refers to `unused`."""
+    output = tmp_path / "runs"
+    folder = output / "one"
+    folder.mkdir(parents=True)
+    request = parse_overrides([f"output_dir={output}"])
+    (folder / "config.json").write_text(compile_request(request).model_dump_json())
+    write_request(folder, request, is_trusted=True)
+    write_start(folder, "one")
+    if status != "running":
+        write_summary(folder, {**head("one", status), "stages": {"prior": {"key": "used"}}})
+    store = LocalStore(output / "store")
+    for key in ("used", "unused"):
+        stage = StageFolder(store, "prior", key)
+        stage.put("images/0.png", b"pixels" * 1000)
+        stage.finish(Manifest, version=1, counts={})
+    store.put_bytes("llm/replies/paid.json", b"{}")
+    return output, store
+
+
+def age(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        os.utime(path, (OLD, OLD))
+
+
+def test_only_what_no_run_refers_to_goes_and_only_when_told(tmp_path: Path) -> None:
+    output, store = make_output(tmp_path)
+    age(output / "store")
+    listed = collect_garbage(output, days=7, is_deleting=False)
+    assert [(item.kind, item.name) for item in listed] == [("prior that no run refers to", "02-prior/unused")]
+    assert listed[0].size_bytes > 6000
+    assert find_manifest(store, Manifest, "prior", "unused") is not None
+    collect_garbage(output, days=7, is_deleting=True)
+    assert store.list_keys("02-prior/unused/") == []
+    assert find_manifest(store, Manifest, "prior", "used") is not None
+    assert store.find_bytes("llm/replies/paid.json") == b"{}"
+    assert collect_garbage(output, days=7, is_deleting=False) == []
+
+
+def test_what_is_young_stays(tmp_path: Path) -> None:
+    output, _ = make_output(tmp_path)
+    assert collect_garbage(output, days=7, is_deleting=True) == []
+
+
+def test_a_run_at_work_keeps_what_it_has_just_made(tmp_path: Path) -> None:
+    output, store = make_output(tmp_path, status="running")
+    assert collect_garbage(output, days=0, is_deleting=True) == []
+    assert find_manifest(store, Manifest, "prior", "unused") is not None
+
+
+@pytest.mark.parametrize("status", ["pending", "failed", "killed", "cancelled"])
+def test_what_an_unfinished_run_began_stays(tmp_path: Path, status: str) -> None:
+    output, store = make_output(tmp_path, status="running")
+    folder = output / "one"
+    write_stages(folder, {"prior": "used"})
+    if status == "killed":
+        summary = read_summary(folder)
+        write_summary(folder, {**summary, "owner": {**summary["owner"], "started": 1.0}})
+    else:
+        errors = {"pending": StillPending("a job"), "failed": ConfigError("x"), "cancelled": KeyboardInterrupt()}
+        write_end(folder, "one", errors[status])
+    assert read_summary(folder)["status"] == status
+    age(output / "store")
+    listed = collect_garbage(output, days=7, is_deleting=True)
+    assert [item.name for item in listed] == ["02-prior/unused"]
+    assert find_manifest(store, Manifest, "prior", "used") is not None
+
+
+def test_why_stages_stay_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, _ = make_output(tmp_path, status="running")
+    print_garbage(output, days=0, is_deleting=False)
+    assert "all stages stay: run one is at work" in capsys.readouterr().out
+    (output / "one" / "summary.json").write_text("{")
+    print_garbage(output, days=0, is_deleting=False)
+    assert "its summary.json is damaged; remove that folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("days", [-1.0, float("nan"), float("inf")])
+def test_an_age_that_is_none_is_refused(tmp_path: Path, days: float) -> None:
+    output, _ = make_output(tmp_path)
+    with pytest.raises(ConfigError, match="--days"):
+        collect_garbage(output, days=days, is_deleting=True)
+
+
+def test_leftovers_of_cut_off_runs_go(tmp_path: Path) -> None:
+    output, store = make_output(tmp_path)
+    part = store.root / "02-prior" / "used" / ".part-abc"
+    part.write_bytes(b"x" * 100)
+    training = output / "work" / "training" / "k" / "checkpoints" / "step-00000001"
+    training.mkdir(parents=True)
+    (training / "weights.safetensors").write_bytes(b"x" * 200)
+    age(output / "work")
+    fresh = store.root / ".part-fresh"
+    fresh.write_bytes(b"x")
+    os.utime(part, (OLD, OLD))
+    kinds = {item.kind: item.size_bytes for item in collect_garbage(output, days=7, is_deleting=True)}
+    assert kinds == {"abandoned temporary file": 100, "training state": 200}
+    assert not part.exists()
+    assert fresh.exists()
+    assert not training.exists()
+
+
+def test_where_a_summary_is_torn_no_stage_is_taken_for_unused(tmp_path: Path) -> None:
+    output, store = make_output(tmp_path)
+    (output / "one" / "summary.json").write_text("{")
+    age(output / "store")
+    collect_garbage(output, days=7, is_deleting=True)
+    assert find_manifest(store, Manifest, "prior", "used") is not None
+
+
+def test_a_store_that_other_folders_may_use_keeps_all_stages(tmp_path: Path) -> None:
+    output, _ = make_output(tmp_path)
+    shared = tmp_path / "shared"
+    shutil.move(output / "store", shared)
+    config = json.loads((output / "one" / "config.json").read_text())
+    config["store"]["folder"] = str(shared)
+    (output / "one" / "config.json").write_text(json.dumps(config))
+    age(shared)
+    assert collect_garbage(output, days=7, is_deleting=True) == []
+    assert find_manifest(LocalStore(shared), Manifest, "prior", "unused") is not None
+
+
+def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no runs in"):
+        collect_garbage(tmp_path, days=0, is_deleting=True)
+
+
+def test_a_model_stands_on_the_disk_once(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    made = tmp_path / "made"
+    made.write_bytes(b"weights")
+    store.put_file("03-training/k/model", made)
+    store.get_file("03-training/k/model", tmp_path / "local")
+    store.put_file("06-publishing/k/model", tmp_path / "local")
+    names = [made, store.path("03-training/k/model"), tmp_path / "local", store.path("06-publishing/k/model")]
+    assert len({os.stat(name).st_ino for name in names}) == 1
+    store.put_bytes("03-training/k/model", b"others!")  # replaced, not written into
+    assert (tmp_path / "local").read_bytes() == b"weights"
+    link_or_copy(made, tmp_path / "local")
+    assert (tmp_path / "local").read_bytes() == b"weights"

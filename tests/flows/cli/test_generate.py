@@ -1,0 +1,87 @@
+"""Drawing single pictures: with the weights of another step, and with no more imported than that takes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.cli.generate import fetch_weights
+from tasks.diffusion.types import MINI_FOLDER
+from tasks.errors import ConfigError
+from tasks.manifests.base import ModelRef, TunedModel
+from tasks.services.store import LocalStore
+from tasks.stage.cache import StageFolder
+
+
+def test_kept_weights_are_fetched_and_others_named(tmp_path: Path, store: LocalStore) -> None:
+    folder = StageFolder(store, "training", "k")
+    model = folder.put("model/weights.safetensors", b"published")
+    folder.put("candidates/step-00000400/unet/weights.safetensors", b"kept")
+    folder.finish(
+        TunedModel, version=2, counts={}, base_model=ModelRef(location="x", revision=None, sha256="0"), model=(model,),
+        family="stable_diffusion", method="full", num_steps=800, published_step=600, trainable_parameters=1,
+        total_parameters=1, final_loss=0.0, peak_memory_bytes=1, subject_sha256="s", prior_sha256="p",
+    )  # fmt: skip
+    weights = fetch_weights(store, "r", "k", candidate=400, work=tmp_path)
+    assert (weights / "unet" / "weights.safetensors").read_bytes() == b"kept"
+    with pytest.raises(ConfigError, match=r"no weights of step 300 beside the published ones \(kept: 400\)"):
+        fetch_weights(store, "r", "k", candidate=300, work=tmp_path)
+
+
+DRAW = """
+import contextlib, hashlib, json, sys
+from pathlib import Path
+from flows.cli.generate import fast_imports
+from tasks.diffusion.types import SamplingRequest, open_model
+from tasks.diffusion.config import DiffusionConfig
+
+with fast_imports(Path(sys.argv[2])) if sys.argv[1] == "fast" else contextlib.nullcontext():
+    model = open_model(DiffusionConfig(location="mini", resolution=64), folder=Path(sys.argv[2]))
+picture = model.sample([SamplingRequest(prompt="a photo of a fish", seed=1)], num_inference_steps=2, guidance_scale=3.0)
+names = {name for name, module in sys.modules.items() if module is not None}
+print(json.dumps({
+    "picture": hashlib.sha256(picture[0].tobytes()).hexdigest(),
+    "imported": sorted(names & {"bitsandbytes", "peft", "scipy.stats", "prefect", "mlflow", "openai", "hydra"}),
+}))
+"""
+
+
+def draw(way: str, folder: Path) -> dict[str, object]:
+    words = [sys.executable, "-c", DRAW, way, str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_a_picture_needs_few_imports_and_is_the_same() -> None:
+    fast, plain = draw("fast", MINI_FOLDER / "base"), draw("plain", MINI_FOLDER / "base")
+    assert fast["picture"] == plain["picture"]
+    assert fast["imported"] == []
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({}, ["peft", "scipy"]),
+        ({"model_index.json": "{}", "scheduler/scheduler_config.json": '{"use_beta_sigmas": true}'}, ["scipy"]),
+        ({"model_index.json": "{}", "scheduler/scheduler_config.json": '{"use_beta_sigmas": false}'}, []),
+    ],
+)
+def test_what_adapters_and_beta_sigmas_need_can_be_imported(
+    tmp_path: Path, files: dict[str, str], wanted: list[str]
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    code = f"""
+import importlib.util
+from pathlib import Path
+from flows.cli.generate import fast_imports
+with fast_imports(Path({str(tmp_path)!r})):
+    print([name for name in ("peft", "scipy") if importlib.util.find_spec(name)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(wanted)

@@ -1,0 +1,373 @@
+"""From questions to scores, and what is known of the judge that answered."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from tasks.errors import ConfigError, ReplyInvalid
+from tasks.images import encode_png
+from tasks.manifests.base import JudgeHealth, ObjectRef, Sample, Side, SubjectMetrics
+from tasks.scoring import scores
+from tasks.scoring.config import ScoringConfig
+from tasks.scoring.judge_executor import ask_judge
+from tasks.scoring.judge_requests import AXES, Material, Question, list_questions, list_second
+from tasks.scoring.rubric import ConceptGrade, QualityGrade, concept_spec, pair_spec, prompt_spec, quality_spec
+from tasks.scoring.tie_break import find_disputed, read_settled, settle
+from tasks.services.llm.config import LlmConfig
+from tasks.services.llm.executor import Answers
+from tasks.services.llm.service import Answer
+from tasks.services.store import LocalStore
+from tasks.stage.cache import StageFolder
+from tests.support.llm_server import scripted_server
+from tests.support.tiny import draw_photo
+from tests.tasks.services.llm.test_service import make_llm
+
+GOOD = '{"evidence": "clean", "image_quality": 3}'
+SPECS = {f"k{n}": quality_spec(encode_png(draw_photo(n, size=64)), repeat=0) for n in range(4)}
+PROMPTS = ("a photo of a fish", "a fish in the snow", "a fish on the beach at night")
+
+
+def ask(tmp_path: Path, server: Any, executor: str) -> tuple[Answers, dict[str, str]]:
+    llm = make_llm(server, tmp_path)
+    config = ScoringConfig(executor=executor, poll_seconds=0.05)  # type: ignore[arg-type]
+    folder = StageFolder(LocalStore(tmp_path / "store"), "scoring", "k")
+    return ask_judge(SPECS, config, llm=llm, folder=folder, on_progress=lambda done, total: None)
+
+
+@pytest.mark.parametrize("executor", ["batch", "sync"])
+def test_both_executors_give_the_same_grades(tmp_path: Path, executor: str) -> None:
+    with scripted_server() as server:
+        server.script(GOOD)
+        answers, failures = ask(tmp_path, server, executor)
+    assert failures == {}
+    assert [answers[name].reply.image_quality for name in SPECS] == [3, 3, 3, 3]
+
+
+def test_grades_of_one_executor_serve_the_other(tmp_path: Path) -> None:
+    with scripted_server() as server:
+        server.script(GOOD)
+        ask(tmp_path, server, "batch")
+        ask(tmp_path, server, "sync")
+        assert server.counts["POST /v1/chat/completions"] == 0
+
+
+@pytest.mark.parametrize("executor", ["batch", "sync"])
+def test_too_many_failures_are_an_error_not_a_score(tmp_path: Path, executor: str) -> None:
+    with scripted_server() as server:
+        server.script('{"evidence": "x", "image_quality": 9}')
+        with pytest.raises(ReplyInvalid, match="4 of 4 questions got no grade"):
+            ask(tmp_path, server, executor)
+
+
+def make_sample(number: int, side: Side, *, kind: Any = "subject") -> Sample:
+    prompt = PROMPTS[number % len(PROMPTS)]
+    return Sample(
+        image=ObjectRef(key=f"04/{side}-{kind}-{number}.png", sha256="0", size_bytes=1), side=side, kind=kind,
+        prompt=prompt.replace("a fish", "sks fish"), class_prompt=prompt, seed=number,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def material() -> Material:
+    pictures: dict[str, bytes] = {}
+
+    def read(sample: Sample) -> bytes:
+        key = sample.image.key
+        pictures.setdefault(key, encode_png(draw_photo(len(pictures) % 5, seed=len(pictures), size=64)))
+        return pictures[key]
+
+    sides: tuple[Side, ...] = ("base", "tuned")
+    return Material(
+        class_noun="fish",
+        references=[encode_png(draw_photo(i, size=64)) for i in range(3)],
+        samples=[make_sample(n, side) for side in sides for n in range(6)],
+        others=[make_sample(n, "base", kind="class") for n in range(4)],
+        read=read,
+    )
+
+
+def answer_all(questions: list[Question], grade: Callable[[Question], Any]) -> Answers:
+    """Answer as a judge would who grades by a rule."""
+    answers = {}
+    for question in questions:
+        value = grade(question)
+        is_pair = question.kind in ("pair", "contest")
+        fields: dict[str, Any] = {"better": value} if is_pair else {question.axis: value}
+        reply: BaseModel = question.spec.reply.model_construct(evidence="e", **fields)
+        answers[question.name] = Answer(reply, "p", "m")
+    return answers
+
+
+def fair_judge(question: Question) -> Any:
+    """Grades tuned samples higher, passes every control, and sees through the order of pairs."""
+    if question.kind == "pair":
+        return "first" if question.is_swapped else "second"
+    if question.kind in ("other", "shuffled", "blurred"):
+        return 1
+    if question.kind == "self":
+        return 4
+    return 4 if "tuned" in question.key else 2
+
+
+def examine(material: Material, judge: Callable[[Question], Any], **changes: Any) -> JudgeHealth:
+    questions = list_questions(ScoringConfig(**changes), material)
+    return scores.examine_judge(material.samples, questions, answer_all(questions, judge), is_comparable=True)
+
+
+def test_every_sample_is_asked_about_on_every_axis_and_some_several_times(material: Material) -> None:
+    questions = list_questions(ScoringConfig(num_repeats=3, num_repeated=4), material)
+    asked = [question for question in questions if question.kind == "sample"]
+    assert len({(q.key, q.axis) for q in asked}) == 12 * 3
+    assert len(asked) == 12 * 3 + 4 * 2 * 3
+    assert len({question.name for question in questions}) == len(questions)
+    assert len({q.spec.compute_key(make_profile()) for q in asked}) == len(asked)  # a repeat is asked anew
+
+
+def make_profile() -> Any:
+    from tasks.services.llm.config import ProfileConfig
+
+    return ProfileConfig(model="m")
+
+
+def test_repeats_show_the_references_in_another_order(material: Material) -> None:
+    questions = list_questions(ScoringConfig(num_repeats=3, num_repeated=1), material)
+    concept = [
+        q for q in questions if q.kind == "sample" and q.axis == AXES[0] and q.key == material.samples[0].image.key
+    ]
+    orders = {q.spec.parts[1:4] for q in concept}
+    assert len(orders) == 3
+    assert all(set(order) == set(material.references) for order in orders)
+
+
+def test_scores_are_means_per_side_of_medians_with_intervals(material: Material) -> None:
+    def judge(question: Question) -> Any:
+        if question.kind == "sample" and question.key == material.samples[0].image.key:
+            return (0, 4, 3)[question.repeat]
+        return fair_judge(question)
+
+    questions = list_questions(ScoringConfig(), material)
+    judgements = scores.to_judgements(material.samples, questions, answer_all(questions, judge))
+    first = judgements[0]
+    assert (first.concept_preservation, first.num_repeats, first.spread) == (3, 3, 4)
+    found = scores.average(judgements)
+    assert found["tuned"].prompt_following == 4
+    assert found["base"].concept_preservation == pytest.approx((3 + 5 * 2) / 6)
+    low, high = scores.find_intervals(judgements)["base"]["concept_preservation"]
+    assert low <= found["base"].concept_preservation <= high
+
+
+def test_a_fair_judge_passes_its_controls(material: Material) -> None:
+    health = examine(material, fair_judge)
+    assert [control.name for control in health.controls] == [
+        "the subject itself", "another subject", "a wrong prompt", "a blurred sample",
+    ]  # fmt: skip
+    assert health.is_reliable
+    assert health.alpha["concept_preservation"] == pytest.approx(1)
+    assert health.num_repeated == 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "grade", "control"),
+    [
+        ("self", 1, "the subject itself"),
+        ("other", 4, "another subject"),
+        ("shuffled", 4, "a wrong prompt"),
+        ("blurred", 4, "a blurred sample"),
+    ],
+)
+def test_a_judge_that_fails_a_control_is_not_reliable(material: Material, kind: str, grade: int, control: str) -> None:
+    health = examine(material, lambda q: grade if q.kind == kind else fair_judge(q))
+    assert not health.is_reliable
+    assert [c.name for c in health.controls if not c.is_passed] == [control]
+
+
+def test_without_controls_or_from_another_model_grades_are_not_called_reliable(material: Material) -> None:
+    assert not examine(material, fair_judge, num_controls=0).is_reliable
+    questions = list_questions(ScoringConfig(), material)
+    answers = answer_all(questions, fair_judge)
+    assert not scores.examine_judge(material.samples, questions, answers, is_comparable=False).is_reliable
+
+
+def test_only_wins_in_both_orders_count(material: Material) -> None:
+    questions = list_questions(ScoringConfig(num_pairs=4), material)
+    fair = scores.count_pairs(questions, answer_all(questions, fair_judge))
+    assert fair is not None
+    assert (fair.num_pairs, fair.tuned_wins, fair.base_wins, fair.inconsistent) == (4, 4, 0, 0)
+    assert fair.tuned_strength == pytest.approx(4.5 / 5)
+    first = scores.count_pairs(questions, answer_all(questions, lambda q: "first"))
+    assert first is not None
+    assert (first.tuned_wins, first.base_wins, first.ties, first.inconsistent) == (0, 0, 0, 4)
+    assert first.tuned_strength == pytest.approx(0.5)
+
+
+def with_candidates(material: Material, *steps: int) -> Material:
+    """Add samples of other steps on four of the tuned samples' draws."""
+    tuned = [sample for sample in material.samples if sample.side == "tuned"][:4]
+    drawn = [
+        sample.model_copy(
+            update={"kind": "candidate", "step": step, "image": ObjectRef(key=f"c{step}/{n}", sha256="0", size_bytes=1)}
+        )
+        for step in steps
+        for n, sample in enumerate(tuned)
+    ]
+    return replace(material, candidates=drawn, published_step=800)
+
+
+def test_kept_weights_meet_each_other_in_both_orders_and_are_ranked(material: Material) -> None:
+    several = with_candidates(material, 400, 600)
+    questions = list_questions(ScoringConfig(num_contests=3), several)
+    contests = [question for question in questions if question.kind == "contest"]
+    assert len(contests) == 3 * 3 * 2
+    assert {question.players for question in contests} == {("400", "600"), ("400", "800"), ("600", "800")}
+
+    def later_is_better(question: Question) -> Any:
+        return ("first" if question.is_swapped else "second") if question.kind == "contest" else fair_judge(question)
+
+    ranks = scores.rank_checkpoints(questions, answer_all(questions, later_is_better), published_step=800)
+    assert [(rank.step, rank.wins, rank.losses, rank.is_published) for rank in ranks] == [
+        (800, 6, 0, True), (600, 3, 3, False), (400, 0, 6, False),
+    ]  # fmt: skip
+    assert sum(rank.strength for rank in ranks) == pytest.approx(1)
+    by_order = scores.rank_checkpoints(questions, answer_all(questions, lambda q: "first"), published_step=800)
+    assert {(rank.wins, rank.losses, rank.undecided) for rank in by_order} == {(0, 0, 6)}
+
+
+def test_without_other_weights_there_is_no_contest(material: Material) -> None:
+    questions = list_questions(ScoringConfig(), material)
+    assert not any(question.kind == "contest" for question in questions)
+    assert scores.rank_checkpoints(questions, answer_all(questions, fair_judge), published_step=800) == ()
+
+
+def test_grades_that_differ_much_are_settled_by_the_next_profile_with_reasoning(
+    material: Material, tmp_path: Path
+) -> None:
+    config = ScoringConfig(num_repeats=3, num_repeated=2)
+    questions = list_questions(config, material)
+    torn = material.samples[0].image.key
+
+    def judge(question: Question) -> Any:
+        if question.key == torn and question.axis == "concept_preservation" and question.kind == "sample":
+            return (0, 2, 0)[question.repeat]
+        return fair_judge(question)
+
+    answers = answer_all(questions, judge)
+    [disputed] = find_disputed(config, material.samples, questions, answers, {})
+    assert (disputed.key, disputed.axis, disputed.spec.is_reasoning) == (torn, "concept_preservation", True)
+    reply = {
+        "evidence": "e", "shape": 3, "color": 3, "texture": 3, "face": "absent", "concept_preservation": 3,
+    }  # fmt: skip
+    with scripted_server() as cheap, scripted_server() as strong:
+        strong.script(json.dumps(reply))
+        cheap_llm = make_llm(cheap, tmp_path)
+        profile = cheap_llm.config.profiles["p"]
+        able = profile.capabilities.model_copy(update={"reasoning": "effort"})
+        other = profile.model_copy(update={"base_url": strong.url, "capabilities": able})
+        cheap_llm.config = LlmConfig(models=("p", "strong"), profiles={"p": profile, "strong": other})
+        settled = settle([disputed], llm=cheap_llm, on_progress=lambda done, total: None)
+        assert not cheap.counts
+        assert strong.bodies[0]["reasoning_effort"] == "medium"
+    decided = read_settled([disputed], settled)
+    before = scores.to_judgements(material.samples, questions, answers)[0]
+    after = scores.to_judgements(material.samples, questions, answers, decided)[0]
+    assert (before.concept_preservation, after.concept_preservation) == (0, 3)
+    assert (before.settled, after.settled) == ((), ("concept_preservation",))
+    assert settle([], llm=cheap_llm, on_progress=lambda done, total: None) == {}
+
+
+def test_a_second_judge_that_differs_much_is_a_dispute_too(material: Material) -> None:
+    config = ScoringConfig(num_repeated=0)
+    questions = list_questions(config, material)
+    answers = answer_all(questions, fair_judge)
+    key = material.samples[0].image.key  # base: graded 2
+    assert find_disputed(config, material.samples, questions, answers, {key: {"image_quality": 3}}) == []
+    [disputed] = find_disputed(config, material.samples, questions, answers, {key: {"image_quality": 0}})
+    assert disputed.axis == "image_quality"
+    off = config.model_copy(update={"settle_gap": 0})
+    assert find_disputed(off, material.samples, questions, answers, {key: {"image_quality": 0}}) == []
+
+
+def test_grades_are_ranked_with_what_was_measured(material: Material) -> None:
+    questions = list_questions(ScoringConfig(), material)
+    judgements = scores.to_judgements(material.samples, questions, answer_all(questions, fair_judge))
+    measured = {
+        sample.image.key: SubjectMetrics(dino=0.9 if sample.side == "tuned" else 0.1, clip_i=0, clip_t=0.5)
+        for sample in material.samples
+    }
+    found = scores.correlate(judgements, measured)
+    assert found == {"concept_preservation": pytest.approx(1), "prompt_following": None}
+    assert scores.correlate(judgements, {}) == {}
+
+
+def test_a_second_judge_and_a_person_are_compared_with_the_first(material: Material, tmp_path: Path) -> None:
+    questions = list_questions(ScoringConfig(), material)
+    judgements = scores.to_judgements(material.samples, questions, answer_all(questions, fair_judge))
+    seconds = list_second(ScoringConfig(second_share=0.5), material)
+    assert len(seconds) == 6 * 3
+    grades = scores.collect_grades(seconds, answer_all(seconds, fair_judge))
+    agreement = scores.compare_raters("other", grades, judgements)
+    assert agreement is not None
+    assert agreement.num_samples == 6
+    assert agreement.kappa["concept_preservation"] == pytest.approx(1)
+
+    path = tmp_path / "labels.csv"
+    rows = ["sample,concept_preservation,prompt_following"]
+    rows += [f"{s.image.key.split('/')[-1]},{4 if s.side == 'base' else 0},2" for s in material.samples]
+    path.write_text("\n".join(rows))
+    person = scores.compare_raters("a person", scores.read_labels(path, material.samples), judgements)
+    assert person is not None
+    assert person.spearman["concept_preservation"] == pytest.approx(-1)
+    assert person.kappa["prompt_following"] is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [("nobody.png,3,3", "'nobody.png' names 0 samples"), ("base-subject-1.png,5,", "'5' is no grade")],
+)
+def test_labels_that_fit_nothing_are_named(material: Material, tmp_path: Path, row: str, message: str) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text(f"sample,concept_preservation,prompt_following\n{row}\n")
+    with pytest.raises(ConfigError, match=f"labels.csv, line 2: {message}"):
+        scores.read_labels(path, material.samples)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "sample,concept_preservation,prompt_following\nbase-subject-1.png,\xfc,\n".encode("latin1"),
+            "line 2: this is no UTF-8; save",
+        ),
+        (b"sample,prompt_folowing\n", "line 1: there is no column"),
+        (b"prompt_following\n", "line 1: no column"),
+        (b"sample,concept_preservation,prompt_following\nbase-subject-1.png,,,w\n", "line 2: 4 fields, not 3; quote"),
+        (b"", "line 1: nothing is there; the columns are"),
+    ],
+)
+def test_what_is_wrong_with_a_persons_labels_is_named_by_line(
+    material: Material, tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"labels.csv, {message}"):
+        scores.read_labels(path, material.samples)
+    path.write_bytes("\ufeffsample,prompt_following\nbase-subject-1.png,3\n".encode())
+    assert list(scores.read_labels(path, material.samples).values()) == [{"prompt_following": 3}]
+
+
+def test_each_axis_hides_what_would_sway_it() -> None:
+    references = [b"r1", b"r2"]
+    concept = concept_spec(references, b"s", class_noun="dog", repeat=0)
+    assert concept.parts.index(b"r2") < concept.parts.index(b"s")  # what is the same comes first: providers cache it
+    assert "Prompt:" not in str(concept.parts)
+    prompt = prompt_spec(b"s", class_prompt="a photo of a dog", repeat=0)
+    assert not {b"r1", b"r2"} & set(prompt.parts)
+    assert quality_spec(b"s", repeat=0).parts.count(b"s") == 1
+    assert pair_spec(references, b"x", b"y", class_noun="dog").parts.index(b"x") > 2
+    for reply in (ConceptGrade, QualityGrade):
+        text = str(reply.model_json_schema())
+        assert text.index("evidence") < text.index("Grade" if reply is ConceptGrade else "image_quality")

@@ -1,0 +1,155 @@
+"""Talking to a model: replies stream, tools act, history is kept, summed up and left alone by an interrupt."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from tasks.errors import ServiceUnavailable
+from tasks.services.llm.agents.conversation import Conversation, History
+from tasks.services.llm.agents.tools import Tool, ToolResult
+from tasks.services.llm.config import CapabilityConfig
+from tests.support.llm_server import ScriptedServer, completion, scripted_server
+from tests.tasks.services.llm.test_service import CHAT, make_llm
+
+Pieces = list[dict[str, Any]]
+EVENTS = {"content-type": "text/event-stream"}
+LAST = "and now? " * 30
+
+
+class Word(BaseModel):
+    word: str
+
+
+def stream(*deltas: dict[str, Any], reason: str | None = "stop") -> tuple[int, dict[str, str], bytes]:
+    """Return a streamed reply; without a reason it breaks off."""
+    head = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "asked-model"}
+    rows: Pieces = [{**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    if reason:
+        rows.append({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+        rows.append({**head, "choices": [], "usage": {"prompt_tokens": 50, "completion_tokens": 7, "total_tokens": 57}})
+    data = b"".join(b"data: " + json.dumps(row).encode() + b"\n\n" for row in rows)
+    return 200, EVENTS, data + (b"data: [DONE]\n\n" if reason else b"")
+
+
+def say(*words: str) -> tuple[int, dict[str, str], bytes]:
+    return stream(*({"content": word} for word in words))
+
+
+def call(name: str, arguments: str) -> tuple[int, dict[str, str], bytes]:
+    """Return a streamed call whose arguments come in two pieces."""
+    first = {"index": 0, "id": "call-1", "type": "function", "function": {"name": name, "arguments": arguments[:4]}}
+    rest = {"index": 0, "function": {"arguments": arguments[4:]}}
+    return stream({"tool_calls": [first]}, {"tool_calls": [rest]}, reason="tool_calls")
+
+
+def talk(server: ScriptedServer, folder: Path, tools: tuple[Tool, ...] = (), **changes: Any) -> Conversation:
+    return Conversation(make_llm(server, folder, **changes), "reviewer", "be brief", tools)
+
+
+def test_a_reply_streams_and_is_booked_with_its_usage(tmp_path: Path) -> None:
+    shown: list[str] = []
+    with scripted_server() as server:
+        server.script(say("Hel", "lo"))
+        talked = talk(server, tmp_path, prices={"input": 1.0, "output": 10.0, "date": "2026-11-22"})
+        assert talked.say("hi", on_text=shown.append) == "Hello"
+    assert "".join(shown) == "Hello"
+    [row] = talked.llm.ledger.rows
+    assert (row.outcome, row.usage.output_tokens, row.cost_usd) == ("ok", 7, pytest.approx(120e-6))
+    assert server.bodies[0]["stream_options"] == {"include_usage": True}
+
+
+def test_what_was_said_before_goes_along(tmp_path: Path) -> None:
+    with scripted_server() as server:
+        server.script(say("one"), say("two"))
+        talked = talk(server, tmp_path)
+        talked.say("first", on_text=lambda piece: None)
+        talked.say("second", on_text=lambda piece: None)
+    said = [message["content"] for message in server.bodies[1]["messages"]]
+    assert said == ["be brief", "first", "one", "second"]
+    assert History.model_validate_json(talked.history.model_dump_json()) == talked.history
+
+
+def test_a_tool_that_is_called_in_pieces_is_run_and_its_result_told(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def shout(wanted: Word) -> ToolResult:
+        asked.append(wanted.word)
+        return ToolResult({"loud": wanted.word.upper()})
+
+    with scripted_server() as server:
+        server.script(call("shout", '{"word": "yes"}'), say("Done."))
+        talked = talk(server, tmp_path, (Tool("shout", "Shout a word.", Word, shout),))
+        assert talked.say("shout yes", on_text=lambda piece: None) == "Done."
+    assert asked == ["yes"]
+    assert server.bodies[1]["messages"][-1]["content"] == '{"loud": "YES"}'
+    assert [message["role"] for message in talked.history.turns[0]] == ["user", "assistant", "tool", "assistant"]
+
+
+def test_an_interrupt_ends_the_reply_and_leaves_the_history_alone(tmp_path: Path) -> None:
+    def interrupt(piece: str) -> None:
+        raise KeyboardInterrupt
+
+    with scripted_server() as server:
+        server.script(say("Hel", "lo"), say("again"))
+        talked = talk(server, tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            talked.say("hi", on_text=interrupt)
+        assert talked.history.turns == []
+        assert [row.outcome for row in talked.llm.ledger.rows] == ["cancelled"]
+        assert talked.say("hi", on_text=lambda piece: None) == "again"
+
+
+def test_a_reply_that_breaks_off_is_no_reply_and_is_not_asked_for_again_by_itself(tmp_path: Path) -> None:
+    with scripted_server() as server:
+        server.script(stream({"content": "Hel"}, reason=None))
+        talked = talk(server, tmp_path)
+        with pytest.raises(ServiceUnavailable, match="broke off"):
+            talked.say("hi", on_text=lambda piece: None)
+        assert server.counts[CHAT] == 1
+    assert talked.history.turns == []
+
+
+def test_a_stream_that_is_no_json_is_the_service_being_unavailable(tmp_path: Path) -> None:
+    with scripted_server() as server:
+        server.script((200, EVENTS, b"data: {malformed\n\n"))
+        with pytest.raises(ServiceUnavailable, match="no stream of JSON"):
+            talk(server, tmp_path).say("hi", on_text=lambda piece: None)
+
+
+def test_what_no_longer_fits_the_context_is_summed_up(tmp_path: Path) -> None:
+    small = CapabilityConfig(structure="json_schema", context_tokens=2000)
+    with scripted_server() as server:
+        plain = (200, {}, json.dumps(completion("They agreed on blue.")).encode())
+        server.script(*[say("fine")] * 6, plain, say("still here"))
+        talked = talk(server, tmp_path, capabilities=small)
+        for number in range(6):
+            talked.say(f"{number} " + "word " * 90, on_text=lambda piece: None)
+        assert talked.say(LAST, on_text=lambda piece: None) == "still here"
+    messages = server.bodies[-1]["messages"]
+    assert messages[0]["content"].endswith("in short: They agreed on blue.")
+    assert messages[1]["content"].startswith("2 ")  # the last four turns are kept word by word
+    assert messages[-1]["content"] == LAST
+
+
+def test_without_a_summary_old_turns_are_left_out(tmp_path: Path) -> None:
+    small = CapabilityConfig(structure="json_schema", context_tokens=2000)
+    with scripted_server() as server:
+        server.script(*[say("fine")] * 6, (500, {}, b"{}"), (500, {}, b"{}"), (500, {}, b"{}"), say("still here"))
+        talked = talk(server, tmp_path, capabilities=small)
+        for number in range(6):
+            talked.say(f"{number} " + "word " * 90, on_text=lambda piece: None)
+        assert talked.say(LAST, on_text=lambda piece: None) == "still here"
+    assert talked.history.summary == ""
+
+
+def test_a_server_that_does_not_stream_is_talked_to_all_the_same(tmp_path: Path) -> None:
+    shown: list[str] = []
+    with scripted_server() as server:
+        server.script("Hello")
+        plain = CapabilityConfig(structure="json_schema", streaming=False)
+        assert talk(server, tmp_path, capabilities=plain).say("hi", on_text=shown.append) == "Hello"
+    assert shown == ["Hello"]
+    assert "stream" not in server.bodies[0]

@@ -1,0 +1,117 @@
+"""Leases: one holder at a time; a dead holder, a silent one and a damaged record are taken over by one."""
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.errors import StillPending
+from tasks.services.llm.batch import lease
+from tasks.services.llm.batch.lease import Lease, hold_lease, list_leases, make_lease, try_acquire
+from tasks.services.store import LocalStore
+from tasks.stage.digests import dump_signed
+
+
+@pytest.fixture
+def leases(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "leases")
+
+
+def hold(store: LocalStore, *, max_wait_seconds: float = 0.2) -> Any:
+    return hold_lease(store, "job", max_wait_seconds=max_wait_seconds, poll_seconds=0.01, on_wait=lambda: None)
+
+
+def put(store: LocalStore, found: Lease) -> None:
+    store.put_bytes("llm/leases/job/000001.json", dump_signed(found))
+
+
+def test_a_second_holder_waits_and_then_is_told_who_holds_it(leases: LocalStore) -> None:
+    told = pytest.raises(StillPending, match=r"process \d+ on .* runs the same batch job")
+    with hold(leases), told, hold(leases):
+        pass
+    with hold(leases):
+        pass
+    assert list_leases(leases, "job") == []
+
+
+def test_a_killed_holders_lease_is_taken_over_at_once(leases: LocalStore) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    mine = make_lease("other")
+    put(leases, mine.model_copy(update={"pid": child.pid, "process_started": lease.find_start(child.pid)}))
+    assert try_acquire(leases, "job", "me") is None
+    child.kill()
+    child.wait()
+    assert try_acquire(leases, "job", "me") is not None
+
+
+def test_a_number_that_another_process_has_now_is_no_holder(leases: LocalStore) -> None:
+    mine = make_lease("other")
+    put(leases, mine.model_copy(update={"process_started": mine.process_started - 100}))
+    assert try_acquire(leases, "job", "me") is not None
+
+
+@pytest.mark.parametrize(("age", "is_taken"), [(-60.0, False), (1.0, True)])
+def test_a_holder_on_another_host_is_believed_until_its_heartbeat_is_missing(
+    leases: LocalStore, age: float, is_taken: bool
+) -> None:
+    put(leases, make_lease("other").model_copy(update={"host": "elsewhere", "pid": 1, "expires_at": time.time() - age}))
+    assert (try_acquire(leases, "job", "me") is not None) is is_taken
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:40], lambda data: data.replace(b"job", b"jab") + b"x"])
+def test_a_damaged_lease_is_taken_over(leases: LocalStore, damage: object) -> None:
+    data = dump_signed(make_lease("other"))
+    leases.put_bytes("llm/leases/job/000001.json", damage(data))  # type: ignore[operator]
+    assert try_acquire(leases, "job", "me") is not None
+
+
+def test_of_many_that_take_over_one_gets_it(leases: LocalStore) -> None:
+    put(leases, make_lease("other").model_copy(update={"expires_at": 0.0}))
+    got: list[str | None] = []
+    barrier = threading.Barrier(8)
+
+    def work(number: int) -> None:
+        barrier.wait()
+        got.append(try_acquire(leases, "job", str(number)))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(key is not None for key in got) == 1
+
+
+def test_a_holder_renews_its_lease(leases: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.02)
+    with hold(leases):
+        [key] = list_leases(leases, "job")
+        first = leases.find_bytes(key)
+        deadline = time.monotonic() + 20
+        while leases.find_bytes(key) == first:
+            assert time.monotonic() < deadline, "it was not renewed"
+            time.sleep(0.01)
+
+
+def test_a_lease_that_was_taken_over_is_not_renewed_and_not_given_back(
+    leases: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.0)
+    key = try_acquire(leases, "job", "sleeper")
+    assert key is not None
+    put(leases, make_lease("sleeper").model_copy(update={"expires_at": 0.0}))
+    taken = try_acquire(leases, "job", "taker")
+    assert taken is not None
+    lease.keep_alive(leases, key, "sleeper", threading.Event())
+    assert list_leases(leases, "job") == [taken]
+    assert try_acquire(leases, "job", "third") is None
+
+
+def test_a_holder_that_slept_deletes_no_lease_of_another(leases: LocalStore) -> None:
+    with hold(leases):
+        put(leases, make_lease("other"))
+    assert list_leases(leases, "job") == ["llm/leases/job/000001.json"]

@@ -1,0 +1,81 @@
+"""A tracking server that hangs: what returns late never touches what was published in the meantime."""
+
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from tasks.publishing.registry import track_run
+from tasks.services.tracking.live import LiveRun
+from tasks.services.tracking.mlflow_tracker import NoTracker
+from tasks.services.tracking import live as live_tracking
+
+
+class HangingTracker(NoTracker):
+    """Its start returns when it is released."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.entered, self.released = threading.Event(), threading.Event()
+        self.calls: list[str] = []
+
+    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
+        self.entered.set()
+        self.released.wait(60)
+        self.calls.append("start")
+        return self.name
+
+    def forget(self, *, tag: str, value: str) -> None:
+        self.calls.append("forget")
+
+    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+        self.calls.append("log_metrics")
+
+    def finish(self, *, is_failed: bool) -> None:
+        self.calls.append(f"finish {is_failed}")
+
+
+def begin(first: HangingTracker, second: HangingTracker) -> LiveRun:
+    live = LiveRun(first, "run", {}, reopen=lambda: second)
+    live.begin(tags={"t": "1"}, stale_tag="t", datasets=[])
+    live.log_metrics([("train/loss", 0.5, 1)])
+    assert first.entered.wait(60)
+    return live
+
+
+def end(live: LiveRun, first: HangingTracker) -> None:
+    first.released.set()
+    assert live.thread is not None
+    live.thread.join(60)
+    assert not live.thread.is_alive()
+
+
+def test_a_start_that_returns_late_leaves_the_published_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_tracking, "LONGEST_WAIT_SECONDS", 0.05)
+    first, second = HangingTracker("late"), HangingTracker("published")
+    second.released.set()
+    live = begin(first, second)
+    run_id, _ = track_run(
+        first, name="run", params={}, publication_key="k", tags={}, figures={}, losses=[{"step": 1, "loss": 1.0}],
+        folder=tmp_path, registered_model="m", is_registered=False, live=live,
+    )  # fmt: skip
+    assert run_id == "published"
+    assert second.calls == ["forget", "start", "log_metrics", "log_metrics", "finish False"]
+    assert first.calls == []
+    end(live, first)
+    assert (live.run_id, live.is_open, live.logged) == (None, False, set())
+    assert first.calls == ["start", "finish True"]
+
+
+def test_a_run_is_abandoned_without_the_tracker_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_tracking, "ABANDON_SECONDS", 0.05)
+    first = HangingTracker("late")
+    live = begin(first, first)
+    live.abandon()
+    assert first.calls == []
+    end(live, first)
+    assert (live.run_id, live.is_open) == (None, False)
+    assert "log_metrics" not in first.calls

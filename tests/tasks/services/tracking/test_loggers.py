@@ -1,0 +1,53 @@
+"""TensorBoard and Weights & Biases, for real and offline."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tasks.publishing.registry import SAMPLES, track_run
+from tasks.services.config import TrackingConfig
+from tasks.services.tracking.loggers import TensorboardLogger, Trackers, WandbLogger
+from tasks.services.tracking.mlflow_tracker import NoTracker, Tracker, open_tracker
+
+
+def publish(tracker: Tracker, folder: Path) -> None:
+    for name in ("model", "report", SAMPLES):
+        (folder / "published" / name).mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(folder / "published" / SAMPLES / "step-00000002.png")
+    track_run(
+        tracker, name="a run", params={"seed": "23"}, publication_key="k", tags={"t": "1"},
+        losses=[{"step": step, "loss": 1.0 / step} for step in range(1, 5)], figures={"tuned/dino": 0.5},
+        folder=folder / "published", registered_model="m", is_registered=False,
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_has_curves_and_pictures(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    publish(TensorboardLogger(TrackingConfig(), folder=tmp_path), tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "a run"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")][:2] == [(1, 1.0), (2, 0.5)]
+    assert events.Scalars("tuned/dino")[0].value == 0.5
+    assert events.Tags()["images"] == [f"{SAMPLES}/step-00000002"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_keeps_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    publish(WandbLogger(TrackingConfig(), folder=tmp_path), tmp_path)
+    run = next((tmp_path / "wandb").glob("offline-run-*"))
+    stored = next(run.glob("*.wandb")).read_bytes()
+    for word in (b"train/loss", b"tuned/dino", b"step-00000002"):
+        assert word in stored
+    assert list(run.glob("files/media/images/**/*.png"))
+
+
+def test_several_trackers_are_told_the_same(tmp_path: Path) -> None:
+    tracker = open_tracker(TrackingConfig(kind="none", also=("tensorboard",)), folder=tmp_path)
+    assert isinstance(tracker, Trackers)
+    assert isinstance(tracker.first, NoTracker)
+    publish(tracker, tmp_path)
+    assert list((tmp_path / "tensorboard" / "a run").glob("events.*"))

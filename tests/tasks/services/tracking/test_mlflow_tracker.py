@@ -1,0 +1,220 @@
+"""Tracking with a real MLflow on SQLite."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.errors import ConfigError, ServiceUnavailable
+from tasks.publishing.registry import track_run
+from tasks.services.config import TrackingConfig
+from tasks.services.tracking.live import LiveRun
+from tasks.services.tracking.mlflow_tracker import DatasetInfo, MlflowTracker, NoTracker, open_tracker
+from tests.support.cli_sandbox import ROOT
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose database is migrated once."""
+    folder = tmp_path_factory.mktemp("tracking")
+    for name in ("model", "report"):
+        (folder / "published" / name).mkdir(parents=True)
+        (folder / "published" / name / "file.txt").write_text(name)
+    return folder
+
+
+def publish(place: Path, *, key: str) -> tuple[MlflowTracker, str | None]:
+    tracker = MlflowTracker(TrackingConfig(), folder=place)
+    _, version = track_run(
+        tracker, name="run", params={"a": "1" * 7000}, publication_key=key, tags={"t": "1"},
+        losses=[{"step": s, "loss": 1.0 / s} for s in range(1, 1203)], figures={"tuned/dino": 0.5},
+        folder=place / "published", registered_model="a-model", is_registered=True,
+    )  # fmt: skip
+    return tracker, version
+
+
+def test_a_published_run_has_everything(place: Path) -> None:
+    tracker, version = publish(place, key="k1")
+    run = tracker.client.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert len(run.data.params["a"]) == 6000
+    assert len(tracker.client.get_metric_history(tracker.run_id, "train/loss")) == 1202
+    assert run.data.metrics["tuned/dino"] == 0.5
+    found = tracker.client.get_model_version_by_alias("a-model", "latest-tuned")
+    assert (str(found.version), found.run_id) == (version, tracker.run_id)
+
+
+def test_publishing_again_after_a_cut_leaves_one_run_and_one_version(place: Path) -> None:
+    first, _ = publish(place, key="k2")
+    second, version = publish(place, key="k2")
+    experiment = second.find_experiment()
+    runs = second.client.search_runs([experiment], "tags.`likeness.publication` = 'k2'")
+    assert [run.info.run_id for run in runs] == [second.run_id]
+    versions = second.client.search_model_versions("name='a-model'")
+    assert first.run_id not in {v.run_id for v in versions}
+    assert version in {str(v.version) for v in versions}
+
+
+def test_an_unreachable_server_is_one_clear_line(
+    tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracker = open_tracker(TrackingConfig(uri=f"http://127.0.0.1:{free_port}"), folder=tmp_path)
+    with pytest.raises(ServiceUnavailable, match=f"tracking at http://127.0.0.1:{free_port}"):
+        tracker.start(name="x", params={}, tags={})
+
+
+def test_no_tracking_keeps_nothing(tmp_path: Path) -> None:
+    tracker = open_tracker(TrackingConfig(kind="none"), folder=tmp_path)
+    assert isinstance(tracker, NoTracker)
+    assert tracker.start(name="x", params={}, tags={}) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_curves_are_live_while_training_and_complete_afterwards(tmp_path: Path) -> None:
+    (tmp_path / "published" / "report").mkdir(parents=True)
+    tracker = MlflowTracker(TrackingConfig(), folder=tmp_path)
+    live = LiveRun(tracker, "run", {"a": "1"}, {"mlflow.note.content": "One fish"})
+    dataset = DatasetInfo(name="subject", digest="d" * 64, source="01-subject/k", context="training")
+    live.begin(tags={"likeness.training": "k1"}, stale_tag="likeness.training", datasets=[dataset])
+    live.log_metrics([("train/loss", 0.5, 2)])
+    watcher = MlflowTracker(TrackingConfig(), folder=tmp_path)
+    deadline = time.monotonic() + 60
+    while not live.logged:
+        assert time.monotonic() < deadline, "nothing was sent while training"
+        time.sleep(0.05)
+    run = watcher.client.get_run(live.run_id)
+    assert run.info.status == "RUNNING"
+    assert run.data.metrics == {"train/loss": 0.5}
+    assert run.data.tags["mlflow.note.content"] == "One fish"
+    assert run.data.tags["mlflow.source.name"] == "likeness"
+    assert [entry.dataset.name for entry in run.inputs.dataset_inputs] == ["subject"]
+    run_id, _ = track_run(
+        tracker, name="run", params={}, publication_key="k9", tags={}, figures={},
+        losses=[{"step": step, "loss": 1.0 / step} for step in (1, 2, 3)], folder=tmp_path / "published",
+        registered_model="m", is_registered=False, live=live,
+    )  # fmt: skip
+    assert run_id == live.run_id
+    history = watcher.client.get_metric_history(run_id, "train/loss")
+    assert sorted(point.step for point in history) == [1, 2, 3]
+    assert watcher.client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_run_that_fails_or_was_killed_is_not_left_running(tmp_path: Path) -> None:
+    runs = []
+    for name in ("killed", "failed"):
+        tracker = MlflowTracker(TrackingConfig(), folder=tmp_path)
+        live = LiveRun(tracker, name, {})
+        live.begin(tags={"likeness.training": "k1"}, stale_tag="likeness.training", datasets=[])
+        live.drain()
+        runs.append(live)
+    runs[1].abandon()
+    statuses = [runs[1].tracker.client.get_run(live.run_id).info.status for live in runs]  # type: ignore[attr-defined]
+    assert statuses == ["KILLED", "FAILED"]
+
+
+def test_a_server_that_goes_away_holds_up_nothing(tmp_path: Path, free_port: int, monkeypatch: Any) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    live = LiveRun(MlflowTracker(TrackingConfig(uri=f"http://127.0.0.1:{free_port}"), folder=tmp_path), "run", {})
+    live.begin(tags={"t": "1"}, stale_tag="t", datasets=[])
+    live.log_metrics([("train/loss", 0.5, 2)])
+    live.abandon()
+    assert not live.is_open
+    assert not live.logged
+
+
+def test_an_unreachable_server_is_found_at_once_and_without_mlflow(tmp_path: Path, free_port: int) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from tasks.services.config import TrackingConfig; from tasks.services.tracking.mlflow_tracker import open_tracker\n"
+        "from tasks.errors import ServiceUnavailable\n"
+        "for uri in sys.argv[1:]:\n"
+        "    try: open_tracker(TrackingConfig(uri=uri), folder=Path('x')).check()\n"
+        "    except ServiceUnavailable as error: print(error)\n"
+        "print('mlflow' in sys.modules)\n"
+    )
+    uris = [f"http://127.0.0.1:{free_port}", f"postgresql://127.0.0.1:{free_port}/db"]
+    done = subprocess.run([sys.executable, "-c", code, *uris], capture_output=True, text=True, check=True, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    assert [f"tracking at {uri} does not answer" in line for uri, line in zip(uris, lines, strict=False)] == [
+        True,
+        True,
+    ]
+    assert lines[-1] == "False"
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:abc", "postgresql://h:abc/db", "http://[::1", "http://a b/"])
+def test_what_is_no_address_is_one_clear_line(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^tracking at [^\n]*; set tracking.uri or tracking=none$"):
+        MlflowTracker(TrackingConfig(uri=uri), folder=tmp_path).check()
+
+
+def test_another_kind_of_server_is_one_clear_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"SSH-2.0-OpenSSH_9\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(ConfigError, match=r"is no MLflow server: BadStatusLine .*; set tracking.uri"):
+            MlflowTracker(TrackingConfig(uri=f"http://127.0.0.1:{server.getsockname()[1]}"), folder=tmp_path).check()
+        thread.join()
+
+
+def test_a_broken_database_file_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"junk" * 999)
+    with pytest.raises(ConfigError, match=r"mlflow.db: file is not a database; move the file away"):
+        MlflowTracker(TrackingConfig(), folder=tmp_path).check()
+
+
+def test_two_first_uses_at_once_both_work(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from tasks.services.config import TrackingConfig; from tasks.services.tracking.mlflow_tracker import MlflowTracker\n"
+        "tracker = MlflowTracker(TrackingConfig(), folder=Path(sys.argv[1]))\n"
+        "print(tracker.start(name='x', params={}, tags={}))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) for _ in range(2)]
+    told = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert len({out for out, _ in told}) == 2
+
+
+def test_a_copied_folder_never_writes_into_the_original(place: Path, tmp_path: Path) -> None:
+    first, version = publish(place, key="k3")
+    copy = tmp_path / "a copy é"
+    shutil.copytree(place, copy)
+    before = sorted(path.relative_to(place) for path in (place / "artifacts").rglob("*"))
+    second = MlflowTracker(TrackingConfig(), folder=copy)
+    assert second.has_artifacts(str(first.run_id), ("report", "model"))
+    assert second.client.get_run(first.run_id).info.artifact_uri.startswith(copy.as_uri())
+    assert second.client.get_model_version("a-model", version).source.startswith(copy.as_uri())
+    publish(copy, key="k4")
+    assert sorted(path.relative_to(place) for path in (place / "artifacts").rglob("*")) == before
+    shutil.rmtree(copy / "artifacts" / str(first.run_id))
+    assert not second.has_artifacts(str(first.run_id), ("report",))
+    assert MlflowTracker(TrackingConfig(), folder=place).has_artifacts(str(first.run_id), ("report",))
+
+
+def test_what_the_server_no_longer_has_is_missed(place: Path) -> None:
+    tracker, version = publish(place, key="k5")
+    run_id = str(tracker.run_id)
+    assert tracker.has_artifacts(run_id, ("report", "model"))
+    assert not tracker.has_artifacts(run_id, ("report", "nothing"))
+    assert not tracker.has_artifacts("0" * 32, ("report",))
+    assert tracker.has_version("a-model", str(version))
+    assert not tracker.has_version("a-model", "999")
+    assert not tracker.has_version("none", "1")
+    tracker.client.delete_run(run_id)
+    assert not tracker.has_artifacts(run_id, ("report",))

@@ -1,0 +1,209 @@
+"""Stage keys, manifests, digests."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.errors import ArtifactCorrupt
+from tasks.manifests.base import Manifest, ObjectRef
+from tasks.services import store as store_module
+from tasks.services.config import StoreConfig
+from tasks.services.store import LocalStore, S3Store, Store
+from tasks.stage.cache import (
+    MANIFEST_NAME,
+    PREFIXES,
+    StageFolder,
+    compute_schema_digest,
+    compute_stage_key,
+    find_manifest,
+    read_verified,
+    verify,
+)
+from tasks.stage.digests import DIGEST_FIELD, sign
+
+
+class Fuller(Manifest):
+    """A manifest with one field more."""
+
+    more: str
+
+
+class Documented(Manifest):
+    """The same manifest in other words."""
+
+
+def finish(folder: StageFolder) -> Manifest:
+    return folder.finish(Manifest, version=1, counts={"things": 1})
+
+
+def test_stage_key_depends_on_every_input() -> None:
+    base = compute_stage_key("prior", Manifest, version=1, settings={"steps": 3}, inputs=["a"])
+    others = [
+        compute_stage_key("subject", Manifest, version=1, settings={"steps": 3}, inputs=["a"]),
+        compute_stage_key("prior", Manifest, version=2, settings={"steps": 3}, inputs=["a"]),
+        compute_stage_key("prior", Manifest, version=1, settings={"steps": 4}, inputs=["a"]),
+        compute_stage_key("prior", Manifest, version=1, settings={"steps": 3}, inputs=["b"]),
+    ]
+    others.append(compute_stage_key("prior", Fuller, version=1, settings={"steps": 3}, inputs=["a"]))
+    assert len({base, *others}) == 6
+    assert base == compute_stage_key("prior", Manifest, version=1, settings={"steps": 3}, inputs=["a"])
+
+
+def test_a_finished_stage_is_found_again(any_store: Store) -> None:
+    folder = StageFolder(any_store, "prior", "k1")
+    folder.put("images/0.png", b"pixels")
+    assert find_manifest(any_store, Manifest, "prior", "k1") is None
+    manifest = finish(folder)
+    assert find_manifest(any_store, Manifest, "prior", "k1") == manifest
+
+
+@pytest.mark.parametrize("damage", [b"pixelz", None])
+def test_a_damaged_object_makes_the_stage_be_computed_again(any_store: Store, damage: bytes | None) -> None:
+    folder = StageFolder(any_store, "prior", "k1")
+    ref = folder.put("images/0.png", b"pixels")
+    finish(folder)
+    any_store.delete(ref.key)
+    if damage is not None:
+        any_store.put_bytes(ref.key, damage)
+    assert find_manifest(any_store, Manifest, "prior", "k1") is None
+    assert any_store.find_bytes(f"{PREFIXES['prior']}/k1/{MANIFEST_NAME}.quarantined") is not None
+
+
+def test_a_torn_manifest_is_not_trusted(store: Store) -> None:
+    folder = StageFolder(store, "prior", "k1")
+    finish(folder)
+    key = f"{folder.prefix}/{MANIFEST_NAME}"
+    store.put_bytes(key, (store.find_bytes(key) or b"")[:-20])
+    assert find_manifest(store, Manifest, "prior", "k1") is None
+
+
+def test_an_object_of_an_earlier_attempt_is_reused_only_if_whole(store: Store) -> None:
+    first = StageFolder(store, "prior", "k1")
+    ref = first.put_resumable("a.png", b"whole")
+    again = StageFolder(store, "prior", "k1")
+    assert again.reuse("a.png") == ref
+    store.put_bytes(ref.key, b"torn")
+    assert StageFolder(store, "prior", "k1").reuse("a.png") is None
+    first.put("b.png", b"written but never noted")
+    assert StageFolder(store, "prior", "k1").reuse("b.png") is None
+
+
+def test_reading_checks_the_digest(store: Store) -> None:
+    ref = StageFolder(store, "prior", "k1").put("a", b"right")
+    store.put_bytes(ref.key, b"wrong")
+    with pytest.raises(ArtifactCorrupt, match="02-prior/k1/a has changed"):
+        read_verified(store, ref)
+
+
+def test_documentation_is_no_part_of_a_schema() -> None:
+    assert compute_schema_digest(Documented) == compute_schema_digest(Manifest)
+    assert compute_schema_digest(Fuller) != compute_schema_digest(Manifest)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_no_damaged_byte_of_a_manifest_is_believed(store: Store, damage: str) -> None:
+    folder = StageFolder(store, "prior", "k1")
+    folder.put("images/0.png", b"pixels")
+    finish(folder)
+    key = f"{folder.prefix}/{MANIFEST_NAME}"
+    whole = store.find_bytes(key) or b""
+    for place in range(0, len(whole), 7):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        store.put_bytes(key, bytes(flipped) if damage == "flip" else whole[:place])
+        assert find_manifest(store, Manifest, "prior", "k1") is None
+        assert store.find_bytes(key) is None
+        assert store.find_bytes(f"{key}.quarantined") is not None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("objects", []),
+        ("seconds", 1e9),
+        ("objects", [{"key": "../../etc/passwd", "sha256": "0" * 64, "size_bytes": 1}]),
+        ("objects", [{"key": "/etc/passwd", "sha256": "0" * 64, "size_bytes": 1}]),
+        ("stage_key", "k2"),
+    ],
+)
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_an_edited_manifest_is_quarantined_once_and_the_stage_computed_again(
+    store: Store, field: str, value: object, is_signed: bool
+) -> None:
+    folder = StageFolder(store, "prior", "k1")
+    ref = folder.put("images/0.png", b"pixels")
+    folder.finish(WithImage, version=1, counts={}, image=ref)
+    key = f"{folder.prefix}/{MANIFEST_NAME}"
+    plain = json.loads(store.find_bytes(key) or b"")
+    plain[field] = value
+    if is_signed:  # whoever writes the store can sign too
+        plain.pop(DIGEST_FIELD)
+        plain = sign(plain)
+    store.put_bytes(key, json.dumps(plain).encode())
+    is_harmless = is_signed and field == "seconds"
+    assert (find_manifest(store, WithImage, "prior", "k1") is not None) is is_harmless
+    again = StageFolder(store, "prior", "k1")
+    again.finish(WithImage, version=1, counts={}, image=again.put("images/0.png", b"pixels"))
+    assert find_manifest(store, WithImage, "prior", "k1") is not None
+
+
+class WithImage(Manifest):
+    """A manifest that uses an object."""
+
+    image: ObjectRef
+
+
+def test_the_same_result_has_the_same_content_digest_wherever_it_was_made(store: Store) -> None:
+    manifests = []
+    for key, data in (("k1", b"pixels"), ("k2", b"pixels"), ("k1", b"others")):
+        folder = StageFolder(store, "prior", key)
+        ref = folder.put("images/0.png", data)
+        manifests.append(folder.finish(WithImage, version=1, counts={"things": len(manifests)}, image=ref))
+    first, elsewhere, other = (manifest.compute_content_digest() for manifest in manifests)
+    assert first == elsewhere
+    assert first != other
+
+
+def test_a_note_of_another_attempt_is_believed_only_whole(store: Store) -> None:
+    folder = StageFolder(store, "prior", "k1")
+    ref = folder.put_resumable("a.png", b"whole")
+    note = f"{folder.prefix}/a.png.ref"
+    data = bytearray(store.find_bytes(note) or b"")
+    data[20] ^= 1
+    for damaged in (bytes(data), bytes(data[:-5]), b"[]"):
+        store.put_bytes(note, damaged)
+        assert StageFolder(store, "prior", "k1").reuse("a.png") is None
+    assert ref.size_bytes == 5
+
+
+def test_a_file_is_hashed_once_per_run_and_again_when_it_changes(tmp_path: Path, monkeypatch: Any) -> None:
+    store = LocalStore(tmp_path)
+    ref = StageFolder(store, "prior", "k1").put("a", b"right")
+    read: list[Path] = []
+    real = store_module.digest_file
+    monkeypatch.setattr(store_module, "digest_file", lambda path: (read.append(path), real(path))[1])
+    for _ in range(3):
+        verify(store, ref)
+    assert len(read) == 1
+    (tmp_path / ref.key).write_bytes(b"wrong")
+    with pytest.raises(ArtifactCorrupt):
+        verify(store, ref)
+    assert len(read) == 2
+
+
+def test_objects_in_a_bucket_are_verified_without_being_read(s3_config: StoreConfig, tmp_path: Path) -> None:
+    store = S3Store(s3_config)
+    folder = StageFolder(store, "prior", "k1")
+    large = tmp_path / "large"
+    large.write_bytes(b"x" * 9_000_000)  # in several parts
+    refs = [folder.put("small", b"bytes"), folder.put_file("large", large)]
+    sent: list[str] = []
+    store.client.meta.events.register("before-send.s3", lambda request, **_: sent.append(request.method))
+    for ref in refs:
+        verify(store, ref)
+    assert sent == ["HEAD", "HEAD"]
+    store.client.put_object(Bucket=store.bucket, Key=f"{store.prefix}/{refs[0].key}", Body=b"other")
+    with pytest.raises(ArtifactCorrupt, match="has changed"):
+        verify(store, refs[0])

@@ -1,0 +1,105 @@
+"""The reviewer's tools: captions change by a person's yes only, and every version is kept."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.manifests.base import SubjectSet
+from tasks.services.store import LocalStore
+from tasks.stage.cache import StageFolder
+from tasks.subject.captions.caption_review import CaptionBook, describe_subject, list_tools, open_book, write_briefing
+from tasks.subject.captions.captioning import Caption, Described, read_captions
+from tasks.subject.config import SubjectConfig
+from tasks.subject.photos.ingest import check_photos
+from tasks.subject.selection import sort_photos
+from tasks.subject.subject_profile import Overview
+from tests.support.tiny import draw_photos
+from tests.tasks.subject.test_selection import GOOD, PROFILE
+
+
+@pytest.fixture
+def subject(tmp_path: Path, store: LocalStore) -> SubjectSet:
+    """Four photos, the last set aside."""
+    draw_photos(tmp_path / "in", num=4, size=256)
+    config = SubjectConfig(source=str(tmp_path / "in"), class_noun="fish")
+    photos = check_photos(config, store).accepted
+    described = {photo.sha256: Described(GOOD, Caption(surroundings="at sea", view="")) for photo in photos}
+    described[photos[3].sha256] = Described(problem="the model refused")
+    folder = StageFolder(store, "subject", "k")
+    found = sort_photos(folder, photos, described, config, Overview(PROFILE))
+    return folder.finish(
+        SubjectSet, version=1, counts={}, class_noun="fish", identifier_token="sks", images=tuple(found.images),
+        rejected=(), quarantined=tuple(found.quarantined), traits=tuple(found.traits),
+    )  # fmt: skip
+
+
+class Person:
+    """Answers every question alike and remembers them."""
+
+    def __init__(self, answer: bool) -> None:
+        self.answer = answer
+        self.asked: list[str] = []
+
+    def __call__(self, question: str) -> bool:
+        self.asked.append(question)
+        return self.answer
+
+
+def call(
+    subject: SubjectSet, book: CaptionBook, store: LocalStore, person: Person, name: str, **arguments: str
+) -> dict[str, Any]:
+    config = SubjectConfig(source="x", class_noun="fish")
+    tools = {tool.name: tool for tool in list_tools(subject, book, config, store=store, confirm=person)}
+    result = tools[name].call(json.dumps(arguments))
+    return {**result.values, "picture": result.picture}
+
+
+def test_a_caption_changes_with_a_yes_and_each_version_is_a_file(
+    subject: SubjectSet, store: LocalStore, tmp_path: Path
+) -> None:
+    config = SubjectConfig(source="x", class_noun="fish")
+    book, yes = open_book(tmp_path, config, subject), Person(True)
+    for surroundings in ("on a red table", "on a green table"):
+        done = call(subject, book, store, yes, "apply_caption", photo="photo-0.png", surroundings=surroundings, view="")
+    assert done["version"] == 2
+    assert 'train with "a photo of sks fish on a green table"' in yes.asked[-1]
+    call(subject, book, store, yes, "apply_caption", photo="photo-3.png", surroundings="in a bowl", view="from above")
+    assert sorted(path.name for path in tmp_path.glob("*.csv")) == [f"captions-{n}.csv" for n in (1, 2, 3)]
+    read = read_captions(config.model_copy(update={"captions": str(book.path)}), {"photo-0.png", "photo-3.png"})
+    assert read["photo-0.png"].surroundings == "on a green table"
+    assert read["photo-3.png"].view == "from above"
+    again = open_book(tmp_path, config, subject)
+    assert (again.version, again.rows) == (3, read)
+    rows = {name: (caption, found) for name, caption, found in describe_subject(subject, again)}
+    assert rows["photo-0.png"][0] == "on a green table"
+    assert rows["photo-1.png"][0] == "at sea"
+    assert rows["photo-3.png"] == ("in a bowl, from above", "set aside: no usable reply (the model refused)")
+
+
+def test_nothing_changes_without_a_yes_or_for_photos_that_are_not_there(
+    subject: SubjectSet, store: LocalStore, tmp_path: Path
+) -> None:
+    book = CaptionBook(tmp_path, {})
+    no = call(subject, book, store, Person(False), "apply_caption", photo="photo-0.png", surroundings="here", view="")
+    assert no["applied"] is False
+    other = call(subject, book, store, Person(True), "apply_caption", photo="../x", surroundings="here", view="")
+    assert other["error"].startswith("there is no photo")
+    assert list(tmp_path.glob("captions-*")) == []
+
+
+def test_a_person_is_told_what_a_caption_gives_away(subject: SubjectSet, store: LocalStore, tmp_path: Path) -> None:
+    person = Person(False)
+    words = {"photo": "photo-0.png", "surroundings": "on blue; rm -rf {path}", "view": ""}
+    call(subject, CaptionBook(tmp_path, {}), store, person, "apply_caption", **words)
+    assert "(tells what never changes: blue)" in person.asked[0]
+    assert "{" not in person.asked[0]
+
+
+def test_photos_are_shown_and_named_in_the_briefing(subject: SubjectSet, store: LocalStore, tmp_path: Path) -> None:
+    book = CaptionBook(tmp_path, {})
+    assert call(subject, book, store, Person(True), "look_at_photo", photo="photo-3.png")["picture"]
+    text = write_briefing(subject, book)
+    assert "photo-0.png | caption: at sea | sharpness" in text
+    assert "blue fins with white stripes" in text

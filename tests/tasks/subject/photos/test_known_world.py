@@ -1,0 +1,93 @@
+"""The drawn-world model refuses photos of the real world, and none of its own."""
+
+from pathlib import Path
+
+import pytest
+import skimage
+from PIL import Image
+
+from tasks.errors import SubjectRejected
+from tasks.mini.recognition import LEAST_PSNR, MOST_DISTANCE, Recognizer, draw_set
+from tasks.mini.world.scenes import CLASS_NOUNS
+from tasks.services.store import LocalStore
+from tasks.subject.config import SubjectConfig
+from tasks.subject.photos.ingest import check_photos
+from tasks.subject.photos.known_world import check_class_noun, check_known_world, find_verdict
+from tests.support.tiny import draw_photos
+
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "camera.png", "motorcycle_left.png",
+               "retina.jpg", "grass.png", "brick.png", "page.png")  # fmt: skip
+FOLDER = Path(skimage.__file__).parent / "data"
+
+
+def crop(name: str, num: int = 5) -> list[Image.Image]:
+    """Return crops of a photograph, each of another part of it."""
+    with Image.open(FOLDER / name) as opened:
+        photo = opened.convert("RGB")
+    side = int(min(photo.size) * 0.7)
+    places = [(0.0, 0.0), (1.0, 0.0), (0.5, 0.5), (0.0, 1.0), (1.0, 1.0)][:num]
+    boxes = [(round(x * (photo.width - side)), round(y * (photo.height - side))) for x, y in places]
+    return [photo.crop((left, top, left + side, top + side)) for left, top in boxes]
+
+
+@pytest.fixture(scope="module")
+def recognizer() -> Recognizer:
+    return Recognizer()
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_photographs_are_not_of_the_drawn_world(recognizer: Recognizer, name: str) -> None:
+    assert not recognizer.measure(crop(name)).is_drawn
+
+
+def test_no_drawn_subject_of_two_hundred_is_refused(recognizer: Recognizer) -> None:
+    found = [
+        recognizer.measure(draw_set(number, size=128, quality=75 if number % 2 else None)) for number in range(200)
+    ]
+    assert [number for number, evidence in enumerate(found) if not evidence.is_drawn] == []
+    # Not by a hair: another CPU's kernels round otherwise.
+    assert min(evidence.psnr for evidence in found) > LEAST_PSNR + 0.2
+    assert max(evidence.distance for evidence in found) < MOST_DISTANCE - 0.3
+
+
+def test_a_cat_is_refused_with_three_ways_on_and_known_afterwards(tmp_path: Path, store: LocalStore) -> None:
+    for number, photo in enumerate(crop("chelsea.png")):
+        photo.save(tmp_path / f"{number}.png")
+    config = SubjectConfig(source=str(tmp_path), class_noun="fish", duplicate_distance=0)
+    photos = check_photos(config, store).accepted
+    with pytest.raises(SubjectRejected, match=r"not of the drawn world.*draw a subject.*diffusion=sd15.*llm=openai"):
+        check_known_world(photos, config, store)
+    [key] = store.list_keys("known-world/")
+    whole = store.find_bytes(key) or b""
+    store.put_bytes(key, whole.replace(b"false", b"true "))  # a changed verdict is not believed
+    allowed = config.model_copy(update={"allow_unknown": True})
+    assert "not of the drawn world" in check_known_world(photos, allowed, store)
+    assert store.find_bytes(key) == whole
+
+
+def test_a_class_noun_of_the_real_world_is_refused_by_name() -> None:
+    config = SubjectConfig(source="x", class_noun="cat")
+    with pytest.raises(SubjectRejected, match=r"the drawn world has no cat \(it has: .*fish.*allow_unknown=true"):
+        check_class_noun(config)
+    assert "no cat" in check_class_noun(config.model_copy(update={"allow_unknown": True}))
+    for noun in CLASS_NOUNS:
+        assert check_class_noun(SubjectConfig(source="x", class_noun=noun.capitalize())) == ""
+
+
+def test_drawn_photos_pass(tmp_path: Path, store: LocalStore) -> None:
+    draw_photos(tmp_path / "in", num=4)
+    config = SubjectConfig(source=str(tmp_path / "in"), class_noun="fish")
+    assert check_known_world(check_photos(config, store).accepted, config, store) == ""
+
+
+def test_a_verdict_on_other_photos_is_not_believed(tmp_path: Path, store: LocalStore) -> None:
+    draw_photos(tmp_path / "in", num=4)
+    drawn = check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store).accepted
+    find_verdict(drawn, store)
+    [key] = store.list_keys("known-world/")
+    find_verdict(drawn[:3], store)
+    [other] = set(store.list_keys("known-world/")) - {key}
+    store.put_bytes(other, store.find_bytes(key) or b"")
+    again = find_verdict(drawn[:3], store)
+    assert store.find_bytes(other) != store.find_bytes(key)
+    assert again.photos.startswith(Path(other).stem)

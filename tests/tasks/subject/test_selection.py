@@ -1,0 +1,250 @@
+"""What becomes of photos and of what models say about them: leaks, refusals, warnings, a person's word."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.errors import ConfigError, SubjectRejected
+from tasks.services.llm.config import CapabilityConfig
+from tasks.services.store import LocalStore
+from tasks.stage.cache import StageFolder
+from tasks.subject.captions.captioning import (
+    Caption,
+    Described,
+    ImageInspection,
+    describe_photos,
+    digest_prompts,
+    lint_caption,
+)
+from tasks.subject.captions.linting import find_leaks, list_trait_words
+from tasks.subject.config import SubjectConfig
+from tasks.subject.photos.ingest import CheckedPhotos, check_photos
+from tasks.subject.photos.quality import Box
+from tasks.subject.selection import SortedPhotos, check_leaks, look_at_all, sort_photos
+from tasks.subject.subject_profile import Overview, SubjectProfile, find_warnings
+from tests.support.llm_server import ScriptedServer, completion, scripted_server
+from tests.support.tiny import draw_photos
+from tests.tasks.services.llm.test_service import CHAT, make_llm
+
+GOOD = ImageInspection(
+    evidence="A fish.", is_class_noun_visible=True, num_subjects="one", is_cut_off=False, has_watermark=False,
+    verdict="accept", confidence="high", subject_box=Box(left=0.1, top=0.2, right=0.5, bottom=0.8),
+)  # fmt: skip
+PROFILE = SubjectProfile(
+    evidence="e", is_one_subject=True, class_noun="fish", is_class_noun_right=True,
+    invariant_traits=["blue fins with white stripes", "a round fish"], varying=["places"], best_photos=[3, 9, 1],
+)  # fmt: skip
+
+
+@pytest.fixture
+def photos(tmp_path: Path, store: LocalStore) -> CheckedPhotos:
+    draw_photos(tmp_path / "in", num=4, size=256)
+    return check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store)
+
+
+def config_of(photos: CheckedPhotos, **changes: Any) -> SubjectConfig:
+    return SubjectConfig(source="x", class_noun="fish", **changes)
+
+
+class Answering(ScriptedServer):
+    """Answers by what is asked: an inspection, a caption, or a profile."""
+
+    def __init__(self, reply: Callable[[str, int], Any]) -> None:
+        super().__init__()
+        self.reply = reply
+        self.asked: dict[str, int] = {}
+
+    def next_answer(self) -> Any:
+        body = self.bodies[-1]
+        name = body["response_format"]["json_schema"]["name"]
+        is_repair = len(body["messages"]) > 2
+        number = self.asked.get(name, 0) - is_repair
+        self.asked[name] = number + 1
+        told = self.reply(name, number)
+        message = completion(None, refusal="no") if told is None else completion(json.dumps(told))
+        return 200, {}, json.dumps(message).encode()
+
+
+def answers(name: str, number: int) -> Any:
+    if name == "ImageInspection":
+        return GOOD.model_dump()
+    return {"surroundings": "on the beach", "view": ""} if name == "Caption" else PROFILE.model_dump()
+
+
+def test_words_of_traits_are_found_in_captions_and_common_ones_are_not() -> None:
+    words = list_trait_words(PROFILE.invariant_traits, class_noun="fish")
+    assert words == {"blue", "fins", "white", "stripes", "round"}
+    assert find_leaks("on blue sand with stripes", words) == ["blue", "stripes"]
+    assert find_leaks("on the beach, seen from the side", words) == []
+
+
+def test_a_phrase_that_tells_a_trait_is_cut() -> None:
+    config = SubjectConfig(source="x", class_noun="fish")
+    caption, leaks, _ = lint_caption(Caption(surroundings="in the snow", view="its blue fins up"), {"blue"}, config)
+    assert (caption.surroundings, caption.view, leaks) == ("in the snow", "", ["blue"])
+
+
+def test_leaks_are_cut_counted_and_too_many_of_them_stop_the_run(photos: CheckedPhotos, store: LocalStore) -> None:
+    config = config_of(photos)
+    leaky, clean = Caption(surroundings="on the beach", view="blue stripes"), Caption(surroundings="at sea", view="")
+    described = {photo.sha256: Described(GOOD, leaky if n < 3 else clean) for n, photo in enumerate(photos.accepted)}
+    outcome = sort_photos(StageFolder(store, "subject", "k"), photos.accepted, described, config, Overview(PROFILE))
+    assert [image.instance_prompt for image in outcome.images][:1] == ["a photo of sks fish on the beach"]
+    assert outcome.leaks[0].endswith(": blue, stripes")
+    with pytest.raises(SubjectRejected, match=r"3 of 4 captions tell what never changes .*photo-0.png: blue, stripes"):
+        check_leaks(outcome, config)
+    check_leaks(outcome, config_of(photos, max_leak_share=1.0))
+    assert "trained all the same, as subject.max_leak_share=1 says" in outcome.warnings[-1]
+    check_leaks(SortedPhotos(), config)
+
+
+def test_a_refused_photo_is_set_aside_and_a_persons_caption_brings_it_back(
+    photos: CheckedPhotos, store: LocalStore, tmp_path: Path
+) -> None:
+    def refuse_first(name: str, number: int) -> Any:
+        return None if name == "Caption" and number == 0 else answers(name, number)
+
+    config = config_of(photos)
+    with scripted_server(Answering(refuse_first)) as server:
+        llm = make_llm(server, tmp_path, concurrency=1)
+        described = describe_photos(photos, config, llm=llm, on_progress=lambda done, total: None)
+        outcome = sort_photos(StageFolder(store, "subject", "k"), photos.accepted, described, config, None)
+        assert [aside.source_name for aside in outcome.quarantined] == ["photo-0.png"]
+        assert "the model refused" in outcome.quarantined[0].reason
+        assert len(outcome.images) == 3
+
+        path = tmp_path / "captions.csv"
+        path.write_text("photo,surroundings,view\nphoto-0.png,in a blue bowl,seen from above\n")
+        own = config_of(photos, captions=str(path))
+        calls = server.counts[CHAT]
+        described = describe_photos(photos, own, llm=llm, on_progress=lambda done, total: None)
+        assert server.counts[CHAT] == calls  # the others' replies are kept, this one needs none
+        outcome = sort_photos(StageFolder(store, "subject", "k"), photos.accepted, described, own, Overview(PROFILE))
+        assert outcome.images[0].instance_prompt == "a photo of sks fish in a blue bowl, seen from above"
+        assert (outcome.quarantined, outcome.leaks) == ([], [])
+
+
+def test_of_many_photos_the_best_are_trained_on(photos: CheckedPhotos, store: LocalStore) -> None:
+    shas = [photo.sha256 for photo in photos.accepted]
+    described = {sha256: Described(GOOD, Caption(surroundings="at sea", view="")) for sha256 in shas}
+
+    def choose(best: tuple[str, ...], num: int | None) -> SortedPhotos:
+        overview = Overview(PROFILE, best)
+        config = config_of(photos, max_trained=num)
+        return sort_photos(StageFolder(store, "subject", "k"), photos.accepted, described, config, overview)
+
+    few = choose((shas[2], shas[0]), 2)
+    assert [image.source_sha256 for image in few.images] == [shas[0], shas[2]]
+    assert "not among the best 2" in few.rejected[0].reason
+    sharpest = max(photos.accepted, key=lambda photo: photo.measures.sharpness)
+    assert [image.source_sha256 for image in choose((), 1).images] == [sharpest.sha256]
+    assert len(choose((), None).images) == 4
+    assert few.images[0].focus == (0.3, 0.5)
+
+
+def test_a_box_that_cannot_be_places_no_crop() -> None:
+    assert Box(left=0.5, top=0.1, right=0.2, bottom=0.9).find_center() is None
+    assert Box(left=0.5, top=0.5, right=0.51, bottom=0.51).find_center() is None
+
+
+def test_many_captions_go_by_one_batch_job(photos: CheckedPhotos, tmp_path: Path) -> None:
+    class Rows(Answering):
+        def answer_row(self, body: dict[str, Any]) -> dict[str, Any]:
+            self.bodies.append(body)
+            return super().answer_row(body)
+
+    with scripted_server(Rows(answers)) as server:
+        llm = make_llm(server, tmp_path)
+        shown: list[tuple[int, int]] = []
+        described = describe_photos(
+            photos, config_of(photos, batch_from=4), llm=llm, on_progress=lambda *at: shown.append(at)
+        )
+        assert [found.caption.surroundings for found in described.values() if found.caption] == ["on the beach"] * 4
+        assert (server.counts[CHAT], server.counts["POST /v1/batches"], server.counts["row"]) == (4, 1, 4)
+        assert shown[-1] == (8, 8)
+        describe_photos(photos, config_of(photos), llm=llm, on_progress=lambda done, total: None)
+        assert server.counts[CHAT] == 4  # the replies of the job serve calls
+
+
+def test_a_photo_that_is_left_out_needs_no_caption(photos: CheckedPhotos, tmp_path: Path) -> None:
+    def object_to_first(name: str, number: int) -> Any:
+        bad = {**GOOD.model_dump(), "verdict": "reject"}
+        return bad if name == "ImageInspection" and number == 0 else answers(name, number)
+
+    with scripted_server(Answering(object_to_first)) as server:
+        able = CapabilityConfig(structure="json_schema", tools=False)
+        llm = make_llm(server, tmp_path, concurrency=1, capabilities=able)
+        describe_photos(photos, config_of(photos), llm=llm, on_progress=lambda done, total: None)
+        assert server.asked == {"ImageInspection": 4, "Caption": 3}
+
+
+def test_captions_that_cannot_be_read_are_named(photos: CheckedPhotos, tmp_path: Path) -> None:
+    (tmp_path / "bad.csv").write_text("name\nx\n")
+    with scripted_server() as server:
+        llm = make_llm(server, tmp_path)
+        (tmp_path / "other.csv").write_text("photo\nphoto-9.png\n")
+        messages = {
+            "bad.csv": "line 1: there is no column 'name'",
+            "none.csv": "No such file",
+            "other.csv": "no photo 'photo-9.png'",
+        }
+        for name, message in messages.items():
+            config = config_of(photos, captions=str(tmp_path / name))
+            with pytest.raises(ConfigError, match=message):
+                describe_photos(photos, config, llm=llm, on_progress=lambda done, total: None)
+
+
+def test_a_persons_captions_need_no_model(photos: CheckedPhotos, tmp_path: Path, store: LocalStore) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text("photo,surroundings,view\nphoto-1.png,at sea,\n")
+    config = config_of(photos, captions=str(path), captioning="template")
+    with scripted_server() as server:
+        llm = make_llm(server, tmp_path)
+        described = describe_photos(photos, config, llm=llm, on_progress=lambda done, total: None)
+        assert not server.counts
+    outcome = sort_photos(StageFolder(store, "subject", "k"), photos.accepted, described, config, None)
+    prompts = [image.instance_prompt for image in outcome.images]
+    assert prompts == ["a photo of sks fish", "a photo of sks fish at sea", *["a photo of sks fish"] * 2]
+
+
+def test_all_photos_are_looked_at_in_one_request_as_many_as_fit(photos: CheckedPhotos, tmp_path: Path) -> None:
+    with scripted_server(Answering(answers)) as server:
+        llm = make_llm(server, tmp_path)
+        overview = look_at_all(photos, config_of(photos), llm=llm)
+        assert overview is not None
+        assert overview.profile.class_noun == "fish"
+        assert overview.best == (photos.accepted[2].sha256, photos.accepted[0].sha256)  # there is no ninth
+        assert count_images(server.bodies[-1]) == 4
+        small = llm.config.profiles["p"].capabilities.model_copy(update={"context_tokens": 1500})
+        llm.config.profiles["p"] = llm.config.profiles["p"].model_copy(update={"capabilities": small, "model": "other"})
+        look_at_all(photos, config_of(photos), llm=llm)
+        assert 1 <= count_images(server.bodies[-1]) < 4
+        assert server.counts[CHAT] == 2
+        assert look_at_all(photos, config_of(photos, is_profiled=False), llm=llm) is None
+
+
+def count_images(body: dict[str, Any]) -> int:
+    return sum(part["type"] == "image_url" for part in body["messages"][1]["content"])
+
+
+def test_a_profile_that_nobody_gives_stops_nothing(photos: CheckedPhotos, tmp_path: Path) -> None:
+    with scripted_server(Answering(lambda name, number: None)) as server:
+        assert look_at_all(photos, config_of(photos), llm=make_llm(server, tmp_path)) is None
+
+
+def test_a_wrong_noun_and_mixed_photos_are_said() -> None:
+    config = SubjectConfig(source="x", class_noun="dog")
+    assert find_warnings(PROFILE, SubjectConfig(source="x", class_noun="fish")) == []
+    wrong = PROFILE.model_copy(update={"is_class_noun_right": False, "is_one_subject": False})
+    noun, mixed = find_warnings(wrong, config)
+    assert "look like a fish rather than a dog" in noun
+    assert "one and the same subject" in mixed
+
+
+def test_other_words_to_the_models_are_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digest_prompts()
+    monkeypatch.setattr("tasks.subject.captions.captioning.CAPTION", "Caption it.")
+    assert digest_prompts() != before

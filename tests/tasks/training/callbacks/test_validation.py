@@ -1,0 +1,161 @@
+"""A loss without chance in it, and what hangs on it: best weights, early stopping, sample grids."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tasks.diffusion.adapter import LatentModel
+from tasks.diffusion.types import SamplingRequest, open_model
+from tasks.encoders.config import EncoderConfig
+from tasks.encoders.embeddings import Encoders
+from tasks.errors import ConfigError
+from tasks.training.callbacks import steps as callbacks
+from tasks.training.callbacks.validation import compute_validation_loss, has_settled, read_validations
+from tasks.training.config import TrainingConfig, ValidationSettings
+from tasks.training.data.holdout import settle_validation
+from tasks.training.module import DreamBoothModule
+from tests.support.tiny import make_spec, read_unet, train_here
+
+
+def test_validating_and_sampling_leave_training_as_it_is(tmp_path: Path, tiny_model_folder: Path) -> None:
+    plain = train_here(tmp_path / "plain", tiny_model_folder)
+    watched = {"every_steps": 2, "sample_every_steps": 3, "sample_prompts": ("a photo of {subject}", "{subject}")}
+    run = train_here(tmp_path / "watched", tiny_model_folder, validation=watched)
+    assert all(torch.equal(tensor, read_unet(run)[name]) for name, tensor in read_unet(plain).items())
+    losses = run.losses.read_text().splitlines()
+    assert [step for step, _ in read_validations(losses)] == [2, 4, 6, 8]
+    assert [path.name for path in sorted(run.samples.iterdir())] == ["step-00000003.png", "step-00000006.png"]
+    assert Image.open(run.samples / "step-00000003.png").size == (64, 64)
+
+
+def test_the_same_weights_have_the_same_validation_loss(tmp_path: Path, tiny_model_folder: Path) -> None:
+    runs = [
+        train_here(tmp_path / str(steps), tiny_model_folder, max_train_steps=steps, validation={"every_steps": 2})
+        for steps in (2, 4)
+    ]
+    first, second = (dict(read_validations(run.losses.read_text().splitlines())) for run in runs)
+    assert first[2] == second[2]
+    assert second[2] != second[4]
+
+
+def test_the_best_weights_are_published(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = iter((0.9, 0.4, 0.6, 0.5))
+    monkeypatch.setattr(callbacks, "compute_validation_loss", lambda module: torch.tensor(next(measured)))
+    run = train_here(tmp_path / "best", tiny_model_folder, validation={"every_steps": 2, "keep": "best"})
+    result = json.loads(run.result.read_text())
+    assert (result["published_step"], result["num_steps"]) == (4, 8)
+    short = train_here(tmp_path / "short", tiny_model_folder, max_train_steps=4)
+    assert all(torch.equal(tensor, read_unet(short)[name]) for name, tensor in read_unet(run).items())
+
+
+def test_the_best_few_are_kept_and_written_as_the_published_one_is(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = iter((0.9, 0.4, 0.6, 0.5))
+    monkeypatch.setattr(callbacks, "compute_validation_loss", lambda module: torch.tensor(next(measured)))
+    validation = {"every_steps": 2, "keep": "best", "num_kept": 3}
+    run = train_here(tmp_path / "best", tiny_model_folder, method="lora", validation=validation)
+    assert json.loads(run.result.read_text())["published_step"] == 4
+    assert [path.name for path in sorted(run.candidates.iterdir())] == ["step-00000006", "step-00000008"]
+    last = train_here(tmp_path / "last", tiny_model_folder, method="lora")
+    name = "pytorch_lora_weights.safetensors"
+    kept, plain = load_file(run.candidates / "step-00000008" / name), load_file(last.model / name)
+    assert all(torch.equal(tensor, kept[key]) for key, tensor in plain.items())
+
+
+def test_similarity_is_that_of_samples_drawn_of_the_weights(tmp_path: Path, tiny_model_folder: Path) -> None:
+    prompts = ("a photo of {subject}", "{subject} in the snow")
+    encoders = EncoderConfig(clip="mini", dino="mini", dino_resize=None)
+    validation = {"every_steps": 4, "keep": "best", "metric": "similarity", "sample_prompts": prompts}
+    spec = make_spec(tmp_path, tiny_model_folder, validation=validation).model_copy(update={"encoders": encoders})
+    run = train_here(tmp_path, tiny_model_folder, spec=spec)
+    logged = {row["step"]: row["validation_similarity"] for row in map(json.loads, run.losses.read_text().splitlines())
+              if "validation_similarity" in row}  # fmt: skip
+    best = json.loads(run.result.read_text())["published_step"]
+    assert logged[best] == max(logged.values())
+    # The same, from the published weights and by other code.
+    model = open_model(spec.diffusion, folder=run.model)
+    told = [("a photo of sks fish", "a photo of a fish"), ("sks fish in the snow", "a fish in the snow")]
+    measure = Encoders(encoders, torch.device("cpu"))
+    photos = measure.encode_dino([Image.open(image.path).convert("RGB") for image in spec.instance_images])
+    dino, clip_t = [], []
+    for prompt, plain in told:
+        requests = [SamplingRequest(prompt, seed) for seed in (7, 8)]
+        pictures = model.sample(requests, num_inference_steps=20, guidance_scale=3.0)
+        dino += [float(row @ photo) for row in measure.encode_dino(pictures) for photo in photos]
+        clip_t += [float(row @ measure.encode_texts([plain])[0]) for row in measure.encode_clip(pictures)]
+    assert logged[best] == pytest.approx(sum(dino) / len(dino) * sum(clip_t) / len(clip_t), abs=1e-4)
+
+
+def test_training_stops_where_the_loss_has_settled(tmp_path: Path, tiny_model_folder: Path) -> None:
+    settings = {"every_steps": 1, "is_early_stopping": True, "window": 2, "threshold": 0.9}
+    run = train_here(tmp_path, tiny_model_folder, max_train_steps=40, validation=settings)
+    steps = json.loads(run.result.read_text())["num_steps"]
+    assert 4 <= steps < 40
+    assert len(run.losses.read_text().splitlines()) == steps
+
+
+@pytest.mark.parametrize(("late", "is_settled"), [([0.5, 0.5001, 0.4999], True), ([0.2, 0.7, 0.4], False)])
+def test_settled_means_little_variance_of_late(late: list[float], is_settled: bool) -> None:
+    values = [1.0, 0.8, 0.6, *late]
+    lines = [json.dumps({"step": i, "validation_loss": value}) for i, value in enumerate(values)]
+    assert has_settled(lines, ValidationSettings(window=3)) is is_settled
+    assert not has_settled(lines[:5], ValidationSettings(window=3))
+
+
+def settled(num_photos: int, **validation: object) -> tuple[TrainingConfig, str]:
+    notes: list[str] = []
+    config = TrainingConfig(validation={"every_steps": 2, "keep": "best", **validation})
+    return settle_validation(config, num_photos, notes.append), " ".join(notes)
+
+
+@pytest.mark.parametrize(("num_photos", "expected"), [(6, 1), (10, 2), (20, 4)])
+def test_best_by_loss_holds_out_photos_where_there_are_enough(num_photos: int, expected: int) -> None:
+    config, note = settled(num_photos)
+    assert (config.validation.metric, config.validation.num_holdout) == ("loss", expected)
+    assert f"{expected} of {num_photos} photos" in note
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_holdout": 0}])
+def test_best_by_loss_of_few_photos_is_by_similarity_and_says_so(changes: dict[str, int]) -> None:
+    config, note = settled(5, **changes)
+    assert (config.validation.metric, config.validation.num_holdout) == ("similarity", 0)
+    assert "similarity" in note
+    assert "training.validation.num_holdout" in note
+
+
+def test_what_is_asked_for_is_held_out_and_all_photos_cannot_be() -> None:
+    assert settled(4, num_holdout=1)[0].validation.num_holdout == 1
+    assert settled(9, metric="similarity")[0].validation.num_holdout == 0
+    assert settled(9, keep="last", num_holdout=2)[0].validation.num_holdout == 2
+    with pytest.raises(ConfigError, match="training.validation.num_holdout=4 of 4 photos"):
+        settled(4, num_holdout=4)
+
+
+def test_held_out_photos_are_validated_on_and_never_trained_on(tmp_path: Path, tiny_model_folder: Path) -> None:
+    spec = make_spec(tmp_path, tiny_model_folder, validation={"every_steps": 2, "keep": "best"}, max_train_steps=4)
+    first, *others = spec.instance_images
+    spec = spec.model_copy(update={"instance_images": tuple(others), "holdout_images": (first,)})
+    model = open_model(spec.diffusion)
+    assert isinstance(model, LatentModel)
+    module = DreamBoothModule(model, spec)
+    held = module.batches.holdout[0]
+    latents = torch.cat([bucket.sets["instance"].mean for bucket in module.batches.buckets])
+    assert len(held) == 1
+    assert not any(torch.equal(held.mean[0], row) for row in latents)
+    before = float(compute_validation_loss(module))
+    held.mean.add_(1.0)
+    assert float(compute_validation_loss(module)) != before
+    without = spec.model_copy(update={"holdout_images": ()})
+    assert spec.identity() != without.identity()
+    runs = [train_here(tmp_path / name, tiny_model_folder, spec=one.model_copy(update={"folder": str(tmp_path / name)}))
+            for name, one in (("held", spec), ("all", without))]  # fmt: skip
+    rows = [[json.loads(line) for line in run.losses.read_text().splitlines()] for run in runs]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    assert rows[0][-1]["validation_loss"] != rows[1][-1]["validation_loss"]

@@ -1,0 +1,146 @@
+"""Predicted memory: parameters exactly, activations as a real forward keeps them, ordered as methods are."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from conf.compose import compile_request
+from conf.overrides import parse_overrides
+from conf.schema import RunConfig
+from tasks.diffusion.adapter import LatentModel
+from tasks.diffusion.types import find_description, open_model
+from tasks.training.memory.estimate import build_empty, estimate_memory, estimate_methods
+from tasks.training.memory.table import MemoryEstimate, look_up
+from tasks.training.module import DreamBoothModule
+from tasks.training.process.worker_spec import TrainingSpec
+from tests.support.tiny import make_tiny_stable_diffusion
+from tests.tasks.training.test_methods import MAKERS, family_spec
+
+ALL: dict[str, Callable[[Path], Path]] = {"stable_diffusion": make_tiny_stable_diffusion, **MAKERS}
+
+
+def estimate(spec: TrainingSpec) -> MemoryEstimate:
+    return estimate_memory(Path(spec.model_folder), spec.diffusion, spec.training)
+
+
+def measure_kept(module: DreamBoothModule) -> int:
+    """Return the bytes that a real forward keeps for the backward."""
+    weights = {
+        p.untyped_storage().data_ptr()
+        for part in module.model.parts.values()
+        if isinstance(part, torch.nn.Module)
+        for p in part.parameters()
+    }
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        module.training_step(torch.arange(module.spec.training.train_batch_size), 0)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "token"])
+@pytest.mark.parametrize("family", ALL)
+def test_the_estimate_agrees_with_a_real_forward(tmp_path: Path, family: str, method: str) -> None:
+    folder = ALL[family](tmp_path / "base" / "model")
+    spec = family_spec(tmp_path, folder, family=family, method=method, train_batch_size=2)
+    model = open_model(spec.diffusion)
+    assert isinstance(model, LatentModel)
+    module = DreamBoothModule(model, spec)
+    predicted = estimate(spec)
+    assert predicted.trainable_parameters == sum(p.numel() for _, p in module.named_trained())
+    assert predicted.activations == pytest.approx(measure_kept(module), rel=0.25)
+
+
+def test_less_is_predicted_for_what_takes_less(tmp_path: Path, tiny_model_folder: Path) -> None:
+    def total(**changes: object) -> MemoryEstimate:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        return estimate(family_spec(folder, tiny_model_folder, family="stable_diffusion", **changes))
+
+    full, lora = total(), total(method="lora")
+    assert lora.total < full.total
+    assert lora.moments < full.moments / 2
+    assert total(is_gradient_checkpointed=True).activations < full.activations
+    assert total(train_batch_size=2).activations > 1.5 * full.activations
+    assert total(ema_decay=0.99).averages == full.trainable_parameters * 4
+    assert total(optimizer="adamw8bit").moments == full.moments / 4
+
+
+PRESETS = ("mini", "sd15", "sd21", "sdxl", "sd35-medium", "flux-dev")
+METHODS = ("full", "lora", "token", "token+lora", "token+full")
+# As the published checkpoints have them.
+PARAMETERS = {
+    "sd15": {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863},
+    "sd21": {"unet": 865_910_724, "text_encoder": 340_387_840},
+    "sdxl": {"unet": 2_567_463_684, "text_encoder_2": 694_659_840},
+    "sd35-medium": {"transformer": 2_243_171_520, "text_encoder_3": 4_762_310_656, "vae": 83_819_683},
+    "flux-dev": {"transformer": 11_901_408_320, "text_encoder_2": 4_762_310_656},
+}
+
+
+def preset_config(name: str, *words: str) -> RunConfig:
+    llm = [] if name == "mini" else ["llm=openai"]
+    subject = ["subject.source=x", "subject.class_noun=thing"]
+    return compile_request(parse_overrides([f"diffusion={name}", *subject, *llm, *words]))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shipped_architectures_have_the_published_numbers_of_parameters(name: str) -> None:
+    config = preset_config(name).diffusion
+    parts = build_empty(find_description(config), config).parts
+    assert {part: sum(p.numel() for p in parts[part].parameters()) for part in PARAMETERS[name]} == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_answered_from_the_table_and_other_settings_are_not(name: str) -> None:
+    config = preset_config(name)
+    found = look_up(config.diffusion, config.training, METHODS)
+    assert found is not None
+    assert list(found) == list(METHODS)
+    assert found["lora"].total < found["full"].total
+    for words in (("training.lora.rank=5",), ("diffusion.resolution=256",)):
+        other = preset_config(name, *words)
+        assert look_up(other.diffusion, other.training, METHODS) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "methods", "words"),
+    [
+        ("mini", METHODS, ()),
+        ("sd15", ("full", "lora"), ("training.train_batch_size=3", "prior=none", "training.optimizer=adamw8bit")),
+        ("flux-dev", ("lora",), ("training.ema_decay=0.9",)),
+    ],
+)
+def test_the_table_is_what_would_be_computed(name: str, methods: tuple[str, ...], words: tuple[str, ...]) -> None:
+    config = preset_config(name, *words)
+    found = estimate_methods(find_description(config.diffusion), config.diffusion, config.training, methods)
+    known = look_up(config.diffusion, config.training, methods)
+    assert known is not None
+    for method in methods:
+        # Some activations, as those of rotary embeddings, don't grow with the batch.
+        assert known[method].activations == pytest.approx(found[method].activations, rel=0.01)
+        assert replace(known[method], activations=0) == replace(found[method], activations=0)
+
+
+def test_a_model_built_once_gives_each_method_what_one_of_its_own_does(tiny_model_folder: Path, tmp_path: Path) -> None:
+    spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion")
+    together = estimate_methods(tiny_model_folder, spec.diffusion, spec.training, METHODS)
+    for method in METHODS:
+        training = spec.training.model_copy(update={"method": method})
+        assert together[method] == estimate_memory(tiny_model_folder, spec.diffusion, training)
+
+
+def test_the_smallest_card_that_fits_is_named() -> None:
+    def card(gib: float) -> int | None:
+        return MemoryEstimate(int(gib * 2**30), 0, 0, 0, 0, 0, 0).find_card()
+
+    assert [card(gib) for gib in (1, 7, 12, 20, 60, 90)] == [8, 8, 16, 24, 80, None]

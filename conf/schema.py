@@ -44,12 +44,12 @@ class RunConfig(Section):
     @property
     def is_mini(self) -> bool:
         """Whether the base model is the shipped one."""
-        return self.diffusion.location == MINI
+        return self.diffusion.pretrained_model_name_or_path == MINI
 
     def count_candidates(self) -> int:
         """Return how many weights may be kept beside the published ones."""
         validation = self.training.validation
-        return validation.num_kept - 1 if validation.keep == "best" and validation.every_steps else 0
+        return validation.save_top_k - 1 if validation.keep == "best" and validation.validation_steps else 0
 
     @model_validator(mode="before")
     @classmethod
@@ -66,9 +66,10 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def check_prior(self) -> "RunConfig":
         """Refuse prior preservation without class images."""
-        if self.training.prior_loss_weight > 0 and self.prior.num_images == 0:
+        if self.training.prior_loss_weight > 0 and self.prior.num_class_images == 0:
             raise ValueError(
-                "training.prior_loss_weight is above 0 but prior.num_images is 0: set prior=none, or prior.num_images"
+                "training.prior_loss_weight is above 0 but prior.num_class_images is 0: set prior=none, or "
+                "prior.num_class_images"
             )
         return self
 
@@ -76,8 +77,8 @@ class RunConfig(Section):
     def check_validation(self) -> "RunConfig":
         """Refuse what needs validations where there are none."""
         validation = self.training.validation
-        if validation.every_steps == 0 and (validation.keep == "best" or validation.is_early_stopping):
-            raise ValueError("training.validation: keep=best and is_early_stopping need every_steps above 0")
+        if validation.validation_steps == 0 and (validation.keep == "best" or validation.early_stopping):
+            raise ValueError("training.validation: keep=best and early_stopping need validation_steps above 0")
         return self
 
     @model_validator(mode="after")
@@ -102,16 +103,17 @@ class RunConfig(Section):
             if self.llm.profiles[name].base_url is None and not self.is_mini:
                 raise ValueError(
                     f"llm profile {name} is the mini vision server, which knows only the drawn world, "
-                    f"with base model {self.diffusion.location}: set llm=openai (or xai, openrouter, azure, vllm)"
+                    f"with base model {self.diffusion.pretrained_model_name_or_path}: "
+                    "set llm=openai (or xai, openrouter, azure, vllm)"
                 )
         for name in self.llm.used_profiles():
             if self.llm.profiles[name].pictures == "presigned" and self.store.kind != "s3":
                 raise ValueError(f"llm profile {name}: pictures=presigned needs a bucket; set store=s3")
-        if self.subject.is_looked_up and not any(
-            self.llm.profiles[name].capabilities.web_search != "none" for name in self.llm.rungs("profiler")
+        if self.subject.web_lookup.enabled and not any(
+            self.llm.profiles[name].capabilities.web_search != "none" for name in self.llm.fallback_chain("profiler")
         ):
             raise ValueError(
-                "subject.is_looked_up needs a profiler that searches the web: llm=openai, xai or openrouter"
+                "subject.web_lookup.enabled needs a profiler that searches the web: llm=openai, xai or openrouter"
             )
         judge = self.llm.profile("judge")
         if self.scoring.executor == "batch" and judge.capabilities.batch == "none":

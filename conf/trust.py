@@ -27,7 +27,7 @@ WORDS = {
     "subject.captions": ("",),
     "scoring.labels": ("",),
     "store.folder": ("",),
-    "diffusion.location": ("mini",),
+    "diffusion.pretrained_model_name_or_path": ("mini",),
     "evaluation.encoders.clip": ("mini",),
     "evaluation.encoders.dino": ("mini",),
     "evaluation.encoders.lpips": ("auto", "none"),

@@ -17,7 +17,7 @@ marker=$(mktemp -p "${LIKENESS_OUTPUT:-runs}" .slurm-XXXXXX)
 
 srun --nodes=1 --ntasks=1 --nodelist="$head" .venv/bin/likeness run training/devices=nodes \
   training.num_nodes="$SLURM_NNODES" training.num_devices="$SLURM_GPUS_ON_NODE" \
-  training.rendezvous="$meeting" "output_dir=${LIKENESS_OUTPUT:-runs}" "$@" &
+  training.rdzv_endpoint="$meeting" "output_dir=${LIKENESS_OUTPUT:-runs}" "$@" &
 main=$!
 # Slurm tells this script before the time is up; training then saves and ends.
 trap 'kill -TERM "$main"; wait "$main"' TERM

@@ -123,7 +123,7 @@ def show_config(config: RunConfig) -> list[tuple[str, str]]:
 def describe_run(config: RunConfig, request: RunRequest) -> dict[str, str]:
     """Return the tags by which a tracking server's UI shows what a run is."""
     words = " ".join(["likeness run", *write_words(request)])
-    text = f"One {config.subject.class_noun}, tuned from {config.diffusion.location}.\n\n`{words}`"
+    text = f"One {config.subject.class_noun}, tuned from {config.diffusion.pretrained_model_name_or_path}.\n\n`{words}`"
     return {"mlflow.note.content": text, "likeness.config": compute_config_digest(config)}
 
 

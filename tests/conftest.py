@@ -19,7 +19,7 @@ os.environ.setdefault(
 
 from tasks.services.config import StoreConfig
 from tasks.services.store import LocalStore, S3Store, Store
-from tests.support.cli_sandbox import Workplace, serve_prefect
+from tests.support.cli_sandbox import CliSandbox, serve_prefect
 from tests.support.tiny import make_tiny_stable_diffusion
 
 
@@ -87,17 +87,17 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CliSandbox]:
     """A folder with a space in its name and a running Prefect server."""
     folder = tmp_path_factory.mktemp("work") / "a place"
     folder.mkdir()
     with serve_prefect(folder) as url:
-        yield Workplace(folder, url)
+        yield CliSandbox(folder, url)
 
 
 @pytest.fixture(scope="session")
-def first_run(workplace: Workplace) -> dict[str, Any]:
+def first_run(sandbox: CliSandbox) -> dict[str, Any]:
     """The summary of the first run of the quick demo."""
-    done = workplace.run()
+    done = sandbox.run()
     assert done.returncode == 0, done.stderr[-3000:]
-    return workplace.newest()
+    return sandbox.newest()

@@ -33,7 +33,7 @@ def print_examination(words: Iterable[str]) -> int:
         table.add_column(title)
     try:
         for name in config.llm.used_profiles():
-            roles = [role for role in ROLES if name in config.llm.rungs(role)]
+            roles = [role for role in ROLES if name in config.llm.fallback_chain(role)]
             label, model = f"{name} ({', '.join(roles)})", config.llm.profiles[name].model
             for finding in examine(llm, name):
                 num_bad += not finding.is_good

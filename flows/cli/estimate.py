@@ -29,12 +29,13 @@ def print_estimates(words: Iterable[str]) -> None:
     halves = "instance and class" if training.prior_loss_weight > 0 else "instance"
     console = Console(width=110)
     console.print(
-        f"{diffusion.location} at {diffusion.resolution} px, {training.train_batch_size} {halves} image(s) "
-        f"per forward and device, {training.precision}"
-        + (", gradient checkpointing" if training.is_gradient_checkpointed else "")
+        f"{diffusion.pretrained_model_name_or_path} at {diffusion.resolution} px, "
+        f"{training.train_batch_size} {halves} image(s) "
+        f"per forward and device, {training.mixed_precision}"
+        + (", gradient checkpointing" if training.gradient_checkpointing else "")
     )
     table = Table(box=None)
-    for name in ("method", "trained", "of", "weights", "gradients", "moments", "activations", "peak", "fits"):
+    for name in ("method", "trained", "of", "weights", "gradients", "optimizer_state", "activations", "peak", "fits"):
         table.add_column(name, justify="left" if name == "method" else "right")
     found = estimate_all(config)
     for method, estimate in found.items():
@@ -76,7 +77,7 @@ def estimate_all(config: RunConfig) -> dict[str, MemoryEstimate]:
 
 def describe(found: MemoryEstimate) -> list[str]:
     """Return the cells of a method's row."""
-    sizes = (found.weights, found.gradients, found.moments, found.activations, found.total)
+    sizes = (found.weights, found.gradients, found.optimizer_state, found.activations, found.total)
     card = found.find_card()
     return [
         f"{found.trainable_parameters / 1e6:,.2f} M",
@@ -97,8 +98,12 @@ def print_calls(console: Any, config: RunConfig) -> None:
         for role, requests in plan_requests(config)
     ]
     extra = [
-        replace(estimate_calls(config.llm, role, requests, is_batch=False, first_rung=rung), calls=0, expected_usd=0.0)
-        for role, requests, rung in plan_follow_ups(config)
+        replace(
+            estimate_calls(config.llm, role, requests, is_batch=False, first_fallback=fallback_index),
+            calls=0,
+            expected_usd=0.0,
+        )
+        for role, requests, fallback_index in plan_follow_ups(config)
     ]
     table = Table(box=None)
     names = ("role", "profile", "calls", "at most", "tokens in", "USD expected", "at most")
@@ -140,7 +145,7 @@ def plan_follow_ups(config: RunConfig) -> list[tuple[str, list[RequestSpec[Any]]
             for number in range(MAX_ROUNDS + 1)
         ]
         found.append(("adjudicator", rounds * count_asked_photos(config), 0))
-    if scoring.settle_gap:
+    if scoring.disagreement_threshold:
         judged = dict(plan_requests(config))["judge"]
         num = 3 * 2 * len(config.evaluation.prompts) * config.evaluation.num_images_per_prompt
         found.append(("judge", [replace(spec, is_reasoning=True) for spec in judged[:num]], 1))
@@ -161,7 +166,7 @@ def is_batch(config: RunConfig, role: str) -> bool:
     """Whether a role's requests go out as a batch job."""
     can = config.llm.profile(role).capabilities.batch != "none"
     if role == "captioner":
-        return can and count_asked_photos(config) >= config.subject.batch_from
+        return can and count_asked_photos(config) >= config.subject.batch_threshold
     return role in ("judge", "second_judge") and config.scoring.executor == "batch" and can
 
 
@@ -176,7 +181,7 @@ def plan_requests(config: RunConfig) -> list[tuple[str, list[RequestSpec[Any]]]]
     """Return every request that a run would send, with blank pictures of the right size, by role."""
     from tasks.images import encode_png, shrink_png
     from tasks.manifests.base import ImageMeasures, ObjectRef, Sample
-    from tasks.scoring.judge_requests import Material, list_questions, list_second
+    from tasks.scoring.judge_requests import JudgeContext, list_questions, list_second
     from tasks.subject.captions import captioning
     from tasks.subject.name_lookup import look_up_spec
     from tasks.subject.photos.ingest import Photo
@@ -195,7 +200,7 @@ def plan_requests(config: RunConfig) -> list[tuple[str, list[RequestSpec[Any]]]]
         plan.append(("captioner", [captioning.caption_spec(photo, subject)] * num_photos))
         if subject.is_profiled:
             plan.append(("profiler", [profile_spec([photo] * num_photos, subject)]))
-    if subject.is_looked_up:
+    if subject.web_lookup.enabled:
         plan.append(("profiler", [look_up_spec(subject)]))
 
     def sample(side: Side, kind: SampleKind, prompt: str, seed: int, step: int | None = None) -> Sample:
@@ -204,7 +209,7 @@ def plan_requests(config: RunConfig) -> list[tuple[str, list[RequestSpec[Any]]]]
 
     sides: tuple[Side, ...] = ("base", "tuned")
     seeds = range(evaluation.num_images_per_prompt)
-    material = Material(
+    material = JudgeContext(
         class_noun=subject.class_noun,
         references=[shrink_png(photo_png, max_side=config.scoring.max_side)]
         * min(num_photos, config.scoring.num_reference_images),
@@ -221,6 +226,6 @@ def plan_requests(config: RunConfig) -> list[tuple[str, list[RequestSpec[Any]]]]
         read=lambda sample: shrink_png(sample_png, max_side=config.scoring.max_side),
     )
     plan.append(("judge", [question.spec for question in list_questions(config.scoring, material)]))
-    if config.llm.rungs("second_judge"):
+    if config.llm.fallback_chain("second_judge"):
         plan.append(("second_judge", [question.spec for question in list_second(config.scoring, material)]))
     return plan

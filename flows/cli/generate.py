@@ -95,7 +95,7 @@ def fetch_weights(store: Store, name: str, key: str, *, candidate: int | None, w
         return fetch_folder(store, manifest.model, below="model", folder=work / "published" / key)
     candidates = manifest.find_candidates()
     if candidate not in candidates:
-        kept = ", ".join(map(str, sorted(candidates))) or "none; see training.validation.num_kept"
+        kept = ", ".join(map(str, sorted(candidates))) or "none; see training.validation.save_top_k"
         raise ConfigError(f"run {name} kept no weights of step {candidate} beside the published ones (kept: {kept})")
     below = f"candidates/step-{candidate:08d}"
     return fetch_folder(store, candidates[candidate], below=below, folder=work / "candidates" / key / str(candidate))

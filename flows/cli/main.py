@@ -230,7 +230,7 @@ def estimate_memory(options: argparse.Namespace) -> int:
 
 
 def finish_pending(options: argparse.Namespace) -> int:
-    """Go on with parked runs."""
+    """Go on with suspended runs."""
     from flows.cli.run import finish_pending as go_on
 
     return go_on(options.output_dir)

@@ -60,7 +60,7 @@ def list_job_keys(folder: Path) -> list[str]:
 
 
 def has_live_job(folder: Path) -> bool:
-    """Whether a run made a batch job that nobody has harvested, and that no running process attends."""
+    """Whether a run made a batch job that nobody has collected, and that no running process attends."""
     from tasks.services.llm.batch.job import find_state
     from tasks.services.llm.batch.lease import find_holder
     from tasks.services.store import open_store

@@ -15,7 +15,7 @@ from tasks.stage.files import quarantine, write_atomic
 
 if TYPE_CHECKING:
     from tasks.services.llm.agents.conversation import Conversation, History
-    from tasks.subject.captions.caption_review import CaptionBook
+    from tasks.subject.captions.caption_review import CaptionVersions
 
 HELP = "/captions lists them, /quit or Ctrl-D ends; Ctrl-C stops a reply"
 
@@ -36,7 +36,7 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
     from tasks.services.llm.service import LlmService
     from tasks.services.store import open_store
     from tasks.stage.cache import find_manifest
-    from tasks.subject.captions.caption_review import list_tools, open_book, write_briefing
+    from tasks.subject.captions.caption_review import list_tools, open_caption_versions, write_briefing
 
     run = read_run(folder)
     store = open_store(run.config.store)
@@ -54,29 +54,29 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
         budget=open_budget(run.config, folder.parent),
         start_local=server.start,
     )
-    book = open_book(folder, run.config.subject, subject)
-    before, kept = book.version, folder / "review.json"
+    versions = open_caption_versions(folder, run.config.subject, subject)
+    before, kept = versions.version, folder / "review.json"
 
     def confirm(question: str) -> bool:
         return read(clean_text(f"{question} [y/N] ")).strip().lower() in ("y", "yes")
 
-    tools = list_tools(subject, book, run.config.subject, store=store, confirm=confirm)
+    tools = list_tools(subject, versions, run.config.subject, store=store, confirm=confirm)
     history = read_history(kept)
-    conversation = Conversation(llm, "reviewer", write_briefing(subject, book), tools, history)
-    show_captions(subject, book)
+    conversation = Conversation(llm, "reviewer", write_briefing(subject, versions), tools, history)
+    show_captions(subject, versions)
     print(f"{len(history.turns)} turns before this one; " * bool(history.turns) + HELP)
     try:
         while (text := ask_line(read)) != "/quit":
             if text == "/captions":
-                show_captions(subject, book)
+                show_captions(subject, versions)
             elif text:
-                conversation.system = write_briefing(subject, book)
+                conversation.system = write_briefing(subject, versions)
                 say(conversation, text)
                 write_atomic(kept, dump_signed(conversation.history, indent=1))
     finally:
         llm.close()
         server.stop()
-    return book.path if book.version > before else None
+    return versions.path if versions.version > before else None
 
 
 def read_history(path: Path) -> "History":
@@ -112,7 +112,7 @@ def say(conversation: "Conversation", text: str) -> None:
         print(f"\n{error.kind}: {error}")
 
 
-def show_captions(subject: SubjectSet, book: "CaptionBook") -> None:
+def show_captions(subject: SubjectSet, versions: "CaptionVersions") -> None:
     """Print a table of photos."""
     from rich.console import Console
     from rich.table import Table
@@ -122,6 +122,6 @@ def show_captions(subject: SubjectSet, book: "CaptionBook") -> None:
     table = Table(box=None, header_style="bold")
     for title in ("photo", "caption", "found"):
         table.add_column(title)
-    for name, caption, found in describe_subject(subject, book):
+    for name, caption, found in describe_subject(subject, versions):
         table.add_row(*map(make_cell, (name, caption or "-", found)))
     Console(width=160).print(table)

@@ -106,7 +106,8 @@ def describe_start(config: RunConfig) -> str:
     photos = "the demo photos" if config.subject.source == "demo" else clean_text(config.subject.source)
     llm = ", ".join(config.llm.used_profiles())
     return (
-        f"{config.subject.class_noun} from {photos}: {config.diffusion.location} at {config.diffusion.resolution} px, "
+        f"{config.subject.class_noun} from {photos}: {config.diffusion.pretrained_model_name_or_path} "
+        f"at {config.diffusion.resolution} px, "
         f"{config.training.method}, {config.training.max_train_steps} steps, LLM {llm}, output in {config.output_dir}"
     )
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tasks.diffusion.config import DiffusionConfig
-from tasks.diffusion.loading import load_parts, load_scheduler
+from tasks.diffusion.loading import load_components, load_scheduler
 from tasks.diffusion.lora.kohya import OriginalLayer
 from tasks.diffusion.noise_schedulers import GaussianDiffusion, NoiseProcess, RectifiedFlow
 from tasks.diffusion.textual_inversion import (
@@ -44,7 +44,7 @@ class LatentModel(ABC):
     is_any_encoder_optional: ClassVar[bool] = False
     unused_parts: ClassVar[tuple[str, ...]] = ("feature_extractor", "image_encoder")
     """Parts that the pipeline's index names and nothing here reads."""
-    has_resting_layers: ClassVar[bool] = True
+    has_unused_parameters: ClassVar[bool] = True
     """Whether layers get no gradient, as the last of a text encoder whose states are read before it."""
     max_lengths: ClassVar[dict[str, int]] = {}
     """Token limits of tokenizers that name none that suits the family."""
@@ -53,24 +53,28 @@ class LatentModel(ABC):
     original_layers: ClassVar[tuple[OriginalLayer, ...]] = ()
     """The denoiser's layers in the original checkpoint, where they aren't diffusers' own."""
     index_settings: ClassVar[tuple[str, ...]] = ()
-    """Settings beside the parts in the pipeline's index that change what is computed."""
+    """Settings beside the components in the pipeline's index that change what is computed."""
     fixed_settings: ClassVar[dict[str, Any]] = {}
     """Settings of the pipeline's index that are always these."""
     implementation: ClassVar[str] = "diffusers"
     """The code that defines the model, as ModelSpec names it."""
 
     def __init__(
-        self, parts: dict[str, Any], noise: NoiseProcess, config: DiffusionConfig, device: torch.device | None = None
+        self,
+        components: dict[str, Any],
+        noise: NoiseProcess,
+        config: DiffusionConfig,
+        device: torch.device | None = None,
     ) -> None:
         self.config = config
-        self.noise = noise
+        self.noise_scheduler = noise
         self.device = device or choose_device(config)
-        self.parts = parts
+        self.components = components
         self.settings: dict[str, Any] = dict(self.fixed_settings)
         self.identifier_token = ""
         self.learned: dict[str, LearnedEmbedding] = {}
         self.placeholders: dict[str, list[str]] = {}
-        for part in parts.values():
+        for part in components.values():
             if isinstance(part, nn.Module):
                 part.to(self.device).eval().requires_grad_(False)
 
@@ -79,8 +83,8 @@ class LatentModel(ABC):
         """Load a diffusers folder. Raises ConfigError for an incomplete one."""
         texts = tuple(part for name in cls.text_encoder_names for part in (name, tokenizer_of(name)))
         wanted = (cls.denoiser_name, "vae", *(() if cls.is_any_encoder_optional else texts))
-        parts = load_parts(folder, wanted, optional=texts, denoiser_class=cls.denoiser_class, dtype=dtype)
-        model = cls(parts, cls.load_noise(folder), config)
+        components = load_components(folder, wanted, optional=texts, denoiser_class=cls.denoiser_class, dtype=dtype)
+        model = cls(components, cls.load_noise(folder), config)
         index = json.loads((folder / "model_index.json").read_text())
         model.settings |= {name: index[name] for name in cls.index_settings if name in index}
         return model
@@ -92,7 +96,7 @@ class LatentModel(ABC):
 
     @classmethod
     def index_names(cls) -> list[str]:
-        """Return the parts that the family's `model_index.json` names."""
+        """Return the components that the family's `model_index.json` names."""
         encoders = cls.text_encoder_names
         return ["scheduler", "vae", cls.denoiser_name, *encoders, *map(tokenizer_of, encoders), *cls.unused_parts]
 
@@ -104,27 +108,27 @@ class LatentModel(ABC):
     @property
     def vae(self) -> Any:
         """The autoencoder; always frozen."""
-        return self.parts["vae"]
+        return self.components["vae"]
 
     @property
     def denoiser(self) -> Any:
         """The UNet or transformer."""
-        return self.parts[self.denoiser_name]
+        return self.components[self.denoiser_name]
 
     @property
     def text_encoders(self) -> dict[str, Any]:
         """The text encoders that are there, by part name."""
-        return {name: self.parts[name] for name in self.text_encoder_names if name in self.parts}
+        return {name: self.components[name] for name in self.text_encoder_names if name in self.components}
 
     @property
     def tokenizers(self) -> dict[str, Any]:
         """The tokenizer of every text encoder that is there."""
-        return {name: self.parts[tokenizer_of(name)] for name in self.text_encoders}
+        return {name: self.components[tokenizer_of(name)] for name in self.text_encoders}
 
-    def trainable_modules(self, *, is_text_encoder_trained: bool) -> dict[str, nn.Module]:
+    def trainable_modules(self, *, train_text_encoder: bool) -> dict[str, nn.Module]:
         """Return the denoiser and, where asked for, the CLIP text encoders; T5 is never trained."""
         modules: dict[str, nn.Module] = {self.denoiser_name: self.denoiser}
-        if is_text_encoder_trained:
+        if train_text_encoder:
             modules |= {n: e for n, e in self.text_encoders.items() if "T5" not in type(e).__name__}
         return modules
 
@@ -134,9 +138,9 @@ class LatentModel(ABC):
 
     def shorten(self, prompt: str) -> dict[str, str]:
         """Return what each text encoder gets of a prompt: all that it reads, cut at a phrase."""
-        return {name: shorten_prompt(prompt, fits=partial(self.has_room, name)) for name in self.tokenizers}
+        return {name: shorten_prompt(prompt, fits=partial(self.fits_context, name)) for name in self.tokenizers}
 
-    def has_room(self, name: str, prompt: str) -> bool:
+    def fits_context(self, name: str, prompt: str) -> bool:
         """Whether one text encoder gets all tokens of a prompt."""
         tokens = self.tokenizers[name](self.spell([prompt], name)[0], verbose=False).input_ids
         return len(tokens) <= self.max_length(name)
@@ -161,14 +165,14 @@ class LatentModel(ABC):
         names = self.placeholders.get(name, [])
         return [write_prompt(prompt, self.identifier_token, names) if names else prompt for prompt in prompts]
 
-    def learn_token(self, identifier_token: str, vectors: dict[str, Tensor]) -> dict[str, LearnedEmbedding]:
+    def add_placeholder_tokens(self, identifier_token: str, vectors: dict[str, Tensor]) -> dict[str, LearnedEmbedding]:
         """Give text encoders vectors `(V, D)` of a new token; prompts go on to say the identifier token."""
         self.identifier_token = identifier_token
         for name, rows in vectors.items():
             names = placeholders(identifier_token, len(rows))
             tokenizer = self.tokenizers[name]
             if names[0] not in tokenizer.get_vocab():
-                self.learned[name] = add_token(tokenizer, self.parts[name], names, rows)
+                self.learned[name] = add_token(tokenizer, self.components[name], names, rows)
             self.placeholders[name] = names
         return self.learned
 
@@ -176,21 +180,21 @@ class LatentModel(ABC):
         """Put learned tokens and LoRA weights that lie in a folder into this model."""
         if (folder / EMBEDS_FILE).is_file():
             identifier_token, vectors = load_tokens(folder / EMBEDS_FILE)
-            self.learn_token(identifier_token, vectors)
-            self.bake_tokens()
+            self.add_placeholder_tokens(identifier_token, vectors)
+            self.merge_token_embeddings()
         if (folder / LORA_FILE).is_file():
             from tasks.diffusion.lora.adapters import fuse_lora
 
             fuse_lora(self, folder)
 
     @torch.no_grad()
-    def bake_tokens(self) -> None:
+    def merge_token_embeddings(self) -> None:
         """Turn learned vectors into ordinary rows of the embedding tables."""
         for name, learned in self.learned.items():
             rows = torch.cat([learned.weight, learned.vectors.to(learned.weight)])
             table = nn.Embedding(rows.shape[0], rows.shape[1], _weight=rows).requires_grad_(False)
-            self.parts[name].set_input_embeddings(table)
-            self.parts[name].config.vocab_size = len(rows)
+            self.components[name].set_input_embeddings(table)
+            self.components[name].config.vocab_size = len(rows)
         self.learned = {}
 
     def split_ids(self, input_ids: Tensor) -> dict[str, Tensor]:
@@ -210,7 +214,7 @@ class LatentModel(ABC):
         """Return what the denoiser is told of the prompts."""
 
     @abstractmethod
-    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Tensor) -> Tensor:
         """Return the denoiser's prediction."""
 
     @torch.no_grad()
@@ -262,11 +266,11 @@ class LatentModel(ABC):
         return pictures
 
     def make_pipeline(self) -> Any:
-        """Return a pipeline over the loaded parts; nothing is read again."""
+        """Return a pipeline over the loaded components; nothing is read again."""
         pipeline_class = getattr(diffusers, self.pipeline_class)
         names = [name for name in self.index_names() if name != "scheduler"]
-        parts = {name: self.parts.get(name) for name in names}
-        pipeline = pipeline_class(scheduler=self.make_sampler(), **parts, **self.settings)
+        components = {name: self.components.get(name) for name in names}
+        pipeline = pipeline_class(scheduler=self.make_sampler(), **components, **self.settings)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -283,7 +287,7 @@ class LatentModel(ABC):
         # The pipeline class could write this too, but importing it takes seconds of every start.
         index: dict[str, Any] = {"_class_name": self.pipeline_class, "_diffusers_version": diffusers.__version__}
         index |= {name: [None, None] for name in self.index_names()} | self.settings
-        for name, part in {**self.parts, "scheduler": self.saved_scheduler()}.items():
+        for name, part in {**self.components, "scheduler": self.saved_scheduler()}.items():
             part.save_pretrained(folder / name)
             library = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"
             index[name] = [library, type(part).__name__]

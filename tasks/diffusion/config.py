@@ -13,7 +13,9 @@ class DiffusionConfig(Section):
     family: Literal["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux"] = Field(
         "stable_diffusion", description="model adapter"
     )
-    location: ModelName = Field(description="diffusers folder, hub repository, or mini: the shipped model")
+    pretrained_model_name_or_path: ModelName = Field(
+        description="diffusers folder, hub repository, or mini: the shipped model"
+    )
     revision: PlainName | None = Field(None, description="pinned commit of a hub repository")
     resolution: int = Field(
         512, ge=32, le=4096, multiple_of=16, description="side of training images and samples, pixels"

@@ -1,4 +1,4 @@
-"""Load the parts of a diffusers folder: safetensors and known classes only, refusals by name."""
+"""Load the components of a diffusers folder: safetensors and known classes only, refusals by name."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
-def load_parts(
+def load_components(
     folder: Path,
     names: tuple[str, ...],
     *,
@@ -30,7 +30,7 @@ def load_parts(
     optional: tuple[str, ...] = (),
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Return the named parts, the VAE in full precision; optional ones that the folder leaves out are missing.
+    """Return the named components, the VAE in full precision; optional ones that the folder leaves out are missing.
 
     Raises:
         ConfigError: a part is missing, is a pickle, or would need code from the repository.
@@ -47,13 +47,13 @@ def load_parts(
     if missing:
         raise ConfigError(f"{folder} has no {missing[0]}")
     return {
-        name: load_part(folder / name, part_class, dtype=torch.float32 if name == "vae" else dtype)
+        name: load_component(folder / name, part_class, dtype=torch.float32 if name == "vae" else dtype)
         for name, part_class in classes.items()
     }
 
 
 def find_classes(folder: Path, names: tuple[str, ...], *, denoiser_class: str) -> dict[str, Any]:
-    """Return the classes of the named parts that the folder has. Raises ConfigError for foreign ones."""
+    """Return the classes of the named components that the folder has. Raises ConfigError for foreign ones."""
     index = json.loads((folder / "model_index.json").read_text())
     classes = {}
     for name in names:
@@ -66,7 +66,7 @@ def find_classes(folder: Path, names: tuple[str, ...], *, denoiser_class: str) -
     return classes
 
 
-def load_part(folder: Path, part_class: Any, *, dtype: torch.dtype) -> Any:
+def load_component(folder: Path, part_class: Any, *, dtype: torch.dtype) -> Any:
     """Load one part. Raises ConfigError for a pickle or a broken folder."""
     is_tokenizer = "Tokenizer" in part_class.__name__
     if not is_tokenizer:

@@ -16,7 +16,7 @@ from tasks.errors import ConfigError
 class NoiseProcess(Protocol):
     """Shapes: latents `(B, C, h, w)`, timesteps and everything per sample `(B,)`."""
 
-    def choose_timesteps(self, uniform: Tensor) -> Tensor:
+    def sample_timesteps(self, uniform: Tensor) -> Tensor:
         """Map uniform draws in [0, 1) to timesteps."""
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class NoiseProcess(Protocol):
     def compute_snr(self, timesteps: Tensor) -> Tensor:
         """Return the signal-to-noise ratio (of powers)."""
 
-    def compute_clean_share(self, timesteps: Tensor) -> Tensor:
+    def x0_error_scale(self, timesteps: Tensor) -> Tensor:
         """Return the squared error of the clean latents that a squared error of 1 in the prediction causes."""
 
 
@@ -46,7 +46,7 @@ class GaussianDiffusion:
         alphas = scheduler.alphas_cumprod
         self.snr = alphas / (1 - alphas)
 
-    def choose_timesteps(self, uniform: Tensor) -> Tensor:
+    def sample_timesteps(self, uniform: Tensor) -> Tensor:
         """Return every timestep with equal probability."""
         return (uniform * self.num_train_timesteps).long().clamp_max(self.num_train_timesteps - 1)
 
@@ -68,7 +68,7 @@ class GaussianDiffusion:
         snr: Tensor = self.snr[timesteps]
         return snr
 
-    def compute_clean_share(self, timesteps: Tensor) -> Tensor:
+    def x0_error_scale(self, timesteps: Tensor) -> Tensor:
         """Return 1/SNR for noise, 1/(SNR + 1) for velocity."""
         snr = self.compute_snr(timesteps)
         return 1 / (snr + 1) if self.prediction_type == "v_prediction" else 1 / snr
@@ -87,7 +87,7 @@ class RectifiedFlow:
         self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
         self.timesteps = scheduler.timesteps.float()  # falling, shifted as the model was trained
 
-    def choose_timesteps(self, uniform: Tensor) -> Tensor:
+    def sample_timesteps(self, uniform: Tensor) -> Tensor:
         """Return timesteps of logit-normal density, mean 0 and deviation 1."""
         inside = uniform.double().clamp(1e-6, 1 - 1e-6)
         position = torch.sigmoid(torch.special.ndtri(inside))
@@ -109,7 +109,7 @@ class RectifiedFlow:
         sigma = timesteps / self.num_train_timesteps
         return ((1 - sigma) / sigma) ** 2
 
-    def compute_clean_share(self, timesteps: Tensor) -> Tensor:
+    def x0_error_scale(self, timesteps: Tensor) -> Tensor:
         """Return sigma squared: the clean latents are noisy latents less sigma x direction."""
         return (timesteps / self.num_train_timesteps) ** 2
 

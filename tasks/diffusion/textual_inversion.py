@@ -70,7 +70,7 @@ def initial_vectors(tokenizer: Any, text_encoder: Any, words: str, num_vectors: 
     """Return the vectors `(V, D)` of some words, repeated as often as needed."""
     ids = tokenizer(words, add_special_tokens=False).input_ids
     if not ids:
-        raise ConfigError(f"{words!r} has no tokens to begin from; set training.token.init")
+        raise ConfigError(f"{words!r} has no tokens to begin from; set training.textual_inversion.initializer_token")
     table = text_encoder.get_input_embeddings().weight
     rows = [ids[i % len(ids)] for i in range(num_vectors)]
     vectors: Tensor = table[rows].detach().float().clone()

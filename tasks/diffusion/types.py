@@ -58,11 +58,11 @@ class Conditioning:
     """What the denoiser is told of prompts: states `(B, L, D)` and, in most families, one pooled row `(B, P)`."""
 
     encoder_hidden_states: "Tensor"
-    pooled: "Tensor | None" = None
+    pooled_prompt_embeds: "Tensor | None" = None
 
     def take(self, rows: "Tensor") -> "Conditioning":
         """Return the conditioning of the given rows."""
-        pooled = None if self.pooled is None else self.pooled[rows]
+        pooled = None if self.pooled_prompt_embeds is None else self.pooled_prompt_embeds[rows]
         return Conditioning(self.encoder_hidden_states[rows], pooled)
 
 
@@ -78,9 +78,9 @@ class DiffusionModel(Protocol):
     """A loaded base or tuned model. B images, C latent channels, h = H/8 (mini: H/4)."""
 
     device: "torch.device"
-    noise: "NoiseProcess"
+    noise_scheduler: "NoiseProcess"
 
-    def trainable_modules(self, *, is_text_encoder_trained: bool) -> "dict[str, nn.Module]":
+    def trainable_modules(self, *, train_text_encoder: bool) -> "dict[str, nn.Module]":
         """Return the modules that fine-tuning changes; everything else is frozen."""
 
     def shorten(self, prompt: str) -> dict[str, str]:
@@ -96,11 +96,11 @@ class DiffusionModel(Protocol):
         """Return the scaled posterior of `(B, 3, H, W)` in [-1, 1]."""
 
     def predict(
-        self, noisy_latents: "Tensor", timesteps: "Tensor", conditioning: Conditioning, sizes: "Tensor"
+        self, noisy_latents: "Tensor", timesteps: "Tensor", conditioning: Conditioning, time_ids: "Tensor"
     ) -> "Tensor":
         """Return the denoiser's prediction.
 
-        `sizes` `(B, 6)`: original height and width, top and left of the crop, target height and width
+        `time_ids` `(B, 6)`: original height and width, top and left of the crop, target height and width
         in pixels; only Stable Diffusion XL reads it.
         """
 
@@ -151,9 +151,9 @@ def find_folder(config: DiffusionConfig, *, wanted: tuple[str, ...] = WANTED) ->
         ConfigError: there is no such model.
 
     """
-    if config.location == "mini":
+    if config.pretrained_model_name_or_path == "mini":
         return MINI_FOLDER / "base"
-    path = Path(config.location)
+    path = Path(config.pretrained_model_name_or_path)
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise ConfigError(f"{path} is not a diffusers folder: it has no model_index.json")
@@ -163,7 +163,7 @@ def find_folder(config: DiffusionConfig, *, wanted: tuple[str, ...] = WANTED) ->
 
     try:
         local = snapshot_download(
-            config.location,
+            config.pretrained_model_name_or_path,
             revision=config.revision,
             allow_patterns=list(wanted),
             ignore_patterns=list(UNWANTED),
@@ -171,7 +171,9 @@ def find_folder(config: DiffusionConfig, *, wanted: tuple[str, ...] = WANTED) ->
         return Path(local)
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"no base model at diffusion.location={config.location}: {reason}") from error
+        raise ConfigError(
+            f"no base model at diffusion.pretrained_model_name_or_path={config.pretrained_model_name_or_path}: {reason}"
+        ) from error
 
 
 def find_description(config: DiffusionConfig) -> Path:
@@ -179,23 +181,23 @@ def find_description(config: DiffusionConfig) -> Path:
 
     The presets' are shipped, so that this needs no network.
     """
-    shipped = ARCHITECTURES.get(config.location)
-    if shipped is not None and not Path(config.location).is_dir():
+    shipped = ARCHITECTURES.get(config.pretrained_model_name_or_path)
+    if shipped is not None and not Path(config.pretrained_model_name_or_path).is_dir():
         return ARCHITECTURE_FOLDER / shipped
     return find_folder(config, wanted=DESCRIPTIONS)
 
 
 def identify_model(config: DiffusionConfig) -> ModelRef:
     """Return the base model by content: a digest of its files, or of its pinned hub commit."""
-    is_local = config.location == "mini" or Path(config.location).is_dir()
+    is_local = config.pretrained_model_name_or_path == "mini" or Path(config.pretrained_model_name_or_path).is_dir()
     if not is_local and config.revision:
         return ModelRef(
-            location=config.location,
+            location=config.pretrained_model_name_or_path,
             revision=config.revision,
-            sha256=digest([config.location, config.revision]),
+            sha256=digest([config.pretrained_model_name_or_path, config.revision]),
         )
     return ModelRef(
-        location=config.location,
+        location=config.pretrained_model_name_or_path,
         revision=config.revision,
         sha256=digest_folder(find_folder(config)),
     )

@@ -60,7 +60,7 @@ class Preprocessor:
 
 
 class Encoders:
-    """CLIP and DINO descriptors, all of length one."""
+    """CLIP and DINO embeddings, all of length one."""
 
     def __init__(self, config: EncoderConfig, device: torch.device) -> None:
         self.device = device
@@ -74,7 +74,7 @@ class Encoders:
 
     @torch.no_grad()
     def encode_clip(self, images: list[Image.Image]) -> Tensor:
-        """Return CLIP image descriptors `(N, D)`."""
+        """Return CLIP image embeddings `(N, D)`."""
         rows = []
         for start in range(0, len(images), BATCH_SIZE):
             batch = torch.stack([self.clip_preprocess(i) for i in images[start : start + BATCH_SIZE]])
@@ -84,7 +84,7 @@ class Encoders:
 
     @torch.no_grad()
     def encode_dino(self, images: list[Image.Image]) -> Tensor:
-        """Return DINO descriptors (the CLS token) `(N, D)`."""
+        """Return DINO embeddings (the CLS token) `(N, D)`."""
         rows = []
         for start in range(0, len(images), BATCH_SIZE):
             batch = torch.stack([self.dino_preprocess(i) for i in images[start : start + BATCH_SIZE]])
@@ -93,7 +93,7 @@ class Encoders:
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """Return CLIP text descriptors `(N, D)`."""
+        """Return CLIP text embeddings `(N, D)`."""
         tokens = self.tokenizer(
             texts,
             padding="max_length",

@@ -1,6 +1,6 @@
 """Subject fidelity, prompt fidelity and prior drift (arXiv 2208.12242, section 4).
 
-All are cosines between descriptors of length one: `(N, D)` rows.
+All are cosines between embeddings of length one: `(N, D)` rows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from tasks.manifests.base import CeilingMetrics, DriftMetrics, Side, SubjectMetr
 
 
 @dataclass(frozen=True)
-class Described:
+class PhotoAnnotation:
     """Pictures by both encoders, and the prompts they answer."""
 
     clip: Tensor
@@ -23,10 +23,10 @@ class Described:
     texts: Tensor
 
 
-def describe(encoders: Encoders, images: Sequence[Image.Image], prompts: Sequence[str]) -> Described:
+def describe(encoders: Encoders, images: Sequence[Image.Image], prompts: Sequence[str]) -> PhotoAnnotation:
     """Encode pictures and their prompts."""
     pictures = list(images)
-    return Described(
+    return PhotoAnnotation(
         encoders.encode_clip(pictures), encoders.encode_dino(pictures), encoders.encode_texts(list(prompts))
     )
 
@@ -45,7 +45,7 @@ def mean_similarity_within(rows: Tensor) -> float:
     return total / (num * (num - 1))
 
 
-def measure_subject(samples: Described, photos: Described) -> SubjectMetrics:
+def measure_subject(samples: PhotoAnnotation, photos: PhotoAnnotation) -> SubjectMetrics:
     """Return DINO and CLIP-I against the photos, CLIP-T against the class prompts."""
     return SubjectMetrics(
         dino=mean_similarity(samples.dino, photos.dino),
@@ -54,15 +54,17 @@ def measure_subject(samples: Described, photos: Described) -> SubjectMetrics:
     )
 
 
-def measure_each(samples: Described, photos: Described) -> list[SubjectMetrics]:
+def measure_each(samples: PhotoAnnotation, photos: PhotoAnnotation) -> list[SubjectMetrics]:
     """Return every sample's own part of the means."""
     return [
-        measure_subject(Described(samples.clip[i : i + 1], samples.dino[i : i + 1], samples.texts[i : i + 1]), photos)
+        measure_subject(
+            PhotoAnnotation(samples.clip[i : i + 1], samples.dino[i : i + 1], samples.texts[i : i + 1]), photos
+        )
         for i in range(len(samples.dino))
     ]
 
 
-def measure_ceiling(photos: Described) -> CeilingMetrics:
+def measure_ceiling(photos: PhotoAnnotation) -> CeilingMetrics:
     """Return the same measures among the real photos."""
     return CeilingMetrics(
         dino=mean_similarity_within(photos.dino),
@@ -71,7 +73,7 @@ def measure_ceiling(photos: Described) -> CeilingMetrics:
     )
 
 
-def measure_drift(class_samples: Described, photos: Described, *, div: float | None = None) -> DriftMetrics:
+def measure_drift(class_samples: PhotoAnnotation, photos: PhotoAnnotation, *, div: float | None = None) -> DriftMetrics:
     """Return PRES and DIV as the paper has them, DIV measured already, and a DINO distance among class samples."""
     return DriftMetrics(
         pres=mean_similarity(class_samples.dino, photos.dino),
@@ -96,9 +98,9 @@ class Measured:
 
 
 def measure_all(
-    photos: Described,
-    subjects: dict[Side, Described],
-    classes: dict[Side, Described],
+    photos: PhotoAnnotation,
+    subjects: dict[Side, PhotoAnnotation],
+    classes: dict[Side, PhotoAnnotation],
     *,
     div: Mapping[Side, float] = MappingProxyType({}),
 ) -> Measured:

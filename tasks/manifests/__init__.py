@@ -1,0 +1,1 @@
+"""What stages exchange: small frozen records of references, digests, counts and settings."""

@@ -152,7 +152,7 @@ class SubjectSet(Manifest):
     """Why the photos are not of the world that the base model knows, where they are trained on all the same."""
     sources: tuple[str, ...] = ()
     """Pages that the warnings about names rest on."""
-    traces: ObjectRef | None = None
+    reasoning: ObjectRef | None = None
     """What the adjudicator thought aloud, by photo, where its provider tells."""
 
 
@@ -324,7 +324,7 @@ class Agreement(Record):
     spearman: dict[str, float | None]
 
 
-class JudgeHealth(Record):
+class JudgeReliability(Record):
     """What is known of the judge itself."""
 
     controls: tuple[ControlResult, ...]
@@ -346,15 +346,15 @@ class Scorecard(Manifest):
     served_model: str
     judgements: tuple[Judgement, ...]
     failed: tuple[str, ...]
-    """Questions that got no valid answer, as `name: reason`."""
+    """JudgeRequests that got no valid answer, as `name: reason`."""
     scores: dict[Side, SideScores]
     intervals: dict[Side, dict[str, tuple[float, float]]]
     """Bootstrap intervals (95 %) of the mean scores."""
-    health: JudgeHealth
+    health: JudgeReliability
     pairs: PairResult | None = None
     checkpoints: tuple[CheckpointRank, ...] = ()
     """Best first; empty where one step's weights were kept."""
-    traces: ObjectRef | None = None
+    reasoning: ObjectRef | None = None
     """What judges thought aloud, by question, where their provider tells."""
 
 

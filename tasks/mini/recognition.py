@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tasks.diffusion.types import MINI_FOLDER
-from tasks.mini.vision_server.vision import Eyes
+from tasks.mini.vision_server.vision import VisionModel
 from tasks.mini.world.scenes import CLASS_NOUNS, IMAGE_SIZE, draw_scene, sample_subject_scene
 
 STATISTICS = MINI_FOLDER / "recognition.safetensors"
@@ -53,7 +53,7 @@ class Recognizer:
 
     def __init__(self, statistics: Path | None = STATISTICS) -> None:
         self.vae = AutoencoderKL.from_pretrained(MINI_FOLDER / "base" / "vae", torch_dtype=torch.float32).eval()
-        self.eyes = Eyes()
+        self.vision = VisionModel()
         self.mean, self.precision = torch.zeros(()), torch.zeros(())
         if statistics is not None:
             loaded = load_file(statistics)
@@ -62,7 +62,7 @@ class Recognizer:
     @torch.no_grad()
     def measure(self, pictures: Sequence[Image.Image]) -> Evidence:
         """Return the evidence of a set of RGB pictures."""
-        embeddings = torch.stack([self.eyes.encode_image(picture) for picture in pictures])
+        embeddings = torch.stack([self.vision.encode_image(picture) for picture in pictures])
         centred = embeddings - self.mean
         distances = ((centred @ self.precision) * centred).sum(1).clamp_min(0).sqrt()
         return Evidence(
@@ -79,7 +79,7 @@ class Recognizer:
 
     def fit(self) -> tuple[Tensor, Tensor]:
         """Return mean `(D,)` and inverse covariance `(D, D)` of drawn subjects' embeddings."""
-        rows = torch.stack([self.eyes.encode_image(picture) for picture in draw_many(NUM_FITTED, seed=FIT_SEED)])
+        rows = torch.stack([self.vision.encode_image(picture) for picture in draw_many(NUM_FITTED, seed=FIT_SEED)])
         covariance = torch.cov(rows.double().T) + RIDGE * torch.eye(rows.shape[1], dtype=torch.float64)
         return rows.mean(0), torch.linalg.inv(covariance).float()
 

@@ -8,7 +8,7 @@ from tasks.config_base import MOST_SEED, ClassTemplate, Section
 class PriorConfig(Section):
     """Class images for prior preservation."""
 
-    num_images: int = Field(200, ge=0, le=10_000, description="class images; 0 turns the stage off")
+    num_class_images: int = Field(200, ge=0, le=10_000, description="class images; 0 turns the stage off")
     class_prompt: ClassTemplate = Field("a photo of {article} {class_noun}", description="prompt of the class")
     num_inference_steps: int = Field(25, ge=1, le=1000, description="denoising steps")
     guidance_scale: float = Field(7.5, ge=1, le=30, description="classifier-free guidance")

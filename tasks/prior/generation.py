@@ -26,18 +26,18 @@ def generate_class_images(
 
     """
     done: dict[int, ClassImage] = {}
-    seeds = range(config.seed, config.seed + config.num_images)
+    seeds = range(config.seed, config.seed + config.num_class_images)
     for seed in seeds:
         ref = folder.reuse(name_of(seed))
         if ref is not None:
             done[seed] = ClassImage(image=ref, seed=seed)
     missing = [seed for seed in seeds if seed not in done]
-    on_progress(len(done), config.num_images)
+    on_progress(len(done), config.num_class_images)
     for seed, picture in draw(missing) if missing else ():
         check_picture(picture, seed=seed)
         ref = folder.put_resumable(name_of(seed), encode_png(picture))
         done[seed] = ClassImage(image=ref, seed=seed)
-        on_progress(len(done), config.num_images)
+        on_progress(len(done), config.num_class_images)
     return tuple(done[seed] for seed in seeds)
 
 

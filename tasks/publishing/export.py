@@ -64,9 +64,9 @@ def write_loading(tuned: TunedModel, identifier_token: str) -> str:
     base = tuned.base_model
     location = "tasks/mini/weights/base" if base.location == "mini" else base.location
     lines = [BASE.format(location=location, revision=base.revision)]
-    if tuned.method.startswith("token") and tuned.family == "stable_diffusion_3":
+    if tuned.method.startswith("textual_inversion") and tuned.family == "stable_diffusion_3":
         lines.append("# diffusers' pipeline for this family takes no learned tokens: draw with `likeness generate`")
-    elif tuned.method.startswith("token"):
+    elif tuned.method.startswith("textual_inversion"):
         has_one_encoder = tuned.family in ("stable_diffusion", "flux")
         lines.append((ONE_ENCODER if has_one_encoder else TWO_ENCODERS).format(token=identifier_token))
     if tuned.method.endswith("lora"):
@@ -86,7 +86,7 @@ def export_model(
 ) -> tuple[ObjectRef, ...]:
     """Store the tuned model beside its card and lineage; `local` holds the same files."""
     spoken = subject.identifier_token
-    if tuned.method.startswith("token"):
+    if tuned.method.startswith("textual_inversion"):
         spoken = f"<{spoken}>"  # diffusers spells out all of its vectors itself
     card = CARD.format(
         title=title,

@@ -19,20 +19,22 @@ class ScoringConfig(Section):
     num_repeated: int = Field(6, ge=0, le=1000, description="samples graded several times: is the judge steady?")
     num_controls: int = Field(3, ge=0, le=50, description="controls of each kind; 0: grades are never called reliable")
     num_pairs: int = Field(6, ge=0, le=1000, description="base and tuned samples compared directly, in both orders")
-    num_contests: int = Field(
+    num_checkpoint_pairs: int = Field(
         4, ge=0, le=64, description="draws on which weights kept of several steps are compared, in both orders"
     )
-    settle_gap: int = Field(
+    disagreement_threshold: int = Field(
         2, ge=0, le=4, description="grades of one sample that differ so much are settled by one more look; 0: never"
     )
-    second_share: float = Field(0.2, ge=0, le=1, description="share of samples that the second judge grades too")
+    second_judge_fraction: float = Field(
+        0.2, ge=0, le=1, description="share of samples that the second judge grades too"
+    )
     labels: LocalPath = Field("", description="CSV of a person's grades: sample,concept_preservation,prompt_following")
     poll_seconds: float = Field(5.0, ge=0.01, le=3600, description="longest wait between looks at a batch job")
     max_wait_seconds: float = Field(
         1800,
         gt=0,
         le=MOST_WAIT,
-        description="park the run after this; `likeness pending` goes on with it, the job runs on",
+        description="suspend the run after this; `likeness pending` goes on with it, the job runs on",
     )
     deadline_seconds: float | None = Field(
         None,

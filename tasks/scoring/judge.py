@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from tasks.scoring.config import ScoringConfig
 from tasks.scoring.judge_executor import ask_judge
-from tasks.scoring.judge_requests import Material, Question, list_questions, list_second
+from tasks.scoring.judge_requests import JudgeContext, JudgeRequest, list_questions, list_second
 from tasks.scoring.scores import collect_grades
 from tasks.scoring.tie_break import find_disputed, read_settled, settle
 from tasks.services.llm.executor import Answers
@@ -17,9 +17,9 @@ Show = Callable[[str], Callable[[int, int], None]]
 
 @dataclass
 class Grading:
-    """Questions and answers, before anything is made of them."""
+    """JudgeRequests and answers, before anything is made of them."""
 
-    questions: list[Question]
+    questions: list[JudgeRequest]
     answers: Answers
     failures: dict[str, str]
     second: Answers = field(default_factory=dict)
@@ -34,13 +34,15 @@ class Grading:
         """All answers of the first judge."""
         return {**self.answers, **self.settled}
 
-    def traces(self) -> dict[str, str]:
+    def reasoning(self) -> dict[str, str]:
         """Return what judges thought aloud, by question."""
         second = {f"second judge/{name}": answer for name, answer in self.second.items()}
         return {name: answer.reasoning for name, answer in {**self.given, **second}.items()}
 
 
-def grade(config: ScoringConfig, material: Material, *, llm: LlmService, folder: StageFolder, show: Show) -> Grading:
+def grade(
+    config: ScoringConfig, material: JudgeContext, *, llm: LlmService, folder: StageFolder, show: Show
+) -> Grading:
     """Put all questions to the judges.
 
     Raises:
@@ -48,14 +50,14 @@ def grade(config: ScoringConfig, material: Material, *, llm: LlmService, folder:
 
     """
 
-    def ask(questions: list[Question], role: str) -> tuple[Answers, dict[str, str]]:
+    def ask(questions: list[JudgeRequest], role: str) -> tuple[Answers, dict[str, str]]:
         specs = {question.name: question.spec for question in questions}
         shown = show(role.replace("_", " "))
         return ask_judge(specs, config, llm=llm, folder=folder, role=role, on_progress=shown)
 
     questions = list_questions(config, material)
     grading = Grading(questions, *ask(questions, "judge"))
-    if llm.config.rungs("second_judge"):
+    if llm.config.fallback_chain("second_judge"):
         others = list_second(config, material)
         grading.second, _ = ask(others, "second_judge")
         grading.second_grades = collect_grades(others, grading.second)

@@ -16,11 +16,11 @@ from tasks.services.llm.chat.request import RequestSpec
 
 AXES = ("concept_preservation", "prompt_following", "image_quality")
 BLUR_SHARE = 1 / 32
-Kind = Literal["sample", "self", "other", "shuffled", "blurred", "pair", "contest", "settled"]
+Kind = Literal["sample", "self", "other", "shuffled", "blurred", "pair", "checkpoint_pair", "settled"]
 
 
 @dataclass(frozen=True)
-class Question:
+class JudgeRequest:
     """One request to the judge, and what it is about."""
 
     spec: RequestSpec[Any]
@@ -30,7 +30,7 @@ class Question:
     """The sample's object, or for pairs both, base first."""
     repeat: int = 0
     is_swapped: bool = False
-    players: tuple[str, str] = ("", "")
+    candidates: tuple[str, str] = ("", "")
     """Whose pictures a pair compares, in the key's order."""
 
     @property
@@ -40,7 +40,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Material:
+class JudgeContext:
     """What questions are made of; pictures as PNG bytes."""
 
     class_noun: str
@@ -54,7 +54,7 @@ class Material:
     published_step: int = 0
 
 
-def list_questions(config: ScoringConfig, material: Material) -> list[Question]:
+def list_questions(config: ScoringConfig, material: JudgeContext) -> list[JudgeRequest]:
     """Return all questions for the first judge: those whose beginnings are the same stand together."""
     questions = [q for sample in material.samples for q in ask_axes(material, sample, repeat=0)]
     for sample in spread_out(material.samples, config.num_repeated):
@@ -66,7 +66,7 @@ def list_questions(config: ScoringConfig, material: Material) -> list[Question]:
     return list({question.name: question for question in questions}.values())
 
 
-def ask_axes(material: Material, sample: Sample, *, repeat: int) -> list[Question]:
+def ask_axes(material: JudgeContext, sample: Sample, *, repeat: int) -> list[JudgeRequest]:
     """Return one question per axis about a sample."""
     picture = material.read(sample)
     concept = concept_spec(material.references, picture, class_noun=material.class_noun, repeat=repeat)
@@ -75,29 +75,31 @@ def ask_axes(material: Material, sample: Sample, *, repeat: int) -> list[Questio
         prompt_spec(picture, class_prompt=sample.class_prompt, repeat=repeat),
         quality_spec(picture, repeat=repeat),
     )
-    return [Question(spec, "sample", axis, sample.image.key, repeat) for spec, axis in zip(specs, AXES, strict=True)]
+    return [
+        JudgeRequest(spec, "sample", axis, sample.image.key, repeat) for spec, axis in zip(specs, AXES, strict=True)
+    ]
 
 
-def list_controls(config: ScoringConfig, material: Material) -> Iterator[Question]:
+def list_controls(config: ScoringConfig, material: JudgeContext) -> Iterator[JudgeRequest]:
     """Yield questions whose answers are known: they look like any other to the judge."""
     concept, prompt, quality = AXES
     references, noun = material.references, material.class_noun
     for number in range(min(config.num_controls, len(references)) if len(references) > 1 else 0):
         rest = references[:number] + references[number + 1 :]
         spec = concept_spec(rest, references[number], class_noun=noun, repeat=0)
-        yield Question(spec, "self", concept, str(number))
+        yield JudgeRequest(spec, "self", concept, str(number))
     for other in material.others[: config.num_controls]:
         spec = concept_spec(references, material.read(other), class_noun=noun, repeat=0)
-        yield Question(spec, "other", concept, other.image.key)
+        yield JudgeRequest(spec, "other", concept, other.image.key)
     for sample in choose_for_controls(config, material):
         wrong = find_other_prompt(sample, material.samples)
         if wrong:
             spec_prompt = prompt_spec(material.read(sample), class_prompt=wrong, repeat=0)
-            yield Question(spec_prompt, "shuffled", prompt, sample.image.key)
-        yield Question(quality_spec(blur(material.read(sample)), repeat=0), "blurred", quality, sample.image.key)
+            yield JudgeRequest(spec_prompt, "shuffled", prompt, sample.image.key)
+        yield JudgeRequest(quality_spec(blur(material.read(sample)), repeat=0), "blurred", quality, sample.image.key)
 
 
-def choose_for_controls(config: ScoringConfig, material: Material) -> list[Sample]:
+def choose_for_controls(config: ScoringConfig, material: JudgeContext) -> list[Sample]:
     """Return samples of the base model, which follows prompts best, one for each of the longest prompts."""
     by_prompt: dict[str, Sample] = {}
     for sample in material.samples:
@@ -119,7 +121,7 @@ def blur(png: bytes) -> bytes:
     return encode_png(picture.filter(ImageFilter.GaussianBlur(max(2.0, max(picture.size) * BLUR_SHARE))))
 
 
-def list_pairs(config: ScoringConfig, material: Material) -> Iterator[Question]:
+def list_pairs(config: ScoringConfig, material: JudgeContext) -> Iterator[JudgeRequest]:
     """Yield base against tuned on the same prompt and seed, each pair in both orders."""
     by_draw = {(sample.prompt, sample.seed, sample.side): sample for sample in material.samples}
     tuned = [sample for sample in material.samples if sample.side == "tuned"]
@@ -127,10 +129,10 @@ def list_pairs(config: ScoringConfig, material: Material) -> Iterator[Question]:
         base = by_draw.get((sample.prompt, sample.seed, "base"))
         if base is None:
             continue
-        yield from ask_both_ways(material, "pair", base, sample, players=("base", "tuned"))
+        yield from ask_both_ways(material, "pair", base, sample, candidates=("base", "tuned"))
 
 
-def list_contests(config: ScoringConfig, material: Material) -> Iterator[Question]:
+def list_contests(config: ScoringConfig, material: JudgeContext) -> Iterator[JudgeRequest]:
     """Yield every two of the kept weights on the same prompt and seed, each pair in both orders."""
     published = [sample for sample in material.samples if sample.side == "tuned"]
     steps = sorted({sample.step for sample in material.candidates if sample.step is not None})
@@ -139,15 +141,15 @@ def list_contests(config: ScoringConfig, material: Material) -> Iterator[Questio
         step = material.published_step if sample.step is None else sample.step
         by_draw.setdefault((sample.prompt, sample.seed), {})[step] = sample
     whole = [drawn for drawn in by_draw.values() if steps and len(drawn) == len(steps) + 1]
-    for drawn in whole[: config.num_contests]:
+    for drawn in whole[: config.num_checkpoint_pairs]:
         for first, second in combinations(sorted(drawn), 2):
-            players = (str(first), str(second))
-            yield from ask_both_ways(material, "contest", drawn[first], drawn[second], players=players)
+            candidates = (str(first), str(second))
+            yield from ask_both_ways(material, "checkpoint_pair", drawn[first], drawn[second], candidates=candidates)
 
 
 def ask_both_ways(
-    material: Material, kind: Kind, one: Sample, other: Sample, *, players: tuple[str, str]
-) -> Iterator[Question]:
+    material: JudgeContext, kind: Kind, one: Sample, other: Sample, *, candidates: tuple[str, str]
+) -> Iterator[JudgeRequest]:
     """Yield a pair in both orders."""
     for is_swapped in (False, True):
         first, second = (other, one) if is_swapped else (one, other)
@@ -155,12 +157,12 @@ def ask_both_ways(
             material.references, material.read(first), material.read(second), class_noun=material.class_noun
         )
         key = f"{one.image.key}+{other.image.key}"
-        yield Question(spec, kind, "pair", key, is_swapped=is_swapped, players=players)
+        yield JudgeRequest(spec, kind, "pair", key, is_swapped=is_swapped, candidates=candidates)
 
 
-def list_second(config: ScoringConfig, material: Material) -> list[Question]:
+def list_second(config: ScoringConfig, material: JudgeContext) -> list[JudgeRequest]:
     """Return the questions for the second judge."""
-    num = round(config.second_share * len(material.samples))
+    num = round(config.second_judge_fraction * len(material.samples))
     return [q for sample in spread_out(material.samples, num) for q in ask_axes(material, sample, repeat=0)]
 
 

@@ -12,15 +12,15 @@ from tasks.manifests.base import (
     Agreement,
     CheckpointRank,
     ControlResult,
-    JudgeHealth,
     Judgement,
+    JudgeReliability,
     PairResult,
     Sample,
     Side,
     SideScores,
     SubjectMetrics,
 )
-from tasks.scoring.judge_requests import AXES, Kind, Question
+from tasks.scoring.judge_requests import AXES, JudgeRequest, Kind
 from tasks.scoring.statistics import (
     bootstrap_mean,
     compute_alpha,
@@ -37,7 +37,7 @@ MEANINGFUL = 0.05
 
 def to_judgements(
     samples: Sequence[Sample],
-    questions: Sequence[Question],
+    questions: Sequence[JudgeRequest],
     answers: Answers,
     settled: Mapping[tuple[str, str], int] = MappingProxyType({}),
 ) -> tuple[Judgement, ...]:
@@ -68,7 +68,7 @@ def to_judgements(
     return tuple(judgements)
 
 
-def grades_of(sample: Sample, axis: str, questions: Sequence[Question], answers: Answers) -> list[int]:
+def grades_of(sample: Sample, axis: str, questions: Sequence[JudgeRequest], answers: Answers) -> list[int]:
     """Return a sample's grades on an axis, one per repeat."""
     asked = [q for q in questions if q.kind == "sample" and q.axis == axis and q.key == sample.image.key]
     return [int(getattr(answers[q.name].reply, axis)) for q in asked if q.name in answers]
@@ -96,17 +96,17 @@ def find_intervals(judgements: Sequence[Judgement]) -> dict[Side, dict[str, tupl
 
 def examine_judge(
     samples: Sequence[Sample],
-    questions: Sequence[Question],
+    questions: Sequence[JudgeRequest],
     answers: Answers,
     *,
     is_comparable: bool,
     others: tuple[Agreement, ...] = (),
     measured: Mapping[str, SubjectMetrics] = MappingProxyType({}),
-) -> JudgeHealth:
+) -> JudgeReliability:
     """Return what controls and repeats say of the judge."""
     controls = check_controls(questions, answers)
     repeated = [s for s in samples if len(grades_of(s, AXES[0], questions, answers)) > 1]
-    return JudgeHealth(
+    return JudgeReliability(
         controls=controls,
         alpha={axis: compute_alpha([grades_of(s, axis, questions, answers) for s in repeated]) for axis in AXES},
         num_repeated=len(repeated),
@@ -128,7 +128,7 @@ def correlate(judgements: Sequence[Judgement], measured: Mapping[str, SubjectMet
     }
 
 
-def check_controls(questions: Sequence[Question], answers: Answers) -> tuple[ControlResult, ...]:
+def check_controls(questions: Sequence[JudgeRequest], answers: Answers) -> tuple[ControlResult, ...]:
     """Compare the grades of controls with what they must be."""
     concept, prompt, quality = AXES
     results = []
@@ -169,17 +169,17 @@ def check_controls(questions: Sequence[Question], answers: Answers) -> tuple[Con
 
 
 def judge_pairs(
-    questions: Sequence[Question], answers: Answers, kind: Kind
+    questions: Sequence[JudgeRequest], answers: Answers, kind: Kind
 ) -> list[tuple[tuple[str, str], tuple[str, ...]]]:
-    """Return players and the winner in each order, of every pair that was answered both ways."""
+    """Return candidates and the winner in each order, of every pair that was answered both ways."""
     by_key: dict[str, tuple[tuple[str, str], list[str]]] = {}
     for question in questions:
         if question.kind == kind and question.name in answers:
-            one, other = question.players
+            one, other = question.candidates
             first, second = (other, one) if question.is_swapped else (one, other)
             winner = {"first": first, "second": second, "equal": "equal"}[answers[question.name].reply.better]
-            by_key.setdefault(question.key, (question.players, []))[1].append(winner)
-    return [(players, tuple(winners)) for players, winners in by_key.values() if len(winners) == 2]
+            by_key.setdefault(question.key, (question.candidates, []))[1].append(winner)
+    return [(candidates, tuple(winners)) for candidates, winners in by_key.values() if len(winners) == 2]
 
 
 def rank_players(pairs: Sequence[tuple[tuple[str, str], tuple[str, ...]]]) -> dict[str, float]:
@@ -189,11 +189,11 @@ def rank_players(pairs: Sequence[tuple[tuple[str, str], tuple[str, ...]]]) -> di
         for winner, loser in ((one, other), (other, one)):
             won = 1.0 if winners == (winner, winner) else 0.0 if winners == (loser, loser) else 0.5
             wins[winner, loser] = wins.get((winner, loser), 0.0) + won
-    players = list(dict.fromkeys(player for pair in wins for player in pair))
-    return compute_strengths(players, wins) if players else {}
+    candidates = list(dict.fromkeys(candidate for pair in wins for candidate in pair))
+    return compute_strengths(candidates, wins) if candidates else {}
 
 
-def count_pairs(questions: Sequence[Question], answers: Answers) -> PairResult | None:
+def count_pairs(questions: Sequence[JudgeRequest], answers: Answers) -> PairResult | None:
     """Return who won which pair; an answer that changes with the order is no win."""
     pairs = judge_pairs(questions, answers, "pair")
     if not pairs:
@@ -211,13 +211,13 @@ def count_pairs(questions: Sequence[Question], answers: Answers) -> PairResult |
 
 
 def rank_checkpoints(
-    questions: Sequence[Question], answers: Answers, *, published_step: int
+    questions: Sequence[JudgeRequest], answers: Answers, *, published_step: int
 ) -> tuple[CheckpointRank, ...]:
     """Return how the kept weights did against each other, the strongest first."""
-    pairs = judge_pairs(questions, answers, "contest")
+    pairs = judge_pairs(questions, answers, "checkpoint_pair")
     ranks = []
     for step, strength in rank_players(pairs).items():
-        met = [winners for players, winners in pairs if step in players]
+        met = [winners for candidates, winners in pairs if step in candidates]
         wins = sum(winners == (step, step) for winners in met)
         losses = sum(winners[0] == winners[1] not in (step, "equal") for winners in met)
         ranks.append(
@@ -271,7 +271,7 @@ def read_grade(text: str, path: Path, number: int) -> int:
     return int(text)
 
 
-def collect_grades(questions: Sequence[Question], answers: Answers) -> dict[str, dict[str, Any]]:
+def collect_grades(questions: Sequence[JudgeRequest], answers: Answers) -> dict[str, dict[str, Any]]:
     """Return another judge's grades by sample and axis."""
     grades: dict[str, dict[str, Any]] = {}
     for question in questions:

@@ -62,20 +62,20 @@ def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> tuple[float, fl
     return float(low), float(high)
 
 
-def compute_strengths(players: Sequence[str], wins: dict[tuple[str, str], float]) -> dict[str, float]:
+def compute_strengths(candidates: Sequence[str], wins: dict[tuple[str, str], float]) -> dict[str, float]:
     """Return Bradley-Terry strengths that sum to one, from wins by (winner, loser); a tie is half a win each.
 
     Half a win either way is added to every pair that met, so that who never lost keeps a finite strength
     (Hunter 2004, "MM algorithms for generalized Bradley-Terry models").
     """
-    index = {player: i for i, player in enumerate(players)}
-    won = np.zeros((len(players), len(players)))
+    index = {candidate: i for i, candidate in enumerate(candidates)}
+    won = np.zeros((len(candidates), len(candidates)))
     for (winner, loser), count in wins.items():
         won[index[winner], index[loser]] += count
     met = (won + won.T) > 0
     won += 0.5 * met
     games = won + won.T
-    strengths = np.ones(len(players)) / len(players)
+    strengths = np.ones(len(candidates)) / len(candidates)
     for _ in range(1000):
         shared = games / (strengths[:, None] + strengths[None])
         updated = np.where(shared.sum(1) > 0, won.sum(1) / np.maximum(shared.sum(1), 1e-12), strengths)
@@ -83,4 +83,4 @@ def compute_strengths(players: Sequence[str], wins: dict[tuple[str, str], float]
         if np.abs(updated - strengths).max() < 1e-10:
             break
         strengths = updated
-    return dict(zip(players, updated.tolist(), strict=True))
+    return dict(zip(candidates, updated.tolist(), strict=True))

@@ -9,7 +9,7 @@ from prefect import task
 from tasks.manifests.base import Agreement, Evaluation, ObjectRef, Scorecard, SubjectSet
 from tasks.scoring.config import ScoringConfig
 from tasks.services.llm.config import LlmConfig
-from tasks.stage.cache import StageFolder, keep_traces, read_verified
+from tasks.stage.cache import StageFolder, read_verified, store_reasoning
 from tasks.stage.context import Runtime
 from tasks.stage.states import finished
 
@@ -43,7 +43,7 @@ def compute_scores(
     from tasks.images import shrink_png
     from tasks.scoring import scores
     from tasks.scoring.judge import grade
-    from tasks.scoring.judge_requests import Material
+    from tasks.scoring.judge_requests import JudgeContext
 
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
     samples = [sample for sample in evaluation.samples if sample.kind == "subject"]
@@ -51,7 +51,7 @@ def compute_scores(
     def read(ref: ObjectRef) -> bytes:
         return shrink_png(read_verified(runtime.store, ref), max_side=config.max_side)
 
-    material = Material(
+    material = JudgeContext(
         class_noun=subject.class_noun,
         references=[read(image.image) for image in subject.images[: config.num_reference_images]],
         samples=samples,
@@ -89,7 +89,7 @@ def compute_scores(
         ),
         pairs=scores.count_pairs(questions, answers),
         checkpoints=scores.rank_checkpoints(questions, answers, published_step=evaluation.published_step),
-        traces=keep_traces(folder, grading.traces()),
+        reasoning=store_reasoning(folder, grading.reasoning()),
     )
 
 
@@ -101,7 +101,7 @@ def compare_others(
 
     found: list[Agreement | None] = []
     if second:
-        found.append(scores.compare_raters(runtime.llm.config.rungs("second_judge")[0], second, judgements))
+        found.append(scores.compare_raters(runtime.llm.config.fallback_chain("second_judge")[0], second, judgements))
     if config.labels:
         labels = scores.read_labels(Path(config.labels), samples)
         found.append(scores.compare_raters("a person", labels, judgements))

@@ -213,10 +213,10 @@ def read_verified(store: Store, ref: ObjectRef) -> bytes:
     return data
 
 
-def keep_traces(folder: StageFolder, traces: dict[str, str]) -> ObjectRef | None:
+def store_reasoning(folder: StageFolder, reasoning: dict[str, str]) -> ObjectRef | None:
     """Store what models thought aloud, by what it was about; nothing where none did."""
-    told = {name: trace for name, trace in traces.items() if trace}
-    return folder.put("traces.json", json.dumps(told, indent=1).encode()) if told else None
+    told = {name: reasoning for name, reasoning in reasoning.items() if reasoning}
+    return folder.put("reasoning.json", json.dumps(told, indent=1).encode()) if told else None
 
 
 def fetch_folder(store: Store, refs: Iterable[ObjectRef], *, below: str, folder: Path) -> Path:

@@ -50,7 +50,7 @@ def adjudicate(
     config: SubjectConfig,
     *,
     llm: LlmService,
-    keep_trace: Callable[[str], None] = lambda trace: None,
+    keep_reasoning: Callable[[str], None] = lambda reasoning: None,
 ) -> Adjudication | None:
     """Return the decision on a photo that the inspector objects to, or None where it wasn't measured."""
     noun = f"{choose_article(config.class_noun)} {config.class_noun}"
@@ -65,7 +65,7 @@ def adjudicate(
     except ReplyInvalid:
         return None
     if answer.reasoning:
-        keep_trace(answer.reasoning)
+        keep_reasoning(answer.reasoning)
     return answer.reply if answer.called else None  # a verdict that cites no measurement is none
 
 

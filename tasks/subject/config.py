@@ -7,6 +7,14 @@ from pydantic import Field
 from tasks.config_base import CHECKED, MOST_WAIT, Domains, LocalPath, PhotoSource, PlainText, Section
 
 
+class WebLookupSettings(Section):
+    """Whether an LLM looks the subject's names up on the web; it sees no photo."""
+
+    enabled: bool = Field(False, description="look class noun and identifier token up on the web")
+    query: PlainText = Field("", max_length=80, description="product or breed to look up, for example: Maine Coon")
+    domains: Domains = Field((), max_length=5, description="search these sites only; empty: the whole web")
+
+
 class SubjectConfig(Section):
     """Which photos, what they show, and what a photo must be."""
 
@@ -28,21 +36,17 @@ class SubjectConfig(Section):
         "llm", description="llm: inspected and captioned by the LLM; template: no LLM at all"
     )
     captions: LocalPath = Field("", description="CSV of your own captions: photo,surroundings,view; needs no model")
-    batch_from: int = Field(
+    batch_threshold: int = Field(
         100, ge=2, le=1_000_000, description="photos from which on captions are asked for in a batch job"
     )
     max_wait_seconds: float = Field(
         1800,
         gt=0,
         le=MOST_WAIT,
-        description="park the run when that job takes longer; `likeness pending` goes on with it",
+        description="suspend the run when that job takes longer; `likeness pending` goes on with it",
     )
     is_profiled: bool = Field(True, description="have the LLM look at all photos at once: one subject? right noun?")
-    is_looked_up: bool = Field(
-        False, description="have an LLM look class noun and identifier token up on the web; it sees no photo"
-    )
-    known_as: PlainText = Field("", max_length=80, description="product or breed to look up, for example: Maine Coon")
-    look_up_domains: Domains = Field((), max_length=5, description="only these sites; empty: the whole web")
+    web_lookup: WebLookupSettings = WebLookupSettings()
     max_leak_share: float = Field(
         0.5, ge=0, le=1, description="share of captions that may tell what never changes; 1 trains all the same"
     )

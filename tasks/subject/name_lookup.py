@@ -31,7 +31,7 @@ class NameFinding(BaseModel):
 
 def find_name(config: SubjectConfig) -> str:
     """Return what is looked up."""
-    return clean_phrase(config.known_as) or config.class_noun
+    return clean_phrase(config.web_lookup.query) or config.class_noun
 
 
 def look_up_spec(config: SubjectConfig) -> RequestSpec[NameFinding]:
@@ -43,11 +43,11 @@ def look_up_spec(config: SubjectConfig) -> RequestSpec[NameFinding]:
 
 def look_up_names(config: SubjectConfig, *, llm: LlmService) -> tuple[list[str], tuple[str, ...]]:
     """Return warnings about class noun and identifier token, and the pages they rest on."""
-    if not config.is_looked_up:
+    if not config.web_lookup.enabled:
         return [], ()
     name = find_name(config)
     try:
-        found = ask_with_search(llm, look_up_spec(config), role="profiler", domains=config.look_up_domains)
+        found = ask_with_search(llm, look_up_spec(config), role="profiler", domains=config.web_lookup.domains)
     except ReplyInvalid as error:
         log.warning("names were not looked up: %s", error)
         return [], ()

@@ -8,7 +8,7 @@ from tasks.errors import ReplyInvalid, SubjectRejected
 from tasks.manifests.base import InstanceImage, RejectedImage
 from tasks.services.llm.service import LlmService
 from tasks.stage.cache import StageFolder
-from tasks.subject.captions.captioning import Described, lint_caption, write_caption, write_instance_prompt
+from tasks.subject.captions.captioning import PhotoAnnotation, lint_caption, write_caption, write_instance_prompt
 from tasks.subject.captions.linting import clean_phrase, list_trait_words
 from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.ingest import CheckedPhotos, Photo
@@ -29,7 +29,7 @@ class SortedPhotos:
     warnings: list[str] = field(default_factory=list)
 
 
-def look_at_all(photos: CheckedPhotos, config: SubjectConfig, *, llm: LlmService) -> Overview | None:
+def profile_subject(photos: CheckedPhotos, config: SubjectConfig, *, llm: LlmService) -> Overview | None:
     """Return the profile of all photos, or None where it isn't wanted or no reply could be used: it is advice."""
     if not config.is_profiled:
         return None
@@ -43,7 +43,7 @@ def look_at_all(photos: CheckedPhotos, config: SubjectConfig, *, llm: LlmService
 def sort_photos(
     folder: StageFolder,
     photos: Sequence[Photo],
-    described: dict[str, Described],
+    described: dict[str, PhotoAnnotation],
     config: SubjectConfig,
     overview: Overview | None,
 ) -> SortedPhotos:
@@ -54,7 +54,7 @@ def sort_photos(
         outcome.warnings = find_warnings(overview.profile, config)
     trait_words = list_trait_words(outcome.traits, class_noun=config.class_noun)
     for photo in photos:
-        found = described.get(photo.sha256, Described())
+        found = described.get(photo.sha256, PhotoAnnotation())
         objection = found.find_objection(config)
         if found.problem or objection:
             reason = (
@@ -90,11 +90,11 @@ def sort_photos(
                 focus=found.inspection.subject_box.find_center() if found.inspection else None,
             )
         )
-    leave_to_the_best(outcome, config, best=overview.best if overview else ())
+    select_top_images(outcome, config, best=overview.best if overview else ())
     return outcome
 
 
-def leave_to_the_best(outcome: SortedPhotos, config: SubjectConfig, *, best: Sequence[str]) -> None:
+def select_top_images(outcome: SortedPhotos, config: SubjectConfig, *, best: Sequence[str]) -> None:
     """Keep at most `subject.max_trained` images: those that the profiler named, then the sharpest."""
     if config.max_trained is None or len(outcome.images) <= config.max_trained:
         return
@@ -117,7 +117,7 @@ def leave_to_the_best(outcome: SortedPhotos, config: SubjectConfig, *, best: Seq
     outcome.images = [image for image in outcome.images if image.source_sha256 in kept]
 
 
-def note_inspection(found: Described) -> dict[str, str | bool]:
+def note_inspection(found: PhotoAnnotation) -> dict[str, str | bool]:
     """Return what inspector and adjudicator said, for people to read."""
     told: dict[str, str | bool] = found.inspection.model_dump(exclude={"subject_box"}) if found.inspection else {}
     if found.adjudication is not None:

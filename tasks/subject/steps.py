@@ -9,7 +9,7 @@ from prefect import task
 
 from tasks.manifests.base import RejectedImage, SubjectSet
 from tasks.services.llm.config import LlmConfig
-from tasks.stage.cache import StageFolder, keep_traces
+from tasks.stage.cache import StageFolder, store_reasoning
 from tasks.stage.context import Runtime
 from tasks.stage.states import finished
 from tasks.subject.config import SubjectConfig
@@ -42,7 +42,8 @@ def prepare_subject(config: SubjectConfig, llm: LlmConfig, photos: Any, runtime:
     from tasks.subject.captions.captioning import digest_prompts
 
     settings = config.model_dump(
-        mode="json", exclude={"source", "max_images", "captions", "batch_from", "max_wait_seconds", "allow_unknown"}
+        mode="json",
+        exclude={"source", "max_images", "captions", "batch_threshold", "max_wait_seconds", "allow_unknown"},
     )
     captions = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest() if config.captions else ""
     models = [digest_prompts(), *(llm.identity(role) for role in ("inspector", "captioner", "profiler", "adjudicator"))]
@@ -65,7 +66,7 @@ def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, run
     from tasks.subject.captions.captioning import describe_photos
     from tasks.subject.name_lookup import look_up_names
     from tasks.subject.photos import ingest as intake
-    from tasks.subject.selection import check_leaks, look_at_all, sort_photos
+    from tasks.subject.selection import check_leaks, profile_subject, sort_photos
 
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
     described = describe_photos(
@@ -75,14 +76,14 @@ def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, run
         state_prefix=f"{folder.prefix}/batches",
         on_progress=runtime.show("inspection and captions"),
     )
-    overview = look_at_all(photos, config, llm=runtime.llm) if config.captioning == "llm" else None
+    overview = profile_subject(photos, config, llm=runtime.llm) if config.captioning == "llm" else None
     warnings, sources = look_up_names(config, llm=runtime.llm)
     sorted_photos = sort_photos(folder, photos.accepted, described, config, overview)
     rejected = [store_reject(folder, reject) for reject in photos.rejected] + sorted_photos.rejected
     left_out = [(r.source_name, r.reason) for r in [*rejected, *sorted_photos.quarantined]]
     intake.require_enough(len(sorted_photos.images), config, left_out)
     check_leaks(sorted_photos, config)
-    traces = {photo.name: described[photo.sha256].trace for photo in photos.accepted}
+    reasoning = {photo.name: described[photo.sha256].reasoning for photo in photos.accepted}
     return folder.finish(
         SubjectSet,
         version=STAGE_VERSION,
@@ -103,7 +104,7 @@ def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, run
         warnings=(*sorted_photos.warnings, *warnings),
         unknown_world=photos.unknown_world,
         sources=sources,
-        traces=keep_traces(folder, traces),
+        reasoning=store_reasoning(folder, reasoning),
     )
 
 

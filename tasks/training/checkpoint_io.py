@@ -24,7 +24,7 @@ from tasks.errors import ArtifactCorrupt, TrainingFailed
 from tasks.stage.digests import digest_file, dump_signed, load_signed
 from tasks.stage.files import sync
 from tasks.stage.tensor_files import count_bytes, explain_full_tensors
-from tasks.training.sharding import gather, spread
+from tasks.training.sharding import shard_like, unshard
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class CheckpointManifest(Section):
 
     schema_version: int
     step: int
-    identity: dict[str, str]
+    fingerprint: dict[str, str]
     files: dict[str, str]
 
 
@@ -48,8 +48,8 @@ class TrainingState:
 
     step: int
     weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
-    averages: dict[str, Tensor]
+    optimizer_state: dict[str, Tensor]
+    ema: dict[str, Tensor]
     """Averaged weights; empty where none are kept."""
     losses: list[str]
     """The lines of the loss log up to this step."""
@@ -59,7 +59,7 @@ class TrainingState:
     """What the gradient scaler of fp16 has found; empty in other formats."""
 
 
-def save_checkpoint(folder: Path, state: TrainingState, *, identity: dict[str, str], num_kept: int) -> Path:
+def save_checkpoint(folder: Path, state: TrainingState, *, fingerprint: dict[str, str], num_kept: int) -> Path:
     """Write a checkpoint, then drop all but the newest `num_kept`.
 
     Raises:
@@ -72,10 +72,10 @@ def save_checkpoint(folder: Path, state: TrainingState, *, identity: dict[str, s
             raise TrainingFailed(f"weight {name} is not finite at step {state.step}; lower training.learning_rate")
     target = folder / f"step-{state.step:08d}"
     staged = folder / f".part-{target.name}"
-    size_bytes = sum(map(count_bytes, (state.weights, state.moments, state.averages)))
+    size_bytes = sum(map(count_bytes, (state.weights, state.optimizer_state, state.ema)))
     try:
         with explain_full_tensors(target, size_bytes=size_bytes):
-            write_checkpoint(staged, state, identity=identity)
+            write_checkpoint(staged, state, fingerprint=fingerprint)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(staged, target)
             sync(folder)
@@ -88,24 +88,24 @@ def save_checkpoint(folder: Path, state: TrainingState, *, identity: dict[str, s
     return target
 
 
-def write_checkpoint(staged: Path, state: TrainingState, *, identity: dict[str, str]) -> None:
+def write_checkpoint(staged: Path, state: TrainingState, *, fingerprint: dict[str, str]) -> None:
     """Write every file of a checkpoint, its manifest last, and flush them to disk."""
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     save_file(state.weights, staged / "weights.safetensors")
-    save_file(state.moments, staged / "optimizer.safetensors")
-    save_file(state.averages, staged / "averages.safetensors")
+    save_file(state.optimizer_state, staged / "optimizer.safetensors")
+    save_file(state.ema, staged / "ema.safetensors")
     (staged / "numbers.json").write_text(json.dumps({"groups": state.groups, "scaler": state.scaler}))
     (staged / "losses.jsonl").write_text("".join(line + "\n" for line in state.losses))
     files = {path.name: digest_file(path) for path in sorted(staged.iterdir())}
-    manifest = CheckpointManifest(schema_version=SCHEMA_VERSION, step=state.step, identity=identity, files=files)
+    manifest = CheckpointManifest(schema_version=SCHEMA_VERSION, step=state.step, fingerprint=fingerprint, files=files)
     (staged / MANIFEST).write_bytes(dump_signed(manifest, indent=1))
     for path in staged.iterdir():
         sync(path)
     sync(staged)
 
 
-def load_newest(folder: Path, *, identity: dict[str, str]) -> TrainingState | None:
+def load_newest(folder: Path, *, fingerprint: dict[str, str]) -> TrainingState | None:
     """Return the newest checkpoint that verifies, or None where there is none at all.
 
     Raises:
@@ -116,7 +116,7 @@ def load_newest(folder: Path, *, identity: dict[str, str]) -> TrainingState | No
     found = list_checkpoints(folder)
     for path in found:
         try:
-            return load_checkpoint(path, identity=identity)
+            return load_checkpoint(path, fingerprint=fingerprint)
         except (OSError, ArtifactCorrupt) as error:
             log.warning("checkpoint %s is damaged (%s); trying the one before", path.name, error)
             with contextlib.suppress(OSError):  # another rank may have moved it already
@@ -127,7 +127,7 @@ def load_newest(folder: Path, *, identity: dict[str, str]) -> TrainingState | No
     return None
 
 
-def load_checkpoint(path: Path, *, identity: dict[str, str]) -> TrainingState:
+def load_checkpoint(path: Path, *, fingerprint: dict[str, str]) -> TrainingState:
     """Read one checkpoint.
 
     Raises:
@@ -138,7 +138,7 @@ def load_checkpoint(path: Path, *, identity: dict[str, str]) -> TrainingState:
     manifest = load_signed(CheckpointManifest, (path / MANIFEST).read_bytes())
     if manifest.schema_version != SCHEMA_VERSION:
         raise TrainingFailed(f"{path} has schema {manifest.schema_version}, not {SCHEMA_VERSION}; delete it")
-    changed = [name for name, value in identity.items() if manifest.identity.get(name) != value]
+    changed = [name for name, value in fingerprint.items() if manifest.fingerprint.get(name) != value]
     if changed:
         raise TrainingFailed(f"{path} belongs to another run: {', '.join(changed)} changed; delete it to start over")
     for name, expected in manifest.files.items():
@@ -147,8 +147,8 @@ def load_checkpoint(path: Path, *, identity: dict[str, str]) -> TrainingState:
     return TrainingState(
         step=manifest.step,
         weights=load_file(path / "weights.safetensors"),
-        moments=load_file(path / "optimizer.safetensors"),
-        averages=load_file(path / "averages.safetensors"),
+        optimizer_state=load_file(path / "optimizer.safetensors"),
+        ema=load_file(path / "ema.safetensors"),
         losses=(path / "losses.jsonl").read_text().splitlines(),
         **json.loads((path / "numbers.json").read_text()),
     )
@@ -167,33 +167,33 @@ def collect_state(
     optimizer: torch.optim.Optimizer,
     *,
     step: int,
-    averages: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor],
     losses: list[str],
     scaler: dict[str, float],
     is_writer: bool = True,
 ) -> TrainingState:
-    """Copy weights, averages and optimizer moments to the CPU, by parameter name.
+    """Copy weights, ema and optimizer optimizer_state to the CPU, by parameter name.
 
     Where they lie in slices every rank has to take part, but only the writer keeps what it gets.
     """
     weights = copy_all(parameters, is_kept=is_writer)
-    moments: dict[str, Tensor] = {}
+    optimizer_state: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state = {f"{name}|{key}": torch.as_tensor(value) for key, value in optimizer.state.get(parameter, {}).items()}
-        moments |= copy_all(state, is_kept=is_writer)
-    kept = copy_all(averages, is_kept=is_writer)
+        optimizer_state |= copy_all(state, is_kept=is_writer)
+    kept = copy_all(ema, is_kept=is_writer)
     groups = [
         {key: value for key, value in group.items() if isinstance(value, int | float)}
         for group in optimizer.param_groups
     ]
-    return TrainingState(step, weights, moments, kept, list(losses), groups, scaler)
+    return TrainingState(step, weights, optimizer_state, kept, list(losses), groups, scaler)
 
 
 def copy_all(tensors: Mapping[str, Tensor], *, is_kept: bool = True) -> dict[str, Tensor]:
     """Return whole, contiguous copies on the CPU, gathered from all ranks where they lie in slices."""
     copies = {}
     for name, tensor in tensors.items():
-        whole = gather(tensor.detach())
+        whole = unshard(tensor.detach())
         if is_kept:
             copies[name] = whole.cpu().contiguous().clone()
     return copies
@@ -203,15 +203,17 @@ def copy_all(tensors: Mapping[str, Tensor], *, is_kept: bool = True) -> dict[str
 def restore_state(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: TrainingState
 ) -> None:
-    """Put a checkpoint's weights and moments in place. Raises KeyError where one is missing."""
+    """Put a checkpoint's weights and optimizer_state in place. Raises KeyError where one is missing."""
     per_parameter: dict[str, dict[str, Tensor]] = {}
-    for joined, value in state.moments.items():
+    for joined, value in state.optimizer_state.items():
         name, key = joined.rsplit("|", 1)
         per_parameter.setdefault(name, {})[key] = value
     for group, numbers in zip(optimizer.param_groups, state.groups, strict=True):
         group.update(numbers)
     for name, parameter in parameters.items():
-        parameter.copy_(spread(state.weights[name], like=parameter))
-        moments = per_parameter.get(name, {})
-        if moments:
-            optimizer.state[parameter] = {key: spread(value, like=parameter) for key, value in moments.items()}
+        parameter.copy_(shard_like(state.weights[name], like=parameter))
+        optimizer_state = per_parameter.get(name, {})
+        if optimizer_state:
+            optimizer.state[parameter] = {
+                key: shard_like(value, like=parameter) for key, value in optimizer_state.items()
+            }

@@ -15,21 +15,21 @@ class LoraSettings(Section):
         None, gt=0, le=1, description="learning rate of the text encoder's adapters; null: as the denoiser's"
     )
     rank: int = Field(16, ge=1, le=512, description="width of the adapters; size and memory grow with it")
-    alpha: float = Field(16.0, gt=0, le=100_000, description="the change is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
-    is_dora: bool = Field(False, description="learn magnitudes apart (arXiv 2402.09353); slower")
+    lora_alpha: float = Field(16.0, gt=0, le=100_000, description="the update is scaled by lora_alpha / rank")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
+    use_dora: bool = Field(False, description="learn magnitudes apart (arXiv 2402.09353); slower")
     target_modules: PlainNames = Field((), description="layers of the denoiser; empty: as the family says")
     save_precision: Literal["fp16", "bf16", "fp32"] = Field(
         "fp16", description="number format of the saved adapter; fp32 doubles the file"
     )
 
 
-class TokenSettings(Section):
+class TextualInversionSettings(Section):
     """A learned token (arXiv 2208.01618)."""
 
     num_vectors: int = Field(1, ge=1, le=32, description="embedding vectors of the token")
     learning_rate: float = Field(5e-4, gt=0, le=1, description="AdamW learning rate of the vectors")
-    init: PlainText = Field("", description="words to begin from; empty: the class noun")
+    initializer_token: PlainText = Field("", description="words to begin from; empty: the class noun")
     switch_step: int = Field(
         0,
         ge=0,
@@ -41,7 +41,7 @@ class TokenSettings(Section):
 class ValidationSettings(Section):
     """A loss without chance in it: fixed photos, noise and timesteps; of held-out photos where there are some."""
 
-    every_steps: int = Field(0, ge=0, le=1_000_000, description="steps between validations; 0: none")
+    validation_steps: int = Field(0, ge=0, le=1_000_000, description="steps between validations; 0: none")
     keep: Literal["last", "best"] = Field("last", description="which weights are published: the last, or the best")
     metric: Literal["loss", "similarity"] = Field(
         "loss", description="what is best: validation loss, or DINO x CLIP-T of samples, which costs drawing them"
@@ -53,27 +53,29 @@ class ValidationSettings(Section):
         description="photos held out of training for the loss; null: one in five where keep=best goes by loss and "
         "there are at least 6, else none, and similarity decides",
     )
-    num_kept: int = Field(1, ge=1, le=20, description="best weights kept with the tuned model, the published included")
-    is_early_stopping: bool = Field(
+    save_top_k: int = Field(
+        1, ge=1, le=20, description="best weights kept with the tuned model, the published included"
+    )
+    early_stopping: bool = Field(
         False, description="stop where the loss has settled (DVAR, arXiv 2302.04841); changes the number of steps"
     )
     window: int = Field(8, ge=2, le=1000, description="validations that have to be settled")
     threshold: float = Field(0.15, gt=0, lt=1, description="settled: variance in the window over that of all")
-    sample_every_steps: int = Field(0, ge=0, le=1_000_000, description="steps between sample grids; 0: none")
+    sample_steps: int = Field(0, ge=0, le=1_000_000, description="steps between sample grids; 0: none")
     sample_prompts: SubjectTemplates = Field(("a photo of {subject}",), description="templates of the sample grids")
-    sample_inference_steps: int = Field(20, ge=1, le=1000, description="denoising steps of their pictures")
+    sample_num_inference_steps: int = Field(20, ge=1, le=1000, description="denoising steps of their pictures")
 
 
 class TrainingConfig(Section):
     """How the weights are fine-tuned."""
 
-    method: Literal["full", "lora", "token", "token+lora", "token+full"] = Field(
+    method: Literal["full", "lora", "textual_inversion", "textual_inversion+lora", "textual_inversion+full"] = Field(
         "full", description="what is learned: all weights, adapters, a token, or a token and one of these"
     )
     lora: LoraSettings = LoraSettings()
-    token: TokenSettings = TokenSettings()
+    textual_inversion: TextualInversionSettings = TextualInversionSettings()
     validation: ValidationSettings = ValidationSettings()
-    is_denoiser_trained: bool = Field(True, description="train the UNet or transformer")
+    train_denoiser: bool = Field(True, description="train the UNet or transformer")
     max_train_steps: int = Field(800, ge=1, le=1_000_000, description="optimizer steps")
     train_batch_size: int = Field(1, ge=1, le=256, description="instance images per device and step")
     gradient_accumulation_steps: int = Field(1, ge=1, le=1024, description="forwards per optimizer step")
@@ -81,13 +83,13 @@ class TrainingConfig(Section):
     text_encoder_learning_rate: float | None = Field(
         None, gt=0, le=1, description="learning rate of the text encoder; null: as the denoiser's"
     )
-    is_text_encoder_trained: bool = Field(True, description="train the text encoder beside the denoiser")
+    train_text_encoder: bool = Field(True, description="train the text encoder beside the denoiser")
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = Field(
         "adamw",
-        description="adamw8bit: moments in 8 bits, approximate; prodigy: finds its own rate, the configured rates "
+        description="adamw8bit: 8-bit optimizer state, approximate; prodigy: finds its own rate, the configured rates "
         "only say how groups compare",
     )
-    lr_schedule: Literal[
+    lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = Field("constant", description="learning rate by step, as diffusers' get_scheduler names and computes it")
     lr_warmup_steps: int = Field(
@@ -101,52 +103,52 @@ class TrainingConfig(Section):
     snr_gamma: float | None = Field(
         None, gt=0, le=1e6, description="min-SNR weighting of every example (arXiv 2303.09556), usually 5; null: none"
     )
-    caption_dropout: float = Field(
+    proportion_empty_prompts: float = Field(
         0.0, ge=0, le=1, description="share of instance prompts left empty; keeps guidance working in long runs"
     )
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="publish averaged weights, 0.999 for long runs; costs one copy of what is trained"
     )
-    is_gradient_checkpointed: bool = Field(
+    gradient_checkpointing: bool = Field(
         False, description="recompute activations backward: much less memory, about a third slower, same mathematics"
     )
     num_crop_variants: int = Field(
         0, ge=0, le=64, description="random crops kept per photo; 0: the centre alone, 4 approximates free cropping"
     )
-    is_aspect_bucketed: bool = Field(
+    aspect_ratio_bucketing: bool = Field(
         False, description="train photos in their own shape, at about resolution squared; for SDXL and later"
     )
     background_loss_weight: float = Field(
         1.0, ge=0, le=1, description="weight of a cut-out photo's transparent parts in the loss; 1: as the rest"
     )
     flip_probability: float = Field(0.0, ge=0, le=1, description="share of mirrored instance images")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="bf16, fp16: autocast over fp32 weights; fp16 scales the loss"
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="bf16, fp16: autocast over fp32 weights; fp16 scales the loss"
     )
-    frozen_precision: Literal["fp32", "bf16", "fp16"] = Field(
+    weight_dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="number format of frozen weights; half of it fits larger models, and rounds"
     )
-    is_tf32: bool = Field(True, description="19-bit matrix products for fp32 on recent GPUs; rounds")
-    is_channels_last: bool = Field(False, description="NHWC memory for UNets, faster on GPUs in half precision; rounds")
-    is_compiled: bool = Field(
+    allow_tf32: bool = Field(True, description="19-bit matrix products for fp32 on recent GPUs; rounds")
+    channels_last: bool = Field(False, description="NHWC memory for UNets, faster on GPUs in half precision; rounds")
+    compile: bool = Field(
         False, description="compile the denoiser's repeated blocks: a minute at start, then faster; rounds"
     )
-    is_deterministic: bool = Field(True, description="deterministic kernels, so that resume is bit-equal")
+    deterministic: bool = Field(True, description="deterministic kernels, so that resume is bit-equal")
     max_skipped_steps: int = Field(
         3,
         ge=0,
         le=1_000_000,
         description="steps in a row with a loss or gradient that isn't finite, left out before training stops",
     )
-    checkpoint_every_steps: int = Field(100, ge=1, le=1_000_000, description="steps between checkpoints")
-    num_checkpoints_kept: int = Field(2, ge=2, le=1000, description="valid checkpoints kept while training")
-    log_every_steps: int = Field(10, ge=1, le=1_000_000, description="steps between log lines")
+    checkpointing_steps: int = Field(100, ge=1, le=1_000_000, description="steps between checkpoints")
+    checkpoints_total_limit: int = Field(2, ge=2, le=1000, description="valid checkpoints kept while training")
+    log_every_n_steps: int = Field(10, ge=1, le=1_000_000, description="steps between log lines")
     num_devices: int = Field(1, ge=0, le=64, description="processes on a machine, one per device; 0: all its GPUs")
-    is_sharded: bool = Field(
+    fsdp: bool = Field(
         False, description="spread what is trained over all devices (FSDP), for models that don't fit on one"
     )
     num_nodes: int = Field(1, ge=1, le=1024, description="machines; above 1 they share output_dir")
-    rendezvous: OperatorText = Field("", description="HOST:PORT of the first machine, where there are several")
+    rdzv_endpoint: OperatorText = Field("", description="HOST:PORT of the first machine, where there are several")
     num_threads: int = Field(0, ge=0, le=1024, description="CPU threads per process; 0: all cores")
     stall_seconds: float = Field(
         1800.0,
@@ -164,47 +166,50 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def check_rendezvous(self) -> "TrainingConfig":
         """Refuse several machines without a place to meet."""
-        if self.num_nodes > 1 and ":" not in self.rendezvous:
-            raise ValueError("num_nodes is above 1: set training.rendezvous to HOST:PORT of the first machine")
+        if self.num_nodes > 1 and ":" not in self.rdzv_endpoint:
+            raise ValueError("num_nodes is above 1: set training.rdzv_endpoint to HOST:PORT of the first machine")
         return self
 
     @model_validator(mode="after")
     def check_sharding(self) -> "TrainingConfig":
         """Refuse what sharded training doesn't do."""
-        if not self.is_sharded:
+        if not self.fsdp:
             return self
-        if self.method.startswith("token"):
-            raise ValueError("is_sharded doesn't learn tokens; set training/method=full or lora")
-        if self.optimizer != "adamw" or self.precision == "fp16":
-            raise ValueError("is_sharded needs optimizer=adamw and precision fp32 or bf16")
-        if self.is_aspect_bucketed and self.train_batch_size > 1:
-            raise ValueError("is_sharded with is_aspect_bucketed needs train_batch_size=1: ranks run in step")
+        if self.method.startswith("textual_inversion"):
+            raise ValueError("fsdp doesn't learn tokens; set training/method=full or lora")
+        if self.optimizer != "adamw" or self.mixed_precision == "fp16":
+            raise ValueError("fsdp needs optimizer=adamw and mixed_precision no or bf16")
+        if self.aspect_ratio_bucketing and self.train_batch_size > 1:
+            raise ValueError("fsdp with aspect_ratio_bucketing needs train_batch_size=1: ranks run in step")
         return self
 
     @model_validator(mode="after")
     def check_schedule(self) -> "TrainingConfig":
         """Refuse a warm-up that the schedule leaves out."""
-        if self.lr_schedule == "constant" and self.lr_warmup_steps:
-            raise ValueError("lr_schedule=constant has no warm-up: set lr_schedule=constant_with_warmup")
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            raise ValueError("lr_scheduler=constant has no warm-up: set lr_scheduler=constant_with_warmup")
         return self
 
     @model_validator(mode="after")
     def check_precisions(self) -> "TrainingConfig":
         """Refuse frozen weights in a format that the forward doesn't run in."""
-        if self.frozen_precision not in ("fp32", self.precision):
-            raise ValueError(f"frozen_precision={self.frozen_precision} needs the same precision, not {self.precision}")
+        if self.weight_dtype not in ("fp32", self.mixed_precision):
+            raise ValueError(
+                f"weight_dtype={self.weight_dtype} needs mixed_precision={self.weight_dtype}, "
+                f"not {self.mixed_precision}"
+            )
         return self
 
     def result_fields(self) -> dict[str, object]:
         """Return the fields that change the result: the ones that a stage key covers."""
         unchanged = {
-            "checkpoint_every_steps", "num_checkpoints_kept", "log_every_steps",
-            "num_threads", "rendezvous", "grace_seconds", "stall_seconds", "max_skipped_steps",
+            "checkpointing_steps", "checkpoints_total_limit", "log_every_n_steps",
+            "num_threads", "rdzv_endpoint", "grace_seconds", "stall_seconds", "max_skipped_steps",
         }  # fmt: skip
         if not self.method.endswith("lora"):
             unchanged.add("lora")
-        if not self.method.startswith("token"):
-            unchanged.add("token")
+        if not self.method.startswith("textual_inversion"):
+            unchanged.add("textual_inversion")
         if not self.method.endswith("full"):
             unchanged |= {"learning_rate", "text_encoder_learning_rate"}
         return self.model_dump(mode="json", exclude=unchanged)

@@ -66,4 +66,4 @@ def min_snr_weights(noise: NoiseProcess, timesteps: Tensor, *, snr_gamma: float)
     velocity, x sigma squared for rectified flow.
     """
     capped = noise.compute_snr(timesteps).clamp_max(snr_gamma)
-    return torch.nan_to_num(capped * noise.compute_clean_share(timesteps), nan=1.0).float()
+    return torch.nan_to_num(capped * noise.x0_error_scale(timesteps), nan=1.0).float()

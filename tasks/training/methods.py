@@ -30,7 +30,7 @@ class ParameterGroup:
 
 @dataclass
 class Trainable:
-    """The parts of a model that hold what is learned."""
+    """The components of a model that hold what is learned."""
 
     modules: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     groups: list[ParameterGroup] = field(default_factory=list)
@@ -52,38 +52,36 @@ def prepare(model: LatentModel, spec: TrainingSpec) -> Trainable:
     training = spec.training
     torch.manual_seed(spec.seed)  # the adapters' random half
     trainable = Trainable()
-    parts = names_of_parts(model, spec)
-    switch = training.token.switch_step if training.method.startswith("token") else 0
+    components = names_of_components(model, spec)
+    switch = training.textual_inversion.switch_step if training.method.startswith("textual_inversion") else 0
     if training.method.endswith("full"):
-        add_full(model, spec, trainable, parts, first_step=switch)
+        add_full(model, spec, trainable, components, first_step=switch)
     if training.method.endswith("lora"):
-        add_adapters(model, spec, trainable, parts, first_step=switch)
-    if training.method.startswith("token"):
+        add_adapters(model, spec, trainable, components, first_step=switch)
+    if training.method.startswith("textual_inversion"):
         add_token(model, spec, trainable)
     if not any(group.parameters for group in trainable.groups):
-        raise ConfigError(
-            "nothing would be trained: set training.is_denoiser_trained or training.is_text_encoder_trained"
-        )
-    if training.frozen_precision != "fp32":
-        for name, part in model.parts.items():
+        raise ConfigError("nothing would be trained: set training.train_denoiser or training.train_text_encoder")
+    if training.weight_dtype != "fp32":
+        for name, part in model.components.items():
             if isinstance(part, nn.Module) and name != "vae":  # it is used once, before training
-                cast_frozen(part, DTYPES[training.frozen_precision])
+                cast_frozen(part, DTYPES[training.weight_dtype])
     return trainable
 
 
-def names_of_parts(model: LatentModel, spec: TrainingSpec) -> list[str]:
-    """Return the parts whose weights or adapters are trained."""
-    names = list(model.trainable_modules(is_text_encoder_trained=spec.training.is_text_encoder_trained))
-    return [name for name in names if spec.training.is_denoiser_trained or name != model.denoiser_name]
+def names_of_components(model: LatentModel, spec: TrainingSpec) -> list[str]:
+    """Return the components whose weights or adapters are trained."""
+    names = list(model.trainable_modules(train_text_encoder=spec.training.train_text_encoder))
+    return [name for name in names if spec.training.train_denoiser or name != model.denoiser_name]
 
 
 def add_full(
-    model: LatentModel, spec: TrainingSpec, trainable: Trainable, parts: list[str], *, first_step: int
+    model: LatentModel, spec: TrainingSpec, trainable: Trainable, components: list[str], *, first_step: int
 ) -> None:
-    """Train all weights of the parts."""
+    """Train all weights of the components."""
     training = spec.training
-    for name in parts:
-        module = model.parts[name]
+    for name in components:
+        module = model.components[name]
         module.requires_grad_(True).train()
         trainable.modules[name] = module
         is_denoiser = name == model.denoiser_name
@@ -93,15 +91,15 @@ def add_full(
 
 
 def add_adapters(
-    model: LatentModel, spec: TrainingSpec, trainable: Trainable, parts: list[str], *, first_step: int
+    model: LatentModel, spec: TrainingSpec, trainable: Trainable, components: list[str], *, first_step: int
 ) -> None:
-    """Train low-rank adapters in the parts."""
+    """Train low-rank adapters in the components."""
     from tasks.diffusion.lora.adapters import add_lora
 
     lora = spec.training.lora
     adapted = add_lora(
-        model, parts, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout,
-        is_dora=lora.is_dora, target_modules=lora.target_modules,
+        model, components, rank=lora.rank, alpha=lora.lora_alpha, dropout=lora.lora_dropout,
+        use_dora=lora.use_dora, target_modules=lora.target_modules,
     )  # fmt: skip
     for name, module in adapted.items():
         module.train()
@@ -113,18 +111,19 @@ def add_adapters(
 
 def add_token(model: LatentModel, spec: TrainingSpec, trainable: Trainable) -> None:
     """Train the vectors of a new token in every CLIP text encoder."""
-    token = spec.training.token
-    words = token.init or spec.class_noun
-    names = [n for n in model.trainable_modules(is_text_encoder_trained=True) if n != model.denoiser_name]
+    token = spec.training.textual_inversion
+    words = token.initializer_token or spec.class_noun
+    names = [n for n in model.trainable_modules(train_text_encoder=True) if n != model.denoiser_name]
     if not names:
         raise ConfigError("this model has no CLIP text encoder to learn a token in; set training/method=lora")
     vectors = {
-        name: initial_vectors(model.tokenizers[name], model.parts[name], words, token.num_vectors) for name in names
+        name: initial_vectors(model.tokenizers[name], model.components[name], words, token.num_vectors)
+        for name in names
     }
-    end = token.switch_step or None if spec.training.method != "token" else None
+    end = token.switch_step or None if spec.training.method != "textual_inversion" else None
     if any(f"<{spec.identifier_token}>" in model.tokenizers[name].get_vocab() for name in names):
         raise ConfigError(f"the base model already knows <{spec.identifier_token}>; set subject.identifier_token")
-    for name, learned in model.learn_token(spec.identifier_token, vectors).items():
+    for name, learned in model.add_placeholder_tokens(spec.identifier_token, vectors).items():
         learned.to(model.device).train()
         learned.table.requires_grad_(False)
         if name not in trainable.modules:
@@ -159,8 +158,10 @@ def save_learned(model: LatentModel, spec: TrainingSpec, trainable: Trainable, f
 
         names = [name for name in trainable.modules if not name.endswith("_token")]
         subject = f"{spec.identifier_token} {spec.class_noun}"
-        export = LoraExport(training.lora.alpha, training.lora.save_precision, title=subject, trigger_phrase=subject)
+        export = LoraExport(
+            training.lora.lora_alpha, training.lora.save_precision, title=subject, trigger_phrase=subject
+        )
         save_lora(model, folder, names, export)
     if training.method.endswith("full"):
-        model.bake_tokens()
+        model.merge_token_embeddings()
         model.save(folder)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from tasks.diffusion.adapter import DTYPES, LatentModel
 from tasks.diffusion.types import Conditioning
+from tasks.training.data import rng
 from tasks.training.data.dataset import BatchMaker, TrainingBatch, send
-from tasks.training.data import rng as draws
 from tasks.training.losses import PriorPreservationLoss, min_snr_weights, prior_preservation_loss
 from tasks.training.methods import Trainable, prepare
 from tasks.training.optimizers import has_fused_skip, make_optimizer
 from tasks.training.process.worker_spec import TrainingSpec, compute_learning_rate_factor
-from tasks.training.sharding import gather, shard
+from tasks.training.sharding import shard, unshard
 
 
 class DreamBoothModule(pl.LightningModule):
@@ -30,16 +30,16 @@ class DreamBoothModule(pl.LightningModule):
         self.trainable: Trainable = prepare(model, spec)
         self.batches = BatchMaker(model, spec)  # after the token, which prompts are spelled with
         model.vae.cpu()  # its work is done
-        self.is_sharded = spec.training.is_sharded and spec.training.world_size > 1
-        if self.is_sharded:
+        self.fsdp = spec.training.fsdp and spec.training.world_size > 1
+        if self.fsdp:
             shard(self.trainable, model.device)
         self.trained = self.trainable.modules
-        if spec.training.is_gradient_checkpointed:
+        if spec.training.gradient_checkpointing:
             checkpoint_gradients(model)
         self.grad_norm = torch.zeros(())
         self.is_skipped = torch.zeros((), dtype=torch.bool)
         self.optimizer = self.make_optimizer()
-        self.average = {n: p.detach().clone() for n, p in self.named_trained()} if spec.training.ema_decay else {}
+        self.ema = {n: p.detach().clone() for n, p in self.named_trained()} if spec.training.ema_decay else {}
         self.prompts = PromptCache(model) if self.is_text_frozen else None
 
     def named_trained(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -60,7 +60,7 @@ class DreamBoothModule(pl.LightningModule):
         """Leave the model as it is: where Lightning asks for shards, they are there."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the optimizer, whose moments a checkpoint may already have restored."""
+        """Return the optimizer, whose optimizer_state a checkpoint may already have restored."""
         return self.optimizer
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -82,7 +82,7 @@ class DreamBoothModule(pl.LightningModule):
         for group in self.optimizer.param_groups:
             rate = group["base_lr"]
             group["lr"] = rate * compute_learning_rate_factor(self.spec.training, self.step, rate=rate)
-        torch.manual_seed(draws.make_seed(self.spec.seed, "dropout", int(batch[0])))
+        torch.manual_seed(rng.make_seed(self.spec.seed, "dropout", int(batch[0])))
 
     def training_step(self, indices: Tensor, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of the samples that the indices stand for: one forward per size among them."""
@@ -98,11 +98,11 @@ class DreamBoothModule(pl.LightningModule):
 
     def compute_loss(self, batch: TrainingBatch) -> PriorPreservationLoss:
         """Return the loss of one batch and its halves."""
-        training, noise = self.spec.training, self.model.noise
+        training, noise = self.spec.training, self.model.noise_scheduler
         noisy_latents = noise.add_noise(batch.latents, batch.noise, batch.timesteps)
         target = noise.compute_target(batch.latents, batch.noise, batch.timesteps)
         told = self.encode_unique(batch)
-        noise_pred = self.model.predict(self.fit_dtype(noisy_latents), batch.timesteps, told, batch.sizes)
+        noise_pred = self.model.predict(self.fit_dtype(noisy_latents), batch.timesteps, told, batch.time_ids)
         weights = None
         if training.snr_gamma is not None:
             weights = min_snr_weights(noise, batch.timesteps, snr_gamma=training.snr_gamma)
@@ -116,7 +116,7 @@ class DreamBoothModule(pl.LightningModule):
 
     def fit_dtype(self, latents: Tensor) -> Tensor:
         """Return latents in the format of frozen weights: norms don't mix formats."""
-        return latents.to(DTYPES[self.spec.training.frozen_precision])
+        return latents.to(DTYPES[self.spec.training.weight_dtype])
 
     def encode_unique(self, batch: TrainingBatch) -> Conditioning:
         """Encode each different prompt once: the class half usually has just one.
@@ -138,12 +138,12 @@ class DreamBoothModule(pl.LightningModule):
             # Lightning leaves this to fused kernels, which would clip gradients that are still scaled.
             scaler.unscale_(self.optimizer)
         parameters = [parameter for _, parameter in self.named_trained()]
-        self.grad_norm = gather(torch.nn.utils.clip_grad_norm_(parameters, self.spec.training.max_grad_norm))
+        self.grad_norm = unshard(torch.nn.utils.clip_grad_norm_(parameters, self.spec.training.max_grad_norm))
         self.is_skipped = ~torch.isfinite(self.grad_norm)
         if not has_fused_skip(self.optimizer):
             if bool(self.is_skipped):
                 self.optimizer.zero_grad(set_to_none=True)
-        elif self.spec.training.precision != "fp16":
+        elif self.spec.training.mixed_precision != "fp16":
             # The fused kernel leaves everything as it is where this says so, without asking the host;
             # in fp16 the gradient scaler sets it.
             self.optimizer.found_inf = self.is_skipped.float()  # type: ignore[attr-defined]
@@ -151,16 +151,16 @@ class DreamBoothModule(pl.LightningModule):
     @torch.no_grad()
     def update_average(self) -> None:
         """Move the averaged weights toward the trained ones, faster in the beginning."""
-        if not self.average:
+        if not self.ema:
             return
         decay = min(self.spec.training.ema_decay, (1 + self.step) / (10 + self.step))
         for name, parameter in self.named_trained():
-            self.average[name] = self.average[name].to(parameter).lerp_(parameter, 1 - decay)
+            self.ema[name] = self.ema[name].to(parameter).lerp_(parameter, 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Hold the averaged weights for a while, where averages are kept: they are what is published."""
-        kept = {name: p.detach().clone() for name, p in self.named_trained()} if self.average else {}
+        """Hold the averaged weights for a while, where ema are kept: they are what is published."""
+        kept = {name: p.detach().clone() for name, p in self.named_trained()} if self.ema else {}
         self.take_average()
         try:
             yield
@@ -174,11 +174,11 @@ class DreamBoothModule(pl.LightningModule):
     def take_average(self) -> None:
         """Put the averaged weights in place of the trained ones, to be published."""
         for name, parameter in self.named_trained():
-            if name in self.average:
-                parameter.copy_(self.average[name])
+            if name in self.ema:
+                parameter.copy_(self.ema[name])
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave the sample indices on the CPU, where draws are made."""
+        """Leave the sample indices on the CPU, where rng are made."""
         return batch
 
 
@@ -197,7 +197,7 @@ class PromptCache:
             if key not in self.rows:
                 self.rows[key] = self.model.encode_prompts(input_ids[i : i + 1])
         rows = [self.rows[key] for key in keys]
-        pooled = [row.pooled for row in rows if row.pooled is not None]
+        pooled = [row.pooled_prompt_embeds for row in rows if row.pooled_prompt_embeds is not None]
         return Conditioning(
             torch.cat([row.encoder_hidden_states for row in rows]), torch.cat(pooled) if pooled else None
         )

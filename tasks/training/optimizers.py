@@ -64,11 +64,11 @@ def has_fused_skip(optimizer: torch.optim.Optimizer) -> bool:
 
 def set_up_kernels(model: LatentModel, config: TrainingConfig) -> None:
     """Choose matrix precision, memory format and compilation. Raises ConfigError where torch can't compile."""
-    torch.backends.cuda.matmul.allow_tf32 = config.is_tf32
-    torch.backends.cudnn.allow_tf32 = config.is_tf32
-    if config.is_channels_last and model.denoiser_name == "unet":
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    if config.channels_last and model.denoiser_name == "unet":
         model.denoiser.to(memory_format=torch.channels_last)
-    if config.is_compiled:
+    if config.compile:
         check_compiler(model.device)
         model.denoiser.compile_repeated_blocks()
 
@@ -77,6 +77,6 @@ def check_compiler(device: torch.device, folder: Path = Path(torch.__file__).par
     """Refuse to compile where torch can't: it does not quote its own folder when it calls g++."""
     if device.type == "cpu" and " " in str(folder):
         raise ConfigError(
-            f"training.is_compiled: torch can't compile for CPUs from a folder with a space in its name ({folder}); "
-            "make the environment elsewhere, or set training.is_compiled=false"
+            f"training.compile: torch can't compile for CPUs from a folder with a space in its name ({folder}); "
+            "make the environment elsewhere, or set training.compile=false"
         )

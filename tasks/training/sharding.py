@@ -1,4 +1,4 @@
-"""Weights, gradients and moments spread over all devices (FSDP, arXiv 2304.11277), for models that don't fit on one.
+"""Weights, gradients and optimizer state sharded over all devices (FSDP, arXiv 2304.11277), for large models.
 
 What is trained lies in slices, one per device, and is put together layer by layer when it is needed.
 """
@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tasks.training.methods import Trainable
 
 
-def join_processes(device: torch.device) -> None:
-    """Let the processes meet; Lightning would do it only after the weights have to be spread."""
+def init_process_group(device: torch.device) -> None:
+    """Let the processes meet; Lightning would do it only after the weights have to be shard_like."""
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -40,17 +40,17 @@ def shard(trainable: Trainable, device: torch.device) -> None:
 
 
 def has_parameters(block: nn.Module) -> bool:
-    """Whether there is anything to spread."""
+    """Whether there is anything to shard_like."""
     return next(block.parameters(), None) is not None
 
 
-def gather(tensor: Tensor) -> Tensor:
+def unshard(tensor: Tensor) -> Tensor:
     """Return a whole tensor from its slices; every rank has to ask. Others are returned as they are."""
     whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole
 
 
-def spread(tensor: Tensor, *, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, *, like: Tensor) -> Tensor:
     """Return a tensor on the device of another one, and in slices where that one is."""
     tensor = tensor.to(like.device)
     if isinstance(like, DTensor) and tensor.shape == like.shape:

@@ -31,7 +31,7 @@ from tasks.mini.vision_server.launch import LocalServer
 from tasks.mini.world.scenes import CLASS_NOUNS, PLACE_PHRASES, draw_scene, sample_subject_scene
 from tasks.scoring import scores
 from tasks.scoring.config import ScoringConfig
-from tasks.scoring.judge_requests import Material, list_questions
+from tasks.scoring.judge_requests import JudgeContext, list_questions
 from tasks.scoring.statistics import compute_spearman
 from tasks.services.llm.budget.cost_estimate import estimate_calls
 from tasks.services.llm.budget.ledger import Ledger
@@ -137,7 +137,7 @@ def print_judge(num_subjects: int) -> None:
           f"{compute_spearman(grades, similarities):.2f}")  # fmt: skip
 
 
-def draw_material(noun: str) -> Material:
+def draw_material(noun: str) -> JudgeContext:
     """Draw references and samples: the same subject for `tuned`, others of its class for `base`."""
     pictures: dict[str, Image.Image] = {}
 
@@ -154,7 +154,7 @@ def draw_material(noun: str) -> Material:
     base = [add("base", "subject", index, own + 40 + index) for index in range(3, 3 + NUM_SAMPLES)]
     others = [add("base", "class", index, own + 80 + index) for index in range(3)]
     references = [draw_scene(sample_subject_scene(noun, seed=own, index=index), size=128) for index in range(3)]
-    return Material(
+    return JudgeContext(
         class_noun=noun,
         references=[encode_png(picture) for picture in references],
         samples=[*base, *tuned],
@@ -164,7 +164,12 @@ def draw_material(noun: str) -> Material:
 
 
 def judge(
-    llm: LlmService, noun: str, material: Material, encoders: Encoders, grades: list[float], similarities: list[float]
+    llm: LlmService,
+    noun: str,
+    material: JudgeContext,
+    encoders: Encoders,
+    grades: list[float],
+    similarities: list[float],
 ) -> str:
     """Ask everything about one subject and return its row; add its samples' grades and similarities."""
     questions = list_questions(ScoringConfig(), material)

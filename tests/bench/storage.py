@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.cli_sandbox import Workplace
+from tests.support.cli_sandbox import CliSandbox
 
 BUCKET = "bench"
 
@@ -84,12 +84,12 @@ def main() -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         os.environ.setdefault(name, "testing")
     with tempfile.TemporaryDirectory() as name, counted_bucket() as proxy:
-        workplace = Workplace(Path(name))
+        sandbox = CliSandbox(Path(name))
         words = ["store=s3", f"store.bucket={BUCKET}", f"store.endpoint_url={proxy.url}", "tracking=none"]
         print("| run | requests | sent | received |\n|---|---|---|---|")
         for title, output in (("cold", "runs"), ("cached", "runs"), ("cached, from an empty folder", "others")):
             proxy.reset()
-            done = workplace.run(*words, f"output_dir={output}")
+            done = sandbox.run(*words, f"output_dir={output}")
             assert done.returncode == 0, done.stderr
             requests = ", ".join(f"{count} {method}" for method, count in sorted(proxy.requests.items()))
             print(f"| {title} | {requests} | {proxy.bytes['up'] / 1e6:.2f} MB | {proxy.bytes['down'] / 1e6:.2f} MB |")

@@ -67,8 +67,8 @@ class Case:
         """Return the order for our worker."""
         settings = {
             "max_train_steps": steps, "train_batch_size": self.batch_size, "learning_rate": 2e-6,
-            "precision": self.precision, "checkpoint_every_steps": 100_000, "log_every_steps": 10,
-            "is_deterministic": False, **changes,
+            "precision": self.precision, "checkpointing_steps": 100_000, "log_every_n_steps": 10,
+            "deterministic": False, **changes,
         }  # fmt: skip
 
         def images(kind: str, prompt: str) -> tuple[TrainingImage, ...]:
@@ -79,7 +79,7 @@ class Case:
             stage_key="bench", folder=str(folder), latent_folder=str(folder / "latents"), model_folder=str(self.model),
             base_model_sha256=digest_folder(self.model) if self.model.stat().st_size < 1e6 else "bench",
             seed=1, identifier_token="sks", class_noun="fish",
-            diffusion=DiffusionConfig(location=str(self.model), resolution=self.resolution),
+            diffusion=DiffusionConfig(pretrained_model_name_or_path=str(self.model), resolution=self.resolution),
             training=TrainingConfig.model_validate(settings),
             instance_images=images("instance", INSTANCE_PROMPT), class_images=images("class", CLASS_PROMPT),
         )  # fmt: skip
@@ -175,11 +175,13 @@ def profile_step(case: Case, *, num: int = 8) -> tuple[dict[str, float], float]:
         with torch.autocast(device.type, DTYPES[case.precision], enabled=case.precision != "fp32"):
             rows = list(range(index * case.batch_size, (index + 1) * case.batch_size))
             [batch] = timed("drawing the batch", lambda: module.batches.make(rows, device))
-            told = timed("text encoder", lambda: module.encode_unique(batch))
-            noise = module.model.noise
+            conditioning = timed("text encoder", lambda: module.encode_unique(batch))
+            noise = module.model.noise_scheduler
             noisy = noise.add_noise(batch.latents, batch.noise, batch.timesteps)
             target = noise.compute_target(batch.latents, batch.noise, batch.timesteps)
-            predicted = timed("denoiser", lambda: module.model.predict(noisy, batch.timesteps, told, batch.sizes))
+            predicted = timed(
+                "denoiser", lambda: module.model.predict(noisy, batch.timesteps, conditioning, batch.time_ids)
+            )
             loss = prior_preservation_loss(predicted, target, prior_loss_weight=1.0).total
         timed("backward", loss.backward)  # type: ignore[no-untyped-call]
         timed("optimizer", lambda: (module.optimizer.step(), module.optimizer.zero_grad(set_to_none=True)))
@@ -216,7 +218,7 @@ def synchronize() -> None:
 
 def make_mini(folder: Path) -> Path:
     """Write the mini model in full precision: the peer takes no other."""
-    open_model(DiffusionConfig(location="mini", resolution=64)).save(folder)
+    open_model(DiffusionConfig(pretrained_model_name_or_path="mini", resolution=64)).save(folder)
     return folder
 
 
@@ -245,14 +247,14 @@ def make_sd15(folder: Path) -> Path:
 LEVERS: dict[str, dict[str, Any]] = {
     "as configured": {},
     "without class images": {"prior_loss_weight": 0.0},
-    "text encoder frozen": {"is_text_encoder_trained": False},
-    "gradient checkpointing": {"is_gradient_checkpointed": True},
+    "text encoder frozen": {"train_text_encoder": False},
+    "gradient checkpointing": {"gradient_checkpointing": True},
     "LoRA": {"method": "lora"},
 }
 GPU_LEVERS: dict[str, dict[str, Any]] = {
-    "channels last": {"is_channels_last": True},
-    "compiled blocks": {"is_compiled": True},
-    "without TF32, fp32": {"is_tf32": False, "precision": "fp32"},
+    "channels last": {"channels_last": True},
+    "compiled blocks": {"compile": True},
+    "without TF32, fp32": {"allow_tf32": False, "precision": "fp32"},
 }
 
 

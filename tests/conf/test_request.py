@@ -51,7 +51,7 @@ OPTIONS = [(group, path.stem) for group in GROUPS.values() for path in sorted((F
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_group_option_composes(group: str, option: str) -> None:
     extra = ["llm=openai"] if group == "diffusion" and option != "mini" else []
-    extra += ["training.rendezvous=host:29500"] if option == "nodes" else []
+    extra += ["training.rdzv_endpoint=host:29500"] if option == "nodes" else []
     extra += ["llm.profiles.azure-nano.base_url=https://x.example/v1"] if option == "azure" else []
     words = [f"{group}={option}", "subject.source=x", "subject.class_noun=dog", *extra]
     assert isinstance(compile_request(parse_overrides([*words, "store.bucket=b"])), RunConfig)
@@ -71,7 +71,7 @@ def test_every_group_option_composes(group: str, option: str) -> None:
         ("~training", "not of the form"),
         ("training.max_train_steps=1,2", "one value"),
         ("training={max_train_steps: 3}", "give single values"),
-        ("prior.num_images=0", "prior.num_images is 0: set prior=none"),
+        ("prior.num_class_images=0", "prior.num_class_images is 0: set prior=none"),
         ("diffusion=sd15", "knows only the drawn world.*set llm=openai"),
         ("evaluation.prompts=[a dog]", "lacks {subject}"),
         ("subject.identifier_token='a b'", "subject.identifier_token"),
@@ -115,7 +115,7 @@ def test_unknown_request_fields_are_refused() -> None:
 
 def test_explicit_choices_win_over_the_models_and_providers_values() -> None:
     config = compile_request(parse_overrides(["prior=none", "llm=openai", "scoring=sync", "experiment=smoke"]))
-    assert config.prior.num_images == 0
+    assert config.prior.num_class_images == 0
     assert config.scoring.executor == "sync"
     assert compile_request(parse_overrides(["llm=vllm"])).scoring.executor == "sync"
     assert not compile_request(parse_overrides(["tracking=none"])).publishing.is_registered

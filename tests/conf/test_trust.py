@@ -53,7 +53,7 @@ def test_what_reaches_other_machines_or_programs_belongs_to_the_operator() -> No
     owned = {name for name, rule in list_rules().items() if rule and rule.kind == "operator_only"}
     assert owned == {
         "llm.profiles", "store.bucket", "store.prefix", "store.endpoint_url", "store.region", "tracking.uri",
-        "tracking.wandb_mode", "training.rendezvous",
+        "tracking.wandb_mode", "training.rdzv_endpoint",
     }  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def test_what_reaches_other_machines_or_programs_belongs_to_the_operator() -> No
         ("tracking.uri", "file:/etc"),
         ("tracking.uri", "databricks"),
         ("tracking.wandb_mode", "online"),
-        ("training.rendezvous", "elsewhere:29500"),
+        ("training.rdzv_endpoint", "elsewhere:29500"),
     ],
 )
 def test_a_request_cannot_set_what_belongs_to_the_operator(tmp_path: Path, name: str, value: Any) -> None:
@@ -91,8 +91,8 @@ def test_a_request_cannot_set_what_belongs_to_the_operator(tmp_path: Path, name:
         ("store.folder", "/"),
         ("subject.captions", "/etc/passwd"),
         ("scoring.labels", "/etc/passwd"),
-        ("diffusion.location", "../../models/evil"),
-        ("diffusion.location", "/models"),
+        ("diffusion.pretrained_model_name_or_path", "../../models/evil"),
+        ("diffusion.pretrained_model_name_or_path", "/models"),
         ("evaluation.encoders.clip", "/models"),
         ("output_dir", "store:/../../../tmp/x"),
         ("subject.source", "~/photos"),
@@ -179,7 +179,7 @@ def test_words_that_are_no_paths_are_those_of_their_own_setting(tmp_path: Path) 
     [
         ("source", "${oc.env:LIKENESS_CANARY}"),
         ("source", "x/${oc.env:LIKENESS_CANARY}/../.."),
-        ("subject.known_as", "${oc.env:LIKENESS_CANARY}"),
+        ("subject.web_lookup.query", "${oc.env:LIKENESS_CANARY}"),
         ("publishing.title", "${oc.env:LIKENESS_CANARY}"),
         ("output_dir", "${oc.env:LIKENESS_CANARY}"),
         ("tracking.experiment", "${output_dir}"),
@@ -230,7 +230,15 @@ def test_templates_hold_known_placeholders_without_format_specs(name: str, templ
 
 
 @pytest.mark.parametrize(
-    "name", ["subject.source", "subject.captions", "output_dir", "diffusion.location", "publishing.title", "llm.judge"]
+    "name",
+    [
+        "subject.source",
+        "subject.captions",
+        "output_dir",
+        "diffusion.pretrained_model_name_or_path",
+        "publishing.title",
+        "llm.judge",
+    ],
 )
 @pytest.mark.parametrize("value", ["a\0b", "a\x1b[2Jb", "x" * 500_000])
 def test_what_no_setting_needs_is_refused_by_name_and_briefly(name: str, value: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from flows.run_records import read_summary
-from tests.support.cli_sandbox import Workplace
+from tests.support.cli_sandbox import CliSandbox
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
 from tests.support.tiny import draw_photos
 
@@ -47,30 +47,30 @@ def find_children(pid: int, word: str) -> list[psutil.Process]:
 
 
 def test_a_run_killed_while_training_leaves_no_process_and_goes_on(
-    first_run: dict[str, Any], workplace: Workplace
+    first_run: dict[str, Any], sandbox: CliSandbox
 ) -> None:
-    words = ["seed=99", "training.max_train_steps=40", "training.checkpoint_every_steps=2"]
-    process = workplace.start(*words)
-    work = workplace.output / "work" / "training"
+    words = ["seed=99", "training.max_train_steps=40", "training.checkpointing_steps=2"]
+    process = sandbox.start(*words)
+    work = sandbox.output / "work" / "training"
     wait_until(lambda: process.poll() is not None or bool(list(work.glob("*/checkpoints/step-*"))))
     children = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     _, alive = psutil.wait_procs(children, timeout=30)
     assert alive == []
-    done = workplace.run(*words)
+    done = sandbox.run(*words)
     assert done.returncode == 0, done.stderr[-3000:]
-    summary = workplace.newest()
+    summary = sandbox.newest()
     assert summary["stages"]["prior"]["cached"]
     assert summary["stages"]["subject"]["cached"]
     assert 0 < summary["training_steps"] < 40
     assert summary["stages"]["training"]["counts"]["resumed_from_step"] == 40 - summary["training_steps"]
 
 
-def test_a_polite_end_saves_and_says_how_to_go_on(first_run: dict[str, Any], workplace: Workplace) -> None:
-    words = ["seed=98", "training.max_train_steps=400", "training.checkpoint_every_steps=400"]
-    process = workplace.start(*words)
-    work = workplace.output / "work" / "training"
+def test_a_polite_end_saves_and_says_how_to_go_on(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
+    words = ["seed=98", "training.max_train_steps=400", "training.checkpointing_steps=400"]
+    process = sandbox.start(*words)
+    work = sandbox.output / "work" / "training"
     wait_until(lambda: process.poll() is not None or count_lines("*/losses.jsonl", work) > 0)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
@@ -79,30 +79,30 @@ def test_a_polite_end_saves_and_says_how_to_go_on(first_run: dict[str, Any], wor
     assert list(work.glob("*/checkpoints/step-*"))
 
 
-def test_a_vision_server_killed_mid_run_is_one_line_and_no_answer_is_asked_twice(workplace: Workplace) -> None:
-    draw_photos(workplace.folder / "fish photos", num=4, seed=21, size=256)
+def test_a_vision_server_killed_mid_run_is_one_line_and_no_answer_is_asked_twice(sandbox: CliSandbox) -> None:
+    draw_photos(sandbox.folder / "fish photos", num=4, seed=21, size=256)
     words = [
         "subject.source=fish photos", "subject.class_noun=fish", "prior=none", "training.max_train_steps=1",
         "llm.profiles.local.concurrency=1", "output_dir=other runs",
     ]  # fmt: skip
-    output = workplace.folder / "other runs"
-    process = workplace.start(*words)
+    output = sandbox.folder / "other runs"
+    process = sandbox.start(*words)
     wait_until(lambda: process.poll() is not None or count_lines("*/ledger.jsonl", output) >= 2)
-    for child in find_children(process.pid, "tasks.mini.vision_server.server"):
+    for child in find_children(process.pid, "tasks.mini.vision_server"):
         child.kill()
     _, stderr = process.communicate(timeout=200)
     assert process.returncode == 4, stderr
     assert "ServiceUnavailable: the mini vision server does not answer" in stderr.splitlines()[-1]
     paid = count_lines("*/ledger.jsonl", output)
     assert paid >= 2
-    done = workplace.run(*words)
+    done = sandbox.run(*words)
     assert done.returncode == 0, done.stderr[-3000:]
     ledger = sorted(output.glob("*/ledger.jsonl"))[-1].read_text()
     assert ledger.count('"cached"') >= 2
 
 
 def test_a_run_is_parked_while_its_batch_job_runs_and_goes_on_with_the_same_job(
-    first_run: dict[str, Any], workplace: Workplace
+    first_run: dict[str, Any], sandbox: CliSandbox
 ) -> None:
     with scripted_server(Grading()) as server:
         words = [
@@ -111,28 +111,28 @@ def test_a_run_is_parked_while_its_batch_job_runs_and_goes_on_with_the_same_job(
             "scoring.max_wait_seconds=0.2", "scoring.poll_seconds=0.1",
         ]  # fmt: skip
         server.desk.turn.acquire()  # the provider is busy
-        parked = workplace.run(*words)
-        assert parked.returncode == 4, parked.stderr
-        assert "still validating; `likeness pending` resumes the run" in parked.stderr.splitlines()[-1]
-        assert workplace.newest()["status"] == "pending"
-        busy = workplace.likeness("pending")
+        suspended = sandbox.run(*words)
+        assert suspended.returncode == 4, suspended.stderr
+        assert "still validating; `likeness pending` resumes the run" in suspended.stderr.splitlines()[-1]
+        assert sandbox.newest()["status"] == "pending"
+        busy = sandbox.likeness("pending")
         assert busy.stdout.strip().endswith("0 of 1 waiting runs finished"), busy.stderr
         assert busy.returncode == 11
         server.desk.turn.release()
         wait_until(lambda: all(batch["status"] == "completed" for batch in server.desk.list_batches()))
-        done = workplace.likeness("pending")
+        done = sandbox.likeness("pending")
         assert done.stdout.strip().endswith("1 of 1 waiting runs finished"), done.stderr
         assert done.returncode == 0
         assert server.counts["POST /v1/batches"] == 1
-    summary = workplace.newest()
+    summary = sandbox.newest()
     assert summary["status"] == "finished"
     assert summary["scores"]["tuned"]["concept_preservation"] == 3
     assert not summary["judge"]["is_reliable"]
-    assert "no run in runs waits" in workplace.likeness("pending").stdout
+    assert "no run in runs waits" in sandbox.likeness("pending").stdout
 
 
 def test_a_run_killed_while_its_batch_job_runs_is_pending_and_costs_are_those_of_all_its_runs(
-    first_run: dict[str, Any], workplace: Workplace
+    first_run: dict[str, Any], sandbox: CliSandbox
 ) -> None:
     with scripted_server(Grading()) as server:
         words = [
@@ -142,21 +142,21 @@ def test_a_run_killed_while_its_batch_job_runs_is_pending_and_costs_are_those_of
             "llm.profiles.remote.prices.date=d",
         ]  # fmt: skip
         server.desk.turn.acquire()
-        process = workplace.start(*words)
+        process = sandbox.start(*words)
         wait_until(lambda: process.poll() is not None or bool(server.desk.list_batches()))
-        wait_until(lambda: bool(list(workplace.output.glob("*/jobs.jsonl"))))
+        wait_until(lambda: bool(list(sandbox.output.glob("*/jobs.jsonl"))))
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-        killed = sorted(path.parent for path in workplace.output.glob("*/jobs.jsonl"))[-1]
+        killed = sorted(path.parent for path in sandbox.output.glob("*/jobs.jsonl"))[-1]
         assert read_summary(killed)["status"] == "killed"
-        listed = workplace.likeness("jobs", "list")
+        listed = sandbox.likeness("jobs", "list")
         assert server.desk.list_batches()[0]["id"] in listed.stdout, listed.stderr
         server.desk.turn.release()
         wait_until(lambda: all(batch["status"] == "completed" for batch in server.desk.list_batches()))
-        done = workplace.likeness("pending")
+        done = sandbox.likeness("pending")
         assert (done.returncode, server.counts["POST /v1/batches"]) == (0, 1), done.stderr
     assert json.loads((killed / "summary.json").read_text())["status"] == "continued"
-    cost = workplace.likeness("cost", killed.name)
+    cost = sandbox.likeness("cost", killed.name)
     assert cost.returncode == 0, cost.stderr
     assert "continued" in cost.stdout
-    assert workplace.newest()["run_id"] in cost.stdout
+    assert sandbox.newest()["run_id"] in cost.stdout

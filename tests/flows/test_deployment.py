@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.cli_sandbox import ROOT, Workplace, end
+from tests.support.cli_sandbox import ROOT, CliSandbox, end
 
 CANARY = "canary-3b1f"
 PREFECT = [sys.executable, "-m", "prefect"]
@@ -58,10 +58,10 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(
-    workplace: Workplace, first_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    sandbox: CliSandbox, first_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
-    assert workplace.server_url
-    environment = {**workplace.environment(), "LIKENESS_HOME": str(ROOT), "OPENAI_API_KEY": CANARY}
+    assert sandbox.server_url
+    environment = {**sandbox.environment(), "LIKENESS_HOME": str(ROOT), "OPENAI_API_KEY": CANARY}
     environment["PREFECT_WORKER_QUERY_SECONDS"] = "1"
     for words in (
         ["work-pool", "create", "likeness", "--type", "process"],
@@ -73,9 +73,9 @@ def service(
         assert done.returncode == 0, done.stdout + done.stderr
     with (tmp_path_factory.mktemp("service") / "log").open("wb") as log:
         command = [*PREFECT, "worker", "start", "--pool", "likeness"]
-        worker = subprocess.Popen(command, cwd=workplace.folder, env=environment, stdout=log, stderr=log)
+        worker = subprocess.Popen(command, cwd=sandbox.folder, env=environment, stdout=log, stderr=log)
     try:
-        yield Service(workplace.server_url, environment)
+        yield Service(sandbox.server_url, environment)
     finally:
         end(worker, seconds=5)  # it would sleep out the pause before its next look
 
@@ -85,7 +85,7 @@ def test_the_form_has_enums_bounds_and_descriptions(service: Service) -> None:
     definition = schema["definitions"]["RunRequest"]
     assert definition["additionalProperties"] is False
     assert {"mini", "sd15"} <= set(definition["properties"]["diffusion"]["enum"])
-    assert "token+lora" in definition["properties"]["method"]["enum"]
+    assert "textual_inversion+lora" in definition["properties"]["method"]["enum"]
     assert all("description" in field for field in definition["properties"].values())
 
 
@@ -103,12 +103,12 @@ def test_what_does_not_fit_the_form_is_refused_before_a_run_is_made(service: Ser
 
 
 def test_a_run_through_the_api_finishes_and_is_the_command_lines_run(
-    service: Service, workplace: Workplace, first_run: dict[str, Any]
+    service: Service, sandbox: CliSandbox, first_run: dict[str, Any]
 ) -> None:
-    settings = {"output_dir": str(workplace.output), "training.num_threads": 1}
+    settings = {"output_dir": str(sandbox.output), "training.num_threads": 1}
     run = service.wait(service.trigger({"experiment": "smoke", "settings": settings})["id"])
     assert run["state"]["type"] == "COMPLETED", run["state"]
-    summary = workplace.newest()
+    summary = sandbox.newest()
     assert summary["run_id"] != first_run["run_id"]
     assert all(stage["cached"] for name, stage in summary["stages"].items() if name != "publishing")
     assert summary["metrics"] == first_run["metrics"]
@@ -130,7 +130,8 @@ def test_a_path_outside_the_allowed_folders_fails_the_run(service: Service) -> N
     [
         (
             {"settings": {"llm.profiles.local.capabilities.batch": "file",
-                          "llm.profiles.local.batch_command": ["sh", "-c", "touch owned"], "subject.batch_from": 2}},
+                          "llm.profiles.local.batch_command": ["sh", "-c", "touch owned"],
+                          "subject.batch_threshold": 2}},
             "llm.profiles.local.capabilities.batch is set in conf/ on the worker's machine",
         ),
         (
@@ -142,19 +143,19 @@ def test_a_path_outside_the_allowed_folders_fails_the_run(service: Service) -> N
     ],
 )  # fmt: skip
 def test_a_hostile_request_fails_in_its_first_second_and_learns_nothing(
-    service: Service, workplace: Workplace, request_: dict[str, Any], message: str
+    service: Service, sandbox: CliSandbox, request_: dict[str, Any], message: str
 ) -> None:
     run = service.wait(service.trigger(request_)["id"])
     assert run["state"]["type"] == "FAILED"
     assert message in run["state"]["message"]
     assert CANARY not in json.dumps(run)
-    assert not list(workplace.folder.rglob("owned"))
+    assert not list(sandbox.folder.rglob("owned"))
 
 
-def test_no_secret_of_the_environment_is_in_the_database(service: Service, workplace: Workplace) -> None:
+def test_no_secret_of_the_environment_is_in_the_database(service: Service, sandbox: CliSandbox) -> None:
     assert service.environment["OPENAI_API_KEY"] == CANARY
-    database = b"".join(path.read_bytes() for path in Path(workplace.folder / "prefect").glob("*.db*"))
+    database = b"".join(path.read_bytes() for path in Path(sandbox.folder / "prefect").glob("*.db*"))
     assert b"personalize-subject" in database
     assert CANARY.encode() not in database
-    for path in workplace.output.rglob("*"):
+    for path in sandbox.output.rglob("*"):
         assert not path.is_file() or CANARY.encode() not in path.read_bytes(), path

@@ -9,24 +9,24 @@ import psutil
 import pytest
 
 from tasks.mini.vision_server.launch import LocalServer
-from tests.support.cli_sandbox import Workplace
+from tests.support.cli_sandbox import CliSandbox
 
 CANARY = "sk-canary-6c1f0b7e"
 WORDS = (
     "llm=mine",
-    "training.validation.every_steps=2", "training.validation.keep=best", "training.validation.num_kept=2",
+    "training.validation.validation_steps=2", "training.validation.keep=best", "training.validation.save_top_k=2",
     "evaluation.num_candidate_images=1",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def watched(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def watched(sandbox: CliSandbox, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The run's summary, what it printed, and every word of its processes' command lines."""
     server = LocalServer(tmp_path_factory.mktemp("server") / "log")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOME_KEY", CANARY)
         patch.setenv("LIKENESS_CONF", str(add_provider(tmp_path_factory.mktemp("our conf"), server.start())))
-        process = workplace.start(*WORDS)
+        process = sandbox.start(*WORDS)
         told: set[str] = set()
         try:
             while process.poll() is None:
@@ -36,7 +36,7 @@ def watched(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> d
         finally:
             server.stop()
     assert process.returncode == 0, printed[-3000:]
-    return {"summary": workplace.newest(), "printed": printed, "words": told}
+    return {"summary": sandbox.newest(), "printed": printed, "words": told}
 
 
 def add_provider(folder: Path, base_url: str) -> Path:
@@ -74,23 +74,23 @@ def holds(path: Path, text: str) -> bool:
         return False
 
 
-def test_a_key_is_in_no_file_database_log_or_process_argument(watched: dict[str, Any], workplace: Workplace) -> None:
+def test_a_key_is_in_no_file_database_log_or_process_argument(watched: dict[str, Any], sandbox: CliSandbox) -> None:
     assert any("tasks.training.process.worker" in word for word in watched["words"])  # it was looked at while it ran
     assert CANARY not in watched["printed"] + " ".join(watched["words"])
-    files = [path for path in workplace.folder.rglob("*") if path.is_file()]
+    files = [path for path in sandbox.folder.rglob("*") if path.is_file()]
     assert any(path.name == "mlflow.db" for path in files)
     assert any(path.name == "prefect.db" for path in files)
     assert [path for path in files if holds(path, CANARY)] == []
 
 
-def test_kept_weights_meet_and_can_be_drawn_with(watched: dict[str, Any], workplace: Workplace) -> None:
+def test_kept_weights_meet_and_can_be_drawn_with(watched: dict[str, Any], sandbox: CliSandbox) -> None:
     summary = watched["summary"]
     ranks = summary["checkpoints"]
     assert len(ranks) == 2
     assert sum(rank["strength"] for rank in ranks) == pytest.approx(1)
     [other] = [rank["step"] for rank in ranks if not rank["is_published"]]
-    report = (workplace.output / summary["run_id"] / "report.html").read_text()
+    report = (sandbox.output / summary["run_id"] / "report.html").read_text()
     assert "Weights of several steps" in report
     words = ["generate", summary["run_id"], "a photo of sks fish", "--candidate", str(other), "--steps", "2"]
-    done = workplace.likeness(*words)
+    done = sandbox.likeness(*words)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from tasks.services.store import LocalStore
 from tasks.stage.cache import PREFIXES
 from tasks.stage.digests import parse_json, sign, verify_signed
-from tests.support.cli_sandbox import Workplace
+from tests.support.cli_sandbox import CliSandbox
 
 
 def test_six_stages_turn_photos_into_a_published_model(first_run: dict[str, Any]) -> None:
@@ -42,11 +42,11 @@ def test_the_report_holds_everything_inside_itself(first_run: dict[str, Any]) ->
 
 
 def test_running_again_with_the_embedded_server_computes_nothing(
-    first_run: dict[str, Any], workplace: Workplace
+    first_run: dict[str, Any], sandbox: CliSandbox
 ) -> None:
-    done = workplace.embedded().run()
+    done = sandbox.embedded().run()
     assert done.returncode == 0, done.stderr[-3000:]
-    again = workplace.newest()
+    again = sandbox.newest()
     assert again["run_id"] != first_run["run_id"]
     assert all(stage["cached"] for stage in again["stages"].values())
     assert (again["llm_calls"], again["training_steps"]) == (0, 0)
@@ -54,37 +54,37 @@ def test_running_again_with_the_embedded_server_computes_nothing(
     assert again["config_digest"] == first_run["config_digest"]
 
 
-def test_a_changed_setting_recomputes_only_what_depends_on_it(first_run: dict[str, Any], workplace: Workplace) -> None:
-    done = workplace.run("evaluation.seed=5", "publishing=local", "tracking=none")
+def test_a_changed_setting_recomputes_only_what_depends_on_it(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
+    done = sandbox.run("evaluation.seed=5", "publishing=local", "tracking=none")
     assert done.returncode == 0, done.stderr[-3000:]
-    cached = {name: stage["cached"] for name, stage in workplace.newest()["stages"].items()}
+    cached = {name: stage["cached"] for name, stage in sandbox.newest()["stages"].items()}
     assert cached == {
         "subject": True, "prior": True, "training": True, "evaluation": False, "scoring": False, "publishing": False,
     }  # fmt: skip
 
 
-def test_a_picture_is_drawn_with_the_tuned_model(first_run: dict[str, Any], workplace: Workplace) -> None:
-    folder = workplace.output / first_run["run_id"]  # as a shell completes it
+def test_a_picture_is_drawn_with_the_tuned_model(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
+    folder = sandbox.output / first_run["run_id"]  # as a shell completes it
     words = ["generate", str(folder), "a photo of sks fish at night", "--steps", "2", "--seed", "4"]
-    done = workplace.likeness(*words, "--out", "new folder/one.png")
+    done = sandbox.likeness(*words, "--out", "new folder/one.png")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "new folder/one.png  seed 4"
-    assert Image.open(workplace.folder / "new folder" / "one.png").size == (64, 64)
+    assert Image.open(sandbox.folder / "new folder" / "one.png").size == (64, 64)
 
 
-def test_runs_and_reports_are_listed(first_run: dict[str, Any], workplace: Workplace) -> None:
-    listed = json.loads(workplace.likeness("runs", "--json").stdout)
+def test_runs_and_reports_are_listed(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
+    listed = json.loads(sandbox.likeness("runs", "--json").stdout)
     assert first_run["run_id"] in [summary["run_id"] for summary in listed]
     assert listed == sorted(listed, key=lambda summary: summary["run_id"], reverse=True)
-    assert first_run["run_id"] in workplace.likeness("runs").stdout
-    report = workplace.likeness("report", first_run["run_id"]).stdout.strip()
-    assert (workplace.folder / report).exists()
+    assert first_run["run_id"] in sandbox.likeness("runs").stdout
+    report = sandbox.likeness("report", first_run["run_id"]).stdout.strip()
+    assert (sandbox.folder / report).exists()
 
 
-def test_tracking_has_losses_metrics_artifacts_and_the_model(first_run: dict[str, Any], workplace: Workplace) -> None:
+def test_tracking_has_losses_metrics_artifacts_and_the_model(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
     from mlflow import MlflowClient
 
-    uri = f"sqlite:///{workplace.output / 'mlflow.db'}"
+    uri = f"sqlite:///{sandbox.output / 'mlflow.db'}"
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     assert client.get_model_version_by_alias("likeness-fish", "latest-tuned")
     version = client.get_model_version("likeness-fish", first_run["registered"]["version"])
@@ -100,27 +100,27 @@ def test_tracking_has_losses_metrics_artifacts_and_the_model(first_run: dict[str
 
 
 def test_publishing_is_not_called_cached_where_the_tracking_server_lost_it(
-    first_run: dict[str, Any], workplace: Workplace
+    first_run: dict[str, Any], sandbox: CliSandbox
 ) -> None:
     from mlflow import MlflowClient
 
-    uri = f"sqlite:///{workplace.output / 'mlflow.db'}"
+    uri = f"sqlite:///{sandbox.output / 'mlflow.db'}"
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    registered = workplace.run()
+    registered = sandbox.run()
     assert registered.returncode == 0, registered.stderr[-3000:]
-    version = workplace.newest()["registered"]["version"]
+    version = sandbox.newest()["registered"]["version"]
     client.delete_model_version("likeness-fish", version)
-    done = workplace.run()
+    done = sandbox.run()
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"version {version} of the registered model likeness-fish is gone" in done.stderr
-    again = workplace.newest()
+    again = sandbox.newest()
     assert {name for name, stage in again["stages"].items() if not stage["cached"]} == {"publishing"}
     assert again["registered"]["version"] != version
     assert client.get_model_version("likeness-fish", again["registered"]["version"])
 
 
 def test_an_unequal_recomputation_invalidates_everything_below_it(
-    first_run: dict[str, Any], workplace: Workplace
+    first_run: dict[str, Any], sandbox: CliSandbox
 ) -> None:
     """Samples, scores and the published model describe the weights that there are, not those that there were."""
     path = Path(first_run["paths"]["manifests"]["training"])
@@ -128,7 +128,7 @@ def test_an_unequal_recomputation_invalidates_everything_below_it(
     weights = next(
         ref for ref in manifest["objects"] if ref["key"].endswith("unet/diffusion_pytorch_model.safetensors")
     )
-    kept = {name: (workplace.output / "store" / name).read_bytes() for name in (weights["key"],)}
+    kept = {name: (sandbox.output / "store" / name).read_bytes() for name in (weights["key"],)}
     changed = load(kept[weights["key"]])
     name = next(iter(changed))
     data = save({**changed, name: changed[name] + 1e-3})
@@ -136,26 +136,26 @@ def test_an_unequal_recomputation_invalidates_everything_below_it(
     whole = json.loads(json.dumps(manifest).replace(json.dumps(weights), json.dumps(new)))
     before = path.read_bytes()
     try:
-        LocalStore(workplace.output / "store").put_bytes(weights["key"], data)
+        LocalStore(sandbox.output / "store").put_bytes(weights["key"], data)
         path.write_text(json.dumps(sign(whole)))
-        done = workplace.run()
+        done = sandbox.run()
         assert done.returncode == 0, done.stderr[-3000:]
-        cached = {stage: told["cached"] for stage, told in workplace.newest()["stages"].items()}
+        cached = {stage: told["cached"] for stage, told in sandbox.newest()["stages"].items()}
     finally:
-        LocalStore(workplace.output / "store").put_bytes(weights["key"], kept[weights["key"]])
+        LocalStore(sandbox.output / "store").put_bytes(weights["key"], kept[weights["key"]])
         path.write_bytes(before)
     assert cached == {
         "subject": True, "prior": True, "training": True, "evaluation": False, "scoring": False, "publishing": False,
     }  # fmt: skip
 
 
-def test_a_damaged_object_is_computed_anew(first_run: dict[str, Any], workplace: Workplace) -> None:
+def test_a_damaged_object_is_computed_anew(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
     manifest = json.loads(Path(first_run["paths"]["manifests"]["evaluation"]).read_text())
     key = manifest["samples"][0]["image"]["key"]
-    (workplace.output / "store" / key).write_bytes(b"flipped")
-    done = workplace.run()
+    (sandbox.output / "store" / key).write_bytes(b"flipped")
+    done = sandbox.run()
     assert done.returncode == 0, done.stderr[-3000:]
-    again = workplace.newest()
+    again = sandbox.newest()
     assert again["stages"]["training"]["cached"]
     assert not again["stages"]["evaluation"]["cached"]
     assert again["metrics"] == first_run["metrics"]

@@ -7,24 +7,24 @@ from conf.request import Value
 from conf.sweep import SweepRequest, parse_sweep
 from flows.sweep_settings import compute_objective
 from tasks.errors import ConfigError
-from tests.support.cli_sandbox import QUICK, Workplace
+from tests.support.cli_sandbox import QUICK, CliSandbox
 
 
-def test_trials_share_stages_and_the_best_is_named(first_run: dict[str, object], workplace: Workplace) -> None:
+def test_trials_share_stages_and_the_best_is_named(first_run: dict[str, object], sandbox: CliSandbox) -> None:
     words = ["sweep", *QUICK, "training.learning_rate=1e-4,3e-4", "tracking=mlflow"]
-    done = workplace.likeness(*words, timeout=290)
+    done = sandbox.likeness(*words, timeout=290)
     assert done.returncode == 0, done.stderr[-3000:]
     # The first value is the default, which the first run already trained; the second is new.
     assert "2 new trials; stages taken from the store: subject 2, prior 2, training 1, evaluation 1" in done.stdout
     assert done.stdout.count("\n* ") == 1
-    again = workplace.likeness(*words)
+    again = sandbox.likeness(*words)
     assert "0 new trials" in again.stdout
 
 
-def test_parent_and_child_runs_are_tracked(first_run: dict[str, object], workplace: Workplace) -> None:
+def test_parent_and_child_runs_are_tracked(first_run: dict[str, object], sandbox: CliSandbox) -> None:
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{workplace.output / 'mlflow.db'}")
+    client = MlflowClient(tracking_uri=f"sqlite:///{sandbox.output / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("likeness")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])

@@ -6,17 +6,17 @@ from pathlib import Path
 
 from tasks.stage.digests import parse_json, verify_signed
 from tests.golden.stages import FOLDER, KINDS, describe, join_pictures
-from tests.support.cli_sandbox import Workplace
+from tests.support.cli_sandbox import CliSandbox
 
 
 def main() -> None:
     """Write one JSON file per stage, and one picture where it makes any."""
     with tempfile.TemporaryDirectory() as name:
-        workplace = Workplace(Path(name))
-        done = workplace.run()
+        sandbox = CliSandbox(Path(name))
+        done = sandbox.run()
         if done.returncode:
             raise SystemExit(done.stderr)
-        for stage, path in workplace.newest()["paths"]["manifests"].items():
+        for stage, path in sandbox.newest()["paths"]["manifests"].items():
             manifest = Path(path)
             loaded = KINDS[stage].model_validate(verify_signed(parse_json(manifest.read_bytes())))
             text = json.dumps(describe(stage, loaded), indent=1, ensure_ascii=False)

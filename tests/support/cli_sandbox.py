@@ -21,7 +21,7 @@ QUICK = ["experiment=smoke", "training.num_threads=1"]
 
 
 @dataclass(frozen=True)
-class Workplace:
+class CliSandbox:
     """A folder to run in, with a Prefect home of its own.
 
     Without `server_url` every command starts the embedded Prefect server.
@@ -30,7 +30,7 @@ class Workplace:
     folder: Path
     server_url: str | None = None
 
-    def embedded(self) -> "Workplace":
+    def embedded(self) -> "CliSandbox":
         return replace(self, server_url=None)
 
     @property
@@ -88,7 +88,7 @@ def serve_prefect(folder: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}/api"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (folder / "prefect-server.log").open("wb") as log:
-        environment = Workplace(folder, url).environment()
+        environment = CliSandbox(folder, url).environment()
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 120

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from tasks.mini.vision_server.batch_api import BatchDesk, DeskError
+from tasks.mini.vision_server.batch_api import DeskError, InMemoryBatchApi
 
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -28,7 +28,7 @@ def completion(content: str | None, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class ExpiringDesk(BatchDesk):
+class ExpiringDesk(InMemoryBatchApi):
     """Ends every job after so many rows, as providers do after 24 hours: the rest is in the error file."""
 
     def __init__(self, answer: Any, *, num_done: int) -> None:
@@ -58,7 +58,7 @@ class ScriptedServer:
         self.counts: Counter[str] = Counter()
         self.asking = threading.Lock()
         self.bodies: list[dict[str, Any]] = []
-        self.desk = BatchDesk(self.answer_row)
+        self.desk = InMemoryBatchApi(self.answer_row)
         self.url = ""
         self.models: list[dict[str, Any]] = [
             {"id": "asked-model", "object": "model", "created": 1, "owned_by": "somebody"}

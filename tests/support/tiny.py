@@ -51,7 +51,7 @@ def make_tiny_stable_diffusion(folder: Path, *, prediction_type: str = "epsilon"
 
 def tiny_diffusion_config(folder: Path, **changes: Any) -> DiffusionConfig:
     """Return the configuration of a tiny model."""
-    return DiffusionConfig(location=str(folder), resolution=SIDE, **{"device": "cpu", **changes})
+    return DiffusionConfig(pretrained_model_name_or_path=str(folder), resolution=SIDE, **{"device": "cpu", **changes})
 
 
 def draw_photos(folder: Path, *, num: int = 4, seed: int = 7, size: int = 128) -> list[Path]:
@@ -83,8 +83,8 @@ def describe_image(path: Path, prompt: str = "", *, mask: Path | None = None) ->
 def make_spec(tmp_path: Path, model_folder: Path, **changes: Any) -> TrainingSpec:
     """Return a spec that trains a tiny model on drawn photos in seconds."""
     settings = {
-        "max_train_steps": 8, "train_batch_size": 2, "learning_rate": 1e-3, "checkpoint_every_steps": 2,
-        "log_every_steps": 1, "num_threads": 1,
+        "max_train_steps": 8, "train_batch_size": 2, "learning_rate": 1e-3, "checkpointing_steps": 2,
+        "log_every_n_steps": 1, "num_threads": 1,
     }  # fmt: skip
     training = TrainingConfig(**{**settings, **changes})
     photos = draw_photos(tmp_path / "photos", num=3)

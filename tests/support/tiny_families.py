@@ -135,7 +135,9 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
 
 
 def family_config(family: str, folder: Path) -> DiffusionConfig:
-    return DiffusionConfig(family=family, location=str(folder), resolution=SIDE, device="cpu", sampler="euler")
+    return DiffusionConfig(
+        family=family, pretrained_model_name_or_path=str(folder), resolution=SIDE, device="cpu", sampler="euler"
+    )
 
 
 def open_family(family: str, folder: Path) -> LatentModel:

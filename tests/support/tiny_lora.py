@@ -33,14 +33,14 @@ TARGETS = {
 EXPORT = LoraExport(alpha=6.0, save_precision="fp32", title="sks fish", trigger_phrase="sks fish")
 
 
-def adapt(model: LatentModel, targets: tuple[str, ...] = (), *, is_dora: bool = False) -> list[str]:
+def adapt(model: LatentModel, targets: tuple[str, ...] = (), *, use_dora: bool = False) -> list[str]:
     """Add adapters that change something, as training would leave them."""
-    names = list(model.trainable_modules(is_text_encoder_trained=True))
+    names = list(model.trainable_modules(train_text_encoder=True))
     torch.manual_seed(1)
-    add_lora(model, names, rank=3, alpha=EXPORT.alpha, dropout=0.0, is_dora=is_dora, target_modules=targets)
+    add_lora(model, names, rank=3, alpha=EXPORT.alpha, dropout=0.0, use_dora=use_dora, target_modules=targets)
     with torch.no_grad():
         for name in names:
-            for key, parameter in model.parts[name].named_parameters():
+            for key, parameter in model.components[name].named_parameters():
                 if "lora_B" in key:
                     parameter.normal_(std=0.05)
                 elif "lora_magnitude" in key:
@@ -55,5 +55,5 @@ def predict(model: LatentModel) -> torch.Tensor:
     shape = (1, model.vae.config.latent_channels, 16, 16)
     noisy = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     states = model.encode_prompts(model.tokenize(["a photo of sks fish"]))
-    sizes = torch.tensor([[64.0, 48, 0, 8, 32, 32]])
-    return model.predict(noisy, model.noise.choose_timesteps(torch.tensor([0.5])), states, sizes)
+    time_ids = torch.tensor([[64.0, 48, 0, 8, 32, 32]])
+    return model.predict(noisy, model.noise_scheduler.sample_timesteps(torch.tensor([0.5])), states, time_ids)

@@ -63,7 +63,7 @@ def test_a_secret_is_masked_whole_cut_or_encoded(shown: str) -> None:
         ("Authorization: a1b2", "Authorization: ***"),
         ('{"Authorization": "Bearer abcdefgh"}', '{"Authorization": "Bearer ***"}'),
         ('{"identifier_token": "sks"}', '{"identifier_token": "sks"}'),
-        ("training.token: Input should be valid", "training.token: Input should be valid"),
+        ("training.textual_inversion: Input should be valid", "training.textual_inversion: Input should be valid"),
         ("tokens: 512 and token: 512", "tokens: 512 and token: 512"),
         ('{"token": null, "api_key_env": "SOME_NAME"}', '{"token": null, "api_key_env": "SOME_NAME"}'),
     ],

@@ -65,7 +65,7 @@ class Flux(LatentModel):
     }  # fmt: skip
     original_layers = ORIGINAL_LAYERS
     implementation = "https://github.com/black-forest-labs/flux"
-    noise: RectifiedFlow
+    noise_scheduler: RectifiedFlow
 
     @property
     def architecture(self) -> str:
@@ -75,10 +75,10 @@ class Flux(LatentModel):
     def encode_prompts(self, input_ids: Tensor) -> Conditioning:
         """Return T5's states and CLIP's pooled text."""
         ids = self.split_ids(input_ids)
-        pooled = self.parts["text_encoder"](ids["text_encoder"]).pooler_output
-        return Conditioning(self.parts["text_encoder_2"](ids["text_encoder_2"]).last_hidden_state, pooled)
+        pooled = self.components["text_encoder"](ids["text_encoder"]).pooler_output
+        return Conditioning(self.components["text_encoder_2"](ids["text_encoder_2"]).last_hidden_state, pooled)
 
-    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Tensor) -> Tensor:
         """Return the transformer's prediction, packed 2x2 on the way in and unpacked on the way out."""
         rows, channels, height, width = noisy_latents.shape
         guidance = None
@@ -87,9 +87,9 @@ class Flux(LatentModel):
         states = conditioning.encoder_hidden_states
         packed: Tensor = self.denoiser(
             hidden_states=pack(noisy_latents),
-            timestep=timesteps / self.noise.num_train_timesteps,
+            timestep=timesteps / self.noise_scheduler.num_train_timesteps,
             guidance=guidance,
-            pooled_projections=conditioning.pooled,
+            pooled_projections=conditioning.pooled_prompt_embeds,
             encoder_hidden_states=states,
             txt_ids=torch.zeros(states.shape[1], 3, device=noisy_latents.device),
             img_ids=make_image_ids(height // 2, width // 2).to(noisy_latents.device),
@@ -104,12 +104,15 @@ class Flux(LatentModel):
 
     def make_sampler(self) -> Any:
         """Return the flow's Euler steps, the only method that the family is used with."""
-        return FlowMatchEulerDiscreteScheduler.from_config(self.noise.scheduler.config)
+        return FlowMatchEulerDiscreteScheduler.from_config(self.noise_scheduler.scheduler.config)
 
     def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
         """Return encoded prompts; guidance is a number for the transformer, no second forward."""
         conditioning = self.encode_prompts(self.tokenize(prompts))
-        return {"prompt_embeds": conditioning.encoder_hidden_states, "pooled_prompt_embeds": conditioning.pooled}
+        return {
+            "prompt_embeds": conditioning.encoder_hidden_states,
+            "pooled_prompt_embeds": conditioning.pooled_prompt_embeds,
+        }
 
 
 def pack(latents: Tensor) -> Tensor:

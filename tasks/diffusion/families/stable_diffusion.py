@@ -31,9 +31,9 @@ class StableDiffusion(LatentModel):
     text_encoder_names = ("text_encoder",)
     unused_parts = ("feature_extractor", "image_encoder", "safety_checker")
     fixed_settings: ClassVar = {"requires_safety_checker": False}
-    has_resting_layers = False
+    has_unused_parameters = False
     lora_targets: ClassVar = {"unet": UNET_LORA_TARGETS, "text_encoder": CLIP_LORA_TARGETS}
-    noise: GaussianDiffusion
+    noise_scheduler: GaussianDiffusion
 
     @property
     def architecture(self) -> str:
@@ -41,14 +41,16 @@ class StableDiffusion(LatentModel):
         if self.denoiser.config.cross_attention_dim != 1024:
             return "stable-diffusion-v1"
         return (
-            "stable-diffusion-v2-768-v" if self.noise.prediction_type == "v_prediction" else "stable-diffusion-v2-512"
+            "stable-diffusion-v2-768-v"
+            if self.noise_scheduler.prediction_type == "v_prediction"
+            else "stable-diffusion-v2-512"
         )
 
     def encode_prompts(self, input_ids: Tensor) -> Conditioning:
         """Return `encoder_hidden_states` `(B, L, D)`."""
-        return Conditioning(self.parts["text_encoder"](input_ids.to(self.device)).last_hidden_state)
+        return Conditioning(self.components["text_encoder"](input_ids.to(self.device)).last_hidden_state)
 
-    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Tensor) -> Tensor:
         """Return the UNet's prediction."""
         states = conditioning.encoder_hidden_states
         prediction: Tensor = self.denoiser(noisy_latents, timesteps, states, return_dict=False)[0]
@@ -84,16 +86,18 @@ class StableDiffusion(LatentModel):
 
     def make_sampler(self) -> Any:
         """Return the configured denoising method on the model's own schedule."""
-        return SAMPLERS[self.config.sampler].from_config(self.noise.scheduler.config)
+        return SAMPLERS[self.config.sampler].from_config(self.noise_scheduler.scheduler.config)
 
     def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
         """Return encoded prompts and the encoded empty prompt."""
-        told, untold = (self.encode_prompts(self.tokenize(texts)) for texts in (prompts, [""] * len(prompts)))
+        prompt_embeds, negative_prompt_embeds = (
+            self.encode_prompts(self.tokenize(texts)) for texts in (prompts, [""] * len(prompts))
+        )
         return {
-            "prompt_embeds": told.encoder_hidden_states,
-            "negative_prompt_embeds": untold.encoder_hidden_states,
+            "prompt_embeds": prompt_embeds.encoder_hidden_states,
+            "negative_prompt_embeds": negative_prompt_embeds.encoder_hidden_states,
         }
 
     def saved_scheduler(self) -> Any:
         """Return DDIM, which every tool reads."""
-        return DDIMScheduler.from_config(self.noise.scheduler.config)
+        return DDIMScheduler.from_config(self.noise_scheduler.scheduler.config)

@@ -65,7 +65,7 @@ class StableDiffusion3(LatentModel):
         "text_encoder_2": CLIP_LORA_TARGETS,
     }  # fmt: skip
     original_layers = ORIGINAL_LAYERS
-    noise: RectifiedFlow
+    noise_scheduler: RectifiedFlow
 
     @property
     def architecture(self) -> str:
@@ -86,7 +86,7 @@ class StableDiffusion3(LatentModel):
         states = torch.cat([state for state, _ in clip], -1)
         states = F.pad(states, (0, sizes["states"] - states.shape[-1]))
         if "text_encoder_3" in ids:
-            long = self.parts["text_encoder_3"](ids["text_encoder_3"]).last_hidden_state
+            long = self.components["text_encoder_3"](ids["text_encoder_3"]).last_hidden_state
         else:
             long = states.new_zeros(len(input_ids), T5_LENGTH, sizes["states"])
         pooled = torch.cat([pool for _, pool in clip], -1)
@@ -100,15 +100,15 @@ class StableDiffusion3(LatentModel):
                 torch.zeros(num, CLIP_LENGTH, width, device=self.device),
                 torch.zeros(num, width, device=self.device),
             )
-        out = self.parts[name](ids, output_hidden_states=True)
+        out = self.components[name](ids, output_hidden_states=True)
         return out.hidden_states[-2], out.text_embeds
 
     def missing_width(self, name: str) -> int:
         """Return the width of a missing CLIP: what the other one leaves of the pooled text."""
         pooled = self.transformer_sizes()["pooled"]
-        others = [n for n in self.text_encoder_names[:2] if n != name and n in self.parts]
+        others = [n for n in self.text_encoder_names[:2] if n != name and n in self.components]
         if others:
-            return pooled - int(self.parts[others[0]].config.projection_dim)
+            return pooled - int(self.components[others[0]].config.projection_dim)
         return pooled if name == "text_encoder" else 0
 
     def transformer_sizes(self) -> dict[str, int]:
@@ -116,28 +116,28 @@ class StableDiffusion3(LatentModel):
         config = self.denoiser.config
         return {"states": int(config.joint_attention_dim), "pooled": int(config.pooled_projection_dim)}
 
-    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Tensor) -> Tensor:
         """Return the transformer's prediction."""
         prediction: Tensor = self.denoiser(
             hidden_states=noisy_latents,
             timestep=timesteps,
             encoder_hidden_states=conditioning.encoder_hidden_states,
-            pooled_projections=conditioning.pooled,
+            pooled_projections=conditioning.pooled_prompt_embeds,
             return_dict=False,
         )[0]
         return prediction
 
     def make_sampler(self) -> Any:
         """Return the flow's Euler steps, the only method that the family is used with."""
-        return FlowMatchEulerDiscreteScheduler.from_config(self.noise.scheduler.config)
+        return FlowMatchEulerDiscreteScheduler.from_config(self.noise_scheduler.scheduler.config)
 
     def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
         """Return encoded prompts and the encoded empty prompt."""
-        told = self.encode_prompts(self.tokenize(prompts))
-        untold = self.encode_prompts(self.tokenize([""] * len(prompts)))
+        prompt_embeds = self.encode_prompts(self.tokenize(prompts))
+        negative_prompt_embeds = self.encode_prompts(self.tokenize([""] * len(prompts)))
         return {
-            "prompt_embeds": told.encoder_hidden_states,
-            "pooled_prompt_embeds": told.pooled,
-            "negative_prompt_embeds": untold.encoder_hidden_states,
-            "negative_pooled_prompt_embeds": untold.pooled,
+            "prompt_embeds": prompt_embeds.encoder_hidden_states,
+            "pooled_prompt_embeds": prompt_embeds.pooled_prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds.encoder_hidden_states,
+            "negative_pooled_prompt_embeds": negative_prompt_embeds.pooled_prompt_embeds,
         }

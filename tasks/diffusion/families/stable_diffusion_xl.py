@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (arXiv 2307.01952): two CLIP text encoders, sizes as a condition, a larger UNet."""
+"""Stable Diffusion XL (arXiv 2307.01952): two CLIP text encoders, time_ids as a condition, a larger UNet."""
 
 from typing import Any, ClassVar
 
@@ -28,13 +28,13 @@ class StableDiffusionXl(LatentModel):
     index_settings = ("force_zeros_for_empty_prompt",)
     architecture = "stable-diffusion-xl-v1-base"
     implementation = "https://github.com/Stability-AI/generative-models"
-    noise: GaussianDiffusion
+    noise_scheduler: GaussianDiffusion
 
     def encode_prompts(self, input_ids: Tensor) -> Conditioning:
         """Return both encoders' last states but one, side by side, and the second one's pooled text."""
         states, pooled = [], None
         for name, ids in self.split_ids(input_ids).items():
-            out = self.parts[name](ids, output_hidden_states=True)
+            out = self.components[name](ids, output_hidden_states=True)
             states.append(out.hidden_states[-2])
             pooled = out[0]
         assert pooled is not None
@@ -46,9 +46,9 @@ class StableDiffusionXl(LatentModel):
         is_nonempty = (input_ids != empty).any(1).to(self.device)
         return Conditioning(joined * is_nonempty[:, None, None], pooled * is_nonempty[:, None])
 
-    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Tensor) -> Tensor:
         """Return the UNet's prediction, conditioned on original size, crop and target size."""
-        added = {"text_embeds": conditioning.pooled, "time_ids": sizes.to(noisy_latents)}
+        added = {"text_embeds": conditioning.pooled_prompt_embeds, "time_ids": time_ids.to(noisy_latents)}
         states = conditioning.encoder_hidden_states
         prediction: Tensor = self.denoiser(
             noisy_latents, timesteps, states, added_cond_kwargs=added, return_dict=False
@@ -57,11 +57,11 @@ class StableDiffusionXl(LatentModel):
 
     def make_sampler(self) -> Any:
         """Return the configured denoising method on the model's own schedule."""
-        return SAMPLERS[self.config.sampler].from_config(self.noise.scheduler.config)
+        return SAMPLERS[self.config.sampler].from_config(self.noise_scheduler.scheduler.config)
 
     def saved_scheduler(self) -> Any:
         """Return Euler, as the base model has."""
-        return EulerDiscreteScheduler.from_config(self.noise.scheduler.config)
+        return EulerDiscreteScheduler.from_config(self.noise_scheduler.scheduler.config)
 
     def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
         """Return encoded prompts and the encoded empty prompt."""
@@ -69,7 +69,7 @@ class StableDiffusionXl(LatentModel):
         negative = self.encode_prompts(self.tokenize([""] * len(prompts)))
         return {
             "prompt_embeds": conditioning.encoder_hidden_states,
-            "pooled_prompt_embeds": conditioning.pooled,
+            "pooled_prompt_embeds": conditioning.pooled_prompt_embeds,
             "negative_prompt_embeds": negative.encoder_hidden_states,
-            "negative_pooled_prompt_embeds": negative.pooled,
+            "negative_pooled_prompt_embeds": negative.pooled_prompt_embeds,
         }

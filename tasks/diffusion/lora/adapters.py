@@ -35,7 +35,7 @@ class LoraExport:
     trigger_phrase: str
 
 
-def add_lora(model: LatentModel, parts: list[str], *, rank: int, alpha: float, dropout: float, is_dora: bool,
+def add_lora(model: LatentModel, parts: list[str], *, rank: int, alpha: float, dropout: float, use_dora: bool,
              target_modules: tuple[str, ...]) -> dict[str, nn.Module]:  # fmt: skip
     """Put LoRA layers into the named parts and return those; all else stays frozen.
 
@@ -49,20 +49,20 @@ def add_lora(model: LatentModel, parts: list[str], *, rank: int, alpha: float, d
     for name in parts:
         targets = target_modules if name == model.denoiser_name and target_modules else model.lora_targets[name]
         if name == model.denoiser_name:
-            check_targets(model.parts[name], targets)
+            check_targets(model.components[name], targets)
         settings = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]
             lora_dropout=dropout,
-            use_dora=is_dora,
+            use_dora=use_dora,
             init_lora_weights="gaussian",
             target_modules=list(targets),
         )
-        model.parts[name].add_adapter(settings)
-        for parameter in model.parts[name].parameters():
+        model.components[name].add_adapter(settings)
+        for parameter in model.components[name].parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # small updates vanish in half precision
-        adapted[name] = model.parts[name]
+        adapted[name] = model.components[name]
     return adapted
 
 
@@ -91,7 +91,7 @@ def save_lora(model: LatentModel, folder: Path, names: list[str], export: LoraEx
     kohya: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     for name in names:
-        part = model.parts[name]
+        part = model.components[name]
         state = read_adapter(model, name)
         settings = {**part.peft_config["default"].to_dict(), "base_model_name_or_path": None}
         rank = settings["r"]
@@ -117,13 +117,13 @@ def save_lora(model: LatentModel, folder: Path, names: list[str], export: LoraEx
 
 def read_adapter(model: LatentModel, name: str, adapter: str = "default") -> dict[str, Tensor]:
     """Return what one part's adapter holds, by PEFT's names, in float32 on the CPU; nothing for what wasn't loaded."""
-    if adapter not in getattr(model.parts[name], "peft_config", {}):
+    if adapter not in getattr(model.components[name], "peft_config", {}):
         return {}
-    state = get_peft_model_state_dict(model.parts[name], adapter_name=adapter)
+    state = get_peft_model_state_dict(model.components[name], adapter_name=adapter)
     if name in model.text_encoders:
         # transformers 5 flattened this class; every tool knows its layers by their older names. Its own loader
         # passes over DoRA's magnitudes unless their keys end like those of other weights.
-        prefix = "" if hasattr(model.parts[name], "text_model") else "text_model."
+        prefix = "" if hasattr(model.components[name], "text_model") else "text_model."
         state = {f"{prefix}{key}.weight" if key.endswith("lora_magnitude_vector") else f"{prefix}{key}": value
                  for key, value in state.items()}  # fmt: skip
     return {key: value.detach().float().cpu() for key, value in state.items() if not value.is_meta}
@@ -146,7 +146,7 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 def describe(model: LatentModel, export: LoraExport) -> dict[str, str]:
     """Return the metadata of the ModelSpec standard, version 1.0.1; no date, so that equal runs give equal files."""
     side = model.config.resolution
-    prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(getattr(model.noise, "prediction_type", ""))
+    prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(getattr(model.noise_scheduler, "prediction_type", ""))
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
@@ -174,7 +174,7 @@ def check_saved_lora(model: LatentModel, folder: Path, names: list[str], export:
         compare_predictions(model, names, folder / LORA_FILE, export)
     finally:
         for name in names:
-            part = model.parts[name]
+            part = model.components[name]
             part.enable_adapters()
             part.set_adapter("default")
             if CHECK_ADAPTER in part.peft_config:
@@ -201,7 +201,7 @@ def compare_weights(model: LatentModel, name: str, path: Path, export: LoraExpor
             f"{path}: {len(missing)} of {len(trained)} tensors of {name} don't load (first {missing[0]}); "
             "choose other training.lora.target_modules"
         )
-    scales = [model.parts[name].peft_config[key] for key in ("default", CHECK_ADAPTER)]
+    scales = [model.components[name].peft_config[key] for key in ("default", CHECK_ADAPTER)]
     factor = scales[0].lora_alpha / scales[0].r / (scales[1].lora_alpha / scales[1].r)
     expected = {key: value * factor if ".lora_B." in key else value for key, value in trained.items()}
     for key, value in cast(expected, DTYPES[export.save_precision]).items():
@@ -213,7 +213,7 @@ def compare_weights(model: LatentModel, name: str, path: Path, export: LoraExpor
 @torch.no_grad()
 def compare_predictions(model: LatentModel, names: list[str], path: Path, export: LoraExport) -> None:
     """Compare what the denoiser predicts with either adapter, on one fixed noisy latent."""
-    parts = [model.parts[name] for name in names]
+    parts = [model.components[name] for name in names]
     modes = [part.training for part in parts]
     for part in parts:
         part.eval()
@@ -245,10 +245,10 @@ def predict_once(model: LatentModel) -> Tensor:
     side = min(16, full)
     shape = (1, int(model.vae.config.latent_channels), side, side)
     noisy = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, weight.dtype)
-    timesteps = model.noise.choose_timesteps(torch.tensor([0.5])).to(model.device)
+    timesteps = model.noise_scheduler.sample_timesteps(torch.tensor([0.5])).to(model.device)
     conditioning = model.encode_prompts(model.tokenize(["a photo"]))
-    sizes = torch.tensor([[8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side]], device=model.device)
-    return model.predict(noisy, timesteps, conditioning, sizes).float()
+    time_ids = torch.tensor([[8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side]], device=model.device)
+    return model.predict(noisy, timesteps, conditioning, time_ids).float()
 
 
 @torch.no_grad()
@@ -269,7 +269,7 @@ def fuse_lora(model: LatentModel, folder: Path) -> None:
                  if torch.equal(loaded.get(key.removeprefix(f"{name}."), torch.empty(0)), value.float())]  # fmt: skip
         if len(found) != len(held):
             raise AdapterSaveFailed(f"{folder / LORA_FILE}: {len(found)} of {len(held)} tensors of {name} load")
-        for key, parameter in model.parts[name].named_parameters():
+        for key, parameter in model.components[name].named_parameters():
             if ".lora_" in key:
                 parameter.data = parameter.data.float()  # products of half-precision factors would be rounded twice
     pipeline = model.make_pipeline()

@@ -94,7 +94,7 @@ def build_clip(vocabulary_size: int) -> CLIPModel:
 
 
 def build_dino() -> ViTModel:
-    """Return the self-supervised image encoder; its CLS token is the descriptor."""
+    """Return the self-supervised image encoder; its CLS token is the embedding."""
     model = ViTModel(
         ViTConfig(
             hidden_size=HIDDEN_SIZE,

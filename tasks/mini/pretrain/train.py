@@ -1,6 +1,6 @@
 """Rebuild every mini model from seeds, on a CPU or a GPU.
 
-    python -m tasks.mini.pretrain.train --work build/mini --out tasks/mini/weights
+    python -m tasks.mini.pretrain --work build/mini --out tasks/mini/weights
 
 Each part goes on where it was stopped. `clip_vision` and `vae_decoder` go on alone with halves that
 nothing else depends on, so they can run beside or after `unet`.
@@ -20,10 +20,10 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
+from tasks.mini.pretrain import models
 from tasks.mini.pretrain.dataset import label_of, load_or_render, scene_of, view_of
 from tasks.mini.pretrain.loop import PretrainLoop
 from tasks.mini.pretrain.tokens import MAX_LENGTH, write_tokenizer
-from tasks.mini.pretrain import models
 from tasks.mini.world.scenes import CLASS_NOUNS, PLACE_PHRASES, PLACES, caption_scene
 
 SCENES_SEED, VIEWS_SEED = 1, 2
@@ -339,7 +339,7 @@ def export(trainer: Pretrainer, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tasks.mini.pretrain.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tasks.mini.pretrain", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/mini"))
     parser.add_argument("--out", type=Path, default=Path("tasks/mini/weights"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -360,7 +360,3 @@ def main(argv: list[str] | None = None) -> None:
     }
     for part in options.parts:
         actions[part]()
-
-
-if __name__ == "__main__":
-    main()

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.families.stable_diffusion import StableDiffusion
 from tasks.diffusion.types import MINI_FOLDER, SamplingRequest
+from tasks.mini.pretrain import models
 from tasks.mini.pretrain.dataset import HELD_OUT_SEED, label_of, scene_of
 from tasks.mini.pretrain.export import CLASSIFIER_FILE
-from tasks.mini.pretrain import models
-from tasks.mini.vision_server.vision import Eyes
+from tasks.mini.vision_server.vision import VisionModel
 from tasks.mini.world.scenes import CLASS_NOUNS, COLORS, PLACE_PHRASES, PLACES, draw_scene
 from tasks.stage.digests import digest_file
 
@@ -55,7 +55,9 @@ def check_digests(folder: Path) -> None:
 
 def load_base() -> StableDiffusion:
     """Return the shipped base model."""
-    return StableDiffusion.load(MINI_FOLDER / "base", DiffusionConfig(location="mini", resolution=64))
+    return StableDiffusion.load(
+        MINI_FOLDER / "base", DiffusionConfig(pretrained_model_name_or_path="mini", resolution=64)
+    )
 
 
 def load_classifier() -> models.SceneClassifier:
@@ -110,10 +112,10 @@ def measure_encoders(num: int) -> dict[str, float]:
     scenes = [scene_of(HELD_OUT_SEED, index) for index in range(num)]
     pictures = [draw_scene(scene) for scene in scenes]
     labels = np.array([label_of(scene) for scene in scenes])
-    pixels, vae, eyes = to_tensor(pictures), load_base().vae, Eyes()
+    pixels, vae, vision = to_tensor(pictures), load_base().vae, VisionModel()
     errors = [((vae(p[None]).sample.clamp(-1, 1) - p) / 2).pow(2).mean() for p in pixels[:200]]
     nouns = tuple(f"a photo of a {noun}" for noun in CLASS_NOUNS)
-    chosen = np.array([int(eyes.choose(picture, nouns).argmax()) for picture in pictures])
+    chosen = np.array([int(vision.choose(picture, nouns).argmax()) for picture in pictures])
     logits = load_classifier()(pixels)
     figures = {
         "vae psnr (dB)": float((-10 * torch.stack(errors).log10()).mean()),

@@ -20,7 +20,7 @@ class DeskError(Exception):
         self.message = message
 
 
-class BatchDesk:
+class InMemoryBatchApi:
     """Takes files, runs jobs one after the other in a thread, keeps their results."""
 
     def __init__(self, answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

@@ -25,7 +25,7 @@ class LocalServer:
         with self.lock:
             if self.process is not None and self.process.poll() is None:
                 return self.base_url
-            command, environment = guarded("tasks.mini.vision_server.server"), child_environment(OMP_NUM_THREADS="1")
+            command, environment = guarded("tasks.mini.vision_server"), child_environment(OMP_NUM_THREADS="1")
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("ab") as log:
                 self.process = subprocess.Popen(

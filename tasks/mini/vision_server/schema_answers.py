@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tasks.mini.vision_server.vision import CENTER, RADII, Eyes, Seen, compare_colors
+from tasks.mini.vision_server.vision import CENTER, RADII, Observation, VisionModel, compare_colors
 from tasks.mini.world.scenes import CLASS_NOUNS, COLORS, IMAGE_SIZE, PLACE_PHRASES, PLACES
 
 # An asked noun is seen from this share on: looks that no caption says confuse the small CLIP.
@@ -21,23 +21,23 @@ class Question:
 
     text: str
     images: list[Image.Image]
-    eyes: Eyes
+    vision: VisionModel
     last_text: str = ""
     """What the user said last."""
     findings: list[str] = field(default_factory=list)
     """What tools answered since then."""
-    seen_by_image: dict[int, Seen] = field(default_factory=dict)
+    seen_by_image: dict[int, Observation] = field(default_factory=dict)
 
     @property
     def last(self) -> Image.Image:
         """The picture that is asked about; earlier ones are references."""
         return self.images[-1]
 
-    def look(self, index: int = -1) -> Seen:
+    def observe(self, index: int = -1) -> Observation:
         """Look at a picture once."""
         index %= len(self.images)
         if index not in self.seen_by_image:
-            self.seen_by_image[index] = self.eyes.look(self.images[index])
+            self.seen_by_image[index] = self.vision.observe(self.images[index])
         return self.seen_by_image[index]
 
     def after(self, label: str) -> str:
@@ -53,19 +53,19 @@ class Question:
 
 def tell_evidence(q: Question) -> str:
     """Say in one sentence what is seen."""
-    seen = q.look()
+    seen = q.observe()
     colors = " and ".join(seen.colors) or "plain"
     text = f"A {seen.class_noun} in {colors}, {PLACE_PHRASES[seen.place][0]}."
     if len(q.images) > 1:
-        reference = " and ".join(q.look(0).colors) or "plain"
-        text += f" The references show a {q.look(0).class_noun} in {reference}."
+        reference = " and ".join(q.observe(0).colors) or "plain"
+        text += f" The references show a {q.observe(0).class_noun} in {reference}."
     return text + (f" Measured: {q.findings[-1][:120]}" if q.findings else "")
 
 
 def is_noun_visible(q: Question) -> bool:
     """Whether the asked class noun is what the picture shows."""
-    noun = q.asked_noun() or q.look().class_noun
-    return q.look().class_shares[noun] > LIKELY
+    noun = q.asked_noun() or q.observe().class_noun
+    return q.observe().class_shares[noun] > LIKELY
 
 
 def grade_concept(q: Question) -> int:
@@ -73,8 +73,8 @@ def grade_concept(q: Question) -> int:
     references = q.images[:-1]
     if not references:
         return 0
-    kinds = [q.look(i).class_noun for i in range(len(references))]
-    if kinds.count(q.look().class_noun) * 2 < len(kinds):
+    kinds = [q.observe(i).class_noun for i in range(len(references))]
+    if kinds.count(q.observe().class_noun) * 2 < len(kinds):
         return 0
     shared = float(np.mean([compare_colors(image, q.last) for image in references]))
     return 1 + int(np.digitize(shared, CONCEPT_STEPS))
@@ -88,7 +88,7 @@ CONCEPT_STEPS = (0.50, 0.58, 0.66)
 def grade_prompt(q: Question) -> int:
     """Grade the share of the prompt's words (kind, place, color) that the picture shows."""
     prompt = q.after("Prompt")
-    seen, checks = q.look(), []
+    seen, checks = q.observe(), []
     noun = q.asked_noun()
     if noun:
         checks.append(2.0 * (seen.class_noun == noun))
@@ -127,25 +127,25 @@ CLEARLY = 0.03
 
 def is_one_subject(q: Question) -> bool:
     """Whether all pictures show one kind of thing."""
-    return len({q.look(i).class_noun for i in range(len(q.images))}) == 1
+    return len({q.observe(i).class_noun for i in range(len(q.images))}) == 1
 
 
 def name_most(q: Question) -> str:
     """Return the class noun that most pictures show."""
-    nouns = [q.look(i).class_noun for i in range(len(q.images))]
+    nouns = [q.observe(i).class_noun for i in range(len(q.images))]
     return max(nouns, key=nouns.count)
 
 
 def is_noun_right(q: Question) -> bool:
     """Whether the asked noun is likely in at least half of the pictures."""
     noun = q.asked_noun() or name_most(q)
-    seen = [q.look(i).class_shares[noun] > LIKELY for i in range(len(q.images))]
+    seen = [q.observe(i).class_shares[noun] > LIKELY for i in range(len(q.images))]
     return sum(seen) * 2 >= len(seen)
 
 
 def rank_photos(q: Question) -> list[int]:
     """Return the pictures' numbers: one of every place first, the surest of it."""
-    seen = [q.look(i) for i in range(len(q.images))]
+    seen = [q.observe(i) for i in range(len(q.images))]
     surest = sorted(range(len(seen)), key=lambda i: -max(seen[i].class_shares.values()))
     first_of_place = dict[str, int]()
     for index in surest:
@@ -156,7 +156,7 @@ def rank_photos(q: Question) -> list[int]:
 
 def list_shared_colors(q: Question) -> list[str]:
     """Return the colors that stand out in most pictures."""
-    seen = [q.look(i).colors for i in range(len(q.images))]
+    seen = [q.observe(i).colors for i in range(len(q.images))]
     return [color for color in COLORS if sum(color in colors for colors in seen) * 2 > len(seen)]
 
 
@@ -177,9 +177,9 @@ SKILLS: dict[str, Callable[[Question], Any]] = {
     "is_one_subject": is_one_subject,
     "is_class_noun_right": is_noun_right,
     "invariant_traits": list_shared_colors,
-    "varying": lambda q: sorted({PLACE_PHRASES[q.look(i).place][0] for i in range(len(q.images))}),
-    "place": lambda q: q.look().place,
-    "surroundings": lambda q: PLACE_PHRASES[q.look().place][0],
+    "varying": lambda q: sorted({PLACE_PHRASES[q.observe(i).place][0] for i in range(len(q.images))}),
+    "place": lambda q: q.observe().place,
+    "surroundings": lambda q: PLACE_PHRASES[q.observe().place][0],
     "view": lambda q: "",
     "concept_preservation": grade_concept,
     "prompt_following": grade_prompt,
@@ -221,13 +221,13 @@ def choose_from(values: list[Any], question: Question) -> Any:
     if not words or not question.images:
         return values[0]
     texts = tuple(f"a photo of {word}" for word in words)
-    return words[int(question.eyes.choose(question.last, texts).argmax())]
+    return words[int(question.vision.choose(question.last, texts).argmax())]
 
 
 def describe(question: Question) -> str:
     """Return a caption of the last picture, or say what this server is."""
     if not question.images:
         return "I am the mini vision server; I know only the drawn world, and see no picture here."
-    seen = question.look()
+    seen = question.observe()
     color = f"{seen.colors[0]} " if seen.colors else ""
     return f"a photo of a {color}{seen.class_noun} {PLACE_PHRASES[seen.place][0]}"

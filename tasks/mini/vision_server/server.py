@@ -1,6 +1,6 @@
 """The mini vision server: OpenAI-compatible, on loopback only, and it knows only the drawn world.
 
-python -m tasks.mini.vision_server.server --port 8123
+python -m tasks.mini.vision_server --port 8123
 """
 
 import argparse
@@ -20,28 +20,28 @@ import uvicorn
 from fastapi import FastAPI, Request, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
-from tasks.mini.vision_server.batch_api import BatchDesk, DeskError
+from tasks.mini.vision_server.batch_api import DeskError, InMemoryBatchApi
 
 MODEL = "mini-vision"
 
 
-class Brain:
+class ChatHandler:
     """Answers chat completions; loads the mini CLIP with its first question."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.eyes: Any = None
+        self.vision: Any = None
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return a chat completion. Raises DeskError for a request that can't be answered."""
         from tasks.mini.vision_server.chat_response import write_message
 
         with self.lock:
-            if self.eyes is None:
-                from tasks.mini.vision_server.vision import Eyes
+            if self.vision is None:
+                from tasks.mini.vision_server.vision import VisionModel
 
-                self.eyes = Eyes()
-            question = read_messages(body, self.eyes)
+                self.vision = VisionModel()
+            question = read_messages(body, self.vision)
             message, finish_reason = write_message(body, question)
         written = message["content"] or json.dumps(message.get("tool_calls"))
         num_in = len(question.text.split()) + 64 * len(question.images)
@@ -56,7 +56,7 @@ class Brain:
         }
 
 
-def read_messages(body: dict[str, Any], eyes: Any) -> Any:
+def read_messages(body: dict[str, Any], vision: Any) -> Any:
     """Return what the user said and showed, as a question. Raises DeskError."""
     from tasks.mini.vision_server.schema_answers import Question
     from tasks.mini.vision_server.vision import open_picture
@@ -81,7 +81,7 @@ def read_messages(body: dict[str, Any], eyes: Any) -> Any:
                 texts.append(str(part["text"]))
             elif part.get("type") == "image_url":
                 images.append(open_data_url(str(part["image_url"]["url"]), open_picture))
-    return Question("\n".join(texts), images, eyes, texts[-1] if texts else "", findings)
+    return Question("\n".join(texts), images, vision, texts[-1] if texts else "", findings)
 
 
 def open_data_url(url: str, open_picture: Any) -> Any:
@@ -98,8 +98,8 @@ def open_data_url(url: str, open_picture: Any) -> Any:
 def make_app() -> FastAPI:
     """Return the application."""
     app = FastAPI(title="likeness mini vision server", docs_url=None, redoc_url=None)
-    brain = Brain()
-    desk = BatchDesk(brain.answer)
+    handler = ChatHandler()
+    desk = InMemoryBatchApi(handler.answer)
 
     @app.exception_handler(DeskError)
     def refuse(_: Request, error: DeskError) -> JSONResponse:
@@ -112,7 +112,7 @@ def make_app() -> FastAPI:
 
     @app.post("/v1/chat/completions", response_model=None)
     def complete(body: dict[str, Any]) -> dict[str, Any] | StreamingResponse:
-        completion = brain.answer(body)
+        completion = handler.answer(body)
         if body.get("stream"):
             return StreamingResponse(stream(completion, body), media_type="text/event-stream")
         return completion
@@ -191,7 +191,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tasks.mini.vision_server.server", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tasks.mini.vision_server", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="loopback address (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one and prints it")
     options = parser.parse_args(argv)
@@ -201,7 +201,3 @@ def main(argv: list[str] | None = None) -> None:
     print(f"http://{host}:{listener.getsockname()[1]}/v1", flush=True)
     server = uvicorn.Server(uvicorn.Config(make_app(), log_level="warning"))
     server.run(sockets=[listener])
-
-
-if __name__ == "__main__":
-    main()

@@ -21,8 +21,8 @@ PALETTE_NAMES = (*COLORS, "outline", "gray")
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the eyes make of one picture."""
+class Observation:
+    """What the vision make of one picture."""
 
     class_noun: str
     class_shares: dict[str, float]
@@ -33,7 +33,7 @@ class Seen:
     brightness: float
 
 
-class Eyes:
+class VisionModel:
     """The mini CLIP and a palette."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Eyes:
         """Return the cosine of two pictures' descriptors."""
         return float(self.encode_image(first) @ self.encode_image(second))
 
-    def look(self, image: Image.Image) -> Seen:
+    def observe(self, image: Image.Image) -> Observation:
         """Return class noun, place and colors of a picture."""
         nouns = self.choose(image, tuple(f"a photo of a {noun}" for noun in CLASS_NOUNS))
         phrases = tuple((place, phrase) for place in PLACES for phrase in PLACE_PHRASES[place])
@@ -83,7 +83,7 @@ class Eyes:
         colors = tuple(PALETTE_NAMES[i] for i in order if counts[i] > 0.12 and PALETTE_NAMES[i] in COLORS)
         brightness = float(np.asarray(image.convert("L"), float).mean() / 255)
         shares = dict(zip(CLASS_NOUNS, nouns.tolist(), strict=True))
-        return Seen(noun, shares, place, colors[:3], brightness)
+        return Observation(noun, shares, place, colors[:3], brightness)
 
 
 def count_colors(image: Image.Image) -> np.ndarray:

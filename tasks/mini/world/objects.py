@@ -63,7 +63,7 @@ def paint_marking(pen: Pen, look: Look) -> None:
 
 
 def face(pen: Pen, center: Point, size: float = 1.0) -> None:
-    """Draw two eyes and a smile."""
+    """Draw two vision and a smile."""
     x, y = center
     for side in (-1, 1):
         eye = (x + side * 0.2 * size, y)

@@ -2,7 +2,7 @@
 
 Draw photos of a subject that nobody tuned for:
 
-    python -m tasks.mini.world.scenes subject --class-noun fish --seed 7 --num 5 --out DIR
+    python -m tasks.mini.world subject --class-noun fish --seed 7 --num 5 --out DIR
 """
 
 import argparse
@@ -182,7 +182,7 @@ def draw_subject(class_noun: str, *, seed: int, num: int, folder: Path, size: in
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tasks.mini.world.scenes", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tasks.mini.world", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     subject = commands.add_parser("subject", help="draw photos of a new subject")
     subject.add_argument("--class-noun", choices=CLASS_NOUNS, required=True)
@@ -192,7 +192,3 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     paths = draw_subject(options.class_noun, seed=options.seed, num=options.num, folder=options.out)
     print(f"{len(paths)} photos of one {options.class_noun} in {options.out}")
-
-
-if __name__ == "__main__":
-    main()

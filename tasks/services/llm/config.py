@@ -189,19 +189,19 @@ class LlmConfig(Section):
                 raise ValueError(f"budget_usd needs prices: set llm.profiles.{unpriced[0]}.prices")
         return self
 
-    def rungs(self, role: str) -> tuple[str, ...]:
+    def fallback_chain(self, role: str) -> tuple[str, ...]:
         """Return the names of a role's profiles, the first to be asked first."""
         own: PlainNames = getattr(self, role)
         return own or (() if role == "second_judge" else self.models)
 
     def used_profiles(self) -> list[str]:
         """Return the names of all profiles that serve some role."""
-        return list(dict.fromkeys(name for role in ROLES for name in self.rungs(role)))
+        return list(dict.fromkeys(name for role in ROLES for name in self.fallback_chain(role)))
 
     def profile(self, role: str) -> ProfileConfig:
         """Return a role's first profile."""
-        return self.profiles[self.rungs(role)[0]]
+        return self.profiles[self.fallback_chain(role)[0]]
 
     def identity(self, role: str) -> list[dict[str, object]]:
         """Return what decides a role's answers."""
-        return [self.profiles[name].identity() for name in self.rungs(role)]
+        return [self.profiles[name].identity() for name in self.fallback_chain(role)]

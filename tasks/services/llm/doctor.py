@@ -188,7 +188,7 @@ def try_stream(llm: LlmService, name: str) -> str:
     except EndpointUnavailable as error:
         if error.status is not None:
             raise
-        completion = ChatCompletion()  # booked already
+        completion = ChatCompletion()  # recorded already
     else:
         llm.book_completion(completion, row=row)
     if not completion.content:

@@ -20,7 +20,7 @@ def ask_each(
     llm: LlmService,
     role: str,
     on_progress: Callable[[int, int], None],
-    first_rung: int = 0,
+    first_fallback: int = 0,
     max_failures: int | None = None,
 ) -> tuple[Answers, dict[str, str]]:
     """Return answers and reasons for what has none, by the caller's names.
@@ -37,7 +37,7 @@ def ask_each(
         if max_failures is not None and len(unusable) > max_failures:
             return f"not asked: {len(unusable)} other replies could not be used, for example: {unusable[0]}"
         try:
-            return llm.ask(specs[name], role=role, first_rung=first_rung)
+            return llm.ask(specs[name], role=role, first_fallback=first_fallback)
         except ReplyInvalid as error:
             unusable.append(str(error))
             return str(error)

@@ -11,7 +11,7 @@ from typing import Any, Generic
 
 from tasks.errors import LikenessError, ReplyInvalid
 from tasks.services.llm.budget.ledger import Ledger, LedgerRow, compute_cost
-from tasks.services.llm.budget.rate_limit import Pace
+from tasks.services.llm.budget.rate_limit import RateLimiter
 from tasks.services.llm.budget.spending_cap import Budget
 from tasks.services.llm.chat.capability_probe import find_structure
 from tasks.services.llm.chat.completion import ChatCompletion, Usage, bound_usage, parse_completion
@@ -37,9 +37,9 @@ class Answer(Generic[T]):
     reply: T
     profile: str
     served_model: str
-    rung: int = 0
+    fallback_index: int = 0
     reason: str = ""
-    """Why it was not asked of, or not taken from, the rung before."""
+    """Why it was not asked of, or not taken from, the fallback_index before."""
     reasoning: str = ""
     """The model's own reasoning, where its provider returns it."""
     citations: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ class LlmService:
         self.budget = budget or Budget()
         self.start_local = start_local
         self.clients: dict[str, Any] = {}
-        self.paces: dict[str, Pace] = {}
+        self.paces: dict[str, RateLimiter] = {}
         self.circuits: dict[str, Circuit] = {}
         self.flights = SingleFlight()
         self.structures: dict[str, Structure] = {}
@@ -105,11 +105,11 @@ class LlmService:
         with self.lock:
             return self.circuits.setdefault(name, Circuit())
 
-    def pace(self, name: str) -> Pace:
+    def pace(self, name: str) -> RateLimiter:
         """Return what keeps a profile's calls within its limits a minute."""
         with self.lock:
             profile = self.config.profiles[name]
-            return self.paces.setdefault(name, Pace(profile.requests_per_minute, profile.tokens_per_minute))
+            return self.paces.setdefault(name, RateLimiter(profile.requests_per_minute, profile.tokens_per_minute))
 
     def close(self) -> None:
         """Close all connections."""
@@ -121,14 +121,14 @@ class LlmService:
         spec: RequestSpec[T],
         *,
         role: str,
-        doubt: Callable[[T], str | None] = lambda reply: None,
-        first_rung: int = 0,
+        should_escalate: Callable[[T], str | None] = lambda reply: None,
+        first_fallback: int = 0,
     ) -> Answer[T]:
         """Return a role's validated reply: from the cheapest profile whose reply will do.
 
         Args:
-            doubt: says why a valid reply should be asked of the next profile, or nothing.
-            first_rung: where to begin; the last profile where there are fewer.
+            should_escalate: says why a valid reply should be asked of the next profile, or nothing.
+            first_fallback: where to begin; the last profile where there are fewer.
 
         Raises:
             ServiceUnavailable: no answer within the profile's attempts and time.
@@ -137,19 +137,21 @@ class LlmService:
             BudgetExceeded: the next call could pass the cap.
 
         """
-        names = self.config.rungs(role)
+        names = self.config.fallback_chain(role)
         doubtful: Answer[T] | None = None
         reason = ""
-        for rung, name in list(enumerate(names))[min(first_rung, len(names) - 1) :]:
-            is_last = rung == len(names) - 1
+        for fallback_index, name in list(enumerate(names))[min(first_fallback, len(names) - 1) :]:
+            is_last = fallback_index == len(names) - 1
             try:
-                answer = self._ask_rung(spec, name, role=role, rung=rung, reason=reason, is_refusal_kept=not is_last)
+                answer = self._ask_rung(
+                    spec, name, role=role, fallback_index=fallback_index, reason=reason, is_refusal_kept=not is_last
+                )
             except ReplyInvalid as error:
                 if is_last and doubtful is None:
                     raise
                 reason = str(error)
                 continue
-            reason = doubt(answer.reply) or ""
+            reason = should_escalate(answer.reply) or ""
             if not reason:
                 return answer
             doubtful = answer
@@ -157,17 +159,19 @@ class LlmService:
         return replace(doubtful, reason=reason)
 
     def _ask_rung(
-        self, spec: RequestSpec[T], name: str, *, role: str, rung: int, reason: str, is_refusal_kept: bool
+        self, spec: RequestSpec[T], name: str, *, role: str, fallback_index: int, reason: str, is_refusal_kept: bool
     ) -> Answer[T]:
         cached = self.find_cached(spec, name=name, role=role)
         if cached is not None:
-            return replace(cached, rung=rung, reason=reason)
+            return replace(cached, fallback_index=fallback_index, reason=reason)
         key = self.cache_key(spec, name)
-        row = LedgerRow(role, name, self.config.profiles[name].model, outcome="", rung=rung, reason=reason)
+        row = LedgerRow(
+            role, name, self.config.profiles[name].model, outcome="", fallback_index=fallback_index, reason=reason
+        )
         answer, is_own = self.flights.run(key, lambda: self._ask_once_or_twice(spec, row, is_refusal_kept))
         if not is_own:
-            self.ledger.book(replace(row, outcome="cached", served_model=answer.served_model))
-        return replace(answer, rung=rung, reason=reason)
+            self.ledger.record(replace(row, outcome="cached", served_model=answer.served_model))
+        return replace(answer, fallback_index=fallback_index, reason=reason)
 
     def _ask_once_or_twice(self, spec: RequestSpec[T], row: LedgerRow, is_refusal_kept: bool) -> Answer[T]:
         """Ask one profile, and once more with the reason where its reply can't be used."""
@@ -205,7 +209,7 @@ class LlmService:
         on_text: Callable[[str], None] | None = None,
         create: Callable[..., dict[str, Any]] = complete,
     ) -> ChatCompletion:
-        """Send a body within pace and budget and return the completion; failures are booked, not replies.
+        """Send a body within pace and budget and return the completion; failures are recorded, not replies.
 
         Worst-case cost is reserved before each attempt: one that was cut off may be billed too.
 
@@ -260,14 +264,14 @@ class LlmService:
             with translated(profile):
                 yield finish
         except KeyboardInterrupt:  # what was generated until then may be billed: it stays reserved
-            self.ledger.book(replace(lost, outcome="cancelled", usage_fault="the call was interrupted"))
+            self.ledger.record(replace(lost, outcome="cancelled", usage_fault="the call was interrupted"))
             raise
         except LikenessError as error:
             if may_be_billed(error):
-                self.ledger.book(replace(lost, outcome=error.kind, usage_fault="no reply was received"))
+                self.ledger.record(replace(lost, outcome=error.kind, usage_fault="no reply was received"))
             else:
                 self.budget.settle(reservation, spent=0.0)
-                self.ledger.book(replace(row, outcome=error.kind))
+                self.ledger.record(replace(row, outcome=error.kind))
             raise
 
     def accept(
@@ -286,7 +290,7 @@ class LlmService:
             called: names of the tools that were called before.
 
         Raises:
-            ReplyInvalid: the reply can't be used; it is booked all the same.
+            ReplyInvalid: the reply can't be used; it is recorded all the same.
 
         """
         row = self.fill_row(completion, row)
@@ -294,16 +298,16 @@ class LlmService:
         try:
             parsed = parse_reply(spec.reply, content, completion)
         except ReplyInvalid:
-            self.ledger.book(replace(row, outcome="invalid"))
+            self.ledger.record(replace(row, outcome="invalid"))
             raise
         kept = CachedReply(
             key=self.cache_key(spec, row.profile), content=content or "", served_model=completion.model,
             reasoning=completion.reasoning, citations=completion.citations, called=called,
         )  # fmt: skip
-        # Stored before it is booked: a run that ends in between must not pay for it again.
+        # Stored before it is recorded: a run that ends in between must not pay for it again.
         put_record(self.store, kept)
-        self.ledger.book(replace(row, outcome="ok"))
-        return replace(make_answer(parsed, kept, row.profile), rung=row.rung, reason=row.reason)
+        self.ledger.record(replace(row, outcome="ok"))
+        return replace(make_answer(parsed, kept, row.profile), fallback_index=row.fallback_index, reason=row.reason)
 
     def fill_row(self, completion: ChatCompletion, row: LedgerRow) -> LedgerRow:
         """Return a ledger row with what a completion used and cost."""
@@ -318,7 +322,7 @@ class LlmService:
         found = self.read_kept(spec, name=name)
         if found is not None:
             model = self.config.profiles[name].model
-            self.ledger.book(LedgerRow(role, name, model, outcome="cached", served_model=found.served_model))
+            self.ledger.record(LedgerRow(role, name, model, outcome="cached", served_model=found.served_model))
         return found
 
     def read_kept(self, spec: RequestSpec[T], *, name: str) -> Answer[T] | None:
@@ -359,7 +363,7 @@ class LlmService:
 
     def book_completion(self, completion: ChatCompletion, *, row: LedgerRow) -> None:
         """Write down a completion that is no reply to be validated and kept."""
-        self.ledger.book(replace(self.fill_row(completion, row), outcome="invalid" if completion.problem else "ok"))
+        self.ledger.record(replace(self.fill_row(completion, row), outcome="invalid" if completion.problem else "ok"))
 
 
 def make_answer(reply: T, kept: CachedReply, profile: str) -> Answer[T]:

@@ -41,7 +41,7 @@ class PhotoName(BaseModel):
 
 
 @dataclass
-class CaptionBook:
+class CaptionVersions:
     """A person's captions, a whole file per version: `captions-1.csv`, `captions-2.csv`, ..."""
 
     folder: Path
@@ -63,10 +63,10 @@ class CaptionBook:
             writer.writerows((name, row.surroundings, row.view) for name, row in sorted(self.rows.items()))
 
 
-def open_book(folder: Path, config: SubjectConfig, subject: SubjectSet) -> CaptionBook:
+def open_caption_versions(folder: Path, config: SubjectConfig, subject: SubjectSet) -> CaptionVersions:
     """Return the captions to go on with: the newest version in the folder, else those the run was given."""
     versions = [int(found[1]) for path in folder.glob("captions-*.csv") if (found := VERSION.fullmatch(path.name))]
-    book = CaptionBook(folder, {}, max(versions, default=0))
+    book = CaptionVersions(folder, {}, max(versions, default=0))
     source = str(book.path) if versions else config.captions
     book.rows = read_captions(config.model_copy(update={"captions": source}), set(list_names(subject)))
     return book
@@ -78,7 +78,7 @@ def list_names(subject: SubjectSet) -> list[str]:
     return [image.source_name for image in subject.images] + [photo.source_name for photo in aside]
 
 
-def describe_subject(subject: SubjectSet, book: CaptionBook) -> list[tuple[str, str, str]]:
+def describe_subject(subject: SubjectSet, book: CaptionVersions) -> list[tuple[str, str, str]]:
     """Return a row per photo: name, caption, and what was found about it."""
     rows = []
     for image in subject.images:
@@ -92,18 +92,18 @@ def describe_subject(subject: SubjectSet, book: CaptionBook) -> list[tuple[str, 
     return rows
 
 
-def show_caption(image: InstanceImage, book: CaptionBook) -> str:
+def show_caption(image: InstanceImage, book: CaptionVersions) -> str:
     """Return a photo's caption, a person's first."""
     return own_caption(image.source_name, book) or ", ".join(filter(None, (image.surroundings, image.view)))
 
 
-def own_caption(name: str, book: CaptionBook) -> str:
+def own_caption(name: str, book: CaptionVersions) -> str:
     """Return a person's caption of a photo, or nothing."""
     row = book.rows.get(name)
     return ", ".join(filter(None, (row.surroundings, row.view))) if row else ""
 
 
-def write_briefing(subject: SubjectSet, book: CaptionBook) -> str:
+def write_briefing(subject: SubjectSet, book: CaptionVersions) -> str:
     """Return what the reviewer knows from the start."""
     noun = f"{choose_article(subject.class_noun)} {subject.class_noun}"
     rows = [
@@ -115,7 +115,7 @@ def write_briefing(subject: SubjectSet, book: CaptionBook) -> str:
 
 def list_tools(
     subject: SubjectSet,
-    book: CaptionBook,
+    book: CaptionVersions,
     config: SubjectConfig,
     *,
     store: Store,

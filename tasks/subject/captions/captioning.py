@@ -72,7 +72,7 @@ def caption_spec(photo: Photo, config: SubjectConfig) -> RequestSpec[Caption]:
 
 
 @dataclass(frozen=True)
-class Described:
+class PhotoAnnotation:
     """What is known of one photo: from the LLM, from a person, or nothing and why."""
 
     inspection: ImageInspection | None = None
@@ -81,7 +81,7 @@ class Described:
     """The second look at a photo that the inspector objected to."""
     problem: str = ""
     """Why no reply could be used; such a photo is set aside."""
-    trace: str = ""
+    reasoning: str = ""
     """What the adjudicator thought aloud."""
 
     def find_objection(self, config: SubjectConfig) -> str | None:
@@ -98,7 +98,7 @@ def describe_photos(
     llm: LlmService,
     on_progress: Callable[[int, int], None],
     state_prefix: str = "subject/batches",
-) -> dict[str, Described]:
+) -> dict[str, PhotoAnnotation]:
     """Return what is said of every accepted photo by its digest; a person's captions need no model.
 
     Args:
@@ -108,13 +108,13 @@ def describe_photos(
     names = {photo.name for photo in photos.accepted} | {reject.name for reject in photos.rejected}
     written = read_captions(config, names)
     if config.captioning == "template":
-        return {photo.sha256: Described(caption=written.get(photo.name)) for photo in photos.accepted}
-    described = {photo.sha256: Described(caption=written.get(photo.name)) for photo in photos.accepted}
+        return {photo.sha256: PhotoAnnotation(caption=written.get(photo.name)) for photo in photos.accepted}
+    described = {photo.sha256: PhotoAnnotation(caption=written.get(photo.name)) for photo in photos.accepted}
     unwritten = [photo for photo in photos.accepted if photo.name not in written]
     total = 2 * len(unwritten)
     on_progress(0, total)
 
-    def look(photo: Photo) -> Described:
+    def look(photo: Photo) -> PhotoAnnotation:
         return inspect_photo(photo, photos.accepted, config, llm=llm)
 
     inspected = map_in_pool(
@@ -139,24 +139,26 @@ def describe_photos(
     for sha256, answer in captions.items():
         described[sha256] = replace(described[sha256], caption=answer.reply)
     for sha256, reason in failures.items():
-        described[sha256] = Described(problem=reason)
+        described[sha256] = PhotoAnnotation(problem=reason)
     return described
 
 
-def inspect_photo(photo: Photo, photos: Sequence[Photo], config: SubjectConfig, *, llm: LlmService) -> Described:
+def inspect_photo(photo: Photo, photos: Sequence[Photo], config: SubjectConfig, *, llm: LlmService) -> PhotoAnnotation:
     """Return what inspector and, where that objects, adjudicator say of a photo."""
     try:
         inspection = llm.ask(
-            inspect_spec(photo, config), role="inspector", doubt=lambda reply: find_doubt(reply, config)
+            inspect_spec(photo, config),
+            role="inspector",
+            should_escalate=lambda reply: should_escalate_inspection(reply, config),
         ).reply
     except ReplyInvalid as error:
-        return Described(problem=str(error))
+        return PhotoAnnotation(problem=str(error))
     objection = find_objection(inspection, config)
-    decision, traces = None, list[str]()
+    decision, reasoning = None, list[str]()
     if objection and llm.profile("adjudicator").capabilities.tools:
         others = [other for other in photos if other.sha256 != photo.sha256]
-        decision = adjudicate(photo, objection, others, config, llm=llm, keep_trace=traces.append)
-    return Described(inspection, adjudication=decision, trace="".join(traces))
+        decision = adjudicate(photo, objection, others, config, llm=llm, keep_reasoning=reasoning.append)
+    return PhotoAnnotation(inspection, adjudication=decision, reasoning="".join(reasoning))
 
 
 def ask_captions(
@@ -168,7 +170,7 @@ def ask_captions(
     on_progress: Callable[[int, int], None],
 ) -> tuple[Answers, dict[str, str]]:
     """Return captions and failures: by a batch job where there are many."""
-    if len(specs) < config.batch_from or llm.profile("captioner").capabilities.batch == "none":
+    if len(specs) < config.batch_threshold or llm.profile("captioner").capabilities.batch == "none":
         return ask_each(specs, llm=llm, role="captioner", on_progress=on_progress)
     options = BatchOptions(state_prefix, poll_seconds=5.0, max_wait_seconds=config.max_wait_seconds)
     return ask_batch(llm, specs, options, role="captioner", on_progress=on_progress)
@@ -219,7 +221,7 @@ def digest_prompts() -> str:
     return digest([INSPECT, CAPTION, PROFILE, EXAMINE, LOOK_UP, [reply.model_json_schema() for reply in replies]])
 
 
-def find_doubt(inspection: ImageInspection, config: SubjectConfig) -> str | None:
+def should_escalate_inspection(inspection: ImageInspection, config: SubjectConfig) -> str | None:
     """Return why the next profile should look too: a photo that measures well isn't dropped on one cheap word."""
     if inspection.confidence == "low":
         return "the inspector isn't sure"

@@ -16,7 +16,7 @@ from tasks.subject.photos.ingest import Photo
 
 VERSION = 1  # of the measures and their limits
 WAYS_ON = (
-    "draw a subject of it (python -m tasks.mini.world.scenes subject --help), or take a base model of the real world on a "
+    "draw a subject of it (python -m tasks.mini.world subject --help), or take a base model of the real world on a "
     "GPU (diffusion=sd15) with a hosted LLM (llm=openai), or set subject.allow_unknown=true"
 )
 

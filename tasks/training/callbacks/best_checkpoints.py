@@ -30,17 +30,17 @@ def rank_steps(losses: list[str], settings: ValidationSettings) -> list[int]:
 
 def is_candidate(losses: list[str], settings: ValidationSettings) -> bool:
     """Whether the last step of a loss log is among the best."""
-    return json.loads(losses[-1])["step"] in rank_steps(losses, settings)[: settings.num_kept]
+    return json.loads(losses[-1])["step"] in rank_steps(losses, settings)[: settings.save_top_k]
 
 
 def keep_candidate(
-    run: RunFolder, spec: TrainingSpec, weights: dict[str, Tensor], losses: list[str], *, identity: dict[str, str]
+    run: RunFolder, spec: TrainingSpec, weights: dict[str, Tensor], losses: list[str], *, fingerprint: dict[str, str]
 ) -> None:
     """Save the weights of the last step, and drop those that are no longer among the best."""
     settings = spec.training.validation
     step = json.loads(losses[-1])["step"]
-    save_checkpoint(run.best, TrainingState(step, weights, {}, {}, []), identity=identity, num_kept=ALL)
-    best = rank_steps(losses, settings)[: settings.num_kept]
+    save_checkpoint(run.best, TrainingState(step, weights, {}, {}, []), fingerprint=fingerprint, num_kept=ALL)
+    best = rank_steps(losses, settings)[: settings.save_top_k]
     for path in list_checkpoints(run.best):
         if step_of(path) not in best:
             shutil.rmtree(path)
@@ -53,22 +53,22 @@ def list_candidates(run: RunFolder, losses: list[str], settings: ValidationSetti
 
 
 def verify_candidates(
-    run: RunFolder, losses: list[str], settings: ValidationSettings, *, identity: dict[str, str]
+    run: RunFolder, losses: list[str], settings: ValidationSettings, *, fingerprint: dict[str, str]
 ) -> tuple[list[Path], list[Path]]:
     """Return the kept weights that verify, best first, and those that don't, which are set aside."""
     whole, damaged = [], []
     for path in list_candidates(run, losses, settings):
         try:
-            load_checkpoint(path, identity=identity)
+            load_checkpoint(path, fingerprint=fingerprint)
             whole.append(path)
         except (OSError, ArtifactCorrupt):
             damaged.append(quarantine(path))
     return whole, damaged
 
 
-def write_candidate(path: Path, spec: TrainingSpec, folder: Path, *, identity: dict[str, str]) -> None:
+def write_candidate(path: Path, spec: TrainingSpec, folder: Path, *, fingerprint: dict[str, str]) -> None:
     """Write kept weights as a model is published."""
-    write_weights(load_checkpoint(path, identity=identity).weights, spec, folder)
+    write_weights(load_checkpoint(path, fingerprint=fingerprint).weights, spec, folder)
 
 
 @torch.no_grad()
@@ -84,9 +84,9 @@ def write_weights(weights: dict[str, Tensor], spec: TrainingSpec, folder: Path) 
 
 def open_base(spec: TrainingSpec) -> LatentModel:
     """Load the base model: frozen weights in their own precision, what is fully trained in float32."""
-    base = spec.diffusion.model_copy(update={"location": spec.model_folder})
+    base = spec.diffusion.model_copy(update={"pretrained_model_name_or_path": spec.model_folder})
     is_frozen = not spec.training.method.endswith("full")
-    return cast(LatentModel, open_model(base, precision=spec.training.frozen_precision if is_frozen else "fp32"))
+    return cast(LatentModel, open_model(base, precision=spec.training.weight_dtype if is_frozen else "fp32"))
 
 
 def step_of(path: Path) -> int:

@@ -14,7 +14,7 @@ from tasks.stage.digests import dump_line
 from tasks.stage.files import explain_full_disk
 from tasks.training.callbacks.best_checkpoints import is_candidate, keep_candidate
 from tasks.training.callbacks.similarity import SimilarityMeter
-from tasks.training.callbacks.validation import compute_validation_loss, draw_samples, has_settled, join_grid
+from tasks.training.callbacks.validation import compute_validation_loss, draw_samples, has_converged, join_grid
 from tasks.training.checkpoint_io import TrainingState, collect_state, copy_all, save_checkpoint
 from tasks.training.module import DreamBoothModule
 from tasks.training.process.worker_spec import RunFolder, TrainingSpec
@@ -23,15 +23,15 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0
 
 
-class StepKeeper(pl.Callback):
+class TrainingCallbacks(pl.Callback):
     """Logs losses, saves checkpoints and stops when asked, always at an optimizer step."""
 
     def __init__(
-        self, spec: TrainingSpec, run: RunFolder, *, identity: dict[str, str], state: TrainingState | None
+        self, spec: TrainingSpec, run: RunFolder, *, fingerprint: dict[str, str], state: TrainingState | None
     ) -> None:
         self.spec = spec
         self.run = run
-        self.identity = identity
+        self.fingerprint = fingerprint
         self.losses = list(state.losses) if state else []
         self.scaler = state.scaler if state else {}
         self.pending: list[dict[str, Any]] = []
@@ -53,7 +53,7 @@ class StepKeeper(pl.Callback):
             trainer.precision_plugin.load_state_dict(self.scaler)
         if trainer.is_global_zero:
             self.run.losses.write_text("".join(line + "\n" for line in self.losses))
-            tell(self.run, {"event": "started", "step": self.module(pl_module).step})
+            emit_event(self.run, {"event": "started", "step": self.module(pl_module).step})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -71,22 +71,22 @@ class StepKeeper(pl.Callback):
         self.micro = []
         config, validation = self.spec.training, self.spec.training.validation
         is_last = module.step >= config.max_train_steps
-        is_validated = bool(validation.every_steps) and module.step % validation.every_steps == 0
+        is_validated = bool(validation.validation_steps) and module.step % validation.validation_steps == 0
         if is_validated:
             with trainer.precision_plugin.forward_context(), module.averaged():
                 self.validations[module.step] = self.validate(module)
-        if is_last or is_validated or module.step % config.log_every_steps == 0:
+        if is_last or is_validated or module.step % config.log_every_n_steps == 0:
             self.flush(trainer)
         if is_validated and validation.keep == "best":
             self.keep_candidate(trainer, module)
-        if is_validated and validation.is_early_stopping:
-            has_settled_here = has_settled(self.losses, validation)
+        if is_validated and validation.early_stopping:
+            has_settled_here = has_converged(self.losses, validation)
             if trainer.strategy.reduce_boolean_decision(has_settled_here, all=False):
                 is_last = trainer.should_stop = True
-        if validation.sample_every_steps and module.step % validation.sample_every_steps == 0:
+        if validation.sample_steps and module.step % validation.sample_steps == 0:
             self.draw_samples(trainer, module)
         is_stop = self.is_asked_to_stop(trainer, module)
-        if is_stop or is_last or module.step % config.checkpoint_every_steps == 0:
+        if is_stop or is_last or module.step % config.checkpointing_steps == 0:
             self.save(trainer, module)
         if is_stop and not is_last:
             self.was_stopped = True
@@ -101,14 +101,14 @@ class StepKeeper(pl.Callback):
         return found
 
     def keep_candidate(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
-        """Save what is trained if it is among the best yet; ranks agree, since they may have to gather it."""
+        """Save what is trained if it is among the best yet; ranks agree, since they may have to unshard it."""
         is_good = is_candidate(self.losses, self.spec.training.validation)
         if not trainer.strategy.reduce_boolean_decision(is_good, all=False):
             return
-        if trainer.is_global_zero or module.is_sharded:
-            weights = copy_all(module.average or dict(module.named_trained()), is_kept=trainer.is_global_zero)
+        if trainer.is_global_zero or module.fsdp:
+            weights = copy_all(module.ema or dict(module.named_trained()), is_kept=trainer.is_global_zero)
         if trainer.is_global_zero:
-            keep_candidate(self.run, self.spec, weights, self.losses, identity=self.identity)
+            keep_candidate(self.run, self.spec, weights, self.losses, fingerprint=self.fingerprint)
 
     def is_asked_to_stop(self, trainer: pl.Trainer, module: DreamBoothModule) -> bool:
         """Whether the stop file is there; several ranks look every few seconds, since to agree they wait."""
@@ -123,7 +123,7 @@ class StepKeeper(pl.Callback):
             seconds = torch.tensor((now - self.ticked) / len(self.pending), device=trainer.strategy.root_device)
             mean = float(trainer.strategy.reduce(seconds, reduce_op="mean"))  # so that all ranks look at once
             self.steps_between_looks = max(1, int(LOOK_SECONDS / max(mean, 1e-9)))
-        for row in self.gather(trainer):
+        for row in self.unshard(trainer):
             self.losses.append(json.dumps(self.check(row)))
         if trainer.is_global_zero and self.pending:
             with explain_full_disk(self.run.losses), self.run.losses.open("a") as file:
@@ -133,11 +133,11 @@ class StepKeeper(pl.Callback):
             halves = 2 if config.prior_loss_weight > 0 else 1
             per_step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size * halves
             rate = per_step * len(self.pending) / max(1e-9, now - self.ticked)
-            tell(self.run, {"event": "step", **last, "images_per_second": round(rate, 2)})
+            emit_event(self.run, {"event": "step", **last, "images_per_second": round(rate, 2)})
         self.pending = []
         self.ticked = now
 
-    def gather(self, trainer: pl.Trainer) -> list[dict[str, float]]:
+    def unshard(self, trainer: pl.Trainer) -> list[dict[str, float]]:
         """Bring the pending rows to the host, as means over all ranks: one transfer, one exchange."""
         if not self.pending:
             return []
@@ -161,12 +161,12 @@ class StepKeeper(pl.Callback):
 
         """
         step, config = int(plain["step"]), self.spec.training
-        if plain["grad_norm"] == 0.0 and not self.losses and config.caption_dropout == 0:
+        if plain["grad_norm"] == 0.0 and not self.losses and config.proportion_empty_prompts == 0:
             raise TrainingFailed("the first step changed nothing: no gradient reaches what is trained")
         is_whole = all(math.isfinite(value) for name, value in plain.items() if "validation" not in name)
         self.num_skipped = 0 if is_whole else self.num_skipped + 1
         # In fp16 the scaler begins too high on purpose and finds its place by leaving steps out.
-        limit = max(config.max_skipped_steps, 20 if config.precision == "fp16" else 0)
+        limit = max(config.max_skipped_steps, 20 if config.mixed_precision == "fp16" else 0)
         if self.num_skipped > limit:
             size = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
             raise TrainingFailed(
@@ -180,12 +180,12 @@ class StepKeeper(pl.Callback):
 
     def draw_samples(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
         """Draw a grid between two steps; training goes on from the same weights."""
-        rows = draw_samples(module) if trainer.is_global_zero or module.is_sharded else []
+        rows = draw_samples(module) if trainer.is_global_zero or module.fsdp else []
         if trainer.is_global_zero:
             self.run.samples.mkdir(exist_ok=True)
             with explain_full_disk(self.run.samples):
                 join_grid(rows).save(self.run.samples / f"step-{module.step:08d}.png")
-            tell(self.run, {"event": "samples", "step": module.step})
+            emit_event(self.run, {"event": "samples", "step": module.step})
         trainer.strategy.barrier()
 
     def save(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
@@ -194,12 +194,12 @@ class StepKeeper(pl.Callback):
         if self.saved_step == module.step:
             return
         self.saved_step = module.step
-        if trainer.is_global_zero or module.is_sharded:
+        if trainer.is_global_zero or module.fsdp:
             state = collect_state(
                 dict(module.named_trained()),
                 module.optimizer,
                 step=module.step,
-                averages=module.average,
+                ema=module.ema,
                 losses=self.losses,
                 scaler=trainer.precision_plugin.state_dict(),
                 is_writer=trainer.is_global_zero,
@@ -208,10 +208,10 @@ class StepKeeper(pl.Callback):
             save_checkpoint(
                 self.run.checkpoints,
                 state,
-                identity=self.identity,
-                num_kept=self.spec.training.num_checkpoints_kept,
+                fingerprint=self.fingerprint,
+                num_kept=self.spec.training.checkpoints_total_limit,
             )
-            tell(self.run, {"event": "checkpoint", "step": module.step})
+            emit_event(self.run, {"event": "checkpoint", "step": module.step})
         trainer.strategy.barrier()
         self.ticked = time.monotonic()
 
@@ -222,7 +222,7 @@ class StepKeeper(pl.Callback):
         return pl_module
 
 
-def tell(run: RunFolder, event: dict[str, Any]) -> None:
+def emit_event(run: RunFolder, event: dict[str, Any]) -> None:
     """Append one event for the supervisor. Raises StorageFull."""
     with explain_full_disk(run.events), run.events.open("a") as file:
         file.write(dump_line(event))

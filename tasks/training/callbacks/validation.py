@@ -10,7 +10,7 @@ from torch import Tensor
 from tasks.diffusion.types import SamplingRequest
 from tasks.prompts import write_subject_prompt
 from tasks.training.config import ValidationSettings
-from tasks.training.data import rng as draws
+from tasks.training.data import rng
 from tasks.training.module import DreamBoothModule
 
 MAX_PHOTOS = 8
@@ -36,14 +36,16 @@ def compute_validation_loss(module: DreamBoothModule) -> Tensor:
     for index, images, row in sorted(rows, key=lambda told: told[0])[:MAX_PHOTOS]:  # one by one: memory is full
         told = model.encode_prompts(images.input_ids[row : row + 1])
         shape = tuple(images.mean.shape[2:])
-        eps = draws.draw_normal(shape, seed=0, purpose="validation", indices=[index]).to(module.device)
-        latents, sizes = images.mean[row, :1].to(module.device), images.sizes[row, :1].to(module.device)
+        eps = rng.draw_normal(shape, seed=0, purpose="validation", indices=[index]).to(module.device)
+        latents, time_ids = images.mean[row, :1].to(module.device), images.time_ids[row, :1].to(module.device)
         for share in NOISE_SHARES:
-            timesteps = model.noise.choose_timesteps(torch.tensor([share], dtype=torch.float64)).to(module.device)
-            noisy = model.noise.add_noise(latents, eps, timesteps)
-            target = model.noise.compute_target(latents, eps, timesteps)
+            timesteps = model.noise_scheduler.sample_timesteps(torch.tensor([share], dtype=torch.float64)).to(
+                module.device
+            )
+            noisy = model.noise_scheduler.add_noise(latents, eps, timesteps)
+            target = model.noise_scheduler.compute_target(latents, eps, timesteps)
             losses.append(
-                (model.predict(module.fit_dtype(noisy), timesteps, told, sizes).float() - target).square().mean()
+                (model.predict(module.fit_dtype(noisy), timesteps, told, time_ids).float() - target).square().mean()
             )
     for part, mode in zip(module.trained.values(), was_training, strict=True):
         part.train(mode)
@@ -56,7 +58,7 @@ def read_validations(losses: list[str]) -> list[tuple[int, float]]:
     return [(row["step"], row["validation_loss"]) for row in rows if row["validation_loss"] is not None]
 
 
-def has_settled(losses: list[str], settings: ValidationSettings) -> bool:
+def has_converged(losses: list[str], settings: ValidationSettings) -> bool:
     """Say whether the validation loss varies little of late, against all its course (arXiv 2302.04841)."""
     values = [value for _, value in read_validations(losses)]
     if len(values) < 2 * settings.window:
@@ -78,7 +80,7 @@ def draw_samples(module: DreamBoothModule) -> list[list[Image.Image]]:
     for template in validation.sample_prompts:  # one by one: memory is full of training
         prompt = write_subject_prompt(template, **words)
         requests = [SamplingRequest(prompt, SAMPLE_SEED + i) for i in range(SAMPLES_PER_PROMPT)]
-        num_steps = validation.sample_inference_steps
+        num_steps = validation.sample_num_inference_steps
         rows.append(module.model.sample(requests, num_inference_steps=num_steps, guidance_scale=SAMPLE_GUIDANCE))
     module.model.vae.to(vae_device)
     for part, mode in zip(module.trained.values(), was_training, strict=True):

@@ -23,8 +23,8 @@ from tasks.diffusion.types import DiffusionModel
 from tasks.errors import ArtifactCorrupt
 from tasks.stage.files import write_atomic
 from tasks.stage.tensor_files import save_tensors
+from tasks.training.data import rng
 from tasks.training.data.buckets import Size
-from tasks.training.data import rng as draws
 from tasks.training.data.latent_cache import is_whole, make_note, note_of
 from tasks.training.process.worker_spec import TrainingImage, TrainingSpec
 
@@ -32,17 +32,17 @@ ENCODE_BATCH = 8
 
 
 @dataclass(frozen=True)
-class ImageSet:
+class LatentDataset:
     """Cached posteriors of N pictures in V variants: a row's picture and prompt share one index.
 
-    `mean` and `std` are `(N, V, C, h, w)`, `mask` `(N, V, 1, h, w)` in [0, 1], `sizes` `(N, V, 6)`,
+    `mean` and `std` are `(N, V, C, h, w)`, `mask` `(N, V, 1, h, w)` in [0, 1], `time_ids` `(N, V, 6)`,
     `input_ids` `(N, L)`.
     """
 
     mean: Tensor
     std: Tensor
     mask: Tensor
-    sizes: Tensor
+    time_ids: Tensor
     input_ids: Tensor
 
     def __len__(self) -> int:
@@ -56,15 +56,15 @@ class TrainingBatch:
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
-    sizes: Tensor
+    time_ids: Tensor
     mask: Tensor
     input_ids: Tensor
     share: float = 1.0
-    """This batch's part of its rank's samples; below 1 where they are of several sizes."""
+    """This batch's part of its rank's samples; below 1 where they are of several time_ids."""
 
 
 @dataclass(frozen=True)
-class Variant:
+class CropFlip:
     """How a picture is cut: the crop's place in the free room `[0, 1]`, and mirroring.
 
     Without a place the crop lies around the subject where a mask or the inspector says where that is,
@@ -73,7 +73,7 @@ class Variant:
 
     left: float | None = None
     top: float | None = None
-    is_mirrored: bool = False
+    is_flipped: bool = False
 
 
 class SampleCounter(IterableDataset[Tensor]):
@@ -94,19 +94,19 @@ class SampleCounter(IterableDataset[Tensor]):
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A picture cut to size: pixels `(3, H, W)` in [-1, 1], mask `(1, H, W)` in [0, 1], six sizes.
+class PreprocessedImage:
+    """A picture cut to size: pixels `(3, H, W)` in [-1, 1], mask `(1, H, W)` in [0, 1], six time_ids.
 
-    The sizes are original height and width, top and left of the crop, and its height and width, in pixels
+    The time_ids are original height and width, top and left of the crop, and its height and width, in pixels
     (those of Stable Diffusion XL, arXiv 2307.01952).
     """
 
     pixels: Tensor
     mask: Tensor
-    sizes: list[int]
+    time_ids: list[int]
 
 
-def load_picture(image: TrainingImage, *, size: Size, variant: Variant = Variant()) -> Loaded:
+def load_picture(image: TrainingImage, *, size: Size, variant: CropFlip = CropFlip()) -> PreprocessedImage:
     """Scale a picture until it covers the size, its aspect kept, and crop what is over.
 
     Raises:
@@ -129,9 +129,9 @@ def load_picture(image: TrainingImage, *, size: Size, variant: Variant = Variant
     mask = mask.resize((width, height), Image.Resampling.BOX).crop(crop)
     pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1.0
     opacity = torch.from_numpy(np.asarray(mask).copy())[None].float() / 255
-    if variant.is_mirrored:
+    if variant.is_flipped:
         pixels, opacity, left = pixels.flip(-1), opacity.flip(-1), width - size.width - left
-    return Loaded(pixels, opacity, [*image.original_size(), top, left, size.height, size.width])
+    return PreprocessedImage(pixels, opacity, [*image.original_size(), top, left, size.height, size.width])
 
 
 def find_focus(image: TrainingImage, mask: Image.Image) -> tuple[float, float]:
@@ -150,23 +150,23 @@ def place_crop(share: float | None, length: int, side: int, *, focus: float) -> 
     return min(free, max(0, round(focus * length - side / 2)))
 
 
-def plan_variants(spec: TrainingSpec, index: int) -> list[Variant]:
+def plan_variants(spec: TrainingSpec, index: int) -> list[CropFlip]:
     """Return the variants of an instance image; random crops are a function of seed, image and number."""
     num = spec.training.num_crop_variants
     if num == 0:
         places: list[tuple[float | None, float | None]] = [(None, None)]
     else:
         rows = [index * num + i for i in range(num)]
-        left = draws.draw_uniform(seed=spec.seed, purpose="instance/crop-left", indices=rows)
-        top = draws.draw_uniform(seed=spec.seed, purpose="instance/crop-top", indices=rows)
+        left = rng.draw_uniform(seed=spec.seed, purpose="instance/crop-left", indices=rows)
+        top = rng.draw_uniform(seed=spec.seed, purpose="instance/crop-top", indices=rows)
         places = list(zip(left.tolist(), top.tolist(), strict=True))
     mirrorings = (False, True) if spec.training.flip_probability > 0 else (False,)
-    return [Variant(left, top, is_mirrored) for is_mirrored in mirrorings for left, top in places]
+    return [CropFlip(left, top, is_flipped) for is_flipped in mirrorings for left, top in places]
 
 
 def load_set(
-    model: DiffusionModel, spec: TrainingSpec, kind: str, size: Size, variants: list[list[Variant]]
-) -> ImageSet:
+    model: DiffusionModel, spec: TrainingSpec, kind: str, size: Size, variants: list[list[CropFlip]]
+) -> LatentDataset:
     """Return one half's posteriors in a size: mapped from disk where they were made before, else encoded and kept."""
     images = spec.images_of(kind, size)
     path = spec.latents_path(kind, size)
@@ -175,11 +175,13 @@ def load_set(
         if int(os.environ.get("RANK", "0")) > 0:
             return encoded  # the first rank writes; the others need not wait for it
         note_of(path).unlink(missing_ok=True)
-        save_tensors({"mean": encoded.mean, "std": encoded.std, "mask": encoded.mask, "sizes": encoded.sizes}, path)
+        save_tensors(
+            {"mean": encoded.mean, "std": encoded.std, "mask": encoded.mask, "time_ids": encoded.time_ids}, path
+        )
         write_atomic(note_of(path), make_note(path))
     for image in images:
         check_digest(Path(image.path), image.sha256)
-    return ImageSet(**load_file(path), input_ids=tokenize_prompts(model, images))
+    return LatentDataset(**load_file(path), input_ids=tokenize_prompts(model, images))
 
 
 def check_digest(path: Path, sha256: str) -> bytes:
@@ -191,11 +193,11 @@ def check_digest(path: Path, sha256: str) -> bytes:
 
 
 def encode_set(
-    model: DiffusionModel, images: tuple[TrainingImage, ...], *, size: Size, variants: list[list[Variant]]
-) -> ImageSet:
+    model: DiffusionModel, images: tuple[TrainingImage, ...], *, size: Size, variants: list[list[CropFlip]]
+) -> LatentDataset:
     """Return the posteriors of a set of pictures, one list of variants each."""
     jobs = [(image, variant) for image, row in zip(images, variants, strict=True) for variant in row]
-    means, stds, masks, sizes = [], [], [], []
+    means, stds, masks, time_ids = [], [], [], []
     batch_size = ENCODE_BATCH if size.width * size.height <= 512**2 else 1  # the VAE's own activations are large
     for start in range(0, len(jobs), batch_size):
         loaded = [
@@ -206,14 +208,14 @@ def encode_set(
         stds.append(posterior.std.float().cpu().contiguous())
         grid = posterior.mean.shape[-2:]
         masks.append(F.interpolate(torch.stack([one.mask for one in loaded]), grid, mode="area"))
-        sizes += [one.sizes for one in loaded]
+        time_ids += [one.time_ids for one in loaded]
     num = len(images)
     mean, std, mask = torch.cat(means), torch.cat(stds), torch.cat(masks)
-    return ImageSet(
+    return LatentDataset(
         mean=mean.view(num, -1, *mean.shape[1:]),
         std=std.view(num, -1, *std.shape[1:]),
         mask=mask.view(num, -1, *mask.shape[1:]),
-        sizes=torch.tensor(sizes, dtype=torch.float32).view(num, -1, 6),
+        time_ids=torch.tensor(time_ids, dtype=torch.float32).view(num, -1, 6),
         input_ids=tokenize_prompts(model, images),
     )
 
@@ -228,7 +230,7 @@ class Bucket:
     """Instance images of one size, by their number among all, and the class images cut to it."""
 
     indices: list[int]
-    sets: dict[str, ImageSet]
+    sets: dict[str, LatentDataset]
 
 
 class BatchMaker:
@@ -236,21 +238,21 @@ class BatchMaker:
 
     def __init__(self, model: DiffusionModel, spec: TrainingSpec) -> None:
         self.spec = spec
-        self.noise = model.noise
+        self.noise_scheduler = model.noise_scheduler
         self.buckets = []
         for size, indices in spec.sort_into_buckets().items():
             sets = {"instance": load_set(model, spec, "instance", size, [plan_variants(spec, i) for i in indices])}
             if spec.training.prior_loss_weight > 0:
-                sets["class"] = load_set(model, spec, "class", size, [[Variant()]] * len(spec.class_images))
+                sets["class"] = load_set(model, spec, "class", size, [[CropFlip()]] * len(spec.class_images))
             self.buckets.append(Bucket(indices, sets))
         self.holdout = [
-            load_set(model, spec, "holdout", size, [[Variant()]] * len(indices))
+            load_set(model, spec, "holdout", size, [[CropFlip()]] * len(indices))
             for size, indices in spec.sort_into_buckets("holdout").items()
         ]
         self.empty_ids = model.tokenize([""])[0]
 
     def make(self, indices: list[int], device: torch.device) -> list[TrainingBatch]:
-        """Return one batch per size among the samples; the halves have draws of their own.
+        """Return one batch per size among the samples; the halves have rng of their own.
 
         A class image is cut to the size of the instance image beside it, so both share one forward.
         """
@@ -273,31 +275,31 @@ class BatchMaker:
             others = bucket.sets["class"]
             halves.append(self.make_half("class", others, indices, self.choose_items("class", len(others), indices)))
         *columns, input_ids = [torch.cat(column) for column in zip(*halves, strict=True)]
-        latents, noise, timesteps, sizes, mask = (send(column, device) for column in columns)
-        return TrainingBatch(latents, noise, timesteps, sizes, mask, input_ids, share)
+        latents, noise, timesteps, time_ids, mask = (send(column, device) for column in columns)
+        return TrainingBatch(latents, noise, timesteps, time_ids, mask, input_ids, share)
 
     def choose_items(self, kind: str, num: int, indices: list[int]) -> list[int]:
         """Return which picture each sample shows."""
-        return draws.choose_items(num, seed=self.spec.seed, purpose=f"{kind}/item", indices=indices)
+        return rng.choose_items(num, seed=self.spec.seed, purpose=f"{kind}/item", indices=indices)
 
-    def make_half(self, kind: str, images: ImageSet, indices: list[int], items: list[int]) -> tuple[Tensor, ...]:
-        """Return latents, noise, timesteps, sizes, mask and token ids of one half."""
+    def make_half(self, kind: str, images: LatentDataset, indices: list[int], items: list[int]) -> tuple[Tensor, ...]:
+        """Return latents, noise, timesteps, time_ids, mask and token ids of one half."""
         seed = self.spec.seed
         variants = self.choose_variants(kind, indices)
         shape = tuple(images.mean.shape[2:])
-        posterior = draws.draw_normal(shape, seed=seed, purpose=f"{kind}/posterior", indices=indices)
-        noise = draws.draw_normal(shape, seed=seed, purpose=f"{kind}/noise", indices=indices)
-        uniform = draws.draw_uniform(seed=seed, purpose=f"{kind}/timestep", indices=indices)
+        posterior = rng.draw_normal(shape, seed=seed, purpose=f"{kind}/posterior", indices=indices)
+        noise = rng.draw_normal(shape, seed=seed, purpose=f"{kind}/noise", indices=indices)
+        uniform = rng.draw_uniform(seed=seed, purpose=f"{kind}/timestep", indices=indices)
         latents = images.mean[items, variants] + images.std[items, variants] * posterior
         input_ids = images.input_ids[items]
-        if kind == "instance" and self.spec.training.caption_dropout > 0:
-            share = self.spec.training.caption_dropout
-            dropped = draws.draw_flags(share, seed=seed, purpose="instance/caption", indices=indices)
+        if kind == "instance" and self.spec.training.proportion_empty_prompts > 0:
+            share = self.spec.training.proportion_empty_prompts
+            dropped = rng.draw_flags(share, seed=seed, purpose="instance/caption", indices=indices)
             input_ids = torch.where(dropped[:, None], self.empty_ids, input_ids)
         background = self.spec.training.background_loss_weight
         mask = background + (1 - background) * images.mask[items, variants]
-        timesteps = self.noise.choose_timesteps(uniform)
-        return latents, noise, timesteps, images.sizes[items, variants], mask, input_ids
+        timesteps = self.noise_scheduler.sample_timesteps(uniform)
+        return latents, noise, timesteps, images.time_ids[items, variants], mask, input_ids
 
     def choose_variants(self, kind: str, indices: list[int]) -> Tensor:
         """Return which variant of its picture each sample shows."""
@@ -305,10 +307,10 @@ class BatchMaker:
         num_crops = max(1, training.num_crop_variants)
         if kind != "instance":
             return torch.zeros(len(indices), dtype=torch.long)
-        chosen = draws.draw_integers(num_crops, seed=seed, purpose="instance/crop", indices=indices)
+        chosen = rng.draw_integers(num_crops, seed=seed, purpose="instance/crop", indices=indices)
         if training.flip_probability > 0:
             share = training.flip_probability
-            chosen = chosen + num_crops * draws.draw_flags(share, seed=seed, purpose="instance/flip", indices=indices)
+            chosen = chosen + num_crops * rng.draw_flags(share, seed=seed, purpose="instance/flip", indices=indices)
         return chosen
 
 

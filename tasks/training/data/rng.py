@@ -1,6 +1,6 @@
 """Counter-based randomness: every draw is a function of (seed, purpose, global sample index).
 
-So draws differ between ranks, don't depend on how many there are, and resuming needs no stored
+So rng differ between ranks, don't depend on how many there are, and resuming needs no stored
 generator state.
 """
 

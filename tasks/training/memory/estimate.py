@@ -1,6 +1,6 @@
 """Predict the peak memory of training before anything is loaded: shapes alone, on torch's meta device.
 
-Weights, gradients, optimizer moments and averages are counted exactly; activations are those that a
+Weights, gradients, optimizer optimizer_state and ema are counted exactly; activations are those that a
 forward would keep for the backward, found by running one without numbers.
 """
 
@@ -32,7 +32,7 @@ def estimate_methods(
     found = {}
     for method in sorted(methods, key=lambda name: name.endswith("lora")):
         found[method] = estimate_built(model, training.model_copy(update={"method": method}))
-        for part in model.parts.values():
+        for part in model.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False)
     return {method: found[method] for method in methods}
@@ -49,23 +49,23 @@ def estimate_built(model: LatentModel, training: TrainingConfig) -> MemoryEstima
     trainable = sum(p.numel() for p in trained)
     ids = {id(p) for p in trained}
     total = weights = 0
-    frozen_size = DTYPES[training.frozen_precision].itemsize
-    shards = max(1, training.world_size) if training.is_sharded else 1
-    for name, part in model.parts.items():
+    frozen_size = DTYPES[training.weight_dtype].itemsize
+    shards = max(1, training.world_size) if training.fsdp else 1
+    for name, part in model.components.items():
         parameters = list(part.parameters()) if isinstance(part, nn.Module) else []
         num_shards = shards if any(id(parameter) in ids for parameter in parameters) else 1
         for parameter in parameters:
             total += parameter.numel()
             if name != "vae":  # it leaves the device once the latents are cached
                 weights += parameter.numel() * (4 if id(parameter) in ids else frozen_size) // num_shards
-    if training.precision != "fp32" and shards == 1:
+    if training.mixed_precision != "no" and shards == 1:
         weights += trainable * 2  # autocast keeps a copy of the weights in half precision
     moment_size = MOMENT_BYTES.get(training.optimizer, 8)
     return MemoryEstimate(
         weights=weights,
         gradients=trainable * 4 // shards,
-        moments=trainable * moment_size // shards,
-        averages=trainable * 4 // shards if training.ema_decay else 0,
+        optimizer_state=trainable * moment_size // shards,
+        ema=trainable * 4 // shards if training.ema_decay else 0,
         activations=count_activations(model, training),
         trainable_parameters=trainable,
         total_parameters=total,
@@ -76,15 +76,15 @@ def build_empty(folder: Path, config: DiffusionConfig) -> LatentModel:
     """Return the family's model with shapes and without numbers."""
     family = find_family(config.family)
     names = (*family.text_encoder_names, family.denoiser_name, "vae")
-    parts: dict[str, Any] = {}
+    components: dict[str, Any] = {}
     for name, part_class in find_classes(folder, names, denoiser_class=family.denoiser_class).items():
         with META:
             if issubclass(part_class, transformers.PreTrainedModel):
-                parts[name] = part_class(part_class.config_class.from_pretrained(folder / name))
+                components[name] = part_class(part_class.config_class.from_pretrained(folder / name))
             else:
-                parts[name] = part_class.from_config(part_class.load_config(folder / name))
+                components[name] = part_class.from_config(part_class.load_config(folder / name))
     empty: Any = type(f"Empty{family.__name__}", (WithoutTokenizers, family), {})
-    model: LatentModel = empty(parts, family.load_noise(folder), config, META)
+    model: LatentModel = empty(components, family.load_noise(folder), config, META)
     return model
 
 
@@ -93,28 +93,28 @@ def choose_trained(model: LatentModel, training: TrainingConfig) -> list[nn.Para
     from tasks.diffusion.lora.adapters import add_lora
 
     trained: list[nn.Parameter] = []
-    names = list(model.trainable_modules(is_text_encoder_trained=training.is_text_encoder_trained))
-    names = [name for name in names if training.is_denoiser_trained or name != model.denoiser_name]
+    names = list(model.trainable_modules(train_text_encoder=training.train_text_encoder))
+    names = [name for name in names if training.train_denoiser or name != model.denoiser_name]
     if training.method.endswith("lora"):
         lora = training.lora
         if not hasattr(model.denoiser, "peft_config"):
             with META:
                 add_lora(
-                    model, names, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout,
-                    is_dora=lora.is_dora, target_modules=lora.target_modules,
+                    model, names, rank=lora.rank, alpha=lora.lora_alpha, dropout=lora.lora_dropout,
+                    use_dora=lora.use_dora, target_modules=lora.target_modules,
                 )  # fmt: skip
-        trained = [p for name in names for key, p in model.parts[name].named_parameters() if ".lora_" in key]
+        trained = [p for name in names for key, p in model.components[name].named_parameters() if ".lora_" in key]
         for parameter in trained:
             parameter.requires_grad_(True)
     elif training.method.endswith("full"):
         for name in names:
-            model.parts[name].requires_grad_(True)
-        trained = [p for name in names for p in model.parts[name].parameters()]
-    if training.method.startswith("token"):
-        able = model.trainable_modules(is_text_encoder_trained=True)
-        for table in (model.parts[name].get_input_embeddings() for name in model.text_encoders if name in able):
+            model.components[name].requires_grad_(True)
+        trained = [p for name in names for p in model.components[name].parameters()]
+    if training.method.startswith("textual_inversion"):
+        able = model.trainable_modules(train_text_encoder=True)
+        for table in (model.components[name].get_input_embeddings() for name in model.text_encoders if name in able):
             table.requires_grad_(True)  # the gradient passes through the whole encoder
-            vectors = torch.empty(training.token.num_vectors, table.weight.shape[1], device=META)
+            vectors = torch.empty(training.textual_inversion.num_vectors, table.weight.shape[1], device=META)
             trained = [parameter for parameter in trained if parameter is not table.weight]
             trained.append(nn.Parameter(vectors))
     return trained
@@ -123,14 +123,14 @@ def choose_trained(model: LatentModel, training: TrainingConfig) -> list[nn.Para
 def count_activations(model: LatentModel, training: TrainingConfig) -> int:
     """Return the bytes that one forward keeps for the backward."""
     rows = count_rows(training)
-    if training.is_gradient_checkpointed:
+    if training.gradient_checkpointing:
         model.denoiser.train()
         model.denoiser.enable_gradient_checkpointing()
     channels = int(model.vae.config.latent_channels)
     side = model.config.resolution // 2 ** (len(model.vae.config.block_out_channels) - 1)
     latents = torch.zeros(rows, channels, side, side, device=META)
     timesteps = torch.zeros(rows, device=META)
-    modules = [part for part in model.parts.values() if isinstance(part, nn.Module)]
+    modules = [part for part in model.components.values() if isinstance(part, nn.Module)]
     weights = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
@@ -144,7 +144,7 @@ def count_activations(model: LatentModel, training: TrainingConfig) -> int:
         conditioning = encode_empty(model, rows)
         model.predict(latents, timesteps, conditioning, torch.zeros(rows, 6, device=META))
     total = sum(storage.nbytes() for storage in kept.values())
-    return total if training.precision == "fp32" else int(total * 0.55)
+    return total if training.mixed_precision == "no" else int(total * 0.55)
 
 
 class FlashAttention(torch.autograd.Function):
@@ -188,13 +188,13 @@ class WithoutTokenizers:
     """Token limits for models that are only shapes."""
 
     max_lengths: dict[str, int]
-    parts: dict[str, Any]
+    components: dict[str, Any]
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Return ids that no prompt has."""
-        length = sum(self.max_length(name) for name in self.parts if name.startswith("text_encoder"))
+        length = sum(self.max_length(name) for name in self.components if name.startswith("text_encoder"))
         return torch.full((len(prompts), length), -1, device=META)
 
     def max_length(self, name: str) -> int:
         """Return the family's limit, or the encoder's own."""
-        return self.max_lengths.get(name) or int(self.parts[name].config.max_position_embeddings)
+        return self.max_lengths.get(name) or int(self.components[name].config.max_position_embeddings)

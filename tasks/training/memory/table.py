@@ -22,8 +22,8 @@ OVERHEAD_SHARE, OVERHEAD_BYTES = 0.05, 600 * 2**20
 CARDS = (8, 16, 24, 80)  # GB, as cards are sold
 # The other settings scale what is in the table.
 MATTERS = {
-    "lora", "token", "is_denoiser_trained", "is_text_encoder_trained", "is_gradient_checkpointed", "precision",
-    "frozen_precision",
+    "lora", "textual_inversion", "train_denoiser", "train_text_encoder", "gradient_checkpointing", "mixed_precision",
+    "weight_dtype",
 }  # fmt: skip
 
 
@@ -33,8 +33,8 @@ class MemoryEstimate:
 
     weights: int
     gradients: int
-    moments: int
-    averages: int
+    optimizer_state: int
+    ema: int
     activations: int
     trainable_parameters: int
     total_parameters: int
@@ -42,7 +42,7 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """All of it, with the allocator's share."""
-        plain = self.weights + self.gradients + self.moments + self.averages + self.activations
+        plain = self.weights + self.gradients + self.optimizer_state + self.ema + self.activations
         return int(plain * (1 + OVERHEAD_SHARE)) + OVERHEAD_BYTES
 
     def find_card(self) -> int | None:
@@ -57,7 +57,7 @@ def count_rows(training: TrainingConfig) -> int:
 
 def describe_key(diffusion: DiffusionConfig, training: TrainingConfig) -> str:
     """Return the digest of all settings that change the prediction in other ways than by scaling it."""
-    where = [diffusion.family, diffusion.location, diffusion.resolution]
+    where = [diffusion.family, diffusion.pretrained_model_name_or_path, diffusion.resolution]
     return digest([TABLE_VERSION, where, training.model_dump(mode="json", include=MATTERS)])[:32]
 
 
@@ -66,18 +66,18 @@ def look_up(
 ) -> dict[str, MemoryEstimate] | None:
     """Return the estimates of a preset, for any batch size and optimizer; None for what isn't in the table."""
     rows = json.loads(TABLE.read_text()).get(describe_key(diffusion, training))
-    if rows is None or training.is_sharded:
+    if rows is None or training.fsdp:
         return None
     return {method: scale(MemoryEstimate(**rows[method]), training) for method in methods}
 
 
 def scale(found: MemoryEstimate, training: TrainingConfig) -> MemoryEstimate:
-    """Return a table's estimate for the configured optimizer, averages and images of a forward."""
+    """Return a table's estimate for the configured optimizer, ema and images of a forward."""
     trainable = found.trainable_parameters
     return replace(
         found,
-        moments=trainable * MOMENT_BYTES.get(training.optimizer, 8),
-        averages=trainable * 4 if training.ema_decay else 0,
+        optimizer_state=trainable * MOMENT_BYTES.get(training.optimizer, 8),
+        ema=trainable * 4 if training.ema_decay else 0,
         activations=found.activations * count_rows(training) // TABLE_ROWS,
     )
 

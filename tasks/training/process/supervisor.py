@@ -75,16 +75,16 @@ def run_worker(
 
 
 def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()) -> "subprocess.Popen[bytes]":
-    """Start one process per device, in a session of its own, holding the given descriptors."""
+    """Start one process per device, in a session of its own, holding the given embeddings."""
     training = spec.training
-    meeting = ["--standalone"]
+    rdzv_args = ["--standalone"]
     if training.num_nodes > 1:
-        meeting = [
+        rdzv_args = [
             "--nnodes", str(training.num_nodes), "--rdzv-backend", "c10d",
-            "--rdzv-endpoint", training.rendezvous, "--rdzv-id", spec.stage_key,
+            "--rdzv-endpoint", training.rdzv_endpoint, "--rdzv-id", spec.stage_key,
         ]  # fmt: skip
     # Each rank watches the supervisor itself: a launcher that is killed takes no rank with it.
-    launcher = [*meeting, "--nproc-per-node", str(training.num_devices), "-m", GUARD]
+    launcher = [*rdzv_args, "--nproc-per-node", str(training.num_devices), "-m", GUARD]
     command = guarded("torch.distributed.run", *launcher, WORKER_MODULE, str(run.spec))
     if training.world_size == 1:  # one process needs nobody to meet, and starts three seconds sooner
         command = guarded(WORKER_MODULE, str(run.spec))
@@ -213,7 +213,7 @@ def find_reason(log: Path, *, start: int = 0) -> str:
 
 @contextmanager
 def locked(path: Path, *, seconds: float = LOCK_SECONDS) -> Iterator[int]:
-    """Hold a lock for as long as this process, or one that inherited the descriptor, lives.
+    """Hold a lock for as long as this process, or one that inherited the embedding, lives.
 
     Waits a little: the worker of a run that was killed ends itself within two seconds.
 

@@ -36,15 +36,15 @@ from tasks.training.callbacks.best_checkpoints import (
     write_candidate,
     write_weights,
 )
-from tasks.training.callbacks.steps import StepKeeper, tell
-from tasks.training.callbacks.validation import has_settled
+from tasks.training.callbacks.steps import TrainingCallbacks, emit_event
+from tasks.training.callbacks.validation import has_converged
 from tasks.training.checkpoint_io import copy_all, load_newest, restore_state
 from tasks.training.data.dataset import SampleCounter
 from tasks.training.methods import save_learned
 from tasks.training.module import DreamBoothModule
 from tasks.training.optimizers import set_up_kernels
 from tasks.training.process.worker_spec import STOPPED_EXIT_CODE, RunFolder, TrainingSpec, WorkerFailure, WorkerResult
-from tasks.training.sharding import join_processes, spread
+from tasks.training.sharding import init_process_group, shard_like
 
 
 def main(argv: list[str]) -> int:
@@ -87,7 +87,7 @@ def set_up_process(spec: TrainingSpec) -> None:
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(spec.training.num_threads or max(1, (os.cpu_count() or 1) // ranks))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(spec.training.is_deterministic)
+    torch.use_deterministic_algorithms(spec.training.deterministic)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
@@ -99,16 +99,16 @@ def train(spec: TrainingSpec) -> int:
         TrainingFailed: one image at a time doesn't fit either.
 
     """
-    identity = spec.identity()
+    fingerprint = spec.fingerprint()
     while True:
         try:
-            return attempt(spec, identity)
+            return attempt(spec, fingerprint)
         except torch.OutOfMemoryError as error:
             if spec.training.world_size > 1 or spec.training.train_batch_size % 2:
                 raise TrainingFailed(
                     f"out of memory with {spec.training.train_batch_size} instance images at a time; lower "
-                    "training.train_batch_size, or set training.is_gradient_checkpointed=true, "
-                    "training.frozen_precision=bf16 or training/method=lora"
+                    "training.train_batch_size, or set training.gradient_checkpointing=true, "
+                    "training.weight_dtype=bf16 or training/method=lora"
                 ) from error
             spec = halve_batch(spec)
         gc.collect()  # trainer and module hold each other, and the weights
@@ -124,7 +124,7 @@ def halve_batch(spec: TrainingSpec) -> TrainingSpec:
             "gradient_accumulation_steps": training.gradient_accumulation_steps * 2,
         }
     )
-    tell(
+    emit_event(
         RunFolder(spec.path),
         {
             "event": "note",
@@ -135,37 +135,37 @@ def halve_batch(spec: TrainingSpec) -> TrainingSpec:
     return spec.model_copy(update={"training": smaller})
 
 
-def attempt(spec: TrainingSpec, identity: dict[str, str]) -> int:
+def attempt(spec: TrainingSpec, fingerprint: dict[str, str]) -> int:
     """Build everything, resume where a checkpoint is, fit, and write the result."""
     run = RunFolder(spec.path)
     model = open_base(spec)
-    if spec.training.is_sharded and spec.training.world_size > 1:
-        join_processes(model.device)
-    state = load_newest(run.checkpoints, identity=identity)
+    if spec.training.fsdp and spec.training.world_size > 1:
+        init_process_group(model.device)
+    state = load_newest(run.checkpoints, fingerprint=fingerprint)
     start_step = state.step if state else 0
     set_up_kernels(model, spec.training)
     module = DreamBoothModule(model, spec, start_step=start_step)
     if state is not None:
         restore_state(dict(module.named_trained()), module.optimizer, state)
         for name, parameter in module.named_trained():
-            if name in state.averages:
-                module.average[name] = spread(state.averages[name], like=parameter)
+            if name in state.ema:
+                module.ema[name] = shard_like(state.ema[name], like=parameter)
     tell_shortened(run, spec, model)
-    keeper = StepKeeper(spec, run, identity=identity, state=state)
-    has_stopped_early = spec.training.validation.is_early_stopping and has_settled(
+    keeper = TrainingCallbacks(spec, run, fingerprint=fingerprint, state=state)
+    has_stopped_early = spec.training.validation.early_stopping and has_converged(
         keeper.losses, spec.training.validation
     )
     if start_step < spec.training.max_train_steps and not has_stopped_early:
         fit(spec, module, keeper)
         if keeper.was_stopped:
-            tell(run, {"event": "stopped", "step": module.step})
+            emit_event(run, {"event": "stopped", "step": module.step})
             return STOPPED_EXIT_CODE
     rank = int(os.environ.get("RANK", "0"))
     weights = None
-    if module.is_sharded:  # all ranks have to take part
-        weights = copy_all(module.average or dict(module.named_trained()), is_kept=rank == 0)
+    if module.fsdp:  # all ranks have to take part
+        weights = copy_all(module.ema or dict(module.named_trained()), is_kept=rank == 0)
     if rank == 0:
-        write_result(run, module, keeper.losses, weights=weights, identity=identity)
+        write_result(run, module, keeper.losses, weights=weights, fingerprint=fingerprint)
     return 0
 
 
@@ -175,10 +175,10 @@ def tell_shortened(run: RunFolder, spec: TrainingSpec, model: LatentModel) -> No
         for name, short in model.shorten(image.prompt).items():
             if short != image.prompt:
                 text = f'{name} reads {model.max_length(name)} tokens of a caption: it gets "{short}"'
-                tell(run, {"event": "note", "text": text})
+                emit_event(run, {"event": "note", "text": text})
 
 
-def fit(spec: TrainingSpec, module: DreamBoothModule, keeper: StepKeeper) -> None:
+def fit(spec: TrainingSpec, module: DreamBoothModule, keeper: TrainingCallbacks) -> None:
     """Train from the module's start step to the end, or until asked to stop."""
     config = spec.training
     trainer = pl.Trainer(
@@ -204,7 +204,7 @@ def fit(spec: TrainingSpec, module: DreamBoothModule, keeper: StepKeeper) -> Non
 def choose_precision(spec: TrainingSpec) -> Precision:
     """Return how a step computes; by name Lightning would take bf16 for fp16 on a CPU."""
     names: dict[str, Any] = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
-    name = names.get(spec.training.precision)
+    name = names.get(spec.training.mixed_precision)
     return MixedPrecision(name, choose_device(spec.diffusion).type) if name else Precision()
 
 
@@ -212,9 +212,9 @@ def choose_strategy(spec: TrainingSpec) -> Any:
     """Return how several devices share the work."""
     if spec.training.world_size == 1:
         return "auto"
-    if spec.training.is_sharded:
+    if spec.training.fsdp:
         return ModelParallelStrategy(data_parallel_size=spec.training.world_size, tensor_parallel_size=1)
-    has_resting = find_family(spec.diffusion.family).has_resting_layers
+    has_resting = find_family(spec.diffusion.family).has_unused_parameters
     return DDPStrategy(find_unused_parameters=has_resting, gradient_as_bucket_view=True)
 
 
@@ -224,7 +224,7 @@ def write_result(
     losses: list[str],
     *,
     weights: dict[str, torch.Tensor] | None,
-    identity: dict[str, str],
+    fingerprint: dict[str, str],
 ) -> None:
     """Save loss log and tuned model, then the manifest that says that they are whole.
 
@@ -235,7 +235,7 @@ def write_result(
         run.losses.write_text("".join(line + "\n" for line in losses))
     num_steps = json.loads(losses[-1])["step"]
     with explain_full_tensors(run.model, size_bytes=count_model_bytes(module)):
-        published = write_best(run, spec, losses, identity=identity)
+        published = write_best(run, spec, losses, fingerprint=fingerprint)
         if published is None and weights is not None:
             write_weights(weights, spec, run.model)
         elif published is None:
@@ -259,23 +259,23 @@ def write_result(
     write_atomic(run.result, dump_signed(result, indent=1))
 
 
-def write_best(run: RunFolder, spec: TrainingSpec, losses: list[str], *, identity: dict[str, str]) -> int | None:
+def write_best(run: RunFolder, spec: TrainingSpec, losses: list[str], *, fingerprint: dict[str, str]) -> int | None:
     """Write the best kept weights as the model, the others beside it; return the step, None where none are kept."""
     shutil.rmtree(run.model, ignore_errors=True)
     shutil.rmtree(run.candidates, ignore_errors=True)
-    candidates, damaged = verify_candidates(run, losses, spec.training.validation, identity=identity)
+    candidates, damaged = verify_candidates(run, losses, spec.training.validation, fingerprint=fingerprint)
     for path in damaged:
         text = f"kept weights of step {step_of(path)} are damaged and left out; see {path}"
-        tell(run, {"event": "note", "text": text})
+        emit_event(run, {"event": "note", "text": text})
     for place, path in enumerate(candidates):
         folder = run.candidates / path.name if place else run.model
-        write_candidate(path, spec, folder, identity=identity)
+        write_candidate(path, spec, folder, fingerprint=fingerprint)
     return step_of(candidates[0]) if candidates else None
 
 
 def list_parameters(module: DreamBoothModule) -> list[nn.Parameter]:
     """Return every parameter of the model."""
-    return [p for part in module.model.parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
+    return [p for part in module.model.components.values() if isinstance(part, nn.Module) for p in part.parameters()]
 
 
 def count_model_bytes(module: DreamBoothModule) -> int:

@@ -68,7 +68,7 @@ class TrainingSpec(Section):
         resolution, buckets = self.diffusion.resolution, dict[Size, list[int]]()
         for index, image in enumerate(self.holdout_images if kind == "holdout" else self.instance_images):
             size = Size(resolution, resolution)
-            if self.training.is_aspect_bucketed:
+            if self.training.aspect_ratio_bucketing:
                 size = choose_bucket((image.width, image.height), resolution)
             buckets.setdefault(size, []).append(index)
         return dict(sorted(buckets.items()))
@@ -95,11 +95,11 @@ class TrainingSpec(Section):
             crops = [training.num_crop_variants, training.flip_probability > 0, seed]
             if training.num_crop_variants:  # a crop is a function of its picture's number
                 crops += self.sort_into_buckets()[size]
-        how = [LATENTS_VERSION, self.diffusion.device, self.training.is_tf32, list(size)]
+        how = [LATENTS_VERSION, self.diffusion.device, self.training.allow_tf32, list(size)]
         content = [how, self.base_model_sha256, [image.content() for image in images], crops]
         return Path(self.latent_folder) / f"{digest(content)[:32]}.safetensors"
 
-    def identity(self) -> dict[str, str]:
+    def fingerprint(self) -> dict[str, str]:
         """Return digests that a checkpoint must share to be resumed from."""
         images = [self.instance_images, self.class_images, self.holdout_images]
         pairs = [[[image.content(), image.prompt] for image in group] for group in images]
@@ -178,7 +178,7 @@ def compute_learning_rate_factor(config: TrainingConfig, step: int, *, rate: flo
     Point by point the schedules of `diffusers.optimization.get_scheduler`: warm-up begins at 0, and what
     decays begins to do so after it. A polynomial ends at 1e-7, whatever the rate that it begins with.
     """
-    name, warmup = config.lr_schedule, config.lr_warmup_steps
+    name, warmup = config.lr_scheduler, config.lr_warmup_steps
     if step < warmup:
         return step / warmup
     progress = min(1.0, (step - warmup) / max(1, config.max_train_steps - warmup))

@@ -38,7 +38,7 @@ from tasks.diffusion.types import SamplingRequest, open_model
 from tasks.diffusion.config import DiffusionConfig
 
 with fast_imports(Path(sys.argv[2])) if sys.argv[1] == "fast" else contextlib.nullcontext():
-    model = open_model(DiffusionConfig(location="mini", resolution=64), folder=Path(sys.argv[2]))
+    model = open_model(DiffusionConfig(pretrained_model_name_or_path="mini", resolution=64), folder=Path(sys.argv[2]))
 picture = model.sample([SamplingRequest(prompt="a photo of a fish", seed=1)], num_inference_steps=2, guidance_scale=3.0)
 names = {name for name, module in sys.modules.items() if module is not None}
 print(json.dumps({

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli_sandbox import Workplace
+from tests.support.cli_sandbox import CliSandbox
 from tests.support.tiny import draw_photos
 
 
 @pytest.fixture
-def place(tmp_path: Path, workplace: Workplace) -> Workplace:
-    return replace(workplace, folder=tmp_path)
+def place(tmp_path: Path, sandbox: CliSandbox) -> CliSandbox:
+    return replace(sandbox, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def place(tmp_path: Path, workplace: Workplace) -> Workplace:
         (["scoring.labels=none.csv"], 2, "ConfigError: scoring.labels=none.csv is not a file"),
     ],
 )
-def test_wrong_input_gets_one_line(place: Workplace, words: list[str], code: int, message: str) -> None:
+def test_wrong_input_gets_one_line(place: CliSandbox, words: list[str], code: int, message: str) -> None:
     (place.folder / "empty").mkdir()
     (place.folder / "file").write_text("")
     draw_photos(place.folder / "two", num=2)
@@ -44,13 +44,13 @@ def test_wrong_input_gets_one_line(place: Workplace, words: list[str], code: int
     assert lines[0].startswith(message)
 
 
-def test_help_teaches(place: Workplace) -> None:
+def test_help_teaches(place: CliSandbox) -> None:
     text = place.likeness("--help").stdout
     for word in ("run", "report", "generate", "estimate", "runs", "sweep", "examples:", "subject.class_noun="):
         assert word in text
 
 
-def test_commands_on_no_runs_say_so(place: Workplace) -> None:
+def test_commands_on_no_runs_say_so(place: CliSandbox) -> None:
     assert "no runs in runs" in place.likeness("runs").stdout
     done = place.likeness("report")
     assert done.returncode == 2

@@ -4,19 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.support.cli_sandbox import Workplace
+from tests.support.cli_sandbox import CliSandbox
 
 
-def test_a_person_talks_a_caption_over(first_run: dict[str, Any], workplace: Workplace) -> None:
+def test_a_person_talks_a_caption_over(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
     lines = ["hello", "caption fish-7-01.jpg: on a red table, seen from above", "y", "/captions", "/quit"]
-    done = workplace.likeness("review", first_run["run_id"], typed="\n".join(lines) + "\n")
+    done = sandbox.likeness("review", first_run["run_id"], typed="\n".join(lines) + "\n")
     assert done.returncode == 0, done.stderr
     assert "I am the mini vision server" in done.stdout
     assert 'fish-7-01.jpg: train with "a photo of sks fish on a red table, seen from above"? [y/N]' in done.stdout
     assert "on a red table, seen from above" in done.stdout.rsplit("you>", 2)[1]
     path = Path(done.stdout.strip().rsplit("subject.captions=", 1)[1])
-    assert (workplace.folder / path).read_text().splitlines()[1] == "fish-7-01.jpg,on a red table,seen from above"
-    rows = [json.loads(line) for line in (workplace.output / first_run["run_id"] / "ledger.jsonl").open()]
+    assert (sandbox.folder / path).read_text().splitlines()[1] == "fish-7-01.jpg,on a red table,seen from above"
+    rows = [json.loads(line) for line in (sandbox.output / first_run["run_id"] / "ledger.jsonl").open()]
     assert [row["role"] for row in rows[-3:]] == ["reviewer"] * 3
-    again = workplace.likeness("review", first_run["run_id"], typed="")
+    again = sandbox.likeness("review", first_run["run_id"], typed="")
     assert "2 turns before this one" in again.stdout

@@ -33,7 +33,7 @@ def test_a_weight_makes_the_error_of_clean_latents_count_by_the_capped_ratio(
     process: GaussianDiffusion | RectifiedFlow,
 ) -> None:
     torch.manual_seed(0)
-    timesteps = process.choose_timesteps(torch.tensor([0.2, 0.5, 0.8]))
+    timesteps = process.sample_timesteps(torch.tensor([0.2, 0.5, 0.8]))
     latents, noise = torch.randn(3, 4, 8, 8).double(), torch.randn(3, 4, 8, 8).double()
     noisy, target = process.add_noise(latents, noise, timesteps), process.compute_target(latents, noise, timesteps)
     wrong = target + 0.01 * torch.randn_like(target)
@@ -52,7 +52,7 @@ def test_a_weight_makes_the_error_of_clean_latents_count_by_the_capped_ratio(
 
 def test_flow_noising_is_the_schedulers() -> None:
     process = flow(shift=3.0)
-    timesteps = process.choose_timesteps(torch.tensor([0.1, 0.6]))
+    timesteps = process.sample_timesteps(torch.tensor([0.1, 0.6]))
     latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     theirs = process.scheduler.scale_noise(latents, timesteps, noise)
     assert_same_up_to_rounding(process.add_noise(latents, noise, timesteps), theirs, terms=2)
@@ -60,12 +60,12 @@ def test_flow_noising_is_the_schedulers() -> None:
 
 def test_flow_timesteps_follow_the_logit_normal_density() -> None:
     process = flow()
-    sigmas = process.choose_timesteps(torch.linspace(0.0005, 0.9995, 20_000)) / 1000
+    sigmas = process.sample_timesteps(torch.linspace(0.0005, 0.9995, 20_000)) / 1000
     logits = torch.logit(sigmas.double().clamp(1e-4, 1 - 1e-4))
     assert logits.mean() == pytest.approx(0.0, abs=0.02)
     assert logits.std() == pytest.approx(1.0, abs=0.02)
 
 
 def test_gaussian_timesteps_are_all_equally_likely() -> None:
-    timesteps = gaussian("epsilon").choose_timesteps(torch.linspace(0, 1, 1001)[:-1] + 0.0005)
+    timesteps = gaussian("epsilon").sample_timesteps(torch.linspace(0, 1, 1001)[:-1] + 0.0005)
     assert torch.equal(timesteps, torch.arange(1000))

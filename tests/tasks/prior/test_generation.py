@@ -15,7 +15,7 @@ from tasks.services.store import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.tiny import tiny_diffusion_config
 
-CONFIG = PriorConfig(num_images=5, num_inference_steps=2, guidance_scale=2.0, batch_size=2)
+CONFIG = PriorConfig(num_class_images=5, num_inference_steps=2, guidance_scale=2.0, batch_size=2)
 PROMPT = "a photo of a fish"
 
 

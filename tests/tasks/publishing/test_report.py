@@ -107,12 +107,13 @@ def test_smoothing_keeps_the_mean_of_a_level_curve() -> None:
 
 
 def test_headline_metrics_are_flat_and_complete(store: LocalStore) -> None:
-    from tasks.manifests.base import JudgeHealth, SideScores
+    from tasks.manifests.base import JudgeReliability, SideScores
 
     scores = StageFolder(store, "scoring", "k").finish(
         Scorecard, version=1, counts={}, served_model="m", judgements=(), failed=(),
         scores={"tuned": SideScores(concept_preservation=3, prompt_following=4, image_quality=2)},
-        intervals={}, health=JudgeHealth(controls=(), alpha={}, num_repeated=0, is_comparable=True, is_reliable=False),
+        intervals={},
+        health=JudgeReliability(controls=(), alpha={}, num_repeated=0, is_comparable=True, is_reliable=False),
     )  # fmt: skip
     figures = headline_metrics(make_evaluation(store), scores)
     assert figures["tuned/dino"] == 0.5

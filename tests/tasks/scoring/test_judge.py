@@ -11,11 +11,11 @@ from pydantic import BaseModel
 
 from tasks.errors import ConfigError, ReplyInvalid
 from tasks.images import encode_png
-from tasks.manifests.base import JudgeHealth, ObjectRef, Sample, Side, SubjectMetrics
+from tasks.manifests.base import JudgeReliability, ObjectRef, Sample, Side, SubjectMetrics
 from tasks.scoring import scores
 from tasks.scoring.config import ScoringConfig
 from tasks.scoring.judge_executor import ask_judge
-from tasks.scoring.judge_requests import AXES, Material, Question, list_questions, list_second
+from tasks.scoring.judge_requests import AXES, JudgeContext, JudgeRequest, list_questions, list_second
 from tasks.scoring.rubric import ConceptGrade, QualityGrade, concept_spec, pair_spec, prompt_spec, quality_spec
 from tasks.scoring.tie_break import find_disputed, read_settled, settle
 from tasks.services.llm.config import LlmConfig
@@ -73,7 +73,7 @@ def make_sample(number: int, side: Side, *, kind: Any = "subject") -> Sample:
 
 
 @pytest.fixture
-def material() -> Material:
+def material() -> JudgeContext:
     pictures: dict[str, bytes] = {}
 
     def read(sample: Sample) -> bytes:
@@ -82,7 +82,7 @@ def material() -> Material:
         return pictures[key]
 
     sides: tuple[Side, ...] = ("base", "tuned")
-    return Material(
+    return JudgeContext(
         class_noun="fish",
         references=[encode_png(draw_photo(i, size=64)) for i in range(3)],
         samples=[make_sample(n, side) for side in sides for n in range(6)],
@@ -91,19 +91,19 @@ def material() -> Material:
     )
 
 
-def answer_all(questions: list[Question], grade: Callable[[Question], Any]) -> Answers:
+def answer_all(questions: list[JudgeRequest], grade: Callable[[JudgeRequest], Any]) -> Answers:
     """Answer as a judge would who grades by a rule."""
     answers = {}
     for question in questions:
         value = grade(question)
-        is_pair = question.kind in ("pair", "contest")
+        is_pair = question.kind in ("pair", "checkpoint_pair")
         fields: dict[str, Any] = {"better": value} if is_pair else {question.axis: value}
         reply: BaseModel = question.spec.reply.model_construct(evidence="e", **fields)
         answers[question.name] = Answer(reply, "p", "m")
     return answers
 
 
-def fair_judge(question: Question) -> Any:
+def fair_judge(question: JudgeRequest) -> Any:
     """Grades tuned samples higher, passes every control, and sees through the order of pairs."""
     if question.kind == "pair":
         return "first" if question.is_swapped else "second"
@@ -114,12 +114,12 @@ def fair_judge(question: Question) -> Any:
     return 4 if "tuned" in question.key else 2
 
 
-def examine(material: Material, judge: Callable[[Question], Any], **changes: Any) -> JudgeHealth:
+def examine(material: JudgeContext, judge: Callable[[JudgeRequest], Any], **changes: Any) -> JudgeReliability:
     questions = list_questions(ScoringConfig(**changes), material)
     return scores.examine_judge(material.samples, questions, answer_all(questions, judge), is_comparable=True)
 
 
-def test_every_sample_is_asked_about_on_every_axis_and_some_several_times(material: Material) -> None:
+def test_every_sample_is_asked_about_on_every_axis_and_some_several_times(material: JudgeContext) -> None:
     questions = list_questions(ScoringConfig(num_repeats=3, num_repeated=4), material)
     asked = [question for question in questions if question.kind == "sample"]
     assert len({(q.key, q.axis) for q in asked}) == 12 * 3
@@ -134,7 +134,7 @@ def make_profile() -> Any:
     return ProfileConfig(model="m")
 
 
-def test_repeats_show_the_references_in_another_order(material: Material) -> None:
+def test_repeats_show_the_references_in_another_order(material: JudgeContext) -> None:
     questions = list_questions(ScoringConfig(num_repeats=3, num_repeated=1), material)
     concept = [
         q for q in questions if q.kind == "sample" and q.axis == AXES[0] and q.key == material.samples[0].image.key
@@ -144,8 +144,8 @@ def test_repeats_show_the_references_in_another_order(material: Material) -> Non
     assert all(set(order) == set(material.references) for order in orders)
 
 
-def test_scores_are_means_per_side_of_medians_with_intervals(material: Material) -> None:
-    def judge(question: Question) -> Any:
+def test_scores_are_means_per_side_of_medians_with_intervals(material: JudgeContext) -> None:
+    def judge(question: JudgeRequest) -> Any:
         if question.kind == "sample" and question.key == material.samples[0].image.key:
             return (0, 4, 3)[question.repeat]
         return fair_judge(question)
@@ -161,7 +161,7 @@ def test_scores_are_means_per_side_of_medians_with_intervals(material: Material)
     assert low <= found["base"].concept_preservation <= high
 
 
-def test_a_fair_judge_passes_its_controls(material: Material) -> None:
+def test_a_fair_judge_passes_its_controls(material: JudgeContext) -> None:
     health = examine(material, fair_judge)
     assert [control.name for control in health.controls] == [
         "the subject itself", "another subject", "a wrong prompt", "a blurred sample",
@@ -180,20 +180,22 @@ def test_a_fair_judge_passes_its_controls(material: Material) -> None:
         ("blurred", 4, "a blurred sample"),
     ],
 )
-def test_a_judge_that_fails_a_control_is_not_reliable(material: Material, kind: str, grade: int, control: str) -> None:
+def test_a_judge_that_fails_a_control_is_not_reliable(
+    material: JudgeContext, kind: str, grade: int, control: str
+) -> None:
     health = examine(material, lambda q: grade if q.kind == kind else fair_judge(q))
     assert not health.is_reliable
     assert [c.name for c in health.controls if not c.is_passed] == [control]
 
 
-def test_without_controls_or_from_another_model_grades_are_not_called_reliable(material: Material) -> None:
+def test_without_controls_or_from_another_model_grades_are_not_called_reliable(material: JudgeContext) -> None:
     assert not examine(material, fair_judge, num_controls=0).is_reliable
     questions = list_questions(ScoringConfig(), material)
     answers = answer_all(questions, fair_judge)
     assert not scores.examine_judge(material.samples, questions, answers, is_comparable=False).is_reliable
 
 
-def test_only_wins_in_both_orders_count(material: Material) -> None:
+def test_only_wins_in_both_orders_count(material: JudgeContext) -> None:
     questions = list_questions(ScoringConfig(num_pairs=4), material)
     fair = scores.count_pairs(questions, answer_all(questions, fair_judge))
     assert fair is not None
@@ -205,7 +207,7 @@ def test_only_wins_in_both_orders_count(material: Material) -> None:
     assert first.tuned_strength == pytest.approx(0.5)
 
 
-def with_candidates(material: Material, *steps: int) -> Material:
+def with_candidates(material: JudgeContext, *steps: int) -> JudgeContext:
     """Add samples of other steps on four of the tuned samples' draws."""
     tuned = [sample for sample in material.samples if sample.side == "tuned"][:4]
     drawn = [
@@ -218,15 +220,19 @@ def with_candidates(material: Material, *steps: int) -> Material:
     return replace(material, candidates=drawn, published_step=800)
 
 
-def test_kept_weights_meet_each_other_in_both_orders_and_are_ranked(material: Material) -> None:
+def test_kept_weights_meet_each_other_in_both_orders_and_are_ranked(material: JudgeContext) -> None:
     several = with_candidates(material, 400, 600)
-    questions = list_questions(ScoringConfig(num_contests=3), several)
-    contests = [question for question in questions if question.kind == "contest"]
-    assert len(contests) == 3 * 3 * 2
-    assert {question.players for question in contests} == {("400", "600"), ("400", "800"), ("600", "800")}
+    questions = list_questions(ScoringConfig(num_checkpoint_pairs=3), several)
+    checkpoint_pairs = [question for question in questions if question.kind == "checkpoint_pair"]
+    assert len(checkpoint_pairs) == 3 * 3 * 2
+    assert {question.candidates for question in checkpoint_pairs} == {("400", "600"), ("400", "800"), ("600", "800")}
 
-    def later_is_better(question: Question) -> Any:
-        return ("first" if question.is_swapped else "second") if question.kind == "contest" else fair_judge(question)
+    def later_is_better(question: JudgeRequest) -> Any:
+        return (
+            ("first" if question.is_swapped else "second")
+            if question.kind == "checkpoint_pair"
+            else fair_judge(question)
+        )
 
     ranks = scores.rank_checkpoints(questions, answer_all(questions, later_is_better), published_step=800)
     assert [(rank.step, rank.wins, rank.losses, rank.is_published) for rank in ranks] == [
@@ -237,20 +243,20 @@ def test_kept_weights_meet_each_other_in_both_orders_and_are_ranked(material: Ma
     assert {(rank.wins, rank.losses, rank.undecided) for rank in by_order} == {(0, 0, 6)}
 
 
-def test_without_other_weights_there_is_no_contest(material: Material) -> None:
+def test_without_other_weights_there_is_no_contest(material: JudgeContext) -> None:
     questions = list_questions(ScoringConfig(), material)
-    assert not any(question.kind == "contest" for question in questions)
+    assert not any(question.kind == "checkpoint_pair" for question in questions)
     assert scores.rank_checkpoints(questions, answer_all(questions, fair_judge), published_step=800) == ()
 
 
 def test_grades_that_differ_much_are_settled_by_the_next_profile_with_reasoning(
-    material: Material, tmp_path: Path
+    material: JudgeContext, tmp_path: Path
 ) -> None:
     config = ScoringConfig(num_repeats=3, num_repeated=2)
     questions = list_questions(config, material)
     torn = material.samples[0].image.key
 
-    def judge(question: Question) -> Any:
+    def judge(question: JudgeRequest) -> Any:
         if question.key == torn and question.axis == "concept_preservation" and question.kind == "sample":
             return (0, 2, 0)[question.repeat]
         return fair_judge(question)
@@ -279,7 +285,7 @@ def test_grades_that_differ_much_are_settled_by_the_next_profile_with_reasoning(
     assert settle([], llm=cheap_llm, on_progress=lambda done, total: None) == {}
 
 
-def test_a_second_judge_that_differs_much_is_a_dispute_too(material: Material) -> None:
+def test_a_second_judge_that_differs_much_is_a_dispute_too(material: JudgeContext) -> None:
     config = ScoringConfig(num_repeated=0)
     questions = list_questions(config, material)
     answers = answer_all(questions, fair_judge)
@@ -287,11 +293,11 @@ def test_a_second_judge_that_differs_much_is_a_dispute_too(material: Material) -
     assert find_disputed(config, material.samples, questions, answers, {key: {"image_quality": 3}}) == []
     [disputed] = find_disputed(config, material.samples, questions, answers, {key: {"image_quality": 0}})
     assert disputed.axis == "image_quality"
-    off = config.model_copy(update={"settle_gap": 0})
+    off = config.model_copy(update={"disagreement_threshold": 0})
     assert find_disputed(off, material.samples, questions, answers, {key: {"image_quality": 0}}) == []
 
 
-def test_grades_are_ranked_with_what_was_measured(material: Material) -> None:
+def test_grades_are_ranked_with_what_was_measured(material: JudgeContext) -> None:
     questions = list_questions(ScoringConfig(), material)
     judgements = scores.to_judgements(material.samples, questions, answer_all(questions, fair_judge))
     measured = {
@@ -303,10 +309,10 @@ def test_grades_are_ranked_with_what_was_measured(material: Material) -> None:
     assert scores.correlate(judgements, {}) == {}
 
 
-def test_a_second_judge_and_a_person_are_compared_with_the_first(material: Material, tmp_path: Path) -> None:
+def test_a_second_judge_and_a_person_are_compared_with_the_first(material: JudgeContext, tmp_path: Path) -> None:
     questions = list_questions(ScoringConfig(), material)
     judgements = scores.to_judgements(material.samples, questions, answer_all(questions, fair_judge))
-    seconds = list_second(ScoringConfig(second_share=0.5), material)
+    seconds = list_second(ScoringConfig(second_judge_fraction=0.5), material)
     assert len(seconds) == 6 * 3
     grades = scores.collect_grades(seconds, answer_all(seconds, fair_judge))
     agreement = scores.compare_raters("other", grades, judgements)
@@ -328,7 +334,7 @@ def test_a_second_judge_and_a_person_are_compared_with_the_first(material: Mater
     ("row", "message"),
     [("nobody.png,3,3", "'nobody.png' names 0 samples"), ("base-subject-1.png,5,", "'5' is no grade")],
 )
-def test_labels_that_fit_nothing_are_named(material: Material, tmp_path: Path, row: str, message: str) -> None:
+def test_labels_that_fit_nothing_are_named(material: JudgeContext, tmp_path: Path, row: str, message: str) -> None:
     path = tmp_path / "labels.csv"
     path.write_text(f"sample,concept_preservation,prompt_following\n{row}\n")
     with pytest.raises(ConfigError, match=f"labels.csv, line 2: {message}"):
@@ -349,7 +355,7 @@ def test_labels_that_fit_nothing_are_named(material: Material, tmp_path: Path, r
     ],
 )
 def test_what_is_wrong_with_a_persons_labels_is_named_by_line(
-    material: Material, tmp_path: Path, content: bytes, message: str
+    material: JudgeContext, tmp_path: Path, content: bytes, message: str
 ) -> None:
     path = tmp_path / "labels.csv"
     path.write_bytes(content)

@@ -13,8 +13,8 @@ from tasks.services.store import LocalStore
 from tasks.stage.cache import StageFolder
 from tasks.subject.captions.captioning import (
     Caption,
-    Described,
     ImageInspection,
+    PhotoAnnotation,
     describe_photos,
     digest_prompts,
     lint_caption,
@@ -23,7 +23,7 @@ from tasks.subject.captions.linting import find_leaks, list_trait_words
 from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.ingest import CheckedPhotos, check_photos
 from tasks.subject.photos.quality import Box
-from tasks.subject.selection import SortedPhotos, check_leaks, look_at_all, sort_photos
+from tasks.subject.selection import SortedPhotos, check_leaks, profile_subject, sort_photos
 from tasks.subject.subject_profile import Overview, SubjectProfile, find_warnings
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
 from tests.support.tiny import draw_photos
@@ -90,7 +90,9 @@ def test_a_phrase_that_tells_a_trait_is_cut() -> None:
 def test_leaks_are_cut_counted_and_too_many_of_them_stop_the_run(photos: CheckedPhotos, store: LocalStore) -> None:
     config = config_of(photos)
     leaky, clean = Caption(surroundings="on the beach", view="blue stripes"), Caption(surroundings="at sea", view="")
-    described = {photo.sha256: Described(GOOD, leaky if n < 3 else clean) for n, photo in enumerate(photos.accepted)}
+    described = {
+        photo.sha256: PhotoAnnotation(GOOD, leaky if n < 3 else clean) for n, photo in enumerate(photos.accepted)
+    }
     outcome = sort_photos(StageFolder(store, "subject", "k"), photos.accepted, described, config, Overview(PROFILE))
     assert [image.instance_prompt for image in outcome.images][:1] == ["a photo of sks fish on the beach"]
     assert outcome.leaks[0].endswith(": blue, stripes")
@@ -129,7 +131,7 @@ def test_a_refused_photo_is_set_aside_and_a_persons_caption_brings_it_back(
 
 def test_of_many_photos_the_best_are_trained_on(photos: CheckedPhotos, store: LocalStore) -> None:
     shas = [photo.sha256 for photo in photos.accepted]
-    described = {sha256: Described(GOOD, Caption(surroundings="at sea", view="")) for sha256 in shas}
+    described = {sha256: PhotoAnnotation(GOOD, Caption(surroundings="at sea", view="")) for sha256 in shas}
 
     def choose(best: tuple[str, ...], num: int | None) -> SortedPhotos:
         overview = Overview(PROFILE, best)
@@ -160,7 +162,7 @@ def test_many_captions_go_by_one_batch_job(photos: CheckedPhotos, tmp_path: Path
         llm = make_llm(server, tmp_path)
         shown: list[tuple[int, int]] = []
         described = describe_photos(
-            photos, config_of(photos, batch_from=4), llm=llm, on_progress=lambda *at: shown.append(at)
+            photos, config_of(photos, batch_threshold=4), llm=llm, on_progress=lambda *at: shown.append(at)
         )
         assert [found.caption.surroundings for found in described.values() if found.caption] == ["on the beach"] * 4
         assert (server.counts[CHAT], server.counts["POST /v1/batches"], server.counts["row"]) == (4, 1, 4)
@@ -213,17 +215,17 @@ def test_a_persons_captions_need_no_model(photos: CheckedPhotos, tmp_path: Path,
 def test_all_photos_are_looked_at_in_one_request_as_many_as_fit(photos: CheckedPhotos, tmp_path: Path) -> None:
     with scripted_server(Answering(answers)) as server:
         llm = make_llm(server, tmp_path)
-        overview = look_at_all(photos, config_of(photos), llm=llm)
+        overview = profile_subject(photos, config_of(photos), llm=llm)
         assert overview is not None
         assert overview.profile.class_noun == "fish"
         assert overview.best == (photos.accepted[2].sha256, photos.accepted[0].sha256)  # there is no ninth
         assert count_images(server.bodies[-1]) == 4
         small = llm.config.profiles["p"].capabilities.model_copy(update={"context_tokens": 1500})
         llm.config.profiles["p"] = llm.config.profiles["p"].model_copy(update={"capabilities": small, "model": "other"})
-        look_at_all(photos, config_of(photos), llm=llm)
+        profile_subject(photos, config_of(photos), llm=llm)
         assert 1 <= count_images(server.bodies[-1]) < 4
         assert server.counts[CHAT] == 2
-        assert look_at_all(photos, config_of(photos, is_profiled=False), llm=llm) is None
+        assert profile_subject(photos, config_of(photos, is_profiled=False), llm=llm) is None
 
 
 def count_images(body: dict[str, Any]) -> int:
@@ -232,7 +234,7 @@ def count_images(body: dict[str, Any]) -> int:
 
 def test_a_profile_that_nobody_gives_stops_nothing(photos: CheckedPhotos, tmp_path: Path) -> None:
     with scripted_server(Answering(lambda name, number: None)) as server:
-        assert look_at_all(photos, config_of(photos), llm=make_llm(server, tmp_path)) is None
+        assert profile_subject(photos, config_of(photos), llm=make_llm(server, tmp_path)) is None
 
 
 def test_a_wrong_noun_and_mixed_photos_are_said() -> None:

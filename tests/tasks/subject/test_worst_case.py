@@ -12,7 +12,7 @@ from tasks.subject.adjudication import MAX_ROUNDS
 from tasks.subject.captions.captioning import describe_photos
 from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.ingest import CheckedPhotos, check_photos
-from tasks.subject.selection import look_at_all
+from tasks.subject.selection import profile_subject
 from tests.support.llm_server import Answer, ScriptedServer, scripted_server
 from tests.support.tiny import draw_photos
 from tests.tasks.services.llm.test_service import CHAT, make_llm
@@ -81,7 +81,7 @@ def test_objections_cost_at_most_five_adjudications_of_each_photo(
 
 def test_a_profile_costs_two(photos: CheckedPhotos, server: ScriptedServer, tmp_path: Path) -> None:
     server.script('{"grade": 9}')
-    assert look_at_all(photos, CONFIG, llm=make_llm(server, tmp_path)) is None
+    assert profile_subject(photos, CONFIG, llm=make_llm(server, tmp_path)) is None
     assert server.counts[CHAT] == 2
 
 

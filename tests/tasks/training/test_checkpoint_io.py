@@ -10,7 +10,7 @@ from tasks.errors import TrainingFailed
 from tasks.stage.digests import DIGEST_FIELD, sign
 from tasks.training.checkpoint_io import MANIFEST, TrainingState, list_checkpoints, load_newest, save_checkpoint
 
-IDENTITY = {"configuration": "c", "data": "d", "base model": "m"}
+FINGERPRINT = {"configuration": "c", "data": "d", "base model": "m"}
 
 
 def state(step: int, value: float = 1.0) -> TrainingState:
@@ -20,13 +20,13 @@ def state(step: int, value: float = 1.0) -> TrainingState:
 
 def save(folder: Path, *steps: int) -> None:
     for step in steps:
-        save_checkpoint(folder, state(step), identity=IDENTITY, num_kept=2)
+        save_checkpoint(folder, state(step), fingerprint=FINGERPRINT, num_kept=2)
 
 
 def test_the_newest_is_loaded_and_two_are_kept(tmp_path: Path) -> None:
     save(tmp_path, 2, 4, 10)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000010", "step-00000004"]
-    loaded = load_newest(tmp_path, identity=IDENTITY)
+    loaded = load_newest(tmp_path, fingerprint=FINGERPRINT)
     assert loaded is not None
     assert loaded.step == 10
     assert torch.equal(loaded.weights["w"], torch.full((3,), 10.0))
@@ -40,7 +40,7 @@ def test_a_flipped_byte_falls_back_to_the_one_before(tmp_path: Path, name: str) 
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
-    loaded = load_newest(tmp_path, identity=IDENTITY)
+    loaded = load_newest(tmp_path, fingerprint=FINGERPRINT)
     assert loaded is not None
     assert loaded.step == 2
 
@@ -49,7 +49,7 @@ def test_a_manifest_with_another_step_is_not_believed(tmp_path: Path) -> None:
     save(tmp_path, 2, 4)
     path = tmp_path / "step-00000004" / MANIFEST
     path.write_text(path.read_text().replace('"step": 4', '"step": 5'))
-    loaded = load_newest(tmp_path, identity=IDENTITY)
+    loaded = load_newest(tmp_path, fingerprint=FINGERPRINT)
     assert loaded is not None
     assert loaded.step == 2
 
@@ -59,25 +59,25 @@ def test_a_half_written_checkpoint_is_none(tmp_path: Path) -> None:
     torn = tmp_path / "step-00000004"
     torn.mkdir()
     (torn / "weights.safetensors").write_bytes(b"torn")
-    loaded = load_newest(tmp_path, identity=IDENTITY)
+    loaded = load_newest(tmp_path, fingerprint=FINGERPRINT)
     assert loaded is not None
     assert loaded.step == 2
 
 
 def test_no_checkpoint_is_a_fresh_start_but_only_bad_ones_are_an_error(tmp_path: Path) -> None:
-    assert load_newest(tmp_path / "none", identity=IDENTITY) is None
+    assert load_newest(tmp_path / "none", fingerprint=FINGERPRINT) is None
     save(tmp_path, 2)
     (tmp_path / "step-00000002" / "weights.safetensors").write_bytes(b"")
     for _ in range(2):
         with pytest.raises(TrainingFailed, match="no checkpoint in .* verifies"):
-            load_newest(tmp_path, identity=IDENTITY)
+            load_newest(tmp_path, fingerprint=FINGERPRINT)
 
 
-@pytest.mark.parametrize("changed", list(IDENTITY))
+@pytest.mark.parametrize("changed", list(FINGERPRINT))
 def test_a_checkpoint_of_another_run_is_refused_with_what_changed(tmp_path: Path, changed: str) -> None:
     save(tmp_path, 2)
     with pytest.raises(TrainingFailed, match=f"belongs to another run: {changed} changed"):
-        load_newest(tmp_path, identity={**IDENTITY, changed: "other"})
+        load_newest(tmp_path, fingerprint={**FINGERPRINT, changed: "other"})
 
 
 def test_another_schema_is_refused(tmp_path: Path) -> None:
@@ -87,10 +87,10 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
     del manifest[DIGEST_FIELD]
     path.write_text(json.dumps(sign(manifest)))
     with pytest.raises(TrainingFailed, match="schema 99"):
-        load_newest(tmp_path, identity=IDENTITY)
+        load_newest(tmp_path, fingerprint=FINGERPRINT)
 
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailed, match="weight w is not finite at step 3"):
-        save_checkpoint(tmp_path, state(3, float("nan")), identity=IDENTITY, num_kept=2)
+        save_checkpoint(tmp_path, state(3, float("nan")), fingerprint=FINGERPRINT, num_kept=2)
     assert list_checkpoints(tmp_path) == []

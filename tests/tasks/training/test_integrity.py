@@ -20,7 +20,7 @@ from tasks.training.process.supervisor import EventTail, read_result, run_worker
 from tasks.training.process.worker_spec import RunFolder, TrainingSpec
 from tests.support.tiny import make_spec, train_here
 
-IDENTITY = {"configuration": "c"}
+FINGERPRINT = {"configuration": "c"}
 
 
 def flip(data: bytes) -> bytes:
@@ -56,7 +56,7 @@ def small_disk(num_bytes: int) -> Iterator[None]:
 
 def save(folder: Path, step: int, *, size: int = 3) -> None:
     weights = {"w": torch.full((size,), float(step))}
-    save_checkpoint(folder, TrainingState(step, weights, {}, {}, []), identity=IDENTITY, num_kept=2)
+    save_checkpoint(folder, TrainingState(step, weights, {}, {}, []), fingerprint=FINGERPRINT, num_kept=2)
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +67,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-@pytest.mark.parametrize("name", [MANIFEST, "numbers.json", "weights.safetensors", "averages.safetensors"])
+@pytest.mark.parametrize("name", [MANIFEST, "numbers.json", "weights.safetensors", "ema.safetensors"])
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     tmp_path: Path, name: str, how: Callable[[bytes], bytes]
 ) -> None:
     save(tmp_path, 2)
     save(tmp_path, 4)
     damage(tmp_path / "step-00000004" / name, how)
-    loaded = load_newest(tmp_path, identity=IDENTITY)
+    loaded = load_newest(tmp_path, fingerprint=FINGERPRINT)
     assert loaded is not None
     assert loaded.step == 2
     assert (tmp_path / ".bad-step-00000004").is_dir()
@@ -179,7 +179,7 @@ def test_a_damaged_order_is_not_carried_out(
 def test_damaged_kept_weights_give_way_to_the_next_best(
     tmp_path: Path, tiny_model_folder: Path, how: Callable[[bytes], bytes]
 ) -> None:
-    validation = {"every_steps": 1, "keep": "best", "metric": "loss", "num_kept": 2}
+    validation = {"validation_steps": 1, "keep": "best", "metric": "loss", "save_top_k": 2}
     run = train_here(tmp_path, tiny_model_folder, max_train_steps=3, method="lora", validation=validation)
     before = read_result(run)
     assert before is not None

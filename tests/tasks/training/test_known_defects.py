@@ -9,8 +9,8 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from tasks.diffusion.noise_schedulers import GaussianDiffusion, RectifiedFlow
 from tasks.diffusion.types import open_model
+from tasks.training.data import rng
 from tasks.training.data.dataset import BatchMaker, SampleCounter
-from tasks.training.data import rng as draws
 from tasks.training.losses import min_snr_weights, prior_preservation_loss
 from tasks.training.process.worker_spec import TrainingSpec
 from tests.support.tiny import make_spec
@@ -40,7 +40,7 @@ def test_d1_cached_latents_stay_with_their_captions(captioned: tuple[TrainingSpe
     indices = list(range(60))
     [batch] = maker.make(indices, CPU)
     images = maker.buckets[0].sets["instance"]
-    eps = draws.draw_normal(tuple(images.mean.shape[2:]), seed=spec.seed, purpose="instance/posterior", indices=indices)
+    eps = rng.draw_normal(tuple(images.mean.shape[2:]), seed=spec.seed, purpose="instance/posterior", indices=indices)
     for row in range(60):
         item = next(i for i in range(3) if torch.equal(images.input_ids[i], batch.input_ids[row]))
         candidates = images.mean[item] + images.std[item] * eps[row]
@@ -52,7 +52,7 @@ def test_d2_every_rank_sees_every_image(captioned: tuple[TrainingSpec, BatchMake
     spec, maker = captioned
     for rank in range(2):
         indices = indices_of(spec, rank=rank, world_size=2, num=9)
-        items = draws.choose_items(
+        items = rng.choose_items(
             len(maker.buckets[0].sets["instance"]), seed=spec.seed, purpose="instance/item", indices=indices
         )
         assert set(items) == {0, 1, 2}
@@ -62,7 +62,7 @@ def test_d3_every_class_image_is_used(captioned: tuple[TrainingSpec, BatchMaker]
     spec, maker = captioned
     num = len(maker.buckets[0].sets["class"])
     assert num > len(maker.buckets[0].sets["instance"])
-    items = draws.choose_items(num, seed=spec.seed, purpose="class/item", indices=list(range(num)))
+    items = rng.choose_items(num, seed=spec.seed, purpose="class/item", indices=list(range(num)))
     assert sorted(items) == list(range(num))
 
 
@@ -80,7 +80,7 @@ def test_d4_d5_every_example_of_both_halves_has_its_own_weight(
     noise: GaussianDiffusion | RectifiedFlow, batch_size: int
 ) -> None:
     torch.manual_seed(0)
-    timesteps = noise.choose_timesteps(torch.linspace(0.05, 0.95, 2 * batch_size))
+    timesteps = noise.sample_timesteps(torch.linspace(0.05, 0.95, 2 * batch_size))
     predicted, target = torch.randn(2 * batch_size, 4, 8, 8), torch.randn(2 * batch_size, 4, 8, 8)
     weights = min_snr_weights(noise, timesteps, snr_gamma=5.0)
     assert len(set(weights.tolist())) > 1
@@ -106,7 +106,7 @@ def test_d7_mirroring_and_crops_are_drawn_anew_at_every_step(tmp_path: Path, tin
     maker = BatchMaker(open_model(spec.diffusion), spec)
     assert maker.buckets[0].sets["instance"].mean.shape[1] == 6
     indices = list(range(180))
-    items = draws.choose_items(3, seed=spec.seed, purpose="instance/item", indices=indices)
+    items = rng.choose_items(3, seed=spec.seed, purpose="instance/item", indices=indices)
     variants = maker.choose_variants("instance", indices).tolist()
     for item in range(3):
         assert {v for i, v in zip(items, variants, strict=True) if i == item} == set(range(6))

@@ -42,7 +42,7 @@ def train(tmp_path: Path, model_folder: Path, *, family: str = "stable_diffusion
 
 
 def family_spec(tmp_path: Path, model_folder: Path, *, family: str, **changes: object) -> TrainingSpec:
-    settings = {"max_train_steps": 3, "train_batch_size": 1, "checkpoint_every_steps": 2, **changes}
+    settings = {"max_train_steps": 3, "train_batch_size": 1, "checkpointing_steps": 2, **changes}
     spec = make_spec(tmp_path, model_folder, **settings)
     diffusion = spec.diffusion.model_copy(update={"family": family, "sampler": "ddim"})
     return spec.model_copy(update={"diffusion": diffusion})
@@ -55,15 +55,15 @@ def draw(spec: TrainingSpec, folder: Path | None) -> np.ndarray:
 
 
 def weights(model: LatentModel, part: str) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.parts[part].state_dict().items()}
+    return {name: tensor.clone() for name, tensor in model.components[part].state_dict().items()}
 
 
 FILES = {
     "full": {"model_index.json"},
     "lora": {LORA_FILE, KOHYA_FILE},
-    "token": {EMBEDS_FILE},
-    "token+lora": {EMBEDS_FILE, LORA_FILE, KOHYA_FILE},
-    "token+full": {EMBEDS_FILE, "model_index.json"},
+    "textual_inversion": {EMBEDS_FILE},
+    "textual_inversion+lora": {EMBEDS_FILE, LORA_FILE, KOHYA_FILE},
+    "textual_inversion+full": {EMBEDS_FILE, "model_index.json"},
 }
 
 
@@ -71,7 +71,7 @@ FILES = {
 def test_every_method_changes_the_pictures_and_writes_its_files(
     tmp_path: Path, tiny_model_folder: Path, method: str
 ) -> None:
-    rates = {"lora": {"learning_rate": 3e-2}, "token": {"learning_rate": 0.3, "num_vectors": 2}}
+    rates = {"lora": {"learning_rate": 3e-2}, "textual_inversion": {"learning_rate": 0.3, "num_vectors": 2}}
     run = train(tmp_path, tiny_model_folder, method=method, **rates)
     assert {path.name for path in run.model.iterdir() if path.is_file()} == FILES[method]
     spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion", method=method)
@@ -91,9 +91,9 @@ def draw_reference(pipeline: StableDiffusionPipeline, prompt: str) -> np.ndarray
     return np.asarray(picture.images[0], int)
 
 
-@pytest.mark.parametrize("is_dora", [False, True])
-def test_adapters_load_in_diffusers_as_here(tmp_path: Path, tiny_model_folder: Path, is_dora: bool) -> None:
-    lora = {"learning_rate": 3e-2, "rank": 4, "alpha": 8.0, "is_dora": is_dora}
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_load_in_diffusers_as_here(tmp_path: Path, tiny_model_folder: Path, use_dora: bool) -> None:
+    lora = {"learning_rate": 3e-2, "rank": 4, "lora_alpha": 8.0, "use_dora": use_dora}
     run = train(tmp_path, tiny_model_folder, method="lora", lora=lora)
     spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion", method="lora", lora=lora)
     pipeline = reference_pipeline(tiny_model_folder)
@@ -103,11 +103,11 @@ def test_adapters_load_in_diffusers_as_here(tmp_path: Path, tiny_model_folder: P
     assert np.abs(theirs - plain).max() > 1
     assert np.abs(theirs - draw(spec, run.model)).max() <= 1
     magnitudes = [key for key in load_file(run.model / KOHYA_FILE) if key.endswith(".dora_scale")]
-    assert bool(magnitudes) is is_dora
+    assert bool(magnitudes) is use_dora
 
 
 def test_adapters_in_kohyas_naming_draw_the_same(tmp_path: Path, tiny_model_folder: Path) -> None:
-    lora = {"learning_rate": 3e-2, "rank": 4, "alpha": 8.0}
+    lora = {"learning_rate": 3e-2, "rank": 4, "lora_alpha": 8.0}
     run = train(tmp_path, tiny_model_folder, method="lora", lora=lora)
     kohya = load_file(run.model / KOHYA_FILE)
     assert {key.split("_")[1] for key in kohya} == {"unet", "te"}
@@ -122,8 +122,10 @@ def test_adapters_in_kohyas_naming_draw_the_same(tmp_path: Path, tiny_model_fold
 
 def test_a_token_loads_in_diffusers_as_here(tmp_path: Path, tiny_model_folder: Path) -> None:
     token = {"learning_rate": 0.3, "num_vectors": 2}
-    run = train(tmp_path, tiny_model_folder, method="token", token=token)
-    spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion", method="token", token=token)
+    run = train(tmp_path, tiny_model_folder, method="textual_inversion", textual_inversion=token)
+    spec = family_spec(
+        tmp_path, tiny_model_folder, family="stable_diffusion", method="textual_inversion", textual_inversion=token
+    )
     pipeline = reference_pipeline(tiny_model_folder)
     pipeline.load_textual_inversion(run.model, weight_name=EMBEDS_FILE, token="<sks>")
     theirs = draw_reference(pipeline, "a photo of <sks> fish")
@@ -132,15 +134,17 @@ def test_a_token_loads_in_diffusers_as_here(tmp_path: Path, tiny_model_folder: P
 
 def test_a_whole_model_with_a_token_loads_in_diffusers_as_here(tmp_path: Path, tiny_model_folder: Path) -> None:
     token = {"learning_rate": 0.3, "num_vectors": 1}
-    run = train(tmp_path, tiny_model_folder, method="token+full", token=token)
-    spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion", method="token+full", token=token)
+    run = train(tmp_path, tiny_model_folder, method="textual_inversion+full", textual_inversion=token)
+    spec = family_spec(
+        tmp_path, tiny_model_folder, family="stable_diffusion", method="textual_inversion+full", textual_inversion=token
+    )
     theirs = draw_reference(reference_pipeline(run.model), "a photo of <sks> fish")
     assert np.abs(theirs - draw(spec, run.model)).max() <= 1
 
 
 def test_a_token_alone_leaves_every_weight_as_it_was(tmp_path: Path, tiny_model_folder: Path) -> None:
-    run = train(tmp_path, tiny_model_folder, method="token", token={"learning_rate": 0.3, "num_vectors": 2})
-    spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion", method="token")
+    run = train(tmp_path, tiny_model_folder, method="textual_inversion", token={"learning_rate": 0.3, "num_vectors": 2})
+    spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion", method="textual_inversion")
     base, tuned = open_model(spec.diffusion), open_model(spec.diffusion, folder=run.model)
     assert isinstance(base, LatentModel)
     assert isinstance(tuned, LatentModel)
@@ -160,7 +164,13 @@ def test_until_the_switch_the_token_alone_is_trained(
     tmp_path: Path, tiny_model_folder: Path, switch: int, is_token_alone: bool
 ) -> None:
     token = {"learning_rate": 0.3, "switch_step": switch}
-    run = train(tmp_path, tiny_model_folder, method="token+lora", token=token, lora={"learning_rate": 1e-2})
+    run = train(
+        tmp_path,
+        tiny_model_folder,
+        method="textual_inversion+lora",
+        textual_inversion=token,
+        lora={"learning_rate": 1e-2},
+    )
     ups = [tensor for name, tensor in load_file(run.model / LORA_FILE).items() if "lora_B" in name or ".up." in name]
     assert ups
     assert all(not tensor.any() for tensor in ups) is is_token_alone
@@ -172,21 +182,23 @@ def test_after_the_switch_the_token_rests(tmp_path: Path, tiny_model_folder: Pat
         folder = tmp_path / str(steps)
         folder.mkdir()
         token = {"learning_rate": 0.3, "switch_step": 1}
-        run = train(folder, tiny_model_folder, method="token+lora", token=token, max_train_steps=steps)
+        run = train(
+            folder, tiny_model_folder, method="textual_inversion+lora", textual_inversion=token, max_train_steps=steps
+        )
         vectors.append(load_file(run.model / EMBEDS_FILE)["<sks>"])
     assert torch.equal(*vectors)
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "token+lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "textual_inversion+lora"])
 @pytest.mark.parametrize("family", MAKERS)
 def test_every_family_trains_end_to_end(tmp_path: Path, family: str, method: str) -> None:
     folder = MAKERS[family](tmp_path / "base" / "model")
     changes = {"method": method, "snr_gamma": 5.0, "lora": {"learning_rate": 3e-2}, "learning_rate": 1e-2}
     if method == "lora":
         # Samples are configured in fp32, which the half-precision weights can't be drawn with.
-        changes |= {"precision": "bf16", "frozen_precision": "bf16"}
-        changes["validation"] = {"every_steps": 2, "sample_every_steps": 2, "sample_inference_steps": 2}
-    run = train(tmp_path, folder, family=family, is_gradient_checkpointed=True, **changes)
+        changes |= {"precision": "bf16", "weight_dtype": "bf16"}
+        changes["validation"] = {"validation_steps": 2, "sample_steps": 2, "sample_num_inference_steps": 2}
+    run = train(tmp_path, folder, family=family, gradient_checkpointing=True, **changes)
     spec = family_spec(tmp_path, folder, family=family, method=method)
     assert np.abs(draw(spec, run.model) - draw(spec, None)).max() > 0
     if method == "lora":
@@ -205,7 +217,7 @@ def test_every_family_trains_end_to_end(tmp_path: Path, family: str, method: str
 
 
 def test_a_configuration_that_trains_nothing_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
-    spec = make_spec(tmp_path, tiny_model_folder, is_denoiser_trained=False, is_text_encoder_trained=False)
+    spec = make_spec(tmp_path, tiny_model_folder, train_denoiser=False, train_text_encoder=False)
     model = open_model(spec.diffusion)
     assert isinstance(model, LatentModel)
     with pytest.raises(ConfigError, match="nothing would be trained"):
@@ -227,7 +239,7 @@ def test_a_first_step_that_changes_nothing_is_refused(
 def test_frozen_weights_may_be_half_precision_and_what_is_trained_is_not(
     tmp_path: Path, tiny_model_folder: Path
 ) -> None:
-    spec = make_spec(tmp_path, tiny_model_folder, method="lora", frozen_precision="bf16", precision="bf16")
+    spec = make_spec(tmp_path, tiny_model_folder, method="lora", weight_dtype="bf16", precision="bf16")
     model = open_model(spec.diffusion)
     assert isinstance(model, LatentModel)
     module = DreamBoothModule(model, spec)
@@ -241,9 +253,9 @@ def test_a_learned_token_does_not_become_the_end_of_the_text(tmp_path: Path) -> 
     for name in ("text_encoder", "text_encoder_2"):  # as published configurations have it
         path = folder / name / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 2}))
-    spec = family_spec(tmp_path, folder, family="stable_diffusion_xl", method="token")
+    spec = family_spec(tmp_path, folder, family="stable_diffusion_xl", method="textual_inversion")
     model = cast(LatentModel, open_model(spec.diffusion))
     DreamBoothModule(model, spec)
-    told = model.encode_prompts(model.tokenize(["a photo of sks fish", "a photo of sks fish in the snow"]))
-    assert told.pooled is not None
-    assert not torch.allclose(told.pooled[0], told.pooled[1])
+    conditioning = model.encode_prompts(model.tokenize(["a photo of sks fish", "a photo of sks fish in the snow"]))
+    assert conditioning.pooled_prompt_embeds is not None
+    assert not torch.allclose(conditioning.pooled_prompt_embeds[0], conditioning.pooled_prompt_embeds[1])

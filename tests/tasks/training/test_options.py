@@ -31,8 +31,8 @@ def is_equal(first: RunFolder, second: RunFolder) -> bool:
 @pytest.mark.parametrize(
     ("changes", "tolerance"),
     [
-        ({"is_gradient_checkpointed": True}, 1e-5),
-        ({"is_channels_last": True}, 1e-3),
+        ({"gradient_checkpointing": True}, 1e-5),
+        ({"channels_last": True}, 1e-3),
         ({"train_batch_size": 1, "gradient_accumulation_steps": 2}, 1e-4),
     ],
     ids=["checkpointing", "channels last", "accumulation"],
@@ -54,7 +54,7 @@ def test_averages_are_published_and_training_stays_as_it_is(tmp_path: Path, tiny
 
 def test_dropped_captions_change_the_loss(tmp_path: Path, tiny_model_folder: Path) -> None:
     plain = train(tmp_path / "plain", tiny_model_folder)
-    dropped = train(tmp_path / "dropped", tiny_model_folder, caption_dropout=1.0)
+    dropped = train(tmp_path / "dropped", tiny_model_folder, proportion_empty_prompts=1.0)
     assert losses(plain) != losses(dropped)
 
 
@@ -62,12 +62,12 @@ def test_dropped_captions_change_the_loss(tmp_path: Path, tiny_model_folder: Pat
 @pytest.mark.parametrize(
     "changes",
     [{"optimizer": "prodigy"}, {"optimizer": "adamw8bit"}, {"precision": "fp16"}],
-    ids=["prodigy", "8-bit moments", "fp16 with its scaler"],
+    ids=["prodigy", "8-bit optimizer_state", "fp16 with its scaler"],
 )
 def test_what_has_a_state_of_its_own_resumes_with_it(
     tmp_path: Path, tiny_model_folder: Path, changes: dict[str, object]
 ) -> None:
-    changes = {**changes, "checkpoint_every_steps": 2, "max_train_steps": 6}
+    changes = {**changes, "checkpointing_steps": 2, "max_train_steps": 6}
     whole = train(tmp_path / "whole", tiny_model_folder, **changes)
     train(tmp_path / "cut", tiny_model_folder, **changes)
     run = RunFolder(tmp_path / "cut" / "run")
@@ -101,21 +101,21 @@ def test_where_torch_cannot_compile_it_is_said() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_blocks_give_the_same_losses(tmp_path: Path, tiny_model_folder: Path) -> None:
     plain = train(tmp_path / "plain", tiny_model_folder)
-    compiled = train(tmp_path / "compiled", tiny_model_folder, is_compiled=True)
+    compiled = train(tmp_path / "compiled", tiny_model_folder, compile=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
 
 
 def test_half_precision_needs_frozen_weights_of_the_same() -> None:
-    with pytest.raises(ValueError, match="frozen_precision=bf16 needs the same precision"):
-        TrainingConfig(frozen_precision="bf16")
+    with pytest.raises(ValueError, match="weight_dtype=bf16 needs the same precision"):
+        TrainingConfig(weight_dtype="bf16")
 
 
 def reference_rates(config: TrainingConfig, rate: float) -> list[float]:
     """Return the learning rate of every step as diffusers' training scripts have it."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=rate)
     scheduler = get_scheduler(
-        config.lr_schedule, optimizer, num_warmup_steps=config.lr_warmup_steps,
+        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=config.max_train_steps, num_cycles=config.lr_num_cycles, power=config.lr_power,
     )  # fmt: skip
     rates = []
@@ -133,7 +133,7 @@ def reference_rates(config: TrainingConfig, rate: float) -> list[float]:
 def test_every_schedule_is_that_of_diffusers_at_every_step(schedule: str, warmup: int) -> None:
     warmup = 0 if schedule == "constant" else warmup
     config = TrainingConfig(
-        lr_schedule=schedule, lr_warmup_steps=warmup, max_train_steps=40, lr_num_cycles=3, lr_power=2.0
+        lr_scheduler=schedule, lr_warmup_steps=warmup, max_train_steps=40, lr_num_cycles=3, lr_power=2.0
     )  # type: ignore[arg-type]
     for rate in (1e-4, 5e-6):
         rates = [rate * compute_learning_rate_factor(config, step, rate=rate) for step in range(40)]
@@ -143,7 +143,7 @@ def test_every_schedule_is_that_of_diffusers_at_every_step(schedule: str, warmup
 
 def test_a_constant_rate_has_no_warm_up_to_ignore() -> None:
     with pytest.raises(ValueError, match="constant_with_warmup"):
-        TrainingConfig(lr_schedule="constant", lr_warmup_steps=5)
+        TrainingConfig(lr_scheduler="constant", lr_warmup_steps=5)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -43,7 +43,7 @@ class Conversation:
     @property
     def name(self) -> str:
         """The profile that serves the role."""
-        return self.llm.config.rungs(self.role)[0]
+        return self.llm.config.fallback_chain(self.role)[0]
 
     def say(self, text: str, *, on_text: Callable[[str], None]) -> str:
         """Return the reply to a person's words, shown piece by piece; tools are called in between.

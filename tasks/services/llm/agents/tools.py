@@ -61,7 +61,7 @@ def ask_with_tools(
         ReplyInvalid: no answer that fits came, not even when nothing else could be called.
 
     """
-    name = llm.config.rungs(role)[0]
+    name = llm.config.fallback_chain(role)[0]
     profile = llm.config.profiles[name]
     cached = llm.find_cached(spec, name=name, role=role)
     if cached is not None:

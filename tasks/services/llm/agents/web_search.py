@@ -34,7 +34,9 @@ def ask_with_search(llm: LlmService, spec: RequestSpec[T], *, role: str, domains
         ReplyInvalid: the reply doesn't fit.
 
     """
-    names = [name for name in llm.config.rungs(role) if llm.config.profiles[name].capabilities.web_search != "none"]
+    names = [
+        name for name in llm.config.fallback_chain(role) if llm.config.profiles[name].capabilities.web_search != "none"
+    ]
     if not names:
         raise ConfigError(f"no profile of the {role} searches the web; choose one whose capabilities say so")
     if any(isinstance(part, bytes) for part in spec.parts):

@@ -52,7 +52,7 @@ def retrieve(job: JobHandle) -> RemoteJob:
     """Return a job as its provider sees it. Raises ConfigError where there is none yet."""
     if not job.state.batch_id:
         raise ConfigError(f"job {job.job_id} is {job.state.status}: the provider doesn't have it yet; run again")
-    return job.provider().look(job.state.batch_id)
+    return job.provider().retrieve(job.state.batch_id)
 
 
 def cancel(job: JobHandle) -> None:
@@ -118,7 +118,7 @@ def keep_reply(job: JobHandle, custom_id: str, completion: ChatCompletion) -> fl
     content = read_content(completion, llm.structure(name)) if is_usable else None
     if content and find_record(llm.store, CachedReply, key) is None:
         put_record(llm.store, CachedReply(key=key, content=content, served_model=completion.model))
-    llm.ledger.book(row if content else replace(row, outcome="invalid"))
+    llm.ledger.record(row if content else replace(row, outcome="invalid"))
     return row.cost_usd
 
 

@@ -1,6 +1,6 @@
 """One remote batch job: its state in the store, created once, waited for, and read row by row.
 
-planned -> uploaded (file id) -> created (batch id) -> terminal -> harvested row by row
+planned -> uploaded (file id) -> created (batch id) -> terminal -> collected row by row
 """
 
 import json
@@ -55,14 +55,14 @@ class BatchState(BaseModel):
     """Whether the job has all its rows."""
     reservation: str = ""
     reserved_usd: float = 0.0
-    """What is set aside of the budget until the job is harvested."""
+    """What is set aside of the budget until the job is collected."""
     spent_usd: float | None = 0.0
     """What its rows cost; None where no price is known."""
     is_harvested: bool = False
     """Whether every row's outcome is stored: only then may its rows be asked again."""
 
     @property
-    def mark(self) -> str:
+    def idempotency_key(self) -> str:
         """The name by which the provider's job is found again."""
         return f"{self.input_sha256}/{self.attempt}"
 
@@ -73,7 +73,7 @@ class BatchState(BaseModel):
 
 
 def find_state(store: Store, key: str) -> BatchState | None:
-    """Return a verified state. One that was damaged is moved aside; its remote job is found again by its mark."""
+    """Return a verified state; a damaged one is moved aside, and its remote job is found by its idempotency key."""
     data = store.find_bytes(key)
     if data is None:
         return None
@@ -138,11 +138,11 @@ class BatchJob:
             self.save(file_id="", batch_id="", status="planned", is_filled=False)
         if not self.state.batch_id:
             self.save()
-            job = self.provider.find(self.state.mark) or self._create()
+            job = self.provider.find(self.state.idempotency_key) or self._create()
             file_id = job.file_id or self.state.file_id
             self.save(batch_id=job.job_id, file_id=file_id, status=job.status, created_at=time.time())
         if not self.state.is_filled:
-            self.provider.fill(RemoteJob(self.state.batch_id, self.state.status), self._published_lines())
+            self.provider.add_requests(RemoteJob(self.state.batch_id, self.state.status), self._published_lines())
             self.save(is_filled=True)
 
     def _create(self) -> RemoteJob:
@@ -161,12 +161,16 @@ class BatchJob:
             return self._create_once()
 
     def _create_once(self) -> RemoteJob:
-        # One attempt only: after a doubtful answer the next run looks for the job by its mark.
-        return self.provider.create(self.state.file_id, self.state.mark, call=lambda call: self._call(call, 1))
+        # One attempt only: after a doubtful answer the next run looks for the job by its idempotency_key.
+        return self.provider.create(
+            self.state.file_id, self.state.idempotency_key, call=lambda call: self._call(call, 1)
+        )
 
     def _upload(self) -> None:
         if not self.state.file_id:
-            self.save(file_id=self.provider.upload(self._published_lines(), self.state.mark), status="uploaded")
+            self.save(
+                file_id=self.provider.upload(self._published_lines(), self.state.idempotency_key), status="uploaded"
+            )
 
     def _published_lines(self) -> dict[str, bytes]:
         """Return the lines as they are sent; a job's name goes by those with the pictures inside."""
@@ -193,7 +197,7 @@ class BatchJob:
         deadline = time.monotonic() + max_wait_seconds
         pause = min(0.2, poll_seconds)
         while True:
-            job = self.provider.look(self.state.batch_id)
+            job = self.provider.retrieve(self.state.batch_id)
             on_progress(min(len(self.lines), job.num_done))
             if job.status != self.state.status:
                 self.save(status=job.status)
@@ -229,7 +233,7 @@ class BatchJob:
         self.is_cancel_sent = True
         log.warning("batch job %s is late and cancelled; its unanswered rows are asked by calls", job.job_id)
 
-    def harvest(self) -> dict[str, BatchReply]:
+    def collect_results(self) -> dict[str, BatchReply]:
         """Return one outcome per row, matched by custom id; rows without any are named too."""
         outcomes: dict[str, BatchReply] = {}
         for custom_id, outcome in self.provider.read(self.job):
@@ -256,7 +260,7 @@ class BatchJob:
 
     def keep(self, rows: dict[str, RequestSpec[Any]], *, role: str) -> dict[str, str]:
         """Store every reply, and return why the others can't be, by custom id."""
-        outcomes = self.harvest()
+        outcomes = self.collect_results()
         reasons = {
             custom_id: self.keep_row(rows[custom_id], outcome, role=role) for custom_id, outcome in outcomes.items()
         }

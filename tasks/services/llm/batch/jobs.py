@@ -1,4 +1,4 @@
-"""Batch jobs that survive: planned by content, persisted before each step, adopted, harvested.
+"""Batch jobs that survive: planned by content, persisted before each step, adopted, collected.
 
 A job is one JSONL file. Its state lies in the store, so a run that was killed at any point resumes
 with the same remote job instead of paying for another; a lease keeps two processes from making it twice.
@@ -67,7 +67,7 @@ def ask_batch(
         Validated replies, and reasons for the rest, both by name.
 
     """
-    profile = llm.config.rungs(role)[0]
+    profile = llm.config.fallback_chain(role)[0]
     names: dict[str, list[str]] = {}
     for name, spec in specs.items():
         names.setdefault(spec.compute_key(llm.config.profiles[profile]), []).append(name)

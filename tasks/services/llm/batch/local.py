@@ -37,10 +37,10 @@ class FileBatches:
         self.model = profile.model
         self.folder = folder
 
-    def find(self, mark: str) -> RemoteJob | None:
+    def find(self, idempotency_key: str) -> RemoteJob | None:
         """Return the job whose output is there, whole."""
-        job_id = name_of(mark)
-        return None if self.is_lost(job_id) else self.look(job_id)
+        job_id = name_of(idempotency_key)
+        return None if self.is_lost(job_id) else self.retrieve(job_id)
 
     def is_lost(self, job_id: str) -> bool:
         """Whether its output is gone, or is not what the program wrote."""
@@ -51,16 +51,16 @@ class FileBatches:
         except (FileNotFoundError, ArtifactCorrupt):
             return True
 
-    def upload(self, lines: dict[str, bytes], mark: str) -> str:
+    def upload(self, lines: dict[str, bytes], idempotency_key: str) -> str:
         """Write the input file."""
-        path = self.folder / f"{name_of(mark)}.in.jsonl"
+        path = self.folder / f"{name_of(idempotency_key)}.in.jsonl"
         write_atomic(path, b"".join(lines.values()))
         return str(path)
 
-    def create(self, file_id: str, mark: str, *, call: Call) -> RemoteJob:
+    def create(self, file_id: str, idempotency_key: str, *, call: Call) -> RemoteJob:
         """Run the program to its end. Raises ServiceUnavailable where it fails."""
         self.check_input(file_id)
-        output = self.output(name_of(mark))
+        output = self.output(name_of(idempotency_key))
         staged = output.with_suffix(".part")
         words = {"input": file_id, "output": str(staged), "model": self.model}
         command = [word.format(**words) for word in self.command]
@@ -72,7 +72,7 @@ class FileBatches:
             raise ConfigError(f"{command[0]} can't be started: {error.strerror}; see .batch_command") from error
         if done.returncode != 0 or not staged.is_file():
             raise ServiceUnavailable(f"{command[0]} ended with {done.returncode}; see {log}, and run again")
-        return self.finish(staged, name_of(mark))
+        return self.finish(staged, name_of(idempotency_key))
 
     def check_input(self, file_id: str) -> None:
         """Raise RequestRefused where the input file is gone, as a provider would."""
@@ -84,12 +84,12 @@ class FileBatches:
         note = OutputNote(sha256=digest_file(staged))
         os.replace(staged, self.output(job_id))
         write_atomic(self.note(job_id), dump_signed(note))
-        return self.look(job_id)
+        return self.retrieve(job_id)
 
-    def fill(self, job: RemoteJob, lines: dict[str, bytes]) -> None:
+    def add_requests(self, job: RemoteJob, lines: dict[str, bytes]) -> None:
         """Do nothing: the file had all rows."""
 
-    def look(self, job_id: str) -> RemoteJob:
+    def retrieve(self, job_id: str) -> RemoteJob:
         """Return the job: it has ended, or it wouldn't be there."""
         return RemoteJob(job_id, "completed", output_files=(str(self.output(job_id)),))
 
@@ -119,16 +119,16 @@ class LocalBatches(FileBatches):
         self.concurrency = profile.concurrency
         self.writing = threading.Lock()
 
-    def create(self, file_id: str, mark: str, *, call: Call) -> RemoteJob:
+    def create(self, file_id: str, idempotency_key: str, *, call: Call) -> RemoteJob:
         """Ask what an earlier attempt did not; a row that can't be answered is one that failed."""
         self.check_input(file_id)
-        staged = self.output(name_of(mark)).with_suffix(".part")
+        staged = self.output(name_of(idempotency_key)).with_suffix(".part")
         staged.touch()
         done = {custom_id for custom_id, _ in read_signed_lines(staged.read_bytes())}
         rows = [row for line in Path(file_id).read_bytes().split(b"\n") if line and (row := read_input(line, file_id))]
         left = [row for row in rows if row["custom_id"] not in done]
         list(map_in_pool(lambda row: self.answer(row, staged), left, concurrency=self.concurrency))
-        return self.finish(staged, name_of(mark))
+        return self.finish(staged, name_of(idempotency_key))
 
     def answer(self, row: dict[str, Any], staged: Path) -> None:
         """Answer one row and append it. Raises what no other row would fare better with.
@@ -185,6 +185,6 @@ def read_signed_lines(data: bytes) -> Iterator[tuple[str, BatchReply]]:
             yield parse_row(row)
 
 
-def name_of(mark: str) -> str:
-    """Return a mark as a file name."""
-    return mark.replace("/", "-")
+def name_of(idempotency_key: str) -> str:
+    """Return a idempotency_key as a file name."""
+    return idempotency_key.replace("/", "-")

@@ -32,11 +32,11 @@ class OpenAiBatches:
         self.call = call
         self.client = client
 
-    def find(self, mark: str) -> RemoteJob | None:
+    def find(self, idempotency_key: str) -> RemoteJob | None:
         """Look through the newest jobs for our metadata."""
         for batch in self.list_newest():
             metadata = batch.get("metadata")
-            if isinstance(metadata, dict) and metadata.get("likeness_input") == mark and batch.get("id"):
+            if isinstance(metadata, dict) and metadata.get("likeness_input") == idempotency_key and batch.get("id"):
                 return describe(batch)
         return None
 
@@ -61,9 +61,9 @@ class OpenAiBatches:
         """Ask for the job; only a clear no counts."""
         return is_unknown(lambda: self.client().batches.with_raw_response.retrieve(job_id, timeout=30))
 
-    def upload(self, lines: dict[str, bytes], mark: str) -> str:
+    def upload(self, lines: dict[str, bytes], idempotency_key: str) -> str:
         """Upload one JSONL file."""
-        data, name = b"".join(lines.values()), f"likeness-{mark[:24]}.jsonl"
+        data, name = b"".join(lines.values()), f"likeness-{idempotency_key[:24]}.jsonl"
         upload = read_response(
             self.call(
                 lambda client, timeout: client.files.with_raw_response.create(
@@ -73,7 +73,7 @@ class OpenAiBatches:
         )
         return read_id(upload, "file")
 
-    def create(self, file_id: str, mark: str, *, call: Call) -> RemoteJob:
+    def create(self, file_id: str, idempotency_key: str, *, call: Call) -> RemoteJob:
         """Create the job of a file."""
         batch = read_response(
             call(
@@ -81,7 +81,7 @@ class OpenAiBatches:
                     input_file_id=file_id,
                     endpoint=ENDPOINT,
                     completion_window="24h",
-                    metadata={"likeness_input": mark},
+                    metadata={"likeness_input": idempotency_key},
                     timeout=timeout,
                 )
             )
@@ -89,10 +89,10 @@ class OpenAiBatches:
         read_id(batch, "batch job")
         return describe(batch)
 
-    def fill(self, job: RemoteJob, lines: dict[str, bytes]) -> None:
+    def add_requests(self, job: RemoteJob, lines: dict[str, bytes]) -> None:
         """Do nothing: the file had all rows."""
 
-    def look(self, job_id: str) -> RemoteJob:
+    def retrieve(self, job_id: str) -> RemoteJob:
         """Retrieve the job."""
         shown = self.call(lambda client, timeout: client.batches.with_raw_response.retrieve(job_id, timeout=timeout))
         return describe(read_response(shown), job_id=job_id)

@@ -55,22 +55,22 @@ class RemoteJob:
 class BatchProvider(Protocol):
     """One way of running a batch job. Every call may be made again after a doubt."""
 
-    def find(self, mark: str) -> RemoteJob | None:
-        """Return the job that carries our mark."""
+    def find(self, idempotency_key: str) -> RemoteJob | None:
+        """Return the job that carries our idempotency_key."""
 
     def is_lost(self, job_id: str) -> bool:
         """Whether the provider no longer knows a job."""
 
-    def upload(self, lines: dict[str, bytes], mark: str) -> str:
+    def upload(self, lines: dict[str, bytes], idempotency_key: str) -> str:
         """Send the rows ahead, where the provider wants a file, and return its id."""
 
-    def create(self, file_id: str, mark: str, *, call: Call) -> RemoteJob:
+    def create(self, file_id: str, idempotency_key: str, *, call: Call) -> RemoteJob:
         """Create the job, in one attempt."""
 
-    def fill(self, job: RemoteJob, lines: dict[str, bytes]) -> None:
+    def add_requests(self, job: RemoteJob, lines: dict[str, bytes]) -> None:
         """Add the rows that the job doesn't have yet, where rows are not sent ahead."""
 
-    def look(self, job_id: str) -> RemoteJob:
+    def retrieve(self, job_id: str) -> RemoteJob:
         """Return how far a job is."""
 
     def cancel(self, job_id: str) -> None:

@@ -27,13 +27,13 @@ class XaiBatches:
         self.call = call
         self.client = client
 
-    def find(self, mark: str) -> RemoteJob | None:
+    def find(self, idempotency_key: str) -> RemoteJob | None:
         """Look through all containers for our name."""
         token = ""
         for _ in range(MOST_LISTED // 100):
             page = self.get("/batches", {"limit": 100, **({"pagination_token": token} if token else {})})
             for batch in list_dicts(page.get("batches") or page.get("data")):
-                if batch.get("name") == f"likeness-{mark}":
+                if batch.get("name") == f"likeness-{idempotency_key}":
                     return describe(batch)
             previous, token = token, read_token(page)
             if not token or token == previous:
@@ -44,22 +44,22 @@ class XaiBatches:
         """Ask for the container; only a clear no counts."""
         return is_unknown(lambda: self.client().get(f"/batches/{job_id}", cast_to=object))
 
-    def upload(self, lines: dict[str, bytes], mark: str) -> str:
+    def upload(self, lines: dict[str, bytes], idempotency_key: str) -> str:
         """Do nothing: rows are added to the container."""
         return ""
 
-    def create(self, file_id: str, mark: str, *, call: Call) -> RemoteJob:
+    def create(self, file_id: str, idempotency_key: str, *, call: Call) -> RemoteJob:
         """Make the empty container."""
-        body = {"name": f"likeness-{mark}"}
+        body = {"name": f"likeness-{idempotency_key}"}
         job = describe(call(lambda client, _: client.post("/batches", body=body, cast_to=object)))
         if not job.job_id:
             raise EndpointUnavailable("the provider made a batch job without an id; run again to resume")
         return job
 
-    def fill(self, job: RemoteJob, lines: dict[str, bytes]) -> None:
+    def add_requests(self, job: RemoteJob, lines: dict[str, bytes]) -> None:
         """Add the rows that are missing, in pieces. Rows keep their order, so the count says which are there."""
         rows = list(lines.values())
-        start = self.look(job.job_id).num_rows
+        start = self.retrieve(job.job_id).num_rows
         while start < len(rows):
             end, size = start, 0
             while end < len(rows) and (end == start or size + len(rows[end]) <= XAI_MOST_BYTES):
@@ -67,12 +67,12 @@ class XaiBatches:
                 end += 1
             body = {"batch_requests": [to_xai(json.loads(row)) for row in rows[start:end]]}
             self.call(lambda client, _: client.post(f"/batches/{job.job_id}/requests", body=body, cast_to=object))  # noqa: B023
-            counted = self.look(job.job_id).num_rows
+            counted = self.retrieve(job.job_id).num_rows
             if counted < end:
                 raise EndpointUnavailable(f"batch job {job.job_id} has {counted} rows of {end}; run again to resume")
             start = end
 
-    def look(self, job_id: str) -> RemoteJob:
+    def retrieve(self, job_id: str) -> RemoteJob:
         """Retrieve the counters."""
         return describe(self.get(f"/batches/{job_id}", {}), job_id=job_id)
 

@@ -46,16 +46,16 @@ class Totals:
 
 
 def estimate_calls(
-    config: LlmConfig, role: str, requests: Sequence[RequestSpec[Any]], *, is_batch: bool, first_rung: int = 0
+    config: LlmConfig, role: str, requests: Sequence[RequestSpec[Any]], *, is_batch: bool, first_fallback: int = 0
 ) -> CallEstimate:
     """Return what a role's profiles would take for these requests.
 
     Args:
-        first_rung: where in the fallback chain they begin.
+        first_fallback: where in the fallback chain they begin.
 
     """
-    names = config.rungs(role)
-    names = names[min(first_rung, len(names) - 1) :]
+    names = config.fallback_chain(role)
+    names = names[min(first_fallback, len(names) - 1) :]
     first = config.profiles[names[0]]
     totals = {name: count_all(config.profiles[name], requests) for name in names}
     most = totals[names[0]].most

@@ -34,7 +34,7 @@ class LedgerRow:
     """None where no price is known."""
     price_date: str = ""
     """Day of the price table, or `reported` for the provider's own figure."""
-    rung: int = 0
+    fallback_index: int = 0
     """0 for the role's first profile, 1 for the second, ..."""
     reason: str = ""
     """Why it was not asked of the one before."""
@@ -50,7 +50,7 @@ class Ledger:
         self.rows: list[LedgerRow] = []
         self.lock = threading.Lock()
 
-    def book(self, row: LedgerRow) -> None:
+    def record(self, row: LedgerRow) -> None:
         """Write down one attempt."""
         row = replace(
             row,

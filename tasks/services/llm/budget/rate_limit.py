@@ -8,7 +8,7 @@ from collections.abc import Callable
 WINDOW_SECONDS = 60.0
 
 
-class Pace:
+class RateLimiter:
     """Lets calls begin so that no minute holds more of them, or of their tokens, than is allowed.
 
     It knows the calls of this process only; the provider's own answers still rule.

@@ -39,7 +39,7 @@ def find_structure(
 
     """
     identity = json.dumps([profile.base_url, profile.model])
-    key = f"llm/dialects/{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+    key = f"llm/response_formats/{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
     kept = find_record(store, Probed, key)
     if kept is not None:
         return kept.structure

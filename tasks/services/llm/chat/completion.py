@@ -1,7 +1,7 @@
 """Chat completions as a type of our own: parsed in one place, whatever shape a server sends.
 
 Nothing here raises: what can't be read becomes the completion's `problem`, so that a reply that was
-paid for is booked before it is refused. Text that a server supplies is redacted here, once.
+paid for is recorded before it is refused. Text that a server supplies is redacted here, once.
 """
 
 import json

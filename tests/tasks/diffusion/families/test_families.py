@@ -24,19 +24,19 @@ PROMPTS = ["a photo of sks fish", "a fish on the beach"]
 @pytest.mark.parametrize("family", MAKERS)
 def test_a_prediction_has_the_targets_shape_and_a_gradient(folders: dict[str, Path], family: str) -> None:
     model = open_family(family, folders[family])
-    for module in model.trainable_modules(is_text_encoder_trained=True).values():
+    for module in model.trainable_modules(train_text_encoder=True).values():
         module.requires_grad_(True)
     posterior = model.encode_images(torch.rand(2, 3, SIDE, SIDE) * 2 - 1)
     noise = torch.randn(posterior.mean.shape)
-    timesteps = model.noise.choose_timesteps(torch.tensor([0.1, 0.9]))
-    sizes = torch.tensor([[64.0, 48, 0, 8, SIDE, SIDE]] * 2)
-    told = model.encode_prompts(model.tokenize(PROMPTS))
-    noisy = model.noise.add_noise(posterior.mean, noise, timesteps)
-    target = model.noise.compute_target(posterior.mean, noise, timesteps)
-    predicted = model.predict(noisy, timesteps, told, sizes)
+    timesteps = model.noise_scheduler.sample_timesteps(torch.tensor([0.1, 0.9]))
+    time_ids = torch.tensor([[64.0, 48, 0, 8, SIDE, SIDE]] * 2)
+    prompt_embeds = model.encode_prompts(model.tokenize(PROMPTS))
+    noisy = model.noise_scheduler.add_noise(posterior.mean, noise, timesteps)
+    target = model.noise_scheduler.compute_target(posterior.mean, noise, timesteps)
+    predicted = model.predict(noisy, timesteps, prompt_embeds, time_ids)
     assert predicted.shape == target.shape == posterior.mean.shape
     (predicted - target).square().mean().backward()
-    for name, module in model.trainable_modules(is_text_encoder_trained=True).items():
+    for name, module in model.trainable_modules(train_text_encoder=True).items():
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters()), name
 
 
@@ -72,12 +72,12 @@ def test_encoded_prompts_equal_those_of_the_pipeline(folders: dict[str, Path], f
         "flux": {"prompt_2": None},
     }[family]
     theirs = pipeline.encode_prompt(PROMPTS, device=torch.device("cpu"), **arguments)
-    told = model.encode_prompts(model.tokenize(PROMPTS))
-    assert told.pooled is not None
+    prompt_embeds = model.encode_prompts(model.tokenize(PROMPTS))
+    assert prompt_embeds.pooled_prompt_embeds is not None
     pooled = theirs[1] if family == "flux" else theirs[2]
     # Two encoder layers of attention and two products each, the longest sum being the one over T5's 512 tokens.
-    assert_same_up_to_rounding(told.encoder_hidden_states, theirs[0], terms=512, layers=6)
-    assert_same_up_to_rounding(told.pooled, pooled, terms=512, layers=6)
+    assert_same_up_to_rounding(prompt_embeds.encoder_hidden_states, theirs[0], terms=512, layers=6)
+    assert_same_up_to_rounding(prompt_embeds.pooled_prompt_embeds, pooled, terms=512, layers=6)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ def test_text_encoders_of_stable_diffusion_3_may_be_absent(tmp_path: Path, missi
     whole = open_family("stable_diffusion_3", make_tiny_sd3(tmp_path / "whole" / "model"))
     model = open_family("stable_diffusion_3", make_tiny_sd3(tmp_path / "part" / "model", missing=missing))
     assert set(model.text_encoders) == {"text_encoder", "text_encoder_2", "text_encoder_3"} - set(missing)
-    told, full = (m.encode_prompts(m.tokenize(PROMPTS)) for m in (model, whole))
-    assert told.encoder_hidden_states.shape == full.encoder_hidden_states.shape
-    assert told.pooled is not None
-    assert full.pooled is not None
-    assert told.pooled.shape == full.pooled.shape
+    prompt_embeds, full = (m.encode_prompts(m.tokenize(PROMPTS)) for m in (model, whole))
+    assert prompt_embeds.encoder_hidden_states.shape == full.encoder_hidden_states.shape
+    assert prompt_embeds.pooled_prompt_embeds is not None
+    assert full.pooled_prompt_embeds is not None
+    assert prompt_embeds.pooled_prompt_embeds.shape == full.pooled_prompt_embeds.shape
     assert len(model.sample([SamplingRequest(PROMPTS[0], 1)], num_inference_steps=1, guidance_scale=2.0)) == 1
 
 
@@ -143,10 +143,10 @@ def test_the_empty_prompt_of_sdxl_is_what_its_index_says(tmp_path: Path, is_zero
     model = open_family("stable_diffusion_xl", folder)
     theirs = pipeline.encode_prompt(PROMPTS[:1], device=torch.device("cpu"), do_classifier_free_guidance=True)
     ours = model.pipeline_inputs(PROMPTS[:1])
-    empty = model.encode_prompts(model.tokenize([""]))  # what training is told of dropped captions
+    empty = model.encode_prompts(model.tokenize([""]))  # what training is prompt_embeds of dropped captions
     for found in (ours["negative_prompt_embeds"], empty.encoder_hidden_states):
         torch.testing.assert_close(found.detach(), theirs[1].detach(), rtol=1e-5, atol=1e-4)
-    for found in (ours["negative_pooled_prompt_embeds"], empty.pooled):
+    for found in (ours["negative_pooled_prompt_embeds"], empty.pooled_prompt_embeds):
         assert found is not None
         torch.testing.assert_close(found.detach(), theirs[3].detach(), rtol=1e-5, atol=1e-4)
     assert bool((theirs[1] == 0).all()) is is_zeroed

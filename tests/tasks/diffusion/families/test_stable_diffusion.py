@@ -45,9 +45,11 @@ def test_velocity_is_the_target_of_a_velocity_model(tmp_path: Path) -> None:
     model = open_model(tiny_diffusion_config(folder))
     latents, noise = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
     timesteps = torch.tensor([10, 900])
-    noisy = model.noise.add_noise(latents, noise, timesteps)
-    velocity = model.noise.compute_target(latents, noise, timesteps)
-    signal = (model.noise.compute_snr(timesteps) / (1 + model.noise.compute_snr(timesteps))).view(-1, 1, 1, 1)
+    noisy = model.noise_scheduler.add_noise(latents, noise, timesteps)
+    velocity = model.noise_scheduler.compute_target(latents, noise, timesteps)
+    signal = (model.noise_scheduler.compute_snr(timesteps) / (1 + model.noise_scheduler.compute_snr(timesteps))).view(
+        -1, 1, 1, 1
+    )
     torch.testing.assert_close(signal.sqrt() * noisy - (1 - signal).sqrt() * velocity, latents, rtol=1e-4, atol=1e-4)
 
 
@@ -59,14 +61,14 @@ def test_a_saved_model_is_the_same_model(tmp_path: Path, tiny_model_folder: Path
     pictures = [m.sample(REQUESTS[:1], num_inference_steps=2, guidance_scale=2.0)[0] for m in (model, again)]
     assert pictures[0].tobytes() == pictures[1].tobytes()
     reference = StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
-    assert reference.unet.num_parameters() == model.parts["unet"].num_parameters()
+    assert reference.unet.num_parameters() == model.components["unet"].num_parameters()
     assert not [p for p in (tmp_path / "saved").rglob("*") if p.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
 
 
 def test_everything_is_frozen_until_training_asks(tiny_model_folder: Path) -> None:
     model = open_model(tiny_diffusion_config(tiny_model_folder))
-    assert set(model.trainable_modules(is_text_encoder_trained=True)) == {"unet", "text_encoder"}
-    assert set(model.trainable_modules(is_text_encoder_trained=False)) == {"unet"}
+    assert set(model.trainable_modules(train_text_encoder=True)) == {"unet", "text_encoder"}
+    assert set(model.trainable_modules(train_text_encoder=False)) == {"unet"}
 
 
 def test_models_are_known_by_content(tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -17,7 +17,7 @@ from tasks.errors import AdapterSaveFailed, ConfigError
 from tests.support.tiny_families import MAKERS, family_config, open_family
 from tests.support.tiny_lora import EXPORT, TARGETS, adapt, predict
 
-CASES = [(family, kind, is_dora) for family, kinds in TARGETS.items() for kind in kinds for is_dora in (False, True)]
+CASES = [(family, kind, use_dora) for family, kinds in TARGETS.items() for kind in kinds for use_dora in (False, True)]
 
 
 @dataclass
@@ -40,18 +40,18 @@ def readers(folders: dict[str, Path]) -> dict[str, Reader]:
     found = {}
     for family, folder in folders.items():
         pipeline, model = diffusers.DiffusionPipeline.from_pretrained(folder), open_family(family, folder)
-        model.parts |= {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        model.components |= {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
         found[family] = Reader(pipeline, model)
     return found
 
 
-@pytest.mark.parametrize(("family", "kind", "is_dora"), CASES)
+@pytest.mark.parametrize(("family", "kind", "use_dora"), CASES)
 def test_every_kind_of_layer_loads_in_diffusers_as_it_was_trained(
-    folders: dict[str, Path], readers: dict[str, Reader], tmp_path: Path, family: str, kind: str, is_dora: bool
+    folders: dict[str, Path], readers: dict[str, Reader], tmp_path: Path, family: str, kind: str, use_dora: bool
 ) -> None:
     model = open_family(family, folders[family])
     plain = predict(model)
-    names = adapt(model, TARGETS[family][kind], is_dora=is_dora)
+    names = adapt(model, TARGETS[family][kind], use_dora=use_dora)
     trained = predict(model)
     save_lora(model, tmp_path, names, EXPORT)
     assert (trained - plain).abs().max() > 1e-3
@@ -60,13 +60,13 @@ def test_every_kind_of_layer_loads_in_diffusers_as_it_was_trained(
     torch.testing.assert_close(readers[family].predict(tmp_path), trained, **tolerance)
 
 
-@pytest.mark.parametrize("is_dora", [False, True])
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("family", MAKERS)
 def test_an_opened_model_holds_the_saved_adapter(
-    folders: dict[str, Path], tmp_path: Path, family: str, is_dora: bool
+    folders: dict[str, Path], tmp_path: Path, family: str, use_dora: bool
 ) -> None:
     model = open_family(family, folders[family])
-    save_lora(model, tmp_path, adapt(model, ("to_q", "ff.net.2"), is_dora=is_dora), EXPORT)
+    save_lora(model, tmp_path, adapt(model, ("to_q", "ff.net.2"), use_dora=use_dora), EXPORT)
     opened = open_model(family_config(family, folders[family]), folder=tmp_path)
     assert isinstance(opened, LatentModel)
     trained = predict(model)
@@ -123,4 +123,4 @@ def test_layers_that_are_not_there_are_refused_by_the_settings_name(folders: dic
     model = open_family("stable_diffusion", folders["stable_diffusion"])
     for targets in (("no_such_layer",), ("norm1",)):
         with pytest.raises(ConfigError, match="training.lora.target_modules"):
-            add_lora(model, ["unet"], rank=2, alpha=2.0, dropout=0.0, is_dora=False, target_modules=targets)
+            add_lora(model, ["unet"], rank=2, alpha=2.0, dropout=0.0, use_dora=False, target_modules=targets)

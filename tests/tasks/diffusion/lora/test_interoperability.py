@@ -53,8 +53,8 @@ def check_reader(reader: Reader, model: LatentModel, path: Path, family: str) ->
     """Compare what a program would do to each weight with the trained adapter, merged by PEFT."""
     plain = by_original_names(family, read_weights(model.denoiser))
     merged = by_original_names(family, read_weights(model.denoiser, is_merged=True))
-    texts = {name: read_weights(model.parts[name]) for name in reader.text_encoders}
-    tuned = {name: read_weights(model.parts[name], is_merged=True) for name in reader.text_encoders}
+    texts = {name: read_weights(model.components[name]) for name in reader.text_encoders}
+    tuned = {name: read_weights(model.components[name], is_merged=True) for name in reader.text_encoders}
     named = {name: {text_path(path): path for path in weights} for name, weights in texts.items()}
     known = reader.keys(plain, named)
     layers = group(load_file(path))
@@ -80,13 +80,13 @@ def compare(leaves: dict[str, Tensor] | None, weight: Tensor, expected: Tensor, 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("is_dora", [False, True])
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_a_kohya_file_changes_every_weight_as_training_did(
-    folders: dict[str, Path], tmp_path: Path, family: str, kind: str, is_dora: bool
+    folders: dict[str, Path], tmp_path: Path, family: str, kind: str, use_dora: bool
 ) -> None:
     model = open_family(family, folders[family])
-    save_lora(model, tmp_path, adapt(model, TARGETS[family][kind], is_dora=is_dora), EXPORT)
+    save_lora(model, tmp_path, adapt(model, TARGETS[family][kind], use_dora=use_dora), EXPORT)
     for reader in (KOHYA[family], COMFY[family]):
         check_reader(reader, model, tmp_path / KOHYA_FILE, family)
 
@@ -95,7 +95,7 @@ def test_invoke_ai_takes_the_flux_file_for_flux(folders: dict[str, Path], tmp_pa
     model = open_family("flux", folders["flux"])
     save_lora(model, tmp_path, adapt(model), EXPORT)
     original = set(original_flux(read_weights(model.denoiser)))
-    texts = {text_path(path) for path in read_weights(model.parts["text_encoder"])}
+    texts = {text_path(path) for path in read_weights(model.components["text_encoder"])}
     found = {invoke_flux_path(layer) for layer in group(load_file(tmp_path / KOHYA_FILE))}
     assert found <= original | texts
     assert {path.split(".")[0] for path in found} == {"double_blocks", "single_blocks", "text_model"}
@@ -133,7 +133,7 @@ def test_files_are_in_half_precision_unless_asked_and_alpha_and_magnitudes_are_n
     folders: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
     model = open_family(family, folders[family])
-    names = adapt(model, is_dora=True)
+    names = adapt(model, use_dora=True)
     for export, expected in ((HALF, torch.float16), (EXPORT, torch.float32)):
         save_lora(model, tmp_path / export.save_precision, names, export)
         for file in (LORA_FILE, KOHYA_FILE):

@@ -205,7 +205,7 @@ def test_any_schema_is_filled_by_looking(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.1", "example.org", "::"])
 def test_it_listens_on_loopback_only(host: str) -> None:
-    command = [sys.executable, "-m", "tasks.mini.vision_server.server", "--host", host]
+    command = [sys.executable, "-m", "tasks.mini.vision_server", "--host", host]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("refusing to listen on")
@@ -214,7 +214,7 @@ def test_it_listens_on_loopback_only(host: str) -> None:
 
 def test_a_port_in_use_is_one_line(client: openai.OpenAI) -> None:
     port = str(client.base_url.port)
-    command = [sys.executable, "-m", "tasks.mini.vision_server.server", "--port", port]
+    command = [sys.executable, "-m", "tasks.mini.vision_server", "--port", port]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stderr == f"cannot listen on 127.0.0.1:{port}: Address already in use; use another --port\n"

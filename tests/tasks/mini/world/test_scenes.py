@@ -70,7 +70,7 @@ def test_a_subjects_photos_differ_in_place_and_share_its_look() -> None:
 
 
 def test_anyone_can_draw_a_new_subject(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tasks.mini.world.scenes", "subject", "--class-noun", "mug", "--seed", "9"]
+    command = [sys.executable, "-m", "tasks.mini.world", "subject", "--class-noun", "mug", "--seed", "9"]
     subprocess.run([*command, "--num", "3", "--out", str(tmp_path / "a b")], check=True, capture_output=True)
     pictures = sorted((tmp_path / "a b").iterdir())
     assert len(pictures) == 3

@@ -18,7 +18,7 @@ from tasks.stage.digests import dump_signed
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
 from tests.tasks.services.llm.batch.test_jobs import BATCHES
 from tests.tasks.services.llm.batch.test_jobs import ask as ask_in_batch
-from tests.tasks.services.llm.test_fallback_chain import REFUSAL, two_rungs
+from tests.tasks.services.llm.test_fallback_chain import REFUSAL, two_profiles
 from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC, ask, make_llm
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -80,11 +80,11 @@ def test_a_damaged_refusal_is_asked_about_again(server: ScriptedServer, tmp_path
     server.script(REFUSAL)
     with scripted_server() as strong:
         strong.script(GOOD)
-        llm = two_rungs(server, strong, tmp_path)
+        llm = two_profiles(server, strong, tmp_path)
         llm.ask(SPEC, role="judge")
         damage_only(llm, "llm/refusals/", damage)
         llm.store.delete(llm.store.list_keys("llm/replies/")[0])
-        two_rungs(server, strong, tmp_path).ask(SPEC, role="judge")
+        two_profiles(server, strong, tmp_path).ask(SPEC, role="judge")
     assert server.counts[CHAT] == 4  # asked, and once more, both times
 
 
@@ -101,7 +101,7 @@ def test_a_damaged_probe_is_made_again(tmp_path: Path, damage: Any) -> None:
         able = CapabilityConfig(structure="auto")
         llm = make_llm(server, tmp_path, capabilities=able)
         assert llm.structure("p") == "json_mode"
-        damage_only(llm, "llm/dialects/", damage)
+        damage_only(llm, "llm/response_formats/", damage)
         assert make_llm(server, tmp_path, capabilities=able).structure("p") == "json_mode"
         assert server.counts[CHAT] == 8
 

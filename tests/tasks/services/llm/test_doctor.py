@@ -21,7 +21,7 @@ from tasks.services.llm.executor import ask_each
 from tasks.services.llm.service import LlmService
 from tasks.services.store import LocalStore
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
-from tests.tasks.services.llm.test_fallback_chain import two_rungs
+from tests.tasks.services.llm.test_fallback_chain import two_profiles
 from tests.tasks.services.llm.test_service import GOOD, SPEC, ask, make_llm
 
 TODAY = datetime.date(2026, 11, 22)
@@ -174,7 +174,7 @@ class Spendthrift(ScriptedServer):
 def test_an_estimate_is_an_upper_bound_of_what_is_booked(tmp_path: Path) -> None:
     prices = PriceConfig(input=1.0, output=10.0, date="d")
     with scripted_server(Spendthrift(2)) as server, scripted_server(Spendthrift(2)) as strong:
-        llm = two_rungs(server, strong, tmp_path, max_attempts=2, prices=prices, concurrency=1)
+        llm = two_profiles(server, strong, tmp_path, max_attempts=2, prices=prices, concurrency=1)
         specs = {f"s{number}": replace(SPEC, repeat=number) for number in range(4)}
         estimate = estimate_calls(llm.config, "judge", list(specs.values()), is_batch=False)
         answers, failures = ask_each(specs, llm=llm, role="judge", on_progress=lambda done, total: None)

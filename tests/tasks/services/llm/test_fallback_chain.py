@@ -35,7 +35,7 @@ def strong() -> Iterator[ScriptedServer]:
         yield running
 
 
-def two_rungs(cheap: ScriptedServer, strong: ScriptedServer, folder: Path, **changes: Any) -> LlmService:
+def two_profiles(cheap: ScriptedServer, strong: ScriptedServer, folder: Path, **changes: Any) -> LlmService:
     fixed = CapabilityConfig(structure="json_schema", batch="openai")
     shared = {"model": "asked-model", "max_attempts": 1, "capabilities": fixed, "prices": PRICES, **changes}
     profiles = {
@@ -59,12 +59,12 @@ def test_what_the_cheap_one_cannot_do_the_strong_one_is_asked(
 ) -> None:
     cheap.script(first)
     strong.script(GOOD)
-    answer = two_rungs(cheap, strong, tmp_path).ask(SPEC, role="judge")
-    assert (answer.profile, answer.rung) == ("strong", 1)
+    answer = two_profiles(cheap, strong, tmp_path).ask(SPEC, role="judge")
+    assert (answer.profile, answer.fallback_index) == ("strong", 1)
     assert reason in answer.reason
     assert (cheap.counts[CHAT], strong.counts[CHAT]) == (2, 1)  # once, once more with the reason, then on
     last = rows_of(tmp_path)[-1]
-    assert (last["profile"], last["rung"], last["outcome"]) == ("strong", 1, "ok")
+    assert (last["profile"], last["fallback_index"], last["outcome"]) == ("strong", 1, "ok")
     assert reason in last["reason"]
 
 
@@ -74,15 +74,15 @@ def test_asking_again_after_a_crash_pays_nobody_twice(
     cheap.script(REFUSAL)
     strong.script(GOOD)
     for _ in range(2):
-        assert two_rungs(cheap, strong, tmp_path).ask(SPEC, role="judge").profile == "strong"
+        assert two_profiles(cheap, strong, tmp_path).ask(SPEC, role="judge").profile == "strong"
     assert (cheap.counts[CHAT], strong.counts[CHAT]) == (2, 1)
 
 
 def test_a_doubtful_reply_is_asked_of_the_next(cheap: ScriptedServer, strong: ScriptedServer, tmp_path: Path) -> None:
     cheap.script('{"grade": 0}')
     strong.script(GOOD)
-    llm = two_rungs(cheap, strong, tmp_path)
-    answer = llm.ask(SPEC, role="judge", doubt=lambda r: "too low" if r.grade == 0 else None)
+    llm = two_profiles(cheap, strong, tmp_path)
+    answer = llm.ask(SPEC, role="judge", should_escalate=lambda r: "too low" if r.grade == 0 else None)
     assert (answer.profile, answer.reason) == ("strong", "too low")
 
 
@@ -91,7 +91,7 @@ def test_a_doubtful_last_reply_is_given_with_its_doubt(
 ) -> None:
     cheap.script(GOOD)
     strong.script(REFUSAL)
-    answer = two_rungs(cheap, strong, tmp_path).ask(SPEC, role="judge", doubt=lambda r: "never sure")
+    answer = two_profiles(cheap, strong, tmp_path).ask(SPEC, role="judge", should_escalate=lambda r: "never sure")
     assert answer.profile == "cheap"
     assert "refused" in answer.reason
 
@@ -100,7 +100,7 @@ def test_nobody_having_an_answer_is_an_error(cheap: ScriptedServer, strong: Scri
     cheap.script(REFUSAL)
     strong.script(REFUSAL)
     with pytest.raises(ReplyInvalid, match="refused"):
-        two_rungs(cheap, strong, tmp_path).ask(SPEC, role="judge")
+        two_profiles(cheap, strong, tmp_path).ask(SPEC, role="judge")
 
 
 class Speaking(ScriptedServer):
@@ -165,7 +165,7 @@ def test_another_models_reply_is_priced_as_that_ones_and_does_not_compare(
     cheap: ScriptedServer, strong: ScriptedServer, tmp_path: Path
 ) -> None:
     cheap.script((200, {}, json.dumps(completion(GOOD, model="dear-model")).encode()))
-    llm = two_rungs(cheap, strong, tmp_path)
+    llm = two_profiles(cheap, strong, tmp_path)
     answer = llm.ask(SPEC, role="judge")
     assert not llm.is_comparable(answer)
     assert llm.ledger.sum_cost() is None  # nobody here knows its price

@@ -241,20 +241,20 @@ profile = ProfileConfig(base_url=url, model="asked-model", capabilities=able, pr
 store, ledger = LocalStore(folder / "store"), Ledger(folder / "ledger.jsonl")
 budget = Budget(folder / "budget.json", 1.0)
 llm = LlmService(LlmConfig(models=("p",), profiles={"p": profile}), store=store, ledger=ledger, budget=budget)
-plain = {"store": store.put_bytes, "book": ledger.book}
+plain = {"store": store.put_bytes, "record": ledger.record}
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if moment == "before the reply is stored":
     store.put_bytes = die
-elif moment == "before it is booked":
-    ledger.book = die
+elif moment == "before it is recorded":
+    ledger.record = die
 print(llm.ask(SPEC, role="judge").reply.grade)
 """
 
 
-@pytest.mark.parametrize(("moment", "asked"), [("before the reply is stored", 2), ("before it is booked", 1)])
+@pytest.mark.parametrize(("moment", "asked"), [("before the reply is stored", 2), ("before it is recorded", 1)])
 def test_a_process_killed_after_the_reply_loses_no_money_that_it_need_not(
     server: ScriptedServer, tmp_path: Path, moment: str, asked: int
 ) -> None:

@@ -132,7 +132,8 @@ def test_a_server_that_goes_away_holds_up_nothing(tmp_path: Path, free_port: int
 def test_an_unreachable_server_is_found_at_once_and_without_mlflow(tmp_path: Path, free_port: int) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from tasks.services.config import TrackingConfig; from tasks.services.tracking.mlflow_tracker import open_tracker\n"
+        "from tasks.services.config import TrackingConfig\n"
+        "from tasks.services.tracking.mlflow_tracker import open_tracker\n"
         "from tasks.errors import ServiceUnavailable\n"
         "for uri in sys.argv[1:]:\n"
         "    try: open_tracker(TrackingConfig(uri=uri), folder=Path('x')).check()\n"
@@ -180,7 +181,8 @@ def test_a_broken_database_file_is_one_clear_line(tmp_path: Path) -> None:
 def test_two_first_uses_at_once_both_work(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from tasks.services.config import TrackingConfig; from tasks.services.tracking.mlflow_tracker import MlflowTracker\n"
+        "from tasks.services.config import TrackingConfig\n"
+        "from tasks.services.tracking.mlflow_tracker import MlflowTracker\n"
         "tracker = MlflowTracker(TrackingConfig(), folder=Path(sys.argv[1]))\n"
         "print(tracker.start(name='x', params={}, tags={}))\n"
     )

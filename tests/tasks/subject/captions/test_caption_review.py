@@ -9,8 +9,14 @@ import pytest
 from tasks.manifests.base import SubjectSet
 from tasks.services.store import LocalStore
 from tasks.stage.cache import StageFolder
-from tasks.subject.captions.caption_review import CaptionBook, describe_subject, list_tools, open_book, write_briefing
-from tasks.subject.captions.captioning import Caption, Described, read_captions
+from tasks.subject.captions.caption_review import (
+    CaptionVersions,
+    describe_subject,
+    list_tools,
+    open_caption_versions,
+    write_briefing,
+)
+from tasks.subject.captions.captioning import Caption, PhotoAnnotation, read_captions
 from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.ingest import check_photos
 from tasks.subject.selection import sort_photos
@@ -25,8 +31,8 @@ def subject(tmp_path: Path, store: LocalStore) -> SubjectSet:
     draw_photos(tmp_path / "in", num=4, size=256)
     config = SubjectConfig(source=str(tmp_path / "in"), class_noun="fish")
     photos = check_photos(config, store).accepted
-    described = {photo.sha256: Described(GOOD, Caption(surroundings="at sea", view="")) for photo in photos}
-    described[photos[3].sha256] = Described(problem="the model refused")
+    described = {photo.sha256: PhotoAnnotation(GOOD, Caption(surroundings="at sea", view="")) for photo in photos}
+    described[photos[3].sha256] = PhotoAnnotation(problem="the model refused")
     folder = StageFolder(store, "subject", "k")
     found = sort_photos(folder, photos, described, config, Overview(PROFILE))
     return folder.finish(
@@ -48,10 +54,10 @@ class Person:
 
 
 def call(
-    subject: SubjectSet, book: CaptionBook, store: LocalStore, person: Person, name: str, **arguments: str
+    subject: SubjectSet, versions: CaptionVersions, store: LocalStore, person: Person, name: str, **arguments: str
 ) -> dict[str, Any]:
     config = SubjectConfig(source="x", class_noun="fish")
-    tools = {tool.name: tool for tool in list_tools(subject, book, config, store=store, confirm=person)}
+    tools = {tool.name: tool for tool in list_tools(subject, versions, config, store=store, confirm=person)}
     result = tools[name].call(json.dumps(arguments))
     return {**result.values, "picture": result.picture}
 
@@ -60,17 +66,21 @@ def test_a_caption_changes_with_a_yes_and_each_version_is_a_file(
     subject: SubjectSet, store: LocalStore, tmp_path: Path
 ) -> None:
     config = SubjectConfig(source="x", class_noun="fish")
-    book, yes = open_book(tmp_path, config, subject), Person(True)
+    versions, yes = open_caption_versions(tmp_path, config, subject), Person(True)
     for surroundings in ("on a red table", "on a green table"):
-        done = call(subject, book, store, yes, "apply_caption", photo="photo-0.png", surroundings=surroundings, view="")
+        done = call(
+            subject, versions, store, yes, "apply_caption", photo="photo-0.png", surroundings=surroundings, view=""
+        )
     assert done["version"] == 2
     assert 'train with "a photo of sks fish on a green table"' in yes.asked[-1]
-    call(subject, book, store, yes, "apply_caption", photo="photo-3.png", surroundings="in a bowl", view="from above")
+    call(
+        subject, versions, store, yes, "apply_caption", photo="photo-3.png", surroundings="in a bowl", view="from above"
+    )
     assert sorted(path.name for path in tmp_path.glob("*.csv")) == [f"captions-{n}.csv" for n in (1, 2, 3)]
-    read = read_captions(config.model_copy(update={"captions": str(book.path)}), {"photo-0.png", "photo-3.png"})
+    read = read_captions(config.model_copy(update={"captions": str(versions.path)}), {"photo-0.png", "photo-3.png"})
     assert read["photo-0.png"].surroundings == "on a green table"
     assert read["photo-3.png"].view == "from above"
-    again = open_book(tmp_path, config, subject)
+    again = open_caption_versions(tmp_path, config, subject)
     assert (again.version, again.rows) == (3, read)
     rows = {name: (caption, found) for name, caption, found in describe_subject(subject, again)}
     assert rows["photo-0.png"][0] == "on a green table"
@@ -81,10 +91,12 @@ def test_a_caption_changes_with_a_yes_and_each_version_is_a_file(
 def test_nothing_changes_without_a_yes_or_for_photos_that_are_not_there(
     subject: SubjectSet, store: LocalStore, tmp_path: Path
 ) -> None:
-    book = CaptionBook(tmp_path, {})
-    no = call(subject, book, store, Person(False), "apply_caption", photo="photo-0.png", surroundings="here", view="")
+    versions = CaptionVersions(tmp_path, {})
+    no = call(
+        subject, versions, store, Person(False), "apply_caption", photo="photo-0.png", surroundings="here", view=""
+    )
     assert no["applied"] is False
-    other = call(subject, book, store, Person(True), "apply_caption", photo="../x", surroundings="here", view="")
+    other = call(subject, versions, store, Person(True), "apply_caption", photo="../x", surroundings="here", view="")
     assert other["error"].startswith("there is no photo")
     assert list(tmp_path.glob("captions-*")) == []
 
@@ -92,14 +104,14 @@ def test_nothing_changes_without_a_yes_or_for_photos_that_are_not_there(
 def test_a_person_is_told_what_a_caption_gives_away(subject: SubjectSet, store: LocalStore, tmp_path: Path) -> None:
     person = Person(False)
     words = {"photo": "photo-0.png", "surroundings": "on blue; rm -rf {path}", "view": ""}
-    call(subject, CaptionBook(tmp_path, {}), store, person, "apply_caption", **words)
+    call(subject, CaptionVersions(tmp_path, {}), store, person, "apply_caption", **words)
     assert "(tells what never changes: blue)" in person.asked[0]
     assert "{" not in person.asked[0]
 
 
 def test_photos_are_shown_and_named_in_the_briefing(subject: SubjectSet, store: LocalStore, tmp_path: Path) -> None:
-    book = CaptionBook(tmp_path, {})
-    assert call(subject, book, store, Person(True), "look_at_photo", photo="photo-3.png")["picture"]
-    text = write_briefing(subject, book)
+    versions = CaptionVersions(tmp_path, {})
+    assert call(subject, versions, store, Person(True), "look_at_photo", photo="photo-3.png")["picture"]
+    text = write_briefing(subject, versions)
     assert "photo-0.png | caption: at sea | sharpness" in text
     assert "blue fins with white stripes" in text

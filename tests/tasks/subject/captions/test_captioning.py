@@ -8,10 +8,10 @@ from tasks.errors import ConfigError
 from tasks.subject.captions.captioning import (
     Caption,
     ImageInspection,
-    find_doubt,
     find_objection,
     lint_caption,
     read_captions,
+    should_escalate_inspection,
     write_caption,
     write_instance_prompt,
 )
@@ -45,8 +45,8 @@ def test_what_people_read_names_the_class() -> None:
 
 
 def test_an_unsure_inspector_is_not_the_last_word() -> None:
-    assert find_doubt(inspection(), CONFIG) is None
-    assert "isn't sure" in str(find_doubt(inspection(confidence="low"), CONFIG))
+    assert should_escalate_inspection(inspection(), CONFIG) is None
+    assert "isn't sure" in str(should_escalate_inspection(inspection(confidence="low"), CONFIG))
     assert find_objection(inspection(confidence="low"), CONFIG) is None
 
 

@@ -14,7 +14,7 @@ from tasks.encoders.config import EncoderConfig
 from tasks.encoders.embeddings import Encoders
 from tasks.errors import ConfigError
 from tasks.training.callbacks import steps as callbacks
-from tasks.training.callbacks.validation import compute_validation_loss, has_settled, read_validations
+from tasks.training.callbacks.validation import compute_validation_loss, has_converged, read_validations
 from tasks.training.config import TrainingConfig, ValidationSettings
 from tasks.training.data.holdout import settle_validation
 from tasks.training.module import DreamBoothModule
@@ -23,7 +23,7 @@ from tests.support.tiny import make_spec, read_unet, train_here
 
 def test_validating_and_sampling_leave_training_as_it_is(tmp_path: Path, tiny_model_folder: Path) -> None:
     plain = train_here(tmp_path / "plain", tiny_model_folder)
-    watched = {"every_steps": 2, "sample_every_steps": 3, "sample_prompts": ("a photo of {subject}", "{subject}")}
+    watched = {"validation_steps": 2, "sample_steps": 3, "sample_prompts": ("a photo of {subject}", "{subject}")}
     run = train_here(tmp_path / "watched", tiny_model_folder, validation=watched)
     assert all(torch.equal(tensor, read_unet(run)[name]) for name, tensor in read_unet(plain).items())
     losses = run.losses.read_text().splitlines()
@@ -34,7 +34,7 @@ def test_validating_and_sampling_leave_training_as_it_is(tmp_path: Path, tiny_mo
 
 def test_the_same_weights_have_the_same_validation_loss(tmp_path: Path, tiny_model_folder: Path) -> None:
     runs = [
-        train_here(tmp_path / str(steps), tiny_model_folder, max_train_steps=steps, validation={"every_steps": 2})
+        train_here(tmp_path / str(steps), tiny_model_folder, max_train_steps=steps, validation={"validation_steps": 2})
         for steps in (2, 4)
     ]
     first, second = (dict(read_validations(run.losses.read_text().splitlines())) for run in runs)
@@ -47,7 +47,7 @@ def test_the_best_weights_are_published(
 ) -> None:
     measured = iter((0.9, 0.4, 0.6, 0.5))
     monkeypatch.setattr(callbacks, "compute_validation_loss", lambda module: torch.tensor(next(measured)))
-    run = train_here(tmp_path / "best", tiny_model_folder, validation={"every_steps": 2, "keep": "best"})
+    run = train_here(tmp_path / "best", tiny_model_folder, validation={"validation_steps": 2, "keep": "best"})
     result = json.loads(run.result.read_text())
     assert (result["published_step"], result["num_steps"]) == (4, 8)
     short = train_here(tmp_path / "short", tiny_model_folder, max_train_steps=4)
@@ -59,7 +59,7 @@ def test_the_best_few_are_kept_and_written_as_the_published_one_is(
 ) -> None:
     measured = iter((0.9, 0.4, 0.6, 0.5))
     monkeypatch.setattr(callbacks, "compute_validation_loss", lambda module: torch.tensor(next(measured)))
-    validation = {"every_steps": 2, "keep": "best", "num_kept": 3}
+    validation = {"validation_steps": 2, "keep": "best", "save_top_k": 3}
     run = train_here(tmp_path / "best", tiny_model_folder, method="lora", validation=validation)
     assert json.loads(run.result.read_text())["published_step"] == 4
     assert [path.name for path in sorted(run.candidates.iterdir())] == ["step-00000006", "step-00000008"]
@@ -72,7 +72,7 @@ def test_the_best_few_are_kept_and_written_as_the_published_one_is(
 def test_similarity_is_that_of_samples_drawn_of_the_weights(tmp_path: Path, tiny_model_folder: Path) -> None:
     prompts = ("a photo of {subject}", "{subject} in the snow")
     encoders = EncoderConfig(clip="mini", dino="mini", dino_resize=None)
-    validation = {"every_steps": 4, "keep": "best", "metric": "similarity", "sample_prompts": prompts}
+    validation = {"validation_steps": 4, "keep": "best", "metric": "similarity", "sample_prompts": prompts}
     spec = make_spec(tmp_path, tiny_model_folder, validation=validation).model_copy(update={"encoders": encoders})
     run = train_here(tmp_path, tiny_model_folder, spec=spec)
     logged = {row["step"]: row["validation_similarity"] for row in map(json.loads, run.losses.read_text().splitlines())
@@ -94,7 +94,7 @@ def test_similarity_is_that_of_samples_drawn_of_the_weights(tmp_path: Path, tiny
 
 
 def test_training_stops_where_the_loss_has_settled(tmp_path: Path, tiny_model_folder: Path) -> None:
-    settings = {"every_steps": 1, "is_early_stopping": True, "window": 2, "threshold": 0.9}
+    settings = {"validation_steps": 1, "early_stopping": True, "window": 2, "threshold": 0.9}
     run = train_here(tmp_path, tiny_model_folder, max_train_steps=40, validation=settings)
     steps = json.loads(run.result.read_text())["num_steps"]
     assert 4 <= steps < 40
@@ -105,13 +105,13 @@ def test_training_stops_where_the_loss_has_settled(tmp_path: Path, tiny_model_fo
 def test_settled_means_little_variance_of_late(late: list[float], is_settled: bool) -> None:
     values = [1.0, 0.8, 0.6, *late]
     lines = [json.dumps({"step": i, "validation_loss": value}) for i, value in enumerate(values)]
-    assert has_settled(lines, ValidationSettings(window=3)) is is_settled
-    assert not has_settled(lines[:5], ValidationSettings(window=3))
+    assert has_converged(lines, ValidationSettings(window=3)) is is_settled
+    assert not has_converged(lines[:5], ValidationSettings(window=3))
 
 
 def settled(num_photos: int, **validation: object) -> tuple[TrainingConfig, str]:
     notes: list[str] = []
-    config = TrainingConfig(validation={"every_steps": 2, "keep": "best", **validation})
+    config = TrainingConfig(validation={"validation_steps": 2, "keep": "best", **validation})
     return settle_validation(config, num_photos, notes.append), " ".join(notes)
 
 
@@ -139,7 +139,7 @@ def test_what_is_asked_for_is_held_out_and_all_photos_cannot_be() -> None:
 
 
 def test_held_out_photos_are_validated_on_and_never_trained_on(tmp_path: Path, tiny_model_folder: Path) -> None:
-    spec = make_spec(tmp_path, tiny_model_folder, validation={"every_steps": 2, "keep": "best"}, max_train_steps=4)
+    spec = make_spec(tmp_path, tiny_model_folder, validation={"validation_steps": 2, "keep": "best"}, max_train_steps=4)
     first, *others = spec.instance_images
     spec = spec.model_copy(update={"instance_images": tuple(others), "holdout_images": (first,)})
     model = open_model(spec.diffusion)
@@ -153,7 +153,7 @@ def test_held_out_photos_are_validated_on_and_never_trained_on(tmp_path: Path, t
     held.mean.add_(1.0)
     assert float(compute_validation_loss(module)) != before
     without = spec.model_copy(update={"holdout_images": ()})
-    assert spec.identity() != without.identity()
+    assert spec.fingerprint() != without.fingerprint()
     runs = [train_here(tmp_path / name, tiny_model_folder, spec=one.model_copy(update={"folder": str(tmp_path / name)}))
             for name, one in (("held", spec), ("all", without))]  # fmt: skip
     rows = [[json.loads(line) for line in run.losses.read_text().splitlines()] for run in runs]

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def framed_spec(folder: Path, model: Path, **changes: object) -> TrainingSpec:
     """A spec with a square, a wide and a tall photo."""
-    spec = make_spec(folder, model, is_aspect_bucketed=True, **changes)
+    spec = make_spec(folder, model, aspect_ratio_bucketing=True, **changes)
     images = []
     for index, size in enumerate([(128, 128), (150, 100), (80, 120)]):
         path = folder / f"framed-{index}.png"
@@ -67,7 +67,7 @@ def test_samples_of_several_sizes_are_a_forward_each(tmp_path: Path, tiny_model_
     for batch in batches:
         assert len(batch.latents) == 2  # a photo and a class image cut like it
         height, width = batch.latents.shape[2:]
-        assert batch.sizes[:, 4:].tolist() == [[2 * height, 2 * width]] * 2
+        assert batch.time_ids[:, 4:].tolist() == [[2 * height, 2 * width]] * 2
 
 
 def test_draws_do_not_depend_on_what_else_is_in_the_batch(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -80,13 +80,13 @@ def test_draws_do_not_depend_on_what_else_is_in_the_batch(tmp_path: Path, tiny_m
 
 
 def test_square_photos_train_the_same_with_and_without_buckets(tmp_path: Path, tiny_model_folder: Path) -> None:
-    runs = [train_here(tmp_path / str(on), tiny_model_folder, is_aspect_bucketed=on) for on in (False, True)]
+    runs = [train_here(tmp_path / str(on), tiny_model_folder, aspect_ratio_bucketing=on) for on in (False, True)]
     first, second = (read_unet(run) for run in runs)
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def test_photos_of_all_shapes_are_trained(tmp_path: Path, tiny_model_folder: Path) -> None:
-    spec = framed_spec(tmp_path, tiny_model_folder, validation={"every_steps": 4}, num_crop_variants=2)
+    spec = framed_spec(tmp_path, tiny_model_folder, validation={"validation_steps": 4}, num_crop_variants=2)
     run = train_here(tmp_path, tiny_model_folder, spec=spec)
     rows = [json.loads(line) for line in run.losses.read_text().splitlines()]
     assert all(0 < row["loss"] < 10 for row in rows)

@@ -11,9 +11,9 @@ from PIL import Image
 from tasks.diffusion.types import open_model
 from tasks.errors import ArtifactCorrupt
 from tasks.services.store import LocalStore
+from tasks.training.data import rng
 from tasks.training.data.buckets import Size
-from tasks.training.data.dataset import BatchMaker, SampleCounter, Variant, load_picture, tokenize_prompts
-from tasks.training.data import rng as draws
+from tasks.training.data.dataset import BatchMaker, CropFlip, SampleCounter, load_picture, tokenize_prompts
 from tasks.training.data.latent_cache import fetch_latents, is_whole, keep_latents
 from tests.support.tiny import describe_image, make_spec, train_here
 from tests.support.tiny_families import MAKERS, open_family
@@ -26,13 +26,13 @@ def test_cached_latents_equal_uncached_ones(tmp_path: Path, tiny_model_folder: P
     spec = make_spec(tmp_path, tiny_model_folder, flip_probability=0.5)
     model = open_model(spec.diffusion)
     [batch] = BatchMaker(model, spec).make([0, 1], CPU)
-    items = draws.choose_items(3, seed=spec.seed, purpose="instance/item", indices=[0, 1])
-    flips = draws.draw_flags(0.5, seed=spec.seed, purpose="instance/flip", indices=[0, 1])
+    items = rng.choose_items(3, seed=spec.seed, purpose="instance/item", indices=[0, 1])
+    flips = rng.draw_flags(0.5, seed=spec.seed, purpose="instance/flip", indices=[0, 1])
     for row, (item, flip) in enumerate(zip(items, flips, strict=True)):
         image = spec.instance_images[item]
         pixels = load_picture(image, size=SQUARE).pixels
         posterior = model.encode_images((pixels.flip(-1) if flip else pixels)[None])
-        noise = draws.draw_normal(
+        noise = rng.draw_normal(
             tuple(posterior.mean.shape[1:]), seed=spec.seed, purpose="instance/posterior", indices=[row]
         )
         expected = posterior.mean[0] + posterior.std[0] * noise[0]
@@ -95,12 +95,12 @@ def test_the_original_size_is_the_photos_and_not_that_of_its_smaller_copy(tmp_pa
     told = spec.model_copy(update={"diffusion": diffusion, "instance_images": images})
     model = open_family("stable_diffusion_xl", folder)
     [batch] = BatchMaker(model, told).make([0, 1], CPU)
-    assert batch.sizes[:2, :2].tolist() == [[3000, 4000]] * 2
-    assert batch.sizes[2:, :2].tolist() == [[128, 128]] * 2  # class images are as they were drawn
+    assert batch.time_ids[:2, :2].tolist() == [[3000, 4000]] * 2
+    assert batch.time_ids[2:, :2].tolist() == [[128, 128]] * 2  # class images are as they were drawn
     # Cached latents hold the sizes: another original is another file.
     untold = spec.model_copy(update={"diffusion": diffusion})
     assert told.latents_paths()[0] != untold.latents_paths()[0]
-    assert told.identity() != untold.identity()
+    assert told.fingerprint() != untold.fingerprint()
 
 
 def test_two_ranks_see_what_one_would(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -125,7 +125,7 @@ def test_aspect_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "wide.png"
     loaded = load_picture(describe_image(path), size=SQUARE)
     pixels = loaded.pixels
-    assert loaded.sizes == [32, 96, 0, 32, 32, 32]
+    assert loaded.time_ids == [32, 96, 0, 32, 32, 32]
     assert torch.equal(pixels[2], torch.ones(32, 32))
     assert torch.equal(pixels[0], -torch.ones(32, 32))
 
@@ -185,8 +185,8 @@ def test_a_crop_lies_around_what_the_inspector_boxed(tmp_path: Path) -> None:
     Image.new("RGB", (96, 32), "red").save(tmp_path / "photo.png")
     plain = describe_image(tmp_path / "photo.png")
     boxed = plain.model_copy(update={"focus": (0.25, 0.5)})
-    assert load_picture(plain, size=SQUARE).sizes[2:4] == [0, 32]
-    assert load_picture(boxed, size=SQUARE).sizes[2:4] == [0, 8]
+    assert load_picture(plain, size=SQUARE).time_ids[2:4] == [0, 32]
+    assert load_picture(boxed, size=SQUARE).time_ids[2:4] == [0, 8]
 
 
 def test_a_crop_lies_around_a_cut_out_subject(tmp_path: Path) -> None:
@@ -196,8 +196,8 @@ def test_a_crop_lies_around_a_cut_out_subject(tmp_path: Path) -> None:
     mask.save(tmp_path / "mask.png")
     image = describe_image(tmp_path / "photo.png", mask=tmp_path / "mask.png")
     loaded = load_picture(image, size=SQUARE)
-    assert loaded.sizes[2:4] == [0, 64]
+    assert loaded.time_ids[2:4] == [0, 64]
     assert loaded.mask.sum() == 20 * 16
-    mirrored = load_picture(image, size=SQUARE, variant=Variant(is_mirrored=True))
-    assert mirrored.sizes[3] == 0
-    assert torch.equal(mirrored.mask, loaded.mask.flip(-1))
+    flipped = load_picture(image, size=SQUARE, variant=CropFlip(is_flipped=True))
+    assert flipped.time_ids[3] == 0
+    assert torch.equal(flipped.mask, loaded.mask.flip(-1))

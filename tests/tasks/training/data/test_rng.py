@@ -4,28 +4,28 @@ from collections import Counter
 
 import torch
 
-from tasks.training.data import rng as draws
+from tasks.training.data import rng
 
 
 def test_a_draw_depends_on_seed_purpose_and_index_alone() -> None:
-    first = draws.draw_normal((2, 3), seed=1, purpose="noise", indices=[4, 5])
-    assert torch.equal(first[1], draws.draw_normal((2, 3), seed=1, purpose="noise", indices=[5])[0])
+    first = rng.draw_normal((2, 3), seed=1, purpose="noise", indices=[4, 5])
+    assert torch.equal(first[1], rng.draw_normal((2, 3), seed=1, purpose="noise", indices=[5])[0])
     for other in (
-        draws.draw_normal((2, 3), seed=2, purpose="noise", indices=[4, 5]),
-        draws.draw_normal((2, 3), seed=1, purpose="posterior", indices=[4, 5]),
-        draws.draw_normal((2, 3), seed=1, purpose="noise", indices=[6, 7]),
+        rng.draw_normal((2, 3), seed=2, purpose="noise", indices=[4, 5]),
+        rng.draw_normal((2, 3), seed=1, purpose="posterior", indices=[4, 5]),
+        rng.draw_normal((2, 3), seed=1, purpose="noise", indices=[6, 7]),
     ):
         assert not torch.equal(first, other)
 
 
 def test_every_item_comes_once_a_round_and_rounds_are_shuffled() -> None:
-    chosen = draws.choose_items(5, seed=1, purpose="item", indices=list(range(500)))
+    chosen = rng.choose_items(5, seed=1, purpose="item", indices=list(range(500)))
     assert all(sorted(chosen[i : i + 5]) == list(range(5)) for i in range(0, 500, 5))
     assert len({tuple(chosen[i : i + 5]) for i in range(0, 500, 5)}) > 20
 
 
 def test_flags_and_integers_are_spread_as_asked() -> None:
-    flags = draws.draw_flags(0.25, seed=1, purpose="flip", indices=list(range(4000)))
+    flags = rng.draw_flags(0.25, seed=1, purpose="flip", indices=list(range(4000)))
     assert abs(flags.float().mean() - 0.25) < 0.03
-    steps = draws.draw_integers(10, seed=1, purpose="t", indices=list(range(4000)))
+    steps = rng.draw_integers(10, seed=1, purpose="t", indices=list(range(4000)))
     assert min(Counter(steps.tolist()).values()) > 300

@@ -31,7 +31,7 @@ def measure_kept(module: DreamBoothModule) -> int:
     """Return the bytes that a real forward keeps for the backward."""
     weights = {
         p.untyped_storage().data_ptr()
-        for part in module.model.parts.values()
+        for part in module.model.components.values()
         if isinstance(part, torch.nn.Module)
         for p in part.parameters()
     }
@@ -47,7 +47,7 @@ def measure_kept(module: DreamBoothModule) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "token"])
+@pytest.mark.parametrize("method", ["full", "lora", "textual_inversion"])
 @pytest.mark.parametrize("family", ALL)
 def test_the_estimate_agrees_with_a_real_forward(tmp_path: Path, family: str, method: str) -> None:
     folder = ALL[family](tmp_path / "base" / "model")
@@ -68,15 +68,15 @@ def test_less_is_predicted_for_what_takes_less(tmp_path: Path, tiny_model_folder
 
     full, lora = total(), total(method="lora")
     assert lora.total < full.total
-    assert lora.moments < full.moments / 2
-    assert total(is_gradient_checkpointed=True).activations < full.activations
+    assert lora.optimizer_state < full.optimizer_state / 2
+    assert total(gradient_checkpointing=True).activations < full.activations
     assert total(train_batch_size=2).activations > 1.5 * full.activations
-    assert total(ema_decay=0.99).averages == full.trainable_parameters * 4
-    assert total(optimizer="adamw8bit").moments == full.moments / 4
+    assert total(ema_decay=0.99).ema == full.trainable_parameters * 4
+    assert total(optimizer="adamw8bit").optimizer_state == full.optimizer_state / 4
 
 
 PRESETS = ("mini", "sd15", "sd21", "sdxl", "sd35-medium", "flux-dev")
-METHODS = ("full", "lora", "token", "token+lora", "token+full")
+METHODS = ("full", "lora", "textual_inversion", "textual_inversion+lora", "textual_inversion+full")
 # As the published checkpoints have them.
 PARAMETERS = {
     "sd15": {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863},

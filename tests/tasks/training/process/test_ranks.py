@@ -1,4 +1,4 @@
-"""Two processes on one machine (gloo): the same draws as one, exact resume, and no rank left behind."""
+"""Two processes on one machine (gloo): the same rng as one, exact resume, and no rank left behind."""
 
 import json
 import subprocess
@@ -45,7 +45,7 @@ def losses(run: RunFolder) -> list[dict[str, Any]]:
 
 def spec_of(folder: Path, model: Path, *, ranks: int) -> TrainingSpec:
     changes = {"train_batch_size": 2 // ranks, "num_devices": ranks, "gradient_accumulation_steps": 2}
-    return make_spec(folder, model, max_train_steps=STEPS, checkpoint_every_steps=3, ema_decay=0.9, **changes)
+    return make_spec(folder, model, max_train_steps=STEPS, checkpointing_steps=3, ema_decay=0.9, **changes)
 
 
 def train(spec: TrainingSpec) -> RunFolder:
@@ -113,11 +113,11 @@ def test_sharded_ranks_do_the_same_and_resume_bit_equal(
     spec, plain = two_ranks
 
     def sharded(name: str, **changes: int) -> TrainingSpec:
-        validation = ValidationSettings(every_steps=4, keep="best", **changes)
-        training = spec.training.model_copy(update={"is_sharded": True, "validation": validation})
+        validation = ValidationSettings(validation_steps=4, keep="best", **changes)
+        training = spec.training.model_copy(update={"fsdp": True, "validation": validation})
         return spec.model_copy(update={"training": training, "folder": str(tmp_path / name)})
 
-    whole = train(sharded("whole", sample_every_steps=8, sample_inference_steps=2))
+    whole = train(sharded("whole", sample_steps=8, sample_num_inference_steps=2))
     for row, other in zip(losses(plain), losses(whole), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
     assert compute_path_difference(plain, whole, start=tiny_model_folder) < 0.02
@@ -152,7 +152,7 @@ def test_two_machines_do_what_two_ranks_of_one_do(
     tmp_path: Path, two_ranks: tuple[TrainingSpec, RunFolder], free_port: int
 ) -> None:
     spec, whole = two_ranks
-    nodes = {"num_devices": 1, "num_nodes": 2, "rendezvous": f"127.0.0.1:{free_port}"}
+    nodes = {"num_devices": 1, "num_nodes": 2, "rdzv_endpoint": f"127.0.0.1:{free_port}"}
     again = spec.model_copy(
         update={"folder": str(tmp_path / "nodes"), "training": spec.training.model_copy(update=nodes)}
     )

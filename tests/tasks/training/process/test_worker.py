@@ -62,9 +62,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> InProcess:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> tuple[TrainingSpec, RunFolder]:
     """A run that nothing disturbs."""
-    spec = make_spec(
-        tmp_path_factory.mktemp("whole"), tiny_model_folder, max_train_steps=STEPS, checkpoint_every_steps=5
-    )
+    spec = make_spec(tmp_path_factory.mktemp("whole"), tiny_model_folder, max_train_steps=STEPS, checkpointing_steps=5)
     result = run_worker(spec, on_event=lambda event: None)
     assert result.num_steps == STEPS
     return spec, RunFolder(spec.path)

@@ -18,7 +18,7 @@ from tests.tasks.services.llm.test_service import CHAT, SPEC, make_llm
 
 RESPONSES = "POST /v1/responses"
 CONFIG = SubjectConfig(
-    source="x", class_noun="cup", known_as="Maine Coon", is_looked_up=True, look_up_domains=("example.org",),
+    source="x", class_noun="cup", web_lookup={"enabled": True, "query": "Maine Coon", "domains": ("example.org",)},
     identifier_token="sks",
 )  # fmt: skip
 FINDING = {
@@ -101,7 +101,7 @@ def test_nothing_is_looked_up_unless_it_is_wished_and_can_be(tmp_path: Path) -> 
             look_up_names(CONFIG, llm=llm)
         assert not server.counts
     with pytest.raises(ConfigError, match="needs a profiler that searches the web"):
-        compile_request(parse_overrides(["subject.is_looked_up=true"]))
+        compile_request(parse_overrides(["subject.web_lookup.enabled=true"]))
 
 
 def test_what_the_web_says_is_data(tmp_path: Path) -> None:

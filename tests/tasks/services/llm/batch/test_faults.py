@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import ServiceUnavailable, StillPending
-from tasks.mini.vision_server.batch_api import BatchDesk
+from tasks.mini.vision_server.batch_api import InMemoryBatchApi
 from tasks.services.llm.batch.local import LocalBatches, read_signed_lines
 from tasks.services.llm.chat.completion import ChatCompletion
 from tasks.services.llm.config import ProfileConfig
@@ -52,7 +52,7 @@ ODD_ROWS: dict[str, Any] = {
 }
 
 
-class OddDesk(BatchDesk):
+class OddDesk(InMemoryBatchApi):
     """Writes one odd row among the good ones."""
 
     def __init__(self, answer: Any, odd: Any) -> None:
@@ -77,7 +77,7 @@ def test_one_odd_row_fails_alone_and_is_asked_again(server: ScriptedServer, tmp_
 
 
 def test_a_row_that_nests_too_deeply_fails_alone(server: ScriptedServer, tmp_path: Path) -> None:
-    class Nesting(BatchDesk):
+    class Nesting(InMemoryBatchApi):
         def read_file(self, file_id: str) -> bytes:
             data = super().read_file(file_id)
             return (
@@ -92,7 +92,7 @@ def test_a_row_that_nests_too_deeply_fails_alone(server: ScriptedServer, tmp_pat
 
 
 def test_a_lost_output_file_plans_its_rows_anew(server: ScriptedServer, tmp_path: Path) -> None:
-    class Forgetful(BatchDesk):
+    class Forgetful(InMemoryBatchApi):
         """Answers 404 for the first job's output file."""
 
         def read_file(self, file_id: str) -> bytes:
@@ -113,7 +113,7 @@ def test_a_lost_output_file_plans_its_rows_anew(server: ScriptedServer, tmp_path
     assert server.counts[BATCHES] == 2
 
 
-class OddStatus(BatchDesk):
+class OddStatus(InMemoryBatchApi):
     """Describes jobs with a status that nobody knows, or without one."""
 
     status: Any = None
@@ -137,21 +137,21 @@ def test_an_unknown_status_waits_and_is_given_up_at_the_deadline(
 
 @pytest.mark.parametrize("shown", [None, [], "batch", {"id": 7}, {"request_counts": "many", "errors": {"data": ["x"]}}])
 def test_a_job_of_odd_shape_waits_and_is_not_a_traceback(server: ScriptedServer, tmp_path: Path, shown: Any) -> None:
-    class Odd(BatchDesk):
+    class Odd(InMemoryBatchApi):
         def show(self, batch_id: str) -> Any:
             return shown
 
     server.desk = Odd(server.answer_row)
     with pytest.raises(ServiceUnavailable):
         ask(make_llm(server, tmp_path), max_wait_seconds=0.1)
-    server.desk.__class__ = BatchDesk  # type: ignore[assignment]
+    server.desk.__class__ = InMemoryBatchApi  # type: ignore[assignment]
     answers, failures = ask(make_llm(server, tmp_path))
     assert (len(answers), failures) == (4, {})
 
 
 @pytest.mark.parametrize("listed", [[None], ["x"], [{"id": 3}], "none"])
 def test_a_list_of_odd_jobs_is_read_past(server: ScriptedServer, tmp_path: Path, listed: Any) -> None:
-    class Odd(BatchDesk):
+    class Odd(InMemoryBatchApi):
         def list_batches(self) -> Any:
             return listed
 
@@ -178,7 +178,7 @@ def test_an_input_file_that_expired_before_the_job_was_made_is_uploaded_again(
 LIMIT = "Enqueued token limit reached for asked-model in organization org-x. Limit: 2,000 enqueued tokens."
 
 
-class LimitedDesk(BatchDesk):
+class LimitedDesk(InMemoryBatchApi):
     """Fails jobs of more than so many rows, as OpenAI does beyond its ceiling of enqueued tokens."""
 
     most = 1

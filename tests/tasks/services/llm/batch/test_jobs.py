@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import ConfigError, ServiceUnavailable
-from tasks.mini.vision_server.batch_api import BatchDesk
+from tasks.mini.vision_server.batch_api import InMemoryBatchApi
 from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.chat.request import RequestSpec, count_body_tokens
 from tasks.services.llm.service import LlmService
@@ -140,7 +140,7 @@ def test_what_an_expired_job_answered_is_kept_and_only_the_rest_is_asked_again(
 def test_rows_under_other_names_are_no_answers(server: ScriptedServer, tmp_path: Path) -> None:
     names = iter(["", "somebody-elses", "nobodys", ""])
 
-    class Confused(BatchDesk):
+    class Confused(InMemoryBatchApi):
         """Gives two rows the names of others."""
 
         def run_row(self, row: dict[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -151,7 +151,7 @@ def test_rows_under_other_names_are_no_answers(server: ScriptedServer, tmp_path:
     answers, failures = ask(make_llm(server, tmp_path))
     assert (len(answers), len(failures)) == (2, 2)
     assert all("batch job ended as completed without this row" in reason for reason in failures.values())
-    server.desk = BatchDesk(server.answer_row)
+    server.desk = InMemoryBatchApi(server.answer_row)
     assert len(ask(make_llm(server, tmp_path))[0]) == 4
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tasks.errors import ConfigError, ServiceUnavailable, StillPending
-from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.batch import xai_api as batch_xai
+from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.config import CapabilityConfig
 from tasks.services.llm.service import LlmService
 from tests.support.llm_server import ScriptedServer, scripted_server

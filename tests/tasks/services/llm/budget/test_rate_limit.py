@@ -1,6 +1,6 @@
 """Requests and tokens a minute, on a clock of the test's own."""
 
-from tasks.services.llm.budget.rate_limit import Pace
+from tasks.services.llm.budget.rate_limit import RateLimiter
 
 
 class Clock:
@@ -17,7 +17,7 @@ class Clock:
 def begin(num: int, tokens: int, *, requests: int | None = None, per_minute: int | None = None) -> list[float]:
     """Return when each of several calls began."""
     clock = Clock()
-    pace = Pace(requests, per_minute, clock=clock.read, sleep=clock.sleep)
+    pace = RateLimiter(requests, per_minute, clock=clock.read, sleep=clock.sleep)
     times = []
     for _ in range(num):
         pace.wait(tokens)

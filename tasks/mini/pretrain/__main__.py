@@ -1,0 +1,5 @@
+"""Rebuild the mini models: python -m tasks.mini.pretrain --help."""
+
+from tasks.mini.pretrain.train import main
+
+main()

@@ -12,7 +12,7 @@ from prefect.artifacts import (
 )
 from prefect.context import FlowRunContext
 
-from tasks.manifests.base import Publication
+from tasks.manifests.publishing import Publication
 from tasks.stage.cache import read_verified
 from tasks.stage.context import Runtime
 

@@ -28,7 +28,13 @@ from flows.run_records import (
     write_words,
 )
 from tasks.errors import ConfigError
-from tasks.manifests.base import ClassImageSet, Evaluation, ModelRef, Publication, Scorecard, SubjectSet, TunedModel
+from tasks.manifests.base import ModelRef
+from tasks.manifests.evaluation import Evaluation
+from tasks.manifests.prior import ClassImageSet
+from tasks.manifests.publishing import Publication
+from tasks.manifests.scoring import Scorecard
+from tasks.manifests.subject import SubjectSet
+from tasks.manifests.training import TunedModel
 from tasks.redaction import MASK, SECRET_NAME, install_log_redaction, redact
 from tasks.stage.cache import PREFIXES, read_verified
 from tasks.stage.context import Runtime
@@ -36,7 +42,7 @@ from tasks.stage.files import explain_full_disk, write_atomic
 from tasks.stage.progress import ProgressView, make_progress
 
 if TYPE_CHECKING:
-    from tasks.services.tracking.mlflow_tracker import Tracker
+    from tasks.services.tracking.base import Tracker
 
 Manifests = tuple[SubjectSet, ClassImageSet, TunedModel, Evaluation, Scorecard, Publication]
 progress_of_run: contextvars.ContextVar[ProgressView | None] = contextvars.ContextVar("progress", default=None)
@@ -163,9 +169,9 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     from tasks.mini.vision_server.launch import LocalServer
     from tasks.services.llm.budget.ledger import Ledger
     from tasks.services.llm.service import LlmService
-    from tasks.services.store import open_store
+    from tasks.services.store.open import open_store
     from tasks.services.tracking.live import LiveRun
-    from tasks.services.tracking.mlflow_tracker import open_tracker
+    from tasks.services.tracking.open import open_tracker
 
     install_log_redaction()
     is_trusted = is_trusted and trust_of_run.get()
@@ -220,7 +226,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
 
 def check_first(config: RunConfig, tracker: "Tracker") -> ModelRef:
     """Refuse what must not wait for the end of training; return the base model."""
-    from tasks.diffusion.types import identify_model
+    from tasks.diffusion.hub import identify_model
     from tasks.encoders.folders import find_encoders
 
     base_model = identify_model(config.diffusion)

@@ -18,7 +18,9 @@ os.environ.setdefault(
 )  # two test processes run at once; spinning threads would starve each other
 
 from tasks.services.config import StoreConfig
-from tasks.services.store import LocalStore, S3Store, Store
+from tasks.services.store.base import Store
+from tasks.services.store.local import LocalStore
+from tasks.services.store.s3 import S3Store
 from tests.support.cli_sandbox import CliSandbox, serve_prefect
 from tests.support.tiny import make_tiny_stable_diffusion
 

@@ -19,7 +19,7 @@ def print_examination(words: Iterable[str]) -> int:
     from tasks.services.llm.config import ROLES
     from tasks.services.llm.doctor import examine
     from tasks.services.llm.service import LlmService
-    from tasks.services.store import open_store
+    from tasks.services.store.open import open_store
 
     config = compile_request(parse_overrides(with_defaults(words)))
     output = Path(config.output_dir).absolute()

@@ -10,7 +10,7 @@ from PIL import Image
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from conf.schema import RunConfig
-from tasks.manifests.base import SampleKind, Side
+from tasks.manifests.evaluation import SampleKind, Side
 from tasks.services.llm.chat.request import RequestSpec
 from tasks.training.config import TrainingConfig
 from tasks.training.memory.table import CARDS, MemoryEstimate, look_up
@@ -69,7 +69,7 @@ def estimate_all(config: RunConfig) -> dict[str, MemoryEstimate]:
     known = look_up(config.diffusion, config.training, methods())
     if known is not None:
         return known
-    from tasks.diffusion.types import find_description
+    from tasks.diffusion.hub import find_description
     from tasks.training.memory.estimate import estimate_methods
 
     return estimate_methods(find_description(config.diffusion), config.diffusion, config.training, methods())
@@ -180,7 +180,9 @@ def count_asked_photos(config: RunConfig) -> int:
 def plan_requests(config: RunConfig) -> list[tuple[str, list[RequestSpec[Any]]]]:
     """Return every request that a run would send, with blank pictures of the right size, by role."""
     from tasks.images import encode_png, shrink_png
-    from tasks.manifests.base import ImageMeasures, ObjectRef, Sample
+    from tasks.manifests.base import ObjectRef
+    from tasks.manifests.evaluation import Sample
+    from tasks.manifests.subject import ImageMeasures
     from tasks.scoring.judge_requests import JudgeContext, list_questions, list_second
     from tasks.subject.captions import captioning
     from tasks.subject.name_lookup import look_up_spec

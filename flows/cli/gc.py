@@ -8,7 +8,9 @@ from pathlib import Path
 
 from flows.run_records import list_run_folders, read_run, read_summary
 from tasks.errors import ConfigError
-from tasks.services.store import LocalStore, Store, open_store
+from tasks.services.store.base import Store
+from tasks.services.store.local import LocalStore
+from tasks.services.store.open import open_store
 from tasks.stage.cache import PREFIXES
 from tasks.stage.files import PART_PREFIX
 

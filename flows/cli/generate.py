@@ -10,8 +10,9 @@ from pathlib import Path
 
 from flows.run_records import read_run
 from tasks.errors import ConfigError
-from tasks.manifests.base import Publication, TunedModel
-from tasks.services.store import Store
+from tasks.manifests.publishing import Publication
+from tasks.manifests.training import TunedModel
+from tasks.services.store.base import Store
 
 
 def generate(
@@ -30,8 +31,9 @@ def generate(
         ConfigError: the run did not finish, or kept no weights of that step.
 
     """
-    from tasks.diffusion.types import SamplingRequest, open_model
-    from tasks.services.store import open_store
+    from tasks.diffusion.registry import open_model
+    from tasks.diffusion.types import SamplingRequest
+    from tasks.services.store.open import open_store
 
     run = read_run(folder)
     config, key = run.config, run.find_stage_key("publishing" if candidate is None else "training")

@@ -76,7 +76,7 @@ def act(handle: "JobHandle", action: str) -> int:
 def find_jobs(output: Path) -> list[FoundJob]:
     """Return the batch jobs in the stores of all runs in a folder, newest first."""
     from tasks.services.llm.batch.job import find_state
-    from tasks.services.store import open_store
+    from tasks.services.store.open import open_store
 
     found: dict[tuple[str, str], FoundJob] = {}
     runs = list_run_folders(output)[::-1]
@@ -112,7 +112,7 @@ def open_job(output: Path, job: FoundJob | None, *, job_id: str, profile: str) -
     from tasks.services.llm.batch.job import BatchState
     from tasks.services.llm.budget.ledger import Ledger
     from tasks.services.llm.service import LlmService
-    from tasks.services.store import open_store
+    from tasks.services.store.open import open_store
 
     folder = job.folder if job else newest_with(output, profile, job_id)
     config = read_run(folder).config

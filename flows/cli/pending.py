@@ -63,7 +63,7 @@ def has_live_job(folder: Path) -> bool:
     """Whether a run made a batch job that nobody has collected, and that no running process attends."""
     from tasks.services.llm.batch.job import find_state
     from tasks.services.llm.batch.lease import find_holder
-    from tasks.services.store import open_store
+    from tasks.services.store.open import open_store
 
     keys = list_job_keys(folder)
     if not keys:

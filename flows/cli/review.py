@@ -8,7 +8,7 @@ from flows.cli.console import make_cell
 from flows.run_context import open_budget
 from flows.run_records import read_run
 from tasks.errors import ArtifactCorrupt, ConfigError, LikenessError
-from tasks.manifests.base import SubjectSet
+from tasks.manifests.subject import SubjectSet
 from tasks.redaction import clean_text
 from tasks.stage.digests import dump_signed, load_signed
 from tasks.stage.files import quarantine, write_atomic
@@ -34,7 +34,7 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
     from tasks.services.llm.agents.conversation import Conversation
     from tasks.services.llm.budget.ledger import Ledger
     from tasks.services.llm.service import LlmService
-    from tasks.services.store import open_store
+    from tasks.services.store.open import open_store
     from tasks.stage.cache import find_manifest
     from tasks.subject.captions.caption_review import list_tools, open_caption_versions, write_briefing
 

@@ -120,8 +120,8 @@ def raise_interrupt(signum: int, frame: FrameType | None) -> None:
 def check_early(config: RunConfig) -> None:
     """Refuse photos, folders and keys that can't work before anything is started."""
     from tasks.services.llm.chat.transport import read_key
-    from tasks.services.store import open_store
-    from tasks.services.tracking.mlflow_tracker import open_tracker
+    from tasks.services.store.open import open_store
+    from tasks.services.tracking.open import open_tracker
     from tasks.subject.photos.ingest import check_photos
     from tasks.subject.photos.known_world import check_class_noun
 

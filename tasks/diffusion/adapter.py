@@ -14,27 +14,29 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tasks.diffusion.config import DiffusionConfig
+from tasks.diffusion.device import choose_device
 from tasks.diffusion.loading import load_components, load_scheduler
 from tasks.diffusion.lora.kohya import OriginalLayer
 from tasks.diffusion.noise_schedulers import GaussianDiffusion, NoiseProcess, RectifiedFlow
 from tasks.diffusion.textual_inversion import (
-    EMBEDS_FILE,
     LearnedEmbedding,
     add_token,
-    load_tokens,
     placeholders,
     write_prompt,
 )
-from tasks.diffusion.types import Conditioning, Posterior, SamplingRequest, choose_device
+from tasks.diffusion.types import Conditioning, Posterior, SamplingRequest
 from tasks.prompts import shorten_prompt
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 DECODED_PIXELS = 8 * 512**2  # at a time: the VAE's activations are large
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class LatentModel(ABC):
-    """A loaded model on its device. A family says how prompts are encoded and what is predicted."""
+class DiffusionModel(ABC):
+    """A loaded model on its device: the contract of every model family.
+
+    A family is one subclass in `families/`: how prompts are encoded, what the denoiser predicts, what is trained.
+    Shapes: B images, C latent channels, h = H/8, w = W/8 (mini: H/4, W/4).
+    """
 
     pipeline_class: ClassVar[str]
     denoiser_name: ClassVar[str]
@@ -175,17 +177,6 @@ class LatentModel(ABC):
                 self.learned[name] = add_token(tokenizer, self.components[name], names, rows)
             self.placeholders[name] = names
         return self.learned
-
-    def apply_adapters(self, folder: Path) -> None:
-        """Put learned tokens and LoRA weights that lie in a folder into this model."""
-        if (folder / EMBEDS_FILE).is_file():
-            identifier_token, vectors = load_tokens(folder / EMBEDS_FILE)
-            self.add_placeholder_tokens(identifier_token, vectors)
-            self.merge_token_embeddings()
-        if (folder / LORA_FILE).is_file():
-            from tasks.diffusion.lora.adapters import fuse_lora
-
-            fuse_lora(self, folder)
 
     @torch.no_grad()
     def merge_token_embeddings(self) -> None:

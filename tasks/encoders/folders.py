@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tasks.diffusion.types import MINI_FOLDER
+from tasks.diffusion.hub import MINI_FOLDER
 from tasks.encoders.config import EncoderConfig
 from tasks.errors import ConfigError
 from tasks.stage.digests import digest_file, digest_folder

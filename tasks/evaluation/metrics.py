@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from tasks.encoders.embeddings import Encoders
-from tasks.manifests.base import CeilingMetrics, DriftMetrics, Side, SubjectMetrics
+from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Side, SubjectMetrics
 
 
 @dataclass(frozen=True)

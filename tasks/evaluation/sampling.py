@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from tasks.diffusion.types import DiffusionModel, SamplingRequest
+from tasks.diffusion.adapter import DiffusionModel
+from tasks.diffusion.types import SamplingRequest
 from tasks.evaluation.config import EvaluationConfig
 from tasks.images import encode_png
-from tasks.manifests.base import Sample, SampleKind, Side
+from tasks.manifests.evaluation import Sample, SampleKind, Side
 from tasks.prompts import write_plain_prompt, write_subject_prompt
 from tasks.stage.cache import StageFolder
 

@@ -9,7 +9,9 @@ from tasks import encoders as encoders_code
 from tasks.diffusion.config import DiffusionConfig
 from tasks.encoders.folders import find_lpips, identify_encoders
 from tasks.evaluation.config import EvaluationConfig
-from tasks.manifests.base import Evaluation, Sample, Side, SubjectSet, TunedModel
+from tasks.manifests.evaluation import Evaluation, Sample, Side
+from tasks.manifests.subject import SubjectSet
+from tasks.manifests.training import TunedModel
 from tasks.prompts import write_class_prompt
 from tasks.stage.cache import StageFolder, fetch_folder, read_verified
 from tasks.stage.context import Runtime
@@ -51,8 +53,8 @@ def compute_evaluation(
     runtime: Runtime,
 ) -> Evaluation:
     """Sample both sides, measure, write the manifest."""
-    from tasks.diffusion.adapter import release_memory
-    from tasks.diffusion.types import DiffusionModel, open_model
+    from tasks.diffusion.adapter import DiffusionModel, release_memory
+    from tasks.diffusion.registry import open_model
     from tasks.evaluation.sampling import Source, draw_samples, plan_samples
 
     candidates = tuned.find_candidates()
@@ -93,7 +95,7 @@ def measure_samples(
     config: EvaluationConfig, diffusion: DiffusionConfig, samples: Any, subject: SubjectSet, runtime: Runtime
 ) -> Any:
     """Encode photos and samples and compare them."""
-    from tasks.diffusion.types import choose_device
+    from tasks.diffusion.device import choose_device
     from tasks.encoders.embeddings import Encoders
     from tasks.evaluation.metrics import describe, measure_all, measure_each
     from tasks.images import decode_png
@@ -127,7 +129,7 @@ def measure_diversity(
     config: EvaluationConfig, diffusion: DiffusionConfig, samples: Any, runtime: Runtime
 ) -> dict[Side, float]:
     """Return DIV of both sides; nothing where LPIPS has no weights, or every prompt one sample."""
-    from tasks.diffusion.types import choose_device
+    from tasks.diffusion.device import choose_device
     from tasks.encoders.lpips import load_lpips, mean_distance_within
     from tasks.evaluation.metrics import measure_div
     from tasks.images import decode_png

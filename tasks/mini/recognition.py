@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tasks.diffusion.types import MINI_FOLDER
+from tasks.diffusion.hub import MINI_FOLDER
 from tasks.mini.vision_server.vision import VisionModel
 from tasks.mini.world.scenes import CLASS_NOUNS, IMAGE_SIZE, draw_scene, sample_subject_scene
 

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 
 from PIL import Image, ImageStat
 
-from tasks.diffusion.types import DiffusionModel, SamplingRequest
+from tasks.diffusion.adapter import DiffusionModel
+from tasks.diffusion.types import SamplingRequest
 from tasks.errors import ConfigError
 from tasks.images import encode_png
-from tasks.manifests.base import ClassImage
+from tasks.manifests.prior import ClassImage
 from tasks.prior.config import PriorConfig
 from tasks.stage.cache import StageFolder
 

@@ -6,7 +6,8 @@ from prefect import task
 
 from tasks import diffusion as diffusion_code
 from tasks.diffusion.config import DiffusionConfig
-from tasks.manifests.base import ClassImageSet, ModelRef
+from tasks.manifests.base import ModelRef
+from tasks.manifests.prior import ClassImageSet
 from tasks.prior.config import PriorConfig
 from tasks.prompts import write_class_prompt
 from tasks.stage.cache import StageFolder
@@ -49,7 +50,7 @@ def compute_prior(
 ) -> ClassImageSet:
     """Draw what is missing and write the manifest."""
     from tasks.diffusion.adapter import release_memory
-    from tasks.diffusion.types import open_model
+    from tasks.diffusion.registry import open_model
     from tasks.prior.generation import draw_pictures, generate_class_images
     from tasks.prior.sharding import draw_on_devices
 

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from tasks.diffusion.types import open_model
+from tasks.diffusion.registry import open_model
 from tasks.prior.generation import draw_pictures
 from tasks.prior.sharding import Shard
 

@@ -4,9 +4,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tasks.manifests.base import ClassImageSet, Evaluation, Manifest, ObjectRef, Scorecard, SubjectSet, TunedModel
+from tasks.manifests.base import Manifest, ObjectRef
+from tasks.manifests.evaluation import Evaluation
+from tasks.manifests.prior import ClassImageSet
+from tasks.manifests.scoring import Scorecard
+from tasks.manifests.subject import SubjectSet
+from tasks.manifests.training import TunedModel
 from tasks.prompts import name_subject
-from tasks.services.store import Store
+from tasks.services.store.base import Store
 from tasks.stage.cache import StageFolder, fetch_folder
 from tasks.stage.files import write_atomic
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from tasks.services.tracking.base import Tracker
 from tasks.services.tracking.live import LiveRun
-from tasks.services.tracking.mlflow_tracker import Tracker
 
 PUBLICATION_TAG = "likeness.publication"
 SAMPLES = "training_samples"

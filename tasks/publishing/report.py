@@ -11,19 +11,14 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from PIL import Image
 
 from tasks.images import decode_png, encode_png
-from tasks.manifests.base import (
-    ClassImageSet,
-    Evaluation,
-    Judgement,
-    Manifest,
-    ObjectRef,
-    Sample,
-    Scorecard,
-    SubjectSet,
-    TunedModel,
-)
+from tasks.manifests.base import Manifest, ObjectRef
+from tasks.manifests.evaluation import Evaluation, Sample
+from tasks.manifests.prior import ClassImageSet
+from tasks.manifests.scoring import Judgement, Scorecard
+from tasks.manifests.subject import SubjectSet
+from tasks.manifests.training import TunedModel
 from tasks.metrics import METRICS
-from tasks.services.store import Store
+from tasks.services.store.base import Store
 from tasks.stage.cache import read_verified
 
 TEMPLATE_FOLDER = Path(__file__).resolve().parent

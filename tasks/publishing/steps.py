@@ -6,10 +6,15 @@ from typing import Any
 
 from prefect import task
 
-from tasks.manifests.base import ClassImageSet, Evaluation, Publication, Scorecard, SubjectSet, TunedModel
+from tasks.manifests.evaluation import Evaluation
+from tasks.manifests.prior import ClassImageSet
+from tasks.manifests.publishing import Publication
+from tasks.manifests.scoring import Scorecard
+from tasks.manifests.subject import SubjectSet
+from tasks.manifests.training import TunedModel
 from tasks.publishing.config import PublishingConfig
 from tasks.services.config import TrackingConfig
-from tasks.services.tracking.mlflow_tracker import Tracker
+from tasks.services.tracking.base import Tracker
 from tasks.stage.cache import StageFolder, fetch_folder
 from tasks.stage.context import Runtime
 from tasks.stage.files import PART_PREFIX, write_atomic

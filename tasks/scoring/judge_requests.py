@@ -9,7 +9,7 @@ from typing import Any, Literal
 from PIL import Image, ImageFilter
 
 from tasks.images import encode_png
-from tasks.manifests.base import Sample
+from tasks.manifests.evaluation import Sample
 from tasks.scoring.config import ScoringConfig
 from tasks.scoring.rubric import concept_spec, pair_spec, prompt_spec, quality_spec
 from tasks.services.llm.chat.request import RequestSpec

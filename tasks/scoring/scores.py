@@ -8,17 +8,15 @@ from typing import Any
 
 from tasks.csv_files import read_rows
 from tasks.errors import ConfigError
-from tasks.manifests.base import (
+from tasks.manifests.evaluation import Sample, Side, SubjectMetrics
+from tasks.manifests.scoring import (
     Agreement,
     CheckpointRank,
     ControlResult,
     Judgement,
     JudgeReliability,
     PairResult,
-    Sample,
-    Side,
     SideScores,
-    SubjectMetrics,
 )
 from tasks.scoring.judge_requests import AXES, JudgeRequest, Kind
 from tasks.scoring.statistics import (

@@ -6,7 +6,10 @@ from typing import Any
 
 from prefect import task
 
-from tasks.manifests.base import Agreement, Evaluation, ObjectRef, Scorecard, SubjectSet
+from tasks.manifests.base import ObjectRef
+from tasks.manifests.evaluation import Evaluation
+from tasks.manifests.scoring import Agreement, Scorecard
+from tasks.manifests.subject import SubjectSet
 from tasks.scoring.config import ScoringConfig
 from tasks.services.llm.config import LlmConfig
 from tasks.stage.cache import StageFolder, read_verified, store_reasoning

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from tasks.manifests.base import Sample
+from tasks.manifests.evaluation import Sample
 from tasks.scoring.config import ScoringConfig
 from tasks.scoring.judge_requests import AXES, JudgeRequest
 from tasks.scoring.scores import grades_of

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from tasks.errors import ArtifactCorrupt
 from tasks.manifests.base import Manifest, ObjectRef
-from tasks.services.store import Store
+from tasks.services.store.base import Store
 from tasks.stage.digests import digest, digest_file, dump_signed, load_signed
 
 log = logging.getLogger(__name__)

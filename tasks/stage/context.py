@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from tasks.errors import LikenessError
 from tasks.manifests.base import Manifest
 from tasks.services.llm.service import LlmService
-from tasks.services.store import Store
+from tasks.services.store.base import Store
+from tasks.services.tracking.base import Tracker
 from tasks.services.tracking.live import LiveRun
-from tasks.services.tracking.mlflow_tracker import Tracker
 from tasks.stage.cache import StageFolder, compute_stage_key, find_manifest
 from tasks.stage.progress import ProgressView
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tasks.errors import ReplyInvalid, SubjectRejected
-from tasks.manifests.base import InstanceImage, RejectedImage
+from tasks.manifests.subject import InstanceImage, RejectedImage
 from tasks.services.llm.service import LlmService
 from tasks.stage.cache import StageFolder
 from tasks.subject.captions.captioning import PhotoAnnotation, lint_caption, write_caption, write_instance_prompt

@@ -7,7 +7,7 @@ from typing import Any
 
 from prefect import task
 
-from tasks.manifests.base import RejectedImage, SubjectSet
+from tasks.manifests.subject import RejectedImage, SubjectSet
 from tasks.services.llm.config import LlmConfig
 from tasks.stage.cache import StageFolder, store_reasoning
 from tasks.stage.context import Runtime

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tasks.diffusion.adapter import DTYPES, LatentModel
+from tasks.diffusion.adapter import DTYPES, DiffusionModel
 from tasks.diffusion.textual_inversion import initial_vectors, save_tokens
 from tasks.errors import ConfigError
 from tasks.training.process.worker_spec import TrainingSpec
@@ -42,7 +42,7 @@ class Trainable:
                 yield name, parameter
 
 
-def prepare(model: LatentModel, spec: TrainingSpec) -> Trainable:
+def prepare(model: DiffusionModel, spec: TrainingSpec) -> Trainable:
     """Make trainable what the configured method learns; everything else stays frozen.
 
     Raises:
@@ -69,14 +69,14 @@ def prepare(model: LatentModel, spec: TrainingSpec) -> Trainable:
     return trainable
 
 
-def names_of_components(model: LatentModel, spec: TrainingSpec) -> list[str]:
+def names_of_components(model: DiffusionModel, spec: TrainingSpec) -> list[str]:
     """Return the components whose weights or adapters are trained."""
     names = list(model.trainable_modules(train_text_encoder=spec.training.train_text_encoder))
     return [name for name in names if spec.training.train_denoiser or name != model.denoiser_name]
 
 
 def add_full(
-    model: LatentModel, spec: TrainingSpec, trainable: Trainable, components: list[str], *, first_step: int
+    model: DiffusionModel, spec: TrainingSpec, trainable: Trainable, components: list[str], *, first_step: int
 ) -> None:
     """Train all weights of the components."""
     training = spec.training
@@ -91,7 +91,7 @@ def add_full(
 
 
 def add_adapters(
-    model: LatentModel, spec: TrainingSpec, trainable: Trainable, components: list[str], *, first_step: int
+    model: DiffusionModel, spec: TrainingSpec, trainable: Trainable, components: list[str], *, first_step: int
 ) -> None:
     """Train low-rank adapters in the components."""
     from tasks.diffusion.lora.adapters import add_lora
@@ -109,7 +109,7 @@ def add_adapters(
         trainable.groups.append(ParameterGroup(name, parameters, rate or lora.learning_rate, first_step))
 
 
-def add_token(model: LatentModel, spec: TrainingSpec, trainable: Trainable) -> None:
+def add_token(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable) -> None:
     """Train the vectors of a new token in every CLIP text encoder."""
     token = spec.training.textual_inversion
     words = token.initializer_token or spec.class_noun
@@ -147,7 +147,7 @@ def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def save_learned(model: LatentModel, spec: TrainingSpec, trainable: Trainable, folder: Path) -> None:
+def save_learned(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable, folder: Path) -> None:
     """Write what was learned: a whole diffusers folder for full methods, adapters and token else."""
     training = spec.training
     vectors = {name: learned.vectors for name, learned in model.learned.items()}

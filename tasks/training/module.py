@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from tasks.diffusion.adapter import DTYPES, LatentModel
+from tasks.diffusion.adapter import DTYPES, DiffusionModel
 from tasks.diffusion.types import Conditioning
 from tasks.training.data import rng
 from tasks.training.data.dataset import BatchMaker, TrainingBatch, send
@@ -22,7 +22,7 @@ from tasks.training.sharding import shard, unshard
 class DreamBoothModule(pl.LightningModule):
     """Fine-tunes what the configured method learns."""
 
-    def __init__(self, model: LatentModel, spec: TrainingSpec, *, start_step: int = 0) -> None:
+    def __init__(self, model: DiffusionModel, spec: TrainingSpec, *, start_step: int = 0) -> None:
         super().__init__()
         self.model = model
         self.spec = spec
@@ -185,7 +185,7 @@ class DreamBoothModule(pl.LightningModule):
 class PromptCache:
     """Encodings of prompts, computed once: right only while no text encoder is trained."""
 
-    def __init__(self, model: LatentModel) -> None:
+    def __init__(self, model: DiffusionModel) -> None:
         self.model = model
         self.rows: dict[bytes, Conditioning] = {}
 
@@ -203,7 +203,7 @@ class PromptCache:
         )
 
 
-def checkpoint_gradients(model: LatentModel) -> None:
+def checkpoint_gradients(model: DiffusionModel) -> None:
     """Recompute activations backward in the denoiser and the text encoders that are trained."""
     model.denoiser.enable_gradient_checkpointing()
     for encoder in model.text_encoders.values():

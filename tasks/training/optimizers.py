@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tasks.diffusion.adapter import LatentModel
+from tasks.diffusion.adapter import DiffusionModel
 from tasks.errors import ConfigError
 from tasks.training.config import TrainingConfig
 
@@ -62,7 +62,7 @@ def has_fused_skip(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer, torch.optim.AdamW)
 
 
-def set_up_kernels(model: LatentModel, config: TrainingConfig) -> None:
+def set_up_kernels(model: DiffusionModel, config: TrainingConfig) -> None:
     """Choose matrix precision, memory format and compilation. Raises ConfigError where torch can't compile."""
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32

@@ -11,8 +11,10 @@ from tasks import encoders as encoders_code
 from tasks.diffusion.config import DiffusionConfig
 from tasks.encoders.config import EncoderConfig
 from tasks.encoders.folders import identify_encoders
-from tasks.manifests.base import ClassImageSet, InstanceImage, SubjectSet, TunedModel
-from tasks.services.tracking.mlflow_tracker import DatasetInfo
+from tasks.manifests.prior import ClassImageSet
+from tasks.manifests.subject import InstanceImage, SubjectSet
+from tasks.manifests.training import TunedModel
+from tasks.services.tracking.base import DatasetInfo
 from tasks.stage.cache import PREFIXES, StageFolder, fetch_folder, find_manifest
 from tasks.stage.context import Runtime
 from tasks.stage.states import finished
@@ -72,7 +74,7 @@ def compute_training(
     runtime: Runtime,
 ) -> TunedModel:
     """Run the worker to its end and move its result into the store, one run at a time."""
-    from tasks.diffusion.types import find_folder
+    from tasks.diffusion.hub import find_folder
     from tasks.training.data.latent_cache import fetch_latents, keep_latents
     from tasks.training.process.supervisor import locked, run_worker
     from tasks.training.process.worker_spec import TrainingSpec

@@ -26,7 +26,8 @@ from tasks.encoders.config import EncoderConfig
 from tasks.encoders.embeddings import Encoders
 from tasks.errors import LikenessError
 from tasks.images import decode_png, encode_png
-from tasks.manifests.base import ObjectRef, Sample, Side
+from tasks.manifests.base import ObjectRef
+from tasks.manifests.evaluation import Sample, Side
 from tasks.mini.vision_server.launch import LocalServer
 from tasks.mini.world.scenes import CLASS_NOUNS, PLACE_PHRASES, draw_scene, sample_subject_scene
 from tasks.scoring import scores
@@ -38,7 +39,7 @@ from tasks.services.llm.budget.ledger import Ledger
 from tasks.services.llm.config import CapabilityConfig, LlmConfig, ProfileConfig
 from tasks.services.llm.executor import ask_each
 from tasks.services.llm.service import LlmService
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tests.support.llm_server import completion, scripted_server
 from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import torch
@@ -28,9 +28,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tasks.diffusion.adapter import DTYPES, LatentModel
+from tasks.diffusion.adapter import DTYPES
 from tasks.diffusion.config import DiffusionConfig
-from tasks.diffusion.types import MINI_FOLDER, open_model
+from tasks.diffusion.hub import MINI_FOLDER
+from tasks.diffusion.registry import open_model
 from tasks.mini.world.scenes import CLASS_NOUNS, draw_subject
 from tasks.stage.digests import digest_folder
 from tasks.training.config import TrainingConfig
@@ -159,7 +160,7 @@ def profile_step(case: Case, *, num: int = 8) -> tuple[dict[str, float], float]:
     """Return seconds of a step's parts, and its floating-point operations."""
     with tempfile.TemporaryDirectory() as name:
         spec = case.spec(Path(name) / "run", steps=num)
-        module = DreamBoothModule(cast(LatentModel, open_model(spec.diffusion, folder=case.model)), spec)
+        module = DreamBoothModule(open_model(spec.diffusion, folder=case.model), spec)
     device = module.model.device
     parts = dict.fromkeys(("drawing the batch", "text encoder", "denoiser", "backward", "optimizer"), 0.0)
 

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 from safetensors.torch import load, save
 
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tasks.stage.cache import PREFIXES
 from tasks.stage.digests import parse_json, sign, verify_signed
 from tests.support.cli_sandbox import CliSandbox

@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tasks.manifests.base import (
-    ClassImageSet,
-    Evaluation,
-    Manifest,
-    Publication,
-    Scorecard,
-    SubjectSet,
-    TunedModel,
-    without_stage_keys,
-)
+from tasks.manifests.base import Manifest, without_stage_keys
+from tasks.manifests.evaluation import Evaluation
+from tasks.manifests.prior import ClassImageSet
+from tasks.manifests.publishing import Publication
+from tasks.manifests.scoring import Scorecard
+from tasks.manifests.subject import SubjectSet
+from tasks.manifests.training import TunedModel
 from tasks.stage.cache import compute_schema_digest
 
 FOLDER = Path(__file__).parent

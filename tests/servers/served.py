@@ -20,7 +20,7 @@ from tasks.services.llm.budget.ledger import Ledger
 from tasks.services.llm.chat.request import RequestSpec
 from tasks.services.llm.config import CapabilityConfig, LlmConfig, ProfileConfig
 from tasks.services.llm.service import LlmService
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 
 # What is installed by hand lies here: litellm/ (a venv), aimock/ (node_modules), llama-server (a binary).
 SERVERS = Path(os.environ.get("LIKENESS_SERVERS", "build/servers")).resolve()

@@ -25,9 +25,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from tasks.diffusion.adapter import LatentModel
+from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.config import DiffusionConfig
-from tasks.diffusion.types import open_model
+from tasks.diffusion.registry import open_model
 from tasks.mini.pretrain.tokens import write_tokenizer
 from tests.support.tiny import SIDE, WORDS, make_tiny_stable_diffusion
 
@@ -140,7 +140,7 @@ def family_config(family: str, folder: Path) -> DiffusionConfig:
     )
 
 
-def open_family(family: str, folder: Path) -> LatentModel:
+def open_family(family: str, folder: Path) -> DiffusionModel:
     model = open_model(family_config(family, folder))
-    assert isinstance(model, LatentModel)
+    assert isinstance(model, DiffusionModel)
     return model

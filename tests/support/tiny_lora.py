@@ -2,7 +2,7 @@
 
 import torch
 
-from tasks.diffusion.adapter import LatentModel
+from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.lora.adapters import LoraExport, add_lora
 
 UNET_TARGETS = {
@@ -33,7 +33,7 @@ TARGETS = {
 EXPORT = LoraExport(alpha=6.0, save_precision="fp32", title="sks fish", trigger_phrase="sks fish")
 
 
-def adapt(model: LatentModel, targets: tuple[str, ...] = (), *, use_dora: bool = False) -> list[str]:
+def adapt(model: DiffusionModel, targets: tuple[str, ...] = (), *, use_dora: bool = False) -> list[str]:
     """Add adapters that change something, as training would leave them."""
     names = list(model.trainable_modules(train_text_encoder=True))
     torch.manual_seed(1)
@@ -49,7 +49,7 @@ def adapt(model: LatentModel, targets: tuple[str, ...] = (), *, use_dora: bool =
 
 
 @torch.no_grad()
-def predict(model: LatentModel) -> torch.Tensor:
+def predict(model: DiffusionModel) -> torch.Tensor:
     """Return what the denoiser says of one fixed noisy latent and prompt."""
     model.denoiser.eval()
     shape = (1, model.vae.config.latent_channels, 16, 16)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tasks.manifests.base import DriftMetrics, SubjectMetrics
+from tasks.manifests.evaluation import DriftMetrics, SubjectMetrics
 from tasks.metrics import METRICS
 
 README = Path(__file__).resolve().parent.parent.parent / "README.md"

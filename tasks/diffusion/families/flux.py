@@ -6,7 +6,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from tasks.diffusion.adapter import LatentModel
+from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.families.stable_diffusion import CLIP_LORA_TARGETS
 from tasks.diffusion.lora.kohya import OriginalLayer
 from tasks.diffusion.noise_schedulers import RectifiedFlow
@@ -45,7 +45,7 @@ ORIGINAL_LAYERS = (
 )  # fmt: skip
 
 
-class Flux(LatentModel):
+class Flux(DiffusionModel):
     """A loaded model on its device."""
 
     pipeline_class = "FluxPipeline"

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from PIL import Image
 from torch import Tensor
 
-from tasks.diffusion.adapter import LatentModel
+from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.noise_schedulers import GaussianDiffusion
 from tasks.diffusion.types import Conditioning, SamplingRequest
 
@@ -21,7 +21,7 @@ UNET_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 CLIP_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-class StableDiffusion(LatentModel):
+class StableDiffusion(DiffusionModel):
     """A loaded model on its device."""
 
     pipeline_class = "StableDiffusionPipeline"

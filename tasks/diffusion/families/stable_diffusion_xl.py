@@ -6,13 +6,13 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
-from tasks.diffusion.adapter import LatentModel
+from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.families.stable_diffusion import CLIP_LORA_TARGETS, SAMPLERS, UNET_LORA_TARGETS
 from tasks.diffusion.noise_schedulers import GaussianDiffusion
 from tasks.diffusion.types import Conditioning
 
 
-class StableDiffusionXl(LatentModel):
+class StableDiffusionXl(DiffusionModel):
     """A loaded model on its device."""
 
     pipeline_class = "StableDiffusionXLPipeline"

@@ -12,8 +12,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tasks.diffusion.adapter import DTYPES, LORA_FILE, LatentModel
+from tasks.diffusion.adapter import DTYPES, DiffusionModel
 from tasks.diffusion.lora.kohya import to_kohya
+from tasks.diffusion.types import LORA_FILE
 from tasks.errors import AdapterSaveFailed, ConfigError
 from tasks.stage.tensor_files import save_tensors
 
@@ -35,7 +36,7 @@ class LoraExport:
     trigger_phrase: str
 
 
-def add_lora(model: LatentModel, parts: list[str], *, rank: int, alpha: float, dropout: float, use_dora: bool,
+def add_lora(model: DiffusionModel, parts: list[str], *, rank: int, alpha: float, dropout: float, use_dora: bool,
              target_modules: tuple[str, ...]) -> dict[str, nn.Module]:  # fmt: skip
     """Put LoRA layers into the named parts and return those; all else stays frozen.
 
@@ -77,7 +78,7 @@ def check_targets(module: nn.Module, targets: tuple[str, ...]) -> None:
             raise ConfigError(f"training.lora.target_modules: {target} is a {kind}; LoRA adapts Linear and Conv2d")
 
 
-def save_lora(model: LatentModel, folder: Path, names: list[str], export: LoraExport) -> None:
+def save_lora(model: DiffusionModel, folder: Path, names: list[str], export: LoraExport) -> None:
     """Write the adapter for diffusers and, beside it, in kohya's naming; then load it back and compare.
 
     In diffusers' file the scale alpha / rank is folded into the weights, so that readers which know no alpha
@@ -115,7 +116,7 @@ def save_lora(model: LatentModel, folder: Path, names: list[str], export: LoraEx
     check_saved_lora(model, folder, names, export)
 
 
-def read_adapter(model: LatentModel, name: str, adapter: str = "default") -> dict[str, Tensor]:
+def read_adapter(model: DiffusionModel, name: str, adapter: str = "default") -> dict[str, Tensor]:
     """Return what one part's adapter holds, by PEFT's names, in float32 on the CPU; nothing for what wasn't loaded."""
     if adapter not in getattr(model.components[name], "peft_config", {}):
         return {}
@@ -129,7 +130,7 @@ def read_adapter(model: LatentModel, name: str, adapter: str = "default") -> dic
     return {key: value.detach().float().cpu() for key, value in state.items() if not value.is_meta}
 
 
-def kohya_prefix(model: LatentModel, name: str) -> str:
+def kohya_prefix(model: DiffusionModel, name: str) -> str:
     """Return kohya's name of a text encoder; encoders are numbered only where there are several."""
     if len(model.text_encoder_names) == 1:
         return "lora_te"
@@ -143,7 +144,7 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
             for key, value in tensors.items()}  # fmt: skip
 
 
-def describe(model: LatentModel, export: LoraExport) -> dict[str, str]:
+def describe(model: DiffusionModel, export: LoraExport) -> dict[str, str]:
     """Return the metadata of the ModelSpec standard, version 1.0.1; no date, so that equal runs give equal files."""
     side = model.config.resolution
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(getattr(model.noise_scheduler, "prediction_type", ""))
@@ -160,7 +161,7 @@ def describe(model: LatentModel, export: LoraExport) -> dict[str, str]:
     }
 
 
-def check_saved_lora(model: LatentModel, folder: Path, names: list[str], export: LoraExport) -> None:
+def check_saved_lora(model: DiffusionModel, folder: Path, names: list[str], export: LoraExport) -> None:
     """Load the file as other programs do, beside the trained adapter, and compare keys, weights and a prediction.
 
     Raises:
@@ -182,7 +183,7 @@ def check_saved_lora(model: LatentModel, folder: Path, names: list[str], export:
                 (part.delete_adapters if name == model.denoiser_name else part.delete_adapter)(CHECK_ADAPTER)
 
 
-def load_beside(model: LatentModel, folder: Path, adapter: str) -> None:
+def load_beside(model: DiffusionModel, folder: Path, adapter: str) -> None:
     """Load a file through diffusers' own loader. Raises AdapterSaveFailed where the loader refuses it."""
     try:
         with warnings.catch_warnings():
@@ -193,7 +194,7 @@ def load_beside(model: LatentModel, folder: Path, adapter: str) -> None:
         raise AdapterSaveFailed(f"{folder / LORA_FILE} can't be loaded by diffusers: {reason}") from error
 
 
-def compare_weights(model: LatentModel, name: str, path: Path, export: LoraExport) -> None:
+def compare_weights(model: DiffusionModel, name: str, path: Path, export: LoraExport) -> None:
     """Compare one part's loaded adapter with the trained one, tensor by tensor, as rounded by the file's format."""
     trained, loaded = read_adapter(model, name), read_adapter(model, name, CHECK_ADAPTER)
     if missing := sorted(set(trained) - set(loaded)):
@@ -211,7 +212,7 @@ def compare_weights(model: LatentModel, name: str, path: Path, export: LoraExpor
 
 
 @torch.no_grad()
-def compare_predictions(model: LatentModel, names: list[str], path: Path, export: LoraExport) -> None:
+def compare_predictions(model: DiffusionModel, names: list[str], path: Path, export: LoraExport) -> None:
     """Compare what the denoiser predicts with either adapter, on one fixed noisy latent."""
     parts = [model.components[name] for name in names]
     modes = [part.training for part in parts]
@@ -238,7 +239,7 @@ def precisions(parts: list[nn.Module]) -> set[str]:
     return {names[p.dtype] for part in parts for p in part.parameters() if p.dtype in names}
 
 
-def predict_once(model: LatentModel) -> Tensor:
+def predict_once(model: DiffusionModel) -> Tensor:
     """Return one prediction, in float32, of small fixed latents."""
     weight = next(p for p in model.denoiser.parameters() if not p.requires_grad)
     full = model.config.resolution // 2 ** (len(model.vae.config.block_out_channels) - 1)
@@ -252,7 +253,7 @@ def predict_once(model: LatentModel) -> Tensor:
 
 
 @torch.no_grad()
-def fuse_lora(model: LatentModel, folder: Path) -> None:
+def fuse_lora(model: DiffusionModel, folder: Path) -> None:
     """Add a saved adapter to the weights, through diffusers' own loader.
 
     Raises:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.families.stable_diffusion import StableDiffusion
-from tasks.diffusion.types import MINI_FOLDER, SamplingRequest
+from tasks.diffusion.hub import MINI_FOLDER
+from tasks.diffusion.types import SamplingRequest
 from tasks.mini.pretrain import models
 from tasks.mini.pretrain.dataset import HELD_OUT_SEED, label_of, scene_of
 from tasks.mini.pretrain.export import CLASSIFIER_FILE

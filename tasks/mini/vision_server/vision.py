@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
-from tasks.diffusion.types import MINI_FOLDER
+from tasks.diffusion.hub import MINI_FOLDER
 from tasks.mini.pretrain.tokens import MAX_LENGTH
 from tasks.mini.world.scenes import CLASS_NOUNS, COLORS, IMAGE_SIZE, PLACE_PHRASES, PLACES
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from tasks.errors import ArtifactCorrupt, ReplyInvalid
-from tasks.services.store import Store
+from tasks.services.store.base import Store
 from tasks.stage.digests import dump_signed, load_signed
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from tasks.services.llm.config import LlmConfig, ProfileConfig, Structure
 from tasks.services.llm.errors import may_be_billed
 from tasks.services.llm.reply_cache import CachedReply, Refusal, check_refusal, find_record, put_record
 from tasks.services.llm.single_flight import SingleFlight
-from tasks.services.store import Store
+from tasks.services.store.base import Store
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from tasks.errors import LikenessError
-from tasks.services.tracking.mlflow_tracker import DatasetInfo, NoTracker, Tracker
+from tasks.services.tracking.base import DatasetInfo, NoTracker, Tracker
 
 log = logging.getLogger(__name__)
 Row = tuple[str, float, int]

@@ -9,7 +9,7 @@ from typing import Any
 
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.services.config import TrackingConfig
-from tasks.services.tracking.mlflow_tracker import DatasetInfo, NoTracker, Tracker
+from tasks.services.tracking.base import DatasetInfo, NoTracker, Tracker
 
 
 class TensorboardLogger(NoTracker):

@@ -7,15 +7,15 @@ import sqlite3
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from tasks.errors import ConfigError, LikenessError, ServiceUnavailable
 from tasks.services.config import TrackingConfig
+from tasks.services.tracking.base import DatasetInfo
 from tasks.services.tracking.mlflow_files import first_use, relocate_artifacts
 
 log = logging.getLogger(__name__)
@@ -23,102 +23,6 @@ BATCH_SIZE = 500
 CHECK_SECONDS = 5.0
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 MISSING_CODES = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """Data that a run was made of, by content."""
-
-    name: str
-    digest: str
-    source: str
-    """Where its objects lie in the store."""
-    context: str
-    """What it is for, such as training."""
-
-
-class Tracker(Protocol):
-    """What the pipeline asks of a tracking server."""
-
-    def check(self) -> None:
-        """Find out within seconds whether the server can be used. Raises ServiceUnavailable."""
-
-    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
-        """Open a tracking run and return its id."""
-
-    def forget(self, *, tag: str, value: str) -> None:
-        """Remove runs with a tag, and model versions made of them: an attempt that was cut off."""
-
-    def close_stale(self, *, tag: str, value: str) -> None:
-        """Mark runs with a tag as killed that are still said to be running: their process is gone."""
-
-    def set_tag(self, name: str, value: str) -> None:
-        """Set a tag of the open run."""
-
-    def log_datasets(self, datasets: Sequence[DatasetInfo]) -> None:
-        """Name the data that the open run is made of."""
-
-    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
-        """Log (name, value, step) rows in batches."""
-
-    def log_folder(self, folder: Path, *, path: str) -> None:
-        """Log every file of a folder as artifacts below a path."""
-
-    def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
-        """Register the artifacts below a path as a new version of a model; return its version."""
-
-    def has_artifacts(self, run_id: str, paths: Sequence[str]) -> bool:
-        """Whether a tracking run is there and has artifacts below each path."""
-
-    def has_version(self, name: str, version: str) -> bool:
-        """Whether the registry has a version of a model."""
-
-    def finish(self, *, is_failed: bool) -> None:
-        """Close the tracking run."""
-
-
-class NoTracker:
-    """Keeps nothing."""
-
-    def check(self) -> None:
-        """There is no server."""
-
-    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
-        """There is no run."""
-        return None
-
-    def forget(self, *, tag: str, value: str) -> None:
-        """Nothing is kept."""
-
-    def close_stale(self, *, tag: str, value: str) -> None:
-        """Nothing is kept."""
-
-    def set_tag(self, name: str, value: str) -> None:
-        """Nothing is kept."""
-
-    def log_datasets(self, datasets: Sequence[DatasetInfo]) -> None:
-        """Nothing is kept."""
-
-    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
-        """Nothing is kept."""
-
-    def log_folder(self, folder: Path, *, path: str) -> None:
-        """Nothing is kept."""
-
-    def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
-        """There is no registry."""
-        return None
-
-    def has_artifacts(self, run_id: str, paths: Sequence[str]) -> bool:
-        """Nothing is kept, so nothing can be gone."""
-        return True
-
-    def has_version(self, name: str, version: str) -> bool:
-        """There is no registry."""
-        return True
-
-    def finish(self, *, is_failed: bool) -> None:
-        """There is no run."""
 
 
 class MlflowTracker:
@@ -321,17 +225,6 @@ class MlflowTracker:
         if self.run_id is not None:
             with translated(self.uri):
                 self.client.set_terminated(self.run_id, "FAILED" if is_failed else "FINISHED")
-
-
-def open_tracker(config: TrackingConfig, *, folder: Path) -> Tracker:
-    """Return the configured tracker, and others beside it. Raises ConfigError where a package is missing."""
-    first: Tracker = MlflowTracker(config, folder=folder) if config.kind == "mlflow" else NoTracker()
-    if not config.also:
-        return first
-    from tasks.services.tracking.loggers import TensorboardLogger, Trackers, WandbLogger
-
-    loggers: dict[str, Callable[..., Tracker]] = {"tensorboard": TensorboardLogger, "wandb": WandbLogger}
-    return Trackers(first, [loggers[name](config, folder=folder.absolute()) for name in config.also])
 
 
 class translated:  # noqa: N801 - reads as a statement

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field
 
-from tasks.manifests.base import InstanceImage, SubjectSet
+from tasks.manifests.subject import InstanceImage, SubjectSet
 from tasks.prompts import choose_article
 from tasks.services.llm.agents.tools import Tool, ToolResult
-from tasks.services.store import Store
+from tasks.services.store.base import Store
 from tasks.stage.cache import read_verified
 from tasks.subject.captions.captioning import Caption, read_captions, write_instance_prompt
 from tasks.subject.captions.linting import clean_phrase, find_leaks, list_trait_words

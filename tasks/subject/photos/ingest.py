@@ -13,8 +13,8 @@ from PIL import Image
 
 from tasks.errors import ConfigError, SubjectRejected
 from tasks.images import encode_png, shrink_png
-from tasks.manifests.base import ImageMeasures
-from tasks.services.store import Store
+from tasks.manifests.subject import ImageMeasures
+from tasks.services.store.base import Store
 from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.decoding import READABLE, SUFFIXES, Unfit, decode
 from tasks.subject.photos.quality import count_different_bits, find_fault, measure

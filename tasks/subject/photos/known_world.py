@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from tasks.errors import ArtifactCorrupt, SubjectRejected
 from tasks.images import decode_png
-from tasks.services.store import Store
+from tasks.services.store.base import Store
 from tasks.stage.digests import digest, dump_signed, load_signed
 from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.ingest import Photo

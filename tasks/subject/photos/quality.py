@@ -6,7 +6,7 @@ from PIL import Image
 from pydantic import BaseModel, Field
 from scipy.ndimage import gaussian_filter, uniform_filter
 
-from tasks.manifests.base import ImageMeasures
+from tasks.manifests.subject import ImageMeasures
 from tasks.subject.config import SubjectConfig
 
 MEASURED_SIDE = 256

@@ -3,13 +3,12 @@
 import json
 import shutil
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from tasks.diffusion.adapter import LatentModel
-from tasks.diffusion.types import open_model
+from tasks.diffusion.adapter import DiffusionModel
+from tasks.diffusion.registry import open_model
 from tasks.errors import ArtifactCorrupt
 from tasks.stage.files import quarantine
 from tasks.training.checkpoint_io import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint
@@ -82,11 +81,11 @@ def write_weights(weights: dict[str, Tensor], spec: TrainingSpec, folder: Path) 
     save_learned(model, spec, trainable, folder)
 
 
-def open_base(spec: TrainingSpec) -> LatentModel:
+def open_base(spec: TrainingSpec) -> DiffusionModel:
     """Load the base model: frozen weights in their own precision, what is fully trained in float32."""
     base = spec.diffusion.model_copy(update={"pretrained_model_name_or_path": spec.model_folder})
     is_frozen = not spec.training.method.endswith("full")
-    return cast(LatentModel, open_model(base, precision=spec.training.weight_dtype if is_frozen else "fp32"))
+    return open_model(base, precision=spec.training.weight_dtype if is_frozen else "fp32")
 
 
 def step_of(path: Path) -> int:

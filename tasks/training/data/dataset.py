@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from tasks.diffusion.types import DiffusionModel
+from tasks.diffusion.adapter import DiffusionModel
 from tasks.errors import ArtifactCorrupt
 from tasks.stage.files import write_atomic
 from tasks.stage.tensor_files import save_tensors

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from tasks.errors import ServiceUnavailable
-from tasks.services.store import Store
+from tasks.services.store.base import Store
 from tasks.stage.digests import digest_file
 from tasks.stage.files import write_atomic
 from tasks.training.process.worker_spec import TrainingSpec

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from tasks.diffusion.adapter import DTYPES, LatentModel
+from tasks.diffusion.adapter import DTYPES, DiffusionModel
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.loading import find_classes
-from tasks.diffusion.types import Conditioning, find_family
+from tasks.diffusion.registry import find_family
+from tasks.diffusion.types import Conditioning
 from tasks.training.config import TrainingConfig
 from tasks.training.memory.table import MOMENT_BYTES, MemoryEstimate, count_rows
 
@@ -43,7 +44,7 @@ def estimate_memory(folder: Path, diffusion: DiffusionConfig, training: Training
     return estimate_built(build_empty(folder, diffusion), training)
 
 
-def estimate_built(model: LatentModel, training: TrainingConfig) -> MemoryEstimate:
+def estimate_built(model: DiffusionModel, training: TrainingConfig) -> MemoryEstimate:
     """Return what training a model of shapes would take."""
     trained = choose_trained(model, training)
     trainable = sum(p.numel() for p in trained)
@@ -72,7 +73,7 @@ def estimate_built(model: LatentModel, training: TrainingConfig) -> MemoryEstima
     )
 
 
-def build_empty(folder: Path, config: DiffusionConfig) -> LatentModel:
+def build_empty(folder: Path, config: DiffusionConfig) -> DiffusionModel:
     """Return the family's model with shapes and without numbers."""
     family = find_family(config.family)
     names = (*family.text_encoder_names, family.denoiser_name, "vae")
@@ -84,11 +85,11 @@ def build_empty(folder: Path, config: DiffusionConfig) -> LatentModel:
             else:
                 components[name] = part_class.from_config(part_class.load_config(folder / name))
     empty: Any = type(f"Empty{family.__name__}", (WithoutTokenizers, family), {})
-    model: LatentModel = empty(components, family.load_noise(folder), config, META)
+    model: DiffusionModel = empty(components, family.load_noise(folder), config, META)
     return model
 
 
-def choose_trained(model: LatentModel, training: TrainingConfig) -> list[nn.Parameter]:
+def choose_trained(model: DiffusionModel, training: TrainingConfig) -> list[nn.Parameter]:
     """Make trainable what the method learns, and return it."""
     from tasks.diffusion.lora.adapters import add_lora
 
@@ -120,7 +121,7 @@ def choose_trained(model: LatentModel, training: TrainingConfig) -> list[nn.Para
     return trained
 
 
-def count_activations(model: LatentModel, training: TrainingConfig) -> int:
+def count_activations(model: DiffusionModel, training: TrainingConfig) -> int:
     """Return the bytes that one forward keeps for the backward."""
     rows = count_rows(training)
     if training.gradient_checkpointing:
@@ -178,7 +179,7 @@ def flash_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = plain
 
 
-def encode_empty(model: LatentModel, rows: int) -> Conditioning:
+def encode_empty(model: DiffusionModel, rows: int) -> Conditioning:
     """Return the conditioning of prompts without words."""
     length = sum(model.max_length(name) for name in model.text_encoders)
     return model.encode_prompts(torch.zeros(rows, length, dtype=torch.long, device=META))

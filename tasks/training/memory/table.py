@@ -88,7 +88,7 @@ def main(presets: Sequence[str]) -> None:
 
     from conf.compose import compile_request
     from conf.overrides import parse_overrides
-    from tasks.diffusion.types import find_description
+    from tasks.diffusion.hub import find_description
     from tasks.training.memory.estimate import estimate_methods
 
     methods: tuple[str, ...] = get_args(TrainingConfig.model_fields["method"].annotation)

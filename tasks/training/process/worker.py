@@ -23,8 +23,9 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tasks.diffusion.adapter import LatentModel
-from tasks.diffusion.types import choose_device, find_family
+from tasks.diffusion.adapter import DiffusionModel
+from tasks.diffusion.device import choose_device
+from tasks.diffusion.registry import find_family
 from tasks.errors import ArtifactCorrupt, LikenessError, StorageFull, TrainingFailed
 from tasks.stage.digests import dump_signed, load_signed
 from tasks.stage.files import explain_full_disk, write_atomic
@@ -169,7 +170,7 @@ def attempt(spec: TrainingSpec, fingerprint: dict[str, str]) -> int:
     return 0
 
 
-def tell_shortened(run: RunFolder, spec: TrainingSpec, model: LatentModel) -> None:
+def tell_shortened(run: RunFolder, spec: TrainingSpec, model: DiffusionModel) -> None:
     """Note which captions a text encoder doesn't read to their end, and what it gets instead."""
     for image in spec.instance_images if os.environ.get("RANK", "0") == "0" else ():
         for name, short in model.shorten(image.prompt).items():

@@ -14,7 +14,7 @@ from flows.cli.gc import collect_garbage, print_garbage
 from flows.run_records import head, read_summary, write_end, write_request, write_stages, write_start, write_summary
 from tasks.errors import ConfigError, StillPending
 from tasks.manifests.base import Manifest
-from tasks.services.store import LocalStore, link_or_copy
+from tasks.services.store.local import LocalStore, link_or_copy
 from tasks.stage.cache import StageFolder, find_manifest
 
 OLD = time.time() - 30 * 86_400

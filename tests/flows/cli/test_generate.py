@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from flows.cli.generate import fetch_weights
-from tasks.diffusion.types import MINI_FOLDER
+from tasks.diffusion.hub import MINI_FOLDER
 from tasks.errors import ConfigError
-from tasks.manifests.base import ModelRef, TunedModel
-from tasks.services.store import LocalStore
+from tasks.manifests.base import ModelRef
+from tasks.manifests.training import TunedModel
+from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 
 
@@ -34,7 +35,8 @@ DRAW = """
 import contextlib, hashlib, json, sys
 from pathlib import Path
 from flows.cli.generate import fast_imports
-from tasks.diffusion.types import SamplingRequest, open_model
+from tasks.diffusion.types import SamplingRequest
+from tasks.diffusion.registry import open_model
 from tasks.diffusion.config import DiffusionConfig
 
 with fast_imports(Path(sys.argv[2])) if sys.argv[1] == "fast" else contextlib.nullcontext():

@@ -19,7 +19,7 @@ from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.budget.ledger import Ledger
 from tasks.services.llm.budget.spending_cap import Budget
 from tasks.services.llm.service import LlmService
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tests.support.llm_server import ScriptedServer, scripted_server
 from tests.tasks.services.llm.batch.test_jobs import BATCHES, SPECS
 from tests.tasks.services.llm.test_service import CHAT, GOOD

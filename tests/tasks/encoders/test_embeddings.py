@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil, ViTImageProcessorPil
 
-from tasks.diffusion.types import MINI_FOLDER
+from tasks.diffusion.hub import MINI_FOLDER
 from tasks.encoders.config import EncoderConfig
 from tasks.encoders.embeddings import Encoders, Preprocessor
 from tasks.encoders.folders import find_encoders, find_lpips

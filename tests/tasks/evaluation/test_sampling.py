@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from tasks.diffusion.types import DiffusionModel, open_model
+from tasks.diffusion.adapter import DiffusionModel
+from tasks.diffusion.registry import open_model
 from tasks.encoders.config import EncoderConfig
 from tasks.evaluation.config import EvaluationConfig
 from tasks.evaluation.sampling import Source, draw_samples, plan_samples
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.tiny import tiny_diffusion_config
 

@@ -6,7 +6,7 @@ import re
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel, ViTModel
 
-from tasks.diffusion.types import MINI_FOLDER
+from tasks.diffusion.hub import MINI_FOLDER
 from tasks.mini.pretrain.tokens import RARE_TOKENS
 from tasks.mini.pretrain.verify import TARGETS, check_digests, measure_encoders, measure_generation
 

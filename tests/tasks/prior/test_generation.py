@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tasks.diffusion.types import DiffusionModel, open_model
+from tasks.diffusion.adapter import DiffusionModel
+from tasks.diffusion.registry import open_model
 from tasks.errors import ConfigError
 from tasks.prior.config import PriorConfig
 from tasks.prior.generation import check_picture, draw_pictures, generate_class_images
 from tasks.prior.sharding import draw_on_devices
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.tiny import tiny_diffusion_config
 

@@ -5,17 +5,9 @@ from pathlib import Path
 import pytest
 
 from tasks.images import decode_png, encode_png
-from tasks.manifests.base import (
-    CeilingMetrics,
-    CheckpointRank,
-    DriftMetrics,
-    Evaluation,
-    Manifest,
-    ObjectRef,
-    Sample,
-    Scorecard,
-    SubjectMetrics,
-)
+from tasks.manifests.base import Manifest, ObjectRef
+from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Evaluation, Sample, SubjectMetrics
+from tasks.manifests.scoring import CheckpointRank, Scorecard
 from tasks.publishing.export import headline_metrics, sum_llm_costs
 from tasks.publishing.report import (
     draw_curves,
@@ -25,7 +17,7 @@ from tasks.publishing.report import (
     list_samples,
     smoothed,
 )
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.tiny import draw_photo
 
@@ -107,7 +99,7 @@ def test_smoothing_keeps_the_mean_of_a_level_curve() -> None:
 
 
 def test_headline_metrics_are_flat_and_complete(store: LocalStore) -> None:
-    from tasks.manifests.base import JudgeReliability, SideScores
+    from tasks.manifests.scoring import JudgeReliability, SideScores
 
     scores = StageFolder(store, "scoring", "k").finish(
         Scorecard, version=1, counts={}, served_model="m", judgements=(), failed=(),

@@ -11,7 +11,9 @@ from pydantic import BaseModel
 
 from tasks.errors import ConfigError, ReplyInvalid
 from tasks.images import encode_png
-from tasks.manifests.base import JudgeReliability, ObjectRef, Sample, Side, SubjectMetrics
+from tasks.manifests.base import ObjectRef
+from tasks.manifests.evaluation import Sample, Side, SubjectMetrics
+from tasks.manifests.scoring import JudgeReliability
 from tasks.scoring import scores
 from tasks.scoring.config import ScoringConfig
 from tasks.scoring.judge_executor import ask_judge
@@ -21,7 +23,7 @@ from tasks.scoring.tie_break import find_disputed, read_settled, settle
 from tasks.services.llm.config import LlmConfig
 from tasks.services.llm.executor import Answers
 from tasks.services.llm.service import Answer
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.llm_server import scripted_server
 from tests.support.tiny import draw_photo

@@ -7,7 +7,10 @@ import pytest
 
 from tasks.errors import ConfigError
 from tasks.services.config import StoreConfig
-from tasks.services.store import LocalStore, S3Store, Store, open_store
+from tasks.services.store.base import Store
+from tasks.services.store.local import LocalStore
+from tasks.services.store.open import open_store
+from tasks.services.store.s3 import S3Store
 
 
 def test_what_was_put_is_found(any_store: Store) -> None:

@@ -10,7 +10,9 @@ from tasks.errors import ArtifactCorrupt
 from tasks.manifests.base import Manifest, ObjectRef
 from tasks.services import store as store_module
 from tasks.services.config import StoreConfig
-from tasks.services.store import LocalStore, S3Store, Store
+from tasks.services.store.base import Store
+from tasks.services.store.local import LocalStore
+from tasks.services.store.s3 import S3Store
 from tasks.stage.cache import (
     MANIFEST_NAME,
     PREFIXES,

@@ -8,7 +8,7 @@ import pytest
 
 from tasks.services.llm.config import CapabilityConfig
 from tasks.services.llm.service import LlmService
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tasks.subject.adjudication import MAX_ROUNDS, adjudicate
 from tasks.subject.captions.captioning import describe_photos

@@ -9,7 +9,7 @@ import pytest
 
 from tasks.errors import ConfigError, SubjectRejected
 from tasks.services.llm.config import CapabilityConfig
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tasks.subject.captions.captioning import (
     Caption,

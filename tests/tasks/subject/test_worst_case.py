@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import ConfigError, LikenessError, ServiceUnavailable
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tasks.subject.adjudication import MAX_ROUNDS
 from tasks.subject.captions.captioning import describe_photos
 from tasks.subject.config import SubjectConfig

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tasks.errors import ArtifactCorrupt, StorageFull
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tasks.stage.digests import dump_line
 from tasks.training.checkpoint_io import MANIFEST, TrainingState, list_checkpoints, load_newest, save_checkpoint
 from tasks.training.data.latent_cache import fetch_latents, is_whole, keep_latents, note_of

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from tasks.diffusion.noise_schedulers import GaussianDiffusion, RectifiedFlow
-from tasks.diffusion.types import open_model
+from tasks.diffusion.registry import open_model
 from tasks.training.data import rng
 from tasks.training.data.dataset import BatchMaker, SampleCounter
 from tasks.training.losses import min_snr_weights, prior_preservation_loss

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import diffusers
 import numpy as np
@@ -12,10 +11,10 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from tasks.diffusion.adapter import LORA_FILE, LatentModel
+from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.lora.adapters import KOHYA_FILE
 from tasks.diffusion.textual_inversion import EMBEDS_FILE
-from tasks.diffusion.types import SamplingRequest, open_model
+from tasks.diffusion.types import LORA_FILE, SamplingRequest, open_model
 from tasks.errors import ConfigError, TrainingFailed
 from tasks.training.module import DreamBoothModule
 from tasks.training.process import worker
@@ -54,7 +53,7 @@ def draw(spec: TrainingSpec, folder: Path | None) -> np.ndarray:
     return np.asarray(picture, int)
 
 
-def weights(model: LatentModel, part: str) -> dict[str, torch.Tensor]:
+def weights(model: DiffusionModel, part: str) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.components[part].state_dict().items()}
 
 
@@ -146,8 +145,8 @@ def test_a_token_alone_leaves_every_weight_as_it_was(tmp_path: Path, tiny_model_
     run = train(tmp_path, tiny_model_folder, method="textual_inversion", token={"learning_rate": 0.3, "num_vectors": 2})
     spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion", method="textual_inversion")
     base, tuned = open_model(spec.diffusion), open_model(spec.diffusion, folder=run.model)
-    assert isinstance(base, LatentModel)
-    assert isinstance(tuned, LatentModel)
+    assert isinstance(base, DiffusionModel)
+    assert isinstance(tuned, DiffusionModel)
     for part in ("unet", "vae", "text_encoder"):
         before, after = weights(base, part), weights(tuned, part)
         for name, tensor in before.items():
@@ -204,7 +203,7 @@ def test_every_family_trains_end_to_end(tmp_path: Path, family: str, method: str
     if method == "lora":
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
         pipeline.load_lora_weights(run.model, weight_name=LORA_FILE)
-        pipeline.scheduler = cast(LatentModel, open_model(spec.diffusion)).make_sampler()
+        pipeline.scheduler = open_model(spec.diffusion).make_sampler()
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(3)
         size = {"height": 32, "width": 32}
@@ -219,7 +218,7 @@ def test_every_family_trains_end_to_end(tmp_path: Path, family: str, method: str
 def test_a_configuration_that_trains_nothing_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder, train_denoiser=False, train_text_encoder=False)
     model = open_model(spec.diffusion)
-    assert isinstance(model, LatentModel)
+    assert isinstance(model, DiffusionModel)
     with pytest.raises(ConfigError, match="nothing would be trained"):
         DreamBoothModule(model, spec)
 
@@ -241,7 +240,7 @@ def test_frozen_weights_may_be_half_precision_and_what_is_trained_is_not(
 ) -> None:
     spec = make_spec(tmp_path, tiny_model_folder, method="lora", weight_dtype="bf16", precision="bf16")
     model = open_model(spec.diffusion)
-    assert isinstance(model, LatentModel)
+    assert isinstance(model, DiffusionModel)
     module = DreamBoothModule(model, spec)
     assert {p.dtype for _, p in module.named_trained()} == {torch.float32}
     frozen = {p.dtype for p in model.denoiser.parameters() if not p.requires_grad}
@@ -254,7 +253,7 @@ def test_a_learned_token_does_not_become_the_end_of_the_text(tmp_path: Path) -> 
         path = folder / name / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 2}))
     spec = family_spec(tmp_path, folder, family="stable_diffusion_xl", method="textual_inversion")
-    model = cast(LatentModel, open_model(spec.diffusion))
+    model = open_model(spec.diffusion)
     DreamBoothModule(model, spec)
     conditioning = model.encode_prompts(model.tokenize(["a photo of sks fish", "a photo of sks fish in the snow"]))
     assert conditioning.pooled_prompt_embeds is not None

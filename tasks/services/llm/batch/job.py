@@ -27,7 +27,7 @@ from tasks.services.llm.config import ProfileConfig
 from tasks.services.llm.errors import RequestRefused
 from tasks.services.llm.reply_cache import quarantine
 from tasks.services.llm.service import LlmService
-from tasks.services.store import Store
+from tasks.services.store.base import Store
 from tasks.stage.digests import dump_line, dump_signed, load_signed
 
 log = logging.getLogger(__name__)

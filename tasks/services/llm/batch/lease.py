@@ -17,7 +17,7 @@ import psutil
 from pydantic import BaseModel
 
 from tasks.errors import ArtifactCorrupt, LikenessError, StillPending
-from tasks.services.store import Store
+from tasks.services.store.base import Store
 from tasks.stage.digests import dump_signed, load_signed
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from tasks.services.llm.chat.response_format import ask_for, read_content
 from tasks.services.llm.config import STRUCTURES, ProfileConfig, Structure
 from tasks.services.llm.errors import EndpointUnavailable, RequestRefused
 from tasks.services.llm.reply_cache import Record, find_record, put_record
-from tasks.services.store import Store
+from tasks.services.store.base import Store
 
 
 class Probe(BaseModel):

@@ -5,7 +5,7 @@ import hashlib
 import json
 from typing import Any
 
-from tasks.services.store import Store
+from tasks.services.store.base import Store
 
 CALL_SECONDS = 3600
 BATCH_SECONDS = 3 * 86_400  # a batch job may begin a day late, and is looked at once more after a failure

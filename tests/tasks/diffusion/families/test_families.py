@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 
-from tasks.diffusion.adapter import LatentModel
+from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.families.flux import TRAINING_GUIDANCE
-from tasks.diffusion.types import SamplingRequest, open_model
+from tasks.diffusion.registry import open_model
+from tasks.diffusion.types import SamplingRequest
 from tasks.errors import ConfigError
 from tests.support.numerics import assert_same_up_to_rounding
 from tests.support.tiny import SIDE
@@ -166,7 +167,7 @@ def test_half_precision_stops_at_the_vae_whose_activations_overflow_it(folders: 
     for precision in ("fp32", "fp16"):
         config = family_config(family, folders[family]).model_copy(update={"precision": precision})
         model = open_model(config)
-        assert isinstance(model, LatentModel)
+        assert isinstance(model, DiffusionModel)
         for parameter in model.vae.decoder.conv_in.parameters():  # a norm follows, so that only fp16 notices
             parameter.mul_(1e6)
         requests = [SamplingRequest(PROMPTS[0], 1)]

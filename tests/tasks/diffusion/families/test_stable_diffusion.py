@@ -8,7 +8,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from tasks.diffusion.types import SamplingRequest, identify_model, open_model
+from tasks.diffusion.hub import identify_model
+from tasks.diffusion.registry import open_model
+from tasks.diffusion.types import SamplingRequest
 from tasks.errors import ConfigError
 from tests.support.tiny import make_tiny_stable_diffusion, tiny_diffusion_config
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tasks.diffusion.adapter import LORA_FILE, LatentModel
+from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.lora.adapters import add_lora, check_saved_lora, save_lora
-from tasks.diffusion.types import open_model
+from tasks.diffusion.types import LORA_FILE, open_model
 from tasks.errors import AdapterSaveFailed, ConfigError
 from tests.support.tiny_families import MAKERS, family_config, open_family
 from tests.support.tiny_lora import EXPORT, TARGETS, adapt, predict
@@ -25,7 +25,7 @@ class Reader:
     """A pipeline that knows nothing of training, and our model around its parts."""
 
     pipeline: Any
-    model: LatentModel
+    model: DiffusionModel
 
     def predict(self, folder: Path, weight_name: str = LORA_FILE) -> torch.Tensor:
         """Load a file as a person would, predict, and take it out again."""
@@ -68,7 +68,7 @@ def test_an_opened_model_holds_the_saved_adapter(
     model = open_family(family, folders[family])
     save_lora(model, tmp_path, adapt(model, ("to_q", "ff.net.2"), use_dora=use_dora), EXPORT)
     opened = open_model(family_config(family, folders[family]), folder=tmp_path)
-    assert isinstance(opened, LatentModel)
+    assert isinstance(opened, DiffusionModel)
     trained = predict(model)
     torch.testing.assert_close(predict(opened), trained, rtol=1e-3, atol=1e-4 * float(trained.abs().max()))
     tensors = load_file(tmp_path / LORA_FILE)

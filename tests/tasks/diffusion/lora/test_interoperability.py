@@ -8,8 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tasks.diffusion.adapter import LORA_FILE, LatentModel
+from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.lora.adapters import KOHYA_FILE, LoraExport, save_lora
+from tasks.diffusion.types import LORA_FILE
 from tests.support.lora_tools import (
     COMFY,
     KOHYA,
@@ -49,7 +50,7 @@ def by_original_names(family: str, weights: dict[str, Tensor]) -> dict[str, Tens
     return ORIGINAL[family](weights) if family in ORIGINAL else weights
 
 
-def check_reader(reader: Reader, model: LatentModel, path: Path, family: str) -> None:
+def check_reader(reader: Reader, model: DiffusionModel, path: Path, family: str) -> None:
     """Compare what a program would do to each weight with the trained adapter, merged by PEFT."""
     plain = by_original_names(family, read_weights(model.denoiser))
     merged = by_original_names(family, read_weights(model.denoiser, is_merged=True))

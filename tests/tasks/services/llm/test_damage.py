@@ -13,7 +13,7 @@ from tasks.services.llm.batch.job import BatchState, find_state
 from tasks.services.llm.budget.ledger import read_rows
 from tasks.services.llm.config import CapabilityConfig
 from tasks.services.llm.service import LlmService
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tasks.stage.digests import dump_signed
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
 from tests.tasks.services.llm.batch.test_jobs import BATCHES

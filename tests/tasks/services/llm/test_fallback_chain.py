@@ -16,7 +16,7 @@ from tasks.services.llm.chat.completion import Usage, parse_usage
 from tasks.services.llm.chat.request import RequestSpec
 from tasks.services.llm.config import CapabilityConfig, LlmConfig, PriceConfig, ProfileConfig
 from tasks.services.llm.service import LlmService
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
 from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC, Reply
 

@@ -226,7 +226,7 @@ from tasks.services.llm.service import LlmService
 from tasks.services.llm.config import CapabilityConfig, LlmConfig, PriceConfig, ProfileConfig
 from tasks.services.llm.budget.spending_cap import Budget
 from tasks.services.llm.budget.ledger import Ledger
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tasks.services.llm.chat.request import RequestSpec
 from pydantic import BaseModel
 

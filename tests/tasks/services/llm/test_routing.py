@@ -13,7 +13,7 @@ from tasks.errors import ConfigError
 from tasks.services.config import StoreConfig
 from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.config import ProfileConfig
-from tasks.services.store import S3Store
+from tasks.services.store.s3 import S3Store
 from tests.support.llm_server import scripted_server
 from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC, ask, make_llm
 

@@ -14,7 +14,7 @@ from tasks.services.llm.budget.ledger import Ledger
 from tasks.services.llm.chat.request import RequestSpec, encode_image
 from tasks.services.llm.config import CapabilityConfig, LlmConfig, ProfileConfig
 from tasks.services.llm.service import LlmService
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
 from tests.support.tiny import draw_photo
 

@@ -8,8 +8,8 @@ import pytest
 
 from tasks.publishing.registry import track_run
 from tasks.services.tracking import live as live_tracking
+from tasks.services.tracking.base import NoTracker
 from tasks.services.tracking.live import LiveRun
-from tasks.services.tracking.mlflow_tracker import NoTracker
 
 
 class HangingTracker(NoTracker):

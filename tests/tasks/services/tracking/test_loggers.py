@@ -7,8 +7,9 @@ from PIL import Image
 
 from tasks.publishing.registry import SAMPLES, track_run
 from tasks.services.config import TrackingConfig
+from tasks.services.tracking.base import NoTracker, Tracker
 from tasks.services.tracking.loggers import TensorboardLogger, Trackers, WandbLogger
-from tasks.services.tracking.mlflow_tracker import NoTracker, Tracker, open_tracker
+from tasks.services.tracking.open import open_tracker
 
 
 def publish(tracker: Tracker, folder: Path) -> None:

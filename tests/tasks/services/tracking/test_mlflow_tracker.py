@@ -14,8 +14,10 @@ import pytest
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.publishing.registry import track_run
 from tasks.services.config import TrackingConfig
+from tasks.services.tracking.base import DatasetInfo, NoTracker
 from tasks.services.tracking.live import LiveRun
-from tasks.services.tracking.mlflow_tracker import DatasetInfo, MlflowTracker, NoTracker, open_tracker
+from tasks.services.tracking.mlflow_tracker import MlflowTracker
+from tasks.services.tracking.open import open_tracker
 from tests.support.cli_sandbox import ROOT
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tasks.manifests.base import SubjectSet
-from tasks.services.store import LocalStore
+from tasks.manifests.subject import SubjectSet
+from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tasks.subject.captions.caption_review import (
     CaptionVersions,

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from tasks.errors import ConfigError, SubjectRejected
 from tasks.images import decode_png
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.decoding import decode
 from tasks.subject.photos.ingest import Photo, check_photo, check_photos

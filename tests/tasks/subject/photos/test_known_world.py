@@ -9,7 +9,7 @@ from PIL import Image
 from tasks.errors import SubjectRejected
 from tasks.mini.recognition import LEAST_PSNR, MOST_DISTANCE, Recognizer, draw_set
 from tasks.mini.world.scenes import CLASS_NOUNS
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.ingest import check_photos
 from tasks.subject.photos.known_world import check_class_noun, check_known_world, find_verdict

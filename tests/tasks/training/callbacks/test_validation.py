@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tasks.diffusion.adapter import LatentModel
-from tasks.diffusion.types import SamplingRequest, open_model
+from tasks.diffusion.adapter import DiffusionModel
+from tasks.diffusion.registry import open_model
+from tasks.diffusion.types import SamplingRequest
 from tasks.encoders.config import EncoderConfig
 from tasks.encoders.embeddings import Encoders
 from tasks.errors import ConfigError
@@ -143,7 +144,7 @@ def test_held_out_photos_are_validated_on_and_never_trained_on(tmp_path: Path, t
     first, *others = spec.instance_images
     spec = spec.model_copy(update={"instance_images": tuple(others), "holdout_images": (first,)})
     model = open_model(spec.diffusion)
-    assert isinstance(model, LatentModel)
+    assert isinstance(model, DiffusionModel)
     module = DreamBoothModule(model, spec)
     held = module.batches.holdout[0]
     latents = torch.cat([bucket.sets["instance"].mean for bucket in module.batches.buckets])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tasks.diffusion.types import open_model
+from tasks.diffusion.registry import open_model
 from tasks.training.data.buckets import Size, choose_bucket, list_buckets
 from tasks.training.data.dataset import BatchMaker
 from tasks.training.process.worker_spec import TrainingSpec

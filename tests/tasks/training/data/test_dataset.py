@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tasks.diffusion.types import open_model
+from tasks.diffusion.registry import open_model
 from tasks.errors import ArtifactCorrupt
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tasks.training.data import rng
 from tasks.training.data.buckets import Size
 from tasks.training.data.dataset import BatchMaker, CropFlip, SampleCounter, load_picture, tokenize_prompts

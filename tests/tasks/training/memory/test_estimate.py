@@ -11,8 +11,9 @@ from torch import Tensor
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from conf.schema import RunConfig
-from tasks.diffusion.adapter import LatentModel
-from tasks.diffusion.types import find_description, open_model
+from tasks.diffusion.adapter import DiffusionModel
+from tasks.diffusion.hub import find_description
+from tasks.diffusion.registry import open_model
 from tasks.training.memory.estimate import build_empty, estimate_memory, estimate_methods
 from tasks.training.memory.table import MemoryEstimate, look_up
 from tasks.training.module import DreamBoothModule
@@ -53,7 +54,7 @@ def test_the_estimate_agrees_with_a_real_forward(tmp_path: Path, family: str, me
     folder = ALL[family](tmp_path / "base" / "model")
     spec = family_spec(tmp_path, folder, family=family, method=method, train_batch_size=2)
     model = open_model(spec.diffusion)
-    assert isinstance(model, LatentModel)
+    assert isinstance(model, DiffusionModel)
     module = DreamBoothModule(model, spec)
     predicted = estimate(spec)
     assert predicted.trainable_parameters == sum(p.numel() for _, p in module.named_trained())

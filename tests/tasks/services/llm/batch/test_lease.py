@@ -12,7 +12,7 @@ import pytest
 from tasks.errors import StillPending
 from tasks.services.llm.batch import lease
 from tasks.services.llm.batch.lease import Lease, hold_lease, list_leases, make_lease, try_acquire
-from tasks.services.store import LocalStore
+from tasks.services.store.local import LocalStore
 from tasks.stage.digests import dump_signed
 
 

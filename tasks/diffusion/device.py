@@ -1,0 +1,20 @@
+"""Which device the configuration names."""
+
+from typing import TYPE_CHECKING
+
+from tasks.diffusion.config import DiffusionConfig
+from tasks.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def choose_device(config: DiffusionConfig) -> "torch.device":
+    """Return the device to compute on."""
+    import torch
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("diffusion.device=cuda, but torch sees no GPU; set diffusion.device=auto")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda")

@@ -1,0 +1,14 @@
+"""The publishing stage's manifest: where the tuned model and its report went."""
+
+from tasks.manifests.base import Manifest, ObjectRef
+
+
+class Publication(Manifest):
+    """Where the tuned model and its report went."""
+
+    registered_model: str | None
+    registered_version: str | None
+    tracking_run_id: str | None
+    report: ObjectRef
+    sample_grid: ObjectRef
+    model: tuple[ObjectRef, ...]

@@ -1,0 +1,110 @@
+"""The scoring stage's manifest: the judge's scores and how reliable they are."""
+
+from pydantic import Field
+
+from tasks.manifests.base import Manifest, ObjectRef, Record
+from tasks.manifests.evaluation import Side
+
+
+class Judgement(Record):
+    """What the judge said of one sample, 0 (worst) to 4; of repeated grades the median."""
+
+    sample: ObjectRef
+    side: Side
+    prompt: str
+    evidence: str
+    concept_preservation: float
+    prompt_following: float
+    image_quality: float
+    num_repeats: int = 1
+    spread: int = 0
+    """Largest less smallest of repeated grades, on the axis where they differ most."""
+    settled: tuple[str, ...] = ()
+    """Axes on which grades differed much, so that one more look, with reasoning, decided."""
+
+
+class SideScores(Record):
+    """Mean scores, 0 to 4."""
+
+    concept_preservation: float
+    prompt_following: float
+    image_quality: float
+
+
+class ControlResult(Record):
+    """A question whose answer is known, asked among the others."""
+
+    name: str
+    text: str
+    """What was asked and what is expected."""
+    value: float
+    limit: float
+    is_passed: bool
+
+
+class PairResult(Record):
+    """Base against tuned, each pair in both orders; only consistent answers are wins."""
+
+    num_pairs: int
+    tuned_wins: int
+    base_wins: int
+    ties: int
+    inconsistent: int
+    tuned_strength: float
+    """Bradley-Terry, 0 to 1."""
+
+
+class CheckpointRank(Record):
+    """How the weights of one step did against those of the others, drawn alike; each pair in both orders."""
+
+    step: int
+    is_published: bool
+    strength: float
+    """Bradley-Terry; all steps sum to one."""
+    wins: int
+    losses: int
+    undecided: int
+    """Ties, and answers that changed with the order."""
+
+
+class Agreement(Record):
+    """How another rater's grades agree with the judge's, by axis; None where it can't be told."""
+
+    rater: str
+    num_samples: int
+    kappa: dict[str, float | None]
+    spearman: dict[str, float | None]
+
+
+class JudgeReliability(Record):
+    """What is known of the judge itself."""
+
+    controls: tuple[ControlResult, ...]
+    alpha: dict[str, float | None]
+    """Krippendorff's alpha between repeated grades, by axis; None where all were the same."""
+    num_repeated: int
+    is_comparable: bool
+    """Whether the model that was asked for gave every grade."""
+    is_reliable: bool
+    """Whether there are controls, all are passed, and the grades are comparable."""
+    others: tuple[Agreement, ...] = ()
+    spearman: dict[str, float | None] = Field(default_factory=dict)
+    """Rank correlation over samples: of likeness with DINO, of following the prompt with CLIP-T."""
+
+
+class Scorecard(Manifest):
+    """The judge's scores."""
+
+    served_model: str
+    judgements: tuple[Judgement, ...]
+    failed: tuple[str, ...]
+    """JudgeRequests that got no valid answer, as `name: reason`."""
+    scores: dict[Side, SideScores]
+    intervals: dict[Side, dict[str, tuple[float, float]]]
+    """Bootstrap intervals (95 %) of the mean scores."""
+    health: JudgeReliability
+    pairs: PairResult | None = None
+    checkpoints: tuple[CheckpointRank, ...] = ()
+    """Best first; empty where one step's weights were kept."""
+    reasoning: ObjectRef | None = None
+    """What judges thought aloud, by question, where their provider tells."""

@@ -1,0 +1,65 @@
+"""Object stores behind one protocol: a local folder, and S3 through boto3.
+
+Keys are `/`-separated paths. A write is all or nothing: readers see the old object or the new.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from tasks.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """One object as a listing has it."""
+
+    key: str
+    size_bytes: int
+    modified: float
+    """Seconds since 1970."""
+
+
+class Store(Protocol):
+    """What the pipeline asks of an object store."""
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        """Store an object, replacing any older one."""
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Store an object only where there is none; say whether it was stored."""
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Store a file's content."""
+
+    def find_bytes(self, key: str) -> bytes | None:
+        """Return an object's content, or None."""
+
+    def get_file(self, key: str, path: Path) -> None:
+        """Copy an object to a file."""
+
+    def compute_sha256(self, key: str) -> str | None:
+        """Return the digest of what is stored now, or None."""
+
+    def list_keys(self, prefix: str) -> list[str]:
+        """Return all keys below a prefix, sorted."""
+
+    def list_objects(self, prefix: str) -> "list[StoredObject]":
+        """Return all objects below a prefix with their sizes and ages, sorted by key."""
+
+    def delete(self, key: str) -> None:
+        """Remove an object; removing none is not an error."""
+
+    def presign(self, key: str, *, seconds: int) -> str:
+        """Return an address under which anybody can read an object for a while. Raises ConfigError."""
+
+    def describe(self, key: str) -> str:
+        """Return an address that a person can open."""
+
+
+def check_key(key: str) -> str:
+    """Refuse keys that could leave the store's root."""
+    path = PurePosixPath(key)
+    if path.is_absolute() or ".." in path.parts or not key or "\\" in key:
+        raise ConfigError(f"object key {key!r} is not a plain relative path")
+    return key

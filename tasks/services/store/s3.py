@@ -1,0 +1,169 @@
+"""Objects in an S3 bucket, through boto3."""
+
+import base64
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import ConfigError, ServiceUnavailable
+from tasks.services.config import StoreConfig
+from tasks.services.store.base import StoredObject, check_key
+from tasks.stage.digests import digest_file
+
+SHA256_METADATA = "sha256"
+
+
+class S3Store:
+    """Objects in an S3 bucket; credentials come from boto3's usual places."""
+
+    def __init__(self, config: StoreConfig) -> None:
+        import boto3
+        from botocore.config import Config
+
+        if not config.bucket:
+            raise ConfigError("store.bucket is empty; name the bucket, for example store.bucket=my-bucket")
+        self.bucket = config.bucket
+        self.prefix = config.prefix.strip("/")
+        self.has_checksums = config.request_checksums == "when_supported"
+        # Timeouts and attempts are explicit: boto3's own wait a minute per read.
+        self.client: Any = boto3.client(
+            "s3",
+            endpoint_url=config.endpoint_url,
+            region_name=config.region,
+            config=Config(
+                connect_timeout=10,
+                read_timeout=30,
+                retries={"mode": "standard", "total_max_attempts": 5},
+                request_checksum_calculation=config.request_checksums,
+                response_checksum_validation=config.request_checksums,
+            ),
+        )
+        with _translated(f"bucket {self.bucket}"):
+            self.client.head_bucket(Bucket=self.bucket)
+
+    def _name(self, key: str) -> dict[str, str]:
+        key = check_key(key)
+        return {"Bucket": self.bucket, "Key": f"{self.prefix}/{key}" if self.prefix else key}
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        with _translated(key):
+            self.client.put_object(**self._name(key), Body=data, **self._checksum(data))
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        from botocore.exceptions import ClientError
+
+        try:
+            with _translated(key):
+                self.client.put_object(**self._name(key), Body=data, IfNoneMatch="*", **self._checksum(data))
+        except ServiceUnavailable as error:
+            cause = error.__cause__
+            if isinstance(cause, ClientError) and _status(cause) in (409, 412):
+                return False
+            raise
+        return True
+
+    def put_file(self, key: str, path: Path) -> None:
+        with _translated(key):
+            extra = {"Metadata": {SHA256_METADATA: digest_file(path)}}
+            self.client.upload_file(str(path), **self._name(key), ExtraArgs=extra)
+
+    def find_bytes(self, key: str) -> bytes | None:
+        with _translated(key):
+            data: bytes = self.client.get_object(**self._name(key))["Body"].read()
+            return data
+        return None
+
+    def get_file(self, key: str, path: Path) -> None:
+        with _translated(key):
+            self.client.download_file(Filename=str(path), **self._name(key))
+            return
+        raise ServiceUnavailable(f"object {key} is not in bucket {self.bucket}")
+
+    def compute_sha256(self, key: str) -> str | None:
+        with _translated(key):
+            stored = self._find_stored_sha256(key)
+            if stored:
+                return stored
+            hasher = hashlib.sha256()  # somebody else's object: only reading it tells
+            for chunk in self.client.get_object(**self._name(key))["Body"].iter_chunks(1 << 20):
+                hasher.update(chunk)
+            return hasher.hexdigest()
+        return None
+
+    def _checksum(self, data: bytes) -> dict[str, Any]:
+        """Return the arguments by which the bucket checks what arrives and keeps its digest."""
+        sha256 = hashlib.sha256(data)
+        arguments: dict[str, Any] = {"Metadata": {SHA256_METADATA: sha256.hexdigest()}}
+        if self.has_checksums:
+            arguments["ChecksumSHA256"] = base64.b64encode(sha256.digest()).decode()
+        return arguments
+
+    def _find_stored_sha256(self, key: str) -> str:
+        """Return the digest that the bucket keeps of an object, without reading it; nothing where it keeps none."""
+        mode = {"ChecksumMode": "ENABLED"} if self.has_checksums else {}
+        head = self.client.head_object(**self._name(key), **mode)
+        checksum = head.get("ChecksumSHA256")
+        if checksum and head.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT" and "-" not in checksum:
+            return base64.b64decode(checksum).hex()
+        # Several parts have a digest of digests; the object's own was noted when it was written.
+        return str(head.get("Metadata", {}).get(SHA256_METADATA, ""))
+
+    def list_keys(self, prefix: str) -> list[str]:
+        return [item.key for item in self.list_objects(prefix)]
+
+    def list_objects(self, prefix: str) -> list[StoredObject]:
+        return sorted(self._iter_objects(prefix), key=lambda item: item.key)
+
+    def _iter_objects(self, prefix: str) -> Iterator[StoredObject]:
+        cut = len(self.prefix) + 1 if self.prefix else 0
+        full = f"{self.prefix}/{prefix}" if self.prefix else prefix
+        with _translated(prefix):
+            pages = self.client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=full):
+                for item in page.get("Contents", ()):
+                    yield StoredObject(item["Key"][cut:], int(item["Size"]), item["LastModified"].timestamp())
+
+    def delete(self, key: str) -> None:
+        with _translated(key):
+            self.client.delete_object(**self._name(key))
+
+    def presign(self, key: str, *, seconds: int) -> str:
+        url: str = self.client.generate_presigned_url("get_object", Params=self._name(key), ExpiresIn=seconds)
+        return url
+
+    def describe(self, key: str) -> str:
+        name = self._name(key)
+        return f"s3://{name['Bucket']}/{name['Key']}"
+
+
+class _translated:  # noqa: N801 - reads as a statement
+    """Turn boto3's errors into ours; a missing object ends the block quietly."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+        if isinstance(error, NoCredentialsError):
+            raise ConfigError(
+                "S3 needs credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
+            ) from error
+        if isinstance(error, ClientError):
+            if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
+                if self.what.startswith("bucket "):
+                    raise ConfigError(f"{self.what} does not exist; create it or set store.bucket") from error
+                return True
+            raise ServiceUnavailable(f"S3 refused {self.what}: {error}") from error
+        if isinstance(error, BotoCoreError | Boto3Error):
+            raise ServiceUnavailable(f"S3 did not answer for {self.what}: {error}") from error
+        return False
+
+
+def _status(error: Any) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

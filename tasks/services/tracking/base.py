@@ -1,0 +1,102 @@
+"""What the pipeline asks of a tracking server, and the tracker that keeps nothing."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Data that a run was made of, by content."""
+
+    name: str
+    digest: str
+    source: str
+    """Where its objects lie in the store."""
+    context: str
+    """What it is for, such as training."""
+
+
+class Tracker(Protocol):
+    """What the pipeline asks of a tracking server."""
+
+    def check(self) -> None:
+        """Find out within seconds whether the server can be used. Raises ServiceUnavailable."""
+
+    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
+        """Open a tracking run and return its id."""
+
+    def forget(self, *, tag: str, value: str) -> None:
+        """Remove runs with a tag, and model versions made of them: an attempt that was cut off."""
+
+    def close_stale(self, *, tag: str, value: str) -> None:
+        """Mark runs with a tag as killed that are still said to be running: their process is gone."""
+
+    def set_tag(self, name: str, value: str) -> None:
+        """Set a tag of the open run."""
+
+    def log_datasets(self, datasets: Sequence[DatasetInfo]) -> None:
+        """Name the data that the open run is made of."""
+
+    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+        """Log (name, value, step) rows in batches."""
+
+    def log_folder(self, folder: Path, *, path: str) -> None:
+        """Log every file of a folder as artifacts below a path."""
+
+    def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
+        """Register the artifacts below a path as a new version of a model; return its version."""
+
+    def has_artifacts(self, run_id: str, paths: Sequence[str]) -> bool:
+        """Whether a tracking run is there and has artifacts below each path."""
+
+    def has_version(self, name: str, version: str) -> bool:
+        """Whether the registry has a version of a model."""
+
+    def finish(self, *, is_failed: bool) -> None:
+        """Close the tracking run."""
+
+
+class NoTracker:
+    """Keeps nothing."""
+
+    def check(self) -> None:
+        """There is no server."""
+
+    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
+        """There is no run."""
+        return None
+
+    def forget(self, *, tag: str, value: str) -> None:
+        """Nothing is kept."""
+
+    def close_stale(self, *, tag: str, value: str) -> None:
+        """Nothing is kept."""
+
+    def set_tag(self, name: str, value: str) -> None:
+        """Nothing is kept."""
+
+    def log_datasets(self, datasets: Sequence[DatasetInfo]) -> None:
+        """Nothing is kept."""
+
+    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+        """Nothing is kept."""
+
+    def log_folder(self, folder: Path, *, path: str) -> None:
+        """Nothing is kept."""
+
+    def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
+        """There is no registry."""
+        return None
+
+    def has_artifacts(self, run_id: str, paths: Sequence[str]) -> bool:
+        """Nothing is kept, so nothing can be gone."""
+        return True
+
+    def has_version(self, name: str, version: str) -> bool:
+        """There is no registry."""
+        return True
+
+    def finish(self, *, is_failed: bool) -> None:
+        """There is no run."""

@@ -1,9 +1,12 @@
-"""The training stage's manifest: the tuned model."""
+"""The training stage's manifest: the tuned model, and the rows of its loss log."""
 
+import itertools
+import json
 import re
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
-from tasks.manifests.base import Manifest, ModelRef, ObjectRef
+from tasks.manifests.base import Manifest, ModelRef, ObjectRef, Record
 
 
 class TunedModel(Manifest):
@@ -34,3 +37,39 @@ class TunedModel(Manifest):
             if step:
                 found.setdefault(int(step[1]), []).append(ref)
         return found
+
+
+class LossRow(Record):
+    """One optimizer step of `losses.jsonl`; None where a number is not finite, unset where it was not measured."""
+
+    step: int
+    loss: float | None = None
+    """What is minimized: instance loss plus weighted prior loss."""
+    instance_loss: float | None = None
+    prior_loss: float | None = None
+    grad_norm: float | None = None
+    """Before clipping."""
+    validation_loss: float | None = None
+    validation_similarity: float | None = None
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether the step changed nothing, since its loss or gradient was not finite."""
+        measured = self.model_fields_set - {"step", "validation_loss", "validation_similarity"}
+        return any(getattr(self, name) is None for name in measured)
+
+
+def dump_losses(rows: Iterable[LossRow]) -> str:
+    """Return rows as lines of JSON."""
+    return "".join(json.dumps(row.model_dump(exclude_unset=True)) + "\n" for row in rows)
+
+
+def parse_losses(text: str) -> list[LossRow]:
+    """Return the rows of a loss log. Raises ValueError for a damaged one."""
+    return [LossRow.model_validate_json(line) for line in text.splitlines()]
+
+
+def count_skipped(rows: Sequence[LossRow]) -> int:
+    """Return how many of the last steps were skipped."""
+    skipped = itertools.takewhile(lambda row: row.is_skipped, reversed(rows))
+    return sum(1 for _ in skipped)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tasks.config_base import Section
 from tasks.errors import ArtifactCorrupt, TrainingFailed
+from tasks.manifests.training import LossRow, dump_losses, parse_losses
 from tasks.stage.digests import digest_file, dump_signed, load_signed
 from tasks.stage.files import sync
 from tasks.stage.tensor_files import count_bytes, explain_full_tensors
@@ -51,8 +52,8 @@ class TrainingState:
     optimizer_state: dict[str, Tensor]
     ema: dict[str, Tensor]
     """Averaged weights; empty where none are kept."""
-    losses: list[str]
-    """The lines of the loss log up to this step."""
+    losses: list[LossRow]
+    """The loss log up to this step."""
     groups: list[dict[str, float]] = field(default_factory=list)
     """Numbers that the optimizer keeps per group, such as Prodigy's estimate of the rate."""
     scaler: dict[str, float] = field(default_factory=dict)
@@ -96,7 +97,7 @@ def write_checkpoint(staged: Path, state: TrainingState, *, fingerprint: dict[st
     save_file(state.optimizer_state, staged / "optimizer.safetensors")
     save_file(state.ema, staged / "ema.safetensors")
     (staged / "numbers.json").write_text(json.dumps({"groups": state.groups, "scaler": state.scaler}))
-    (staged / "losses.jsonl").write_text("".join(line + "\n" for line in state.losses))
+    (staged / "losses.jsonl").write_text(dump_losses(state.losses))
     files = {path.name: digest_file(path) for path in sorted(staged.iterdir())}
     manifest = CheckpointManifest(schema_version=SCHEMA_VERSION, step=state.step, fingerprint=fingerprint, files=files)
     (staged / MANIFEST).write_bytes(dump_signed(manifest, indent=1))
@@ -149,7 +150,7 @@ def load_checkpoint(path: Path, *, fingerprint: dict[str, str]) -> TrainingState
         weights=load_file(path / "weights.safetensors"),
         optimizer_state=load_file(path / "optimizer.safetensors"),
         ema=load_file(path / "ema.safetensors"),
-        losses=(path / "losses.jsonl").read_text().splitlines(),
+        losses=parse_losses((path / "losses.jsonl").read_text()),
         **json.loads((path / "numbers.json").read_text()),
     )
 
@@ -168,11 +169,11 @@ def collect_state(
     *,
     step: int,
     ema: Mapping[str, Tensor],
-    losses: list[str],
+    losses: list[LossRow],
     scaler: dict[str, float],
     is_writer: bool = True,
 ) -> TrainingState:
-    """Copy weights, ema and optimizer optimizer_state to the CPU, by parameter name.
+    """Copy weights, average and optimizer state to the CPU, by parameter name.
 
     Where they lie in slices every rank has to take part, but only the writer keeps what it gets.
     """
@@ -203,7 +204,7 @@ def copy_all(tensors: Mapping[str, Tensor], *, is_kept: bool = True) -> dict[str
 def restore_state(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: TrainingState
 ) -> None:
-    """Put a checkpoint's weights and optimizer_state in place. Raises KeyError where one is missing."""
+    """Put a checkpoint's weights and optimizer state in place. Raises KeyError where one is missing."""
     per_parameter: dict[str, dict[str, Tensor]] = {}
     for joined, value in state.optimizer_state.items():
         name, key = joined.rsplit("|", 1)

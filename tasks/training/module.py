@@ -1,7 +1,5 @@
 """The Lightning module: one forward over both halves, frozen VAE, learning rate by step."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,7 +9,7 @@ from torch import Tensor
 from tasks.diffusion.adapter import DTYPES, DiffusionModel
 from tasks.diffusion.types import Conditioning
 from tasks.training.data import rng
-from tasks.training.data.dataset import BatchMaker, TrainingBatch, send
+from tasks.training.data.batches import StepBatch, TrainingBatch, send
 from tasks.training.losses import PriorPreservationLoss, min_snr_weights, prior_preservation_loss
 from tasks.training.methods import Trainable, prepare
 from tasks.training.optimizers import has_fused_skip, make_optimizer
@@ -20,7 +18,7 @@ from tasks.training.sharding import shard, unshard
 
 
 class DreamBoothModule(pl.LightningModule):
-    """Fine-tunes what the configured method learns."""
+    """Fine-tunes what the configured method learns: instance and class images in one forward (arXiv 2208.12242)."""
 
     def __init__(self, model: DiffusionModel, spec: TrainingSpec, *, start_step: int = 0) -> None:
         super().__init__()
@@ -28,18 +26,12 @@ class DreamBoothModule(pl.LightningModule):
         self.spec = spec
         self.start_step = start_step
         self.trainable: Trainable = prepare(model, spec)
-        self.batches = BatchMaker(model, spec)  # after the token, which prompts are spelled with
-        model.vae.cpu()  # its work is done
-        self.fsdp = spec.training.fsdp and spec.training.world_size > 1
-        if self.fsdp:
-            shard(self.trainable, model.device)
         self.trained = self.trainable.modules
-        if spec.training.gradient_checkpointing:
-            checkpoint_gradients(model)
+        self.is_sharded = spec.training.fsdp and spec.training.world_size > 1
+        self.is_configured = False
+        self.optimizer: torch.optim.Optimizer
         self.grad_norm = torch.zeros(())
         self.is_skipped = torch.zeros((), dtype=torch.bool)
-        self.optimizer = self.make_optimizer()
-        self.ema = {n: p.detach().clone() for n, p in self.named_trained()} if spec.training.ema_decay else {}
         self.prompts = PromptCache(model) if self.is_text_frozen else None
 
     def named_trained(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -57,52 +49,56 @@ class DreamBoothModule(pl.LightningModule):
         return self.start_step + int(self.trainer.global_step)
 
     def configure_model(self) -> None:
-        """Leave the model as it is: where Lightning asks for shards, they are there."""
+        """Shard what is trained and turn on gradient checkpointing. Lightning may call this more than once."""
+        if self.is_configured:
+            return
+        self.is_configured = True
+        if self.is_sharded:
+            shard(self.trainable, self.model.device)
+        if self.spec.training.gradient_checkpointing:
+            enable_gradient_checkpointing(self.model)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the optimizer, whose optimizer_state a checkpoint may already have restored."""
-        return self.optimizer
-
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        """Return the optimizer with one learning rate per group; vectors of a token don't decay."""
-        decay = self.spec.training.weight_decay
+        """Return the optimizer with one learning rate per group; textual inversion vectors don't decay."""
+        training = self.spec.training
         groups = [
             {
                 "params": group.parameters,
                 "lr": group.learning_rate,
                 "base_lr": group.learning_rate,
-                "weight_decay": 0.0 if group.name.endswith("_token") else decay,
+                "weight_decay": 0.0 if group.name.endswith("_token") else training.weight_decay,
             }
             for group in self.trainable.groups
         ]
-        return make_optimizer(groups, self.spec.training)
+        self.optimizer = make_optimizer(groups, training)
+        return self.optimizer
 
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        """Set rates and the dropout's seed as functions of the step, so that nothing has to be resumed."""
+    def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
+        """Set learning rates and the dropout seed as functions of the step, so that nothing has to be resumed."""
         for group in self.optimizer.param_groups:
             rate = group["base_lr"]
             group["lr"] = rate * compute_learning_rate_factor(self.spec.training, self.step, rate=rate)
-        torch.manual_seed(rng.make_seed(self.spec.seed, "dropout", int(batch[0])))
+        torch.manual_seed(rng.make_seed(self.spec.seed, "dropout", batch.indices[0]))
 
-    def training_step(self, indices: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        """Return the loss of the samples that the indices stand for: one forward per size among them."""
-        parts: dict[str, Tensor] = {}
-        for batch in self.batches.make(indices.tolist(), self.device):
-            loss = self.compute_loss(batch)
+    def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Return the losses of a rank's samples: scalars, means over all forwards."""
+        means: dict[str, Tensor] = {}
+        for forward in batch.forwards:
+            loss = self.compute_loss(forward)
             # Lightning divides what it finds under "loss" by the number of accumulated forwards.
-            told = {"loss": loss.total, "total_loss": loss.total.detach(), "instance_loss": loss.instance.detach()}
+            found = {"loss": loss.total, "total_loss": loss.total.detach(), "instance_loss": loss.instance.detach()}
             if loss.prior is not None:
-                told["prior_loss"] = loss.prior.detach()
-            parts = {name: parts.get(name, 0.0) + batch.share * value for name, value in told.items()}
-        return parts
+                found["prior_loss"] = loss.prior.detach()
+            means = {name: means.get(name, 0.0) + forward.share * value for name, value in found.items()}
+        return means
 
     def compute_loss(self, batch: TrainingBatch) -> PriorPreservationLoss:
         """Return the loss of one batch and its halves."""
         training, noise = self.spec.training, self.model.noise_scheduler
         noisy_latents = noise.add_noise(batch.latents, batch.noise, batch.timesteps)
         target = noise.compute_target(batch.latents, batch.noise, batch.timesteps)
-        told = self.encode_unique(batch)
-        noise_pred = self.model.predict(self.fit_dtype(noisy_latents), batch.timesteps, told, batch.time_ids)
+        conditioning = self.encode_unique(batch)
+        noise_pred = self.model.predict(self.fit_dtype(noisy_latents), batch.timesteps, conditioning, batch.time_ids)
         weights = None
         if training.snr_gamma is not None:
             weights = min_snr_weights(noise, batch.timesteps, snr_gamma=training.snr_gamma)
@@ -124,8 +120,8 @@ class DreamBoothModule(pl.LightningModule):
         What differs is found on the CPU: on a GPU the answer's size would have to be waited for.
         """
         unique, inverse = torch.unique(batch.input_ids, dim=0, return_inverse=True)
-        told = self.prompts.encode(unique) if self.prompts else self.model.encode_prompts(send(unique, self.device))
-        return told.take(send(inverse, self.device))
+        rows = self.prompts.encode(unique) if self.prompts else self.model.encode_prompts(send(unique, self.device))
+        return rows.take(send(inverse, self.device))
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Leave resting groups out, clip the others together, keep the norm for the next check."""
@@ -147,39 +143,6 @@ class DreamBoothModule(pl.LightningModule):
             # The fused kernel leaves everything as it is where this says so, without asking the host;
             # in fp16 the gradient scaler sets it.
             self.optimizer.found_inf = self.is_skipped.float()  # type: ignore[attr-defined]
-
-    @torch.no_grad()
-    def update_average(self) -> None:
-        """Move the averaged weights toward the trained ones, faster in the beginning."""
-        if not self.ema:
-            return
-        decay = min(self.spec.training.ema_decay, (1 + self.step) / (10 + self.step))
-        for name, parameter in self.named_trained():
-            self.ema[name] = self.ema[name].to(parameter).lerp_(parameter, 1 - decay)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Hold the averaged weights for a while, where ema are kept: they are what is published."""
-        kept = {name: p.detach().clone() for name, p in self.named_trained()} if self.ema else {}
-        self.take_average()
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in self.named_trained():
-                    if name in kept:
-                        parameter.copy_(kept[name])
-
-    @torch.no_grad()
-    def take_average(self) -> None:
-        """Put the averaged weights in place of the trained ones, to be published."""
-        for name, parameter in self.named_trained():
-            if name in self.ema:
-                parameter.copy_(self.ema[name])
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave the sample indices on the CPU, where rng are made."""
-        return batch
 
 
 class PromptCache:
@@ -203,7 +166,7 @@ class PromptCache:
         )
 
 
-def checkpoint_gradients(model: DiffusionModel) -> None:
+def enable_gradient_checkpointing(model: DiffusionModel) -> None:
     """Recompute activations backward in the denoiser and the text encoders that are trained."""
     model.denoiser.enable_gradient_checkpointing()
     for encoder in model.text_encoders.values():

@@ -16,13 +16,13 @@ from tasks.training.methods import Trainable
 
 
 def init_process_group(device: torch.device) -> None:
-    """Let the processes meet; Lightning would do it only after the weights have to be shard_like."""
+    """Let the processes meet; Lightning would do it only after the weights have to be sharded."""
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def shard(trainable: Trainable, device: torch.device) -> None:
-    """Spread the modules that are trained, block by block, and name their new parameters in the groups."""
+    """Shard the trained modules, block by block, and name their new parameters in the groups."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     names = {id(parameter): name for name, parameter in trainable.modules.named_parameters()}
     for module in trainable.modules.values():
@@ -32,15 +32,15 @@ def shard(trainable: Trainable, device: torch.device) -> None:
                 fully_shard(block, mesh=mesh)
         # By default a root stays whole after its forward, and then its parameters aren't those of the optimizer.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    spread_parameters = dict(trainable.modules.named_parameters())
+    sharded_parameters = dict(trainable.modules.named_parameters())
     trainable.groups = [
-        replace(group, parameters=[spread_parameters[names[id(parameter)]] for parameter in group.parameters])
+        replace(group, parameters=[sharded_parameters[names[id(parameter)]] for parameter in group.parameters])
         for group in trainable.groups
     ]
 
 
 def has_parameters(block: nn.Module) -> bool:
-    """Whether there is anything to shard_like."""
+    """Whether there is anything to shard."""
     return next(block.parameters(), None) is not None
 
 

@@ -82,7 +82,7 @@ def compute_training(
     work = runtime.work_folder / "training" / folder.stage_key
     num_holdout = config.validation.num_holdout or 0
     photos, held = split_photos(subject.images, num_holdout, key=lambda image: image.source_sha256)
-    with locked(work.with_suffix(".lock")) as embedding:
+    with locked(work.with_suffix(".lock")) as lock_descriptor:
         finished_meanwhile = find_manifest(runtime.store, TunedModel, "training", folder.stage_key)
         if finished_meanwhile is not None:
             return finished_meanwhile
@@ -110,7 +110,9 @@ def compute_training(
         runtime.live.begin(
             tags={TRAINING_TAG: folder.stage_key}, stale_tag=TRAINING_TAG, datasets=describe_datasets(subject, prior)
         )
-        result = run_worker(spec, on_event=lambda event: show_event(event, config, runtime), inherited=(embedding,))
+        result = run_worker(
+            spec, on_event=lambda event: show_event(event, config, runtime), inherited=(lock_descriptor,)
+        )
         manifest = store_result(folder, spec, result, subject, prior)
         keep_latents(runtime.store, spec)
         shutil.rmtree(work)

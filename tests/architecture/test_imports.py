@@ -43,7 +43,7 @@ def test_stages_never_import_each_other() -> None:
 
 def test_only_flows_and_steps_import_prefect() -> None:
     for path in FILES:
-        is_allowed = name_of(path).startswith("flows/") or path.name in ("steps.py", "prefect_states.py")
+        is_allowed = name_of(path).startswith("flows/") or path.name in ("steps.py", "states.py")
         assert is_allowed or "prefect" not in roots_of(path), name_of(path)
 
 

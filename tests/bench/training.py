@@ -35,6 +35,7 @@ from tasks.diffusion.registry import open_model
 from tasks.mini.world.scenes import CLASS_NOUNS, draw_subject
 from tasks.stage.digests import digest_folder
 from tasks.training.config import TrainingConfig
+from tasks.training.data.datamodule import DreamBoothDataModule
 from tasks.training.losses import prior_preservation_loss
 from tasks.training.module import DreamBoothModule
 from tasks.training.process.supervisor import run_worker
@@ -68,7 +69,7 @@ class Case:
         """Return the order for our worker."""
         settings = {
             "max_train_steps": steps, "train_batch_size": self.batch_size, "learning_rate": 2e-6,
-            "precision": self.precision, "checkpointing_steps": 100_000, "log_every_n_steps": 10,
+            "mixed_precision": {"fp32": "no"}.get(self.precision, self.precision), "checkpointing_steps": 100_000, "log_every_n_steps": 10,
             "deterministic": False, **changes,
         }  # fmt: skip
 
@@ -161,6 +162,9 @@ def profile_step(case: Case, *, num: int = 8) -> tuple[dict[str, float], float]:
     with tempfile.TemporaryDirectory() as name:
         spec = case.spec(Path(name) / "run", steps=num)
         module = DreamBoothModule(open_model(spec.diffusion, folder=case.model), spec)
+        batches = DreamBoothDataModule(module.model, spec).make_batches()
+        module.configure_model()
+        module.configure_optimizers()
     device = module.model.device
     parts = dict.fromkeys(("drawing the batch", "text encoder", "denoiser", "backward", "optimizer"), 0.0)
 
@@ -175,7 +179,7 @@ def profile_step(case: Case, *, num: int = 8) -> tuple[dict[str, float], float]:
     def step(index: int) -> None:
         with torch.autocast(device.type, DTYPES[case.precision], enabled=case.precision != "fp32"):
             rows = list(range(index * case.batch_size, (index + 1) * case.batch_size))
-            [batch] = timed("drawing the batch", lambda: module.batches.make(rows, device))
+            [batch] = timed("drawing the batch", lambda: batches.make(rows, device))
             conditioning = timed("text encoder", lambda: module.encode_unique(batch))
             noise = module.model.noise_scheduler
             noisy = noise.add_noise(batch.latents, batch.noise, batch.timesteps)
@@ -255,7 +259,7 @@ LEVERS: dict[str, dict[str, Any]] = {
 GPU_LEVERS: dict[str, dict[str, Any]] = {
     "channels last": {"channels_last": True},
     "compiled blocks": {"compile": True},
-    "without TF32, fp32": {"allow_tf32": False, "precision": "fp32"},
+    "without TF32": {"allow_tf32": False, "mixed_precision": "no"},
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.training import checkpoint_io as checkpoints
-from tasks.training.callbacks import steps as callbacks
+from tasks.training.callbacks import checkpoint as callbacks
 from tasks.training.module import DreamBoothModule
 from tasks.training.process import worker
 

@@ -111,7 +111,7 @@ def make_spec(tmp_path: Path, model_folder: Path, **changes: Any) -> TrainingSpe
 
 def train_here(folder: Path, model_folder: Path, *, spec: TrainingSpec | None = None, **changes: Any) -> RunFolder:
     """Train a tiny model in this process and return the run's folder."""
-    from tasks.training import worker  # Lightning takes seconds to import
+    from tasks.training.process import worker  # Lightning takes seconds to import
 
     spec = spec or make_spec(folder, model_folder, **changes)
     spec.path.mkdir(parents=True, exist_ok=True)

@@ -1,58 +1,76 @@
 """Which weights are kept while training, best first, and how they are written in the end."""
 
-import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.registry import open_model
 from tasks.errors import ArtifactCorrupt
+from tasks.manifests.training import LossRow
 from tasks.stage.files import quarantine
-from tasks.training.checkpoint_io import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint
+from tasks.training.callbacks.ema import Ema
+from tasks.training.callbacks.loss_log import LossLog
+from tasks.training.callbacks.step import StepCallback, is_due
+from tasks.training.checkpoint_io import TrainingState, copy_all, list_checkpoints, load_checkpoint, save_checkpoint
 from tasks.training.config import ValidationSettings
 from tasks.training.methods import prepare, save_learned
+from tasks.training.module import DreamBoothModule
 from tasks.training.process.worker_spec import RunFolder, TrainingSpec
 
 ALL = 1_000_000_000
 
 
-def rank_steps(losses: list[str], settings: ValidationSettings) -> list[int]:
+class BestCheckpoints(StepCallback):
+    """Keeps the weights of the best validated steps; they are published in the end."""
+
+    def __init__(self, spec: TrainingSpec, run: RunFolder, loss_log: LossLog, ema: Ema, *, fingerprint: dict[str, str]):
+        self.spec = spec
+        self.run = run
+        self.loss_log = loss_log
+        self.ema = ema
+        self.fingerprint = fingerprint
+
+    def on_step_end(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
+        """Save the weights that would be published if they are among the best yet; ranks agree."""
+        settings = self.spec.training.validation
+        if settings.keep != "best" or not is_due(module.step, settings.validation_steps):
+            return
+        is_good = module.step in rank_steps(self.loss_log.rows, settings)[: settings.save_top_k]
+        if not trainer.strategy.reduce_boolean_decision(is_good, all=False):
+            return
+        if trainer.is_global_zero or module.is_sharded:
+            weights = copy_all(self.ema.published(module), is_kept=trainer.is_global_zero)
+        if trainer.is_global_zero:
+            state = TrainingState(module.step, weights, {}, {}, [])
+            save_checkpoint(self.run.best, state, fingerprint=self.fingerprint, num_kept=ALL)
+            best = rank_steps(self.loss_log.rows, settings)[: settings.save_top_k]
+            for path in list_checkpoints(self.run.best):
+                if step_of(path) not in best:
+                    shutil.rmtree(path)
+
+
+def rank_steps(rows: Sequence[LossRow], settings: ValidationSettings) -> list[int]:
     """Return the validated steps of a loss log, best first; of equals, the earliest first."""
-    name, sign = ("validation_loss", 1) if settings.metric == "loss" else ("validation_similarity", -1)
-    rows = [json.loads(line) for line in losses if f'"{name}"' in line]
-    found = [(sign * row[name], row["step"]) for row in rows if row[name] is not None]
+    if settings.metric == "loss":
+        found = [(row.validation_loss, row.step) for row in rows if row.validation_loss is not None]
+    else:
+        found = [(-row.validation_similarity, row.step) for row in rows if row.validation_similarity is not None]
     return [step for _, step in sorted(found)]
 
 
-def is_candidate(losses: list[str], settings: ValidationSettings) -> bool:
-    """Whether the last step of a loss log is among the best."""
-    return json.loads(losses[-1])["step"] in rank_steps(losses, settings)[: settings.save_top_k]
-
-
-def keep_candidate(
-    run: RunFolder, spec: TrainingSpec, weights: dict[str, Tensor], losses: list[str], *, fingerprint: dict[str, str]
-) -> None:
-    """Save the weights of the last step, and drop those that are no longer among the best."""
-    settings = spec.training.validation
-    step = json.loads(losses[-1])["step"]
-    save_checkpoint(run.best, TrainingState(step, weights, {}, {}, []), fingerprint=fingerprint, num_kept=ALL)
-    best = rank_steps(losses, settings)[: settings.save_top_k]
-    for path in list_checkpoints(run.best):
-        if step_of(path) not in best:
-            shutil.rmtree(path)
-
-
-def list_candidates(run: RunFolder, losses: list[str], settings: ValidationSettings) -> list[Path]:
+def list_candidates(run: RunFolder, losses: Sequence[LossRow], settings: ValidationSettings) -> list[Path]:
     """Return the kept weights, best first."""
     kept = {step_of(path): path for path in list_checkpoints(run.best)}
     return [kept[step] for step in rank_steps(losses, settings) if step in kept]
 
 
 def verify_candidates(
-    run: RunFolder, losses: list[str], settings: ValidationSettings, *, fingerprint: dict[str, str]
+    run: RunFolder, losses: Sequence[LossRow], settings: ValidationSettings, *, fingerprint: dict[str, str]
 ) -> tuple[list[Path], list[Path]]:
     """Return the kept weights that verify, best first, and those that don't, which are set aside."""
     whole, damaged = [], []

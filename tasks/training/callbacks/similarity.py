@@ -5,7 +5,7 @@ from PIL import Image
 
 from tasks.encoders.embeddings import Encoders
 from tasks.prompts import write_plain_prompt
-from tasks.training.callbacks.validation import draw_samples
+from tasks.training.callbacks.samples import draw_samples
 from tasks.training.module import DreamBoothModule
 from tasks.training.process.worker_spec import TrainingSpec
 

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import logging
 import os
-import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -49,7 +49,6 @@ def run_worker(
     run.stop.unlink(missing_ok=True)
     run.failure.unlink(missing_ok=True)
     run.events.write_text("")
-    log_start = run.log.stat().st_size if run.log.exists() else 0
     process = start(spec, run, inherited=inherited)
     tail = EventTail(run.events, on_event)
     started = time.time()
@@ -70,12 +69,12 @@ def run_worker(
     failure = read_failure(run)
     if failure is not None and failure.kind == StorageFull.__name__:
         raise StorageFull(failure.message)
-    reason = f"{failure.kind}: {failure.message}" if failure else find_reason(run.log, start=log_start)
+    reason = str(failure) if failure else describe_exit(process.returncode)
     raise TrainingFailed(f"training ended at step {tail.last_step}: {reason}; see {run.log}")
 
 
 def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()) -> "subprocess.Popen[bytes]":
-    """Start one process per device, in a session of its own, holding the given embeddings."""
+    """Start one process per device, in a session of its own, holding the given file descriptors."""
     training = spec.training
     rdzv_args = ["--standalone"]
     if training.num_nodes > 1:
@@ -194,26 +193,18 @@ def read_failure(run: RunFolder) -> WorkerFailure | None:
         return None
 
 
-def find_reason(log: Path, *, start: int = 0) -> str:
-    """Return the most telling line of the worker's log, from a byte position on."""
-    text = log.read_bytes()[start:].decode(errors="replace") if log.exists() else ""
-    found = []
-    for line in reversed(text.splitlines()):
-        stripped = line.strip()
-        stripped = stripped.split("]:", 1)[-1].strip() if stripped.startswith("[rank") else stripped
-        name = stripped.split(":", 1)[0].rsplit(".", 1)[-1].strip()
-        if name.endswith(("Error", "Failed", "Corrupt", "Rejected", "Exception")) and "ChildFailed" not in name:
-            found.append(stripped[:300])
-    # The other ranks then lose their connection, which explains nothing.
-    telling = [line for line in found if not re.search("Connection closed by peer|Connection reset|NCCL", line)]
-    if found:
-        return (telling or found)[0]
-    return "the worker was killed or ended without a word"
+def describe_exit(code: int) -> str:
+    """Return how a worker ended that left no `failure.json`: nothing but its exit code is known."""
+    if code >= 0:
+        return f"the worker ended with exit code {code} before it could report why"
+    name = signal.Signals(-code).name
+    hint = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
+    return f"the worker was killed by {name}{hint}"
 
 
 @contextmanager
 def locked(path: Path, *, seconds: float = LOCK_SECONDS) -> Iterator[int]:
-    """Hold a lock for as long as this process, or one that inherited the embedding, lives.
+    """Hold a lock for as long as this process, or one that inherited the file descriptor, lives.
 
     Waits a little: the worker of a run that was killed ends itself within two seconds.
 

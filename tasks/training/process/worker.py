@@ -6,7 +6,6 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 -m tasks.trainin
 
 import contextlib
 import gc
-import json
 import logging
 import os
 import resource
@@ -21,49 +20,65 @@ import torch
 from pytorch_lightning.plugins import MixedPrecision, Precision
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.utils.data import DataLoader
 
 from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.device import choose_device
 from tasks.diffusion.registry import find_family
-from tasks.errors import ArtifactCorrupt, LikenessError, StorageFull, TrainingFailed
+from tasks.errors import ArtifactCorrupt, StorageFull, TrainingFailed
+from tasks.manifests.training import LossRow, dump_losses
+from tasks.redaction import clean_text, redact, shorten
 from tasks.stage.digests import dump_signed, load_signed
 from tasks.stage.files import explain_full_disk, write_atomic
 from tasks.stage.tensor_files import explain_full_tensors
 from tasks.training.callbacks.best_checkpoints import (
+    BestCheckpoints,
     open_base,
     step_of,
     verify_candidates,
     write_candidate,
     write_weights,
 )
-from tasks.training.callbacks.steps import TrainingCallbacks, emit_event
-from tasks.training.callbacks.validation import has_converged
-from tasks.training.checkpoint_io import copy_all, load_newest, restore_state
-from tasks.training.data.dataset import SampleCounter
+from tasks.training.callbacks.checkpoint import Checkpoints, Resume
+from tasks.training.callbacks.ema import Ema
+from tasks.training.callbacks.loss_log import LossLog
+from tasks.training.callbacks.samples import SampleGrids
+from tasks.training.callbacks.stop import EarlyStopping, Heartbeat, StopRequest, has_converged
+from tasks.training.callbacks.validation import Validation
+from tasks.training.checkpoint_io import TrainingState, copy_all, load_newest
+from tasks.training.data.datamodule import DreamBoothDataModule
 from tasks.training.methods import save_learned
 from tasks.training.module import DreamBoothModule
 from tasks.training.optimizers import set_up_kernels
 from tasks.training.process.worker_spec import STOPPED_EXIT_CODE, RunFolder, TrainingSpec, WorkerFailure, WorkerResult
-from tasks.training.sharding import init_process_group, shard_like
+from tasks.training.sharding import init_process_group
 
 
 def main(argv: list[str]) -> int:
-    """Fine-tune as the spec says; return the exit code.
-
-    Raises:
-        LikenessError: also noted in `failure.json`, for the supervisor.
-
-    """
+    """Fine-tune as the spec says; return the exit code. What ends it is written to `failure.json` first."""
     spec = read_spec(Path(argv[0]))
-    set_up_process(spec)
     try:
+        set_up_process(spec)
         return train(spec)
-    except LikenessError as error:
-        failure = WorkerFailure(kind=type(error).__name__, message=str(error))
-        with contextlib.suppress(OSError, StorageFull):  # then the log has to do
-            write_atomic(RunFolder(spec.path).failure, dump_signed(failure))
+    except Exception as error:
+        report_failure(RunFolder(spec.path), error)
         raise
+
+
+def report_failure(run: RunFolder, error: Exception) -> None:
+    """Write why this rank failed, unless another one did first: the others then only lose their connection to it."""
+    failure = WorkerFailure(
+        kind=type(error).__name__,
+        message=shorten(clean_text(redact(str(error)), keep=" ").strip() or "no message", limit=1000),
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    with contextlib.suppress(OSError, StorageFull):  # then the exit code has to do
+        staged = run.failure.with_suffix(f".{failure.rank}")
+        write_atomic(staged, dump_signed(failure))
+        try:
+            os.link(staged, run.failure)  # atomic, and fails where there is one
+        finally:
+            staged.unlink()
 
 
 def write_spec(path: Path, spec: TrainingSpec) -> None:
@@ -125,8 +140,7 @@ def halve_batch(spec: TrainingSpec) -> TrainingSpec:
             "gradient_accumulation_steps": training.gradient_accumulation_steps * 2,
         }
     )
-    emit_event(
-        RunFolder(spec.path),
+    RunFolder(spec.path).emit_event(
         {
             "event": "note",
             "text": f"out of memory: going on with {smaller.train_batch_size} instance images at a time, "
@@ -140,46 +154,73 @@ def attempt(spec: TrainingSpec, fingerprint: dict[str, str]) -> int:
     """Build everything, resume where a checkpoint is, fit, and write the result."""
     run = RunFolder(spec.path)
     model = open_base(spec)
-    if spec.training.fsdp and spec.training.world_size > 1:
-        init_process_group(model.device)
     state = load_newest(run.checkpoints, fingerprint=fingerprint)
-    start_step = state.step if state else 0
     set_up_kernels(model, spec.training)
-    module = DreamBoothModule(model, spec, start_step=start_step)
-    if state is not None:
-        restore_state(dict(module.named_trained()), module.optimizer, state)
-        for name, parameter in module.named_trained():
-            if name in state.ema:
-                module.ema[name] = shard_like(state.ema[name], like=parameter)
-    tell_shortened(run, spec, model)
-    keeper = TrainingCallbacks(spec, run, fingerprint=fingerprint, state=state)
-    has_stopped_early = spec.training.validation.early_stopping and has_converged(
-        keeper.losses, spec.training.validation
-    )
-    if start_step < spec.training.max_train_steps and not has_stopped_early:
-        fit(spec, module, keeper)
-        if keeper.was_stopped:
-            emit_event(run, {"event": "stopped", "step": module.step})
+    module = DreamBoothModule(model, spec, start_step=state.step if state else 0)
+    note_shortened_captions(run, spec, model)
+    callbacks = Callbacks(spec, run, state, fingerprint=fingerprint)
+    if callbacks.needs_training(module.start_step):
+        fit(spec, module, callbacks.ordered)
+        if callbacks.stop_request.was_stopped:
+            run.emit_event({"event": "stopped", "step": module.step})
             return STOPPED_EXIT_CODE
-    rank = int(os.environ.get("RANK", "0"))
+    else:  # it was trained, and cut off before its result was written
+        if module.is_sharded:
+            init_process_group(model.device)
+        module.configure_model()
+        module.configure_optimizers()
+        callbacks.resume.restore(module)
     weights = None
-    if module.fsdp:  # all ranks have to take part
-        weights = copy_all(module.ema or dict(module.named_trained()), is_kept=rank == 0)
-    if rank == 0:
-        write_result(run, module, keeper.losses, weights=weights, fingerprint=fingerprint)
+    is_first_rank = int(os.environ.get("RANK", "0")) == 0
+    if module.is_sharded:  # all ranks have to take part
+        weights = copy_all(callbacks.ema.published(module), is_kept=is_first_rank)
+    if is_first_rank:
+        callbacks.ema.copy_to(module)
+        write_result(run, module, callbacks.loss_log.rows, weights=weights, fingerprint=fingerprint)
     return 0
 
 
-def tell_shortened(run: RunFolder, spec: TrainingSpec, model: DiffusionModel) -> None:
+class Callbacks:
+    """The callbacks of a run, in the order in which they have to act."""
+
+    def __init__(
+        self, spec: TrainingSpec, run: RunFolder, state: TrainingState | None, *, fingerprint: dict[str, str]
+    ) -> None:
+        self.spec = spec
+        self.ema = Ema(spec.training.ema_decay)
+        self.loss_log = LossLog(spec, run, state.losses if state else ())
+        self.resume = Resume(state, self.ema)
+        self.stop_request = StopRequest(run)
+        self.ordered: list[pl.Callback] = [
+            Heartbeat(run),
+            self.resume,
+            self.ema,
+            Validation(spec, self.loss_log, self.ema),
+            self.loss_log,
+            BestCheckpoints(spec, run, self.loss_log, self.ema, fingerprint=fingerprint),
+            EarlyStopping(spec.training.validation, self.loss_log),
+            SampleGrids(run),
+            self.stop_request,
+            Checkpoints(run, self.loss_log, self.ema, fingerprint=fingerprint),
+        ]
+
+    def needs_training(self, start_step: int) -> bool:
+        """Whether steps are left: neither all are done nor was training stopped early."""
+        validation = self.spec.training.validation
+        has_ended = validation.early_stopping and has_converged(self.loss_log.rows, validation)
+        return start_step < self.spec.training.max_train_steps and not has_ended
+
+
+def note_shortened_captions(run: RunFolder, spec: TrainingSpec, model: DiffusionModel) -> None:
     """Note which captions a text encoder doesn't read to their end, and what it gets instead."""
     for image in spec.instance_images if os.environ.get("RANK", "0") == "0" else ():
         for name, short in model.shorten(image.prompt).items():
             if short != image.prompt:
                 text = f'{name} reads {model.max_length(name)} tokens of a caption: it gets "{short}"'
-                emit_event(run, {"event": "note", "text": text})
+                run.emit_event({"event": "note", "text": text})
 
 
-def fit(spec: TrainingSpec, module: DreamBoothModule, keeper: TrainingCallbacks) -> None:
+def fit(spec: TrainingSpec, module: DreamBoothModule, callbacks: list[pl.Callback]) -> None:
     """Train from the module's start step to the end, or until asked to stop."""
     config = spec.training
     trainer = pl.Trainer(
@@ -192,14 +233,13 @@ def fit(spec: TrainingSpec, module: DreamBoothModule, keeper: TrainingCallbacks)
         plugins=choose_precision(spec),
         accumulate_grad_batches=config.gradient_accumulation_steps,
         use_distributed_sampler=False,  # order is a function of the sample counter
-        callbacks=[keeper],
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,  # Lightning's own saving is neither atomic nor exact
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    counter = SampleCounter(spec, start_step=module.start_step, rank=trainer.global_rank, world_size=config.world_size)
-    trainer.fit(module, DataLoader(counter, batch_size=None))
+    trainer.fit(module, datamodule=DreamBoothDataModule(module.model, spec, start_step=module.start_step))
 
 
 def choose_precision(spec: TrainingSpec) -> Precision:
@@ -215,14 +255,14 @@ def choose_strategy(spec: TrainingSpec) -> Any:
         return "auto"
     if spec.training.fsdp:
         return ModelParallelStrategy(data_parallel_size=spec.training.world_size, tensor_parallel_size=1)
-    has_resting = find_family(spec.diffusion.family).has_unused_parameters
-    return DDPStrategy(find_unused_parameters=has_resting, gradient_as_bucket_view=True)
+    has_unused = find_family(spec.diffusion.family).has_unused_parameters
+    return DDPStrategy(find_unused_parameters=has_unused, gradient_as_bucket_view=True)
 
 
 def write_result(
     run: RunFolder,
     module: DreamBoothModule,
-    losses: list[str],
+    losses: list[LossRow],
     *,
     weights: dict[str, torch.Tensor] | None,
     fingerprint: dict[str, str],
@@ -233,16 +273,15 @@ def write_result(
     """
     spec = module.spec
     with explain_full_disk(run.losses):
-        run.losses.write_text("".join(line + "\n" for line in losses))
-    num_steps = json.loads(losses[-1])["step"]
+        run.losses.write_text(dump_losses(losses))
+    num_steps = losses[-1].step
     with explain_full_tensors(run.model, size_bytes=count_model_bytes(module)):
         published = write_best(run, spec, losses, fingerprint=fingerprint)
         if published is None and weights is not None:
             write_weights(weights, spec, run.model)
         elif published is None:
-            module.take_average()
             save_learned(module.model, spec, module.trainable, run.model)
-    tail = [loss for line in losses[-20:] if (loss := json.loads(line)["loss"]) is not None]
+    tail = [row.loss for row in losses[-20:] if row.loss is not None]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
@@ -260,14 +299,14 @@ def write_result(
     write_atomic(run.result, dump_signed(result, indent=1))
 
 
-def write_best(run: RunFolder, spec: TrainingSpec, losses: list[str], *, fingerprint: dict[str, str]) -> int | None:
+def write_best(run: RunFolder, spec: TrainingSpec, losses: list[LossRow], *, fingerprint: dict[str, str]) -> int | None:
     """Write the best kept weights as the model, the others beside it; return the step, None where none are kept."""
     shutil.rmtree(run.model, ignore_errors=True)
     shutil.rmtree(run.candidates, ignore_errors=True)
     candidates, damaged = verify_candidates(run, losses, spec.training.validation, fingerprint=fingerprint)
     for path in damaged:
         text = f"kept weights of step {step_of(path)} are damaged and left out; see {path}"
-        emit_event(run, {"event": "note", "text": text})
+        run.emit_event({"event": "note", "text": text})
     for place, path in enumerate(candidates):
         folder = run.candidates / path.name if place else run.model
         write_candidate(path, spec, folder, fingerprint=fingerprint)

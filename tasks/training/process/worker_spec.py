@@ -2,13 +2,15 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
 from tasks.config_base import Section
 from tasks.diffusion.config import DiffusionConfig
 from tasks.encoders.config import EncoderConfig
-from tasks.stage.digests import digest, digest_file
+from tasks.stage.digests import digest, digest_file, dump_line
+from tasks.stage.files import explain_full_disk
 from tasks.training.config import TrainingConfig
 from tasks.training.data.buckets import Size, choose_bucket
 
@@ -139,8 +141,15 @@ class WorkerResult(Section):
 class WorkerFailure(Section):
     """Why the worker ended, where it could say so."""
 
-    kind: str = Field(description="class of the error tree")
+    kind: str = Field(description="class of the exception")
     message: str
+    rank: int = 0
+    world_size: int = 1
+
+    def __str__(self) -> str:
+        """Return one line that names the rank, where there are several."""
+        where = f" on rank {self.rank}" if self.world_size > 1 else ""
+        return f"{self.kind}{where}: {self.message}"
 
 
 class RunFolder:
@@ -160,6 +169,11 @@ class RunFolder:
         self.candidates = folder / "candidates"
         self.samples = folder / "samples"
         self.log = folder / "worker.log"
+
+    def emit_event(self, event: dict[str, Any]) -> None:
+        """Append one event for the supervisor. Raises StorageFull."""
+        with explain_full_disk(self.events), self.events.open("a") as file:
+            file.write(dump_line(event))
 
     def digest_output(self) -> dict[str, str]:
         """Return the digests of everything that the training stage stores, by path below this folder."""

@@ -8,7 +8,7 @@ import pytest
 
 from tasks.errors import ArtifactCorrupt
 from tasks.manifests.base import Manifest, ObjectRef
-from tasks.services import store as store_module
+from tasks.services.store import local as store_module
 from tasks.services.config import StoreConfig
 from tasks.services.store.base import Store
 from tasks.services.store.local import LocalStore

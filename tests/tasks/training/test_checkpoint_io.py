@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tasks.errors import TrainingFailed
+from tasks.manifests.training import LossRow
 from tasks.stage.digests import DIGEST_FIELD, sign
 from tasks.training.checkpoint_io import MANIFEST, TrainingState, list_checkpoints, load_newest, save_checkpoint
 
@@ -15,7 +16,7 @@ FINGERPRINT = {"configuration": "c", "data": "d", "base model": "m"}
 
 def state(step: int, value: float = 1.0) -> TrainingState:
     weights = {"w": torch.full((3,), value * step)}
-    return TrainingState(step, weights, {"w|exp_avg": torch.ones(3)}, {"w": torch.zeros(3)}, ['{"step": 1}'])
+    return TrainingState(step, weights, {"w|exp_avg": torch.ones(3)}, {"w": torch.zeros(3)}, [LossRow(step=1)])
 
 
 def save(folder: Path, *steps: int) -> None:
@@ -30,7 +31,7 @@ def test_the_newest_is_loaded_and_two_are_kept(tmp_path: Path) -> None:
     assert loaded is not None
     assert loaded.step == 10
     assert torch.equal(loaded.weights["w"], torch.full((3,), 10.0))
-    assert loaded.losses == ['{"step": 1}']
+    assert loaded.losses == [LossRow(step=1)]
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "losses.jsonl", MANIFEST])

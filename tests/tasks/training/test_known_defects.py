@@ -10,7 +10,8 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from tasks.diffusion.noise_schedulers import GaussianDiffusion, RectifiedFlow
 from tasks.diffusion.registry import open_model
 from tasks.training.data import rng
-from tasks.training.data.dataset import BatchMaker, SampleCounter
+from tasks.training.data.batches import BatchFactory
+from tasks.training.data.datamodule import SampleIndices
 from tasks.training.losses import min_snr_weights, prior_preservation_loss
 from tasks.training.process.worker_spec import TrainingSpec
 from tests.support.tiny import make_spec
@@ -20,22 +21,22 @@ PROMPTS = ("a photo of sks fish", "sks fish in the snow", "sks fish on the beach
 
 
 @pytest.fixture(scope="module")
-def captioned(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> tuple[TrainingSpec, BatchMaker]:
+def captioned(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> tuple[TrainingSpec, BatchFactory]:
     """Three photos with a caption each and four class images."""
     spec = make_spec(tmp_path_factory.mktemp("captioned"), tiny_model_folder, flip_probability=0.5)
     images = tuple(
         image.model_copy(update={"prompt": prompt}) for image, prompt in zip(spec.instance_images, PROMPTS, strict=True)
     )
     spec = spec.model_copy(update={"instance_images": images})
-    return spec, BatchMaker(open_model(spec.diffusion), spec)
+    return spec, BatchFactory(open_model(spec.diffusion), spec)
 
 
 def indices_of(spec: TrainingSpec, *, rank: int, world_size: int, num: int) -> list[int]:
-    counter = SampleCounter(spec, start_step=0, rank=rank, world_size=world_size)
+    counter = SampleIndices(spec, start_step=0, rank=rank, world_size=world_size)
     return [int(i) for batch in islice(counter, num) for i in batch]
 
 
-def test_d1_cached_latents_stay_with_their_captions(captioned: tuple[TrainingSpec, BatchMaker]) -> None:
+def test_d1_cached_latents_stay_with_their_captions(captioned: tuple[TrainingSpec, BatchFactory]) -> None:
     spec, maker = captioned
     indices = list(range(60))
     [batch] = maker.make(indices, CPU)
@@ -48,7 +49,7 @@ def test_d1_cached_latents_stay_with_their_captions(captioned: tuple[TrainingSpe
     assert len({tuple(row) for row in batch.input_ids[:60].tolist()}) == 3
 
 
-def test_d2_every_rank_sees_every_image(captioned: tuple[TrainingSpec, BatchMaker]) -> None:
+def test_d2_every_rank_sees_every_image(captioned: tuple[TrainingSpec, BatchFactory]) -> None:
     spec, maker = captioned
     for rank in range(2):
         indices = indices_of(spec, rank=rank, world_size=2, num=9)
@@ -58,7 +59,7 @@ def test_d2_every_rank_sees_every_image(captioned: tuple[TrainingSpec, BatchMake
         assert set(items) == {0, 1, 2}
 
 
-def test_d3_every_class_image_is_used(captioned: tuple[TrainingSpec, BatchMaker]) -> None:
+def test_d3_every_class_image_is_used(captioned: tuple[TrainingSpec, BatchFactory]) -> None:
     spec, maker = captioned
     num = len(maker.buckets[0].sets["class"])
     assert num > len(maker.buckets[0].sets["instance"])
@@ -93,7 +94,7 @@ def test_d4_d5_every_example_of_both_halves_has_its_own_weight(
     assert float(loss.total) == pytest.approx(instance + 0.7 * prior, rel=1e-5)
 
 
-def test_d6_ranks_draw_different_noise_and_timesteps(captioned: tuple[TrainingSpec, BatchMaker]) -> None:
+def test_d6_ranks_draw_different_noise_and_timesteps(captioned: tuple[TrainingSpec, BatchFactory]) -> None:
     spec, maker = captioned
     [first], [second] = (maker.make(indices_of(spec, rank=rank, world_size=2, num=4), CPU) for rank in range(2))
     assert not torch.equal(first.timesteps, second.timesteps)
@@ -103,7 +104,7 @@ def test_d6_ranks_draw_different_noise_and_timesteps(captioned: tuple[TrainingSp
 
 def test_d7_mirroring_and_crops_are_drawn_anew_at_every_step(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder, flip_probability=0.5, num_crop_variants=3)
-    maker = BatchMaker(open_model(spec.diffusion), spec)
+    maker = BatchFactory(open_model(spec.diffusion), spec)
     assert maker.buckets[0].sets["instance"].mean.shape[1] == 6
     indices = list(range(180))
     items = rng.choose_items(3, seed=spec.seed, purpose="instance/item", indices=indices)

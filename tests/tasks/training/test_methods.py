@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.lora.adapters import KOHYA_FILE
+from tasks.diffusion.registry import open_model
 from tasks.diffusion.textual_inversion import EMBEDS_FILE
-from tasks.diffusion.types import LORA_FILE, SamplingRequest, open_model
+from tasks.diffusion.types import LORA_FILE, SamplingRequest
 from tasks.errors import ConfigError, TrainingFailed
 from tasks.training.module import DreamBoothModule
 from tasks.training.process import worker
@@ -153,7 +154,7 @@ def test_a_token_alone_leaves_every_weight_as_it_was(tmp_path: Path, tiny_model_
             assert torch.equal(tensor, after[name][: len(tensor)] if tensor.ndim else after[name]), name
     vectors = load_file(run.model / EMBEDS_FILE)["<sks>"]
     assert vectors.shape == (2, 16)
-    table = base.parts["text_encoder"].get_input_embeddings().weight
+    table = base.components["text_encoder"].get_input_embeddings().weight
     noun = base.tokenizers["text_encoder"]("fish", add_special_tokens=False).input_ids[0]
     assert not torch.equal(vectors[0], table[noun])
 
@@ -195,7 +196,7 @@ def test_every_family_trains_end_to_end(tmp_path: Path, family: str, method: str
     changes = {"method": method, "snr_gamma": 5.0, "lora": {"learning_rate": 3e-2}, "learning_rate": 1e-2}
     if method == "lora":
         # Samples are configured in fp32, which the half-precision weights can't be drawn with.
-        changes |= {"precision": "bf16", "weight_dtype": "bf16"}
+        changes |= {"mixed_precision": "bf16", "weight_dtype": "bf16"}
         changes["validation"] = {"validation_steps": 2, "sample_steps": 2, "sample_num_inference_steps": 2}
     run = train(tmp_path, folder, family=family, gradient_checkpointing=True, **changes)
     spec = family_spec(tmp_path, folder, family=family, method=method)
@@ -238,7 +239,7 @@ def test_a_first_step_that_changes_nothing_is_refused(
 def test_frozen_weights_may_be_half_precision_and_what_is_trained_is_not(
     tmp_path: Path, tiny_model_folder: Path
 ) -> None:
-    spec = make_spec(tmp_path, tiny_model_folder, method="lora", weight_dtype="bf16", precision="bf16")
+    spec = make_spec(tmp_path, tiny_model_folder, method="lora", weight_dtype="bf16", mixed_precision="bf16")
     model = open_model(spec.diffusion)
     assert isinstance(model, DiffusionModel)
     module = DreamBoothModule(model, spec)

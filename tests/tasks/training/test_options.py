@@ -61,8 +61,8 @@ def test_dropped_captions_change_the_loss(tmp_path: Path, tiny_model_folder: Pat
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "changes",
-    [{"optimizer": "prodigy"}, {"optimizer": "adamw8bit"}, {"precision": "fp16"}],
-    ids=["prodigy", "8-bit optimizer_state", "fp16 with its scaler"],
+    [{"optimizer": "prodigy"}, {"optimizer": "adamw8bit"}, {"mixed_precision": "fp16"}],
+    ids=["prodigy", "8-bit optimizer state", "fp16 with its scaler"],
 )
 def test_what_has_a_state_of_its_own_resumes_with_it(
     tmp_path: Path, tiny_model_folder: Path, changes: dict[str, object]
@@ -83,7 +83,7 @@ def test_half_precision_computes_roughly_and_keeps_whole_weights(
     tmp_path: Path, tiny_model_folder: Path, precision: str, tolerance: float
 ) -> None:
     plain = train(tmp_path / "plain", tiny_model_folder)
-    half = train(tmp_path / "half", tiny_model_folder, precision=precision)
+    half = train(tmp_path / "half", tiny_model_folder, mixed_precision=precision)
     kept = [loss for loss in losses(half) if loss is not None]  # fp16's scaler may leave the first steps out
     assert kept[0] != losses(plain)[0], "it computed in fp32"
     assert kept[0] == pytest.approx(losses(plain)[0], rel=tolerance)

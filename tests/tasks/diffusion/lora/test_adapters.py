@@ -12,7 +12,8 @@ from torch import nn
 
 from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.lora.adapters import add_lora, check_saved_lora, save_lora
-from tasks.diffusion.types import LORA_FILE, open_model
+from tasks.diffusion.registry import open_model
+from tasks.diffusion.types import LORA_FILE
 from tasks.errors import AdapterSaveFailed, ConfigError
 from tests.support.tiny_families import MAKERS, family_config, open_family
 from tests.support.tiny_lora import EXPORT, TARGETS, adapt, predict

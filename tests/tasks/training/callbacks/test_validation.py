@@ -14,12 +14,22 @@ from tasks.diffusion.types import SamplingRequest
 from tasks.encoders.config import EncoderConfig
 from tasks.encoders.embeddings import Encoders
 from tasks.errors import ConfigError
-from tasks.training.callbacks import steps as callbacks
-from tasks.training.callbacks.validation import compute_validation_loss, has_converged, read_validations
+from tasks.manifests.training import LossRow, parse_losses
+from tasks.training.callbacks import validation as callbacks
+from tasks.training.callbacks.stop import has_converged
+from tasks.training.callbacks.validation import compute_validation_loss
 from tasks.training.config import TrainingConfig, ValidationSettings
+from tasks.training.data.datamodule import DreamBoothDataModule
 from tasks.training.data.holdout import settle_validation
 from tasks.training.module import DreamBoothModule
+from tasks.training.process.worker_spec import RunFolder
 from tests.support.tiny import make_spec, read_unet, train_here
+
+
+def read_validations(run: RunFolder) -> dict[int, float]:
+    """Return the validation losses of a run by step."""
+    rows = parse_losses(run.losses.read_text())
+    return {row.step: row.validation_loss for row in rows if row.validation_loss is not None}
 
 
 def test_validating_and_sampling_leave_training_as_it_is(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -27,8 +37,7 @@ def test_validating_and_sampling_leave_training_as_it_is(tmp_path: Path, tiny_mo
     watched = {"validation_steps": 2, "sample_steps": 3, "sample_prompts": ("a photo of {subject}", "{subject}")}
     run = train_here(tmp_path / "watched", tiny_model_folder, validation=watched)
     assert all(torch.equal(tensor, read_unet(run)[name]) for name, tensor in read_unet(plain).items())
-    losses = run.losses.read_text().splitlines()
-    assert [step for step, _ in read_validations(losses)] == [2, 4, 6, 8]
+    assert list(read_validations(run)) == [2, 4, 6, 8]
     assert [path.name for path in sorted(run.samples.iterdir())] == ["step-00000003.png", "step-00000006.png"]
     assert Image.open(run.samples / "step-00000003.png").size == (64, 64)
 
@@ -38,7 +47,7 @@ def test_the_same_weights_have_the_same_validation_loss(tmp_path: Path, tiny_mod
         train_here(tmp_path / str(steps), tiny_model_folder, max_train_steps=steps, validation={"validation_steps": 2})
         for steps in (2, 4)
     ]
-    first, second = (dict(read_validations(run.losses.read_text().splitlines())) for run in runs)
+    first, second = (read_validations(run) for run in runs)
     assert first[2] == second[2]
     assert second[2] != second[4]
 
@@ -47,7 +56,7 @@ def test_the_best_weights_are_published(
     tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = iter((0.9, 0.4, 0.6, 0.5))
-    monkeypatch.setattr(callbacks, "compute_validation_loss", lambda module: torch.tensor(next(measured)))
+    monkeypatch.setattr(callbacks, "compute_validation_loss", lambda module, batches: torch.tensor(next(measured)))
     run = train_here(tmp_path / "best", tiny_model_folder, validation={"validation_steps": 2, "keep": "best"})
     result = json.loads(run.result.read_text())
     assert (result["published_step"], result["num_steps"]) == (4, 8)
@@ -59,7 +68,7 @@ def test_the_best_few_are_kept_and_written_as_the_published_one_is(
     tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = iter((0.9, 0.4, 0.6, 0.5))
-    monkeypatch.setattr(callbacks, "compute_validation_loss", lambda module: torch.tensor(next(measured)))
+    monkeypatch.setattr(callbacks, "compute_validation_loss", lambda module, batches: torch.tensor(next(measured)))
     validation = {"validation_steps": 2, "keep": "best", "save_top_k": 3}
     run = train_here(tmp_path / "best", tiny_model_folder, method="lora", validation=validation)
     assert json.loads(run.result.read_text())["published_step"] == 4
@@ -105,9 +114,9 @@ def test_training_stops_where_the_loss_has_settled(tmp_path: Path, tiny_model_fo
 @pytest.mark.parametrize(("late", "is_settled"), [([0.5, 0.5001, 0.4999], True), ([0.2, 0.7, 0.4], False)])
 def test_settled_means_little_variance_of_late(late: list[float], is_settled: bool) -> None:
     values = [1.0, 0.8, 0.6, *late]
-    lines = [json.dumps({"step": i, "validation_loss": value}) for i, value in enumerate(values)]
-    assert has_converged(lines, ValidationSettings(window=3)) is is_settled
-    assert not has_converged(lines[:5], ValidationSettings(window=3))
+    rows = [LossRow(step=i, validation_loss=value) for i, value in enumerate(values)]
+    assert has_converged(rows, ValidationSettings(window=3)) is is_settled
+    assert not has_converged(rows[:5], ValidationSettings(window=3))
 
 
 def settled(num_photos: int, **validation: object) -> tuple[TrainingConfig, str]:
@@ -146,13 +155,14 @@ def test_held_out_photos_are_validated_on_and_never_trained_on(tmp_path: Path, t
     model = open_model(spec.diffusion)
     assert isinstance(model, DiffusionModel)
     module = DreamBoothModule(model, spec)
-    held = module.batches.holdout[0]
-    latents = torch.cat([bucket.sets["instance"].mean for bucket in module.batches.buckets])
+    batches = DreamBoothDataModule(model, spec).make_batches()
+    held = batches.holdout[0]
+    latents = torch.cat([bucket.sets["instance"].mean for bucket in batches.buckets])
     assert len(held) == 1
     assert not any(torch.equal(held.mean[0], row) for row in latents)
-    before = float(compute_validation_loss(module))
+    before = float(compute_validation_loss(module, batches))
     held.mean.add_(1.0)
-    assert float(compute_validation_loss(module)) != before
+    assert float(compute_validation_loss(module, batches)) != before
     without = spec.model_copy(update={"holdout_images": ()})
     assert spec.fingerprint() != without.fingerprint()
     runs = [train_here(tmp_path / name, tiny_model_folder, spec=one.model_copy(update={"folder": str(tmp_path / name)}))

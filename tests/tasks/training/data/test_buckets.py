@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from tasks.diffusion.registry import open_model
+from tasks.training.data.batches import BatchFactory
 from tasks.training.data.buckets import Size, choose_bucket, list_buckets
-from tasks.training.data.dataset import BatchMaker
 from tasks.training.process.worker_spec import TrainingSpec
 from tests.support.tiny import describe_image, draw_photo, make_spec, read_unet, train_here
 
@@ -61,7 +61,7 @@ def test_a_photo_goes_where_least_is_cut(picture: tuple[int, int], size: tuple[i
 
 def test_samples_of_several_sizes_are_a_forward_each(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = framed_spec(tmp_path, tiny_model_folder)
-    batches = BatchMaker(open_model(spec.diffusion), spec).make([0, 1, 2], CPU)
+    batches = BatchFactory(open_model(spec.diffusion), spec).make([0, 1, 2], CPU)
     assert sorted(tuple(batch.latents.shape[2:]) for batch in batches) == [(12, 20), (16, 16), (20, 12)]
     assert sum(batch.share for batch in batches) == pytest.approx(1)
     for batch in batches:
@@ -72,7 +72,7 @@ def test_samples_of_several_sizes_are_a_forward_each(tmp_path: Path, tiny_model_
 
 def test_draws_do_not_depend_on_what_else_is_in_the_batch(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = framed_spec(tmp_path, tiny_model_folder)
-    maker = BatchMaker(open_model(spec.diffusion), spec)
+    maker = BatchFactory(open_model(spec.diffusion), spec)
     alone = [batch for i in (0, 1, 2) for batch in maker.make([i], CPU)]
     together = maker.make([0, 1, 2], CPU)
     for batch in together:

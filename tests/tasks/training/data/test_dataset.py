@@ -12,9 +12,12 @@ from tasks.diffusion.registry import open_model
 from tasks.errors import ArtifactCorrupt
 from tasks.services.store.local import LocalStore
 from tasks.training.data import rng
+from tasks.training.data.batches import BatchFactory
 from tasks.training.data.buckets import Size
-from tasks.training.data.dataset import BatchMaker, CropFlip, SampleCounter, load_picture, tokenize_prompts
+from tasks.training.data.datamodule import SampleIndices
 from tasks.training.data.latent_cache import fetch_latents, is_whole, keep_latents
+from tasks.training.data.latents import tokenize_prompts
+from tasks.training.data.preprocessing import CropFlip, preprocess_image
 from tests.support.tiny import describe_image, make_spec, train_here
 from tests.support.tiny_families import MAKERS, open_family
 
@@ -25,12 +28,12 @@ SQUARE = Size(32, 32)
 def test_cached_latents_equal_uncached_ones(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder, flip_probability=0.5)
     model = open_model(spec.diffusion)
-    [batch] = BatchMaker(model, spec).make([0, 1], CPU)
+    [batch] = BatchFactory(model, spec).make([0, 1], CPU)
     items = rng.choose_items(3, seed=spec.seed, purpose="instance/item", indices=[0, 1])
     flips = rng.draw_flags(0.5, seed=spec.seed, purpose="instance/flip", indices=[0, 1])
     for row, (item, flip) in enumerate(zip(items, flips, strict=True)):
         image = spec.instance_images[item]
-        pixels = load_picture(image, size=SQUARE).pixels
+        pixels = preprocess_image(image, size=SQUARE).pixels
         posterior = model.encode_images((pixels.flip(-1) if flip else pixels)[None])
         noise = rng.draw_normal(
             tuple(posterior.mean.shape[1:]), seed=spec.seed, purpose="instance/posterior", indices=[row]
@@ -42,7 +45,7 @@ def test_cached_latents_equal_uncached_ones(tmp_path: Path, tiny_model_folder: P
 def test_a_batch_is_instances_then_class_images_with_their_own_prompts(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder)
     model = open_model(spec.diffusion)
-    [batch] = BatchMaker(model, spec).make([0, 1], CPU)
+    [batch] = BatchFactory(model, spec).make([0, 1], CPU)
     expected = model.tokenize(["a photo of sks fish"] * 2 + ["a photo of a fish"] * 2)
     assert torch.equal(batch.input_ids, expected)
     assert batch.latents.shape == batch.noise.shape == (4, 4, 16, 16)
@@ -94,7 +97,7 @@ def test_the_original_size_is_the_photos_and_not_that_of_its_smaller_copy(tmp_pa
     images = tuple(i.model_copy(update={"original_width": 4000, "original_height": 3000}) for i in spec.instance_images)
     told = spec.model_copy(update={"diffusion": diffusion, "instance_images": images})
     model = open_family("stable_diffusion_xl", folder)
-    [batch] = BatchMaker(model, told).make([0, 1], CPU)
+    [batch] = BatchFactory(model, told).make([0, 1], CPU)
     assert batch.time_ids[:2, :2].tolist() == [[3000, 4000]] * 2
     assert batch.time_ids[2:, :2].tolist() == [[128, 128]] * 2  # class images are as they were drawn
     # Cached latents hold the sizes: another original is another file.
@@ -106,15 +109,15 @@ def test_the_original_size_is_the_photos_and_not_that_of_its_smaller_copy(tmp_pa
 def test_two_ranks_see_what_one_would(tmp_path: Path, tiny_model_folder: Path) -> None:
     one = make_spec(tmp_path, tiny_model_folder, train_batch_size=4)
     two = make_spec(tmp_path, tiny_model_folder, train_batch_size=2)
-    whole = torch.stack(list(islice(SampleCounter(one, start_step=0, rank=0, world_size=1), 5)))
-    ranks = [torch.stack(list(islice(SampleCounter(two, start_step=0, rank=rank, world_size=2), 5))) for rank in (0, 1)]
+    whole = torch.stack(list(islice(SampleIndices(one, start_step=0, rank=0, world_size=1), 5)))
+    ranks = [torch.stack(list(islice(SampleIndices(two, start_step=0, rank=rank, world_size=2), 5))) for rank in (0, 1)]
     assert torch.equal(whole, torch.cat(ranks, 1))
 
 
 def test_resuming_continues_the_count(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder, gradient_accumulation_steps=3)
-    whole = torch.stack(list(islice(SampleCounter(spec, start_step=0, rank=0, world_size=1), 12)))
-    rest = torch.stack(list(islice(SampleCounter(spec, start_step=2, rank=0, world_size=1), 6)))
+    whole = torch.stack(list(islice(SampleIndices(spec, start_step=0, rank=0, world_size=1), 12)))
+    rest = torch.stack(list(islice(SampleIndices(spec, start_step=2, rank=0, world_size=1), 6)))
     assert torch.equal(whole[6:], rest)
 
 
@@ -123,7 +126,7 @@ def test_aspect_is_kept(tmp_path: Path) -> None:
     wide.paste((0, 0, 255), (32, 0, 64, 32))
     wide.save(tmp_path / "wide.png")
     path = tmp_path / "wide.png"
-    loaded = load_picture(describe_image(path), size=SQUARE)
+    loaded = preprocess_image(describe_image(path), size=SQUARE)
     pixels = loaded.pixels
     assert loaded.time_ids == [32, 96, 0, 32, 32, 32]
     assert torch.equal(pixels[2], torch.ones(32, 32))
@@ -134,7 +137,7 @@ def test_a_photo_that_changed_after_qc_is_refused(tmp_path: Path, tiny_model_fol
     spec = make_spec(tmp_path, tiny_model_folder)
     Path(spec.instance_images[1].path).write_bytes(Path(spec.instance_images[0].path).read_bytes())
     with pytest.raises(ArtifactCorrupt, match="changed after it was checked"):
-        BatchMaker(open_model(spec.diffusion), spec)
+        BatchFactory(open_model(spec.diffusion), spec)
 
 
 def test_latents_are_encoded_once_for_all_runs(
@@ -142,21 +145,21 @@ def test_latents_are_encoded_once_for_all_runs(
 ) -> None:
     spec = make_spec(tmp_path / "first", tiny_model_folder)
     model = open_model(spec.diffusion)
-    [first] = BatchMaker(model, spec).make([0, 1, 2], CPU)
+    [first] = BatchFactory(model, spec).make([0, 1, 2], CPU)
     keep_latents(store, spec)
     again = spec.model_copy(update={"latent_folder": str(tmp_path / "elsewhere"), "seed": spec.seed})
     fetch_latents(store, again)
     monkeypatch.setattr(type(model), "encode_images", None)  # calling it would be an error
-    [second] = BatchMaker(model, again).make([0, 1, 2], CPU)
+    [second] = BatchFactory(model, again).make([0, 1, 2], CPU)
     assert torch.equal(first.latents, second.latents)
     changed = spec.model_copy(update={"instance_images": spec.instance_images[:2]})
     with pytest.raises(TypeError):
-        BatchMaker(model, changed)
+        BatchFactory(model, changed)
 
 
 def test_damaged_latents_of_the_store_are_not_used(tmp_path: Path, tiny_model_folder: Path, store: LocalStore) -> None:
     spec = make_spec(tmp_path / "first", tiny_model_folder)
-    BatchMaker(open_model(spec.diffusion), spec)
+    BatchFactory(open_model(spec.diffusion), spec)
     keep_latents(store, spec)
     name = spec.latents_path("instance", SQUARE).name
     store.put_bytes(f"latents/{name}", b"x" * spec.latents_path("instance", SQUARE).stat().st_size)
@@ -164,7 +167,7 @@ def test_damaged_latents_of_the_store_are_not_used(tmp_path: Path, tiny_model_fo
     fetch_latents(store, again)
     assert not is_whole(again.latents_path("instance", SQUARE))
     assert is_whole(again.latents_path("class", SQUARE))
-    BatchMaker(open_model(spec.diffusion), again)
+    BatchFactory(open_model(spec.diffusion), again)
     assert again.latents_path("instance", SQUARE).read_bytes() == spec.latents_path("instance", SQUARE).read_bytes()
     keep_latents(store, again)
     assert store.find_bytes(f"latents/{name}") == spec.latents_path("instance", SQUARE).read_bytes()
@@ -185,8 +188,8 @@ def test_a_crop_lies_around_what_the_inspector_boxed(tmp_path: Path) -> None:
     Image.new("RGB", (96, 32), "red").save(tmp_path / "photo.png")
     plain = describe_image(tmp_path / "photo.png")
     boxed = plain.model_copy(update={"focus": (0.25, 0.5)})
-    assert load_picture(plain, size=SQUARE).time_ids[2:4] == [0, 32]
-    assert load_picture(boxed, size=SQUARE).time_ids[2:4] == [0, 8]
+    assert preprocess_image(plain, size=SQUARE).time_ids[2:4] == [0, 32]
+    assert preprocess_image(boxed, size=SQUARE).time_ids[2:4] == [0, 8]
 
 
 def test_a_crop_lies_around_a_cut_out_subject(tmp_path: Path) -> None:
@@ -195,9 +198,9 @@ def test_a_crop_lies_around_a_cut_out_subject(tmp_path: Path) -> None:
     mask.paste(255, (70, 8, 90, 24))
     mask.save(tmp_path / "mask.png")
     image = describe_image(tmp_path / "photo.png", mask=tmp_path / "mask.png")
-    loaded = load_picture(image, size=SQUARE)
+    loaded = preprocess_image(image, size=SQUARE)
     assert loaded.time_ids[2:4] == [0, 64]
     assert loaded.mask.sum() == 20 * 16
-    flipped = load_picture(image, size=SQUARE, variant=CropFlip(is_flipped=True))
+    flipped = preprocess_image(image, size=SQUARE, variant=CropFlip(is_flipped=True))
     assert flipped.time_ids[3] == 0
     assert torch.equal(flipped.mask, loaded.mask.flip(-1))

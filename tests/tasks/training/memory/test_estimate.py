@@ -14,6 +14,8 @@ from conf.schema import RunConfig
 from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.hub import find_description
 from tasks.diffusion.registry import open_model
+from tasks.training.data.batches import BatchFactory, StepBatch
+from tasks.training.data.datamodule import DreamBoothDataModule
 from tasks.training.memory.estimate import build_empty, estimate_memory, estimate_methods
 from tasks.training.memory.table import MemoryEstimate, look_up
 from tasks.training.module import DreamBoothModule
@@ -28,7 +30,7 @@ def estimate(spec: TrainingSpec) -> MemoryEstimate:
     return estimate_memory(Path(spec.model_folder), spec.diffusion, spec.training)
 
 
-def measure_kept(module: DreamBoothModule) -> int:
+def measure_kept(module: DreamBoothModule, batches: BatchFactory) -> int:
     """Return the bytes that a real forward keeps for the backward."""
     weights = {
         p.untyped_storage().data_ptr()
@@ -43,8 +45,9 @@ def measure_kept(module: DreamBoothModule) -> int:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
+    indices = list(range(module.spec.training.train_batch_size))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        module.training_step(torch.arange(module.spec.training.train_batch_size), 0)
+        module.training_step(StepBatch(indices, batches.make(indices, module.model.device)), 0)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -56,9 +59,11 @@ def test_the_estimate_agrees_with_a_real_forward(tmp_path: Path, family: str, me
     model = open_model(spec.diffusion)
     assert isinstance(model, DiffusionModel)
     module = DreamBoothModule(model, spec)
+    batches = DreamBoothDataModule(model, spec).make_batches()
+    module.configure_model()
     predicted = estimate(spec)
     assert predicted.trainable_parameters == sum(p.numel() for _, p in module.named_trained())
-    assert predicted.activations == pytest.approx(measure_kept(module), rel=0.25)
+    assert predicted.activations == pytest.approx(measure_kept(module, batches), rel=0.25)
 
 
 def test_less_is_predicted_for_what_takes_less(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -97,7 +102,7 @@ def preset_config(name: str, *words: str) -> RunConfig:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_shipped_architectures_have_the_published_numbers_of_parameters(name: str) -> None:
     config = preset_config(name).diffusion
-    parts = build_empty(find_description(config), config).parts
+    parts = build_empty(find_description(config), config).components
     assert {part: sum(p.numel() for p in parts[part].parameters()) for part in PARAMETERS[name]} == PARAMETERS[name]
 
 

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from tasks.errors import TrainingFailed
+from tasks.training.data.batches import StepBatch
 from tasks.training.module import DreamBoothModule
 from tasks.training.process import supervisor, worker
-from tasks.training.process.supervisor import find_reason, locked, run_worker
+from tasks.training.process.supervisor import describe_exit, locked, run_worker
 from tasks.training.process.worker_spec import RunFolder, TrainingSpec
 from tests.support.tiny import make_spec
 
@@ -43,10 +44,10 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> InProcess:
     forward = DreamBoothModule.training_step
 
     def run(spec: TrainingSpec, *, spoil: frozenset[int] | set[int] = frozenset(), memory_for: int = 64) -> RunFolder:
-        def faulty(module: DreamBoothModule, indices: torch.Tensor, batch_idx: int) -> dict[str, torch.Tensor]:
-            if len(indices) > memory_for:
+        def faulty(module: DreamBoothModule, batch: StepBatch, batch_idx: int) -> dict[str, torch.Tensor]:
+            if len(batch.indices) > memory_for:
                 raise torch.OutOfMemoryError("too much")
-            out = forward(module, indices, batch_idx)
+            out = forward(module, batch, batch_idx)
             return {k: v * float("nan") for k, v in out.items()} if module.step + 1 in spoil else out
 
         monkeypatch.setattr(DreamBoothModule, "training_step", faulty)
@@ -149,8 +150,9 @@ def test_a_second_run_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     thread.join()
 
 
-def test_a_silent_end_is_said_to_be_one(tmp_path: Path) -> None:
-    assert "killed or ended without a word" in find_reason(tmp_path / "none.log")
+def test_a_killed_worker_is_reported_by_its_signal() -> None:
+    assert describe_exit(-9) == "the worker was killed by SIGKILL, as the system does when memory runs out"
+    assert describe_exit(1) == "the worker ended with exit code 1 before it could report why"
 
 
 def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path, tiny_model_folder: Path, in_process: InProcess) -> None:

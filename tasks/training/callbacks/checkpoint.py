@@ -1,0 +1,68 @@
+"""Exact resume: checkpoints are restored before the first step and saved at optimizer steps."""
+
+import pytorch_lightning as pl
+
+from tasks.training.callbacks.ema import Ema
+from tasks.training.callbacks.loss_log import LossLog
+from tasks.training.callbacks.step import StepCallback, as_dreambooth, is_due, is_last_step
+from tasks.training.checkpoint_io import TrainingState, collect_state, restore_state, save_checkpoint
+from tasks.training.module import DreamBoothModule
+from tasks.training.process.worker_spec import RunFolder
+from tasks.training.sharding import shard_like
+
+
+class Resume(pl.Callback):
+    """Restores a checkpoint after Lightning has placed the weights and made the optimizer; must come first."""
+
+    def __init__(self, state: TrainingState | None, ema: Ema) -> None:
+        self.state = state
+        self.ema = ema
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Restore weights, optimizer, average and gradient scaler."""
+        if self.state is not None:
+            self.restore(as_dreambooth(pl_module))
+            if self.state.scaler:
+                trainer.precision_plugin.load_state_dict(self.state.scaler)
+
+    def restore(self, module: DreamBoothModule) -> None:
+        """Restore what does not need a trainer."""
+        if self.state is None:
+            return
+        restore_state(dict(module.named_trained()), module.optimizer, self.state)
+        for name, parameter in module.named_trained():
+            if name in self.state.ema:
+                self.ema.weights[name] = shard_like(self.state.ema[name], like=parameter)
+
+
+class Checkpoints(StepCallback):
+    """Saves every `checkpointing_steps`, at the last step and when training is stopped; must come last."""
+
+    def __init__(self, run: RunFolder, loss_log: LossLog, ema: Ema, *, fingerprint: dict[str, str]) -> None:
+        self.run = run
+        self.loss_log = loss_log
+        self.ema = ema
+        self.fingerprint = fingerprint
+
+    def on_step_end(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
+        """Save where it is due; every rank waits until the first one has written."""
+        is_end = trainer.should_stop or is_last_step(module)
+        if not (is_end or is_due(module.step, module.spec.training.checkpointing_steps)):
+            return
+        self.loss_log.flush(trainer)
+        if trainer.is_global_zero or module.is_sharded:
+            state = collect_state(
+                dict(module.named_trained()),
+                module.optimizer,
+                step=module.step,
+                ema=self.ema.weights,
+                losses=self.loss_log.rows,
+                scaler=trainer.precision_plugin.state_dict(),
+                is_writer=trainer.is_global_zero,
+            )
+        if trainer.is_global_zero:
+            limit = module.spec.training.checkpoints_total_limit
+            save_checkpoint(self.run.checkpoints, state, fingerprint=self.fingerprint, num_kept=limit)
+            self.run.emit_event({"event": "checkpoint", "step": module.step})
+        trainer.strategy.barrier()
+        self.loss_log.restart_clock()

@@ -1,0 +1,63 @@
+"""Grids of samples while training: the weights as they are, nothing is loaded again."""
+
+import pytorch_lightning as pl
+from PIL import Image
+
+from tasks.diffusion.types import SamplingRequest
+from tasks.prompts import write_subject_prompt
+from tasks.stage.files import explain_full_disk
+from tasks.training.callbacks.step import StepCallback, is_due
+from tasks.training.module import DreamBoothModule
+from tasks.training.process.worker_spec import RunFolder
+
+SAMPLE_SEED, SAMPLE_GUIDANCE, SAMPLES_PER_PROMPT = 7, 3.0, 2
+
+
+class SampleGrids(StepCallback):
+    """Draws a grid between two steps, every `sample_steps`; training continues from the same weights."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    def on_step_end(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
+        """Draw where it is due; sharded weights need every rank."""
+        if not is_due(module.step, module.spec.training.validation.sample_steps):
+            return
+        rows = draw_samples(module) if trainer.is_global_zero or module.is_sharded else []
+        if trainer.is_global_zero:
+            self.run.samples.mkdir(exist_ok=True)
+            with explain_full_disk(self.run.samples):
+                join_grid(rows).save(self.run.samples / f"step-{module.step:08d}.png")
+            self.run.emit_event({"event": "samples", "step": module.step})
+        trainer.strategy.barrier()
+
+
+def draw_samples(module: DreamBoothModule) -> list[list[Image.Image]]:
+    """Draw a row of samples per prompt with the weights as they are; nothing is loaded again."""
+    spec = module.spec
+    words = {"identifier_token": spec.identifier_token, "class_noun": spec.class_noun}
+    was_training = [part.training for part in module.trained.values()]
+    module.trained.eval()
+    vae_device = module.model.vae.device
+    module.model.vae.to(module.device)
+    rows = []
+    validation = spec.training.validation
+    for template in validation.sample_prompts:  # one by one: memory is full of training
+        prompt = write_subject_prompt(template, **words)
+        requests = [SamplingRequest(prompt, SAMPLE_SEED + i) for i in range(SAMPLES_PER_PROMPT)]
+        num_steps = validation.sample_num_inference_steps
+        rows.append(module.model.sample(requests, num_inference_steps=num_steps, guidance_scale=SAMPLE_GUIDANCE))
+    module.model.vae.to(vae_device)
+    for part, mode in zip(module.trained.values(), was_training, strict=True):
+        part.train(mode)
+    return rows
+
+
+def join_grid(rows: list[list[Image.Image]]) -> Image.Image:
+    """Return rows of equally large pictures as one."""
+    width, height = rows[0][0].size
+    grid = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            grid.paste(picture, (width * x, height * y))
+    return grid

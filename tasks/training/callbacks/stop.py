@@ -1,0 +1,85 @@
+"""What ends training before its last step: the supervisor's request, or a converged validation loss."""
+
+import time
+from collections.abc import Sequence
+from statistics import pvariance
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from tasks.manifests.training import LossRow
+from tasks.training.callbacks.loss_log import LossLog
+from tasks.training.callbacks.step import StepCallback, is_due, is_last_step
+from tasks.training.config import ValidationSettings
+from tasks.training.module import DreamBoothModule
+from tasks.training.process.worker_spec import RunFolder
+
+CHECK_SECONDS = 2.0
+
+
+class Heartbeat(pl.Callback):
+    """Touches a file after every forward: the supervisor ends all ranks where one stands still."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Touch this rank's file."""
+        self.run.alive(trainer.global_rank).touch()
+
+
+class EarlyStopping(StepCallback):
+    """Stops where the validation loss has converged on any rank."""
+
+    def __init__(self, settings: ValidationSettings, loss_log: LossLog) -> None:
+        self.settings = settings
+        self.loss_log = loss_log
+
+    def on_step_end(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
+        """Decide after every validation; ranks agree."""
+        if self.settings.early_stopping and is_due(module.step, self.settings.validation_steps):
+            has_ended = has_converged(self.loss_log.rows, self.settings)
+            if trainer.strategy.reduce_boolean_decision(has_ended, all=False):
+                trainer.should_stop = True
+
+
+class StopRequest(StepCallback):
+    """Stops when the supervisor asks for it, to be resumed from this very step."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.was_stopped = False
+        self.steps_between_checks = 1
+        self.checked: tuple[int, float] | None = None
+
+    def on_step_end(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
+        """Look for the stop file; several ranks look every few seconds, since agreeing makes them wait."""
+        if trainer.world_size > 1 and module.step % self.steps_between_checks:
+            return
+        is_asked = bool(trainer.strategy.reduce_boolean_decision(self.run.stop.exists(), all=False))
+        self.space_checks(trainer, module.step)
+        if is_asked and not is_last_step(module) and not trainer.should_stop:
+            self.was_stopped = trainer.should_stop = True
+
+    def space_checks(self, trainer: pl.Trainer, step: int) -> None:
+        """Adapt the steps between two checks to their speed, alike on all ranks."""
+        if trainer.world_size == 1:
+            return
+        now = time.monotonic()
+        if self.checked is not None and step > self.checked[0]:
+            seconds = torch.tensor((now - self.checked[1]) / (step - self.checked[0]))
+            mean = float(trainer.strategy.reduce(seconds.to(trainer.strategy.root_device), reduce_op="mean"))
+            self.steps_between_checks = max(1, int(CHECK_SECONDS / max(mean, 1e-9)))
+        self.checked = (step, now)
+
+
+def has_converged(rows: Sequence[LossRow], settings: ValidationSettings) -> bool:
+    """Tell whether the validation loss varies little of late, against all of its course (DVAR, arXiv 2302.04841)."""
+    values = [row.validation_loss for row in rows if row.validation_loss is not None]
+    if len(values) < 2 * settings.window:
+        return False
+    total = pvariance(values)
+    return total == 0 or pvariance(values[-settings.window :]) / total < settings.threshold

@@ -1,0 +1,108 @@
+"""From a photo's file to pixels of the training size: scaled, cropped, flipped, with its mask."""
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tasks.errors import ArtifactCorrupt
+from tasks.training.data import rng
+from tasks.training.data.buckets import Size
+from tasks.training.process.worker_spec import TrainingImage, TrainingSpec
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """How a picture is cut: the crop's place in the free room `[0, 1]`, and mirroring.
+
+    Without a place the crop lies around the subject where a mask or the inspector says where that is,
+    else in the middle.
+    """
+
+    left: float | None = None
+    top: float | None = None
+    is_flipped: bool = False
+
+
+@dataclass(frozen=True)
+class PreprocessedImage:
+    """A picture cut to size: pixels `(3, H, W)` in [-1, 1], mask `(1, H, W)` in [0, 1], six time_ids.
+
+    The time_ids are original height and width, top and left of the crop, and its height and width, in pixels
+    (those of Stable Diffusion XL, arXiv 2307.01952).
+    """
+
+    pixels: Tensor
+    mask: Tensor
+    time_ids: list[int]
+
+
+def preprocess_image(image: TrainingImage, *, size: Size, variant: CropFlip = CropFlip()) -> PreprocessedImage:
+    """Scale a picture until it covers the size, its aspect kept, and crop what is over.
+
+    Raises:
+        ArtifactCorrupt: the file isn't the one that was inspected.
+
+    """
+    with Image.open(io.BytesIO(check_digest(Path(image.path), image.sha256))) as opened:
+        picture = opened.convert("RGB")
+    mask = Image.new("L", picture.size, 255)
+    if image.mask_path:
+        with Image.open(io.BytesIO(check_digest(Path(image.mask_path), image.mask_sha256))) as opened:
+            mask = opened.convert("L")
+    factor = max(size.width / picture.width, size.height / picture.height)
+    width, height = max(size.width, round(picture.width * factor)), max(size.height, round(picture.height * factor))
+    focus = find_focus(image, mask)
+    left = place_crop(variant.left, width, size.width, focus=focus[0])
+    top = place_crop(variant.top, height, size.height, focus=focus[1])
+    crop = (left, top, left + size.width, top + size.height)
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0).crop(crop)
+    mask = mask.resize((width, height), Image.Resampling.BOX).crop(crop)
+    pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1.0
+    opacity = torch.from_numpy(np.asarray(mask).copy())[None].float() / 255
+    if variant.is_flipped:
+        pixels, opacity, left = pixels.flip(-1), opacity.flip(-1), width - size.width - left
+    return PreprocessedImage(pixels, opacity, [*image.original_size(), top, left, size.height, size.width])
+
+
+def find_focus(image: TrainingImage, mask: Image.Image) -> tuple[float, float]:
+    """Return what a crop should lie around, in shares of width and height."""
+    if image.focus is not None and not image.mask_path:
+        return image.focus
+    box = mask.point(lambda value: 255 * (value > 127)).getbbox() or (0, 0, *mask.size)
+    return (box[0] + box[2]) / 2 / mask.width, (box[1] + box[3]) / 2 / mask.height
+
+
+def place_crop(share: float | None, length: int, side: int, *, focus: float) -> int:
+    """Return where a crop begins: at a share of the free room, or around a point of the picture."""
+    free = length - side
+    if share is not None:
+        return round(free * share)
+    return min(free, max(0, round(focus * length - side / 2)))
+
+
+def plan_crops(spec: TrainingSpec, index: int) -> list[CropFlip]:
+    """Return the variants of an instance image; random crops are a function of seed, image and number."""
+    num = spec.training.num_crop_variants
+    if num == 0:
+        places: list[tuple[float | None, float | None]] = [(None, None)]
+    else:
+        rows = [index * num + i for i in range(num)]
+        left = rng.draw_uniform(seed=spec.seed, purpose="instance/crop-left", indices=rows)
+        top = rng.draw_uniform(seed=spec.seed, purpose="instance/crop-top", indices=rows)
+        places = list(zip(left.tolist(), top.tolist(), strict=True))
+    mirrorings = (False, True) if spec.training.flip_probability > 0 else (False,)
+    return [CropFlip(left, top, is_flipped) for is_flipped in mirrorings for left, top in places]
+
+
+def check_digest(path: Path, sha256: str) -> bytes:
+    """Return a file's bytes. Raises ArtifactCorrupt if it isn't the one that was inspected."""
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ArtifactCorrupt(f"{path} changed after it was checked; run again to fetch it anew")
+    return data

@@ -279,6 +279,8 @@ class DiffusionModel(ABC):
         index: dict[str, Any] = {"_class_name": self.pipeline_class, "_diffusers_version": diffusers.__version__}
         index |= {name: [None, None] for name in self.index_names()} | self.settings
         for name, part in {**self.components, "scheduler": self.saved_scheduler()}.items():
+            if name.startswith("tokenizer"):
+                reset_tokenizer(part)
             part.save_pretrained(folder / name)
             library = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"
             index[name] = [library, type(part).__name__]
@@ -287,6 +289,14 @@ class DiffusionModel(ABC):
     def saved_scheduler(self) -> Any:
         """Return the scheduler that a saved folder names."""
         return self.make_sampler()
+
+
+def reset_tokenizer(tokenizer: Any) -> None:
+    """Forget padding and truncation of the last call: `save_pretrained` would write them, and so depend on it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
 
 
 def release_memory() -> None:

@@ -77,7 +77,7 @@ def left_behind(folder: Path) -> list[psutil.Process]:
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("raise:5:1", "ValueError: planned fault"), ("forward:5:1", "killed or ended|Connection")],
+    [("raise:5:1", "ValueError on rank 1: planned fault"), ("forward:5:1", "killed or ended|Connection")],
     ids=["raised", "killed"],
 )
 def test_two_ranks_of_which_one_failed_leave_nothing_and_end_bit_equal(

@@ -30,11 +30,9 @@ from flows.run_records import (
 from tasks.errors import ConfigError
 from tasks.manifests.base import ModelRef
 from tasks.manifests.evaluation import Evaluation
-from tasks.manifests.prior import ClassImageSet
 from tasks.manifests.publishing import Publication
+from tasks.manifests.run import RunManifests
 from tasks.manifests.scoring import Scorecard
-from tasks.manifests.subject import SubjectSet
-from tasks.manifests.training import TunedModel
 from tasks.redaction import MASK, SECRET_NAME, install_log_redaction, redact
 from tasks.stage.cache import PREFIXES, read_verified
 from tasks.stage.context import Runtime
@@ -44,7 +42,6 @@ from tasks.stage.progress import ProgressView, make_progress
 if TYPE_CHECKING:
     from tasks.services.tracking.base import Tracker
 
-Manifests = tuple[SubjectSet, ClassImageSet, TunedModel, Evaluation, Scorecard, Publication]
 progress_of_run: contextvars.ContextVar[ProgressView | None] = contextvars.ContextVar("progress", default=None)
 trust_of_run: contextvars.ContextVar[bool] = contextvars.ContextVar("trust", default=True)
 """False while runs are resumed that a deployment was asked for."""
@@ -63,13 +60,13 @@ class Run:
     started: float
 
     @property
-    def config_rows(self) -> list[tuple[str, str]]:
+    def config_rows(self) -> tuple[tuple[str, str], ...]:
         """Return the configuration as dotted names and values, as it is shown to others."""
-        return show_config(self.config)
+        return tuple(show_config(self.config))
 
-    def summarize(self, manifests: Manifests) -> dict[str, Any]:
+    def summarize(self, manifests: RunManifests, publication: Publication) -> dict[str, Any]:
         """Write `summary.json` (described in flows/README.md) and return it."""
-        evaluation, scores, publication = manifests[3], manifests[4], manifests[5]
+        subject, evaluation, scores = manifests.subject, manifests.evaluation, manifests.scoring
         runtime = self.runtime
         report = self.folder / "report.html"
         write_atomic(report, read_verified(runtime.store, publication.report))
@@ -96,7 +93,7 @@ class Run:
             "llm_calls": runtime.llm.ledger.count_calls(),
             "training_steps": runtime.num_training_steps,
             "cost_usd": runtime.llm.ledger.sum_cost(),
-            "subject": {"class_noun": manifests[0].class_noun, "identifier_token": manifests[0].identifier_token},
+            "subject": {"class_noun": subject.class_noun, "identifier_token": subject.identifier_token},
             "stages": stages,
             "metrics": collect_metrics(evaluation),
             "scores": {side: score.model_dump() for side, score in scores.scores.items()},

@@ -183,7 +183,7 @@ def plan_requests(config: RunConfig) -> list[tuple[str, list[RequestSpec[Any]]]]
     from tasks.manifests.base import ObjectRef
     from tasks.manifests.evaluation import Sample
     from tasks.manifests.subject import ImageMeasures
-    from tasks.scoring.judge_requests import JudgeContext, list_questions, list_second
+    from tasks.scoring.judge_requests import JudgeContext, list_judge_requests, list_second_judge_requests
     from tasks.subject.captions import captioning
     from tasks.subject.name_lookup import look_up_spec
     from tasks.subject.photos.ingest import Photo
@@ -227,7 +227,9 @@ def plan_requests(config: RunConfig) -> list[tuple[str, list[RequestSpec[Any]]]]
         published_step=-1,
         read=lambda sample: shrink_png(sample_png, max_side=config.scoring.max_side),
     )
-    plan.append(("judge", [question.spec for question in list_questions(config.scoring, material)]))
+    plan.append(("judge", [question.spec for question in list_judge_requests(config.scoring, material)]))
     if config.llm.fallback_chain("second_judge"):
-        plan.append(("second_judge", [question.spec for question in list_second(config.scoring, material)]))
+        plan.append(
+            ("second_judge", [question.spec for question in list_second_judge_requests(config.scoring, material)])
+        )
     return plan

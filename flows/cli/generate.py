@@ -88,9 +88,9 @@ def fetch_weights(store: Store, name: str, key: str, *, candidate: int | None, w
     from tasks.stage.cache import fetch_folder, find_manifest
 
     if candidate is None:
-        manifest: Publication | TunedModel | None = find_manifest(store, Publication, "publishing", key)
+        manifest: Publication | TunedModel | None = find_manifest(store, Publication, stage="publishing", key=key)
     else:
-        manifest = find_manifest(store, TunedModel, "training", key)
+        manifest = find_manifest(store, TunedModel, stage="training", key=key)
     if manifest is None:
         raise ConfigError(f"the model of run {name} is gone from the store; run it again")
     if isinstance(manifest, Publication):

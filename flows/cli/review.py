@@ -41,7 +41,7 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
     run = read_run(folder)
     store = open_store(run.config.store)
     key = run.find_stage_key("subject")
-    subject = find_manifest(store, SubjectSet, "subject", key)
+    subject = find_manifest(store, SubjectSet, stage="subject", key=key)
     if subject is None:
         raise ConfigError(f"the captions of run {folder.name} are gone from the store; run it again")
     if not run.config.llm.profile("reviewer").capabilities.tools:

@@ -15,7 +15,7 @@ from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Side, Subje
 
 
 @dataclass(frozen=True)
-class PhotoAnnotation:
+class Features:
     """Pictures by both encoders, and the prompts they answer."""
 
     clip: Tensor
@@ -23,10 +23,10 @@ class PhotoAnnotation:
     texts: Tensor
 
 
-def describe(encoders: Encoders, images: Sequence[Image.Image], prompts: Sequence[str]) -> PhotoAnnotation:
+def describe(encoders: Encoders, images: Sequence[Image.Image], prompts: Sequence[str]) -> Features:
     """Encode pictures and their prompts."""
     pictures = list(images)
-    return PhotoAnnotation(
+    return Features(
         encoders.encode_clip(pictures), encoders.encode_dino(pictures), encoders.encode_texts(list(prompts))
     )
 
@@ -45,7 +45,7 @@ def mean_similarity_within(rows: Tensor) -> float:
     return total / (num * (num - 1))
 
 
-def measure_subject(samples: PhotoAnnotation, photos: PhotoAnnotation) -> SubjectMetrics:
+def measure_subject(samples: Features, photos: Features) -> SubjectMetrics:
     """Return DINO and CLIP-I against the photos, CLIP-T against the class prompts."""
     return SubjectMetrics(
         dino=mean_similarity(samples.dino, photos.dino),
@@ -54,17 +54,15 @@ def measure_subject(samples: PhotoAnnotation, photos: PhotoAnnotation) -> Subjec
     )
 
 
-def measure_each(samples: PhotoAnnotation, photos: PhotoAnnotation) -> list[SubjectMetrics]:
+def measure_each(samples: Features, photos: Features) -> list[SubjectMetrics]:
     """Return every sample's own part of the means."""
     return [
-        measure_subject(
-            PhotoAnnotation(samples.clip[i : i + 1], samples.dino[i : i + 1], samples.texts[i : i + 1]), photos
-        )
+        measure_subject(Features(samples.clip[i : i + 1], samples.dino[i : i + 1], samples.texts[i : i + 1]), photos)
         for i in range(len(samples.dino))
     ]
 
 
-def measure_ceiling(photos: PhotoAnnotation) -> CeilingMetrics:
+def measure_ceiling(photos: Features) -> CeilingMetrics:
     """Return the same measures among the real photos."""
     return CeilingMetrics(
         dino=mean_similarity_within(photos.dino),
@@ -73,7 +71,7 @@ def measure_ceiling(photos: PhotoAnnotation) -> CeilingMetrics:
     )
 
 
-def measure_drift(class_samples: PhotoAnnotation, photos: PhotoAnnotation, *, div: float | None = None) -> DriftMetrics:
+def measure_drift(class_samples: Features, photos: Features, *, div: float | None = None) -> DriftMetrics:
     """Return PRES and DIV as the paper has them, DIV measured already, and a DINO distance among class samples."""
     return DriftMetrics(
         pres=mean_similarity(class_samples.dino, photos.dino),
@@ -98,9 +96,9 @@ class Measured:
 
 
 def measure_all(
-    photos: PhotoAnnotation,
-    subjects: dict[Side, PhotoAnnotation],
-    classes: dict[Side, PhotoAnnotation],
+    photos: Features,
+    subjects: dict[Side, Features],
+    classes: dict[Side, Features],
     *,
     div: Mapping[Side, float] = MappingProxyType({}),
 ) -> Measured:

@@ -1,65 +1,81 @@
 """The evaluation stage: samples of base and tuned model, and what is measured of them."""
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prefect import task
+from prefect.client.schemas.objects import State
 
 from tasks import diffusion as diffusion_code
 from tasks import encoders as encoders_code
 from tasks.diffusion.config import DiffusionConfig
 from tasks.encoders.folders import find_lpips, identify_encoders
 from tasks.evaluation.config import EvaluationConfig
-from tasks.manifests.evaluation import Evaluation, Sample, Side
+from tasks.manifests.evaluation import Evaluation, Sample, Side, SubjectMetrics
 from tasks.manifests.subject import SubjectSet
 from tasks.manifests.training import TunedModel
 from tasks.prompts import write_class_prompt
-from tasks.stage.cache import StageFolder, fetch_folder, read_verified
+from tasks.stage.cache import Stage, StageFolder, fetch_folder, read_verified
 from tasks.stage.context import Runtime
 from tasks.stage.states import finished
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from tasks.diffusion.adapter import DiffusionModel
+    from tasks.evaluation.metrics import Features, Measured
+    from tasks.evaluation.sampling import Source
+
 STAGE_VERSION = 3
 CLASS_PROMPT = "a photo of {article} {class_noun}"
+SIDES: tuple[Side, ...] = ("base", "tuned")
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """What an evaluation depends on."""
+
+    config: EvaluationConfig
+    diffusion: DiffusionConfig
+    tuned: TunedModel
+    subject: SubjectSet
+
+    def stage(self) -> Stage[Evaluation]:
+        """Return the stage that makes it."""
+        sampling = self.diffusion.model_dump(mode="json", include={"family", "resolution", "sampler", "precision"})
+        return Stage(
+            "evaluation",
+            Evaluation,
+            STAGE_VERSION,
+            settings=[
+                diffusion_code.VERSION,
+                encoders_code.VERSION,
+                self.config.model_dump(mode="json", exclude={"batch_size"}),
+                sampling,
+                identify_encoders(self.config.encoders),
+            ],
+            inputs=(self.tuned.compute_content_digest(), self.subject.compute_content_digest()),
+        )
 
 
 @task(name="evaluation", persist_result=False)
-def evaluate(
-    config: EvaluationConfig, diffusion: DiffusionConfig, tuned: TunedModel, subject: SubjectSet, runtime: Runtime
-) -> Any:
-    """Draw and measure, or take what is stored."""
-    sampling = diffusion.model_dump(mode="json", include={"family", "resolution", "sampler", "precision"})
-    manifest = runtime.run_stage(
-        Evaluation,
-        "evaluation",
-        version=STAGE_VERSION,
-        settings=[
-            diffusion_code.VERSION,
-            encoders_code.VERSION,
-            config.model_dump(mode="json", exclude={"batch_size"}),
-            sampling,
-            identify_encoders(config.encoders),
-        ],
-        inputs=[tuned.compute_content_digest(), subject.compute_content_digest()],
-        compute=lambda folder: compute_evaluation(folder, config, diffusion, tuned, subject, runtime),
-    )
+def evaluate(inputs: EvaluationInputs, runtime: Runtime) -> State[Evaluation]:
+    """Sample and measure, or take what is cached."""
+    manifest = runtime.run_stage(inputs.stage(), lambda folder: compute_evaluation(folder, inputs, runtime))
     return finished(manifest, runtime)
 
 
-def compute_evaluation(
-    folder: StageFolder,
-    config: EvaluationConfig,
-    diffusion: DiffusionConfig,
-    tuned: TunedModel,
-    subject: SubjectSet,
-    runtime: Runtime,
-) -> Evaluation:
+def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: Runtime) -> Evaluation:
     """Sample both sides, measure, write the manifest."""
-    from tasks.diffusion.adapter import DiffusionModel, release_memory
+    from tasks.diffusion.adapter import release_memory
     from tasks.diffusion.registry import open_model
-    from tasks.evaluation.sampling import Source, draw_samples, plan_samples
+    from tasks.evaluation.sampling import draw_samples, plan_samples
 
+    config, diffusion, tuned, subject = inputs.config, inputs.diffusion, inputs.tuned, inputs.subject
     candidates = tuned.find_candidates()
 
-    def load_model(source: Source) -> DiffusionModel:
+    def load_model(source: "Source") -> "DiffusionModel":
         if source == "base":
             return open_model(diffusion)
         refs, below = tuned.model, "model"
@@ -76,74 +92,75 @@ def compute_evaluation(
         candidates=sorted(candidates),
     )
     samples = draw_samples(folder, config, planned, load_model=load_model, on_progress=runtime.show("samples"))
-    measured, sample_metrics = measure_samples(config, diffusion, samples, subject, runtime)
+    measured, sample_metrics = measure_samples(inputs, samples, runtime)
     release_memory()
     return folder.finish(
-        Evaluation,
-        version=STAGE_VERSION,
-        counts={"samples": len(samples)},
-        samples=samples,
-        metrics=measured.metrics,
-        drift=measured.drift,
-        ceiling=measured.ceiling,
-        sample_metrics=sample_metrics,
-        published_step=tuned.published_step,
+        Evaluation(
+            **folder.head(STAGE_VERSION, counts={"samples": len(samples)}),
+            samples=samples,
+            metrics=measured.metrics,
+            drift=measured.drift,
+            ceiling=measured.ceiling,
+            sample_metrics=sample_metrics,
+            published_step=tuned.published_step,
+        )
     )
 
 
 def measure_samples(
-    config: EvaluationConfig, diffusion: DiffusionConfig, samples: Any, subject: SubjectSet, runtime: Runtime
-) -> Any:
-    """Encode photos and samples and compare them."""
+    inputs: EvaluationInputs, samples: Sequence[Sample], runtime: Runtime
+) -> "tuple[Measured, dict[str, SubjectMetrics]]":
+    """Encode photos and samples and compare them; also by sample, by its object's key."""
     from tasks.diffusion.device import choose_device
     from tasks.encoders.embeddings import Encoders
     from tasks.evaluation.metrics import describe, measure_all, measure_each
     from tasks.images import decode_png
 
-    encoders = Encoders(config.encoders, choose_device(diffusion))
+    subject, encoders = inputs.subject, Encoders(inputs.config.encoders, choose_device(inputs.diffusion))
 
-    def encode(rows: list[Sample]) -> Any:
+    def encode(rows: list[Sample]) -> "Features":
         pictures = [decode_png(read_verified(runtime.store, row.image)) for row in rows]
         return describe(encoders, pictures, [row.class_prompt for row in rows])
 
-    def of(side: Side, kind: str) -> Any:
+    def of(side: Side, kind: str) -> "Features":
         return encode([sample for sample in samples if sample.side == side and sample.kind == kind])
 
     photos = [decode_png(read_verified(runtime.store, image.image)) for image in subject.images]
     plain = write_class_prompt(CLASS_PROMPT, class_noun=subject.class_noun)
-    captions = [image.caption or plain for image in subject.images]
-    sides: tuple[Side, ...] = ("base", "tuned")
-    reference = describe(encoders, photos, captions)
+    reference = describe(encoders, photos, [image.caption or plain for image in subject.images])
     measured = measure_all(
         reference,
-        {side: of(side, "subject") for side in sides},
-        {side: of(side, "class") for side in sides},
-        div=measure_diversity(config, diffusion, samples, runtime),
+        {side: of(side, "subject") for side in SIDES},
+        {side: of(side, "class") for side in SIDES},
+        div=measure_diversity(inputs, samples, runtime),
     )
     shown = [sample for sample in samples if sample.kind != "class"]
     each = measure_each(encode(shown), reference)
     return measured, {sample.image.key: metrics for sample, metrics in zip(shown, each, strict=True)}
 
 
-def measure_diversity(
-    config: EvaluationConfig, diffusion: DiffusionConfig, samples: Any, runtime: Runtime
-) -> dict[Side, float]:
-    """Return DIV of both sides; nothing where LPIPS has no weights, or every prompt one sample."""
+def measure_diversity(inputs: EvaluationInputs, samples: Sequence[Sample], runtime: Runtime) -> dict[Side, float]:
+    """Return DIV of both sides; empty where LPIPS has no weights, or every prompt one sample."""
     from tasks.diffusion.device import choose_device
     from tasks.encoders.lpips import load_lpips, mean_distance_within
     from tasks.evaluation.metrics import measure_div
     from tasks.images import decode_png
 
+    config = inputs.config
     files = find_lpips(config.encoders)
     if files is None or config.num_images_per_prompt < 2:
         if config.encoders.lpips != "none":
-            runtime.progress.note("DIV is not measured: it needs LPIPS's weights and two samples a prompt; see README")
+            runtime.progress.note("DIV is not measured: it needs LPIPS weights and two samples per prompt; see README")
         return {}
-    lpips = load_lpips(files, choose_device(diffusion))
+    lpips = load_lpips(files, choose_device(inputs.diffusion))
+
+    def read(sample: Sample) -> "Image":
+        return decode_png(read_verified(runtime.store, sample.image))
+
     found: dict[Side, float] = {}
-    for side in ("base", "tuned"):
+    for side in SIDES:
         own = [sample for sample in samples if sample.side == side and sample.kind == "subject"]
         prompts = [[s for s in own if s.prompt == prompt] for prompt in dict.fromkeys(s.prompt for s in own)]
-        pictures = [[decode_png(read_verified(runtime.store, s.image)) for s in row] for row in prompts]
+        pictures = [[read(sample) for sample in row] for row in prompts]
         found[side] = measure_div(pictures, lambda row: mean_distance_within(lpips, row))
     return found

@@ -6,13 +6,12 @@ from pathlib import Path
 
 from tasks.manifests.base import Manifest, ObjectRef
 from tasks.manifests.evaluation import Evaluation
-from tasks.manifests.prior import ClassImageSet
+from tasks.manifests.run import RunManifests
 from tasks.manifests.scoring import Scorecard
-from tasks.manifests.subject import SubjectSet
-from tasks.manifests.training import TunedModel
+from tasks.manifests.training import LossRow, TunedModel, parse_losses
 from tasks.prompts import name_subject
 from tasks.services.store.base import Store
-from tasks.stage.cache import StageFolder, fetch_folder
+from tasks.stage.cache import StageFolder, fetch_folder, read_verified
 from tasks.stage.files import write_atomic
 
 CARD = """---
@@ -79,17 +78,9 @@ def write_loading(tuned: TunedModel, identifier_token: str) -> str:
     return "\n".join(lines)
 
 
-def export_model(
-    folder: StageFolder,
-    *,
-    title: str,
-    local: Path,
-    subject: SubjectSet,
-    prior: ClassImageSet,
-    tuned: TunedModel,
-    evaluation: Evaluation,
-) -> tuple[ObjectRef, ...]:
+def export_model(folder: StageFolder, run: RunManifests, *, title: str, local: Path) -> tuple[ObjectRef, ...]:
     """Store the tuned model beside its card and lineage; `local` holds the same files."""
+    subject, tuned, evaluation = run.subject, run.training, run.evaluation
     spoken = subject.identifier_token
     if tuned.method.startswith("textual_inversion"):
         spoken = f"<{spoken}>"  # diffusers spells out all of its vectors itself
@@ -111,10 +102,10 @@ def export_model(
         "base_model": tuned.base_model.model_dump(),
         "stages": {
             manifest.stage: {"key": manifest.stage_key, "content_sha256": manifest.compute_content_digest()}
-            for manifest in (subject, prior, tuned, evaluation)
+            for manifest in (subject, run.prior, tuned, evaluation)
         },
         "photos": [image.source_sha256 for image in subject.images],
-        "class_images": [image.image.sha256 for image in prior.images],
+        "class_images": [image.image.sha256 for image in run.prior.images],
     }
     fetch_folder(folder.store, tuned.model, below="model", folder=local)
     write_atomic(local / "README.md", card)
@@ -123,11 +114,10 @@ def export_model(
     return tuple(folder.put_file(f"model/{path.relative_to(local).as_posix()}", path) for path in paths)
 
 
-def read_losses(store: Store, tuned: TunedModel) -> list[dict[str, float]]:
-    """Return the loss log, one row per step but those that were left out."""
-    data = store.find_bytes(tuned.find("losses.jsonl").key) or b""
-    rows = [json.loads(line) for line in data.splitlines()]
-    return [row for row in rows if None not in row.values()]
+def read_losses(store: Store, tuned: TunedModel) -> list[LossRow]:
+    """Return the loss log without skipped steps."""
+    rows = parse_losses(read_verified(store, tuned.find("losses.jsonl")).decode())
+    return [row for row in rows if None not in row.model_dump(exclude_unset=True).values()]
 
 
 def headline_metrics(evaluation: Evaluation, scores: Scorecard) -> dict[str, float]:

@@ -1,7 +1,10 @@
-"""Tell the tracking server about a run: parameters, losses, figures, pictures, the model."""
+"""Log a run to the tracking server: parameters, losses, metrics, samples, the model."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from tasks.manifests.training import LossRow
 from tasks.services.tracking.base import Tracker
 from tasks.services.tracking.live import LiveRun
 
@@ -9,29 +12,45 @@ PUBLICATION_TAG = "likeness.publication"
 SAMPLES = "training_samples"
 
 
-def track_run(
-    tracker: Tracker,
-    *,
-    name: str,
-    params: dict[str, str],
-    publication_key: str,
-    tags: dict[str, str],
-    losses: list[dict[str, float]],
-    figures: dict[str, float],
-    folder: Path,
-    registered_model: str,
-    is_registered: bool,
-    live: LiveRun | None = None,
-) -> tuple[str | None, str | None]:
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracking run shows."""
+
+    name: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    publication_key: str
+    """An earlier tracking run of the same publication is replaced."""
+    losses: Sequence[LossRow]
+    figures: Mapping[str, float]
+    folder: Path
+    """Holds `model/`, `report/` and, where training drew any, `training_samples/`."""
+    registered_model: str | None
+    """None: the model is not registered."""
+
+    @property
+    def last_step(self) -> int:
+        """The step that figures are logged at."""
+        return self.losses[-1].step if self.losses else 0
+
+    def loss_rows(self) -> list[tuple[str, float, int]]:
+        """Return name, value and step of every finite number of the loss log."""
+        return [
+            (f"train/{name}", float(value), row.step)
+            for row in self.losses
+            for name, value in row.model_dump(exclude_none=True, exclude={"step"}).items()
+        ]
+
+
+def track_run(tracker: Tracker, run: TrackedRun, *, live: LiveRun | None = None) -> tuple[str | None, str | None]:
     """Log everything and register the model; return tracking run id and model version.
 
-    `folder` holds `model/`, `report/` and, where training drew any, `training_samples/`. A run that was opened
-    while training, `live`, is completed and closed.
+    A run that was opened while training, `live`, is completed and closed.
     """
     if live is not None:
         tracker = live.take_over()
-    tracker.forget(tag=PUBLICATION_TAG, value=publication_key)
-    tags = {**tags, PUBLICATION_TAG: publication_key}
+    tracker.forget(tag=PUBLICATION_TAG, value=run.publication_key)
+    tags = {**run.tags, PUBLICATION_TAG: run.publication_key}
     is_failed = True
     logged: set[tuple[str, int]] = set()
     try:
@@ -40,23 +59,18 @@ def track_run(
             for tag, value in tags.items():
                 tracker.set_tag(tag, value)
         else:
-            run_id = tracker.start(name=name, params=params, tags={**(live.tags if live else {}), **tags})
-        rows = [
-            (f"train/{key}", float(value), int(row["step"]))
-            for row in losses
-            for key, value in row.items()
-            if key != "step" and (f"train/{key}", int(row["step"])) not in logged
-        ]
-        tracker.log_metrics(rows)
-        last = int(losses[-1]["step"]) if losses else 0
-        tracker.log_metrics([(key, value, last) for key, value in figures.items()])
-        tracker.log_folder(folder / "report", path="report")
-        if (folder / SAMPLES).is_dir():
-            tracker.log_folder(folder / SAMPLES, path=SAMPLES)
+            run_id = tracker.start(name=run.name, params=dict(run.params), tags={**(live.tags if live else {}), **tags})
+        tracker.log_metrics(row for row in run.loss_rows() if (row[0], row[2]) not in logged)
+        tracker.log_metrics((name, value, run.last_step) for name, value in run.figures.items())
+        tracker.log_folder(run.folder / "report", path="report")
+        if (run.folder / SAMPLES).is_dir():
+            tracker.log_folder(run.folder / SAMPLES, path=SAMPLES)
         version = None
-        if is_registered:
-            tracker.log_folder(folder / "model", path="model")
-            version = tracker.register(name=registered_model, path="model", description=f"Tuned by {name}", tags=tags)
+        if run.registered_model:
+            tracker.log_folder(run.folder / "model", path="model")
+            version = tracker.register(
+                name=run.registered_model, path="model", description=f"Tuned by {run.name}", tags=tags
+            )
         is_failed = False
     finally:
         tracker.finish(is_failed=is_failed)

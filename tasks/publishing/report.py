@@ -11,12 +11,11 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from PIL import Image
 
 from tasks.images import decode_png, encode_png
-from tasks.manifests.base import Manifest, ObjectRef
+from tasks.manifests.base import ObjectRef
 from tasks.manifests.evaluation import Evaluation, Sample
-from tasks.manifests.prior import ClassImageSet
+from tasks.manifests.run import RunManifests
 from tasks.manifests.scoring import Judgement, Scorecard
-from tasks.manifests.subject import SubjectSet
-from tasks.manifests.training import TunedModel
+from tasks.manifests.training import LossRow
 from tasks.metrics import METRICS
 from tasks.services.store.base import Store
 from tasks.stage.cache import read_verified
@@ -31,17 +30,9 @@ class ReportInputs:
     """The manifests that a report shows."""
 
     title: str
-    subject: SubjectSet
-    prior: ClassImageSet
-    tuned: TunedModel
-    evaluation: Evaluation
-    scores: Scorecard
-    losses: list[dict[str, float]]
-    config_rows: list[tuple[str, str]]
-
-    def stages(self) -> list[Manifest]:
-        """Return the stages' manifests in order."""
-        return [self.subject, self.prior, self.tuned, self.evaluation, self.scores]
+    manifests: RunManifests
+    losses: Sequence[LossRow]
+    config_rows: Sequence[tuple[str, str]]
 
 
 def render_report(store: Store, inputs: ReportInputs) -> str:
@@ -50,30 +41,31 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         loader=FileSystemLoader(TEMPLATE_FOLDER), autoescape=select_autoescape(default=True), trim_blocks=True
     )
     environment.filters["picture"] = lambda ref: to_data_url(store, ref)
-    graded = {judgement.sample.key: judgement for judgement in inputs.scores.judgements}
+    run = inputs.manifests
+    graded = {judgement.sample.key: judgement for judgement in run.scoring.judgements}
     return environment.get_template("report.html.jinja").render(
         inputs=inputs,
-        subject=inputs.subject,
-        prior=inputs.prior,
-        tuned=inputs.tuned,
-        evaluation=inputs.evaluation,
-        scores=inputs.scores.scores,
-        intervals=inputs.scores.intervals,
-        health=inputs.scores.health,
-        pairs=inputs.scores.pairs,
-        num_settled=sum(bool(judgement.settled) for judgement in inputs.scores.judgements),
-        checkpoints=list_checkpoints(inputs.evaluation, inputs.scores),
-        judge=inputs.scores.served_model,
-        metric_rows=list_metrics(inputs.evaluation),
-        drift_rows=list_drift(inputs.evaluation),
-        sample_rows=list_samples(inputs.evaluation.samples, graded),
+        subject=run.subject,
+        prior=run.prior,
+        tuned=run.training,
+        evaluation=run.evaluation,
+        scores=run.scoring.scores,
+        intervals=run.scoring.intervals,
+        health=run.scoring.health,
+        pairs=run.scoring.pairs,
+        num_settled=sum(bool(judgement.settled) for judgement in run.scoring.judgements),
+        checkpoints=list_checkpoints(run.evaluation, run.scoring),
+        judge=run.scoring.served_model,
+        metric_rows=list_metrics(run.evaluation),
+        drift_rows=list_drift(run.evaluation),
+        sample_rows=list_samples(run.evaluation.samples, graded),
         class_samples={
-            side: [s for s in inputs.evaluation.samples if s.side == side and s.kind == "class"]
+            side: [s for s in run.evaluation.samples if s.side == side and s.kind == "class"]
             for side in ("base", "tuned")
         },
         curves=draw_curves(inputs.losses),
-        training_grids=[ref for ref in inputs.tuned.objects if "/samples/" in ref.key],
-        stages=inputs.stages(),
+        training_grids=[ref for ref in run.training.objects if "/samples/" in ref.key],
+        stages=run.ordered(),
     )
 
 
@@ -156,10 +148,13 @@ def draw_sample_grid(store: Store, evaluation: Evaluation, *, side: int = 128) -
     return encode_png(grid)
 
 
-def draw_curves(losses: list[dict[str, float]], *, width: int = 640, height: int = 180) -> list[dict[str, Any]]:
+def draw_curves(losses: Sequence[LossRow], *, width: int = 640, height: int = 180) -> list[dict[str, Any]]:
     """Return smoothed loss curves as SVG point lists on one scale, with their first and last value."""
-    names = [name for name in ("instance_loss", "prior_loss") if losses and name in losses[0]]
-    smooth = {name: smoothed([row[name] for row in losses]) for name in names}
+    named = {
+        "instance_loss": [row.instance_loss for row in losses if row.instance_loss is not None],
+        "prior_loss": [row.prior_loss for row in losses if row.prior_loss is not None],
+    }
+    smooth = {name: smoothed(values) for name, values in named.items() if values}
     top = max((max(values) for values in smooth.values()), default=1.0) or 1.0
     curves = []
     for name, values in smooth.items():

@@ -1,45 +1,59 @@
 """The publishing stage: model folder, report, registry."""
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prefect import task
+from prefect.client.schemas.objects import State
 
-from tasks.manifests.evaluation import Evaluation
-from tasks.manifests.prior import ClassImageSet
 from tasks.manifests.publishing import Publication
-from tasks.manifests.scoring import Scorecard
+from tasks.manifests.run import RunManifests
 from tasks.manifests.subject import SubjectSet
-from tasks.manifests.training import TunedModel
 from tasks.publishing.config import PublishingConfig
 from tasks.services.config import TrackingConfig
 from tasks.services.tracking.base import Tracker
-from tasks.stage.cache import StageFolder, fetch_folder
+from tasks.stage.cache import Stage, StageFolder, fetch_folder
 from tasks.stage.context import Runtime
 from tasks.stage.files import PART_PREFIX, write_atomic
 from tasks.stage.states import finished, should_retry
 
 STAGE_VERSION = 3
-Upstream = tuple[SubjectSet, ClassImageSet, TunedModel, Evaluation, Scorecard]
+
+
+@dataclass(frozen=True)
+class PublishingInputs:
+    """What a publication depends on."""
+
+    config: PublishingConfig
+    tracking: TrackingConfig
+    manifests: RunManifests
+    config_rows: tuple[tuple[str, str], ...]
+    """The run's configuration as it is shown: dotted names and values. Not part of the key."""
+
+    def stage(self) -> Stage[Publication]:
+        """Return the stage that publishes."""
+        return Stage(
+            "publishing",
+            Publication,
+            STAGE_VERSION,
+            settings=[self.config.model_dump(mode="json"), self.tracking.model_dump(mode="json")],
+            inputs=self.manifests.content_digests(),
+        )
+
+    @property
+    def title(self) -> str:
+        """The report's title."""
+        subject = self.manifests.subject
+        return self.config.title or f"One {subject.class_noun}, from {len(subject.images)} photos"
 
 
 @task(name="publishing", persist_result=False, retries=1, retry_delay_seconds=3, retry_condition_fn=should_retry)
-def publish(
-    config: PublishingConfig,
-    tracking: TrackingConfig,
-    config_rows: list[tuple[str, str]],
-    upstream: Upstream,
-    runtime: Runtime,
-) -> Any:
+def publish(inputs: PublishingInputs, runtime: Runtime) -> State[Publication]:
     """Publish model and report, or take what is published."""
     manifest = runtime.run_stage(
-        Publication,
-        "publishing",
-        version=STAGE_VERSION,
-        settings=[config.model_dump(mode="json"), tracking.model_dump(mode="json")],
-        inputs=[manifest.compute_content_digest() for manifest in upstream],
-        compute=lambda folder: compute_publication(folder, config, tracking, config_rows, upstream, runtime),
+        inputs.stage(),
+        lambda folder: compute_publication(folder, inputs, runtime),
         find_missing_effect=lambda manifest: find_missing_effect(manifest, runtime.tracker),
     )
     return finished(manifest, runtime)
@@ -63,33 +77,27 @@ def name_model(tracking: TrackingConfig, subject: SubjectSet) -> str:
     return tracking.registered_model or f"likeness-{subject.class_noun.replace(' ', '-').lower()}"
 
 
-def compute_publication(
-    folder: StageFolder,
-    config: PublishingConfig,
-    tracking: TrackingConfig,
-    config_rows: list[tuple[str, str]],
-    upstream: Upstream,
-    runtime: Runtime,
-) -> Publication:
-    """Write model folder and report, tell the tracking server, write the manifest."""
+def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: Runtime) -> Publication:
+    """Write model folder and report, log to the tracking server, write the manifest."""
     from tasks.publishing.export import export_model, headline_metrics, read_losses, sum_llm_costs
-    from tasks.publishing.registry import SAMPLES, track_run
+    from tasks.publishing.registry import SAMPLES, TrackedRun, track_run
     from tasks.publishing.report import ReportInputs, draw_sample_grid, render_report
 
-    subject, prior, tuned, evaluation, scores = upstream
-    title = config.title or f"One {subject.class_noun}, from {len(subject.images)} photos"
+    manifests = inputs.manifests
+    subject, tuned, evaluation, scores = (
+        manifests.subject, manifests.training, manifests.evaluation, manifests.scoring,
+    )  # fmt: skip
     losses = read_losses(runtime.store, tuned)
     runtime.show("publishing")(0, 3)
     # Below the output folder, where files of the store are linked instead of copied.
     runtime.work_folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runtime.work_folder, prefix=PART_PREFIX) as name:
         local = Path(name)
-        model = export_model(
-            folder, title=title, local=local / "model", subject=subject, prior=prior, tuned=tuned, evaluation=evaluation
-        )
+        model = export_model(folder, manifests, title=inputs.title, local=local / "model")
         runtime.show("publishing")(1, 3)
-        inputs = ReportInputs(title, subject, prior, tuned, evaluation, scores, losses, config_rows)
-        html, grid = render_report(runtime.store, inputs).encode(), draw_sample_grid(runtime.store, evaluation)
+        report_inputs = ReportInputs(inputs.title, manifests, losses, inputs.config_rows)
+        html = render_report(runtime.store, report_inputs).encode()
+        grid = draw_sample_grid(runtime.store, evaluation)
         report = folder.put("report/index.html", html)
         write_atomic(local / "report" / "index.html", html)
         write_atomic(local / "report" / "samples.png", grid)
@@ -97,29 +105,30 @@ def compute_publication(
         fetch_folder(runtime.store, grids, below="samples", folder=local / SAMPLES)
         runtime.show("publishing")(2, 3)
         paid, cost = sum_llm_costs((subject, scores))
-        tags = {"likeness.training": tuned.stage_key, "likeness.subject": subject.stage_key, "likeness.llm_cost": cost}
-        run_id, version = track_run(
-            runtime.tracker,
+        tracked = TrackedRun(
             name=runtime.run_id,
-            params=dict(config_rows),
+            params=dict(inputs.config_rows),
+            tags={
+                "likeness.training": tuned.stage_key,
+                "likeness.subject": subject.stage_key,
+                "likeness.llm_cost": cost,
+            },
             publication_key=folder.stage_key,
-            tags=tags,
             losses=losses,
             figures=headline_metrics(evaluation, scores) | paid,
             folder=local,
-            registered_model=name_model(tracking, subject),
-            is_registered=config.is_registered,
-            live=runtime.live,
+            registered_model=name_model(inputs.tracking, subject) if inputs.config.is_registered else None,
         )
+        run_id, version = track_run(runtime.tracker, tracked, live=runtime.live)
     runtime.show("publishing")(3, 3)
     return folder.finish(
-        Publication,
-        version=STAGE_VERSION,
-        counts={"files": len(model) + 1},
-        registered_model=name_model(tracking, subject) if version else None,
-        registered_version=version,
-        tracking_run_id=run_id,
-        report=report,
-        sample_grid=folder.put("samples.png", grid),
-        model=model,
+        Publication(
+            **folder.head(STAGE_VERSION, counts={"files": len(model) + 1}),
+            registered_model=name_model(inputs.tracking, subject) if version else None,
+            registered_version=version,
+            tracking_run_id=run_id,
+            report=report,
+            sample_grid=folder.put("samples.png", grid),
+            model=model,
+        )
     )

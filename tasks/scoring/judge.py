@@ -1,13 +1,13 @@
-"""Everything that is asked about a run's samples: the judge, the second judge, and what they differ on."""
+"""The judge and the second judge, on every sample, and the tie-break where their grades differ."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tasks.scoring.config import ScoringConfig
 from tasks.scoring.judge_executor import ask_judge
-from tasks.scoring.judge_requests import JudgeContext, JudgeRequest, list_questions, list_second
-from tasks.scoring.scores import collect_grades
-from tasks.scoring.tie_break import find_disputed, read_settled, settle
+from tasks.scoring.judge_requests import JudgeContext, JudgeRequest, list_judge_requests, list_second_judge_requests
+from tasks.scoring.scores import Judged, collect_grades
+from tasks.scoring.tie_break import break_ties, find_disputed, read_settled
 from tasks.services.llm.executor import Answers
 from tasks.services.llm.service import LlmService
 from tasks.stage.cache import StageFolder
@@ -17,7 +17,7 @@ Show = Callable[[str], Callable[[int, int], None]]
 
 @dataclass
 class Grading:
-    """JudgeRequests and answers, before anything is made of them."""
+    """Requests and answers, before any score is computed."""
 
     questions: list[JudgeRequest]
     answers: Answers
@@ -30,12 +30,17 @@ class Grading:
     """Grades that settle a dispute, by sample key and axis."""
 
     @property
+    def judged(self) -> Judged:
+        """The first judge's requests with their answers, before tie-breaks."""
+        return Judged(self.questions, self.answers)
+
+    @property
     def given(self) -> Answers:
         """All answers of the first judge."""
         return {**self.answers, **self.settled}
 
     def reasoning(self) -> dict[str, str]:
-        """Return what judges thought aloud, by question."""
+        """Return the judges' reasoning, by request."""
         second = {f"second judge/{name}": answer for name, answer in self.second.items()}
         return {name: answer.reasoning for name, answer in {**self.given, **second}.items()}
 
@@ -43,10 +48,10 @@ class Grading:
 def grade(
     config: ScoringConfig, material: JudgeContext, *, llm: LlmService, folder: StageFolder, show: Show
 ) -> Grading:
-    """Put all questions to the judges.
+    """Send every request to the judges.
 
     Raises:
-        ReplyInvalid: more questions failed than `scoring.max_failed_share` allows.
+        ReplyInvalid: more requests failed than `scoring.max_failed_share` allows.
 
     """
 
@@ -55,13 +60,13 @@ def grade(
         shown = show(role.replace("_", " "))
         return ask_judge(specs, config, llm=llm, folder=folder, role=role, on_progress=shown)
 
-    questions = list_questions(config, material)
+    questions = list_judge_requests(config, material)
     grading = Grading(questions, *ask(questions, "judge"))
     if llm.config.fallback_chain("second_judge"):
-        others = list_second(config, material)
+        others = list_second_judge_requests(config, material)
         grading.second, _ = ask(others, "second_judge")
-        grading.second_grades = collect_grades(others, grading.second)
-    disputed = find_disputed(config, material.samples, questions, grading.answers, grading.second_grades)
-    grading.settled = settle(disputed, llm=llm, on_progress=show("disputed grades"))
+        grading.second_grades = collect_grades(Judged(others, grading.second))
+    disputed = find_disputed(config, material.samples, grading.judged, second=grading.second_grades)
+    grading.settled = break_ties(disputed, llm=llm, on_progress=show("disputed grades"))
     grading.decided = read_settled(disputed, grading.settled)
     return grading

@@ -16,7 +16,9 @@ from tasks.services.llm.chat.request import RequestSpec
 
 AXES = ("concept_preservation", "prompt_following", "image_quality")
 BLUR_SHARE = 1 / 32
-Kind = Literal["sample", "self", "other", "shuffled", "blurred", "pair", "checkpoint_pair", "settled"]
+Kind = Literal[
+    "sample", "positive_control", "negative_control", "shuffled", "blurred", "pair", "checkpoint_pair", "settled"
+]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class JudgeContext:
     published_step: int = 0
 
 
-def list_questions(config: ScoringConfig, material: JudgeContext) -> list[JudgeRequest]:
+def list_judge_requests(config: ScoringConfig, material: JudgeContext) -> list[JudgeRequest]:
     """Return all questions for the first judge: those whose beginnings are the same stand together."""
     questions = [q for sample in material.samples for q in ask_axes(material, sample, repeat=0)]
     for sample in spread_out(material.samples, config.num_repeated):
@@ -87,10 +89,10 @@ def list_controls(config: ScoringConfig, material: JudgeContext) -> Iterator[Jud
     for number in range(min(config.num_controls, len(references)) if len(references) > 1 else 0):
         rest = references[:number] + references[number + 1 :]
         spec = concept_spec(rest, references[number], class_noun=noun, repeat=0)
-        yield JudgeRequest(spec, "self", concept, str(number))
+        yield JudgeRequest(spec, "positive_control", concept, str(number))
     for other in material.others[: config.num_controls]:
         spec = concept_spec(references, material.read(other), class_noun=noun, repeat=0)
-        yield JudgeRequest(spec, "other", concept, other.image.key)
+        yield JudgeRequest(spec, "negative_control", concept, other.image.key)
     for sample in choose_for_controls(config, material):
         wrong = find_other_prompt(sample, material.samples)
         if wrong:
@@ -160,7 +162,7 @@ def ask_both_ways(
         yield JudgeRequest(spec, kind, "pair", key, is_swapped=is_swapped, candidates=candidates)
 
 
-def list_second(config: ScoringConfig, material: JudgeContext) -> list[JudgeRequest]:
+def list_second_judge_requests(config: ScoringConfig, material: JudgeContext) -> list[JudgeRequest]:
     """Return the questions for the second judge."""
     num = round(config.second_judge_fraction * len(material.samples))
     return [q for sample in spread_out(material.samples, num) for q in ask_axes(material, sample, repeat=0)]

@@ -1,10 +1,10 @@
-"""From answers to scores, and to what is known of the judge that gave them."""
+"""From the judge's answers to scores, and to how reliable the judge is."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
-from typing import Any
 
 from tasks.csv_files import read_rows
 from tasks.errors import ConfigError
@@ -29,34 +29,59 @@ from tasks.scoring.statistics import (
 from tasks.services.llm.executor import Answers
 
 SIDES: tuple[Side, ...] = ("base", "tuned")
-SELF_LIMIT, OTHER_LIMIT = 3.0, 1.0
+POSITIVE_LIMIT, NEGATIVE_LIMIT = 3.0, 1.0
 MEANINGFUL = 0.05
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Requests with the answers that were given, by name."""
+
+    requests: Sequence[JudgeRequest]
+    answers: Answers
+
+    def answered(self, *kinds: Kind) -> list[JudgeRequest]:
+        """Return the requests of some kinds that have an answer."""
+        return [request for request in self.requests if request.kind in kinds and request.name in self.answers]
+
+    def grades_of(self, sample: Sample, axis: str) -> list[int]:
+        """Return a sample's grades on an axis, one per repeat."""
+        return [
+            self.grade(request)
+            for request in self.answered("sample")
+            if request.axis == axis and request.key == sample.image.key
+        ]
+
+    def grade(self, request: JudgeRequest) -> int:
+        """Return the grade that a request got on its axis."""
+        return int(getattr(self.answers[request.name].reply, request.axis))
 
 
 def to_judgements(
     samples: Sequence[Sample],
-    questions: Sequence[JudgeRequest],
-    answers: Answers,
+    judged: Judged,
     settled: Mapping[tuple[str, str], int] = MappingProxyType({}),
 ) -> tuple[Judgement, ...]:
     """Join grades with their samples; a sample without a grade on some axis is left out.
 
     Args:
-        settled: grades that decide where others differ much, by sample key and axis.
+        samples: what was judged.
+        judged: the judge's requests and answers.
+        settled: grades that decide where others disagree, by sample key and axis.
 
     """
     judgements = []
     for sample in samples:
-        grades = {axis: grades_of(sample, axis, questions, answers) for axis in AXES}
+        grades = {axis: judged.grades_of(sample, axis) for axis in AXES}
         if not all(grades.values()):
             continue
-        first = next(q for q in questions if q.kind == "sample" and q.key == sample.image.key and q.name in answers)
+        first = next(request for request in judged.answered("sample") if request.key == sample.image.key)
         judgements.append(
             Judgement(
                 sample=sample.image,
                 side=sample.side,
                 prompt=sample.prompt,
-                evidence=answers[first.name].reply.evidence[:500],
+                evidence=judged.answers[first.name].reply.evidence[:500],
                 **{axis: float(settled.get((sample.image.key, axis), median(grades[axis]))) for axis in AXES},
                 settled=tuple(axis for axis in AXES if (sample.image.key, axis) in settled),
                 num_repeats=max(map(len, grades.values())),
@@ -64,12 +89,6 @@ def to_judgements(
             )
         )
     return tuple(judgements)
-
-
-def grades_of(sample: Sample, axis: str, questions: Sequence[JudgeRequest], answers: Answers) -> list[int]:
-    """Return a sample's grades on an axis, one per repeat."""
-    asked = [q for q in questions if q.kind == "sample" and q.axis == axis and q.key == sample.image.key]
-    return [int(getattr(answers[q.name].reply, axis)) for q in asked if q.name in answers]
 
 
 def average(judgements: Sequence[Judgement]) -> dict[Side, SideScores]:
@@ -94,24 +113,23 @@ def find_intervals(judgements: Sequence[Judgement]) -> dict[Side, dict[str, tupl
 
 def examine_judge(
     samples: Sequence[Sample],
-    questions: Sequence[JudgeRequest],
-    answers: Answers,
+    judged: Judged,
     *,
     is_comparable: bool,
     others: tuple[Agreement, ...] = (),
     measured: Mapping[str, SubjectMetrics] = MappingProxyType({}),
 ) -> JudgeReliability:
     """Return what controls and repeats say of the judge."""
-    controls = check_controls(questions, answers)
-    repeated = [s for s in samples if len(grades_of(s, AXES[0], questions, answers)) > 1]
+    controls = check_controls(judged)
+    repeated = [s for s in samples if len(judged.grades_of(s, AXES[0])) > 1]
     return JudgeReliability(
         controls=controls,
-        alpha={axis: compute_alpha([grades_of(s, axis, questions, answers) for s in repeated]) for axis in AXES},
+        alpha={axis: compute_alpha([judged.grades_of(s, axis) for s in repeated]) for axis in AXES},
         num_repeated=len(repeated),
         is_comparable=is_comparable,
         is_reliable=bool(controls) and all(control.is_passed for control in controls) and is_comparable,
         others=others,
-        spearman=correlate(to_judgements(samples, questions, answers), measured),
+        spearman=correlate(to_judgements(samples, judged), measured),
     )
 
 
@@ -126,96 +144,107 @@ def correlate(judgements: Sequence[Judgement], measured: Mapping[str, SubjectMet
     }
 
 
-def check_controls(questions: Sequence[JudgeRequest], answers: Answers) -> tuple[ControlResult, ...]:
+def check_controls(judged: Judged) -> tuple[ControlResult, ...]:
     """Compare the grades of controls with what they must be."""
     concept, prompt, quality = AXES
     results = []
 
     def grades(kind: Kind, axis: str, keys: set[str] | None = None) -> list[int]:
-        asked = [q for q in questions if q.kind == kind and q.axis == axis and q.repeat == 0]
-        wanted = [q for q in asked if q.name in answers and (keys is None or q.key in keys)]
-        return [int(getattr(answers[q.name].reply, axis)) for q in wanted]
+        found = [request for request in judged.answered(kind) if request.axis == axis and request.repeat == 0]
+        return [judged.grade(request) for request in found if keys is None or request.key in keys]
 
-    def add(name: str, text: str, value: float, limit: float, *, is_passed: bool) -> None:
+    def add(name: str, text: str, *, value: float, limit: float, is_passed: bool) -> None:
         results.append(ControlResult(name=name, text=text, value=value, limit=limit, is_passed=is_passed))
 
-    own = grades("self", concept)
+    own = grades("positive_control", concept)
     if own:
         value = float(median(own))
         add(
             "the subject itself",
             "a photo against the others: at least",
-            value,
-            SELF_LIMIT,
-            is_passed=value >= SELF_LIMIT,
+            value=value,
+            limit=POSITIVE_LIMIT,
+            is_passed=value >= POSITIVE_LIMIT,
         )
-    other = grades("other", concept)
+    other = grades("negative_control", concept)
     if other:
         value = float(median(other))
-        add("another subject", "another one of its class: at most", value, OTHER_LIMIT, is_passed=value <= OTHER_LIMIT)
-    for kind, axis, name, text in (
+        add(
+            "another subject",
+            "another one of its class: at most",
+            value=value,
+            limit=NEGATIVE_LIMIT,
+            is_passed=value <= NEGATIVE_LIMIT,
+        )
+    spoiled_kinds: tuple[tuple[Kind, str, str, str], ...] = (
         ("shuffled", prompt, "a wrong prompt", "samples with a prompt of others: below their own"),
         ("blurred", quality, "a blurred sample", "samples blurred on purpose: below themselves"),
-    ):
-        spoiled = grades(kind, axis)  # type: ignore[arg-type]
-        keys = {q.key for q in questions if q.kind == kind}
+    )
+    for kind, axis, name, text in spoiled_kinds:
+        spoiled = grades(kind, axis)
+        keys = {request.key for request in judged.requests if request.kind == kind}
         plain = grades("sample", axis, keys)
         if spoiled and plain:
             value, limit = sum(spoiled) / len(spoiled), sum(plain) / len(plain)
-            add(name, text, value, limit, is_passed=value < limit - MEANINGFUL)
+            add(name, text, value=value, limit=limit, is_passed=value < limit - MEANINGFUL)
     return tuple(results)
 
 
-def judge_pairs(
-    questions: Sequence[JudgeRequest], answers: Answers, kind: Kind
-) -> list[tuple[tuple[str, str], tuple[str, ...]]]:
-    """Return candidates and the winner in each order, of every pair that was answered both ways."""
-    by_key: dict[str, tuple[tuple[str, str], list[str]]] = {}
-    for question in questions:
-        if question.kind == kind and question.name in answers:
-            one, other = question.candidates
-            first, second = (other, one) if question.is_swapped else (one, other)
-            winner = {"first": first, "second": second, "equal": "equal"}[answers[question.name].reply.better]
-            by_key.setdefault(question.key, (question.candidates, []))[1].append(winner)
-    return [(candidates, tuple(winners)) for candidates, winners in by_key.values() if len(winners) == 2]
+@dataclass(frozen=True)
+class ComparedPair:
+    """Two candidates and the winner in each order of showing them; `equal` is a winner too."""
+
+    candidates: tuple[str, str]
+    winners: tuple[str, ...]
 
 
-def rank_players(pairs: Sequence[tuple[tuple[str, str], tuple[str, ...]]]) -> dict[str, float]:
+def read_pairs(judged: Judged, kind: Kind) -> list[ComparedPair]:
+    """Return every pair that was answered in both orders."""
+    winners: dict[str, list[str]] = {}
+    candidates: dict[str, tuple[str, str]] = {}
+    for request in judged.answered(kind):
+        one, other = request.candidates
+        first, second = (other, one) if request.is_swapped else (one, other)
+        better = judged.answers[request.name].reply.better
+        winners.setdefault(request.key, []).append({"first": first, "second": second, "equal": "equal"}[better])
+        candidates[request.key] = request.candidates
+    return [ComparedPair(candidates[key], tuple(found)) for key, found in winners.items() if len(found) == 2]
+
+
+def rank_candidates(pairs: Sequence[ComparedPair]) -> dict[str, float]:
     """Return Bradley-Terry strengths; only a win in both orders counts as one, all else is half a win each."""
     wins: dict[tuple[str, str], float] = {}
-    for (one, other), winners in pairs:
-        for winner, loser in ((one, other), (other, one)):
-            won = 1.0 if winners == (winner, winner) else 0.0 if winners == (loser, loser) else 0.5
+    for pair in pairs:
+        for winner, loser in (pair.candidates, pair.candidates[::-1]):
+            won = 1.0 if pair.winners == (winner, winner) else 0.0 if pair.winners == (loser, loser) else 0.5
             wins[winner, loser] = wins.get((winner, loser), 0.0) + won
-    candidates = list(dict.fromkeys(candidate for pair in wins for candidate in pair))
+    candidates = list(dict.fromkeys(candidate for match in wins for candidate in match))
     return compute_strengths(candidates, wins) if candidates else {}
 
 
-def count_pairs(questions: Sequence[JudgeRequest], answers: Answers) -> PairResult | None:
+def count_pairs(judged: Judged) -> PairResult | None:
     """Return who won which pair; an answer that changes with the order is no win."""
-    pairs = judge_pairs(questions, answers, "pair")
+    pairs = read_pairs(judged, "pair")
     if not pairs:
         return None
-    wins = {side: sum(winners == (side, side) for _, winners in pairs) for side in SIDES}
-    inconsistent = sum(set(winners) == set(SIDES) for _, winners in pairs)
+    wins = {side: sum(pair.winners == (side, side) for pair in pairs) for side in SIDES}
+    inconsistent = sum(set(pair.winners) == set(SIDES) for pair in pairs)
     return PairResult(
         num_pairs=len(pairs),
         tuned_wins=wins["tuned"],
         base_wins=wins["base"],
         ties=len(pairs) - sum(wins.values()) - inconsistent,
         inconsistent=inconsistent,
-        tuned_strength=rank_players(pairs)["tuned"],
+        tuned_strength=rank_candidates(pairs)["tuned"],
     )
 
 
-def rank_checkpoints(
-    questions: Sequence[JudgeRequest], answers: Answers, *, published_step: int
-) -> tuple[CheckpointRank, ...]:
+def rank_checkpoints(judged: Judged, *, published_step: int) -> tuple[CheckpointRank, ...]:
     """Return how the kept weights did against each other, the strongest first."""
-    pairs = judge_pairs(questions, answers, "checkpoint_pair")
+    pairs = read_pairs(judged, "checkpoint_pair")
     ranks = []
-    for step, strength in rank_players(pairs).items():
-        met = [winners for candidates, winners in pairs if step in candidates]
+    for step, strength in rank_candidates(pairs).items():
+        met = [pair.winners for pair in pairs if step in pair.candidates]
         wins = sum(winners == (step, step) for winners in met)
         losses = sum(winners[0] == winners[1] not in (step, "equal") for winners in met)
         ranks.append(
@@ -231,7 +260,9 @@ def rank_checkpoints(
     return tuple(sorted(ranks, key=lambda rank: -rank.strength))
 
 
-def compare_raters(rater: str, grades: dict[str, dict[str, int]], judgements: Sequence[Judgement]) -> Agreement | None:
+def compare_raters(
+    rater: str, grades: Mapping[str, Mapping[str, int]], judgements: Sequence[Judgement]
+) -> Agreement | None:
     """Return how another rater's grades, by sample and axis, agree with the judge's."""
     shared = [judgement for judgement in judgements if judgement.sample.key in grades]
     if not shared:
@@ -269,11 +300,10 @@ def read_grade(text: str, path: Path, number: int) -> int:
     return int(text)
 
 
-def collect_grades(questions: Sequence[JudgeRequest], answers: Answers) -> dict[str, dict[str, Any]]:
+def collect_grades(judged: Judged) -> dict[str, dict[str, int]]:
     """Return another judge's grades by sample and axis."""
-    grades: dict[str, dict[str, Any]] = {}
-    for question in questions:
-        if question.name in answers:
-            value = int(getattr(answers[question.name].reply, question.axis))
-            grades.setdefault(question.key, {})[question.axis] = value
+    grades: dict[str, dict[str, int]] = {}
+    for request in judged.requests:
+        if request.name in judged.answers:
+            grades.setdefault(request.key, {})[request.axis] = judged.grade(request)
     return grades

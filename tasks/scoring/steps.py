@@ -1,111 +1,139 @@
-"""The scoring stage: the judge's grades, and how far they can be trusted."""
+"""The scoring stage: the judge's scores, and how reliable they are."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prefect import task
+from prefect.client.schemas.objects import State
 
 from tasks.manifests.base import ObjectRef
-from tasks.manifests.evaluation import Evaluation
-from tasks.manifests.scoring import Agreement, Scorecard
+from tasks.manifests.evaluation import Evaluation, Sample
+from tasks.manifests.scoring import Agreement, Judgement, Scorecard
 from tasks.manifests.subject import SubjectSet
 from tasks.scoring.config import ScoringConfig
 from tasks.services.llm.config import LlmConfig
-from tasks.stage.cache import StageFolder, read_verified, store_reasoning
+from tasks.stage.cache import Stage, StageFolder, read_verified, store_reasoning
 from tasks.stage.context import Runtime
 from tasks.stage.states import finished
+
+if TYPE_CHECKING:
+    from tasks.scoring.judge import Grading
+    from tasks.scoring.judge_requests import JudgeContext
 
 STAGE_VERSION = 3
 
 
-@task(name="scoring", persist_result=False)
-def score_samples(
-    config: ScoringConfig, llm: LlmConfig, evaluation: Evaluation, subject: SubjectSet, runtime: Runtime
-) -> Any:
-    """Have the samples graded, or take the stored grades."""
-    from tasks.scoring.rubric import digest_rubric
+@dataclass(frozen=True)
+class ScoringInputs:
+    """What scores depend on."""
 
-    judges = [digest_rubric(), llm.identity("judge"), llm.identity("second_judge")]
-    labels = hashlib.sha256(Path(config.labels).read_bytes()).hexdigest() if config.labels else ""
-    manifest = runtime.run_stage(
-        Scorecard,
-        "scoring",
-        version=STAGE_VERSION,
-        settings=[config.result_fields(), judges, labels],
-        inputs=[evaluation.compute_content_digest(), subject.compute_content_digest()],
-        compute=lambda folder: compute_scores(folder, config, evaluation, subject, runtime),
-    )
+    config: ScoringConfig
+    llm: LlmConfig
+    evaluation: Evaluation
+    subject: SubjectSet
+
+    def stage(self) -> Stage[Scorecard]:
+        """Return the stage that makes them."""
+        from tasks.scoring.rubric import digest_rubric
+
+        judges = [digest_rubric(), self.llm.identity("judge"), self.llm.identity("second_judge")]
+        labels = hashlib.sha256(Path(self.config.labels).read_bytes()).hexdigest() if self.config.labels else ""
+        return Stage(
+            "scoring",
+            Scorecard,
+            STAGE_VERSION,
+            settings=[self.config.result_fields(), judges, labels],
+            inputs=(self.evaluation.compute_content_digest(), self.subject.compute_content_digest()),
+        )
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The samples that are judged."""
+        return [sample for sample in self.evaluation.samples if sample.kind == "subject"]
+
+
+@task(name="scoring", persist_result=False)
+def score_samples(inputs: ScoringInputs, runtime: Runtime) -> State[Scorecard]:
+    """Have the samples judged, or take the cached scores."""
+    manifest = runtime.run_stage(inputs.stage(), lambda folder: compute_scores(folder, inputs, runtime))
     return finished(manifest, runtime)
 
 
-def compute_scores(
-    folder: StageFolder, config: ScoringConfig, evaluation: Evaluation, subject: SubjectSet, runtime: Runtime
-) -> Scorecard:
-    """Put all questions to the judge and write the manifest."""
-    from tasks.images import shrink_png
+def compute_scores(folder: StageFolder, inputs: ScoringInputs, runtime: Runtime) -> Scorecard:
+    """Send every request to the judge and write the manifest."""
     from tasks.scoring import scores
     from tasks.scoring.judge import grade
-    from tasks.scoring.judge_requests import JudgeContext
 
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
-    samples = [sample for sample in evaluation.samples if sample.kind == "subject"]
+    grading = grade(inputs.config, make_context(inputs, runtime), llm=runtime.llm, folder=folder, show=runtime.show)
+    given, samples = grading.given, inputs.samples
+    judgements = scores.to_judgements(samples, grading.judged, grading.decided)
+    undecided = scores.to_judgements(samples, grading.judged)  # raters are compared before any tie-break
+    return folder.finish(
+        Scorecard(
+            **folder.head(
+                STAGE_VERSION,
+                cost_usd=ledger.sum_cost(since=first_row),
+                counts={
+                    "judged": len(judgements),
+                    "failed": len(grading.failures),
+                    "settled": len(grading.settled),
+                    "llm_calls": ledger.count_calls(since=first_row),
+                },
+            ),
+            served_model=", ".join(sorted({answer.served_model for answer in given.values()})),
+            judgements=judgements,
+            failed=tuple(f"{name}: {reason}" for name, reason in grading.failures.items()),
+            scores=scores.average(judgements),
+            intervals=scores.find_intervals(judgements),
+            health=scores.examine_judge(
+                samples,
+                grading.judged,
+                is_comparable=all(runtime.llm.is_comparable(answer) for answer in given.values()),
+                measured=inputs.evaluation.sample_metrics,
+                others=compare_others(inputs, grading, undecided, runtime),
+            ),
+            pairs=scores.count_pairs(grading.judged),
+            checkpoints=scores.rank_checkpoints(grading.judged, published_step=inputs.evaluation.published_step),
+            reasoning=store_reasoning(folder, grading.reasoning()),
+        )
+    )
+
+
+def make_context(inputs: ScoringInputs, runtime: Runtime) -> "JudgeContext":
+    """Return what the judge's requests are made of."""
+    from tasks.images import shrink_png
+    from tasks.scoring.judge_requests import JudgeContext
+
+    config, evaluation, subject = inputs.config, inputs.evaluation, inputs.subject
 
     def read(ref: ObjectRef) -> bytes:
         return shrink_png(read_verified(runtime.store, ref), max_side=config.max_side)
 
-    material = JudgeContext(
+    return JudgeContext(
         class_noun=subject.class_noun,
         references=[read(image.image) for image in subject.images[: config.num_reference_images]],
-        samples=samples,
+        samples=inputs.samples,
         others=[sample for sample in evaluation.samples if sample.kind == "class" and sample.side == "base"],
         candidates=[sample for sample in evaluation.samples if sample.kind == "candidate"],
         published_step=evaluation.published_step,
         read=lambda sample: read(sample.image),
     )
-    grading = grade(config, material, llm=runtime.llm, folder=folder, show=runtime.show)
-    questions, answers = grading.questions, grading.answers
-    judgements = scores.to_judgements(samples, questions, answers, grading.decided)
-    plain = scores.to_judgements(samples, questions, answers)  # raters agree or not before anything is settled
-    return folder.finish(
-        Scorecard,
-        version=STAGE_VERSION,
-        cost_usd=ledger.sum_cost(since=first_row),
-        counts={
-            "judged": len(judgements),
-            "failed": len(grading.failures),
-            "settled": len(grading.settled),
-            "llm_calls": ledger.count_calls(since=first_row),
-        },
-        served_model=", ".join(sorted({answer.served_model for answer in grading.given.values()})),
-        judgements=judgements,
-        failed=tuple(f"{name}: {reason}" for name, reason in grading.failures.items()),
-        scores=scores.average(judgements),
-        intervals=scores.find_intervals(judgements),
-        health=scores.examine_judge(
-            samples,
-            questions,
-            answers,
-            is_comparable=all(runtime.llm.is_comparable(answer) for answer in grading.given.values()),
-            measured=evaluation.sample_metrics,
-            others=compare_others(config, grading.second_grades, plain, samples, runtime),
-        ),
-        pairs=scores.count_pairs(questions, answers),
-        checkpoints=scores.rank_checkpoints(questions, answers, published_step=evaluation.published_step),
-        reasoning=store_reasoning(folder, grading.reasoning()),
-    )
 
 
 def compare_others(
-    config: ScoringConfig, second: Any, judgements: Any, samples: Any, runtime: Runtime
+    inputs: ScoringInputs, grading: "Grading", judgements: Sequence[Judgement], runtime: Runtime
 ) -> tuple[Agreement, ...]:
-    """Return how a second judge and a person agree with the first, where there are such."""
+    """Return how a second judge and a person agree with the judge, where there are such."""
     from tasks.scoring import scores
 
-    found: list[Agreement | None] = []
-    if second:
-        found.append(scores.compare_raters(runtime.llm.config.fallback_chain("second_judge")[0], second, judgements))
-    if config.labels:
-        labels = scores.read_labels(Path(config.labels), samples)
-        found.append(scores.compare_raters("a person", labels, judgements))
+    raters: list[tuple[str, Mapping[str, Mapping[str, int]]]] = []
+    if grading.second_grades:
+        raters.append((runtime.llm.config.fallback_chain("second_judge")[0], grading.second_grades))
+    if inputs.config.labels:
+        raters.append(("a person", scores.read_labels(Path(inputs.config.labels), inputs.samples)))
+    found = [scores.compare_raters(name, grades, judgements) for name, grades in raters]
     return tuple(agreement for agreement in found if agreement is not None)

@@ -9,8 +9,10 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 from pydantic import BaseModel
 
@@ -34,20 +36,37 @@ MANIFEST_NAME = "manifest.json"
 VERIFIED_AT_ONCE = 16
 
 
-def compute_stage_key(stage: str, kind: type[Manifest], *, version: int, settings: Any, inputs: Iterable[str]) -> str:
-    """Return the key of a stage's output.
+@dataclass(frozen=True)
+class Stage(Generic[M]):
+    """A stage with its inputs: everything that decides what it makes, and so under which key that lies."""
 
-    Args:
-        stage: the stage's name.
-        kind: its manifest class, whose schema is part of the key: a new field is another key.
-        version: its hand-bumped STAGE_VERSION.
-        settings: the configuration fields that change the result, versions of shared code, and nothing else.
-        inputs: content digests of everything it reads.
+    name: str
+    manifest: type[M]
+    """Its schema is part of the key: a new field is another key."""
+    version: int
+    """The hand-bumped STAGE_VERSION."""
+    settings: object
+    """JSON values: configuration fields that change the result, versions of shared code, and nothing else."""
+    inputs: tuple[str, ...]
+    """Content digests of everything it reads."""
 
-    """
-    if isinstance(settings, BaseModel):
-        settings = settings.model_dump(mode="json")
-    return digest([stage, version, compute_schema_digest(kind), settings, list(inputs)])[:32]
+    @cached_property
+    def key(self) -> str:
+        """The key of its output."""
+        schema = compute_schema_digest(self.manifest)
+        return digest([self.name, self.version, schema, self.settings, list(self.inputs)])[:32]
+
+
+class ManifestHead(TypedDict):
+    """What every manifest begins with."""
+
+    stage: str
+    stage_key: str
+    stage_version: int
+    seconds: float
+    cost_usd: float | None
+    counts: dict[str, int]
+    objects: tuple[ObjectRef, ...]
 
 
 def compute_schema_digest(kind: type[BaseModel]) -> str:
@@ -125,38 +144,48 @@ class StageFolder:
         self.store.put_bytes(f"{self.prefix}/{name}.ref", dump_signed(ref))
         return ref
 
-    def finish(self, kind: type[M], *, version: int, **fields: Any) -> M:
-        """Write the manifest: from here on the stage is complete."""
-        manifest = kind(
-            stage=self.stage,
-            stage_key=self.stage_key,
-            stage_version=version,
-            seconds=round(time.monotonic() - self.started, 3),
-            objects=tuple(self.refs[key] for key in sorted(self.refs)),
-            **fields,
+    def head(self, version: int, *, counts: dict[str, int], cost_usd: float | None = 0.0) -> ManifestHead:
+        """Return the first fields of the manifest; `finish` fills in time and objects."""
+        return {
+            "stage": self.stage,
+            "stage_key": self.stage_key,
+            "stage_version": version,
+            "seconds": 0.0,
+            "cost_usd": cost_usd,
+            "counts": counts,
+            "objects": (),
+        }
+
+    def finish(self, manifest: M) -> M:
+        """Write the manifest with every object of this folder: from here on the stage is complete."""
+        finished = manifest.model_copy(
+            update={
+                "seconds": round(time.monotonic() - self.started, 3),
+                "objects": tuple(self.refs[key] for key in sorted(self.refs)),
+            }
         )
-        self.store.put_bytes(f"{self.prefix}/{MANIFEST_NAME}", dump_signed(manifest, indent=1))
-        return manifest
+        self.store.put_bytes(f"{self.prefix}/{MANIFEST_NAME}", dump_signed(finished, indent=1))
+        return finished
 
 
-def find_manifest(store: Store, kind: type[M], stage: str, stage_key: str) -> M | None:
+def find_manifest(store: Store, kind: type[M], *, stage: str, key: str) -> M | None:
     """Return the stored manifest if it and every object it names verify.
 
     A folder that does not verify is quarantined: its manifest is moved aside with the reason,
     so that the stage is computed again.
     """
-    key = f"{PREFIXES[stage]}/{stage_key}/{MANIFEST_NAME}"
-    data = store.find_bytes(key)
+    name = f"{PREFIXES[stage]}/{key}/{MANIFEST_NAME}"
+    data = store.find_bytes(name)
     if data is None:
         return None
     try:
         manifest = load_signed(kind, data)
-        check_manifest(manifest, stage, stage_key)
+        check_manifest(manifest, stage, key)
         verify_all(store, manifest.objects)
     except ArtifactCorrupt as error:
-        log.warning("%s %s is damaged and will be computed again: %s", stage, stage_key[:8], error)
-        store.put_bytes(f"{key}.quarantined", data)
-        store.delete(key)
+        log.warning("%s %s is damaged and will be computed again: %s", stage, key[:8], error)
+        store.put_bytes(f"{name}.quarantined", data)
+        store.delete(name)
         return None
     return manifest
 
@@ -214,9 +243,9 @@ def read_verified(store: Store, ref: ObjectRef) -> bytes:
 
 
 def store_reasoning(folder: StageFolder, reasoning: dict[str, str]) -> ObjectRef | None:
-    """Store what models thought aloud, by what it was about; nothing where none did."""
-    told = {name: reasoning for name, reasoning in reasoning.items() if reasoning}
-    return folder.put("reasoning.json", json.dumps(told, indent=1).encode()) if told else None
+    """Store the models' reasoning by item; nothing where no provider returned any."""
+    given = {name: text for name, text in reasoning.items() if text}
+    return folder.put("reasoning.json", json.dumps(given, indent=1).encode()) if given else None
 
 
 def fetch_folder(store: Store, refs: Iterable[ObjectRef], *, below: str, folder: Path) -> Path:

@@ -3,11 +3,11 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tasks.errors import LikenessError
 from tasks.manifests.base import Manifest
@@ -15,7 +15,7 @@ from tasks.services.llm.service import LlmService
 from tasks.services.store.base import Store
 from tasks.services.tracking.base import Tracker
 from tasks.services.tracking.live import LiveRun
-from tasks.stage.cache import StageFolder, compute_stage_key, find_manifest
+from tasks.stage.cache import Stage, StageFolder, find_manifest
 from tasks.stage.progress import ProgressView
 
 log = logging.getLogger(__name__)
@@ -69,36 +69,33 @@ class Runtime:
 
     def run_stage(
         self,
-        kind: type[M],
-        stage: str,
-        *,
-        version: int,
-        settings: Any,
-        inputs: Iterable[str],
+        stage: Stage[M],
         compute: Callable[[StageFolder], M],
+        *,
         find_missing_effect: Callable[[M], str] = lambda manifest: "",
     ) -> M:
-        """Return the stored manifest of a stage if it verifies; else compute it.
+        """Return the cached manifest of a stage if it verifies; else compute it.
 
         Args:
+            stage: the stage with its inputs.
+            compute: fills the folder and writes the manifest.
             find_missing_effect: names what the stage had left outside the store and is gone, or nothing.
 
         """
-        key = compute_stage_key(stage, kind, version=version, settings=settings, inputs=inputs)
-        with self.recorded(stage, key) as record:
-            manifest = find_manifest(self.store, kind, stage, key)
+        with self.recorded(stage.name, stage.key) as record:
+            manifest = find_manifest(self.store, stage.manifest, stage=stage.name, key=stage.key)
             missing = find_missing_effect(manifest) if manifest else ""
             if missing:
-                self.progress.note(f"warning: {stage} {key[:8]} is computed again: {missing}")
+                self.progress.note(f"warning: {stage.name} {stage.key[:8]} is computed again: {missing}")
                 manifest = None
             record.is_cached = manifest is not None
             if manifest is None:
-                manifest = compute(StageFolder(self.store, stage, key))
+                manifest = compute(StageFolder(self.store, stage.name, stage.key))
                 record.cost_usd = manifest.cost_usd
             record.counts = manifest.counts
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in manifest.counts.items())
-        word = "stored" if record.is_cached else "done"
-        self.progress.note(f"{stage:<11} {word:<6} {record.seconds:6.1f} s  {key[:8]}  {counts}")
+        word = "cached" if record.is_cached else "done"
+        self.progress.note(f"{stage.name:<11} {word:<6} {record.seconds:6.1f} s  {stage.key[:8]}  {counts}")
         return manifest
 
     @contextmanager

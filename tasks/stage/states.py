@@ -1,25 +1,28 @@
-"""How steps tell Prefect what happened: cached stages, and errors worth another try."""
+"""Prefect states of stages: typed by their manifest, `Cached` where nothing was computed."""
 
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
 from tasks.errors import LikenessError
 from tasks.manifests.base import Manifest
 from tasks.stage.context import Runtime
 
+M = TypeVar("M", bound=Manifest)
 
-def finished(manifest: Manifest, runtime: Runtime) -> State[Any]:
-    """Return the state of a finished stage: `Cached` where nothing was computed."""
+
+def finished(manifest: M, runtime: Runtime) -> State[M]:
+    """Return the state of a finished stage."""
     record = runtime.records[manifest.stage]
     counts = ", ".join(f"{count} {name}" for name, count in manifest.counts.items())
     name = "Cached" if record.is_cached else "Completed"
-    return Completed(name=name, data=manifest, message=f"{manifest.stage_key[:12]}: {counts}")
+    return cast(State[M], Completed(name=name, data=manifest, message=f"{manifest.stage_key[:12]}: {counts}"))
 
 
 def should_retry(task: Any, run: Any, state: State[Any]) -> bool:
-    """Whether a failed step is tried again: only where waiting can help."""
+    """Tell Prefect whether a failed step is tried again: only where waiting can help."""
     error = state.data
     try:
         state.result(raise_on_failure=True)
@@ -30,6 +33,14 @@ def should_retry(task: Any, run: Any, state: State[Any]) -> bool:
     return bool(getattr(error, "is_retryable", False))
 
 
-def result_of(state: Any) -> Any:
-    """Return the manifest behind a finished step's state; raise what made it fail."""
+def result_of(state: State[M]) -> M:
+    """Return the manifest of a finished step; raise what made it fail.
+
+    Prefect types a task that returns a state by that state, but unwraps it when the task is called.
+    """
     return state.result(raise_on_failure=True) if isinstance(state, State) else state
+
+
+def wait_for(future: "PrefectFuture[State[M]]") -> M:
+    """Wait for a submitted step and return its manifest; raise what made it fail."""
+    return result_of(future.result())

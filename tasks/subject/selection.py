@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class SortedPhotos:
+class Selection:
     """The outcome of the subject stage before it is written down."""
 
     images: list[InstanceImage] = field(default_factory=list)
@@ -40,15 +40,15 @@ def profile_subject(photos: CheckedPhotos, config: SubjectConfig, *, llm: LlmSer
         return None
 
 
-def sort_photos(
+def select_photos(
     folder: StageFolder,
     photos: Sequence[Photo],
     described: dict[str, PhotoAnnotation],
     config: SubjectConfig,
     overview: Overview | None,
-) -> SortedPhotos:
+) -> Selection:
     """Turn photos and what is said of them into instance images, rejects and quarantine."""
-    outcome = SortedPhotos()
+    outcome = Selection()
     if overview is not None:
         outcome.traits = [clean_phrase(trait) for trait in overview.profile.invariant_traits[:20]]
         outcome.warnings = find_warnings(overview.profile, config)
@@ -94,7 +94,7 @@ def sort_photos(
     return outcome
 
 
-def select_top_images(outcome: SortedPhotos, config: SubjectConfig, *, best: Sequence[str]) -> None:
+def select_top_images(outcome: Selection, config: SubjectConfig, *, best: Sequence[str]) -> None:
     """Keep at most `subject.max_trained` images: those that the profiler named, then the sharpest."""
     if config.max_trained is None or len(outcome.images) <= config.max_trained:
         return
@@ -125,7 +125,7 @@ def note_inspection(found: PhotoAnnotation) -> dict[str, str | bool]:
     return told
 
 
-def check_leaks(outcome: SortedPhotos, config: SubjectConfig) -> None:
+def check_leaks(outcome: Selection, config: SubjectConfig) -> None:
     """Refuse to train where too many captions told what never changes: such a captioner wasn't understood."""
     share = len(outcome.leaks) / max(1, len(outcome.images))
     if share > config.max_leak_share:

@@ -1,34 +1,66 @@
 """The subject stage: photos in, instance images with captions and QC out."""
 
 import hashlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prefect import task
+from prefect.client.schemas.objects import State
 
 from tasks.manifests.subject import RejectedImage, SubjectSet
 from tasks.services.llm.config import LlmConfig
-from tasks.stage.cache import StageFolder, store_reasoning
+from tasks.stage.cache import Stage, StageFolder, store_reasoning
 from tasks.stage.context import Runtime
 from tasks.stage.states import finished
 from tasks.subject.config import SubjectConfig
 
+if TYPE_CHECKING:
+    from tasks.subject.photos.ingest import CheckedPhotos, Reject
+
 STAGE_VERSION = 5
+NOT_RESULT = {"source", "max_images", "captions", "batch_threshold", "max_wait_seconds", "allow_unknown"}
+"""Settings that don't change what is made of given photos."""
+ROLES = ("inspector", "captioner", "profiler", "adjudicator")
+
+
+@dataclass(frozen=True)
+class SubjectInputs:
+    """What a subject set depends on."""
+
+    config: SubjectConfig
+    llm: LlmConfig
+    photos: "CheckedPhotos"
+
+    def stage(self) -> Stage[SubjectSet]:
+        """Return the stage that makes it."""
+        from tasks.subject.captions.captioning import digest_prompts
+
+        config = self.config
+        captions = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest() if config.captions else ""
+        models = [digest_prompts(), *(self.llm.identity(role) for role in ROLES)] if config.captioning == "llm" else []
+        settings = config.model_dump(mode="json", exclude=NOT_RESULT)
+        return Stage(
+            "subject",
+            SubjectSet,
+            STAGE_VERSION,
+            settings=[settings, captions, models, self.photos.unknown_world],
+            inputs=tuple(self.photos.digests()),
+        )
 
 
 @task(name="check photos", persist_result=False)
-def check_photos(config: SubjectConfig, runtime: Runtime, *, is_drawn_world: bool) -> Any:
+def check_photos(config: SubjectConfig, runtime: Runtime, *, is_drawn_world: bool) -> "CheckedPhotos":
     """Decode, measure and compare the photos before anything is paid for or computed.
 
     Raises:
         SubjectRejected: too few good ones, or they are not of the only world that the base model knows.
 
     """
-    from tasks.subject.photos import ingest as intake
+    from tasks.subject.photos import ingest
     from tasks.subject.photos.known_world import check_known_world
 
-    photos = intake.check_photos(config, runtime.store)
+    photos = ingest.check_photos(config, runtime.store)
     for name, reason in photos.skipped:
         runtime.progress.note(f"warning: {name} is not read: {reason}")
     if not is_drawn_world:
@@ -37,37 +69,22 @@ def check_photos(config: SubjectConfig, runtime: Runtime, *, is_drawn_world: boo
 
 
 @task(name="subject", persist_result=False)
-def prepare_subject(config: SubjectConfig, llm: LlmConfig, photos: Any, runtime: Runtime) -> Any:
+def prepare_subject(inputs: SubjectInputs, runtime: Runtime) -> State[SubjectSet]:
     """Inspect and caption the photos; keep rejects with their reasons."""
-    from tasks.subject.captions.captioning import digest_prompts
-
-    settings = config.model_dump(
-        mode="json",
-        exclude={"source", "max_images", "captions", "batch_threshold", "max_wait_seconds", "allow_unknown"},
-    )
-    captions = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest() if config.captions else ""
-    models = [digest_prompts(), *(llm.identity(role) for role in ("inspector", "captioner", "profiler", "adjudicator"))]
-    is_asked = config.captioning == "llm"
-    manifest = runtime.run_stage(
-        SubjectSet,
-        "subject",
-        version=STAGE_VERSION,
-        settings=[settings, captions, models if is_asked else [], photos.unknown_world],
-        inputs=photos.digests(),
-        compute=lambda folder: compute_subject(folder, config, photos, runtime),
-    )
+    manifest = runtime.run_stage(inputs.stage(), lambda folder: compute_subject(folder, inputs, runtime))
     for warning in filter(None, (manifest.unknown_world, *manifest.warnings)):
         runtime.progress.note(f"warning: {warning}")
     return finished(manifest, runtime)
 
 
-def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, runtime: Runtime) -> SubjectSet:
-    """Ask the LLM about the photos, sort out, and write the manifest. Raises SubjectRejected."""
+def compute_subject(folder: StageFolder, inputs: SubjectInputs, runtime: Runtime) -> SubjectSet:
+    """Ask the LLM about the photos, select, and write the manifest. Raises SubjectRejected."""
     from tasks.subject.captions.captioning import describe_photos
     from tasks.subject.name_lookup import look_up_names
-    from tasks.subject.photos import ingest as intake
-    from tasks.subject.selection import check_leaks, profile_subject, sort_photos
+    from tasks.subject.photos.ingest import require_enough
+    from tasks.subject.selection import check_leaks, profile_subject, select_photos
 
+    config, photos = inputs.config, inputs.photos
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
     described = describe_photos(
         photos,
@@ -78,37 +95,40 @@ def compute_subject(folder: StageFolder, config: SubjectConfig, photos: Any, run
     )
     overview = profile_subject(photos, config, llm=runtime.llm) if config.captioning == "llm" else None
     warnings, sources = look_up_names(config, llm=runtime.llm)
-    sorted_photos = sort_photos(folder, photos.accepted, described, config, overview)
-    rejected = [store_reject(folder, reject) for reject in photos.rejected] + sorted_photos.rejected
-    left_out = [(r.source_name, r.reason) for r in [*rejected, *sorted_photos.quarantined]]
-    intake.require_enough(len(sorted_photos.images), config, left_out)
-    check_leaks(sorted_photos, config)
+    selection = select_photos(folder, photos.accepted, described, config, overview)
+    rejected = [store_reject(folder, reject) for reject in photos.rejected] + selection.rejected
+    left_out = [(r.source_name, r.reason) for r in [*rejected, *selection.quarantined]]
+    require_enough(len(selection.images), config, left_out)
+    check_leaks(selection, config)
     reasoning = {photo.name: described[photo.sha256].reasoning for photo in photos.accepted}
     return folder.finish(
-        SubjectSet,
-        version=STAGE_VERSION,
-        cost_usd=ledger.sum_cost(since=first_row),
-        counts={
-            "photos": len(sorted_photos.images),
-            "rejected": len(rejected),
-            "quarantined": len(sorted_photos.quarantined),
-            "llm_calls": ledger.count_calls(since=first_row),
-        },
-        class_noun=config.class_noun,
-        identifier_token=config.identifier_token,
-        images=tuple(sorted_photos.images),
-        rejected=tuple(rejected),
-        quarantined=tuple(sorted_photos.quarantined),
-        traits=tuple(sorted_photos.traits),
-        leaks=tuple(sorted_photos.leaks),
-        warnings=(*sorted_photos.warnings, *warnings),
-        unknown_world=photos.unknown_world,
-        sources=sources,
-        reasoning=store_reasoning(folder, reasoning),
+        SubjectSet(
+            **folder.head(
+                STAGE_VERSION,
+                cost_usd=ledger.sum_cost(since=first_row),
+                counts={
+                    "photos": len(selection.images),
+                    "rejected": len(rejected),
+                    "quarantined": len(selection.quarantined),
+                    "llm_calls": ledger.count_calls(since=first_row),
+                },
+            ),
+            class_noun=config.class_noun,
+            identifier_token=config.identifier_token,
+            images=tuple(selection.images),
+            rejected=tuple(rejected),
+            quarantined=tuple(selection.quarantined),
+            traits=tuple(selection.traits),
+            leaks=tuple(selection.leaks),
+            warnings=(*selection.warnings, *warnings),
+            unknown_world=photos.unknown_world,
+            sources=sources,
+            reasoning=store_reasoning(folder, reasoning),
+        )
     )
 
 
-def store_reject(folder: StageFolder, reject: Any) -> RejectedImage:
+def store_reject(folder: StageFolder, reject: "Reject") -> RejectedImage:
     """Keep a rejected photo's reason, and a small picture where it could be decoded."""
     name = f"rejected/{reject.sha256[:16]}.png"
     return RejectedImage(

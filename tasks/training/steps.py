@@ -1,56 +1,41 @@
 """The training stage: a supervised worker turns photos and class images into a tuned model."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
+from prefect.client.schemas.objects import State
 
-from tasks import diffusion as diffusion_code
-from tasks import encoders as encoders_code
-from tasks.diffusion.config import DiffusionConfig
-from tasks.encoders.config import EncoderConfig
-from tasks.encoders.folders import identify_encoders
+from tasks.manifests.base import ObjectRef
 from tasks.manifests.prior import ClassImageSet
 from tasks.manifests.subject import InstanceImage, SubjectSet
 from tasks.manifests.training import TunedModel
+from tasks.services.store.base import Store
 from tasks.services.tracking.base import DatasetInfo
 from tasks.stage.cache import PREFIXES, StageFolder, fetch_folder, find_manifest
 from tasks.stage.context import Runtime
 from tasks.stage.states import finished
 from tasks.training.config import TrainingConfig
 from tasks.training.data.holdout import settle_validation, split_photos
+from tasks.training.inputs import STAGE_VERSION, TrainingInputs
 
-STAGE_VERSION = 3
+if TYPE_CHECKING:
+    from tasks.training.process.worker_spec import TrainingImage, TrainingSpec, WorkerResult
+
 TRAINING_TAG = "likeness.training"
 
 
 @task(name="training", persist_result=False)
-def fine_tune(
-    config: TrainingConfig,
-    diffusion: DiffusionConfig,
-    seed: int,
-    subject: SubjectSet,
-    prior: ClassImageSet,
-    encoders: EncoderConfig,
-    runtime: Runtime,
-) -> Any:
-    """Fine-tune, going on from a checkpoint where an earlier attempt left one.
+def fine_tune(inputs: TrainingInputs, runtime: Runtime) -> State[TunedModel]:
+    """Fine-tune, resuming from a checkpoint where an earlier attempt left one.
 
     Called directly in the flow: signals reach only the main thread.
     """
-    config = settle_validation(count_devices(config), len(subject.images), runtime.progress.note)
-    resolution = diffusion.model_dump(mode="json", include={"family", "resolution"})
-    measuring = [] if config.validation.metric == "loss" else [encoders.model_dump(), identify_encoders(encoders)]
-    prior_digest = prior.compute_content_digest() if config.prior_loss_weight > 0 else ""
-    manifest = runtime.run_stage(
-        TunedModel,
-        "training",
-        version=STAGE_VERSION,
-        settings=[diffusion_code.VERSION, encoders_code.VERSION, config.result_fields(), resolution, seed, *measuring],
-        inputs=[prior.base_model.sha256, subject.compute_content_digest(), prior_digest],
-        compute=lambda folder: compute_training(folder, config, diffusion, seed, subject, prior, encoders, runtime),
-    )
+    config = settle_validation(count_devices(inputs.config), len(inputs.subject.images), runtime.progress.note)
+    inputs = inputs.with_config(config)
+    manifest = runtime.run_stage(inputs.stage(), lambda folder: compute_training(folder, inputs, runtime))
     return finished(manifest, runtime)
 
 
@@ -63,60 +48,94 @@ def count_devices(config: TrainingConfig) -> TrainingConfig:
     return config.model_copy(update={"num_devices": max(1, torch.cuda.device_count())})
 
 
-def compute_training(
-    folder: StageFolder,
-    config: TrainingConfig,
-    diffusion: DiffusionConfig,
-    seed: int,
-    subject: SubjectSet,
-    prior: ClassImageSet,
-    encoders: EncoderConfig,
-    runtime: Runtime,
-) -> TunedModel:
+def compute_training(folder: StageFolder, inputs: TrainingInputs, runtime: Runtime) -> TunedModel:
     """Run the worker to its end and move its result into the store, one run at a time."""
-    from tasks.diffusion.hub import find_folder
     from tasks.training.data.latent_cache import fetch_latents, keep_latents
     from tasks.training.process.supervisor import locked, run_worker
-    from tasks.training.process.worker_spec import TrainingSpec
 
     work = runtime.work_folder / "training" / folder.stage_key
-    num_holdout = config.validation.num_holdout or 0
-    photos, held = split_photos(subject.images, num_holdout, key=lambda image: image.source_sha256)
     with locked(work.with_suffix(".lock")) as lock_descriptor:
-        finished_meanwhile = find_manifest(runtime.store, TunedModel, "training", folder.stage_key)
+        finished_meanwhile = find_manifest(runtime.store, TunedModel, stage="training", key=folder.stage_key)
         if finished_meanwhile is not None:
             return finished_meanwhile
-        spec = TrainingSpec(
-            stage_key=folder.stage_key,
-            folder=str(work),
-            latent_folder=str(runtime.work_folder / "latents"),
-            model_folder=str(find_folder(diffusion)),
-            base_model_sha256=prior.base_model.sha256,
-            seed=seed,
-            identifier_token=subject.identifier_token,
-            class_noun=subject.class_noun,
-            diffusion=diffusion,
-            training=config,
-            encoders=encoders,
-            instance_images=fetch_images(runtime, work, list_rows(photos)),
-            holdout_images=fetch_images(runtime, work, list_rows(held)),
-            class_images=fetch_images(
-                runtime, work, [(i.image, None, None, prior.class_prompt, None) for i in prior.images]
-            )
-            if config.prior_loss_weight > 0
-            else (),
-        )
+        spec = make_spec(inputs, runtime, stage_key=folder.stage_key, work=work)
         fetch_latents(runtime.store, spec)
         runtime.live.begin(
-            tags={TRAINING_TAG: folder.stage_key}, stale_tag=TRAINING_TAG, datasets=describe_datasets(subject, prior)
+            tags={TRAINING_TAG: folder.stage_key},
+            stale_tag=TRAINING_TAG,
+            datasets=describe_datasets(inputs.subject, inputs.prior),
         )
         result = run_worker(
-            spec, on_event=lambda event: show_event(event, config, runtime), inherited=(lock_descriptor,)
+            spec, on_event=lambda event: show_event(event, inputs.config, runtime), inherited=(lock_descriptor,)
         )
-        manifest = store_result(folder, spec, result, subject, prior)
+        manifest = store_result(folder, inputs, spec, result)
         keep_latents(runtime.store, spec)
         shutil.rmtree(work)
     return manifest
+
+
+def make_spec(inputs: TrainingInputs, runtime: Runtime, *, stage_key: str, work: Path) -> "TrainingSpec":
+    """Return the worker's order, with every image as a local file below `work`."""
+    from tasks.diffusion.hub import find_folder
+    from tasks.training.process.worker_spec import TrainingSpec
+
+    config, subject, prior = inputs.config, inputs.subject, inputs.prior
+    num_holdout = config.validation.num_holdout or 0
+    photos, held_out = split_photos(subject.images, num_holdout, key=lambda image: image.source_sha256)
+    local = LocalImages(runtime.store, work / "data")
+    class_images = prior.images if inputs.uses_class_images else ()
+    return TrainingSpec(
+        stage_key=stage_key,
+        folder=str(work),
+        latent_folder=str(runtime.work_folder / "latents"),
+        model_folder=str(find_folder(inputs.diffusion)),
+        base_model_sha256=prior.base_model.sha256,
+        seed=inputs.seed,
+        identifier_token=subject.identifier_token,
+        class_noun=subject.class_noun,
+        diffusion=inputs.diffusion,
+        training=config,
+        encoders=inputs.encoders,
+        instance_images=tuple(map(local.fetch_photo, photos)),
+        holdout_images=tuple(map(local.fetch_photo, held_out)),
+        class_images=tuple(local.fetch(image.image, prompt=prior.class_prompt) for image in class_images),
+    )
+
+
+class LocalImages:
+    """Copies of stored images as local files."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self.store = store
+        self.folder = folder
+
+    def fetch_photo(self, photo: InstanceImage) -> "TrainingImage":
+        """Copy a photo and its mask, with its prompt and original size."""
+        mask = {"mask_path": self.copy(photo.mask), "mask_sha256": photo.mask.sha256} if photo.mask else {}
+        return self.fetch(
+            photo.image,
+            prompt=photo.instance_prompt,
+            focus=photo.focus,
+            original_width=photo.measures.width,
+            original_height=photo.measures.height,
+            **mask,
+        )
+
+    def fetch(self, ref: ObjectRef, *, prompt: str, **fields: Any) -> "TrainingImage":
+        """Copy an image and measure it."""
+        from PIL import Image
+
+        from tasks.training.process.worker_spec import TrainingImage
+
+        path = self.copy(ref)
+        with Image.open(path) as opened:
+            width, height = opened.size
+        return TrainingImage(path=path, width=width, height=height, sha256=ref.sha256, prompt=prompt, **fields)
+
+    def copy(self, ref: ObjectRef) -> str:
+        """Copy one object and return its file."""
+        fetch_folder(self.store, [ref], below=ref.key.split("/")[1], folder=self.folder)
+        return str(self.folder / ref.key.split("/", 2)[2])
 
 
 def describe_datasets(subject: SubjectSet, prior: ClassImageSet) -> list[DatasetInfo]:
@@ -132,47 +151,12 @@ def describe_datasets(subject: SubjectSet, prior: ClassImageSet) -> list[Dataset
     ]
 
 
-def list_rows(images: list[InstanceImage]) -> list[tuple[Any, Any, Any, str, Any]]:
-    """Return what is needed to train on photos."""
-    return [(i.image, i.mask, i.focus, i.instance_prompt, i.measures) for i in images]
-
-
-def fetch_images(runtime: Runtime, work: Path, rows: list[tuple[Any, Any, Any, str, Any]]) -> Any:
-    """Copy images and their masks to local files and put them beside their prompts and original sizes."""
-    from PIL import Image
-
-    from tasks.training.process.worker_spec import TrainingImage
-
-    def measure(path: str) -> dict[str, int]:
-        with Image.open(path) as opened:
-            return {"width": opened.width, "height": opened.height}
-
-    def fetch(ref: Any) -> str:
-        fetch_folder(runtime.store, [ref], below=ref.key.split("/")[1], folder=work / "data")
-        return str(work / "data" / ref.key.split("/", 2)[2])
-
-    return tuple(
-        TrainingImage(
-            path=(path := fetch(ref)),
-            **measure(path),
-            sha256=ref.sha256,
-            prompt=prompt,
-            mask_path=fetch(mask) if mask else "",
-            mask_sha256=mask.sha256 if mask else "",
-            focus=focus,
-            original_width=measures.width if measures else 0,
-            original_height=measures.height if measures else 0,
-        )
-        for ref, mask, focus, prompt, measures in rows
-    )
-
-
 def show_event(event: dict[str, Any], config: TrainingConfig, runtime: Runtime) -> None:
     """Turn the worker's events into progress and count the steps of this run."""
     if event["event"] == "started":
         runtime.first_training_step = event["step"]
         if event["step"]:
-            runtime.progress.note(f"training goes on from its checkpoint at step {event['step']}")
+            runtime.progress.note(f"training resumes from its checkpoint at step {event['step']}")
     elif event["event"] == "note":
         runtime.progress.note(event["text"])
     elif event["event"] == "step":
@@ -188,41 +172,42 @@ def show_event(event: dict[str, Any], config: TrainingConfig, runtime: Runtime) 
 
 
 def store_result(
-    folder: StageFolder,
-    spec: Any,
-    result: Any,
-    subject: SubjectSet,
-    prior: ClassImageSet,
+    folder: StageFolder, inputs: TrainingInputs, spec: "TrainingSpec", result: "WorkerResult"
 ) -> TunedModel:
-    """Store weights and loss log and write the manifest."""
+    """Store weights, candidates, samples and loss log, and write the manifest."""
     from tasks.training.process.worker_spec import RunFolder
 
     run, micro = RunFolder(spec.path), result.micro_batch_size
     model = tuple(folder.put_file(f"model/{name}", run.model / name) for name in result.model_files())
-    folder.put("losses.jsonl", run.losses.read_bytes())  # a later attempt writes into the file
-    for path in sorted(path for path in run.candidates.rglob("*") if path.is_file()):
+    folder.put("losses.jsonl", run.losses.read_bytes())  # a copy: a later attempt writes into the file
+    for path in list_files(run.candidates.rglob("*")):
         folder.put_file(path.relative_to(run.folder).as_posix(), path)
-    for path in sorted(run.samples.glob("*.png")):
+    for path in list_files(run.samples.glob("*.png")):
         folder.put(f"samples/{path.name}", path.read_bytes())
+    counts = {"steps": result.num_steps, "resumed_from_step": result.start_step}
+    if spec.holdout_images:
+        counts["held_out"] = len(spec.holdout_images)
+    if micro != spec.training.train_batch_size:
+        counts["images_at_a_time"] = micro
     return folder.finish(
-        TunedModel,
-        version=STAGE_VERSION,
-        counts={
-            "steps": result.num_steps,
-            "resumed_from_step": result.start_step,
-            **({"held_out": len(spec.holdout_images)} if spec.holdout_images else {}),
-            **({"images_at_a_time": micro} if micro != spec.training.train_batch_size else {}),
-        },
-        base_model=prior.base_model,
-        model=model,
-        num_steps=result.num_steps,
-        published_step=result.published_step,
-        family=spec.diffusion.family,
-        method=spec.training.method,
-        trainable_parameters=result.trainable_parameters,
-        total_parameters=result.total_parameters,
-        final_loss=result.final_loss,
-        peak_memory_bytes=result.peak_memory_bytes,
-        subject_sha256=subject.compute_content_digest(),
-        prior_sha256=prior.compute_content_digest(),
+        TunedModel(
+            **folder.head(STAGE_VERSION, counts=counts),
+            base_model=inputs.prior.base_model,
+            model=model,
+            num_steps=result.num_steps,
+            published_step=result.published_step,
+            family=spec.diffusion.family,
+            method=spec.training.method,
+            trainable_parameters=result.trainable_parameters,
+            total_parameters=result.total_parameters,
+            final_loss=result.final_loss,
+            peak_memory_bytes=result.peak_memory_bytes,
+            subject_sha256=inputs.subject.compute_content_digest(),
+            prior_sha256=inputs.prior.compute_content_digest(),
+        )
     )
+
+
+def list_files(paths: Iterable[Path]) -> list[Path]:
+    """Return those that are files, sorted."""
+    return sorted(path for path in paths if path.is_file())

@@ -32,7 +32,8 @@ from tasks.mini.vision_server.launch import LocalServer
 from tasks.mini.world.scenes import CLASS_NOUNS, PLACE_PHRASES, draw_scene, sample_subject_scene
 from tasks.scoring import scores
 from tasks.scoring.config import ScoringConfig
-from tasks.scoring.judge_requests import JudgeContext, list_questions
+from tasks.scoring.judge_requests import JudgeContext, list_judge_requests
+from tasks.scoring.scores import Judged
 from tasks.scoring.statistics import compute_spearman
 from tasks.services.llm.budget.cost_estimate import estimate_calls
 from tasks.services.llm.budget.ledger import Ledger
@@ -173,18 +174,18 @@ def judge(
     similarities: list[float],
 ) -> str:
     """Ask everything about one subject and return its row; add its samples' grades and similarities."""
-    questions = list_questions(ScoringConfig(), material)
+    questions = list_judge_requests(ScoringConfig(), material)
     specs = {question.name: question.spec for question in questions}
     answers, _ = ask_each(specs, llm=llm, role="judge", on_progress=lambda done, total: None)
-    judgements = scores.to_judgements(material.samples, questions, answers)
-    health = scores.examine_judge(material.samples, questions, answers, is_comparable=True)
+    judgements = scores.to_judgements(material.samples, Judged(questions, answers))
+    health = scores.examine_judge(material.samples, Judged(questions, answers), is_comparable=True)
     photos = encoders.encode_dino([decode_png(png) for png in material.references])
     drawn = encoders.encode_dino([decode_png(material.read(sample)) for sample in material.samples])
     grades += [judgement.concept_preservation for judgement in judgements]
     similarities += (drawn @ photos.T).mean(1).tolist()
     controls = [f"{c.value:.1f}{'' if c.is_passed else ' (failed)'}" for c in health.controls]
     alpha = health.alpha["concept_preservation"]
-    pairs = scores.count_pairs(questions, answers)
+    pairs = scores.count_pairs(Judged(questions, answers))
     assert pairs is not None
     means = scores.average(judgements)
     return (

@@ -69,7 +69,8 @@ class Case:
         """Return the order for our worker."""
         settings = {
             "max_train_steps": steps, "train_batch_size": self.batch_size, "learning_rate": 2e-6,
-            "mixed_precision": {"fp32": "no"}.get(self.precision, self.precision), "checkpointing_steps": 100_000, "log_every_n_steps": 10,
+            "mixed_precision": {"fp32": "no"}.get(self.precision, self.precision),
+            "checkpointing_steps": 100_000, "log_every_n_steps": 10,
             "deterministic": False, **changes,
         }  # fmt: skip
 

@@ -35,7 +35,7 @@ def make_output(tmp_path: Path, *, status: str = "finished") -> tuple[Path, Loca
     for key in ("used", "unused"):
         stage = StageFolder(store, "prior", key)
         stage.put("images/0.png", b"pixels" * 1000)
-        stage.finish(Manifest, version=1, counts={})
+        stage.finish(Manifest(**stage.head(1, counts={})))
     store.put_bytes("llm/replies/paid.json", b"{}")
     return output, store
 
@@ -51,10 +51,10 @@ def test_only_what_no_run_refers_to_goes_and_only_when_told(tmp_path: Path) -> N
     listed = collect_garbage(output, days=7, is_deleting=False)
     assert [(item.kind, item.name) for item in listed] == [("prior that no run refers to", "02-prior/unused")]
     assert listed[0].size_bytes > 6000
-    assert find_manifest(store, Manifest, "prior", "unused") is not None
+    assert find_manifest(store, Manifest, stage="prior", key="unused") is not None
     collect_garbage(output, days=7, is_deleting=True)
     assert store.list_keys("02-prior/unused/") == []
-    assert find_manifest(store, Manifest, "prior", "used") is not None
+    assert find_manifest(store, Manifest, stage="prior", key="used") is not None
     assert store.find_bytes("llm/replies/paid.json") == b"{}"
     assert collect_garbage(output, days=7, is_deleting=False) == []
 
@@ -67,7 +67,7 @@ def test_what_is_young_stays(tmp_path: Path) -> None:
 def test_a_run_at_work_keeps_what_it_has_just_made(tmp_path: Path) -> None:
     output, store = make_output(tmp_path, status="running")
     assert collect_garbage(output, days=0, is_deleting=True) == []
-    assert find_manifest(store, Manifest, "prior", "unused") is not None
+    assert find_manifest(store, Manifest, stage="prior", key="unused") is not None
 
 
 @pytest.mark.parametrize("status", ["pending", "failed", "killed", "cancelled"])
@@ -85,7 +85,7 @@ def test_what_an_unfinished_run_began_stays(tmp_path: Path, status: str) -> None
     age(output / "store")
     listed = collect_garbage(output, days=7, is_deleting=True)
     assert [item.name for item in listed] == ["02-prior/unused"]
-    assert find_manifest(store, Manifest, "prior", "used") is not None
+    assert find_manifest(store, Manifest, stage="prior", key="used") is not None
 
 
 def test_why_stages_stay_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +127,7 @@ def test_where_a_summary_is_torn_no_stage_is_taken_for_unused(tmp_path: Path) ->
     (output / "one" / "summary.json").write_text("{")
     age(output / "store")
     collect_garbage(output, days=7, is_deleting=True)
-    assert find_manifest(store, Manifest, "prior", "used") is not None
+    assert find_manifest(store, Manifest, stage="prior", key="used") is not None
 
 
 def test_a_store_that_other_folders_may_use_keeps_all_stages(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_store_that_other_folders_may_use_keeps_all_stages(tmp_path: Path) -> 
     (output / "one" / "config.json").write_text(json.dumps(config))
     age(shared)
     assert collect_garbage(output, days=7, is_deleting=True) == []
-    assert find_manifest(LocalStore(shared), Manifest, "prior", "unused") is not None
+    assert find_manifest(LocalStore(shared), Manifest, stage="prior", key="unused") is not None
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tasks.encoders.config import EncoderConfig
 from tasks.encoders.folders import find_lpips
 from tasks.encoders.lpips import Lpips, load_lpips, make_alexnet
 from tasks.evaluation.metrics import (
-    PhotoAnnotation,
+    Features,
     mean_similarity,
     mean_similarity_within,
     measure_all,
@@ -24,8 +24,8 @@ def at(*degrees: float) -> torch.Tensor:
     return torch.tensor([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])
 
 
-def described(*degrees: float, texts: tuple[float, ...] = ()) -> PhotoAnnotation:
-    return PhotoAnnotation(at(*degrees), at(*degrees), at(*(texts or degrees)))
+def described(*degrees: float, texts: tuple[float, ...] = ()) -> Features:
+    return Features(at(*degrees), at(*degrees), at(*(texts or degrees)))
 
 
 def test_similarity_is_the_mean_over_all_pairs() -> None:

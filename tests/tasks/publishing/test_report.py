@@ -34,16 +34,21 @@ def make_evaluation(store: LocalStore) -> Evaluation:
                 )
             )
     return folder.finish(
-        Evaluation, version=1, counts={}, samples=tuple(samples),
-        metrics={
-            "base": SubjectMetrics(dino=0.2, clip_i=0.5, clip_t=0.4),
-            "tuned": SubjectMetrics(dino=0.5, clip_i=0.7, clip_t=0.3),
-        },
-        drift={"base": DriftMetrics(pres=0.1, dino_div=0.9), "tuned": DriftMetrics(pres=0.2, dino_div=0.8)},
-        ceiling=CeilingMetrics(dino=0.8, clip_i=0.9, clip_t=0.5),
-        sample_metrics={s.image.key: SubjectMetrics(dino=0.1 * n, clip_i=0, clip_t=0) for n, s in enumerate(samples)},
-        published_step=800,
-    )  # fmt: skip
+        Evaluation(
+            **folder.head(1, counts={}),
+            samples=tuple(samples),
+            metrics={
+                "base": SubjectMetrics(dino=0.2, clip_i=0.5, clip_t=0.4),
+                "tuned": SubjectMetrics(dino=0.5, clip_i=0.7, clip_t=0.3),
+            },
+            drift={"base": DriftMetrics(pres=0.1, dino_div=0.9), "tuned": DriftMetrics(pres=0.2, dino_div=0.8)},
+            ceiling=CeilingMetrics(dino=0.8, clip_i=0.9, clip_t=0.5),
+            sample_metrics={
+                s.image.key: SubjectMetrics(dino=0.1 * n, clip_i=0, clip_t=0) for n, s in enumerate(samples)
+            },
+            published_step=800,
+        )
+    )
 
 
 def test_the_way_to_the_real_photos_is_a_share(store: LocalStore) -> None:
@@ -102,11 +107,16 @@ def test_headline_metrics_are_flat_and_complete(store: LocalStore) -> None:
     from tasks.manifests.scoring import JudgeReliability, SideScores
 
     scores = StageFolder(store, "scoring", "k").finish(
-        Scorecard, version=1, counts={}, served_model="m", judgements=(), failed=(),
-        scores={"tuned": SideScores(concept_preservation=3, prompt_following=4, image_quality=2)},
-        intervals={},
-        health=JudgeReliability(controls=(), alpha={}, num_repeated=0, is_comparable=True, is_reliable=False),
-    )  # fmt: skip
+        Scorecard(
+            **StageFolder(store, "scoring", "k").head(1, counts={}),
+            served_model="m",
+            judgements=(),
+            failed=(),
+            scores={"tuned": SideScores(concept_preservation=3, prompt_following=4, image_quality=2)},
+            intervals={},
+            health=JudgeReliability(controls=(), alpha={}, num_repeated=0, is_comparable=True, is_reliable=False),
+        )
+    )
     figures = headline_metrics(make_evaluation(store), scores)
     assert figures["tuned/dino"] == 0.5
     assert figures["ceiling/clip_t"] == 0.5

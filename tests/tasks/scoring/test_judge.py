@@ -17,9 +17,16 @@ from tasks.manifests.scoring import JudgeReliability
 from tasks.scoring import scores
 from tasks.scoring.config import ScoringConfig
 from tasks.scoring.judge_executor import ask_judge
-from tasks.scoring.judge_requests import AXES, JudgeContext, JudgeRequest, list_questions, list_second
+from tasks.scoring.judge_requests import (
+    AXES,
+    JudgeContext,
+    JudgeRequest,
+    list_judge_requests,
+    list_second_judge_requests,
+)
 from tasks.scoring.rubric import ConceptGrade, QualityGrade, concept_spec, pair_spec, prompt_spec, quality_spec
-from tasks.scoring.tie_break import find_disputed, read_settled, settle
+from tasks.scoring.scores import Judged
+from tasks.scoring.tie_break import break_ties, find_disputed, read_settled
 from tasks.services.llm.config import LlmConfig
 from tasks.services.llm.executor import Answers
 from tasks.services.llm.service import Answer
@@ -109,20 +116,20 @@ def fair_judge(question: JudgeRequest) -> Any:
     """Grades tuned samples higher, passes every control, and sees through the order of pairs."""
     if question.kind == "pair":
         return "first" if question.is_swapped else "second"
-    if question.kind in ("other", "shuffled", "blurred"):
+    if question.kind in ("negative_control", "shuffled", "blurred"):
         return 1
-    if question.kind == "self":
+    if question.kind == "positive_control":
         return 4
     return 4 if "tuned" in question.key else 2
 
 
 def examine(material: JudgeContext, judge: Callable[[JudgeRequest], Any], **changes: Any) -> JudgeReliability:
-    questions = list_questions(ScoringConfig(**changes), material)
-    return scores.examine_judge(material.samples, questions, answer_all(questions, judge), is_comparable=True)
+    questions = list_judge_requests(ScoringConfig(**changes), material)
+    return scores.examine_judge(material.samples, Judged(questions, answer_all(questions, judge)), is_comparable=True)
 
 
 def test_every_sample_is_asked_about_on_every_axis_and_some_several_times(material: JudgeContext) -> None:
-    questions = list_questions(ScoringConfig(num_repeats=3, num_repeated=4), material)
+    questions = list_judge_requests(ScoringConfig(num_repeats=3, num_repeated=4), material)
     asked = [question for question in questions if question.kind == "sample"]
     assert len({(q.key, q.axis) for q in asked}) == 12 * 3
     assert len(asked) == 12 * 3 + 4 * 2 * 3
@@ -137,7 +144,7 @@ def make_profile() -> Any:
 
 
 def test_repeats_show_the_references_in_another_order(material: JudgeContext) -> None:
-    questions = list_questions(ScoringConfig(num_repeats=3, num_repeated=1), material)
+    questions = list_judge_requests(ScoringConfig(num_repeats=3, num_repeated=1), material)
     concept = [
         q for q in questions if q.kind == "sample" and q.axis == AXES[0] and q.key == material.samples[0].image.key
     ]
@@ -152,8 +159,8 @@ def test_scores_are_means_per_side_of_medians_with_intervals(material: JudgeCont
             return (0, 4, 3)[question.repeat]
         return fair_judge(question)
 
-    questions = list_questions(ScoringConfig(), material)
-    judgements = scores.to_judgements(material.samples, questions, answer_all(questions, judge))
+    questions = list_judge_requests(ScoringConfig(), material)
+    judgements = scores.to_judgements(material.samples, Judged(questions, answer_all(questions, judge)))
     first = judgements[0]
     assert (first.concept_preservation, first.num_repeats, first.spread) == (3, 3, 4)
     found = scores.average(judgements)
@@ -176,8 +183,8 @@ def test_a_fair_judge_passes_its_controls(material: JudgeContext) -> None:
 @pytest.mark.parametrize(
     ("kind", "grade", "control"),
     [
-        ("self", 1, "the subject itself"),
-        ("other", 4, "another subject"),
+        ("positive_control", 1, "the subject itself"),
+        ("negative_control", 4, "another subject"),
         ("shuffled", 4, "a wrong prompt"),
         ("blurred", 4, "a blurred sample"),
     ],
@@ -192,18 +199,18 @@ def test_a_judge_that_fails_a_control_is_not_reliable(
 
 def test_without_controls_or_from_another_model_grades_are_not_called_reliable(material: JudgeContext) -> None:
     assert not examine(material, fair_judge, num_controls=0).is_reliable
-    questions = list_questions(ScoringConfig(), material)
+    questions = list_judge_requests(ScoringConfig(), material)
     answers = answer_all(questions, fair_judge)
-    assert not scores.examine_judge(material.samples, questions, answers, is_comparable=False).is_reliable
+    assert not scores.examine_judge(material.samples, Judged(questions, answers), is_comparable=False).is_reliable
 
 
 def test_only_wins_in_both_orders_count(material: JudgeContext) -> None:
-    questions = list_questions(ScoringConfig(num_pairs=4), material)
-    fair = scores.count_pairs(questions, answer_all(questions, fair_judge))
+    questions = list_judge_requests(ScoringConfig(num_pairs=4), material)
+    fair = scores.count_pairs(Judged(questions, answer_all(questions, fair_judge)))
     assert fair is not None
     assert (fair.num_pairs, fair.tuned_wins, fair.base_wins, fair.inconsistent) == (4, 4, 0, 0)
     assert fair.tuned_strength == pytest.approx(4.5 / 5)
-    first = scores.count_pairs(questions, answer_all(questions, lambda q: "first"))
+    first = scores.count_pairs(Judged(questions, answer_all(questions, lambda q: "first")))
     assert first is not None
     assert (first.tuned_wins, first.base_wins, first.ties, first.inconsistent) == (0, 0, 0, 4)
     assert first.tuned_strength == pytest.approx(0.5)
@@ -224,7 +231,7 @@ def with_candidates(material: JudgeContext, *steps: int) -> JudgeContext:
 
 def test_kept_weights_meet_each_other_in_both_orders_and_are_ranked(material: JudgeContext) -> None:
     several = with_candidates(material, 400, 600)
-    questions = list_questions(ScoringConfig(num_checkpoint_pairs=3), several)
+    questions = list_judge_requests(ScoringConfig(num_checkpoint_pairs=3), several)
     checkpoint_pairs = [question for question in questions if question.kind == "checkpoint_pair"]
     assert len(checkpoint_pairs) == 3 * 3 * 2
     assert {question.candidates for question in checkpoint_pairs} == {("400", "600"), ("400", "800"), ("600", "800")}
@@ -236,26 +243,26 @@ def test_kept_weights_meet_each_other_in_both_orders_and_are_ranked(material: Ju
             else fair_judge(question)
         )
 
-    ranks = scores.rank_checkpoints(questions, answer_all(questions, later_is_better), published_step=800)
+    ranks = scores.rank_checkpoints(Judged(questions, answer_all(questions, later_is_better)), published_step=800)
     assert [(rank.step, rank.wins, rank.losses, rank.is_published) for rank in ranks] == [
         (800, 6, 0, True), (600, 3, 3, False), (400, 0, 6, False),
     ]  # fmt: skip
     assert sum(rank.strength for rank in ranks) == pytest.approx(1)
-    by_order = scores.rank_checkpoints(questions, answer_all(questions, lambda q: "first"), published_step=800)
+    by_order = scores.rank_checkpoints(Judged(questions, answer_all(questions, lambda q: "first")), published_step=800)
     assert {(rank.wins, rank.losses, rank.undecided) for rank in by_order} == {(0, 0, 6)}
 
 
 def test_without_other_weights_there_is_no_contest(material: JudgeContext) -> None:
-    questions = list_questions(ScoringConfig(), material)
+    questions = list_judge_requests(ScoringConfig(), material)
     assert not any(question.kind == "checkpoint_pair" for question in questions)
-    assert scores.rank_checkpoints(questions, answer_all(questions, fair_judge), published_step=800) == ()
+    assert scores.rank_checkpoints(Judged(questions, answer_all(questions, fair_judge)), published_step=800) == ()
 
 
 def test_grades_that_differ_much_are_settled_by_the_next_profile_with_reasoning(
     material: JudgeContext, tmp_path: Path
 ) -> None:
     config = ScoringConfig(num_repeats=3, num_repeated=2)
-    questions = list_questions(config, material)
+    questions = list_judge_requests(config, material)
     torn = material.samples[0].image.key
 
     def judge(question: JudgeRequest) -> Any:
@@ -264,7 +271,7 @@ def test_grades_that_differ_much_are_settled_by_the_next_profile_with_reasoning(
         return fair_judge(question)
 
     answers = answer_all(questions, judge)
-    [disputed] = find_disputed(config, material.samples, questions, answers, {})
+    [disputed] = find_disputed(config, material.samples, Judged(questions, answers), second={})
     assert (disputed.key, disputed.axis, disputed.spec.is_reasoning) == (torn, "concept_preservation", True)
     reply = {
         "evidence": "e", "shape": 3, "color": 3, "texture": 3, "face": "absent", "concept_preservation": 3,
@@ -276,32 +283,32 @@ def test_grades_that_differ_much_are_settled_by_the_next_profile_with_reasoning(
         able = profile.capabilities.model_copy(update={"reasoning": "effort"})
         other = profile.model_copy(update={"base_url": strong.url, "capabilities": able})
         cheap_llm.config = LlmConfig(models=("p", "strong"), profiles={"p": profile, "strong": other})
-        settled = settle([disputed], llm=cheap_llm, on_progress=lambda done, total: None)
+        settled = break_ties([disputed], llm=cheap_llm, on_progress=lambda done, total: None)
         assert not cheap.counts
         assert strong.bodies[0]["reasoning_effort"] == "medium"
     decided = read_settled([disputed], settled)
-    before = scores.to_judgements(material.samples, questions, answers)[0]
-    after = scores.to_judgements(material.samples, questions, answers, decided)[0]
+    before = scores.to_judgements(material.samples, Judged(questions, answers))[0]
+    after = scores.to_judgements(material.samples, Judged(questions, answers), decided)[0]
     assert (before.concept_preservation, after.concept_preservation) == (0, 3)
     assert (before.settled, after.settled) == ((), ("concept_preservation",))
-    assert settle([], llm=cheap_llm, on_progress=lambda done, total: None) == {}
+    assert break_ties([], llm=cheap_llm, on_progress=lambda done, total: None) == {}
 
 
 def test_a_second_judge_that_differs_much_is_a_dispute_too(material: JudgeContext) -> None:
     config = ScoringConfig(num_repeated=0)
-    questions = list_questions(config, material)
+    questions = list_judge_requests(config, material)
     answers = answer_all(questions, fair_judge)
     key = material.samples[0].image.key  # base: graded 2
-    assert find_disputed(config, material.samples, questions, answers, {key: {"image_quality": 3}}) == []
-    [disputed] = find_disputed(config, material.samples, questions, answers, {key: {"image_quality": 0}})
+    assert find_disputed(config, material.samples, Judged(questions, answers), second={key: {"image_quality": 3}}) == []
+    [disputed] = find_disputed(config, material.samples, Judged(questions, answers), second={key: {"image_quality": 0}})
     assert disputed.axis == "image_quality"
     off = config.model_copy(update={"disagreement_threshold": 0})
-    assert find_disputed(off, material.samples, questions, answers, {key: {"image_quality": 0}}) == []
+    assert find_disputed(off, material.samples, Judged(questions, answers), second={key: {"image_quality": 0}}) == []
 
 
 def test_grades_are_ranked_with_what_was_measured(material: JudgeContext) -> None:
-    questions = list_questions(ScoringConfig(), material)
-    judgements = scores.to_judgements(material.samples, questions, answer_all(questions, fair_judge))
+    questions = list_judge_requests(ScoringConfig(), material)
+    judgements = scores.to_judgements(material.samples, Judged(questions, answer_all(questions, fair_judge)))
     measured = {
         sample.image.key: SubjectMetrics(dino=0.9 if sample.side == "tuned" else 0.1, clip_i=0, clip_t=0.5)
         for sample in material.samples
@@ -312,11 +319,11 @@ def test_grades_are_ranked_with_what_was_measured(material: JudgeContext) -> Non
 
 
 def test_a_second_judge_and_a_person_are_compared_with_the_first(material: JudgeContext, tmp_path: Path) -> None:
-    questions = list_questions(ScoringConfig(), material)
-    judgements = scores.to_judgements(material.samples, questions, answer_all(questions, fair_judge))
-    seconds = list_second(ScoringConfig(second_judge_fraction=0.5), material)
+    questions = list_judge_requests(ScoringConfig(), material)
+    judgements = scores.to_judgements(material.samples, Judged(questions, answer_all(questions, fair_judge)))
+    seconds = list_second_judge_requests(ScoringConfig(second_judge_fraction=0.5), material)
     assert len(seconds) == 6 * 3
-    grades = scores.collect_grades(seconds, answer_all(seconds, fair_judge))
+    grades = scores.collect_grades(Judged(seconds, answer_all(seconds, fair_judge)))
     agreement = scores.compare_raters("other", grades, judgements)
     assert agreement is not None
     assert agreement.num_samples == 6

@@ -8,17 +8,17 @@ import pytest
 
 from tasks.errors import ArtifactCorrupt
 from tasks.manifests.base import Manifest, ObjectRef
-from tasks.services.store import local as store_module
 from tasks.services.config import StoreConfig
+from tasks.services.store import local as store_module
 from tasks.services.store.base import Store
 from tasks.services.store.local import LocalStore
 from tasks.services.store.s3 import S3Store
 from tasks.stage.cache import (
     MANIFEST_NAME,
     PREFIXES,
+    Stage,
     StageFolder,
     compute_schema_digest,
-    compute_stage_key,
     find_manifest,
     read_verified,
     verify,
@@ -37,28 +37,28 @@ class Documented(Manifest):
 
 
 def finish(folder: StageFolder) -> Manifest:
-    return folder.finish(Manifest, version=1, counts={"things": 1})
+    return folder.finish(Manifest(**folder.head(1, counts={"things": 1})))
 
 
 def test_stage_key_depends_on_every_input() -> None:
-    base = compute_stage_key("prior", Manifest, version=1, settings={"steps": 3}, inputs=["a"])
+    base = Stage("prior", Manifest, 1, settings={"steps": 3}, inputs=("a",)).key
     others = [
-        compute_stage_key("subject", Manifest, version=1, settings={"steps": 3}, inputs=["a"]),
-        compute_stage_key("prior", Manifest, version=2, settings={"steps": 3}, inputs=["a"]),
-        compute_stage_key("prior", Manifest, version=1, settings={"steps": 4}, inputs=["a"]),
-        compute_stage_key("prior", Manifest, version=1, settings={"steps": 3}, inputs=["b"]),
+        Stage("subject", Manifest, 1, settings={"steps": 3}, inputs=("a",)).key,
+        Stage("prior", Manifest, 2, settings={"steps": 3}, inputs=("a",)).key,
+        Stage("prior", Manifest, 1, settings={"steps": 4}, inputs=("a",)).key,
+        Stage("prior", Manifest, 1, settings={"steps": 3}, inputs=("b",)).key,
     ]
-    others.append(compute_stage_key("prior", Fuller, version=1, settings={"steps": 3}, inputs=["a"]))
+    others.append(Stage("prior", Fuller, 1, settings={"steps": 3}, inputs=("a",)).key)
     assert len({base, *others}) == 6
-    assert base == compute_stage_key("prior", Manifest, version=1, settings={"steps": 3}, inputs=["a"])
+    assert base == Stage("prior", Manifest, 1, settings={"steps": 3}, inputs=("a",)).key
 
 
 def test_a_finished_stage_is_found_again(any_store: Store) -> None:
     folder = StageFolder(any_store, "prior", "k1")
     folder.put("images/0.png", b"pixels")
-    assert find_manifest(any_store, Manifest, "prior", "k1") is None
+    assert find_manifest(any_store, Manifest, stage="prior", key="k1") is None
     manifest = finish(folder)
-    assert find_manifest(any_store, Manifest, "prior", "k1") == manifest
+    assert find_manifest(any_store, Manifest, stage="prior", key="k1") == manifest
 
 
 @pytest.mark.parametrize("damage", [b"pixelz", None])
@@ -69,7 +69,7 @@ def test_a_damaged_object_makes_the_stage_be_computed_again(any_store: Store, da
     any_store.delete(ref.key)
     if damage is not None:
         any_store.put_bytes(ref.key, damage)
-    assert find_manifest(any_store, Manifest, "prior", "k1") is None
+    assert find_manifest(any_store, Manifest, stage="prior", key="k1") is None
     assert any_store.find_bytes(f"{PREFIXES['prior']}/k1/{MANIFEST_NAME}.quarantined") is not None
 
 
@@ -78,7 +78,7 @@ def test_a_torn_manifest_is_not_trusted(store: Store) -> None:
     finish(folder)
     key = f"{folder.prefix}/{MANIFEST_NAME}"
     store.put_bytes(key, (store.find_bytes(key) or b"")[:-20])
-    assert find_manifest(store, Manifest, "prior", "k1") is None
+    assert find_manifest(store, Manifest, stage="prior", key="k1") is None
 
 
 def test_an_object_of_an_earlier_attempt_is_reused_only_if_whole(store: Store) -> None:
@@ -115,7 +115,7 @@ def test_no_damaged_byte_of_a_manifest_is_believed(store: Store, damage: str) ->
         flipped = bytearray(whole)
         flipped[place] ^= 1
         store.put_bytes(key, bytes(flipped) if damage == "flip" else whole[:place])
-        assert find_manifest(store, Manifest, "prior", "k1") is None
+        assert find_manifest(store, Manifest, stage="prior", key="k1") is None
         assert store.find_bytes(key) is None
         assert store.find_bytes(f"{key}.quarantined") is not None
 
@@ -136,7 +136,7 @@ def test_an_edited_manifest_is_quarantined_once_and_the_stage_computed_again(
 ) -> None:
     folder = StageFolder(store, "prior", "k1")
     ref = folder.put("images/0.png", b"pixels")
-    folder.finish(WithImage, version=1, counts={}, image=ref)
+    folder.finish(WithImage(**folder.head(1, counts={}), image=ref))
     key = f"{folder.prefix}/{MANIFEST_NAME}"
     plain = json.loads(store.find_bytes(key) or b"")
     plain[field] = value
@@ -145,10 +145,10 @@ def test_an_edited_manifest_is_quarantined_once_and_the_stage_computed_again(
         plain = sign(plain)
     store.put_bytes(key, json.dumps(plain).encode())
     is_harmless = is_signed and field == "seconds"
-    assert (find_manifest(store, WithImage, "prior", "k1") is not None) is is_harmless
+    assert (find_manifest(store, WithImage, stage="prior", key="k1") is not None) is is_harmless
     again = StageFolder(store, "prior", "k1")
-    again.finish(WithImage, version=1, counts={}, image=again.put("images/0.png", b"pixels"))
-    assert find_manifest(store, WithImage, "prior", "k1") is not None
+    again.finish(WithImage(**again.head(1, counts={}), image=again.put("images/0.png", b"pixels")))
+    assert find_manifest(store, WithImage, stage="prior", key="k1") is not None
 
 
 class WithImage(Manifest):
@@ -162,7 +162,7 @@ def test_the_same_result_has_the_same_content_digest_wherever_it_was_made(store:
     for key, data in (("k1", b"pixels"), ("k2", b"pixels"), ("k1", b"others")):
         folder = StageFolder(store, "prior", key)
         ref = folder.put("images/0.png", data)
-        manifests.append(folder.finish(WithImage, version=1, counts={"things": len(manifests)}, image=ref))
+        manifests.append(folder.finish(WithImage(**folder.head(1, counts={"things": len(manifests)}), image=ref)))
     first, elsewhere, other = (manifest.compute_content_digest() for manifest in manifests)
     assert first == elsewhere
     assert first != other

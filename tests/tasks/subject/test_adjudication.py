@@ -14,7 +14,7 @@ from tasks.subject.adjudication import MAX_ROUNDS, adjudicate
 from tasks.subject.captions.captioning import describe_photos
 from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.ingest import CheckedPhotos, check_photos
-from tasks.subject.selection import sort_photos
+from tasks.subject.selection import select_photos
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
 from tests.support.tiny import draw_photos
 from tests.tasks.services.llm.test_service import CHAT, make_llm
@@ -124,7 +124,7 @@ def test_photos_that_an_inspector_would_drop_are_kept_where_measurements_say_so(
         capabilities = CapabilityConfig(structure="json_schema", tools=has_tools)
         llm = make_llm(server, tmp_path, capabilities=capabilities)
         described = describe_photos(photos, CONFIG, llm=llm, on_progress=lambda done, total: None)
-    outcome = sort_photos(StageFolder(store, "subject", "k"), photos.accepted, described, CONFIG, None)
+    outcome = select_photos(StageFolder(store, "subject", "k"), photos.accepted, described, CONFIG, None)
     assert len(outcome.images) == num_accepted
     if has_tools:
         assert "sharpness 400" in str(outcome.images[0].inspection["adjudication"])

@@ -143,7 +143,12 @@ def test_a_whole_model_with_a_token_loads_in_diffusers_as_here(tmp_path: Path, t
 
 
 def test_a_token_alone_leaves_every_weight_as_it_was(tmp_path: Path, tiny_model_folder: Path) -> None:
-    run = train(tmp_path, tiny_model_folder, method="textual_inversion", textual_inversion={"learning_rate": 0.3, "num_vectors": 2})
+    run = train(
+        tmp_path,
+        tiny_model_folder,
+        method="textual_inversion",
+        textual_inversion={"learning_rate": 0.3, "num_vectors": 2},
+    )
     spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion", method="textual_inversion")
     base, tuned = open_model(spec.diffusion), open_model(spec.diffusion, folder=run.model)
     assert isinstance(base, DiffusionModel)

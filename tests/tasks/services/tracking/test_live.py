@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.publishing.registry import track_run
+from tasks.manifests.training import LossRow
+from tasks.publishing.registry import TrackedRun, track_run
 from tasks.services.tracking import live as live_tracking
 from tasks.services.tracking.base import NoTracker
 from tasks.services.tracking.live import LiveRun
@@ -59,9 +60,19 @@ def test_a_start_that_returns_late_leaves_the_published_run_alone(
     second.released.set()
     live = begin(first, second)
     run_id, _ = track_run(
-        first, name="run", params={}, publication_key="k", tags={}, figures={}, losses=[{"step": 1, "loss": 1.0}],
-        folder=tmp_path, registered_model="m", is_registered=False, live=live,
-    )  # fmt: skip
+        first,
+        TrackedRun(
+            name="run",
+            params={},
+            publication_key="k",
+            tags={},
+            figures={},
+            losses=[LossRow(step=1, loss=1.0)],
+            folder=tmp_path,
+            registered_model=None,
+        ),
+        live=live,
+    )
     assert run_id == "published"
     assert second.calls == ["forget", "start", "log_metrics", "log_metrics", "finish False"]
     assert first.calls == []

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tasks.publishing.registry import SAMPLES, track_run
+from tasks.manifests.training import LossRow
+from tasks.publishing.registry import SAMPLES, TrackedRun, track_run
 from tasks.services.config import TrackingConfig
 from tasks.services.tracking.base import NoTracker, Tracker
 from tasks.services.tracking.loggers import TensorboardLogger, Trackers, WandbLogger
@@ -17,10 +18,18 @@ def publish(tracker: Tracker, folder: Path) -> None:
         (folder / "published" / name).mkdir(parents=True)
     Image.new("RGB", (8, 8), "red").save(folder / "published" / SAMPLES / "step-00000002.png")
     track_run(
-        tracker, name="a run", params={"seed": "23"}, publication_key="k", tags={"t": "1"},
-        losses=[{"step": step, "loss": 1.0 / step} for step in range(1, 5)], figures={"tuned/dino": 0.5},
-        folder=folder / "published", registered_model="m", is_registered=False,
-    )  # fmt: skip
+        tracker,
+        TrackedRun(
+            name="a run",
+            params={"seed": "23"},
+            publication_key="k",
+            tags={"t": "1"},
+            losses=[LossRow(step=step, loss=1.0 / step) for step in range(1, 5)],
+            figures={"tuned/dino": 0.5},
+            folder=folder / "published",
+            registered_model=None,
+        ),
+    )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from tasks.errors import ConfigError, ServiceUnavailable
-from tasks.publishing.registry import track_run
+from tasks.manifests.training import LossRow
+from tasks.publishing.registry import TrackedRun, track_run
 from tasks.services.config import TrackingConfig
 from tasks.services.tracking.base import DatasetInfo, NoTracker
 from tasks.services.tracking.live import LiveRun
@@ -34,10 +35,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def publish(place: Path, *, key: str) -> tuple[MlflowTracker, str | None]:
     tracker = MlflowTracker(TrackingConfig(), folder=place)
     _, version = track_run(
-        tracker, name="run", params={"a": "1" * 7000}, publication_key=key, tags={"t": "1"},
-        losses=[{"step": s, "loss": 1.0 / s} for s in range(1, 1203)], figures={"tuned/dino": 0.5},
-        folder=place / "published", registered_model="a-model", is_registered=True,
-    )  # fmt: skip
+        tracker,
+        TrackedRun(
+            name="run",
+            params={"a": "1" * 7000},
+            publication_key=key,
+            tags={"t": "1"},
+            losses=[LossRow(step=s, loss=1.0 / s) for s in range(1, 1203)],
+            figures={"tuned/dino": 0.5},
+            folder=place / "published",
+            registered_model="a-model",
+        ),
+    )
     return tracker, version
 
 
@@ -98,10 +107,19 @@ def test_curves_are_live_while_training_and_complete_afterwards(tmp_path: Path) 
     assert run.data.tags["mlflow.source.name"] == "likeness"
     assert [entry.dataset.name for entry in run.inputs.dataset_inputs] == ["subject"]
     run_id, _ = track_run(
-        tracker, name="run", params={}, publication_key="k9", tags={}, figures={},
-        losses=[{"step": step, "loss": 1.0 / step} for step in (1, 2, 3)], folder=tmp_path / "published",
-        registered_model="m", is_registered=False, live=live,
-    )  # fmt: skip
+        tracker,
+        TrackedRun(
+            name="run",
+            params={},
+            publication_key="k9",
+            tags={},
+            figures={},
+            losses=[LossRow(step=step, loss=1.0 / step) for step in (1, 2, 3)],
+            folder=tmp_path / "published",
+            registered_model=None,
+        ),
+        live=live,
+    )
     assert run_id == live.run_id
     history = watcher.client.get_metric_history(run_id, "train/loss")
     assert sorted(point.step for point in history) == [1, 2, 3]

@@ -19,7 +19,7 @@ from tasks.subject.captions.caption_review import (
 from tasks.subject.captions.captioning import Caption, PhotoAnnotation, read_captions
 from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.ingest import check_photos
-from tasks.subject.selection import sort_photos
+from tasks.subject.selection import select_photos
 from tasks.subject.subject_profile import Overview
 from tests.support.tiny import draw_photos
 from tests.tasks.subject.test_selection import GOOD, PROFILE
@@ -34,11 +34,18 @@ def subject(tmp_path: Path, store: LocalStore) -> SubjectSet:
     described = {photo.sha256: PhotoAnnotation(GOOD, Caption(surroundings="at sea", view="")) for photo in photos}
     described[photos[3].sha256] = PhotoAnnotation(problem="the model refused")
     folder = StageFolder(store, "subject", "k")
-    found = sort_photos(folder, photos, described, config, Overview(PROFILE))
+    found = select_photos(folder, photos, described, config, Overview(PROFILE))
     return folder.finish(
-        SubjectSet, version=1, counts={}, class_noun="fish", identifier_token="sks", images=tuple(found.images),
-        rejected=(), quarantined=tuple(found.quarantined), traits=tuple(found.traits),
-    )  # fmt: skip
+        SubjectSet(
+            **folder.head(1, counts={}),
+            class_noun="fish",
+            identifier_token="sks",
+            images=tuple(found.images),
+            rejected=(),
+            quarantined=tuple(found.quarantined),
+            traits=tuple(found.traits),
+        )
+    )
 
 
 class Person:

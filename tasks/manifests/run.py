@@ -1,0 +1,29 @@
+"""The manifests of one run, by stage."""
+
+from dataclasses import dataclass
+
+from tasks.manifests.base import Manifest
+from tasks.manifests.evaluation import Evaluation
+from tasks.manifests.prior import ClassImageSet
+from tasks.manifests.scoring import Scorecard
+from tasks.manifests.subject import SubjectSet
+from tasks.manifests.training import TunedModel
+
+
+@dataclass(frozen=True)
+class RunManifests:
+    """Everything that is published and reported on."""
+
+    subject: SubjectSet
+    prior: ClassImageSet
+    training: TunedModel
+    evaluation: Evaluation
+    scoring: Scorecard
+
+    def ordered(self) -> tuple[Manifest, ...]:
+        """Return the manifests in the order of the stages."""
+        return (self.subject, self.prior, self.training, self.evaluation, self.scoring)
+
+    def content_digests(self) -> tuple[str, ...]:
+        """Return the digest of every manifest's content."""
+        return tuple(manifest.compute_content_digest() for manifest in self.ordered())

@@ -1,0 +1,57 @@
+"""What a tuned model depends on."""
+
+from dataclasses import dataclass, replace
+
+from tasks import diffusion as diffusion_code
+from tasks import encoders as encoders_code
+from tasks.diffusion.config import DiffusionConfig
+from tasks.encoders.config import EncoderConfig
+from tasks.encoders.folders import identify_encoders
+from tasks.manifests.prior import ClassImageSet
+from tasks.manifests.subject import SubjectSet
+from tasks.manifests.training import TunedModel
+from tasks.stage.cache import Stage
+from tasks.training.config import TrainingConfig
+
+STAGE_VERSION = 3
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What a tuned model depends on."""
+
+    config: TrainingConfig
+    diffusion: DiffusionConfig
+    encoders: EncoderConfig
+    """They choose the best checkpoint where that goes by similarity."""
+    seed: int
+    subject: SubjectSet
+    prior: ClassImageSet
+
+    def with_config(self, config: TrainingConfig) -> "TrainingInputs":
+        """Return the same inputs under another configuration."""
+        return replace(self, config=config)
+
+    @property
+    def uses_class_images(self) -> bool:
+        """Whether there is prior preservation."""
+        return self.config.prior_loss_weight > 0
+
+    def stage(self) -> Stage[TunedModel]:
+        """Return the stage that trains it."""
+        config = self.config
+        is_measured = config.validation.metric != "loss"
+        measuring = [self.encoders.model_dump(), identify_encoders(self.encoders)] if is_measured else []
+        resolution = self.diffusion.model_dump(mode="json", include={"family", "resolution"})
+        versions = [diffusion_code.VERSION, encoders_code.VERSION]
+        return Stage(
+            "training",
+            TunedModel,
+            STAGE_VERSION,
+            settings=[*versions, config.result_fields(), resolution, self.seed, *measuring],
+            inputs=(
+                self.prior.base_model.sha256,
+                self.subject.compute_content_digest(),
+                self.prior.compute_content_digest() if self.uses_class_images else "",
+            ),
+        )

@@ -160,7 +160,7 @@ def print_jobs(jobs: list[FoundJob], output: Path) -> None:
         state = job.state
         created = time.strftime("%Y-%m-%d %H:%M", time.gmtime(state.created_at)) if state.created_at else "-"
         status = state.status + (", cancelled" if state.is_cancelled and state.status != "cancelled" else "")
-        status += ", kept" if state.is_harvested else ""
+        status += ", kept" if state.is_collected else ""
         cells = (job.name, state.profile, state.role, status, str(len(state.custom_ids)), created, show_cost(state))
         table.add_row(*map(make_cell, (*cells, ", ".join(job.run_ids) or "-")))
     Console(width=200).print(table)
@@ -168,6 +168,6 @@ def print_jobs(jobs: list[FoundJob], output: Path) -> None:
 
 def show_cost(state: "BatchState") -> str:
     """Return what a job cost, or how much is reserved for it."""
-    if state.is_harvested:
+    if state.is_collected:
         return "unknown" if state.spent_usd is None else f"{state.spent_usd:.4f} USD"
     return f"at most {state.reserved_usd:.4f} USD" if state.reservation else "-"

@@ -73,6 +73,6 @@ def has_live_job(folder: Path) -> bool:
         states = [state for key in keys if (state := find_state(store, key)) is not None]
     except (LikenessError, OSError, ValueError):  # a store that is gone holds no job
         return False
-    live = [state for state in states if not state.is_harvested]
+    live = [state for state in states if not state.is_collected]
     holders = [find_holder(store, state.file_name.removesuffix(".json")) for state in live]
     return bool(live) and not any(holder and not holder[1].is_stale() for holder in holders)

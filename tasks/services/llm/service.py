@@ -143,7 +143,7 @@ class LlmService:
         for fallback_index, name in list(enumerate(names))[min(first_fallback, len(names) - 1) :]:
             is_last = fallback_index == len(names) - 1
             try:
-                answer = self._ask_rung(
+                answer = self._ask_profile(
                     spec, name, role=role, fallback_index=fallback_index, reason=reason, is_refusal_kept=not is_last
                 )
             except ReplyInvalid as error:
@@ -158,7 +158,7 @@ class LlmService:
         assert doubtful is not None
         return replace(doubtful, reason=reason)
 
-    def _ask_rung(
+    def _ask_profile(
         self, spec: RequestSpec[T], name: str, *, role: str, fallback_index: int, reason: str, is_refusal_kept: bool
     ) -> Answer[T]:
         cached = self.find_cached(spec, name=name, role=role)

@@ -139,14 +139,14 @@ def test_an_action_needs_a_job(tmp_path: Path) -> None:
         run_jobs_command(tmp_path, "cancel", "", profile="")
 
 
-def test_a_killed_run_is_pending_as_long_as_its_job_is_not_harvested(
+def test_a_killed_run_is_pending_as_long_as_its_job_is_not_collected(
     server: ScriptedServer, tmp_path: Path, left: str
 ) -> None:
     assert [[folder.name for folder in folders] for folders in list_pending(tmp_path)] == [[RUN]]
     end(server)
     ask(make_run(server, tmp_path, name="20261124-130000-fish-0002"))
     assert list_pending(tmp_path) == []
-    assert [job.state.is_harvested for job in find_jobs(tmp_path)] == [True]
+    assert [job.state.is_collected for job in find_jobs(tmp_path)] == [True]
 
 
 @pytest.mark.parametrize(

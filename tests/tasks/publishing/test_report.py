@@ -8,6 +8,7 @@ from tasks.images import decode_png, encode_png
 from tasks.manifests.base import Manifest, ObjectRef
 from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Evaluation, Sample, SubjectMetrics
 from tasks.manifests.scoring import CheckpointRank, Scorecard
+from tasks.manifests.training import LossRow
 from tasks.publishing.export import headline_metrics, sum_llm_costs
 from tasks.publishing.report import (
     draw_curves,
@@ -90,7 +91,7 @@ def test_the_grid_has_base_above_tuned(store: LocalStore) -> None:
 
 
 def test_curves_share_one_scale_and_stay_in_their_frame() -> None:
-    losses = [{"step": i, "loss": 1.0, "instance_loss": 2.0 - i / 50, "prior_loss": 0.5} for i in range(100)]
+    losses = [LossRow(step=i, loss=1.0, instance_loss=2.0 - i / 50, prior_loss=0.5) for i in range(100)]
     curves = draw_curves(losses, width=100, height=50)
     assert [curve["name"] for curve in curves] == ["instance loss", "prior loss"]
     points = [tuple(map(float, p.split(","))) for curve in curves for p in curve["points"].split()]

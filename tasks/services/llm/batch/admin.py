@@ -1,4 +1,4 @@
-"""Look after batch jobs outside of a run: retrieve, adopt, cancel and discard them."""
+"""Manage batch jobs outside of a run: show, adopt, cancel and discard them."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +10,6 @@ from tasks.services.llm.batch.provider import TERMINAL, BatchProvider, RemoteJob
 from tasks.services.llm.budget.ledger import LedgerRow
 from tasks.services.llm.chat.completion import ChatCompletion, Usage, bound_usage
 from tasks.services.llm.chat.response_format import read_content
-from tasks.services.llm.chat.retries import call_with_retries
 from tasks.services.llm.reply_cache import CachedReply, find_record, put_record
 from tasks.services.llm.service import LlmService
 from tasks.stage.digests import dump_signed
@@ -35,12 +34,7 @@ class JobHandle:
         name = self.state.profile
         if name not in self.llm.config.profiles:
             raise ConfigError(f"job {self.job_id} is of profile {name!r}, which its run's configuration lacks")
-        profile = self.llm.config.profiles[name]
-
-        def call(ask: Any) -> Any:
-            return call_with_retries(lambda timeout: ask(self.llm.client(name), timeout), profile)
-
-        return open_provider(self.llm, name, role=self.state.role, call=call)
+        return open_provider(self.llm, name, role=self.state.role)
 
     def save(self, **changes: Any) -> None:
         """Store the state with changes."""
@@ -52,7 +46,7 @@ def retrieve(job: JobHandle) -> RemoteJob:
     """Return a job as its provider sees it. Raises ConfigError where there is none yet."""
     if not job.state.batch_id:
         raise ConfigError(f"job {job.job_id} is {job.state.status}: the provider doesn't have it yet; run again")
-    return job.provider().retrieve(job.state.batch_id)
+    return job.provider().poll(job.state.batch_id)
 
 
 def cancel(job: JobHandle) -> None:
@@ -67,7 +61,7 @@ def cancel(job: JobHandle) -> None:
 def discard(job: JobHandle) -> float:
     """Forget a job: its rows are asked anew. Return the money that stays reserved, because it may be billed."""
     with attended(job):
-        job.save(is_harvested=True, is_cancelled=True)
+        job.save(is_collected=True, is_cancelled=True)
     return job.state.reserved_usd
 
 
@@ -81,17 +75,17 @@ def adopt(job: JobHandle) -> tuple[int, float | None]:
         raise StillPending(f"batch job {job.job_id} is {remote.status}; adopt it when it has ended")
     with attended(job):
         state = find_state(job.llm.store, job.state_key) if job.state_key else None
-        if state is not None and state.is_harvested:
+        if state is not None and state.is_collected:
             return 0, 0.0
         count, costs = 0, list[float | None]()
-        for custom_id, outcome in job.provider().read(remote):
+        for custom_id, outcome in job.provider().results(remote):
             if outcome.completion is not None and is_ours(job.state, custom_id):
                 costs.append(keep_reply(job, custom_id, outcome.completion))
                 count += 1
         spent = None if None in costs else sum(cost for cost in costs if cost is not None)
         if job.state.reservation:
             job.llm.budget.settle(job.state.reservation, spent=job.state.reserved_usd if spent is None else spent)
-        job.save(is_harvested=True, status=remote.status, spent_usd=spent)
+        job.save(is_collected=True, status=remote.status, spent_usd=spent)
     return count, spent
 
 

@@ -1,13 +1,12 @@
 """One remote batch job: its state in the store, created once, waited for, and read row by row.
 
-planned -> uploaded (file id) -> created (batch id) -> terminal -> collected row by row
+planned -> submitting (steps) -> submitted (batch id) -> terminal -> collected row by row
 """
 
 import json
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -15,16 +14,23 @@ from pydantic import BaseModel
 from tasks.errors import ArtifactCorrupt, ConfigError, ReplyInvalid, ServiceUnavailable, StillPending
 from tasks.services.llm.batch.local import FileBatches, LocalBatches
 from tasks.services.llm.batch.openai_api import OpenAiBatches
-from tasks.services.llm.batch.provider import TERMINAL, UNKNOWN, BatchProvider, BatchReply, Call, RemoteJob
+from tasks.services.llm.batch.provider import (
+    LOST,
+    TERMINAL,
+    UNKNOWN,
+    BatchProvider,
+    BatchReply,
+    RemoteJob,
+    Submission,
+)
 from tasks.services.llm.batch.xai_api import XaiBatches
 from tasks.services.llm.budget.journal import append_line
 from tasks.services.llm.budget.ledger import LedgerRow, compute_cost
-from tasks.services.llm.chat.completion import ChatCompletion, Usage, bound_usage
+from tasks.services.llm.chat.completion import Usage, bound_usage
 from tasks.services.llm.chat.image_urls import publish_line
 from tasks.services.llm.chat.request import RequestSpec
 from tasks.services.llm.chat.retries import call_with_retries
 from tasks.services.llm.config import ProfileConfig
-from tasks.services.llm.errors import RequestRefused
 from tasks.services.llm.reply_cache import quarantine
 from tasks.services.llm.service import LlmService
 from tasks.services.store.base import Store
@@ -44,21 +50,20 @@ class BatchState(BaseModel):
     custom_ids: tuple[str, ...]
     profile: str = ""
     role: str = ""
-    file_id: str = ""
     batch_id: str = ""
     status: str = "planned"
+    steps: dict[str, str] = {}
+    """What the provider saved while it submitted the job."""
     created_at: float = 0.0
     """When the provider took it, in seconds since 1970."""
     is_cancelled: bool = False
     """Whether we have given it up: what it lacks is asked one by one."""
-    is_filled: bool = False
-    """Whether the job has all its rows."""
     reservation: str = ""
     reserved_usd: float = 0.0
     """What is set aside of the budget until the job is collected."""
     spent_usd: float | None = 0.0
     """What its rows cost; None where no price is known."""
-    is_harvested: bool = False
+    is_collected: bool = False
     """Whether every row's outcome is stored: only then may its rows be asked again."""
 
     @property
@@ -106,17 +111,12 @@ class BatchJob:
         self.unanswered: set[str] = set()
         self.is_cancel_sent = False
         self.job = RemoteJob("", UNKNOWN)
-        self.provider = open_provider(llm, self.name, role=state.role, call=self._call)
+        self.provider = open_provider(llm, self.name, role=state.role)
 
     @property
     def is_local(self) -> bool:
         """Whether rows are chat completions of ours, each paid for by itself."""
         return self.profile.capabilities.batch == "local"
-
-    def _call(self, call: Callable[[Any, float], Any], max_attempts: int = 0) -> Any:
-        return call_with_retries(
-            lambda timeout: call(self.llm.client(self.name), timeout), self.profile, max_attempts=max_attempts
-        )
 
     def save(self, **changes: Any) -> None:
         """Store the state with changes."""
@@ -128,49 +128,30 @@ class BatchJob:
         self.state = find_state(self.llm.store, self.state_key) or self.state
 
     def log_use(self) -> None:
-        """Note beside the ledger that this run waits for this job: a run that is killed is found by it."""
+        """Record beside the ledger that this run waits for this job: a killed run is found by it."""
         row = {"state_key": self.state_key, "profile": self.name, "role": self.state.role}
         append_line(self.llm.ledger.path.with_name(JOB_LOG), dump_line(row).encode())
 
-    def ensure_created(self) -> None:
-        """Upload and create the job, unless an earlier attempt already did; add the rows that it lacks."""
-        if self.state.batch_id and self.provider.is_lost(self.state.batch_id):
-            self.save(file_id="", batch_id="", status="planned", is_filled=False)
+    def ensure_submitted(self) -> None:
+        """Submit the job, unless an earlier attempt did and the provider still has it."""
+        if self.state.batch_id and self.provider.poll(self.state.batch_id).status == LOST:
+            self.save(batch_id="", status="planned", steps={})
         if not self.state.batch_id:
             self.save()
-            job = self.provider.find(self.state.idempotency_key) or self._create()
-            file_id = job.file_id or self.state.file_id
-            self.save(batch_id=job.job_id, file_id=file_id, status=job.status, created_at=time.time())
-        if not self.state.is_filled:
-            self.provider.add_requests(RemoteJob(self.state.batch_id, self.state.status), self._published_lines())
-            self.save(is_filled=True)
+            submission = Submission(
+                self.state.idempotency_key,
+                steps=self.state.steps,
+                save=lambda steps: self.save(steps=dict(steps), status="submitting"),
+                reserve=self._reserve,
+            )
+            job = self.provider.submit(self._published_lines(), submission)
+            self.save(batch_id=job.job_id, status=job.status, created_at=time.time())
 
-    def _create(self) -> RemoteJob:
-        is_uploaded_before = bool(self.state.file_id)
-        self._upload()
+    def _reserve(self) -> None:
+        """Reserve the worst-case cost of all rows; calls of ours reserve their own."""
         if not self.state.reservation and not self.is_local:
             worst = sum(self.price_row(custom_id)[1] or 0.0 for custom_id in self.lines)
             self.save(reservation=self.llm.budget.reserve(worst), reserved_usd=worst)
-        try:
-            return self._create_once()
-        except RequestRefused as error:
-            if not is_uploaded_before or error.status not in (400, 404):
-                raise
-            self.save(file_id="")  # uploaded by an earlier attempt, and gone since
-            self._upload()
-            return self._create_once()
-
-    def _create_once(self) -> RemoteJob:
-        # One attempt only: after a doubtful answer the next run looks for the job by its idempotency_key.
-        return self.provider.create(
-            self.state.file_id, self.state.idempotency_key, call=lambda call: self._call(call, 1)
-        )
-
-    def _upload(self) -> None:
-        if not self.state.file_id:
-            self.save(
-                file_id=self.provider.upload(self._published_lines(), self.state.idempotency_key), status="uploaded"
-            )
 
     def _published_lines(self) -> dict[str, bytes]:
         """Return the lines as they are sent; a job's name goes by those with the pictures inside."""
@@ -193,17 +174,19 @@ class BatchJob:
     ) -> None:
         """Look at the job until it ends, with pauses that grow to `poll_seconds`. Raises StillPending."""
         self.log_use()
-        self.ensure_created()
+        self.ensure_submitted()
         deadline = time.monotonic() + max_wait_seconds
         pause = min(0.2, poll_seconds)
         while True:
-            job = self.provider.retrieve(self.state.batch_id)
+            job = self.provider.poll(self.state.batch_id)
             on_progress(min(len(self.lines), job.num_done))
             if job.status != self.state.status:
                 self.save(status=job.status)
             if job.status in TERMINAL:
                 self.job = job
                 return
+            if job.status == LOST:
+                raise ServiceUnavailable(f"the provider lost batch job {job.job_id}; run again to submit it anew")
             if self._is_late(job, deadline_seconds) and not self.is_cancel_sent and job.status != "cancelling":
                 self.cancel(job)
                 if job.status == UNKNOWN:  # nor will its end be told: what can be read is read now
@@ -236,7 +219,7 @@ class BatchJob:
     def collect_results(self) -> dict[str, BatchReply]:
         """Return one outcome per row, matched by custom id; rows without any are named too."""
         outcomes: dict[str, BatchReply] = {}
-        for custom_id, outcome in self.provider.read(self.job):
+        for custom_id, outcome in self.provider.results(self.job):
             if custom_id in self.lines:
                 outcomes.setdefault(custom_id, self.bound(custom_id, outcome))
         for custom_id in self.lines:
@@ -264,7 +247,7 @@ class BatchJob:
         reasons = {
             custom_id: self.keep_row(rows[custom_id], outcome, role=role) for custom_id, outcome in outcomes.items()
         }
-        self.mark_harvested(outcomes)
+        self.mark_collected(outcomes)
         if self.state.is_cancelled:  # by us: what it didn't come to is asked otherwise
             self.unanswered = {custom_id for custom_id, outcome in outcomes.items() if outcome.completion is None}
         return {custom_id: reason for custom_id, reason in reasons.items() if reason}
@@ -282,13 +265,13 @@ class BatchJob:
             return str(error)
         return ""
 
-    def mark_harvested(self, outcomes: dict[str, BatchReply]) -> None:
+    def mark_collected(self, outcomes: dict[str, BatchReply]) -> None:
         """Note that every row's outcome is stored, and give back what of the budget was not needed."""
         costs = [self.cost_of(custom_id, outcome) for custom_id, outcome in outcomes.items()]
         spent = None if None in costs else sum(cost for cost in costs if cost is not None)
         if self.state.reservation:
             self.llm.budget.settle(self.state.reservation, spent=self.state.reserved_usd if spent is None else spent)
-        self.save(is_harvested=True, spent_usd=spent)
+        self.save(is_collected=True, spent_usd=spent)
 
     def cost_of(self, custom_id: str, outcome: BatchReply) -> float | None:
         """Return what a row cost: the reservation where it was answered and can't be read."""
@@ -297,20 +280,19 @@ class BatchJob:
         return self.price_row(custom_id)[1] if outcome.is_billable else 0.0
 
 
-def open_provider(llm: LlmService, name: str, *, role: str, call: Call) -> BatchProvider:
+def open_provider(llm: LlmService, name: str, *, role: str) -> BatchProvider:
     """Return a profile's way of running batch jobs."""
     profile: ProfileConfig = llm.config.profiles[name]
-    folder: Path = llm.batch_folder
     row = LedgerRow(role, name, profile.model, outcome="")
 
-    def ask(body: dict[str, Any]) -> ChatCompletion:
-        return llm.send(body, row=row)
+    def call(ask: Callable[[Any, float], Any], *, max_attempts: int = 0) -> Any:
+        return call_with_retries(lambda timeout: ask(llm.client(name), timeout), profile, max_attempts=max_attempts)
 
-    kind = profile.capabilities.batch
-    if kind == "xai":
-        return XaiBatches(call, lambda: llm.client(name))
-    if kind == "file":
-        return FileBatches(profile, folder)
-    if kind == "local":
-        return LocalBatches(profile, folder, ask)
-    return OpenAiBatches(call, lambda: llm.client(name))
+    match profile.capabilities.batch:
+        case "xai":
+            return XaiBatches(call)
+        case "file":
+            return FileBatches(profile, llm.batch_folder)
+        case "local":
+            return LocalBatches(profile, llm.batch_folder, ask=lambda body: llm.send(body, row=row))
+    return OpenAiBatches(call)

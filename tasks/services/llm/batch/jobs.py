@@ -121,7 +121,7 @@ def run_jobs(
             on_wait=lambda: on_progress(done),  # noqa: B023
         ):
             job.reload()
-            if job.state.is_harvested:  # by the process that held the lease before
+            if job.state.is_collected:  # by the process that held the lease before
                 done += len(job.lines)
                 continue
             job.wait(
@@ -186,7 +186,7 @@ def plan_jobs(
     covered: set[str] = set()
     for state in states:
         is_ours = state.profile == profile and set(state.custom_ids) <= set(rows)
-        if not state.is_harvested and is_ours and not covered & set(state.custom_ids):
+        if not state.is_collected and is_ours and not covered & set(state.custom_ids):
             lines = make_lines(llm, {custom_id: rows[custom_id] for custom_id in state.custom_ids}, name=profile)
             jobs.append(BatchJob(llm, lines, state, state_prefix=state_prefix))
             covered.update(state.custom_ids)

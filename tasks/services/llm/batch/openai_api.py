@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tasks.services.llm.batch.provider import (
@@ -13,7 +13,8 @@ from tasks.services.llm.batch.provider import (
     BatchReply,
     Call,
     RemoteJob,
-    is_unknown,
+    Submission,
+    poll_or_lost,
     read_count,
     read_lines,
     read_response,
@@ -26,17 +27,31 @@ LIMIT_CODES = ("token_limit_exceeded", "enqueued_token_limit_exceeded")
 
 
 class OpenAiBatches:
-    """A job of one file, found again by its metadata."""
+    """One input file per job; the job is found again by its metadata."""
 
-    def __init__(self, call: Call, client: Callable[[], Any]) -> None:
+    def __init__(self, call: Call) -> None:
         self.call = call
-        self.client = client
 
-    def find(self, idempotency_key: str) -> RemoteJob | None:
+    def submit(self, lines: Mapping[str, bytes], submission: Submission) -> RemoteJob:
+        """Upload the file, then create the job; a file of an earlier attempt is used while the provider has it."""
+        found = self.find(submission.key)
+        if found is not None:
+            return found
+        earlier = submission.steps.get("file_id", "")
+        file_id = earlier or self.upload(lines, submission)
+        submission.reserve()
+        try:
+            return self.create(file_id, submission.key)
+        except RequestRefused as error:
+            if not earlier or error.status not in (400, 404):
+                raise
+            return self.create(self.upload(lines, submission), submission.key)  # the earlier file has expired
+
+    def find(self, key: str) -> RemoteJob | None:
         """Look through the newest jobs for our metadata."""
         for batch in self.list_newest():
             metadata = batch.get("metadata")
-            if isinstance(metadata, dict) and metadata.get("likeness_input") == idempotency_key and batch.get("id"):
+            if isinstance(metadata, dict) and metadata.get("likeness_input") == key and batch.get("id"):
                 return describe(batch)
         return None
 
@@ -57,13 +72,9 @@ class OpenAiBatches:
                 return
             after = {"after": last}
 
-    def is_lost(self, job_id: str) -> bool:
-        """Ask for the job; only a clear no counts."""
-        return is_unknown(lambda: self.client().batches.with_raw_response.retrieve(job_id, timeout=30))
-
-    def upload(self, lines: dict[str, bytes], idempotency_key: str) -> str:
-        """Upload one JSONL file."""
-        data, name = b"".join(lines.values()), f"likeness-{idempotency_key[:24]}.jsonl"
+    def upload(self, lines: Mapping[str, bytes], submission: Submission) -> str:
+        """Upload one JSONL file and return its id."""
+        data, name = b"".join(lines.values()), f"likeness-{submission.key[:24]}.jsonl"
         upload = read_response(
             self.call(
                 lambda client, timeout: client.files.with_raw_response.create(
@@ -71,37 +82,43 @@ class OpenAiBatches:
                 )
             )
         )
-        return read_id(upload, "file")
+        file_id = read_id(upload, "file")
+        submission.save({"file_id": file_id})
+        return file_id
 
-    def create(self, file_id: str, idempotency_key: str, *, call: Call) -> RemoteJob:
-        """Create the job of a file."""
+    def create(self, file_id: str, key: str) -> RemoteJob:
+        """Create the job of a file, in one attempt: after an unclear answer the next run looks for it by its key."""
         batch = read_response(
-            call(
+            self.call(
                 lambda client, timeout: client.batches.with_raw_response.create(
                     input_file_id=file_id,
                     endpoint=ENDPOINT,
                     completion_window="24h",
-                    metadata={"likeness_input": idempotency_key},
+                    metadata={"likeness_input": key},
                     timeout=timeout,
-                )
+                ),
+                max_attempts=1,
             )
         )
         read_id(batch, "batch job")
         return describe(batch)
 
-    def add_requests(self, job: RemoteJob, lines: dict[str, bytes]) -> None:
-        """Do nothing: the file had all rows."""
-
-    def retrieve(self, job_id: str) -> RemoteJob:
+    def poll(self, job_id: str) -> RemoteJob:
         """Retrieve the job."""
-        shown = self.call(lambda client, timeout: client.batches.with_raw_response.retrieve(job_id, timeout=timeout))
-        return describe(read_response(shown), job_id=job_id)
+
+        def retrieve() -> RemoteJob:
+            shown = self.call(
+                lambda client, timeout: client.batches.with_raw_response.retrieve(job_id, timeout=timeout)
+            )
+            return describe(read_response(shown), job_id=job_id)
+
+        return poll_or_lost(job_id, retrieve)
 
     def cancel(self, job_id: str) -> None:
         """Cancel the job; it may take minutes until it says so."""
         self.call(lambda client, timeout: client.batches.with_raw_response.cancel(job_id, timeout=timeout))
 
-    def read(self, job: RemoteJob) -> Iterator[tuple[str, BatchReply]]:
+    def results(self, job: RemoteJob) -> Iterator[tuple[str, BatchReply]]:
         """Read output and error file alike; the rows of a file that is gone are without an outcome."""
         for file_id in job.output_files:
             try:
@@ -141,7 +158,6 @@ def describe(batch: Any, *, job_id: str = "") -> RemoteJob:
         status=status if isinstance(status, str) and status in STATUSES else UNKNOWN,
         num_done=read_count(counts.get("completed")) + read_count(counts.get("failed")),
         num_rows=read_count(counts.get("total")),
-        file_id=batch["input_file_id"] if isinstance(batch.get("input_file_id"), str) else "",
         error=error,
         is_over_limit=code in LIMIT_CODES or "enqueued token limit" in error.lower(),
         output_files=tuple(file for file in files if isinstance(file, str) and file),

@@ -1,7 +1,7 @@
-"""What a batch job is to us, whoever runs it; what survives a crash is decided by the caller."""
+"""The protocol of batch providers, and their answers in one shape."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,15 +14,22 @@ from tasks.services.llm.chat.completion import (
     read_error,
 )
 from tasks.services.llm.chat.transport import parse_body
+from tasks.services.llm.errors import RequestRefused
 
 ENDPOINT = "/v1/chat/completions"
 TERMINAL = ("completed", "failed", "expired", "cancelled")
 STATUSES = (*TERMINAL, "validating", "in_progress", "finalizing", "cancelling")
 UNKNOWN = "unknown"
+LOST = "lost"
+"""The provider says that it has no such job."""
 MOST_LISTED = 2_000
 
-Call = Callable[[Callable[[Any, float], Any]], Any]
-"""Runs something with a client and a timeout, with retries and our errors."""
+
+class Call(Protocol):
+    """Runs something with a client and a timeout, with retries and our errors."""
+
+    def __call__(self, ask: Callable[[Any, float], Any], *, max_attempts: int = 0) -> Any:
+        """Return what `ask` returns; 0 attempts mean as many as the profile allows."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,9 @@ class RemoteJob:
 
     job_id: str
     status: str
-    """One of STATUSES, or UNKNOWN."""
+    """One of STATUSES, UNKNOWN or LOST."""
     num_done: int = 0
     num_rows: int = 0
-    file_id: str = ""
     error: str = ""
     """Why it failed as a whole."""
     is_over_limit: bool = False
@@ -52,45 +58,47 @@ class RemoteJob:
     output_files: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Submission:
+    """A job that is being submitted: what survives if the process ends between two steps of a provider's protocol."""
+
+    key: str
+    """The idempotency key, by which the provider's job is found again."""
+    steps: Mapping[str, str]
+    """What an earlier attempt saved; private to the provider."""
+    save: Callable[[Mapping[str, str]], None]
+    """Persists steps."""
+    reserve: Callable[[], None]
+    """Reserves the worst-case cost; to be called before the job is created. Raises BudgetExceeded."""
+
+
 class BatchProvider(Protocol):
-    """One way of running a batch job. Every call may be made again after a doubt."""
+    """One way of running a batch job."""
 
-    def find(self, idempotency_key: str) -> RemoteJob | None:
-        """Return the job that carries our idempotency_key."""
+    def submit(self, lines: Mapping[str, bytes], submission: Submission) -> RemoteJob:
+        """Return the job of these rows, JSONL by custom id: an existing one of this key, else a new one.
 
-    def is_lost(self, job_id: str) -> bool:
-        """Whether the provider no longer knows a job."""
+        May be called again after any failure; creates one job per key.
+        """
 
-    def upload(self, lines: dict[str, bytes], idempotency_key: str) -> str:
-        """Send the rows ahead, where the provider wants a file, and return its id."""
+    def poll(self, job_id: str) -> RemoteJob:
+        """Return how far a job is; LOST where the provider does not know it."""
 
-    def create(self, file_id: str, idempotency_key: str, *, call: Call) -> RemoteJob:
-        """Create the job, in one attempt."""
-
-    def add_requests(self, job: RemoteJob, lines: dict[str, bytes]) -> None:
-        """Add the rows that the job doesn't have yet, where rows are not sent ahead."""
-
-    def retrieve(self, job_id: str) -> RemoteJob:
-        """Return how far a job is."""
-
-    def cancel(self, job_id: str) -> None:
-        """Ask the provider to leave off; what it has answered stays."""
-
-    def read(self, job: RemoteJob) -> Iterator[tuple[str, BatchReply]]:
+    def results(self, job: RemoteJob) -> Iterator[tuple[str, BatchReply]]:
         """Yield custom ids and outcomes of an ended job."""
 
+    def cancel(self, job_id: str) -> None:
+        """Ask the provider to stop; finished rows remain."""
 
-def is_unknown(ask: Callable[[], Any]) -> bool:
-    """Whether a provider says clearly that it doesn't know something."""
-    import openai
 
+def poll_or_lost(job_id: str, retrieve: Callable[[], RemoteJob]) -> RemoteJob:
+    """Return a job, or a LOST one where the provider answers 404."""
     try:
-        ask()
-    except openai.NotFoundError:
-        return True
-    except (openai.OpenAIError, ValueError, RecursionError):
-        return False
-    return False
+        return retrieve()
+    except RequestRefused as error:
+        if error.status != 404:
+            raise
+        return RemoteJob(job_id, LOST)
 
 
 def read_response(response: Any) -> Any:

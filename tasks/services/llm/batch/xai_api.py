@@ -1,7 +1,7 @@
 """Batch jobs by xAI's protocol (docs.x.ai, Batch API): filled in pieces, counted, read in pages."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tasks.services.llm.batch.provider import (
@@ -10,7 +10,8 @@ from tasks.services.llm.batch.provider import (
     BatchReply,
     Call,
     RemoteJob,
-    is_unknown,
+    Submission,
+    poll_or_lost,
     read_count,
 )
 from tasks.services.llm.chat.completion import clean_line, name_type, parse_completion, read_error
@@ -21,66 +22,74 @@ XAI_MOST_BYTES = 20_000_000  # of one request that adds rows: 25 MB, with a marg
 
 
 class XaiBatches:
-    """A container with a name of ours: made empty, filled in pieces, read in pages; no status but counters."""
+    """A container with a name of ours: created empty, filled in pieces, read in pages; no status but counters."""
 
-    def __init__(self, call: Call, client: Callable[[], Any]) -> None:
+    def __init__(self, call: Call) -> None:
         self.call = call
-        self.client = client
 
-    def find(self, idempotency_key: str) -> RemoteJob | None:
+    def submit(self, lines: Mapping[str, bytes], submission: Submission) -> RemoteJob:
+        """Create the container, then add the rows that it lacks."""
+        job_id = submission.steps.get("job_id", "")
+        if not job_id:
+            found = self.find(submission.key)
+            if found is None:
+                submission.reserve()
+                found = self.create(submission.key)
+            job_id = found.job_id
+            submission.save({"job_id": job_id})
+        self.add_requests(job_id, lines)
+        return self.retrieve(job_id)
+
+    def find(self, key: str) -> RemoteJob | None:
         """Look through all containers for our name."""
         token = ""
         for _ in range(MOST_LISTED // 100):
             page = self.get("/batches", {"limit": 100, **({"pagination_token": token} if token else {})})
             for batch in list_dicts(page.get("batches") or page.get("data")):
-                if batch.get("name") == f"likeness-{idempotency_key}":
+                if batch.get("name") == f"likeness-{key}":
                     return describe(batch)
             previous, token = token, read_token(page)
             if not token or token == previous:
                 break
         return None
 
-    def is_lost(self, job_id: str) -> bool:
-        """Ask for the container; only a clear no counts."""
-        return is_unknown(lambda: self.client().get(f"/batches/{job_id}", cast_to=object))
-
-    def upload(self, lines: dict[str, bytes], idempotency_key: str) -> str:
-        """Do nothing: rows are added to the container."""
-        return ""
-
-    def create(self, file_id: str, idempotency_key: str, *, call: Call) -> RemoteJob:
-        """Make the empty container."""
-        body = {"name": f"likeness-{idempotency_key}"}
-        job = describe(call(lambda client, _: client.post("/batches", body=body, cast_to=object)))
+    def create(self, key: str) -> RemoteJob:
+        """Create the empty container, in one attempt: after an unclear answer the next run looks for its name."""
+        body = {"name": f"likeness-{key}"}
+        job = describe(self.call(lambda client, _: client.post("/batches", body=body, cast_to=object), max_attempts=1))
         if not job.job_id:
             raise EndpointUnavailable("the provider made a batch job without an id; run again to resume")
         return job
 
-    def add_requests(self, job: RemoteJob, lines: dict[str, bytes]) -> None:
-        """Add the rows that are missing, in pieces. Rows keep their order, so the count says which are there."""
+    def add_requests(self, job_id: str, lines: Mapping[str, bytes]) -> None:
+        """Add the missing rows, in pieces. Rows keep their order, so the count tells which are there."""
         rows = list(lines.values())
-        start = self.retrieve(job.job_id).num_rows
+        start = self.retrieve(job_id).num_rows
         while start < len(rows):
             end, size = start, 0
             while end < len(rows) and (end == start or size + len(rows[end]) <= XAI_MOST_BYTES):
                 size += len(rows[end])
                 end += 1
             body = {"batch_requests": [to_xai(json.loads(row)) for row in rows[start:end]]}
-            self.call(lambda client, _: client.post(f"/batches/{job.job_id}/requests", body=body, cast_to=object))  # noqa: B023
-            counted = self.retrieve(job.job_id).num_rows
+            self.call(lambda client, _: client.post(f"/batches/{job_id}/requests", body=body, cast_to=object))  # noqa: B023
+            counted = self.retrieve(job_id).num_rows
             if counted < end:
-                raise EndpointUnavailable(f"batch job {job.job_id} has {counted} rows of {end}; run again to resume")
+                raise EndpointUnavailable(f"batch job {job_id} has {counted} rows of {end}; run again to resume")
             start = end
 
-    def retrieve(self, job_id: str) -> RemoteJob:
+    def poll(self, job_id: str) -> RemoteJob:
         """Retrieve the counters."""
+        return poll_or_lost(job_id, lambda: self.retrieve(job_id))
+
+    def retrieve(self, job_id: str) -> RemoteJob:
+        """Return the counters as a status."""
         return describe(self.get(f"/batches/{job_id}", {}), job_id=job_id)
 
     def cancel(self, job_id: str) -> None:
         """Cancel what is pending."""
         self.call(lambda client, _: client.post(f"/batches/{job_id}:cancel", cast_to=object))
 
-    def read(self, job: RemoteJob) -> Iterator[tuple[str, BatchReply]]:
+    def results(self, job: RemoteJob) -> Iterator[tuple[str, BatchReply]]:
         """Read page after page; a provider that repeats one has no more."""
         token, seen = "", set[str]()
         while token not in seen:

@@ -153,7 +153,7 @@ def test_an_unreachable_server_is_found_at_once_and_without_mlflow(tmp_path: Pat
     code = (
         "import sys; from pathlib import Path\n"
         "from tasks.services.config import TrackingConfig\n"
-        "from tasks.services.tracking.mlflow_tracker import open_tracker\n"
+        "from tasks.services.tracking.open import open_tracker\n"
         "from tasks.errors import ServiceUnavailable\n"
         "for uri in sys.argv[1:]:\n"
         "    try: open_tracker(TrackingConfig(uri=uri), folder=Path('x')).check()\n"

@@ -91,10 +91,10 @@ def check_request(settings: Mapping[str, Any], roots: tuple[Path, ...]) -> None:
         if rule is None or rule.kind == "operator_only":
             raise ConfigError(f"{name} is set in conf/ on the worker's machine, not by a request")
         if rule.kind != "checked" and isinstance(value, str):
-            check_path(name, value, roots, rule)
+            check_path(name, value, roots, rule=rule)
 
 
-def check_path(name: str, value: str, roots: tuple[Path, ...], rule: RequestRule = PATH) -> None:
+def check_path(name: str, value: str, roots: tuple[Path, ...], *, rule: RequestRule = PATH) -> None:
     """Refuse a path outside the allowed roots. Raises ConfigError."""
     if value in WORDS.get(name, ()):
         return

@@ -165,7 +165,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     from conf.trust import allowed_roots
     from tasks.mini.vision_server.launch import LocalServer
     from tasks.services.llm.budget.ledger import Ledger
-    from tasks.services.llm.service import LlmService
+    from tasks.services.llm.service import LlmService, LocalServices
     from tasks.services.store.open import open_store
     from tasks.services.tracking.live import LiveRun
     from tasks.services.tracking.open import open_tracker
@@ -185,8 +185,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
         store=store,
         ledger=Ledger(folder / "ledger.jsonl"),
         budget=open_budget(config, output),
-        start_local=server.start,
-        batch_folder=output / "work" / "batches",
+        local=LocalServices(start_server=server.start, batch_folder=output / "work" / "batches"),
     )
     shared = progress_of_run.get()
     runtime = Runtime(

@@ -18,7 +18,7 @@ def print_examination(words: Iterable[str]) -> int:
     from tasks.services.llm.budget.ledger import Ledger
     from tasks.services.llm.config import ROLES
     from tasks.services.llm.doctor import examine
-    from tasks.services.llm.service import LlmService
+    from tasks.services.llm.service import LlmService, LocalServices
     from tasks.services.store.open import open_store
 
     config = compile_request(parse_overrides(with_defaults(words)))
@@ -26,7 +26,9 @@ def print_examination(words: Iterable[str]) -> int:
     ledger = Ledger(output / "doctor-ledger.jsonl")
     server = LocalServer(output / "doctor-vision-server.log")
     output.mkdir(parents=True, exist_ok=True)
-    llm = LlmService(config.llm, store=open_store(config.store), ledger=ledger, start_local=server.start)
+    llm = LlmService(
+        config.llm, store=open_store(config.store), ledger=ledger, local=LocalServices(start_server=server.start)
+    )
     num_bad = 0
     table = Table(box=None, header_style="bold")
     for title in ("profile", "model", "", "checked", "found"):

@@ -72,7 +72,7 @@ def estimate_all(config: RunConfig) -> dict[str, MemoryEstimate]:
     from tasks.diffusion.hub import find_description
     from tasks.training.memory.estimate import estimate_methods
 
-    return estimate_methods(find_description(config.diffusion), config.diffusion, config.training, methods())
+    return estimate_methods(find_description(config.diffusion), config.diffusion, config.training, methods=methods())
 
 
 def describe(found: MemoryEstimate) -> list[str]:

@@ -111,7 +111,7 @@ def open_job(output: Path, job: FoundJob | None, *, job_id: str, profile: str) -
     from tasks.services.llm.batch.admin import JobHandle
     from tasks.services.llm.batch.job import BatchState
     from tasks.services.llm.budget.ledger import Ledger
-    from tasks.services.llm.service import LlmService
+    from tasks.services.llm.service import LlmService, LocalServices
     from tasks.services.store.open import open_store
 
     folder = job.folder if job else newest_with(output, profile, job_id)
@@ -125,8 +125,7 @@ def open_job(output: Path, job: FoundJob | None, *, job_id: str, profile: str) -
         store=open_store(config.store),
         ledger=Ledger(folder / "ledger.jsonl"),
         budget=open_budget(config, output.absolute()),
-        start_local=server.start,
-        batch_folder=output.absolute() / "work" / "batches",
+        local=LocalServices(start_server=server.start, batch_folder=output.absolute() / "work" / "batches"),
     )
     try:
         yield JobHandle(llm, state, job.key if job else "")

@@ -33,7 +33,7 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
     from tasks.mini.vision_server.launch import LocalServer
     from tasks.services.llm.agents.conversation import Conversation
     from tasks.services.llm.budget.ledger import Ledger
-    from tasks.services.llm.service import LlmService
+    from tasks.services.llm.service import LlmService, LocalServices
     from tasks.services.store.open import open_store
     from tasks.stage.cache import find_manifest
     from tasks.subject.captions.caption_review import list_tools, open_caption_versions, write_briefing
@@ -52,7 +52,7 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
         store=store,
         ledger=Ledger(folder / "ledger.jsonl"),
         budget=open_budget(run.config, folder.parent),
-        start_local=server.start,
+        local=LocalServices(start_server=server.start),
     )
     versions = open_caption_versions(folder, run.config.subject, subject)
     before, kept = versions.version, folder / "review.json"

@@ -66,6 +66,7 @@ class DiffusionModel(ABC):
         components: dict[str, Any],
         noise: NoiseProcess,
         config: DiffusionConfig,
+        *,
         device: torch.device | None = None,
     ) -> None:
         self.config = config
@@ -174,7 +175,7 @@ class DiffusionModel(ABC):
             names = placeholders(identifier_token, len(rows))
             tokenizer = self.tokenizers[name]
             if names[0] not in tokenizer.get_vocab():
-                self.learned[name] = add_token(tokenizer, self.components[name], names, rows)
+                self.learned[name] = add_token(tokenizer, self.components[name], names, vectors=rows)
             self.placeholders[name] = names
         return self.learned
 
@@ -205,7 +206,9 @@ class DiffusionModel(ABC):
         """Return what the denoiser is told of the prompts."""
 
     @abstractmethod
-    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Tensor) -> Tensor:
+    def predict(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, *, time_ids: Tensor
+    ) -> Tensor:
         """Return the denoiser's prediction."""
 
     @torch.no_grad()

@@ -47,7 +47,7 @@ def placeholders(identifier_token: str, num_vectors: int) -> list[str]:
     return [f"<{identifier_token}>", *(f"<{identifier_token}>_{i}" for i in range(1, num_vectors))]
 
 
-def add_token(tokenizer: Any, text_encoder: Any, names: list[str], vectors: Tensor) -> LearnedEmbedding:
+def add_token(tokenizer: Any, text_encoder: Any, names: list[str], *, vectors: Tensor) -> LearnedEmbedding:
     """Give a text encoder new tokens with the vectors `(V, D)`. Raises ConfigError if a name is taken."""
     table = text_encoder.get_input_embeddings()
     if tokenizer.add_tokens(names) != len(names):
@@ -66,7 +66,7 @@ def add_token(tokenizer: Any, text_encoder: Any, names: list[str], vectors: Tens
     return learned
 
 
-def initial_vectors(tokenizer: Any, text_encoder: Any, words: str, num_vectors: int) -> Tensor:
+def initial_vectors(tokenizer: Any, text_encoder: Any, words: str, *, num_vectors: int) -> Tensor:
     """Return the vectors `(V, D)` of some words, repeated as often as needed."""
     ids = tokenizer(words, add_special_tokens=False).input_ids
     if not ids:

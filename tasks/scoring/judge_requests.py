@@ -131,7 +131,7 @@ def list_pairs(config: ScoringConfig, material: JudgeContext) -> Iterator[JudgeR
         base = by_draw.get((sample.prompt, sample.seed, "base"))
         if base is None:
             continue
-        yield from ask_both_ways(material, "pair", base, sample, candidates=("base", "tuned"))
+        yield from ask_both_ways(material, "pair", base, other=sample, candidates=("base", "tuned"))
 
 
 def list_contests(config: ScoringConfig, material: JudgeContext) -> Iterator[JudgeRequest]:
@@ -146,11 +146,13 @@ def list_contests(config: ScoringConfig, material: JudgeContext) -> Iterator[Jud
     for drawn in whole[: config.num_checkpoint_pairs]:
         for first, second in combinations(sorted(drawn), 2):
             candidates = (str(first), str(second))
-            yield from ask_both_ways(material, "checkpoint_pair", drawn[first], drawn[second], candidates=candidates)
+            yield from ask_both_ways(
+                material, "checkpoint_pair", drawn[first], other=drawn[second], candidates=candidates
+            )
 
 
 def ask_both_ways(
-    material: JudgeContext, kind: Kind, one: Sample, other: Sample, *, candidates: tuple[str, str]
+    material: JudgeContext, kind: Kind, one: Sample, *, other: Sample, candidates: tuple[str, str]
 ) -> Iterator[JudgeRequest]:
     """Yield a pair in both orders."""
     for is_swapped in (False, True):

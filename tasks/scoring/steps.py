@@ -94,7 +94,7 @@ def compute_scores(folder: StageFolder, inputs: ScoringInputs, runtime: Runtime)
                 grading.judged,
                 is_comparable=all(runtime.llm.is_comparable(answer) for answer in given.values()),
                 measured=inputs.evaluation.sample_metrics,
-                others=compare_others(inputs, grading, undecided, runtime),
+                others=compare_others(inputs, grading, undecided, runtime=runtime),
             ),
             pairs=scores.count_pairs(grading.judged),
             checkpoints=scores.rank_checkpoints(grading.judged, published_step=inputs.evaluation.published_step),
@@ -125,7 +125,7 @@ def make_context(inputs: ScoringInputs, runtime: Runtime) -> "JudgeContext":
 
 
 def compare_others(
-    inputs: ScoringInputs, grading: "Grading", judgements: Sequence[Judgement], runtime: Runtime
+    inputs: ScoringInputs, grading: "Grading", judgements: Sequence[Judgement], *, runtime: Runtime
 ) -> tuple[Agreement, ...]:
     """Return how a second judge and a person agree with the judge, where there are such."""
     from tasks.scoring import scores

@@ -14,7 +14,7 @@ LINE_EVERY_SECONDS = 10.0
 class ProgressView(Protocol):
     """Shows how far the parts of a run are."""
 
-    def update(self, name: str, done: int, total: int, detail: str = "") -> None:
+    def update(self, name: str, done: int, total: int, *, detail: str = "") -> None:
         """Say that `done` of `total` items of a part are finished."""
 
     def note(self, text: str) -> None:
@@ -31,7 +31,7 @@ class LineProgress:
         self.said: dict[str, float] = {}
         self.lock = threading.Lock()
 
-    def update(self, name: str, done: int, total: int, detail: str = "") -> None:
+    def update(self, name: str, done: int, total: int, *, detail: str = "") -> None:
         """Print a line if it is time for one."""
         now = time.monotonic()
         with self.lock:
@@ -67,7 +67,7 @@ class BarProgress:
         self.lock = threading.Lock()
         self.view.start()
 
-    def update(self, name: str, done: int, total: int, detail: str = "") -> None:
+    def update(self, name: str, done: int, total: int, *, detail: str = "") -> None:
         """Move a part's bar, which appears with its first update."""
         with self.lock:
             if name not in self.tasks:

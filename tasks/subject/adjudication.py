@@ -1,7 +1,7 @@
 """A second look at a doubtful photo: the adjudicator measures before it decides."""
 
 import io
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from PIL import Image
@@ -43,30 +43,37 @@ class Adjudication(BaseModel):
     verdict: Literal["accept", "reject"] = Field(description="whether the photo can teach the subject")
 
 
-def adjudicate(
-    photo: Photo,
-    objection: str,
-    others: list[Photo],
-    config: SubjectConfig,
-    *,
-    llm: LlmService,
-    keep_reasoning: Callable[[str], None] = lambda reasoning: None,
-) -> Adjudication | None:
-    """Return the decision on a photo that the inspector objects to, or None where it wasn't measured."""
+@dataclass(frozen=True)
+class DoubtfulPhoto:
+    """A photo that the inspector objects to."""
+
+    photo: Photo
+    objection: str
+    others: list[Photo]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the adjudicator decided; None where it cited no measurement."""
+
+    verdict: Adjudication | None
+    reasoning: str = ""
+
+
+def adjudicate(doubtful: DoubtfulPhoto, config: SubjectConfig, *, llm: LlmService) -> Decision:
+    """Ask the adjudicator, who measures the photo with tools before it decides."""
+    photo, others = doubtful.photo, doubtful.others
     noun = f"{choose_article(config.class_noun)} {config.class_noun}"
-    text = (
-        f"Subject: {noun}. An inspector objects: {clean_phrase(objection, max_words=30)}. Other photos: {len(others)}."
-    )
+    objection = clean_phrase(doubtful.objection, max_words=30)
+    text = f"Subject: {noun}. An inspector objects: {objection}. Other photos: {len(others)}."
     tools = list_tools(photo, others)
     names = tuple(tool.name for tool in tools)
     spec = RequestSpec(EXAMINE, (text, photo.shown_png), Adjudication, is_reasoning=True, tools=names)
     try:
         answer = ask_with_tools(llm, spec, tools, role="adjudicator", max_rounds=MAX_ROUNDS)
     except ReplyInvalid:
-        return None
-    if answer.reasoning:
-        keep_reasoning(answer.reasoning)
-    return answer.reply if answer.called else None  # a verdict that cites no measurement is none
+        return Decision(None)
+    return Decision(answer.reply if answer.called else None, answer.reasoning)
 
 
 def list_tools(photo: Photo, others: list[Photo]) -> list[Tool]:

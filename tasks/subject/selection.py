@@ -44,6 +44,7 @@ def select_photos(
     folder: StageFolder,
     photos: Sequence[Photo],
     described: dict[str, PhotoAnnotation],
+    *,
     config: SubjectConfig,
     overview: Overview | None,
 ) -> Selection:

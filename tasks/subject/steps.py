@@ -95,7 +95,7 @@ def compute_subject(folder: StageFolder, inputs: SubjectInputs, runtime: Runtime
     )
     overview = profile_subject(photos, config, llm=runtime.llm) if config.captioning == "llm" else None
     warnings, sources = look_up_names(config, llm=runtime.llm)
-    selection = select_photos(folder, photos.accepted, described, config, overview)
+    selection = select_photos(folder, photos.accepted, described, config=config, overview=overview)
     rejected = [store_reject(folder, reject) for reject in photos.rejected] + selection.rejected
     left_out = [(r.source_name, r.reason) for r in [*rejected, *selection.quarantined]]
     require_enough(len(selection.images), config, left_out)

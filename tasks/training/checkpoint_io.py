@@ -163,31 +163,41 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def collect_state(
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    *,
-    step: int,
-    ema: Mapping[str, Tensor],
-    losses: list[LossRow],
-    scaler: dict[str, float],
-    is_writer: bool = True,
-) -> TrainingState:
+@dataclass(frozen=True)
+class LiveState:
+    """What is saved of a running training: tensors on their devices, in slices where they are sharded."""
+
+    step: int
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    ema: Mapping[str, Tensor]
+    losses: list[LossRow]
+    scaler: dict[str, float]
+
+
+def collect_state(live: LiveState, *, is_writer: bool = True) -> TrainingState:
     """Copy weights, average and optimizer state to the CPU, by parameter name.
 
     Where they lie in slices every rank has to take part, but only the writer keeps what it gets.
     """
-    weights = copy_all(parameters, is_kept=is_writer)
+    weights = copy_all(live.parameters, is_kept=is_writer)
     optimizer_state: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        state = {f"{name}|{key}": torch.as_tensor(value) for key, value in optimizer.state.get(parameter, {}).items()}
+    for name, parameter in live.parameters.items():
+        values = live.optimizer.state.get(parameter, {})
+        state = {f"{name}|{key}": torch.as_tensor(value) for key, value in values.items()}
         optimizer_state |= copy_all(state, is_kept=is_writer)
-    kept = copy_all(ema, is_kept=is_writer)
-    groups = [
-        {key: value for key, value in group.items() if isinstance(value, int | float)}
-        for group in optimizer.param_groups
-    ]
-    return TrainingState(step, weights, optimizer_state, kept, list(losses), groups, scaler)
+    return TrainingState(
+        step=live.step,
+        weights=weights,
+        optimizer_state=optimizer_state,
+        ema=copy_all(live.ema, is_kept=is_writer),
+        losses=list(live.losses),
+        groups=[
+            {key: value for key, value in group.items() if isinstance(value, int | float)}
+            for group in live.optimizer.param_groups
+        ],
+        scaler=live.scaler,
+    )
 
 
 def copy_all(tensors: Mapping[str, Tensor], *, is_kept: bool = True) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -10,7 +11,11 @@ from torch import nn
 from tasks.diffusion.adapter import DTYPES, DiffusionModel
 from tasks.diffusion.textual_inversion import initial_vectors, save_tokens
 from tasks.errors import ConfigError
+from tasks.training.config import LoraSettings
 from tasks.training.process.worker_spec import TrainingSpec
+
+if TYPE_CHECKING:
+    from tasks.diffusion.lora.adapters import LoraShape
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,9 @@ def prepare(model: DiffusionModel, spec: TrainingSpec) -> Trainable:
     components = names_of_components(model, spec)
     switch = training.textual_inversion.switch_step if training.method.startswith("textual_inversion") else 0
     if training.method.endswith("full"):
-        add_full(model, spec, trainable, components, first_step=switch)
+        add_full(model, spec, trainable, components=components, first_step=switch)
     if training.method.endswith("lora"):
-        add_adapters(model, spec, trainable, components, first_step=switch)
+        add_adapters(model, spec, trainable, components=components, first_step=switch)
     if training.method.startswith("textual_inversion"):
         add_token(model, spec, trainable)
     if not any(group.parameters for group in trainable.groups):
@@ -76,7 +81,7 @@ def names_of_components(model: DiffusionModel, spec: TrainingSpec) -> list[str]:
 
 
 def add_full(
-    model: DiffusionModel, spec: TrainingSpec, trainable: Trainable, components: list[str], *, first_step: int
+    model: DiffusionModel, spec: TrainingSpec, trainable: Trainable, *, components: list[str], first_step: int
 ) -> None:
     """Train all weights of the components."""
     training = spec.training
@@ -91,22 +96,32 @@ def add_full(
 
 
 def add_adapters(
-    model: DiffusionModel, spec: TrainingSpec, trainable: Trainable, components: list[str], *, first_step: int
+    model: DiffusionModel, spec: TrainingSpec, trainable: Trainable, *, components: list[str], first_step: int
 ) -> None:
     """Train low-rank adapters in the components."""
     from tasks.diffusion.lora.adapters import add_lora
 
     lora = spec.training.lora
-    adapted = add_lora(
-        model, components, rank=lora.rank, alpha=lora.lora_alpha, dropout=lora.lora_dropout,
-        use_dora=lora.use_dora, target_modules=lora.target_modules,
-    )  # fmt: skip
+    adapted = add_lora(model, components, lora_shape(lora))
     for name, module in adapted.items():
         module.train()
         trainable.modules[name] = module
         rate = lora.learning_rate if name == model.denoiser_name else lora.text_encoder_learning_rate
         parameters = [p for p in module.parameters() if p.requires_grad]
         trainable.groups.append(ParameterGroup(name, parameters, rate or lora.learning_rate, first_step))
+
+
+def lora_shape(lora: LoraSettings) -> "LoraShape":
+    """Return how the configured adapters are built."""
+    from tasks.diffusion.lora.adapters import LoraShape
+
+    return LoraShape(
+        rank=lora.rank,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        use_dora=lora.use_dora,
+        target_modules=lora.target_modules,
+    )
 
 
 def add_token(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable) -> None:
@@ -117,7 +132,7 @@ def add_token(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable) -
     if not names:
         raise ConfigError("this model has no CLIP text encoder to learn a token in; set training/method=lora")
     vectors = {
-        name: initial_vectors(model.tokenizers[name], model.components[name], words, token.num_vectors)
+        name: initial_vectors(model.tokenizers[name], model.components[name], words, num_vectors=token.num_vectors)
         for name in names
     }
     end = token.switch_step or None if spec.training.method != "textual_inversion" else None
@@ -147,7 +162,7 @@ def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def save_learned(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable, folder: Path) -> None:
+def save_learned(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable, *, folder: Path) -> None:
     """Write what was learned: a whole diffusers folder for full methods, adapters and token else."""
     training = spec.training
     vectors = {name: learned.vectors for name, learned in model.learned.items()}
@@ -161,7 +176,7 @@ def save_learned(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable
         export = LoraExport(
             training.lora.lora_alpha, training.lora.save_precision, title=subject, trigger_phrase=subject
         )
-        save_lora(model, folder, names, export)
+        save_lora(model, folder, names, export=export)
     if training.method.endswith("full"):
         model.merge_token_embeddings()
         model.save(folder)

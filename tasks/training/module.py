@@ -98,7 +98,9 @@ class DreamBoothModule(pl.LightningModule):
         noisy_latents = noise.add_noise(batch.latents, batch.noise, batch.timesteps)
         target = noise.compute_target(batch.latents, batch.noise, batch.timesteps)
         conditioning = self.encode_unique(batch)
-        noise_pred = self.model.predict(self.fit_dtype(noisy_latents), batch.timesteps, conditioning, batch.time_ids)
+        noise_pred = self.model.predict(
+            self.fit_dtype(noisy_latents), batch.timesteps, conditioning, time_ids=batch.time_ids
+        )
         weights = None
         if training.snr_gamma is not None:
             weights = min_snr_weights(noise, batch.timesteps, snr_gamma=training.snr_gamma)

@@ -68,7 +68,7 @@ def compute_training(folder: StageFolder, inputs: TrainingInputs, runtime: Runti
         result = run_worker(
             spec, on_event=lambda event: show_event(event, inputs.config, runtime), inherited=(lock_descriptor,)
         )
-        manifest = store_result(folder, inputs, spec, result)
+        manifest = store_result(folder, inputs, spec, result=result)
         keep_latents(runtime.store, spec)
         shutil.rmtree(work)
     return manifest
@@ -168,11 +168,11 @@ def show_event(event: dict[str, Any], config: TrainingConfig, runtime: Runtime) 
         )
         loss = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
         detail = f"loss {loss}  {event['images_per_second']:.1f} images/s"
-        runtime.progress.update("training", event["step"], config.max_train_steps, detail)
+        runtime.progress.update("training", event["step"], config.max_train_steps, detail=detail)
 
 
 def store_result(
-    folder: StageFolder, inputs: TrainingInputs, spec: "TrainingSpec", result: "WorkerResult"
+    folder: StageFolder, inputs: TrainingInputs, spec: "TrainingSpec", *, result: "WorkerResult"
 ) -> TunedModel:
     """Store weights, candidates, samples and loss log, and write the manifest."""
     from tasks.training.process.worker_spec import RunFolder

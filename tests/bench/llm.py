@@ -39,7 +39,7 @@ from tasks.services.llm.budget.cost_estimate import estimate_calls
 from tasks.services.llm.budget.ledger import Ledger
 from tasks.services.llm.config import CapabilityConfig, LlmConfig, ProfileConfig
 from tasks.services.llm.executor import ask_each
-from tasks.services.llm.service import LlmService
+from tasks.services.llm.service import LlmService, LocalServices
 from tasks.services.store.local import LocalStore
 from tests.support.llm_server import completion, scripted_server
 from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC
@@ -127,7 +127,7 @@ def print_judge(num_subjects: int) -> None:
         folder = Path(name)
         server = LocalServer(folder / "log")
         profile = ProfileConfig(model="mini-vision", capabilities=CapabilityConfig(structure="json_schema"))
-        llm = make_service(profile, folder, start_local=server.start)
+        llm = make_service(profile, folder, local=LocalServices(start_server=server.start))
         try:
             for noun in CLASS_NOUNS[:num_subjects]:
                 material = draw_material(noun)

@@ -186,7 +186,7 @@ def profile_step(case: Case, *, num: int = 8) -> tuple[dict[str, float], float]:
             noisy = noise.add_noise(batch.latents, batch.noise, batch.timesteps)
             target = noise.compute_target(batch.latents, batch.noise, batch.timesteps)
             predicted = timed(
-                "denoiser", lambda: module.model.predict(noisy, batch.timesteps, conditioning, batch.time_ids)
+                "denoiser", lambda: module.model.predict(noisy, batch.timesteps, conditioning, time_ids=batch.time_ids)
             )
             loss = prior_preservation_loss(predicted, target, prior_loss_weight=1.0).total
         timed("backward", loss.backward)  # type: ignore[no-untyped-call]

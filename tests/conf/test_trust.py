@@ -167,10 +167,10 @@ def test_words_that_are_no_paths_are_those_of_their_own_setting(tmp_path: Path) 
             continue
         for word in ("", "demo", "mini", "auto", "none"):
             if word in WORDS.get(name, ()):
-                check_path(name, word, (tmp_path,), rule)
+                check_path(name, word, (tmp_path,), rule=rule)
             else:
                 with pytest.raises(ConfigError, match=f"{name}: .*outside the allowed folders"):
-                    check_path(name, word, (tmp_path,), rule)
+                    check_path(name, word, (tmp_path,), rule=rule)
 
 
 @pytest.mark.parametrize("roots", [None, "some"])

@@ -3,7 +3,7 @@
 import torch
 
 from tasks.diffusion.adapter import DiffusionModel
-from tasks.diffusion.lora.adapters import LoraExport, add_lora
+from tasks.diffusion.lora.adapters import LoraExport, LoraShape, add_lora
 
 UNET_TARGETS = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
@@ -37,7 +37,7 @@ def adapt(model: DiffusionModel, targets: tuple[str, ...] = (), *, use_dora: boo
     """Add adapters that change something, as training would leave them."""
     names = list(model.trainable_modules(train_text_encoder=True))
     torch.manual_seed(1)
-    add_lora(model, names, rank=3, alpha=EXPORT.alpha, dropout=0.0, use_dora=use_dora, target_modules=targets)
+    add_lora(model, names, LoraShape(rank=3, lora_alpha=EXPORT.alpha, use_dora=use_dora, target_modules=targets))
     with torch.no_grad():
         for name in names:
             for key, parameter in model.components[name].named_parameters():
@@ -56,4 +56,4 @@ def predict(model: DiffusionModel) -> torch.Tensor:
     noisy = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     states = model.encode_prompts(model.tokenize(["a photo of sks fish"]))
     time_ids = torch.tensor([[64.0, 48, 0, 8, 32, 32]])
-    return model.predict(noisy, model.noise_scheduler.sample_timesteps(torch.tensor([0.5])), states, time_ids)
+    return model.predict(noisy, model.noise_scheduler.sample_timesteps(torch.tensor([0.5])), states, time_ids=time_ids)

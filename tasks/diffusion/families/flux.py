@@ -78,7 +78,9 @@ class Flux(DiffusionModel):
         pooled = self.components["text_encoder"](ids["text_encoder"]).pooler_output
         return Conditioning(self.components["text_encoder_2"](ids["text_encoder_2"]).last_hidden_state, pooled)
 
-    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Tensor) -> Tensor:
+    def predict(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, *, time_ids: Tensor
+    ) -> Tensor:
         """Return the transformer's prediction, packed 2x2 on the way in and unpacked on the way out."""
         rows, channels, height, width = noisy_latents.shape
         guidance = None

@@ -50,7 +50,9 @@ class StableDiffusion(DiffusionModel):
         """Return `encoder_hidden_states` `(B, L, D)`."""
         return Conditioning(self.components["text_encoder"](input_ids.to(self.device)).last_hidden_state)
 
-    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Tensor) -> Tensor:
+    def predict(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, *, time_ids: Tensor
+    ) -> Tensor:
         """Return the UNet's prediction."""
         states = conditioning.encoder_hidden_states
         prediction: Tensor = self.denoiser(noisy_latents, timesteps, states, return_dict=False)[0]
@@ -72,7 +74,7 @@ class StableDiffusion(DiffusionModel):
             latents = self.draw_latents(requests) * sampler.init_noise_sigma
             for timestep in sampler.timesteps:
                 doubled = sampler.scale_model_input(torch.cat([latents, latents]), timestep)
-                plain, prompted = self.predict(doubled, timestep, states, torch.empty(0)).float().chunk(2)
+                plain, prompted = self.predict(doubled, timestep, states, time_ids=torch.empty(0)).float().chunk(2)
                 guided = plain + guidance_scale * (prompted - plain)
                 latents = sampler.step(guided, timestep, latents, return_dict=False)[0]
         return self.decode(latents)

@@ -116,7 +116,9 @@ class StableDiffusion3(DiffusionModel):
         config = self.denoiser.config
         return {"states": int(config.joint_attention_dim), "pooled": int(config.pooled_projection_dim)}
 
-    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Tensor) -> Tensor:
+    def predict(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, *, time_ids: Tensor
+    ) -> Tensor:
         """Return the transformer's prediction."""
         prediction: Tensor = self.denoiser(
             hidden_states=noisy_latents,

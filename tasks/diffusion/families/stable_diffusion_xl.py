@@ -46,7 +46,9 @@ class StableDiffusionXl(DiffusionModel):
         is_nonempty = (input_ids != empty).any(1).to(self.device)
         return Conditioning(joined * is_nonempty[:, None, None], pooled * is_nonempty[:, None])
 
-    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Tensor) -> Tensor:
+    def predict(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, *, time_ids: Tensor
+    ) -> Tensor:
         """Return the UNet's prediction, conditioned on original size, crop and target size."""
         added = {"text_embeds": conditioning.pooled_prompt_embeds, "time_ids": time_ids.to(noisy_latents)}
         states = conditioning.encoder_hidden_states

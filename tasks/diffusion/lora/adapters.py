@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,19 @@ class LoraExport:
     trigger_phrase: str
 
 
-def add_lora(model: DiffusionModel, parts: list[str], *, rank: int, alpha: float, dropout: float, use_dora: bool,
-             target_modules: tuple[str, ...]) -> dict[str, nn.Module]:  # fmt: skip
+@dataclass(frozen=True)
+class LoraShape:
+    """How adapters are built; named as in PEFT's `LoraConfig`."""
+
+    rank: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    use_dora: bool = False
+    target_modules: tuple[str, ...] = ()
+    """Layers of the denoiser; empty: the family's."""
+
+
+def add_lora(model: DiffusionModel, parts: Sequence[str], shape: LoraShape) -> dict[str, nn.Module]:
     """Put LoRA layers into the named parts and return those; all else stays frozen.
 
     The layers begin as zero changes; their random half comes from torch's generator.
@@ -48,14 +60,16 @@ def add_lora(model: DiffusionModel, parts: list[str], *, rank: int, alpha: float
     """
     adapted = {}
     for name in parts:
-        targets = target_modules if name == model.denoiser_name and target_modules else model.lora_targets[name]
+        targets = model.lora_targets[name]
+        if name == model.denoiser_name and shape.target_modules:
+            targets = shape.target_modules
         if name == model.denoiser_name:
             check_targets(model.components[name], targets)
         settings = LoraConfig(
-            r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]
-            lora_dropout=dropout,
-            use_dora=use_dora,
+            r=shape.rank,
+            lora_alpha=shape.lora_alpha,  # type: ignore[arg-type]
+            lora_dropout=shape.lora_dropout,
+            use_dora=shape.use_dora,
             init_lora_weights="gaussian",
             target_modules=list(targets),
         )
@@ -78,7 +92,7 @@ def check_targets(module: nn.Module, targets: tuple[str, ...]) -> None:
             raise ConfigError(f"training.lora.target_modules: {target} is a {kind}; LoRA adapts Linear and Conv2d")
 
 
-def save_lora(model: DiffusionModel, folder: Path, names: list[str], export: LoraExport) -> None:
+def save_lora(model: DiffusionModel, folder: Path, names: list[str], *, export: LoraExport) -> None:
     """Write the adapter for diffusers and, beside it, in kohya's naming; then load it back and compare.
 
     In diffusers' file the scale alpha / rank is folded into the weights, so that readers which know no alpha
@@ -113,7 +127,7 @@ def save_lora(model: DiffusionModel, folder: Path, names: list[str], export: Lor
     save_tensors(cast(tensors, dtype), folder / LORA_FILE, metadata={**metadata, "lora_adapter_metadata": adapter})
     network = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(export.alpha)}
     save_tensors(cast(kohya, dtype), folder / KOHYA_FILE, metadata={**metadata, **network})
-    check_saved_lora(model, folder, names, export)
+    check_saved_lora(model, folder, names, export=export)
 
 
 def read_adapter(model: DiffusionModel, name: str, adapter: str = "default") -> dict[str, Tensor]:
@@ -161,7 +175,7 @@ def describe(model: DiffusionModel, export: LoraExport) -> dict[str, str]:
     }
 
 
-def check_saved_lora(model: DiffusionModel, folder: Path, names: list[str], export: LoraExport) -> None:
+def check_saved_lora(model: DiffusionModel, folder: Path, names: list[str], *, export: LoraExport) -> None:
     """Load the file as other programs do, beside the trained adapter, and compare keys, weights and a prediction.
 
     Raises:
@@ -171,8 +185,8 @@ def check_saved_lora(model: DiffusionModel, folder: Path, names: list[str], expo
     load_beside(model, folder, CHECK_ADAPTER)
     try:
         for name in names:
-            compare_weights(model, name, folder / LORA_FILE, export)
-        compare_predictions(model, names, folder / LORA_FILE, export)
+            compare_weights(model, name, folder / LORA_FILE, export=export)
+        compare_predictions(model, names, folder / LORA_FILE, export=export)
     finally:
         for name in names:
             part = model.components[name]
@@ -194,7 +208,7 @@ def load_beside(model: DiffusionModel, folder: Path, adapter: str) -> None:
         raise AdapterSaveFailed(f"{folder / LORA_FILE} can't be loaded by diffusers: {reason}") from error
 
 
-def compare_weights(model: DiffusionModel, name: str, path: Path, export: LoraExport) -> None:
+def compare_weights(model: DiffusionModel, name: str, path: Path, *, export: LoraExport) -> None:
     """Compare one part's loaded adapter with the trained one, tensor by tensor, as rounded by the file's format."""
     trained, loaded = read_adapter(model, name), read_adapter(model, name, CHECK_ADAPTER)
     if missing := sorted(set(trained) - set(loaded)):
@@ -212,7 +226,7 @@ def compare_weights(model: DiffusionModel, name: str, path: Path, export: LoraEx
 
 
 @torch.no_grad()
-def compare_predictions(model: DiffusionModel, names: list[str], path: Path, export: LoraExport) -> None:
+def compare_predictions(model: DiffusionModel, names: list[str], path: Path, *, export: LoraExport) -> None:
     """Compare what the denoiser predicts with either adapter, on one fixed noisy latent."""
     parts = [model.components[name] for name in names]
     modes = [part.training for part in parts]
@@ -249,7 +263,7 @@ def predict_once(model: DiffusionModel) -> Tensor:
     timesteps = model.noise_scheduler.sample_timesteps(torch.tensor([0.5])).to(model.device)
     conditioning = model.encode_prompts(model.tokenize(["a photo"]))
     time_ids = torch.tensor([[8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side]], device=model.device)
-    return model.predict(noisy, timesteps, conditioning, time_ids).float()
+    return model.predict(noisy, timesteps, conditioning, time_ids=time_ids).float()
 
 
 @torch.no_grad()

@@ -34,7 +34,9 @@ def view_of(seed: int, index: int, *, num_views: int) -> Scene:
     return Scene(scene.class_noun, scene.color, place, scene.look, sample_pose(rng), int(rng.integers(2**31)))
 
 
-def render(seed: int, start: int, num: int, num_views: int) -> np.ndarray:
+def render(  # noqa: PLR0917 - called by a process pool
+    seed: int, start: int, num: int, num_views: int
+) -> np.ndarray:
     """Draw consecutive scenes as uint8 ``(num, 64, 64, 3)``."""
     images = np.empty((num, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     for offset in range(num):

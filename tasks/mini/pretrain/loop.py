@@ -20,7 +20,7 @@ SAVE_EVERY_SECONDS = 120.0
 class PretrainLoop:
     """Trains one module to a step count, saving weights, averages and moments as it goes."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - hyper-parameters
         self,
         module: nn.Module,
         *,

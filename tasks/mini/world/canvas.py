@@ -95,7 +95,9 @@ def ellipse_points(
     return [(center[0] + radii[0] * math.cos(a), center[1] + radii[1] * math.sin(a)) for a in angles]
 
 
-def box_points(left: float, top: float, right: float, bottom: float, r: float = 0.0) -> list[Point]:
+def box_points(  # noqa: PLR0917 - a box, in Pillow's order
+    left: float, top: float, right: float, bottom: float, r: float = 0.0
+) -> list[Point]:
     """Return a rectangle with corners rounded by radius ``r``."""
     if not r:
         return [(left, top), (right, top), (right, bottom), (left, bottom)]

@@ -190,7 +190,7 @@ def try_stream(llm: LlmService, name: str) -> str:
             raise
         completion = ChatCompletion()  # recorded already
     else:
-        llm.book_completion(completion, row=row)
+        llm.record_completion(completion, row=row)
     if not completion.content:
         raise ReplyInvalid(f"no text was streamed{explain(completion)}; set .capabilities.streaming=false")
     return f"{len(completion.content)} characters"

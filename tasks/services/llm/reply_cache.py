@@ -56,12 +56,12 @@ def find_record(store: Store, kind: type[R], key: str) -> R | None:
         if record.key != key:
             raise ArtifactCorrupt(f"the record belongs to {record.key}")
     except ArtifactCorrupt as error:
-        quarantine(store, key, data, error)
+        quarantine(store, key, data, error=error)
         return None
     return record
 
 
-def quarantine(store: Store, key: str, data: bytes, error: ArtifactCorrupt) -> None:
+def quarantine(store: Store, key: str, data: bytes, *, error: ArtifactCorrupt) -> None:
     """Move a damaged object aside."""
     log.warning("%s is damaged (%s); it is kept as %s.quarantined and computed again", key, error, key)
     store.put_bytes(f"{key}.quarantined", data)

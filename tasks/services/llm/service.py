@@ -39,12 +39,22 @@ class Answer(Generic[T]):
     served_model: str
     fallback_index: int = 0
     reason: str = ""
-    """Why it was not asked of, or not taken from, the fallback_index before."""
+    """Why it was not asked of, or not taken from, the profile before."""
     reasoning: str = ""
     """The model's own reasoning, where its provider returns it."""
     citations: tuple[str, ...] = ()
     called: tuple[str, ...] = ()
     """Names of the tools that were called for it."""
+
+
+@dataclass(frozen=True)
+class LocalServices:
+    """What this machine offers to profiles that need no provider."""
+
+    start_server: Callable[[], str] | None = None
+    """Starts the mini vision server and returns its base URL."""
+    batch_folder: Path = Path("batches")
+    """Where batch jobs of this machine are run."""
 
 
 class LlmService:
@@ -57,15 +67,13 @@ class LlmService:
         store: Store,
         ledger: Ledger,
         budget: Budget | None = None,
-        start_local: Callable[[], str] | None = None,
-        batch_folder: Path = Path("batches"),
+        local: LocalServices | None = None,
     ) -> None:
         self.config = config
-        self.batch_folder = batch_folder
+        self.local = local or LocalServices()
         self.store = store
         self.ledger = ledger
         self.budget = budget or Budget()
-        self.start_local = start_local
         self.clients: dict[str, Any] = {}
         self.paces: dict[str, RateLimiter] = {}
         self.circuits: dict[str, Circuit] = {}
@@ -83,7 +91,7 @@ class LlmService:
         """Return the openai client of a profile, made once."""
         with self.lock:
             if name not in self.clients:
-                self.clients[name] = make_client(self.config.profiles[name], start_local=self.start_local)
+                self.clients[name] = make_client(self.config.profiles[name], start_local=self.local.start_server)
             return self.clients[name]
 
     def structure(self, name: str) -> Structure:
@@ -140,12 +148,12 @@ class LlmService:
         names = self.config.fallback_chain(role)
         doubtful: Answer[T] | None = None
         reason = ""
-        for fallback_index, name in list(enumerate(names))[min(first_fallback, len(names) - 1) :]:
-            is_last = fallback_index == len(names) - 1
+        for index, name in list(enumerate(names))[min(first_fallback, len(names) - 1) :]:
+            is_last = index == len(names) - 1
+            model = self.config.profiles[name].model
+            row = LedgerRow(role, name, model, outcome="", fallback_index=index, reason=reason)
             try:
-                answer = self._ask_profile(
-                    spec, name, role=role, fallback_index=fallback_index, reason=reason, is_refusal_kept=not is_last
-                )
+                answer = self._ask_profile(spec, row, is_refusal_kept=not is_last)
             except ReplyInvalid as error:
                 if is_last and doubtful is None:
                     raise
@@ -158,20 +166,16 @@ class LlmService:
         assert doubtful is not None
         return replace(doubtful, reason=reason)
 
-    def _ask_profile(
-        self, spec: RequestSpec[T], name: str, *, role: str, fallback_index: int, reason: str, is_refusal_kept: bool
-    ) -> Answer[T]:
-        cached = self.find_cached(spec, name=name, role=role)
+    def _ask_profile(self, spec: RequestSpec[T], row: LedgerRow, *, is_refusal_kept: bool) -> Answer[T]:
+        """Return one profile's reply, from the cache where it is there; identical requests at once are sent once."""
+        cached = self.find_cached(spec, name=row.profile, role=row.role)
         if cached is not None:
-            return replace(cached, fallback_index=fallback_index, reason=reason)
-        key = self.cache_key(spec, name)
-        row = LedgerRow(
-            role, name, self.config.profiles[name].model, outcome="", fallback_index=fallback_index, reason=reason
-        )
+            return replace(cached, fallback_index=row.fallback_index, reason=row.reason)
+        key = self.cache_key(spec, row.profile)
         answer, is_own = self.flights.run(key, lambda: self._ask_once_or_twice(spec, row, is_refusal_kept))
         if not is_own:
             self.ledger.record(replace(row, outcome="cached", served_model=answer.served_model))
-        return replace(answer, fallback_index=fallback_index, reason=reason)
+        return replace(answer, fallback_index=row.fallback_index, reason=row.reason)
 
     def _ask_once_or_twice(self, spec: RequestSpec[T], row: LedgerRow, is_refusal_kept: bool) -> Answer[T]:
         """Ask one profile, and once more with the reason where its reply can't be used."""
@@ -209,7 +213,7 @@ class LlmService:
         on_text: Callable[[str], None] | None = None,
         create: Callable[..., dict[str, Any]] = complete,
     ) -> ChatCompletion:
-        """Send a body within pace and budget and return the completion; failures are recorded, not replies.
+        """Send a body within rate limits and budget and return the completion; failures are recorded, not replies.
 
         Worst-case cost is reserved before each attempt: one that was cut off may be billed too.
 
@@ -283,7 +287,7 @@ class LlmService:
         structure: Structure | None = None,
         called: tuple[str, ...] = (),
     ) -> Answer[T]:
-        """Book a completion, validate it, and keep it.
+        """Record a completion, validate it, and cache it.
 
         Args:
             structure: how the reply was asked for; None: in the profile's way.
@@ -318,7 +322,7 @@ class LlmService:
         )  # fmt: skip
 
     def find_cached(self, spec: RequestSpec[T], *, name: str, role: str) -> Answer[T] | None:
-        """Return a kept reply, and book that nothing was paid."""
+        """Return a cached reply, and record that nothing was paid."""
         found = self.read_kept(spec, name=name)
         if found is not None:
             model = self.config.profiles[name].model
@@ -356,13 +360,13 @@ class LlmService:
         return self.config.profiles[answer.profile].is_served(answer.served_model)
 
     def call(self, body: dict[str, Any], *, row: LedgerRow) -> ChatCompletion:
-        """Send a body and book the completion: for what isn't the reply to a request, such as a probe."""
+        """Send a body and record the completion: for what isn't the reply to a request, such as a probe."""
         completion = self.send(body, row=row)
-        self.book_completion(completion, row=row)
+        self.record_completion(completion, row=row)
         return completion
 
-    def book_completion(self, completion: ChatCompletion, *, row: LedgerRow) -> None:
-        """Write down a completion that is no reply to be validated and kept."""
+    def record_completion(self, completion: ChatCompletion, *, row: LedgerRow) -> None:
+        """Record a completion that is no reply to be validated and cached."""
         self.ledger.record(replace(self.fill_row(completion, row), outcome="invalid" if completion.problem else "ok"))
 
 

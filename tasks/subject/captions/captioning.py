@@ -19,7 +19,7 @@ from tasks.services.llm.chat.retries import map_in_pool
 from tasks.services.llm.executor import Answers, Specs, ask_each, count_repairs
 from tasks.services.llm.service import LlmService
 from tasks.stage.digests import digest
-from tasks.subject.adjudication import EXAMINE, Adjudication, adjudicate
+from tasks.subject.adjudication import EXAMINE, Adjudication, Decision, DoubtfulPhoto, adjudicate
 from tasks.subject.captions.linting import clean_caption, clean_phrase, find_foreign_nouns, find_leaks, list_forms
 from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.ingest import CheckedPhotos, Photo
@@ -154,11 +154,11 @@ def inspect_photo(photo: Photo, photos: Sequence[Photo], config: SubjectConfig, 
     except ReplyInvalid as error:
         return PhotoAnnotation(problem=str(error))
     objection = find_objection(inspection, config)
-    decision, reasoning = None, list[str]()
+    decision = Decision(None)
     if objection and llm.profile("adjudicator").capabilities.tools:
         others = [other for other in photos if other.sha256 != photo.sha256]
-        decision = adjudicate(photo, objection, others, config, llm=llm, keep_reasoning=reasoning.append)
-    return PhotoAnnotation(inspection, adjudication=decision, reasoning="".join(reasoning))
+        decision = adjudicate(DoubtfulPhoto(photo, objection, others), config, llm=llm)
+    return PhotoAnnotation(inspection, adjudication=decision.verdict, reasoning=decision.reasoning)
 
 
 def ask_captions(

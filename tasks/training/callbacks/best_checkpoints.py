@@ -28,7 +28,7 @@ ALL = 1_000_000_000
 class BestCheckpoints(StepCallback):
     """Keeps the weights of the best validated steps; they are published in the end."""
 
-    def __init__(self, spec: TrainingSpec, run: RunFolder, loss_log: LossLog, ema: Ema, *, fingerprint: dict[str, str]):
+    def __init__(self, spec: TrainingSpec, run: RunFolder, loss_log: LossLog, *, ema: Ema, fingerprint: dict[str, str]):
         self.spec = spec
         self.run = run
         self.loss_log = loss_log
@@ -96,7 +96,7 @@ def write_weights(weights: dict[str, Tensor], spec: TrainingSpec, folder: Path) 
     trainable = prepare(model, spec)
     for name, parameter in trainable.named_parameters():
         parameter.copy_(weights[name])
-    save_learned(model, spec, trainable, folder)
+    save_learned(model, spec, trainable, folder=folder)
 
 
 def open_base(spec: TrainingSpec) -> DiffusionModel:

@@ -5,7 +5,7 @@ import pytorch_lightning as pl
 from tasks.training.callbacks.ema import Ema
 from tasks.training.callbacks.loss_log import LossLog
 from tasks.training.callbacks.step import StepCallback, as_dreambooth, is_due, is_last_step
-from tasks.training.checkpoint_io import TrainingState, collect_state, restore_state, save_checkpoint
+from tasks.training.checkpoint_io import LiveState, TrainingState, collect_state, restore_state, save_checkpoint
 from tasks.training.module import DreamBoothModule
 from tasks.training.process.worker_spec import RunFolder
 from tasks.training.sharding import shard_like
@@ -51,15 +51,15 @@ class Checkpoints(StepCallback):
             return
         self.loss_log.flush(trainer)
         if trainer.is_global_zero or module.is_sharded:
-            state = collect_state(
-                dict(module.named_trained()),
-                module.optimizer,
+            live = LiveState(
                 step=module.step,
+                parameters=dict(module.named_trained()),
+                optimizer=module.optimizer,
                 ema=self.ema.weights,
                 losses=self.loss_log.rows,
                 scaler=trainer.precision_plugin.state_dict(),
-                is_writer=trainer.is_global_zero,
             )
+            state = collect_state(live, is_writer=trainer.is_global_zero)
         if trainer.is_global_zero:
             limit = module.spec.training.checkpoints_total_limit
             save_checkpoint(self.run.checkpoints, state, fingerprint=self.fingerprint, num_kept=limit)

@@ -54,7 +54,7 @@ class LossLog(StepCallback):
             self.run.losses.write_text(dump_losses(self.rows))
             self.run.emit_event({"event": "started", "step": module.step})
 
-    def on_train_batch_end(
+    def on_train_batch_end(  # noqa: PLR0917 - Lightning's hook
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the losses of every forward."""

@@ -10,7 +10,7 @@ from tasks.training.module import DreamBoothModule
 class StepCallback(pl.Callback):
     """Calls `on_step_end` after an optimizer step, not after each forward that is accumulated into it."""
 
-    def on_train_batch_end(
+    def on_train_batch_end(  # noqa: PLR0917 - Lightning's hook
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Skip the forwards of an unfinished step."""

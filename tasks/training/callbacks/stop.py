@@ -24,7 +24,7 @@ class Heartbeat(pl.Callback):
     def __init__(self, run: RunFolder) -> None:
         self.run = run
 
-    def on_train_batch_end(
+    def on_train_batch_end(  # noqa: PLR0917 - Lightning's hook
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Touch this rank's file."""

@@ -73,7 +73,7 @@ def compute_validation_loss(module: DreamBoothModule, batches: BatchFactory) -> 
             noisy = model.noise_scheduler.add_noise(latents, eps, timesteps)
             target = model.noise_scheduler.compute_target(latents, eps, timesteps)
             losses.append(
-                (model.predict(module.fit_dtype(noisy), timesteps, conditioning, time_ids).float() - target)
+                (model.predict(module.fit_dtype(noisy), timesteps, conditioning, time_ids=time_ids).float() - target)
                 .square()
                 .mean()
             )

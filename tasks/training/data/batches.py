@@ -51,12 +51,18 @@ class BatchFactory:
         self.noise_scheduler = model.noise_scheduler
         self.buckets = []
         for size, indices in spec.sort_into_buckets().items():
-            sets = {"instance": load_latents(model, spec, "instance", size, [plan_crops(spec, i) for i in indices])}
+            sets = {
+                "instance": load_latents(
+                    model, spec, "instance", size=size, variants=[plan_crops(spec, i) for i in indices]
+                )
+            }
             if spec.training.prior_loss_weight > 0:
-                sets["class"] = load_latents(model, spec, "class", size, [[CropFlip()]] * len(spec.class_images))
+                sets["class"] = load_latents(
+                    model, spec, "class", size=size, variants=[[CropFlip()]] * len(spec.class_images)
+                )
             self.buckets.append(Bucket(indices, sets))
         self.holdout = [
-            load_latents(model, spec, "holdout", size, [[CropFlip()]] * len(indices))
+            load_latents(model, spec, "holdout", size=size, variants=[[CropFlip()]] * len(indices))
             for size, indices in spec.sort_into_buckets("holdout").items()
         ]
         self.empty_ids = model.tokenize([""])[0]
@@ -80,10 +86,12 @@ class BatchFactory:
         self, bucket: Bucket, indices: list[int], items: list[int], *, share: float, device: torch.device
     ) -> TrainingBatch:
         """Return the batch of samples that show instance images of one bucket."""
-        halves = [self.make_half("instance", bucket.sets["instance"], indices, items)]
+        halves = [self.make_half("instance", bucket.sets["instance"], indices, items=items)]
         if "class" in bucket.sets:
             others = bucket.sets["class"]
-            halves.append(self.make_half("class", others, indices, self.choose_items("class", len(others), indices)))
+            halves.append(
+                self.make_half("class", others, indices, items=self.choose_items("class", len(others), indices))
+            )
         *columns, input_ids = [torch.cat(column) for column in zip(*halves, strict=True)]
         latents, noise, timesteps, time_ids, mask = (send(column, device) for column in columns)
         return TrainingBatch(latents, noise, timesteps, time_ids, mask, input_ids, share)
@@ -92,7 +100,9 @@ class BatchFactory:
         """Return which picture each sample shows."""
         return rng.choose_items(num, seed=self.spec.seed, purpose=f"{kind}/item", indices=indices)
 
-    def make_half(self, kind: str, images: LatentDataset, indices: list[int], items: list[int]) -> tuple[Tensor, ...]:
+    def make_half(
+        self, kind: str, images: LatentDataset, indices: list[int], *, items: list[int]
+    ) -> tuple[Tensor, ...]:
         """Return latents, noise, timesteps, time_ids, mask and token ids of one half."""
         seed = self.spec.seed
         variants = self.choose_variants(kind, indices)

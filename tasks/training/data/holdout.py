@@ -1,4 +1,4 @@
-"""Photos that are kept out of training, so that a loss can emit_event learning from overfitting."""
+"""Photos that are kept out of training, so that a loss can tell learning from overfitting."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar

@@ -39,7 +39,7 @@ class LatentDataset:
 
 
 def load_latents(
-    model: DiffusionModel, spec: TrainingSpec, kind: str, size: Size, variants: list[list[CropFlip]]
+    model: DiffusionModel, spec: TrainingSpec, kind: str, *, size: Size, variants: list[list[CropFlip]]
 ) -> LatentDataset:
     """Return one half's posteriors in a size: mapped from disk where they were made before, else encoded and kept."""
     images = spec.images_of(kind, size)

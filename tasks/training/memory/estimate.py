@@ -1,6 +1,6 @@
 """Predict the peak memory of training before anything is loaded: shapes alone, on torch's meta device.
 
-Weights, gradients, optimizer optimizer_state and ema are counted exactly; activations are those that a
+Weights, gradients, optimizer state and averages are counted exactly; activations are those that a
 forward would keep for the backward, found by running one without numbers.
 """
 
@@ -21,12 +21,13 @@ from tasks.diffusion.registry import find_family
 from tasks.diffusion.types import Conditioning
 from tasks.training.config import TrainingConfig
 from tasks.training.memory.table import MOMENT_BYTES, MemoryEstimate, count_rows
+from tasks.training.methods import lora_shape
 
 META = torch.device("meta")
 
 
 def estimate_methods(
-    folder: Path, diffusion: DiffusionConfig, training: TrainingConfig, methods: Sequence[str]
+    folder: Path, diffusion: DiffusionConfig, training: TrainingConfig, *, methods: Sequence[str]
 ) -> dict[str, MemoryEstimate]:
     """Return what each method would take; the model is built once, and adapted last, since adapters stay."""
     model = build_empty(folder, diffusion)
@@ -85,7 +86,7 @@ def build_empty(folder: Path, config: DiffusionConfig) -> DiffusionModel:
             else:
                 components[name] = part_class.from_config(part_class.load_config(folder / name))
     empty: Any = type(f"Empty{family.__name__}", (WithoutTokenizers, family), {})
-    model: DiffusionModel = empty(components, family.load_noise(folder), config, META)
+    model: DiffusionModel = empty(components, family.load_noise(folder), config, device=META)
     return model
 
 
@@ -97,13 +98,9 @@ def choose_trained(model: DiffusionModel, training: TrainingConfig) -> list[nn.P
     names = list(model.trainable_modules(train_text_encoder=training.train_text_encoder))
     names = [name for name in names if training.train_denoiser or name != model.denoiser_name]
     if training.method.endswith("lora"):
-        lora = training.lora
         if not hasattr(model.denoiser, "peft_config"):
             with META:
-                add_lora(
-                    model, names, rank=lora.rank, alpha=lora.lora_alpha, dropout=lora.lora_dropout,
-                    use_dora=lora.use_dora, target_modules=lora.target_modules,
-                )  # fmt: skip
+                add_lora(model, names, lora_shape(training.lora))
         trained = [p for name in names for key, p in model.components[name].named_parameters() if ".lora_" in key]
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -143,7 +140,7 @@ def count_activations(model: DiffusionModel, training: TrainingConfig) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), flash_attention():
         conditioning = encode_empty(model, rows)
-        model.predict(latents, timesteps, conditioning, torch.zeros(rows, 6, device=META))
+        model.predict(latents, timesteps, conditioning, time_ids=torch.zeros(rows, 6, device=META))
     total = sum(storage.nbytes() for storage in kept.values())
     return total if training.mixed_precision == "no" else int(total * 0.55)
 
@@ -152,7 +149,7 @@ class FlashAttention(torch.autograd.Function):
     """What a fused attention kernel keeps: its inputs and its output, no matrix of weights."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917 - autograd's hook
         """Return an output of the right shape."""
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, out)

@@ -1,12 +1,11 @@
 """Predicted memory of the presets as they are, computed beforehand: an answer without importing torch.
 
-`python -m tasks.training.memory.table` computes the table anew; a test compares parts of it.
+`python -m tests.bench.memory_table` computes the table anew; a test compares parts of it.
 """
 
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tasks.diffusion.config import DiffusionConfig
@@ -72,7 +71,7 @@ def look_up(
 
 
 def scale(found: MemoryEstimate, training: TrainingConfig) -> MemoryEstimate:
-    """Return a table's estimate for the configured optimizer, ema and images of a forward."""
+    """Return a table's estimate for the configured optimizer, averages and images of a forward."""
     trainable = found.trainable_parameters
     return replace(
         found,
@@ -80,28 +79,3 @@ def scale(found: MemoryEstimate, training: TrainingConfig) -> MemoryEstimate:
         ema=trainable * 4 if training.ema_decay else 0,
         activations=found.activations * count_rows(training) // TABLE_ROWS,
     )
-
-
-def main(presets: Sequence[str]) -> None:
-    """Write the table for presets."""
-    from typing import get_args
-
-    from conf.compose import compile_request
-    from conf.overrides import parse_overrides
-    from tasks.diffusion.hub import find_description
-    from tasks.training.memory.estimate import estimate_methods
-
-    methods: tuple[str, ...] = get_args(TrainingConfig.model_fields["method"].annotation)
-    rows = {}
-    for preset in presets:
-        words = [f"diffusion={preset}", "subject.source=x", "subject.class_noun=thing"]
-        config = compile_request(parse_overrides([*words, *([] if preset == "mini" else ["llm=openai"])]))
-        plain = config.training.model_copy(update={"train_batch_size": 1, "prior_loss_weight": 1.0})
-        found = estimate_methods(find_description(config.diffusion), config.diffusion, plain, methods)
-        key = describe_key(config.diffusion, config.training)
-        rows[key] = {method: asdict(estimate) for method, estimate in found.items()}
-    TABLE.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:] or ("mini", "sd15", "sd21", "sdxl", "sd35-medium", "flux-dev"))

@@ -197,7 +197,7 @@ class Callbacks:
             self.ema,
             Validation(spec, self.loss_log, self.ema),
             self.loss_log,
-            BestCheckpoints(spec, run, self.loss_log, self.ema, fingerprint=fingerprint),
+            BestCheckpoints(spec, run, self.loss_log, ema=self.ema, fingerprint=fingerprint),
             EarlyStopping(spec.training.validation, self.loss_log),
             SampleGrids(run),
             self.stop_request,
@@ -280,7 +280,7 @@ def write_result(
         if published is None and weights is not None:
             write_weights(weights, spec, run.model)
         elif published is None:
-            save_learned(module.model, spec, module.trainable, run.model)
+            save_learned(module.model, spec, module.trainable, folder=run.model)
     tail = [row.loss for row in losses[-20:] if row.loss is not None]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():

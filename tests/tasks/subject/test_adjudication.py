@@ -10,7 +10,7 @@ from tasks.services.llm.config import CapabilityConfig
 from tasks.services.llm.service import LlmService
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
-from tasks.subject.adjudication import MAX_ROUNDS, adjudicate
+from tasks.subject.adjudication import MAX_ROUNDS, DoubtfulPhoto, adjudicate
 from tasks.subject.captions.captioning import describe_photos
 from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.ingest import CheckedPhotos, check_photos
@@ -47,7 +47,7 @@ def photos(tmp_path: Path, store: LocalStore) -> CheckedPhotos:
 
 def decide(photos: CheckedPhotos, llm: LlmService) -> Any:
     first, *others = photos.accepted
-    return adjudicate(first, "blurred", others, CONFIG, llm=llm)
+    return adjudicate(DoubtfulPhoto(first, "blurred", others), CONFIG, llm=llm).verdict
 
 
 def test_tools_are_run_and_their_findings_told(photos: CheckedPhotos, tmp_path: Path) -> None:
@@ -124,7 +124,9 @@ def test_photos_that_an_inspector_would_drop_are_kept_where_measurements_say_so(
         capabilities = CapabilityConfig(structure="json_schema", tools=has_tools)
         llm = make_llm(server, tmp_path, capabilities=capabilities)
         described = describe_photos(photos, CONFIG, llm=llm, on_progress=lambda done, total: None)
-    outcome = select_photos(StageFolder(store, "subject", "k"), photos.accepted, described, CONFIG, None)
+    outcome = select_photos(
+        StageFolder(store, "subject", "k"), photos.accepted, described, config=CONFIG, overview=None
+    )
     assert len(outcome.images) == num_accepted
     if has_tools:
         assert "sharpness 400" in str(outcome.images[0].inspection["adjudication"])

@@ -93,7 +93,9 @@ def test_leaks_are_cut_counted_and_too_many_of_them_stop_the_run(photos: Checked
     described = {
         photo.sha256: PhotoAnnotation(GOOD, leaky if n < 3 else clean) for n, photo in enumerate(photos.accepted)
     }
-    outcome = select_photos(StageFolder(store, "subject", "k"), photos.accepted, described, config, Overview(PROFILE))
+    outcome = select_photos(
+        StageFolder(store, "subject", "k"), photos.accepted, described, config=config, overview=Overview(PROFILE)
+    )
     assert [image.instance_prompt for image in outcome.images][:1] == ["a photo of sks fish on the beach"]
     assert outcome.leaks[0].endswith(": blue, stripes")
     with pytest.raises(SubjectRejected, match=r"3 of 4 captions tell what never changes .*photo-0.png: blue, stripes"):
@@ -113,7 +115,9 @@ def test_a_refused_photo_is_set_aside_and_a_persons_caption_brings_it_back(
     with scripted_server(Answering(refuse_first)) as server:
         llm = make_llm(server, tmp_path, concurrency=1)
         described = describe_photos(photos, config, llm=llm, on_progress=lambda done, total: None)
-        outcome = select_photos(StageFolder(store, "subject", "k"), photos.accepted, described, config, None)
+        outcome = select_photos(
+            StageFolder(store, "subject", "k"), photos.accepted, described, config=config, overview=None
+        )
         assert [aside.source_name for aside in outcome.quarantined] == ["photo-0.png"]
         assert "the model refused" in outcome.quarantined[0].reason
         assert len(outcome.images) == 3
@@ -124,7 +128,9 @@ def test_a_refused_photo_is_set_aside_and_a_persons_caption_brings_it_back(
         calls = server.counts[CHAT]
         described = describe_photos(photos, own, llm=llm, on_progress=lambda done, total: None)
         assert server.counts[CHAT] == calls  # the others' replies are kept, this one needs none
-        outcome = select_photos(StageFolder(store, "subject", "k"), photos.accepted, described, own, Overview(PROFILE))
+        outcome = select_photos(
+            StageFolder(store, "subject", "k"), photos.accepted, described, config=own, overview=Overview(PROFILE)
+        )
         assert outcome.images[0].instance_prompt == "a photo of sks fish in a blue bowl, seen from above"
         assert (outcome.quarantined, outcome.leaks) == ([], [])
 
@@ -136,7 +142,9 @@ def test_of_many_photos_the_best_are_trained_on(photos: CheckedPhotos, store: Lo
     def choose(best: tuple[str, ...], num: int | None) -> Selection:
         overview = Overview(PROFILE, best)
         config = config_of(photos, max_trained=num)
-        return select_photos(StageFolder(store, "subject", "k"), photos.accepted, described, config, overview)
+        return select_photos(
+            StageFolder(store, "subject", "k"), photos.accepted, described, config=config, overview=overview
+        )
 
     few = choose((shas[2], shas[0]), 2)
     assert [image.source_sha256 for image in few.images] == [shas[0], shas[2]]
@@ -207,7 +215,9 @@ def test_a_persons_captions_need_no_model(photos: CheckedPhotos, tmp_path: Path,
         llm = make_llm(server, tmp_path)
         described = describe_photos(photos, config, llm=llm, on_progress=lambda done, total: None)
         assert not server.counts
-    outcome = select_photos(StageFolder(store, "subject", "k"), photos.accepted, described, config, None)
+    outcome = select_photos(
+        StageFolder(store, "subject", "k"), photos.accepted, described, config=config, overview=None
+    )
     prompts = [image.instance_prompt for image in outcome.images]
     assert prompts == ["a photo of sks fish", "a photo of sks fish at sea", *["a photo of sks fish"] * 2]
 

@@ -93,7 +93,7 @@ class Conversation:
         row = LedgerRow(self.role, self.name, profile.model, outcome="")
         is_streaming = profile.capabilities.streaming
         completion = self.llm.send(body, row=row, on_text=on_text if is_streaming else None)
-        self.llm.book_completion(completion, row=row)
+        self.llm.record_completion(completion, row=row)
         if completion.problem:
             raise ReplyInvalid(f"the reply has an unexpected shape: {completion.problem}; ask again")
         if not is_streaming and completion.content:

@@ -81,7 +81,7 @@ def ask_with_tools(
             return llm.accept(spec, answered, row=row, structure="tool", called=tuple(called))
         if not completion.tool_calls:
             return llm.accept(spec, completion, row=row, called=tuple(called))
-        llm.book_completion(completion, row=row)
+        llm.record_completion(completion, row=row)
         calls = [call.to_wire() for call in completion.tool_calls]
         body["messages"] = [*body["messages"], {"role": "assistant", "content": None, "tool_calls": calls}]
         body["messages"] += run_calls(completion.tool_calls, by_name, called, max_side=profile.max_image_side)

@@ -87,7 +87,7 @@ def find_state(store: Store, key: str) -> BatchState | None:
         if state.file_name != key.rpartition("/")[2]:
             raise ArtifactCorrupt(f"the state is that of {state.file_name}")
     except ArtifactCorrupt as error:
-        quarantine(store, key, data, error)
+        quarantine(store, key, data, error=error)
         return None
     return state
 
@@ -292,7 +292,7 @@ def open_provider(llm: LlmService, name: str, *, role: str) -> BatchProvider:
         case "xai":
             return XaiBatches(call)
         case "file":
-            return FileBatches(profile, llm.batch_folder)
+            return FileBatches(profile, llm.local.batch_folder)
         case "local":
-            return LocalBatches(profile, llm.batch_folder, ask=lambda body: llm.send(body, row=row))
+            return LocalBatches(profile, llm.local.batch_folder, ask=lambda body: llm.send(body, row=row))
     return OpenAiBatches(call)

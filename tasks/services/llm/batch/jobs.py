@@ -78,7 +78,7 @@ def ask_batch(
         if cached is not None:
             answers[name] = cached
     jobs = plan_jobs(llm, rows, profile=profile, role=role, state_prefix=options.state_prefix)
-    outcome = run_jobs(llm, jobs, rows, options, on_progress=lambda done: on_progress(done, len(specs)))
+    outcome = run_jobs(llm, jobs, rows, options=options, on_progress=lambda done: on_progress(done, len(specs)))
     failures = {name: reason for custom_id, reason in outcome.failures.items() for name in names[custom_id]}
     left = {name: specs[name] for custom_id in outcome.left for name in names[custom_id]}
     asked, failed = ask_each(left, llm=llm, role=role, on_progress=lambda done, total: None)
@@ -97,8 +97,8 @@ def run_jobs(
     llm: LlmService,
     jobs: list[BatchJob],
     rows: dict[str, RequestSpec[Any]],
-    options: BatchOptions,
     *,
+    options: BatchOptions,
     on_progress: Callable[[int], None],
 ) -> BatchOutcome:
     """Run jobs one after the other; one that is over the provider's limit on enqueued tokens is split.

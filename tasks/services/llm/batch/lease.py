@@ -69,7 +69,7 @@ def hold_lease(
         on_wait()
         time.sleep(min(1.0, poll_seconds))
     ended = threading.Event()
-    beat = threading.Thread(target=keep_alive, args=(store, key, owner, ended), daemon=True)
+    beat = threading.Thread(target=keep_alive, args=(store, key), kwargs={"owner": owner, "ended": ended}, daemon=True)
     beat.start()
     try:
         yield
@@ -119,7 +119,7 @@ def read_lease(store: Store, key: str) -> Lease | None:
         return Lease(owner="", host="", pid=0, process_started=0.0, expires_at=0.0)
 
 
-def keep_alive(store: Store, key: str, owner: str, ended: threading.Event) -> None:
+def keep_alive(store: Store, key: str, *, owner: str, ended: threading.Event) -> None:
     """Renew a lease until its holder ends, or somebody took it over while this process slept."""
     while not ended.wait(HEARTBEAT_SECONDS):
         try:

@@ -34,7 +34,7 @@ def test_a_prediction_has_the_targets_shape_and_a_gradient(folders: dict[str, Pa
     prompt_embeds = model.encode_prompts(model.tokenize(PROMPTS))
     noisy = model.noise_scheduler.add_noise(posterior.mean, noise, timesteps)
     target = model.noise_scheduler.compute_target(posterior.mean, noise, timesteps)
-    predicted = model.predict(noisy, timesteps, prompt_embeds, time_ids)
+    predicted = model.predict(noisy, timesteps, prompt_embeds, time_ids=time_ids)
     assert predicted.shape == target.shape == posterior.mean.shape
     (predicted - target).square().mean().backward()
     for name, module in model.trainable_modules(train_text_encoder=True).items():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tasks.diffusion.adapter import DiffusionModel
-from tasks.diffusion.lora.adapters import add_lora, check_saved_lora, save_lora
+from tasks.diffusion.lora.adapters import LoraShape, add_lora, check_saved_lora, save_lora
 from tasks.diffusion.registry import open_model
 from tasks.diffusion.types import LORA_FILE
 from tasks.errors import AdapterSaveFailed, ConfigError
@@ -54,7 +54,7 @@ def test_every_kind_of_layer_loads_in_diffusers_as_it_was_trained(
     plain = predict(model)
     names = adapt(model, TARGETS[family][kind], use_dora=use_dora)
     trained = predict(model)
-    save_lora(model, tmp_path, names, EXPORT)
+    save_lora(model, tmp_path, names, export=EXPORT)
     assert (trained - plain).abs().max() > 1e-3
     # The same products in float32, but the scale is folded into one factor: a few roundings per layer.
     tolerance = {"rtol": 1e-3, "atol": 1e-4 * float(trained.abs().max())}
@@ -67,7 +67,7 @@ def test_an_opened_model_holds_the_saved_adapter(
     folders: dict[str, Path], tmp_path: Path, family: str, use_dora: bool
 ) -> None:
     model = open_family(family, folders[family])
-    save_lora(model, tmp_path, adapt(model, ("to_q", "ff.net.2"), use_dora=use_dora), EXPORT)
+    save_lora(model, tmp_path, adapt(model, ("to_q", "ff.net.2"), use_dora=use_dora), export=EXPORT)
     opened = open_model(family_config(family, folders[family]), folder=tmp_path)
     assert isinstance(opened, DiffusionModel)
     trained = predict(model)
@@ -84,7 +84,7 @@ def test_an_opened_model_holds_the_saved_adapter(
 def test_keys_are_those_of_peft_and_of_one_format(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
     model = open_family(family, folders[family])
     targets = ("to_q", "ff.net.2")
-    save_lora(model, tmp_path, adapt(model, targets), EXPORT)
+    save_lora(model, tmp_path, adapt(model, targets), export=EXPORT)
     keys = load_file(tmp_path / LORA_FILE)
     assert {key.rsplit(".lora_", 1)[1] for key in keys} == {"A.weight", "B.weight"}
     assert any(".ff.net.2.lora_A" in key for key in keys)
@@ -96,7 +96,7 @@ def test_the_check_after_saving_notices_lost_changed_and_wrongly_scaled_layers(
 ) -> None:
     model = open_family(family, folders[family])
     names = adapt(model, ("to_q", "ff.net.2"))
-    save_lora(model, tmp_path, names, EXPORT)
+    save_lora(model, tmp_path, names, export=EXPORT)
     tensors = load_file(tmp_path / LORA_FILE)
     key = next(key for key in tensors if key.startswith(model.denoiser_name) and "lora_B" in key)
     layer = key.removesuffix(".lora_B.weight")
@@ -107,14 +107,14 @@ def test_the_check_after_saving_notices_lost_changed_and_wrongly_scaled_layers(
     for damaged in (lost, mixed, changed, halved):
         save_file(damaged, tmp_path / LORA_FILE, metadata={"format": "pt"})
         with pytest.raises(AdapterSaveFailed, match=LORA_FILE):
-            check_saved_lora(model, tmp_path, names, EXPORT)
+            check_saved_lora(model, tmp_path, names, export=EXPORT)
 
 
 def test_the_check_leaves_the_trained_adapter_alone(folders: dict[str, Path], tmp_path: Path) -> None:
     model = open_family("stable_diffusion", folders["stable_diffusion"])
     names = adapt(model)
     before = {key: value.clone() for key, value in model.denoiser.state_dict().items()}
-    save_lora(model, tmp_path, names, EXPORT)
+    save_lora(model, tmp_path, names, export=EXPORT)
     after = model.denoiser.state_dict()
     assert list(before) == list(after)
     assert all(torch.equal(value, after[key]) for key, value in before.items())
@@ -124,4 +124,4 @@ def test_layers_that_are_not_there_are_refused_by_the_settings_name(folders: dic
     model = open_family("stable_diffusion", folders["stable_diffusion"])
     for targets in (("no_such_layer",), ("norm1",)):
         with pytest.raises(ConfigError, match="training.lora.target_modules"):
-            add_lora(model, ["unet"], rank=2, alpha=2.0, dropout=0.0, use_dora=False, target_modules=targets)
+            add_lora(model, ["unet"], LoraShape(rank=2, lora_alpha=2.0, target_modules=targets))

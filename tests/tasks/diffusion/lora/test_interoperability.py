@@ -87,14 +87,14 @@ def test_a_kohya_file_changes_every_weight_as_training_did(
     folders: dict[str, Path], tmp_path: Path, family: str, kind: str, use_dora: bool
 ) -> None:
     model = open_family(family, folders[family])
-    save_lora(model, tmp_path, adapt(model, TARGETS[family][kind], use_dora=use_dora), EXPORT)
+    save_lora(model, tmp_path, adapt(model, TARGETS[family][kind], use_dora=use_dora), export=EXPORT)
     for reader in (KOHYA[family], COMFY[family]):
         check_reader(reader, model, tmp_path / KOHYA_FILE, family)
 
 
 def test_invoke_ai_takes_the_flux_file_for_flux(folders: dict[str, Path], tmp_path: Path) -> None:
     model = open_family("flux", folders["flux"])
-    save_lora(model, tmp_path, adapt(model), EXPORT)
+    save_lora(model, tmp_path, adapt(model), export=EXPORT)
     original = set(original_flux(read_weights(model.denoiser)))
     texts = {text_path(path) for path in read_weights(model.components["text_encoder"])}
     found = {invoke_flux_path(layer) for layer in group(load_file(tmp_path / KOHYA_FILE))}
@@ -107,7 +107,7 @@ def test_invoke_ai_finds_every_unet_layer_by_its_underscored_path(
     folders: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
     model = open_family(family, folders[family])
-    save_lora(model, tmp_path, adapt(model, TARGETS[family]["convolutions"]), EXPORT)
+    save_lora(model, tmp_path, adapt(model, TARGETS[family]["convolutions"]), export=EXPORT)
     modules = set(read_weights(model.denoiser))
     layers = [layer for layer in group(load_file(tmp_path / KOHYA_FILE)) if layer.startswith("lora_unet_")]
     assert {resolve_invoke_sdxl(layer, modules) for layer in layers} <= modules
@@ -118,7 +118,7 @@ def test_comfy_ui_reads_the_diffusers_file_of_transformers_without_an_alpha(
     folders: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
     model = open_family(family, folders[family])
-    save_lora(model, tmp_path, adapt(model), EXPORT)
+    save_lora(model, tmp_path, adapt(model), export=EXPORT)
     tensors = load_file(tmp_path / LORA_FILE)
     plain, merged = read_weights(model.denoiser), read_weights(model.denoiser, is_merged=True)
     layers = [key.removesuffix(".lora_A.weight") for key in tensors if key.startswith("transformer.") and "_A." in key]
@@ -136,7 +136,7 @@ def test_files_are_in_half_precision_unless_asked_and_alpha_and_magnitudes_are_n
     model = open_family(family, folders[family])
     names = adapt(model, use_dora=True)
     for export, expected in ((HALF, torch.float16), (EXPORT, torch.float32)):
-        save_lora(model, tmp_path / export.save_precision, names, export)
+        save_lora(model, tmp_path / export.save_precision, names, export=export)
         for file in (LORA_FILE, KOHYA_FILE):
             for key, tensor in load_file(tmp_path / export.save_precision / file).items():
                 is_whole = "magnitude" in key or key.endswith(("alpha", "dora_scale"))
@@ -154,7 +154,7 @@ ARCHITECTURES = {
 @pytest.mark.parametrize("family", MAKERS)
 def test_headers_follow_modelspec(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
     model = open_family(family, folders[family])
-    save_lora(model, tmp_path, adapt(model), EXPORT)
+    save_lora(model, tmp_path, adapt(model), export=EXPORT)
     architecture, implementation = ARCHITECTURES[family]
     for file in (LORA_FILE, KOHYA_FILE):
         with safe_open(tmp_path / file, "pt") as opened:

@@ -18,7 +18,7 @@ from tasks.services.llm.budget.ledger import Ledger
 from tasks.services.llm.config import CapabilityConfig, PriceConfig, ProfileConfig
 from tasks.services.llm.doctor import check_retirement, examine
 from tasks.services.llm.executor import ask_each
-from tasks.services.llm.service import LlmService
+from tasks.services.llm.service import LlmService, LocalServices
 from tasks.services.store.local import LocalStore
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
 from tests.tasks.services.llm.test_fallback_chain import two_profiles
@@ -68,7 +68,10 @@ def test_the_mini_server_does_all_that_its_profile_says(tmp_path: Path) -> None:
     config = compile_request(parse_overrides([])).llm
     local = LocalServer(tmp_path / "log")
     llm = LlmService(
-        config, store=LocalStore(tmp_path / "store"), ledger=Ledger(tmp_path / "l.jsonl"), start_local=local.start
+        config,
+        store=LocalStore(tmp_path / "store"),
+        ledger=Ledger(tmp_path / "l.jsonl"),
+        local=LocalServices(start_server=local.start),
     )
     try:
         found = {finding.name: finding for finding in examine(llm, "local")}

@@ -34,7 +34,7 @@ def subject(tmp_path: Path, store: LocalStore) -> SubjectSet:
     described = {photo.sha256: PhotoAnnotation(GOOD, Caption(surroundings="at sea", view="")) for photo in photos}
     described[photos[3].sha256] = PhotoAnnotation(problem="the model refused")
     folder = StageFolder(store, "subject", "k")
-    found = select_photos(folder, photos, described, config, Overview(PROFILE))
+    found = select_photos(folder, photos, described, config=config, overview=Overview(PROFILE))
     return folder.finish(
         SubjectSet(
             **folder.head(1, counts={}),

@@ -128,7 +128,7 @@ def test_every_preset_is_answered_from_the_table_and_other_settings_are_not(name
 )
 def test_the_table_is_what_would_be_computed(name: str, methods: tuple[str, ...], words: tuple[str, ...]) -> None:
     config = preset_config(name, *words)
-    found = estimate_methods(find_description(config.diffusion), config.diffusion, config.training, methods)
+    found = estimate_methods(find_description(config.diffusion), config.diffusion, config.training, methods=methods)
     known = look_up(config.diffusion, config.training, methods)
     assert known is not None
     for method in methods:
@@ -139,7 +139,7 @@ def test_the_table_is_what_would_be_computed(name: str, methods: tuple[str, ...]
 
 def test_a_model_built_once_gives_each_method_what_one_of_its_own_does(tiny_model_folder: Path, tmp_path: Path) -> None:
     spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion")
-    together = estimate_methods(tiny_model_folder, spec.diffusion, spec.training, METHODS)
+    together = estimate_methods(tiny_model_folder, spec.diffusion, spec.training, methods=METHODS)
     for method in METHODS:
         training = spec.training.model_copy(update={"method": method})
         assert together[method] == estimate_memory(tiny_model_folder, spec.diffusion, training)

@@ -1,4 +1,4 @@
-"""Two processes on one machine (gloo): the same rng as one, exact resume, and no rank left behind."""
+"""Two processes on one machine (gloo): the same random draws as one, exact resume, and no rank left behind."""
 
 import json
 import subprocess

@@ -106,7 +106,7 @@ def test_a_lease_that_was_taken_over_is_not_renewed_and_not_given_back(
     put(leases, make_lease("sleeper").model_copy(update={"expires_at": 0.0}))
     taken = try_acquire(leases, "job", "taker")
     assert taken is not None
-    lease.keep_alive(leases, key, "sleeper", threading.Event())
+    lease.keep_alive(leases, key, owner="sleeper", ended=threading.Event())
     assert list_leases(leases, "job") == [taken]
     assert try_acquire(leases, "job", "third") is None
 

@@ -12,7 +12,7 @@ from tasks.errors import ConfigError, ServiceUnavailable, StillPending
 from tasks.services.llm.batch import xai_api as batch_xai
 from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.config import CapabilityConfig
-from tasks.services.llm.service import LlmService
+from tasks.services.llm.service import LlmService, LocalServices
 from tests.support.llm_server import ScriptedServer, scripted_server
 from tests.support.xai_server import XaiServer, xai_server
 from tests.tasks.services.llm.batch.test_jobs import SPECS, Cut, cut_after
@@ -40,7 +40,7 @@ def server() -> Iterator[XaiServer]:
 def make_batching(url_of: Any, folder: Path, kind: str, **changes: Any) -> LlmService:
     capabilities = CapabilityConfig(structure="json_schema", batch=kind)  # type: ignore[arg-type]
     llm = make_llm(url_of, folder, capabilities=capabilities, **changes)
-    llm.batch_folder = folder / "batches"
+    llm.local = LocalServices(batch_folder=folder / "batches")
     return llm
 
 

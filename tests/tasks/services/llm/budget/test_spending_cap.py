@@ -10,7 +10,7 @@ import pytest
 from tasks.errors import BudgetExceeded, ConfigError, LikenessError, ServiceUnavailable
 from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.budget.spending_cap import Budget
-from tasks.services.llm.service import LlmService
+from tasks.services.llm.service import LlmService, LocalServices
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
 from tests.tasks.services.llm.test_faults import WHOLE
 from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC, ask, make_llm
@@ -145,7 +145,7 @@ def test_our_own_runner_reserves_each_attempt(server: ScriptedServer, tmp_path: 
     server.script((200, {}, b"[]"))
     able = CapabilityConfig(structure="json_schema", batch="local")
     llm = make_paying(server, tmp_path, cap=3 * ATTEMPT, capabilities=able, max_attempts=10, timeout_seconds=60)
-    llm.batch_folder = tmp_path / "batches"
+    llm.local = LocalServices(batch_folder=tmp_path / "batches")
     specs = {f"s{n}": replace(SPEC, repeat=n) for n in range(4)}
     with pytest.raises(BudgetExceeded):
         ask_batch(llm, specs, BatchOptions("b", 0.02, 20), role="judge", on_progress=lambda done, total: None)

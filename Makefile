@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-numerics test-llm-servers check bench lock clean
+.PHONY: help setup setup-dev demo test test-slow test-numerics test-llm-servers check bench lock clean
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -15,20 +15,22 @@ setup-dev:
 demo: setup  ## run the whole job on the embedded default
 	@$(BIN)/likeness run
 
-# Whole runs mostly wait for processes to start, so they are tested beside all else; the halves take equally long.
-BESIDE := tests/flows tests/faults tests/servers tests/tasks/mini
-test: setup-dev check  ## run all checks and tests
-	@mkdir -p build; $(BIN)/python -m pytest $(BESIDE) > build/test-flows.log 2>&1 & whole=$$!; \
-	$(BIN)/python -m pytest $(BESIDE:%=--ignore=%); parts=$$?; \
-	wait $$whole; runs=$$?; cat build/test-flows.log; test $$((parts + runs)) -eq 0
+# One process per core. A file's tests stay together, and so do all whole runs: they share a Prefect server and a run.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
+SLOW := servers or stack or browser
+test: setup-dev check  ## run all checks, all tests but slow layers, and test-numerics
+	@$(PYTEST) -m "not ($(SLOW))"
 	@$(MAKE) --no-print-directory test-numerics
+
+test-slow: setup-dev  ## run the slow layers: LLM servers, the stack, browsers; what is not installed is skipped
+	@$(PYTEST) -m "$(SLOW)" -rs
 
 # What is compared with other code, with the kernels of CPUs without AVX-512, with AVX2 alone, and on two threads.
 NUMERIC := tests/tasks/diffusion tests/tasks/encoders tests/tasks/evaluation tests/tasks/training/test_losses.py \
 	tests/tasks/training/data/test_dataset.py tests/tasks/training/test_known_defects.py tests/tasks/training/data/test_buckets.py
 test-numerics: setup-dev  ## compare numbers as other CPUs compute them
 	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(NUMERIC)
-	@ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(NUMERIC)
+	@ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(PYTEST) $(NUMERIC)
 
 test-llm-servers: setup-dev  ## get LLM servers that others wrote, and talk to them (slow the first time)
 	@$(BIN)/python -m tests.servers.install && $(BIN)/python -m pytest tests/servers

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import psutil
 from pydantic import BaseModel, Field, ValidationError
 
+from conf.defaults import fill_defaults
 from conf.groups import GROUPS
 from conf.request import RunRequest
 from conf.schema import RunConfig
@@ -253,12 +254,18 @@ class PastRun:
         return str(self.summary["stages"][stage]["key"])
 
 
+def read_run_config(data: bytes) -> tuple[RunConfig, Any]:
+    """Return a stored configuration and its own values, which may lack settings that a later version added."""
+    stored = parse_json(data)
+    return RunConfig.model_validate_json(json.dumps(fill_defaults(stored))), stored
+
+
 def read_run(folder: Path) -> PastRun:
     """Return what a run's folder holds. Raises ConfigError for a run of another version, or a damaged one."""
     try:
         data = (folder / "config.json").read_bytes()
-        config = RunConfig.model_validate_json(data)
-        found = digest(parse_json(data))[:16]  # of the text: a later version may add settings
+        config, stored = read_run_config(data)
+        found = digest(stored)[:16]  # of the text: a later version may add settings
     except (ValidationError, OSError, ArtifactCorrupt) as error:
         raise ConfigError(f"run {folder.name} is of another version of likeness, or damaged; run it again") from error
     summary = read_summary(folder)
@@ -281,8 +288,8 @@ def rebase(path: str, old_output: str, folder: Path) -> str:
 def relocate(request: RunRequest, folder: Path) -> RunRequest:
     """Return a run's request for the folder that the run lies in now, which may be a copy of the one it asked for."""
     try:
-        old = RunConfig.model_validate_json((folder / "config.json").read_bytes()).output_dir
-    except (ValidationError, OSError):
+        old = read_run_config((folder / "config.json").read_bytes())[0].output_dir
+    except (ValidationError, OSError, ArtifactCorrupt):
         old = str(request.settings.get("output_dir", "runs"))
     if Path(old).resolve() == folder.parent.resolve():
         return request

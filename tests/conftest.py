@@ -21,7 +21,9 @@ from tasks.services.config import StoreConfig
 from tasks.services.store.base import Store
 from tasks.services.store.local import LocalStore
 from tasks.services.store.s3 import S3Store
+from tests.support import layers
 from tests.support.cli_sandbox import CliSandbox, serve_prefect
+from tests.support.config import make_config
 from tests.support.tiny import make_tiny_stable_diffusion
 
 
@@ -34,6 +36,11 @@ def refuse_remote(event: str, args: tuple[object, ...]) -> None:
 
 
 sys.addaudithook(refuse_remote)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every test its layer and its group."""
+    layers.assign(items)
 
 
 @pytest.fixture
@@ -69,7 +76,7 @@ def s3_config(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest
         monkeypatch.setenv(name, "testing")
     bucket = f"bucket-{abs(hash(request.node.nodeid))}"
     boto3.client("s3", endpoint_url=s3_endpoint, region_name="us-east-1").create_bucket(Bucket=bucket)
-    return StoreConfig(kind="s3", folder="", bucket=bucket, endpoint_url=s3_endpoint)
+    return make_config(StoreConfig, kind="s3", folder="", bucket=bucket, endpoint_url=s3_endpoint)
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -11,15 +11,13 @@ class DiffusionConfig(Section):
     """Which base model, and how it is sampled."""
 
     family: Literal["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux"] = Field(
-        "stable_diffusion", description="model adapter"
+        description="model adapter"
     )
     pretrained_model_name_or_path: ModelName = Field(
         description="diffusers folder, hub repository, or mini: the shipped model"
     )
-    revision: PlainName | None = Field(None, description="pinned commit of a hub repository")
-    resolution: int = Field(
-        512, ge=32, le=4096, multiple_of=16, description="side of training images and samples, pixels"
-    )
-    sampler: Literal["ddim", "dpm++", "euler"] = Field("dpm++", description="denoising method of sampling")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="number format of sampling")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
+    revision: PlainName | None = Field(description="pinned commit of a hub repository")
+    resolution: int = Field(ge=32, le=4096, multiple_of=16, description="side of training images and samples, pixels")
+    sampler: Literal["ddim", "dpm++", "euler"] = Field(description="denoising method of sampling")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(description="number format of sampling")
+    device: Literal["auto", "cpu", "cuda"] = Field(description="auto: a GPU if there is one")

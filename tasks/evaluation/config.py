@@ -12,13 +12,13 @@ class EvaluationConfig(Section):
     prompts: SubjectTemplates = Field(
         min_length=1, description="templates; {subject} becomes identifier token and class noun"
     )
-    num_images_per_prompt: int = Field(2, ge=1, le=64, description="seeds per prompt")
-    num_class_images: int = Field(8, ge=2, le=1000, description="class samples for prior drift, per side")
+    num_images_per_prompt: int = Field(ge=1, le=64, description="seeds per prompt")
+    num_class_images: int = Field(ge=2, le=1000, description="class samples for prior drift, per side")
     num_candidate_images: int = Field(
-        4, ge=0, le=64, description="samples of each other step whose weights were kept, to be compared in pairs"
+        ge=0, le=64, description="samples of each other step whose weights were kept, to be compared in pairs"
     )
-    num_inference_steps: int = Field(25, ge=1, le=1000, description="denoising steps")
-    guidance_scale: float = Field(7.5, ge=1, le=30, description="classifier-free guidance")
-    seed: int = Field(1000, ge=0, le=MOST_SEED, description="seed of the first sample of a prompt")
-    batch_size: int = Field(8, ge=1, le=256, description="images per denoising batch")
+    num_inference_steps: int = Field(ge=1, le=1000, description="denoising steps")
+    guidance_scale: float = Field(ge=1, le=30, description="classifier-free guidance")
+    seed: int = Field(ge=0, le=MOST_SEED, description="seed of the first sample of a prompt")
+    batch_size: int = Field(ge=1, le=256, description="images per denoising batch")
     encoders: EncoderConfig

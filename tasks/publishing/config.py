@@ -8,7 +8,7 @@ from tasks.config_base import PlainText, Section
 class PublishingConfig(Section):
     """What is made public of a run."""
 
-    is_registered: bool = Field(True, description="register the tuned model with the tracking server")
+    is_registered: bool = Field(description="register the tuned model with the tracking server")
     title: PlainText = Field(
-        "", max_length=120, description="title of report and model card; empty: made from the class noun"
+        max_length=120, description="title of report and model card; empty: made from the class noun"
     )

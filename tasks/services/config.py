@@ -10,15 +10,15 @@ from tasks.config_base import OPERATOR_ONLY, LocalPath, OperatorText, PlainName,
 class StoreConfig(Section):
     """Where objects live."""
 
-    kind: Literal["local", "s3"] = Field("local", description="a local folder or an S3 bucket")
-    folder: LocalPath = Field("", description="root folder (kind: local); empty: store in output_dir")
-    bucket: OperatorText = Field("", description="bucket name (kind: s3)")
-    prefix: OperatorText = Field("likeness", description="key prefix inside the bucket (kind: s3)")
-    endpoint_url: OperatorText | None = Field(None, description="S3-compatible endpoint; null is AWS")
-    region: OperatorText = Field("us-east-1", description="region of the bucket")
+    kind: Literal["local", "s3"] = Field(description="a local folder or an S3 bucket")
+    folder: LocalPath = Field(description="root folder (kind: local); empty: store in output_dir")
+    bucket: OperatorText = Field(description="bucket name (kind: s3)")
+    prefix: OperatorText = Field(description="key prefix inside the bucket (kind: s3)")
+    endpoint_url: OperatorText | None = Field(description="S3-compatible endpoint; null is AWS")
+    region: OperatorText = Field(description="region of the bucket")
     check_endpoint = field_validator("endpoint_url")(check_url)
     request_checksums: Literal["when_supported", "when_required"] = Field(
-        "when_supported", description="when_required suits stores that refuse new checksum headers"
+        description="when_required suits stores that refuse new checksum headers"
     )
 
 
@@ -39,12 +39,10 @@ def check_tracking_uri(uri: str) -> str:
 class TrackingConfig(Section):
     """Where metrics and artifacts are tracked."""
 
-    kind: Literal["mlflow", "none"] = Field("mlflow", description="mlflow, or no tracking")
-    also: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="loggers beside it")
-    wandb_mode: Annotated[Literal["offline", "online"], OPERATOR_ONLY] = Field(
-        "offline", description="online wants WANDB_API_KEY"
-    )
-    uri: OperatorText = Field("", description="tracking URI; empty is an SQLite file in output_dir")
+    kind: Literal["mlflow", "none"] = Field(description="mlflow, or no tracking")
+    also: tuple[Literal["tensorboard", "wandb"], ...] = Field(description="loggers beside it")
+    wandb_mode: Annotated[Literal["offline", "online"], OPERATOR_ONLY] = Field(description="online wants WANDB_API_KEY")
+    uri: OperatorText = Field(description="tracking URI; empty is an SQLite file in output_dir")
     check_uri = field_validator("uri")(check_tracking_uri)
-    experiment: PlainText = Field("likeness", description="experiment name")
-    registered_model: PlainName = Field("", description="registry name; empty: likeness-<class noun>")
+    experiment: PlainText = Field(description="experiment name")
+    registered_model: PlainName = Field(description="registry name; empty: likeness-<class noun>")

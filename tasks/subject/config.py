@@ -10,9 +10,9 @@ from tasks.config_base import CHECKED, MOST_WAIT, Domains, LocalPath, PhotoSourc
 class WebLookupSettings(Section):
     """Whether an LLM looks the subject's names up on the web; it sees no photo."""
 
-    enabled: bool = Field(False, description="look class noun and identifier token up on the web")
-    query: PlainText = Field("", max_length=80, description="product or breed to look up, for example: Maine Coon")
-    domains: Domains = Field((), max_length=5, description="search these sites only; empty: the whole web")
+    enabled: bool = Field(description="look class noun and identifier token up on the web")
+    query: PlainText = Field(max_length=80, description="product or breed to look up, for example: Maine Coon")
+    domains: Domains = Field(max_length=5, description="search these sites only; empty: the whole web")
 
 
 class SubjectConfig(Section):
@@ -26,59 +26,55 @@ class SubjectConfig(Section):
         description="what the subject is, for example dog; a wrong noun is the costliest mistake",
     )
     identifier_token: Annotated[str, CHECKED] = Field(
-        "sks",
         min_length=1,
         max_length=20,
         pattern=r"^[A-Za-z0-9]+$",
         description="rare token that the subject is bound to",
     )
     captioning: Literal["llm", "template"] = Field(
-        "llm", description="llm: inspected and captioned by the LLM; template: no LLM at all"
+        description="llm: inspected and captioned by the LLM; template: no LLM at all"
     )
-    captions: LocalPath = Field("", description="CSV of your own captions: photo,surroundings,view; needs no model")
+    captions: LocalPath = Field(description="CSV of your own captions: photo,surroundings,view; needs no model")
     batch_threshold: int = Field(
-        100, ge=2, le=1_000_000, description="photos from which on captions are asked for in a batch job"
+        ge=2, le=1_000_000, description="photos from which on captions are asked for in a batch job"
     )
     max_wait_seconds: float = Field(
-        1800,
         gt=0,
         le=MOST_WAIT,
         description="suspend the run when that job takes longer; `likeness pending` goes on with it",
     )
-    is_profiled: bool = Field(True, description="have the LLM look at all photos at once: one subject? right noun?")
-    web_lookup: WebLookupSettings = WebLookupSettings()
+    is_profiled: bool = Field(description="have the LLM look at all photos at once: one subject? right noun?")
+    web_lookup: WebLookupSettings
     max_leak_share: float = Field(
-        0.5, ge=0, le=1, description="share of captions that may tell what never changes; 1 trains all the same"
+        ge=0, le=1, description="share of captions that may tell what never changes; 1 trains all the same"
     )
     allow_unknown: bool = Field(
-        False, description="train the drawn-world model on photos that are not of its world; the report says so"
+        description="train the drawn-world model on photos that are not of its world; the report says so"
     )
-    min_images: int = Field(3, ge=1, le=1000, description="fewest good photos to go on with")
-    max_images: int = Field(20, ge=1, le=1000, description="most photos to read")
+    min_images: int = Field(ge=1, le=1000, description="fewest good photos to go on with")
+    max_images: int = Field(ge=1, le=1000, description="most photos to read")
     max_trained: int | None = Field(
-        None, ge=1, le=1000, description="most photos to train on: the best and most varied ones; null: all good ones"
+        ge=1, le=1000, description="most photos to train on: the best and most varied ones; null: all good ones"
     )
-    min_side: int = Field(64, ge=16, le=8192, description="smallest side of a photo, pixels")
+    min_side: int = Field(ge=16, le=8192, description="smallest side of a photo, pixels")
     max_aspect: float = Field(
-        6.0,
         ge=1,
         le=100,
         description="longest shape of a photo, long side over short side; panoramas lose their subject",
     )
-    max_pixels: int = Field(60_000_000, ge=4096, le=178_000_000, description="largest photo, pixels")
+    max_pixels: int = Field(ge=4096, le=178_000_000, description="largest photo, pixels")
     working_side: int | None = Field(
-        None,
         ge=64,
         le=8192,
         description="photos are kept with this short side, or smaller as they are, pixels; "
         "null: 1.5 x diffusion.resolution, at least 768",
     )
     min_sharpness: float = Field(
-        20.0, ge=0, le=1e6, description="least variance of the Laplacian (luma 0..255 at 256 px); 0 turns it off"
+        ge=0, le=1e6, description="least variance of the Laplacian (luma 0..255 at 256 px); 0 turns it off"
     )
-    min_brightness: float = Field(0.06, ge=0, le=1, description="least mean luma, 0..1")
-    max_brightness: float = Field(0.94, ge=0, le=1, description="most mean luma, 0..1")
-    min_contrast: float = Field(0.04, ge=0, le=1, description="least standard deviation of luma, 0..1")
+    min_brightness: float = Field(ge=0, le=1, description="least mean luma, 0..1")
+    max_brightness: float = Field(ge=0, le=1, description="most mean luma, 0..1")
+    min_contrast: float = Field(ge=0, le=1, description="least standard deviation of luma, 0..1")
     duplicate_distance: int = Field(
-        6, ge=0, le=64, description="photos whose 64-bit perceptual hashes differ by this or less are one"
+        ge=0, le=64, description="photos whose 64-bit perceptual hashes differ by this or less are one"
     )

@@ -10,28 +10,27 @@ from tasks.config_base import OperatorText, PlainNames, PlainText, Section, Subj
 class LoraSettings(Section):
     """Low-rank adapters (arXiv 2106.09685)."""
 
-    learning_rate: float = Field(1e-4, gt=0, le=1, description="AdamW learning rate of the denoiser's adapters")
+    learning_rate: float = Field(gt=0, le=1, description="AdamW learning rate of the denoiser's adapters")
     text_encoder_learning_rate: float | None = Field(
-        None, gt=0, le=1, description="learning rate of the text encoder's adapters; null: as the denoiser's"
+        gt=0, le=1, description="learning rate of the text encoder's adapters; null: as the denoiser's"
     )
-    rank: int = Field(16, ge=1, le=512, description="width of the adapters; size and memory grow with it")
-    lora_alpha: float = Field(16.0, gt=0, le=100_000, description="the update is scaled by lora_alpha / rank")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
-    use_dora: bool = Field(False, description="learn magnitudes apart (arXiv 2402.09353); slower")
-    target_modules: PlainNames = Field((), description="layers of the denoiser; empty: as the family says")
+    rank: int = Field(ge=1, le=512, description="width of the adapters; size and memory grow with it")
+    lora_alpha: float = Field(gt=0, le=100_000, description="the update is scaled by lora_alpha / rank")
+    lora_dropout: float = Field(ge=0, lt=1, description="dropout before the adapters")
+    use_dora: bool = Field(description="learn magnitudes apart (arXiv 2402.09353); slower")
+    target_modules: PlainNames = Field(description="layers of the denoiser; empty: as the family says")
     save_precision: Literal["fp16", "bf16", "fp32"] = Field(
-        "fp16", description="number format of the saved adapter; fp32 doubles the file"
+        description="number format of the saved adapter; fp32 doubles the file"
     )
 
 
 class TextualInversionSettings(Section):
     """A learned token (arXiv 2208.01618)."""
 
-    num_vectors: int = Field(1, ge=1, le=32, description="embedding vectors of the token")
-    learning_rate: float = Field(5e-4, gt=0, le=1, description="AdamW learning rate of the vectors")
-    initializer_token: PlainText = Field("", description="words to begin from; empty: the class noun")
+    num_vectors: int = Field(ge=1, le=32, description="embedding vectors of the token")
+    learning_rate: float = Field(gt=0, le=1, description="AdamW learning rate of the vectors")
+    initializer_token: PlainText = Field(description="words to begin from; empty: the class noun")
     switch_step: int = Field(
-        0,
         ge=0,
         le=1_000_000,
         description="token+...: until this step the token alone is trained, then the weights alone; 0: both",
@@ -41,122 +40,112 @@ class TextualInversionSettings(Section):
 class ValidationSettings(Section):
     """A loss without chance in it: fixed photos, noise and timesteps; of held-out photos where there are some."""
 
-    validation_steps: int = Field(0, ge=0, le=1_000_000, description="steps between validations; 0: none")
-    keep: Literal["last", "best"] = Field("last", description="which weights are published: the last, or the best")
+    validation_steps: int = Field(ge=0, le=1_000_000, description="steps between validations; 0: none")
+    keep: Literal["last", "best"] = Field(description="which weights are published: the last, or the best")
     metric: Literal["loss", "similarity"] = Field(
-        "loss", description="what is best: validation loss, or DINO x CLIP-T of samples, which costs drawing them"
+        description="what is best: validation loss, or DINO x CLIP-T of samples, which costs drawing them"
     )
     num_holdout: int | None = Field(
-        None,
         ge=0,
         le=1000,
         description="photos held out of training for the loss; null: one in five where keep=best goes by loss and "
         "there are at least 6, else none, and similarity decides",
     )
-    save_top_k: int = Field(
-        1, ge=1, le=20, description="best weights kept with the tuned model, the published included"
-    )
+    save_top_k: int = Field(ge=1, le=20, description="best weights kept with the tuned model, the published included")
     early_stopping: bool = Field(
-        False, description="stop where the loss has settled (DVAR, arXiv 2302.04841); changes the number of steps"
+        description="stop where the loss has settled (DVAR, arXiv 2302.04841); changes the number of steps"
     )
-    window: int = Field(8, ge=2, le=1000, description="validations that have to be settled")
-    threshold: float = Field(0.15, gt=0, lt=1, description="settled: variance in the window over that of all")
-    sample_steps: int = Field(0, ge=0, le=1_000_000, description="steps between sample grids; 0: none")
-    sample_prompts: SubjectTemplates = Field(("a photo of {subject}",), description="templates of the sample grids")
-    sample_num_inference_steps: int = Field(20, ge=1, le=1000, description="denoising steps of their pictures")
+    window: int = Field(ge=2, le=1000, description="validations that have to be settled")
+    threshold: float = Field(gt=0, lt=1, description="settled: variance in the window over that of all")
+    sample_steps: int = Field(ge=0, le=1_000_000, description="steps between sample grids; 0: none")
+    sample_prompts: SubjectTemplates = Field(description="templates of the sample grids")
+    sample_num_inference_steps: int = Field(ge=1, le=1000, description="denoising steps of their pictures")
 
 
 class TrainingConfig(Section):
     """How the weights are fine-tuned."""
 
     method: Literal["full", "lora", "textual_inversion", "textual_inversion+lora", "textual_inversion+full"] = Field(
-        "full", description="what is learned: all weights, adapters, a token, or a token and one of these"
+        description="what is learned: all weights, adapters, a token, or a token and one of these"
     )
-    lora: LoraSettings = LoraSettings()
-    textual_inversion: TextualInversionSettings = TextualInversionSettings()
-    validation: ValidationSettings = ValidationSettings()
-    train_denoiser: bool = Field(True, description="train the UNet or transformer")
-    max_train_steps: int = Field(800, ge=1, le=1_000_000, description="optimizer steps")
-    train_batch_size: int = Field(1, ge=1, le=256, description="instance images per device and step")
-    gradient_accumulation_steps: int = Field(1, ge=1, le=1024, description="forwards per optimizer step")
-    learning_rate: float = Field(2e-6, gt=0, le=1, description="AdamW learning rate of the denoiser")
+    lora: LoraSettings
+    textual_inversion: TextualInversionSettings
+    validation: ValidationSettings
+    train_denoiser: bool = Field(description="train the UNet or transformer")
+    max_train_steps: int = Field(ge=1, le=1_000_000, description="optimizer steps")
+    train_batch_size: int = Field(ge=1, le=256, description="instance images per device and step")
+    gradient_accumulation_steps: int = Field(ge=1, le=1024, description="forwards per optimizer step")
+    learning_rate: float = Field(gt=0, le=1, description="AdamW learning rate of the denoiser")
     text_encoder_learning_rate: float | None = Field(
-        None, gt=0, le=1, description="learning rate of the text encoder; null: as the denoiser's"
+        gt=0, le=1, description="learning rate of the text encoder; null: as the denoiser's"
     )
-    train_text_encoder: bool = Field(True, description="train the text encoder beside the denoiser")
+    train_text_encoder: bool = Field(description="train the text encoder beside the denoiser")
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = Field(
-        "adamw",
         description="adamw8bit: 8-bit optimizer state, approximate; prodigy: finds its own rate, the configured rates "
         "only say how groups compare",
     )
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = Field("constant", description="learning rate by step, as diffusers' get_scheduler names and computes it")
+    ] = Field(description="learning rate by step, as diffusers' get_scheduler names and computes it")
     lr_warmup_steps: int = Field(
-        0, ge=0, le=1_000_000, description="steps of linear warm-up from 0, before what the schedule says"
+        ge=0, le=1_000_000, description="steps of linear warm-up from 0, before what the schedule says"
     )
-    lr_num_cycles: int = Field(1, ge=1, le=1000, description="cycles of cosine_with_restarts")
-    lr_power: float = Field(1.0, gt=0, le=10, description="exponent of polynomial")
-    weight_decay: float = Field(1e-2, ge=0, le=1, description="AdamW weight decay")
-    max_grad_norm: float = Field(1.0, gt=0, le=1e9, description="gradients are clipped to this norm")
-    prior_loss_weight: float = Field(1.0, ge=0, le=100, description="weight of the class half; 0 needs no class images")
+    lr_num_cycles: int = Field(ge=1, le=1000, description="cycles of cosine_with_restarts")
+    lr_power: float = Field(gt=0, le=10, description="exponent of polynomial")
+    weight_decay: float = Field(ge=0, le=1, description="AdamW weight decay")
+    max_grad_norm: float = Field(gt=0, le=1e9, description="gradients are clipped to this norm")
+    prior_loss_weight: float = Field(ge=0, le=100, description="weight of the class half; 0 needs no class images")
     snr_gamma: float | None = Field(
-        None, gt=0, le=1e6, description="min-SNR weighting of every example (arXiv 2303.09556), usually 5; null: none"
+        gt=0, le=1e6, description="min-SNR weighting of every example (arXiv 2303.09556), usually 5; null: none"
     )
     proportion_empty_prompts: float = Field(
-        0.0, ge=0, le=1, description="share of instance prompts left empty; keeps guidance working in long runs"
+        ge=0, le=1, description="share of instance prompts left empty; keeps guidance working in long runs"
     )
     ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="publish averaged weights, 0.999 for long runs; costs one copy of what is trained"
+        ge=0, lt=1, description="publish averaged weights, 0.999 for long runs; costs one copy of what is trained"
     )
     gradient_checkpointing: bool = Field(
-        False, description="recompute activations backward: much less memory, about a third slower, same mathematics"
+        description="recompute activations backward: much less memory, about a third slower, same mathematics"
     )
     num_crop_variants: int = Field(
-        0, ge=0, le=64, description="random crops kept per photo; 0: the centre alone, 4 approximates free cropping"
+        ge=0, le=64, description="random crops kept per photo; 0: the centre alone, 4 approximates free cropping"
     )
     aspect_ratio_bucketing: bool = Field(
-        False, description="train photos in their own shape, at about resolution squared; for SDXL and later"
+        description="train photos in their own shape, at about resolution squared; for SDXL and later"
     )
     background_loss_weight: float = Field(
-        1.0, ge=0, le=1, description="weight of a cut-out photo's transparent parts in the loss; 1: as the rest"
+        ge=0, le=1, description="weight of a cut-out photo's transparent parts in the loss; 1: as the rest"
     )
-    flip_probability: float = Field(0.0, ge=0, le=1, description="share of mirrored instance images")
+    flip_probability: float = Field(ge=0, le=1, description="share of mirrored instance images")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
-        "no", description="bf16, fp16: autocast over fp32 weights; fp16 scales the loss"
+        description="bf16, fp16: autocast over fp32 weights; fp16 scales the loss"
     )
     weight_dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="number format of frozen weights; half of it fits larger models, and rounds"
+        description="number format of frozen weights; half of it fits larger models, and rounds"
     )
-    allow_tf32: bool = Field(True, description="19-bit matrix products for fp32 on recent GPUs; rounds")
-    channels_last: bool = Field(False, description="NHWC memory for UNets, faster on GPUs in half precision; rounds")
-    compile: bool = Field(
-        False, description="compile the denoiser's repeated blocks: a minute at start, then faster; rounds"
-    )
-    deterministic: bool = Field(True, description="deterministic kernels, so that resume is bit-equal")
+    allow_tf32: bool = Field(description="19-bit matrix products for fp32 on recent GPUs; rounds")
+    channels_last: bool = Field(description="NHWC memory for UNets, faster on GPUs in half precision; rounds")
+    compile: bool = Field(description="compile the denoiser's repeated blocks: a minute at start, then faster; rounds")
+    deterministic: bool = Field(description="deterministic kernels, so that resume is bit-equal")
     max_skipped_steps: int = Field(
-        3,
         ge=0,
         le=1_000_000,
         description="steps in a row with a loss or gradient that isn't finite, left out before training stops",
     )
-    checkpointing_steps: int = Field(100, ge=1, le=1_000_000, description="steps between checkpoints")
-    checkpoints_total_limit: int = Field(2, ge=2, le=1000, description="valid checkpoints kept while training")
-    log_every_n_steps: int = Field(10, ge=1, le=1_000_000, description="steps between log lines")
-    num_devices: int = Field(1, ge=0, le=64, description="processes on a machine, one per device; 0: all its GPUs")
-    fsdp: bool = Field(
-        False, description="spread what is trained over all devices (FSDP), for models that don't fit on one"
-    )
-    num_nodes: int = Field(1, ge=1, le=1024, description="machines; above 1 they share output_dir")
-    rdzv_endpoint: OperatorText = Field("", description="HOST:PORT of the first machine, where there are several")
-    num_threads: int = Field(0, ge=0, le=1024, description="CPU threads per process; 0: all cores")
+    checkpointing_steps: int = Field(ge=1, le=1_000_000, description="steps between checkpoints")
+    checkpoints_total_limit: int = Field(ge=2, le=1000, description="valid checkpoints kept while training")
+    log_every_n_steps: int = Field(ge=1, le=1_000_000, description="steps between log lines")
+    num_devices: int = Field(ge=0, le=64, description="processes on a machine, one per device; 0: all its GPUs")
+    fsdp: bool = Field(description="spread what is trained over all devices (FSDP), for models that don't fit on one")
+    num_nodes: int = Field(ge=1, le=1024, description="machines; above 1 they share output_dir")
+    rdzv_endpoint: OperatorText = Field(description="HOST:PORT of the first machine, where there are several")
+    num_threads: int = Field(ge=0, le=1024, description="CPU threads per process; 0: all cores")
     stall_seconds: float = Field(
-        1800.0,
         gt=0,
         le=604_800,
         description="time without a forward on some rank after which the run is ended as stuck",
     )
-    grace_seconds: float = Field(25.0, gt=0, le=86_400, description="time to save after a request to stop")
+    grace_seconds: float = Field(gt=0, le=86_400, description="time to save after a request to stop")
 
     @property
     def world_size(self) -> int:

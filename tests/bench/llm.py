@@ -37,12 +37,13 @@ from tasks.scoring.scores import Judged
 from tasks.scoring.statistics import compute_spearman
 from tasks.services.llm.budget.cost_estimate import estimate_calls
 from tasks.services.llm.budget.ledger import Ledger
-from tasks.services.llm.config import CapabilityConfig, LlmConfig, ProfileConfig
+from tasks.services.llm.config import CapabilityConfig, ProfileConfig
 from tasks.services.llm.executor import ask_each
 from tasks.services.llm.service import LlmService, LocalServices
 from tasks.services.store.local import LocalStore
+from tests.support.config import make_config, make_llm_config
+from tests.support.llm import CHAT, GOOD, SPEC
 from tests.support.llm_server import completion, scripted_server
-from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC
 
 PROFILES = ("openai-luna", "openai-luna-5", "openai-nano", "xai", "xai-fast", "openrouter")
 GROUPS = {"openai": "openai", "xai": "xai", "openrouter": "openrouter"}
@@ -112,7 +113,7 @@ def print_faults() -> None:
 
 def make_service(profile: ProfileConfig, folder: Path, **options: Any) -> LlmService:
     """Return a service of one profile."""
-    config = LlmConfig(models=("p",), profiles={"p": profile})
+    config = make_llm_config(models=("p",), profiles={"p": profile})
     return LlmService(config, store=LocalStore(folder / "store"), ledger=Ledger(folder / "ledger.jsonl"), **options)
 
 
@@ -122,7 +123,7 @@ def print_judge(num_subjects: int) -> None:
     print("|---|---|---|---|---|---|---|---|")
     grades: list[float] = []
     similarities: list[float] = []
-    encoders = Encoders(EncoderConfig(clip="mini", dino="mini", dino_resize=None), torch.device("cpu"))
+    encoders = Encoders(make_config(EncoderConfig, clip="mini", dino="mini", dino_resize=None), torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         server = LocalServer(folder / "log")
@@ -174,7 +175,7 @@ def judge(
     similarities: list[float],
 ) -> str:
     """Ask everything about one subject and return its row; add its samples' grades and similarities."""
-    questions = list_judge_requests(ScoringConfig(), material)
+    questions = list_judge_requests(make_config(ScoringConfig), material)
     specs = {question.name: question.spec for question in questions}
     answers, _ = ask_each(specs, llm=llm, role="judge", on_progress=lambda done, total: None)
     judgements = scores.to_judgements(material.samples, Judged(questions, answers))

@@ -40,6 +40,7 @@ from tasks.training.losses import prior_preservation_loss
 from tasks.training.module import DreamBoothModule
 from tasks.training.process.supervisor import run_worker
 from tasks.training.process.worker_spec import TrainingImage, TrainingSpec
+from tests.support.config import make_config
 from tests.support.tiny import describe_image
 
 INSTANCE_PROMPT, CLASS_PROMPT = "a photo of sks fish", "a photo of a fish"
@@ -70,8 +71,7 @@ class Case:
         settings = {
             "max_train_steps": steps, "train_batch_size": self.batch_size, "learning_rate": 2e-6,
             "mixed_precision": {"fp32": "no"}.get(self.precision, self.precision),
-            "checkpointing_steps": 100_000, "log_every_n_steps": 10,
-            "deterministic": False, **changes,
+            "checkpointing_steps": 100_000, "log_every_n_steps": 10, "deterministic": False, **changes,
         }  # fmt: skip
 
         def images(kind: str, prompt: str) -> tuple[TrainingImage, ...]:
@@ -82,8 +82,10 @@ class Case:
             stage_key="bench", folder=str(folder), latent_folder=str(folder / "latents"), model_folder=str(self.model),
             base_model_sha256=digest_folder(self.model) if self.model.stat().st_size < 1e6 else "bench",
             seed=1, identifier_token="sks", class_noun="fish",
-            diffusion=DiffusionConfig(pretrained_model_name_or_path=str(self.model), resolution=self.resolution),
-            training=TrainingConfig.model_validate(settings),
+            diffusion=make_config(
+                DiffusionConfig, pretrained_model_name_or_path=str(self.model), resolution=self.resolution
+            ),
+            training=make_config(TrainingConfig, **settings),
             instance_images=images("instance", INSTANCE_PROMPT), class_images=images("class", CLASS_PROMPT),
         )  # fmt: skip
 
@@ -224,7 +226,7 @@ def synchronize() -> None:
 
 def make_mini(folder: Path) -> Path:
     """Write the mini model in full precision: the peer takes no other."""
-    open_model(DiffusionConfig(pretrained_model_name_or_path="mini", resolution=64)).save(folder)
+    open_model(make_config(DiffusionConfig, pretrained_model_name_or_path="mini", resolution=64)).save(folder)
     return folder
 
 

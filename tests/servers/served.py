@@ -18,9 +18,10 @@ from pydantic import BaseModel
 
 from tasks.services.llm.budget.ledger import Ledger
 from tasks.services.llm.chat.request import RequestSpec
-from tasks.services.llm.config import CapabilityConfig, LlmConfig, ProfileConfig
+from tasks.services.llm.config import CapabilityConfig, ProfileConfig
 from tasks.services.llm.service import LlmService
 from tasks.services.store.local import LocalStore
+from tests.support.config import make_llm_config
 
 # What is installed by hand lies here: litellm/ (a venv), aimock/ (node_modules), llama-server (a binary).
 SERVERS = Path(os.environ.get("LIKENESS_SERVERS", "build/servers")).resolve()
@@ -84,7 +85,7 @@ def make_llm(url: str, model: str, folder: Path, *, structure: str = "auto", **c
     """Return a service of one profile."""
     capabilities = CapabilityConfig(structure=structure, batch="openai")  # type: ignore[arg-type]
     settings = {"max_attempts": 1, "timeout_seconds": 60, "capabilities": capabilities, **changes}
-    config = LlmConfig(models=("p",), profiles={"p": ProfileConfig(base_url=url, model=model, **settings)})
+    config = make_llm_config(models=("p",), profiles={"p": ProfileConfig(base_url=url, model=model, **settings)})
     return LlmService(config, store=LocalStore(folder / "store"), ledger=Ledger(folder / "ledger.jsonl"))
 
 

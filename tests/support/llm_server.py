@@ -85,6 +85,28 @@ class ScriptedServer:
         return loaded
 
 
+class BusyDesk(InMemoryBatchApi):
+    """Accepts jobs and never begins one."""
+
+    def run(self, batch: dict[str, Any]) -> None:
+        """Leave a job in progress."""
+        batch["status"] = "in_progress"
+
+    def cancel(self, batch_id: str) -> dict[str, Any]:
+        """End a job, none of whose rows is answered."""
+        batch = super().cancel(batch_id)
+        super().run(batch)
+        return batch
+
+
+class BusyServer(ScriptedServer):
+    """A provider whose batch jobs stay in progress until they are cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.desk = BusyDesk(self.answer_row)
+
+
 def make_handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:
     """Return the handler class of one server."""
 

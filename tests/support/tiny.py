@@ -15,6 +15,7 @@ from tasks.mini.world.scenes import draw_scene, sample_subject_scene
 from tasks.stage.digests import digest_file, digest_folder
 from tasks.training.config import TrainingConfig
 from tasks.training.process.worker_spec import RunFolder, TrainingImage, TrainingSpec
+from tests.support.config import make_config
 
 SIDE = 32
 WORDS = ["a", "photo", "of", "fish", "in", "the", "snow", "on", "beach", "sks"]
@@ -51,7 +52,10 @@ def make_tiny_stable_diffusion(folder: Path, *, prediction_type: str = "epsilon"
 
 def tiny_diffusion_config(folder: Path, **changes: Any) -> DiffusionConfig:
     """Return the configuration of a tiny model."""
-    return DiffusionConfig(pretrained_model_name_or_path=str(folder), resolution=SIDE, **{"device": "cpu", **changes})
+    return make_config(
+        DiffusionConfig,
+        **{"pretrained_model_name_or_path": str(folder), "resolution": SIDE, "device": "cpu", **changes},
+    )
 
 
 def draw_photos(folder: Path, *, num: int = 4, seed: int = 7, size: int = 128) -> list[Path]:
@@ -86,7 +90,7 @@ def make_spec(tmp_path: Path, model_folder: Path, **changes: Any) -> TrainingSpe
         "max_train_steps": 8, "train_batch_size": 2, "learning_rate": 1e-3, "checkpointing_steps": 2,
         "log_every_n_steps": 1, "num_threads": 1,
     }  # fmt: skip
-    training = TrainingConfig(**{**settings, **changes})
+    training = make_config(TrainingConfig, **{**settings, **changes})
     photos = draw_photos(tmp_path / "photos", num=3)
     others = draw_photos(tmp_path / "class", num=4, seed=11)
 
@@ -107,6 +111,14 @@ def make_spec(tmp_path: Path, model_folder: Path, **changes: Any) -> TrainingSpe
         instance_images=images(photos, "a photo of sks fish"),
         class_images=images(others, "a photo of a fish") if training.prior_loss_weight else (),
     )
+
+
+def family_spec(tmp_path: Path, model_folder: Path, *, family: str, **changes: object) -> TrainingSpec:
+    """Return a spec of three steps for a model of any family."""
+    settings = {"max_train_steps": 3, "train_batch_size": 1, "checkpointing_steps": 2, **changes}
+    spec = make_spec(tmp_path, model_folder, **settings)
+    diffusion = spec.diffusion.model_copy(update={"family": family, "sampler": "ddim"})
+    return spec.model_copy(update={"diffusion": diffusion})
 
 
 def train_here(folder: Path, model_folder: Path, *, spec: TrainingSpec | None = None, **changes: Any) -> RunFolder:

@@ -29,6 +29,7 @@ from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.registry import open_model
 from tasks.mini.pretrain.tokens import write_tokenizer
+from tests.support.config import make_config
 from tests.support.tiny import SIDE, WORDS, make_tiny_stable_diffusion
 
 WIDTH = 16
@@ -135,8 +136,13 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
 
 
 def family_config(family: str, folder: Path) -> DiffusionConfig:
-    return DiffusionConfig(
-        family=family, pretrained_model_name_or_path=str(folder), resolution=SIDE, device="cpu", sampler="euler"
+    return make_config(
+        DiffusionConfig,
+        family=family,
+        pretrained_model_name_or_path=str(folder),
+        resolution=SIDE,
+        device="cpu",
+        sampler="euler",
     )
 
 

@@ -56,9 +56,11 @@ def check_digests(folder: Path) -> None:
 
 def load_base() -> StableDiffusion:
     """Return the shipped base model."""
-    return StableDiffusion.load(
-        MINI_FOLDER / "base", DiffusionConfig(pretrained_model_name_or_path="mini", resolution=64)
-    )
+    config = DiffusionConfig(
+        family="stable_diffusion", pretrained_model_name_or_path="mini", revision=None, resolution=64,
+        sampler="dpm++", precision="fp32", device="auto",
+    )  # fmt: skip
+    return StableDiffusion.load(MINI_FOLDER / "base", config)
 
 
 def load_classifier() -> models.SceneClassifier:

@@ -156,16 +156,16 @@ class LlmConfig(Section):
     """Which profiles serve which role, the cheapest first: the next one is asked where a reply won't do."""
 
     models: PlainNames = Field(min_length=1, description="profiles of every role that names none of its own")
-    inspector: PlainNames = Field((), description="inspects photos")
-    captioner: PlainNames = Field((), description="captions photos")
-    profiler: PlainNames = Field((), description="looks at all photos of a subject at once")
-    adjudicator: PlainNames = Field((), description="decides doubtful photos, with measurements")
-    judge: PlainNames = Field((), description="grades samples")
-    second_judge: PlainNames = Field((), description="grades a part of them again; empty: nobody")
-    reviewer: PlainNames = Field((), description="talks with a person about captions")
-    budget_usd: float | None = Field(None, ge=0, description="most money for a configuration, reruns included")
+    inspector: PlainNames = Field(description="inspects photos")
+    captioner: PlainNames = Field(description="captions photos")
+    profiler: PlainNames = Field(description="looks at all photos of a subject at once")
+    adjudicator: PlainNames = Field(description="decides doubtful photos, with measurements")
+    judge: PlainNames = Field(description="grades samples")
+    second_judge: PlainNames = Field(description="grades a part of them again; empty: nobody")
+    reviewer: PlainNames = Field(description="talks with a person about captions")
+    budget_usd: float | None = Field(ge=0, description="most money for a configuration, reruns included")
     max_repair_fraction: float = Field(
-        0.25, ge=0, le=1, description="most unusable replies asked for once more, of a stage's questions; rounded up"
+        ge=0, le=1, description="most unusable replies asked for once more, of a stage's questions; rounded up"
     )
     profiles: Annotated[dict[str, ProfileConfig], OPERATOR_ONLY]
 

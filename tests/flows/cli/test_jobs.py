@@ -20,9 +20,9 @@ from tasks.services.llm.budget.ledger import Ledger
 from tasks.services.llm.budget.spending_cap import Budget
 from tasks.services.llm.service import LlmService
 from tasks.services.store.local import LocalStore
+from tests.support.llm import CHAT, GOOD
+from tests.support.llm_batch import BATCHES, SPECS
 from tests.support.llm_server import ScriptedServer, scripted_server
-from tests.tasks.services.llm.batch.test_jobs import BATCHES, SPECS
-from tests.tasks.services.llm.test_service import CHAT, GOOD
 
 RUN = "20261124-120000-fish-0001"
 

@@ -18,6 +18,7 @@ from tasks.encoders.config import EncoderConfig
 from tasks.encoders.embeddings import Encoders, Preprocessor
 from tasks.encoders.folders import find_encoders, find_lpips
 from tasks.errors import ConfigError
+from tests.support.config import make_config
 from tests.support.tiny import draw_photo
 
 CPU = torch.device("cpu")
@@ -32,8 +33,8 @@ def as_pickle(tmp_path: Path) -> Path:
 
 
 def test_an_encoder_published_as_a_pickle_gives_the_same_descriptors(tmp_path: Path) -> None:
-    plain = Encoders(EncoderConfig(clip="mini", dino="mini", dino_resize=None), CPU)
-    pickled = Encoders(EncoderConfig(clip="mini", dino=str(as_pickle(tmp_path)), dino_resize=None), CPU)
+    plain = Encoders(make_config(EncoderConfig, clip="mini", dino="mini", dino_resize=None), CPU)
+    pickled = Encoders(make_config(EncoderConfig, clip="mini", dino=str(as_pickle(tmp_path)), dino_resize=None), CPU)
     photos = [draw_photo(0), draw_photo(1)]
     assert torch.equal(plain.encode_dino(photos), pickled.encode_dino(photos))
 
@@ -46,16 +47,16 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     folder = as_pickle(tmp_path)
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Canary()}, protocol=2))
     with pytest.raises((pickle.UnpicklingError, OSError, RuntimeError)):
-        Encoders(EncoderConfig(clip="mini", dino=str(folder)), CPU)
+        Encoders(make_config(EncoderConfig, clip="mini", dino=str(folder)), CPU)
     assert not (tmp_path / "canary").exists()
 
 
 def test_a_missing_encoder_is_named_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"holds none of model.safetensors, .*see evaluation.encoders"):
-        find_encoders(EncoderConfig(clip=str(tmp_path / "empty"), dino="mini"))
+        find_encoders(make_config(EncoderConfig, clip=str(tmp_path / "empty"), dino="mini"))
     with pytest.raises(ConfigError, match="no encoder at nobody/nothing"):
-        find_encoders(EncoderConfig(clip="mini", dino="nobody/nothing"))
+        find_encoders(make_config(EncoderConfig, clip="mini", dino="nobody/nothing"))
 
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -110,19 +111,19 @@ def test_lpips_is_left_out_or_named_where_its_weights_are_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    assert find_lpips(EncoderConfig(clip="mini", dino="mini")) is None
+    assert find_lpips(make_config(EncoderConfig, clip="mini", dino="mini")) is None
     with pytest.raises(ConfigError, match=r"evaluation.encoders.lpips needs .*alex.pth"):
-        find_lpips(EncoderConfig(clip="mini", dino="mini", lpips=str(tmp_path / "alex.pth")))
+        find_lpips(make_config(EncoderConfig, clip="mini", dino="mini", lpips=str(tmp_path / "alex.pth")))
 
 
 def test_a_folder_that_leads_to_another_model_is_refused(tmp_path: Path) -> None:
     folder = shutil.copytree(MINI_FOLDER / "clip", tmp_path / "clip")
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/elsewhere"}))
     with pytest.raises(ConfigError, match=r"holds adapter_config.json, an adapter of another model"):
-        Encoders(EncoderConfig(clip=str(folder), dino="mini"), CPU)
+        Encoders(make_config(EncoderConfig, clip=str(folder), dino="mini"), CPU)
     (folder / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"has no config.json"):
-        Encoders(EncoderConfig(clip=str(folder), dino="mini"), CPU)
+        Encoders(make_config(EncoderConfig, clip=str(folder), dino="mini"), CPU)
 
 
 @pytest.mark.parametrize(

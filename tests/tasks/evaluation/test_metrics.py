@@ -18,6 +18,7 @@ from tasks.evaluation.metrics import (
     measure_div,
     measure_drift,
 )
+from tests.support.config import make_config
 
 
 def at(*degrees: float) -> torch.Tensor:
@@ -81,10 +82,12 @@ def test_lpips_is_zero_for_equal_pictures_and_grows_with_the_difference() -> Non
     assert torch.equal(lpips(first, other), lpips(other, first))
 
 
-@pytest.mark.skipif(find_lpips(EncoderConfig(clip="mini", dino="mini")) is None, reason="needs lpips and AlexNet")
+@pytest.mark.skipif(
+    find_lpips(make_config(EncoderConfig, clip="mini", dino="mini")) is None, reason="needs lpips and AlexNet"
+)
 def test_lpips_is_that_of_its_package() -> None:
     package = pytest.importorskip("lpips")
-    files = find_lpips(EncoderConfig(clip="mini", dino="mini"))
+    files = find_lpips(make_config(EncoderConfig, clip="mini", dino="mini"))
     assert files is not None
     first, other = (torch.rand(1, 3, 64, 64) * 2 - 1 for _ in range(2))
     theirs = package.LPIPS(net="alex", verbose=False)(first, other)

@@ -9,15 +9,17 @@ from tasks.evaluation.config import EvaluationConfig
 from tasks.evaluation.sampling import Source, draw_samples, plan_samples
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
+from tests.support.config import make_config
 from tests.support.tiny import tiny_diffusion_config
 
-CONFIG = EvaluationConfig(
+CONFIG = make_config(
+    EvaluationConfig,
     prompts=("a photo of {subject}", "{subject} in the snow"),
     num_images_per_prompt=2,
     num_class_images=3,
     num_inference_steps=2,
     batch_size=3,
-    encoders=EncoderConfig(clip="mini", dino="mini", dino_resize=None),
+    encoders=make_config(EncoderConfig, clip="mini", dino="mini", dino_resize=None),
 )
 
 

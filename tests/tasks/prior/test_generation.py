@@ -14,9 +14,10 @@ from tasks.prior.generation import check_picture, draw_pictures, generate_class_
 from tasks.prior.sharding import draw_on_devices
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
+from tests.support.config import make_config
 from tests.support.tiny import tiny_diffusion_config
 
-CONFIG = PriorConfig(num_class_images=5, num_inference_steps=2, guidance_scale=2.0, batch_size=2)
+CONFIG = make_config(PriorConfig, num_class_images=5, num_inference_steps=2, guidance_scale=2.0, batch_size=2)
 PROMPT = "a photo of a fish"
 
 

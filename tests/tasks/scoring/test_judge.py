@@ -27,14 +27,14 @@ from tasks.scoring.judge_requests import (
 from tasks.scoring.rubric import ConceptGrade, QualityGrade, concept_spec, pair_spec, prompt_spec, quality_spec
 from tasks.scoring.scores import Judged
 from tasks.scoring.tie_break import break_ties, find_disputed, read_settled
-from tasks.services.llm.config import LlmConfig
 from tasks.services.llm.executor import Answers
 from tasks.services.llm.service import Answer
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
+from tests.support.config import make_config, make_llm_config
+from tests.support.llm import make_llm
 from tests.support.llm_server import scripted_server
 from tests.support.tiny import draw_photo
-from tests.tasks.services.llm.test_service import make_llm
 
 GOOD = '{"evidence": "clean", "image_quality": 3}'
 SPECS = {f"k{n}": quality_spec(encode_png(draw_photo(n, size=64)), repeat=0) for n in range(4)}
@@ -43,7 +43,7 @@ PROMPTS = ("a photo of a fish", "a fish in the snow", "a fish on the beach at ni
 
 def ask(tmp_path: Path, server: Any, executor: str) -> tuple[Answers, dict[str, str]]:
     llm = make_llm(server, tmp_path)
-    config = ScoringConfig(executor=executor, poll_seconds=0.05)  # type: ignore[arg-type]
+    config = make_config(ScoringConfig, executor=executor, poll_seconds=0.05)  # type: ignore[arg-type]
     folder = StageFolder(LocalStore(tmp_path / "store"), "scoring", "k")
     return ask_judge(SPECS, config, llm=llm, folder=folder, on_progress=lambda done, total: None)
 
@@ -124,12 +124,12 @@ def fair_judge(question: JudgeRequest) -> Any:
 
 
 def examine(material: JudgeContext, judge: Callable[[JudgeRequest], Any], **changes: Any) -> JudgeReliability:
-    questions = list_judge_requests(ScoringConfig(**changes), material)
+    questions = list_judge_requests(make_config(ScoringConfig, **changes), material)
     return scores.examine_judge(material.samples, Judged(questions, answer_all(questions, judge)), is_comparable=True)
 
 
 def test_every_sample_is_asked_about_on_every_axis_and_some_several_times(material: JudgeContext) -> None:
-    questions = list_judge_requests(ScoringConfig(num_repeats=3, num_repeated=4), material)
+    questions = list_judge_requests(make_config(ScoringConfig, num_repeats=3, num_repeated=4), material)
     asked = [question for question in questions if question.kind == "sample"]
     assert len({(q.key, q.axis) for q in asked}) == 12 * 3
     assert len(asked) == 12 * 3 + 4 * 2 * 3
@@ -144,7 +144,7 @@ def make_profile() -> Any:
 
 
 def test_repeats_show_the_references_in_another_order(material: JudgeContext) -> None:
-    questions = list_judge_requests(ScoringConfig(num_repeats=3, num_repeated=1), material)
+    questions = list_judge_requests(make_config(ScoringConfig, num_repeats=3, num_repeated=1), material)
     concept = [
         q for q in questions if q.kind == "sample" and q.axis == AXES[0] and q.key == material.samples[0].image.key
     ]
@@ -159,7 +159,7 @@ def test_scores_are_means_per_side_of_medians_with_intervals(material: JudgeCont
             return (0, 4, 3)[question.repeat]
         return fair_judge(question)
 
-    questions = list_judge_requests(ScoringConfig(), material)
+    questions = list_judge_requests(make_config(ScoringConfig), material)
     judgements = scores.to_judgements(material.samples, Judged(questions, answer_all(questions, judge)))
     first = judgements[0]
     assert (first.concept_preservation, first.num_repeats, first.spread) == (3, 3, 4)
@@ -199,13 +199,13 @@ def test_a_judge_that_fails_a_control_is_not_reliable(
 
 def test_without_controls_or_from_another_model_grades_are_not_called_reliable(material: JudgeContext) -> None:
     assert not examine(material, fair_judge, num_controls=0).is_reliable
-    questions = list_judge_requests(ScoringConfig(), material)
+    questions = list_judge_requests(make_config(ScoringConfig), material)
     answers = answer_all(questions, fair_judge)
     assert not scores.examine_judge(material.samples, Judged(questions, answers), is_comparable=False).is_reliable
 
 
 def test_only_wins_in_both_orders_count(material: JudgeContext) -> None:
-    questions = list_judge_requests(ScoringConfig(num_pairs=4), material)
+    questions = list_judge_requests(make_config(ScoringConfig, num_pairs=4), material)
     fair = scores.count_pairs(Judged(questions, answer_all(questions, fair_judge)))
     assert fair is not None
     assert (fair.num_pairs, fair.tuned_wins, fair.base_wins, fair.inconsistent) == (4, 4, 0, 0)
@@ -231,7 +231,7 @@ def with_candidates(material: JudgeContext, *steps: int) -> JudgeContext:
 
 def test_kept_weights_meet_each_other_in_both_orders_and_are_ranked(material: JudgeContext) -> None:
     several = with_candidates(material, 400, 600)
-    questions = list_judge_requests(ScoringConfig(num_checkpoint_pairs=3), several)
+    questions = list_judge_requests(make_config(ScoringConfig, num_checkpoint_pairs=3), several)
     checkpoint_pairs = [question for question in questions if question.kind == "checkpoint_pair"]
     assert len(checkpoint_pairs) == 3 * 3 * 2
     assert {question.candidates for question in checkpoint_pairs} == {("400", "600"), ("400", "800"), ("600", "800")}
@@ -253,7 +253,7 @@ def test_kept_weights_meet_each_other_in_both_orders_and_are_ranked(material: Ju
 
 
 def test_without_other_weights_there_is_no_contest(material: JudgeContext) -> None:
-    questions = list_judge_requests(ScoringConfig(), material)
+    questions = list_judge_requests(make_config(ScoringConfig), material)
     assert not any(question.kind == "checkpoint_pair" for question in questions)
     assert scores.rank_checkpoints(Judged(questions, answer_all(questions, fair_judge)), published_step=800) == ()
 
@@ -261,7 +261,7 @@ def test_without_other_weights_there_is_no_contest(material: JudgeContext) -> No
 def test_grades_that_differ_much_are_settled_by_the_next_profile_with_reasoning(
     material: JudgeContext, tmp_path: Path
 ) -> None:
-    config = ScoringConfig(num_repeats=3, num_repeated=2)
+    config = make_config(ScoringConfig, num_repeats=3, num_repeated=2)
     questions = list_judge_requests(config, material)
     torn = material.samples[0].image.key
 
@@ -282,7 +282,7 @@ def test_grades_that_differ_much_are_settled_by_the_next_profile_with_reasoning(
         profile = cheap_llm.config.profiles["p"]
         able = profile.capabilities.model_copy(update={"reasoning": "effort"})
         other = profile.model_copy(update={"base_url": strong.url, "capabilities": able})
-        cheap_llm.config = LlmConfig(models=("p", "strong"), profiles={"p": profile, "strong": other})
+        cheap_llm.config = make_llm_config(models=("p", "strong"), profiles={"p": profile, "strong": other})
         settled = break_ties([disputed], llm=cheap_llm, on_progress=lambda done, total: None)
         assert not cheap.counts
         assert strong.bodies[0]["reasoning_effort"] == "medium"
@@ -295,7 +295,7 @@ def test_grades_that_differ_much_are_settled_by_the_next_profile_with_reasoning(
 
 
 def test_a_second_judge_that_differs_much_is_a_dispute_too(material: JudgeContext) -> None:
-    config = ScoringConfig(num_repeated=0)
+    config = make_config(ScoringConfig, num_repeated=0)
     questions = list_judge_requests(config, material)
     answers = answer_all(questions, fair_judge)
     key = material.samples[0].image.key  # base: graded 2
@@ -307,7 +307,7 @@ def test_a_second_judge_that_differs_much_is_a_dispute_too(material: JudgeContex
 
 
 def test_grades_are_ranked_with_what_was_measured(material: JudgeContext) -> None:
-    questions = list_judge_requests(ScoringConfig(), material)
+    questions = list_judge_requests(make_config(ScoringConfig), material)
     judgements = scores.to_judgements(material.samples, Judged(questions, answer_all(questions, fair_judge)))
     measured = {
         sample.image.key: SubjectMetrics(dino=0.9 if sample.side == "tuned" else 0.1, clip_i=0, clip_t=0.5)
@@ -319,9 +319,9 @@ def test_grades_are_ranked_with_what_was_measured(material: JudgeContext) -> Non
 
 
 def test_a_second_judge_and_a_person_are_compared_with_the_first(material: JudgeContext, tmp_path: Path) -> None:
-    questions = list_judge_requests(ScoringConfig(), material)
+    questions = list_judge_requests(make_config(ScoringConfig), material)
     judgements = scores.to_judgements(material.samples, Judged(questions, answer_all(questions, fair_judge)))
-    seconds = list_second_judge_requests(ScoringConfig(second_judge_fraction=0.5), material)
+    seconds = list_second_judge_requests(make_config(ScoringConfig, second_judge_fraction=0.5), material)
     assert len(seconds) == 6 * 3
     grades = scores.collect_grades(Judged(seconds, answer_all(seconds, fair_judge)))
     agreement = scores.compare_raters("other", grades, judgements)

@@ -12,37 +12,19 @@ from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tasks.subject.adjudication import MAX_ROUNDS, DoubtfulPhoto, adjudicate
 from tasks.subject.captions.captioning import describe_photos
-from tasks.subject.config import SubjectConfig
-from tasks.subject.photos.ingest import CheckedPhotos, check_photos
+from tasks.subject.photos.ingest import CheckedPhotos
 from tasks.subject.selection import select_photos
+from tests.support.config import make_subject_config
+from tests.support.llm import CHAT, make_llm
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
-from tests.support.tiny import draw_photos
-from tests.tasks.services.llm.test_service import CHAT, make_llm
-from tests.tasks.subject.test_selection import GOOD
+from tests.support.subject import INSPECTION, call_tools
 
-CONFIG = SubjectConfig(source="x", class_noun="fish")
+CONFIG = make_subject_config()
 PART = {"left": 0.2, "top": 0.2, "right": 0.8, "bottom": 0.8}
 
 
-def calling(*calls: tuple[str, Any]) -> tuple[int, dict[str, str], bytes]:
-    """Return a completion that calls tools."""
-    told = [
-        {"id": f"call-{n}", "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
-        for n, (name, arguments) in enumerate(calls)
-    ]
-    whole = completion(None, finish_reason="tool_calls")
-    whole["choices"][0]["message"]["tool_calls"] = told
-    return 200, {}, json.dumps(whole).encode()
-
-
 def answer(verdict: str) -> tuple[int, dict[str, str], bytes]:
-    return calling(("answer", {"evidence": "sharpness 400 in the middle", "verdict": verdict}))
-
-
-@pytest.fixture
-def photos(tmp_path: Path, store: LocalStore) -> CheckedPhotos:
-    draw_photos(tmp_path / "in", num=4, size=256)
-    return check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store)
+    return call_tools(("answer", {"evidence": "sharpness 400 in the middle", "verdict": verdict}))
 
 
 def decide(photos: CheckedPhotos, llm: LlmService) -> Any:
@@ -53,8 +35,8 @@ def decide(photos: CheckedPhotos, llm: LlmService) -> Any:
 def test_tools_are_run_and_their_findings_told(photos: CheckedPhotos, tmp_path: Path) -> None:
     with scripted_server() as server:
         server.script(
-            calling(("measure_sharpness", PART), ("find_near_duplicates", {})),
-            calling(("crop_preview", PART), ("compare_with", {"number": 2})),
+            call_tools(("measure_sharpness", PART), ("find_near_duplicates", {})),
+            call_tools(("crop_preview", PART), ("compare_with", {"number": 2})),
             answer("accept"),
         )
         llm = make_llm(server, tmp_path)
@@ -77,7 +59,7 @@ def test_arguments_that_do_not_fit_and_unknown_tools_are_told_to_the_model(
 ) -> None:
     with scripted_server() as server:
         server.script(
-            calling(("measure_sharpness", {"left": "here"}), ("delete_photo", {}), ("compare_with", {"number": 9})),
+            call_tools(("measure_sharpness", {"left": "here"}), ("delete_photo", {}), ("compare_with", {"number": 9})),
             answer("reject"),
         )
         assert decide(photos, make_llm(server, tmp_path)).verdict == "reject"
@@ -88,7 +70,7 @@ def test_arguments_that_do_not_fit_and_unknown_tools_are_told_to_the_model(
 
 def test_the_last_round_leaves_only_the_answer(photos: CheckedPhotos, tmp_path: Path) -> None:
     with scripted_server() as server:
-        server.script(*[calling(("find_near_duplicates", {}))] * MAX_ROUNDS, answer("accept"))
+        server.script(*[call_tools(("find_near_duplicates", {}))] * MAX_ROUNDS, answer("accept"))
         assert decide(photos, make_llm(server, tmp_path)).verdict == "accept"
         choices = [body["tool_choice"] for body in server.bodies]
         assert choices[:-1] == ["required"] * MAX_ROUNDS
@@ -108,11 +90,11 @@ class Objecting(ScriptedServer):
         body = self.bodies[-1]
         if body.get("tools"):
             has_measured = any(message["role"] == "tool" for message in body["messages"])
-            return answer("accept") if has_measured else calling(("measure_sharpness", PART))
+            return answer("accept") if has_measured else call_tools(("measure_sharpness", PART))
         name = body["response_format"]["json_schema"]["name"]
         told = {"surroundings": "at sea", "view": ""}
         if name == "ImageInspection":
-            told = GOOD.model_copy(update={"verdict": "reject"}).model_dump()
+            told = INSPECTION.model_copy(update={"verdict": "reject"}).model_dump()
         return 200, {}, json.dumps(completion(json.dumps(told))).encode()
 
 

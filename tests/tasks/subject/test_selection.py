@@ -13,7 +13,6 @@ from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tasks.subject.captions.captioning import (
     Caption,
-    ImageInspection,
     PhotoAnnotation,
     describe_photos,
     digest_prompts,
@@ -21,32 +20,18 @@ from tasks.subject.captions.captioning import (
 )
 from tasks.subject.captions.linting import find_leaks, list_trait_words
 from tasks.subject.config import SubjectConfig
-from tasks.subject.photos.ingest import CheckedPhotos, check_photos
+from tasks.subject.photos.ingest import CheckedPhotos
 from tasks.subject.photos.quality import Box
 from tasks.subject.selection import Selection, check_leaks, profile_subject, select_photos
-from tasks.subject.subject_profile import Overview, SubjectProfile, find_warnings
+from tasks.subject.subject_profile import Overview, find_warnings
+from tests.support.config import make_subject_config
+from tests.support.llm import CHAT, make_llm
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
-from tests.support.tiny import draw_photos
-from tests.tasks.services.llm.test_service import CHAT, make_llm
-
-GOOD = ImageInspection(
-    evidence="A fish.", is_class_noun_visible=True, num_subjects="one", is_cut_off=False, has_watermark=False,
-    verdict="accept", confidence="high", subject_box=Box(left=0.1, top=0.2, right=0.5, bottom=0.8),
-)  # fmt: skip
-PROFILE = SubjectProfile(
-    evidence="e", is_one_subject=True, class_noun="fish", is_class_noun_right=True,
-    invariant_traits=["blue fins with white stripes", "a round fish"], varying=["places"], best_photos=[3, 9, 1],
-)  # fmt: skip
-
-
-@pytest.fixture
-def photos(tmp_path: Path, store: LocalStore) -> CheckedPhotos:
-    draw_photos(tmp_path / "in", num=4, size=256)
-    return check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store)
+from tests.support.subject import INSPECTION, PROFILE
 
 
 def config_of(photos: CheckedPhotos, **changes: Any) -> SubjectConfig:
-    return SubjectConfig(source="x", class_noun="fish", **changes)
+    return make_subject_config(**changes)
 
 
 class Answering(ScriptedServer):
@@ -70,7 +55,7 @@ class Answering(ScriptedServer):
 
 def answers(name: str, number: int) -> Any:
     if name == "ImageInspection":
-        return GOOD.model_dump()
+        return INSPECTION.model_dump()
     return {"surroundings": "on the beach", "view": ""} if name == "Caption" else PROFILE.model_dump()
 
 
@@ -82,7 +67,7 @@ def test_words_of_traits_are_found_in_captions_and_common_ones_are_not() -> None
 
 
 def test_a_phrase_that_tells_a_trait_is_cut() -> None:
-    config = SubjectConfig(source="x", class_noun="fish")
+    config = make_subject_config()
     caption, leaks, _ = lint_caption(Caption(surroundings="in the snow", view="its blue fins up"), {"blue"}, config)
     assert (caption.surroundings, caption.view, leaks) == ("in the snow", "", ["blue"])
 
@@ -91,7 +76,7 @@ def test_leaks_are_cut_counted_and_too_many_of_them_stop_the_run(photos: Checked
     config = config_of(photos)
     leaky, clean = Caption(surroundings="on the beach", view="blue stripes"), Caption(surroundings="at sea", view="")
     described = {
-        photo.sha256: PhotoAnnotation(GOOD, leaky if n < 3 else clean) for n, photo in enumerate(photos.accepted)
+        photo.sha256: PhotoAnnotation(INSPECTION, leaky if n < 3 else clean) for n, photo in enumerate(photos.accepted)
     }
     outcome = select_photos(
         StageFolder(store, "subject", "k"), photos.accepted, described, config=config, overview=Overview(PROFILE)
@@ -137,7 +122,7 @@ def test_a_refused_photo_is_set_aside_and_a_persons_caption_brings_it_back(
 
 def test_of_many_photos_the_best_are_trained_on(photos: CheckedPhotos, store: LocalStore) -> None:
     shas = [photo.sha256 for photo in photos.accepted]
-    described = {sha256: PhotoAnnotation(GOOD, Caption(surroundings="at sea", view="")) for sha256 in shas}
+    described = {sha256: PhotoAnnotation(INSPECTION, Caption(surroundings="at sea", view="")) for sha256 in shas}
 
     def choose(best: tuple[str, ...], num: int | None) -> Selection:
         overview = Overview(PROFILE, best)
@@ -181,7 +166,7 @@ def test_many_captions_go_by_one_batch_job(photos: CheckedPhotos, tmp_path: Path
 
 def test_a_photo_that_is_left_out_needs_no_caption(photos: CheckedPhotos, tmp_path: Path) -> None:
     def object_to_first(name: str, number: int) -> Any:
-        bad = {**GOOD.model_dump(), "verdict": "reject"}
+        bad = {**INSPECTION.model_dump(), "verdict": "reject"}
         return bad if name == "ImageInspection" and number == 0 else answers(name, number)
 
     with scripted_server(Answering(object_to_first)) as server:
@@ -248,8 +233,8 @@ def test_a_profile_that_nobody_gives_stops_nothing(photos: CheckedPhotos, tmp_pa
 
 
 def test_a_wrong_noun_and_mixed_photos_are_said() -> None:
-    config = SubjectConfig(source="x", class_noun="dog")
-    assert find_warnings(PROFILE, SubjectConfig(source="x", class_noun="fish")) == []
+    config = make_subject_config(class_noun="dog")
+    assert find_warnings(PROFILE, make_subject_config()) == []
     wrong = PROFILE.model_copy(update={"is_class_noun_right": False, "is_one_subject": False})
     noun, mixed = find_warnings(wrong, config)
     assert "look like a fish rather than a dog" in noun

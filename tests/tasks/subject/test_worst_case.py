@@ -7,27 +7,18 @@ from typing import Any
 import pytest
 
 from tasks.errors import ConfigError, LikenessError, ServiceUnavailable
-from tasks.services.store.local import LocalStore
 from tasks.subject.adjudication import MAX_ROUNDS
 from tasks.subject.captions.captioning import describe_photos
-from tasks.subject.config import SubjectConfig
-from tasks.subject.photos.ingest import CheckedPhotos, check_photos
+from tasks.subject.photos.ingest import CheckedPhotos
 from tasks.subject.selection import profile_subject
+from tests.support.config import make_subject_config
+from tests.support.llm import CHAT, make_llm
 from tests.support.llm_server import Answer, ScriptedServer, scripted_server
-from tests.support.tiny import draw_photos
-from tests.tasks.services.llm.test_service import CHAT, make_llm
-from tests.tasks.subject.test_adjudication import calling
-from tests.tasks.subject.test_selection import GOOD
+from tests.support.subject import INSPECTION, call_tools
 
-CONFIG = SubjectConfig(source="x", class_noun="fish")
+CONFIG = make_subject_config()
 NUM = 4
-REJECTION = GOOD.model_copy(update={"verdict": "reject", "confidence": "high"}).model_dump_json()
-
-
-@pytest.fixture
-def photos(tmp_path: Path, store: LocalStore) -> CheckedPhotos:
-    draw_photos(tmp_path / "in", num=NUM, size=256)
-    return check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store)
+REJECTION = INSPECTION.model_copy(update={"verdict": "reject", "confidence": "high"}).model_dump_json()
 
 
 @pytest.fixture
@@ -72,7 +63,7 @@ def test_objections_cost_at_most_five_adjudications_of_each_photo(
     photos: CheckedPhotos, server: ScriptedServer, tmp_path: Path
 ) -> None:
     def answer_by(body: dict[str, Any]) -> Any:
-        return calling(("find_near_duplicates", {})) if body.get("tools") else REJECTION
+        return call_tools(("find_near_duplicates", {})) if body.get("tools") else REJECTION
 
     with scripted_server(Answering(answer_by)) as answering:
         describe(photos, answering, tmp_path)

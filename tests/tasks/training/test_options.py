@@ -13,6 +13,7 @@ from tasks.training.config import TrainingConfig
 from tasks.training.optimizers import check_compiler, make_optimizer
 from tasks.training.process import worker
 from tasks.training.process.worker_spec import RunFolder, compute_learning_rate_factor
+from tests.support.config import make_config
 from tests.support.tiny import make_spec, read_unet, train_here
 
 
@@ -107,8 +108,8 @@ def test_compiled_blocks_give_the_same_losses(tmp_path: Path, tiny_model_folder:
 
 
 def test_half_precision_needs_frozen_weights_of_the_same() -> None:
-    with pytest.raises(ValueError, match="weight_dtype=bf16 needs mixed_precision=bf16"):
-        TrainingConfig(weight_dtype="bf16")
+    with pytest.raises(ValueError, match="weight_dtype=bf16 needs the same precision"):
+        make_config(TrainingConfig, weight_dtype="bf16")
 
 
 def reference_rates(config: TrainingConfig, rate: float) -> list[float]:
@@ -132,8 +133,8 @@ def reference_rates(config: TrainingConfig, rate: float) -> list[float]:
 )
 def test_every_schedule_is_that_of_diffusers_at_every_step(schedule: str, warmup: int) -> None:
     warmup = 0 if schedule == "constant" else warmup
-    config = TrainingConfig(
-        lr_scheduler=schedule, lr_warmup_steps=warmup, max_train_steps=40, lr_num_cycles=3, lr_power=2.0
+    config = make_config(
+        TrainingConfig, lr_scheduler=schedule, lr_warmup_steps=warmup, max_train_steps=40, lr_num_cycles=3, lr_power=2.0
     )  # type: ignore[arg-type]
     for rate in (1e-4, 5e-6):
         rates = [rate * compute_learning_rate_factor(config, step, rate=rate) for step in range(40)]
@@ -143,7 +144,7 @@ def test_every_schedule_is_that_of_diffusers_at_every_step(schedule: str, warmup
 
 def test_a_constant_rate_has_no_warm_up_to_ignore() -> None:
     with pytest.raises(ValueError, match="constant_with_warmup"):
-        TrainingConfig(lr_scheduler="constant", lr_warmup_steps=5)
+        make_config(TrainingConfig, lr_scheduler="constant", lr_warmup_steps=5)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -152,7 +153,7 @@ def test_prodigy_keeps_the_proportion_of_the_groups_rates() -> None:
         parameters = [torch.nn.Parameter(torch.zeros(3)) for _ in rates]
         groups = [{"params": [p], "lr": r, "base_lr": r, "weight_decay": 0.0}
                   for p, r in zip(parameters, rates, strict=True)]  # fmt: skip
-        optimizer = make_optimizer(groups, TrainingConfig(optimizer="prodigy"))
+        optimizer = make_optimizer(groups, make_config(TrainingConfig, optimizer="prodigy"))
         for parameter in parameters:
             parameter.grad = torch.ones(3)
         optimizer.step()

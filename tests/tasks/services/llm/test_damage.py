@@ -1,7 +1,7 @@
 """Whatever is read back was verified: one flipped byte and one cut tail for each kind of record."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,9 @@ from tasks.services.llm.config import CapabilityConfig
 from tasks.services.llm.service import LlmService
 from tasks.services.store.local import LocalStore
 from tasks.stage.digests import dump_signed
+from tests.support.llm import CHAT, GOOD, REFUSAL, SPEC, ask, make_llm, two_profiles
+from tests.support.llm_batch import BATCHES, ask_in_batch
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
-from tests.tasks.services.llm.batch.test_jobs import BATCHES
-from tests.tasks.services.llm.batch.test_jobs import ask as ask_in_batch
-from tests.tasks.services.llm.test_fallback_chain import REFUSAL, two_profiles
-from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC, ask, make_llm
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "one flipped byte": lambda data: flip(data),  # noqa: PLW0108 - defined below
@@ -37,13 +35,6 @@ def flip(data: bytes) -> bytes:
         if old in data:
             return data.replace(old, new, 1)
     return data.replace(b'"attempt": 0', b'"attempt": 3', 1)
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with scripted_server() as running:
-        running.script(GOOD)
-        yield running
 
 
 def damage_only(llm: LlmService, prefix: str, damage: Callable[[bytes], bytes]) -> str:

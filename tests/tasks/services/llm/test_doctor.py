@@ -20,9 +20,8 @@ from tasks.services.llm.doctor import check_retirement, examine
 from tasks.services.llm.executor import ask_each
 from tasks.services.llm.service import LlmService, LocalServices
 from tasks.services.store.local import LocalStore
+from tests.support.llm import GOOD, SPEC, ask, make_llm, two_profiles
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
-from tests.tasks.services.llm.test_fallback_chain import two_profiles
-from tests.tasks.services.llm.test_service import GOOD, SPEC, ask, make_llm
 
 TODAY = datetime.date(2026, 11, 22)
 

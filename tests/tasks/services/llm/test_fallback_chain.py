@@ -14,13 +14,12 @@ from tasks.services.llm.budget.ledger import Ledger, compute_cost
 from tasks.services.llm.budget.spending_cap import Budget
 from tasks.services.llm.chat.completion import Usage, parse_usage
 from tasks.services.llm.chat.request import RequestSpec
-from tasks.services.llm.config import CapabilityConfig, LlmConfig, PriceConfig, ProfileConfig
+from tasks.services.llm.config import CapabilityConfig, PriceConfig, ProfileConfig
 from tasks.services.llm.service import LlmService
 from tasks.services.store.local import LocalStore
+from tests.support.config import make_llm_config
+from tests.support.llm import CHAT, GOOD, REFUSAL, SPEC, Reply, two_profiles
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
-from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC, Reply
-
-PRICES = PriceConfig(input=1.0, output=10.0, batch_discount=0.5, date="2026-11-22")
 
 
 @pytest.fixture
@@ -35,22 +34,8 @@ def strong() -> Iterator[ScriptedServer]:
         yield running
 
 
-def two_profiles(cheap: ScriptedServer, strong: ScriptedServer, folder: Path, **changes: Any) -> LlmService:
-    fixed = CapabilityConfig(structure="json_schema", batch="openai")
-    shared = {"model": "asked-model", "max_attempts": 1, "capabilities": fixed, "prices": PRICES, **changes}
-    profiles = {
-        "cheap": ProfileConfig(base_url=cheap.url, **shared),
-        "strong": ProfileConfig(base_url=strong.url, **shared),
-    }
-    config = LlmConfig(models=("cheap", "strong"), profiles=profiles)
-    return LlmService(config, store=LocalStore(folder / "store"), ledger=Ledger(folder / "ledger.jsonl"))
-
-
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-
-
-REFUSAL = (200, {}, json.dumps(completion(None, refusal="I would rather not")).encode())
 
 
 @pytest.mark.parametrize(("first", "reason"), [('{"grade": 9}', "does not fit"), (REFUSAL, "the model refused")])
@@ -142,7 +127,7 @@ def test_the_way_to_ask_for_a_schema_is_found_once(
     speaking.structure, speaking.is_refusing = structure, is_refusing
     with scripted_server(speaking) as server:
         profile = ProfileConfig(base_url=server.url, model="asked-model", max_attempts=1)
-        config = LlmConfig(models=("p",), profiles={"p": profile})
+        config = make_llm_config(models=("p",), profiles={"p": profile})
         for number in range(2):
             llm = LlmService(config, store=LocalStore(tmp_path / "store"), ledger=Ledger(tmp_path / "ledger.jsonl"))
             spec = RequestSpec("be brief", (f"grade sample {number}",), Reply)
@@ -155,7 +140,7 @@ def test_a_server_without_any_way_is_named(tmp_path: Path) -> None:
     speaking = Speaking()
     with scripted_server(speaking) as server:
         profile = ProfileConfig(base_url=server.url, model="asked-model", max_attempts=1)
-        config = LlmConfig(models=("p",), profiles={"p": profile})
+        config = make_llm_config(models=("p",), profiles={"p": profile})
         llm = LlmService(config, store=LocalStore(tmp_path / "store"), ledger=Ledger(tmp_path / "ledger.jsonl"))
         with pytest.raises(ConfigError, match="asked-model at .* gives no JSON by any way: json_schema: .*500"):
             llm.ask(SPEC, role="judge")
@@ -204,7 +189,7 @@ def test_eight_workers_with_money_for_three_calls_make_three(cheap: ScriptedServ
     # Nothing goes in for money, so that the worst case is the cap on a reply alone: 600 tokens.
     prices = PriceConfig(input=0.0, output=1000.0, date="d")
     profile = ProfileConfig(base_url=cheap.url, model="asked-model", capabilities=fixed, prices=prices, max_attempts=1)
-    config = LlmConfig(models=("p",), profiles={"p": profile}, budget_usd=1.8)
+    config = make_llm_config(models=("p",), profiles={"p": profile}, budget_usd=1.8)
     cheap.script((200, {}, json.dumps(completion(GOOD, usage={"prompt_tokens": 1, "completion_tokens": 600})).encode()))
 
     def work(number: int) -> str:
@@ -243,4 +228,4 @@ def test_money_that_a_call_did_not_need_is_given_back(tmp_path: Path) -> None:
 
 def test_a_cap_without_prices_is_refused() -> None:
     with pytest.raises(ValueError, match=r"budget_usd needs prices: set llm.profiles.p.prices"):
-        LlmConfig(models=("p",), profiles={"p": ProfileConfig(base_url="http://x", model="m")}, budget_usd=1.0)
+        make_llm_config(models=("p",), profiles={"p": ProfileConfig(base_url="http://x", model="m")}, budget_usd=1.0)

@@ -16,17 +16,10 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import BudgetExceeded, ConfigError, LikenessError, ReplyInvalid, ServiceUnavailable
-from tests.support.llm_server import ScriptedServer, completion, scripted_server
-from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC, ask, make_llm
+from tests.support.llm import CHAT, GOOD, SPEC, WHOLE, ask, make_llm
+from tests.support.llm_server import ScriptedServer, completion
 
-WHOLE = json.dumps(completion(GOOD)).encode()
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with scripted_server() as running:
-        yield running
 
 
 @contextmanager
@@ -223,7 +216,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tasks.services.llm.service import LlmService
-from tasks.services.llm.config import CapabilityConfig, LlmConfig, PriceConfig, ProfileConfig
+from tasks.services.llm.config import CapabilityConfig, PriceConfig, ProfileConfig
+from tests.support.config import make_llm_config
 from tasks.services.llm.budget.spending_cap import Budget
 from tasks.services.llm.budget.ledger import Ledger
 from tasks.services.store.local import LocalStore
@@ -240,7 +234,7 @@ prices = PriceConfig(input=1.0, output=10.0, date="d")
 profile = ProfileConfig(base_url=url, model="asked-model", capabilities=able, prices=prices)
 store, ledger = LocalStore(folder / "store"), Ledger(folder / "ledger.jsonl")
 budget = Budget(folder / "budget.json", 1.0)
-llm = LlmService(LlmConfig(models=("p",), profiles={"p": profile}), store=store, ledger=ledger, budget=budget)
+llm = LlmService(make_llm_config(models=("p",), profiles={"p": profile}), store=store, ledger=ledger, budget=budget)
 plain = {"store": store.put_bytes, "record": ledger.record}
 
 def die(*_, **__):

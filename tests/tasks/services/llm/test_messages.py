@@ -12,19 +12,12 @@ from tasks.redaction import registered
 from tasks.services.llm.agents.conversation import Conversation
 from tasks.services.llm.config import CapabilityConfig
 from tasks.services.llm.doctor import examine
+from tests.support.llm import GOOD, ask, make_llm
+from tests.support.llm_batch import ask_in_batch
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
-from tests.tasks.services.llm.agents.test_conversation import say, stream
-from tests.tasks.services.llm.batch.test_jobs import ask as ask_in_batch
-from tests.tasks.services.llm.test_service import GOOD, ask, make_llm
+from tests.support.llm_stream import say, stream
 
 CANARY = "sk-canary-7f3a9b2c4d5e6f"
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with scripted_server() as running:
-        running.script(GOOD)
-        yield running
 
 
 @pytest.fixture

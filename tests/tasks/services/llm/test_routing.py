@@ -14,8 +14,8 @@ from tasks.services.config import StoreConfig
 from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.config import ProfileConfig
 from tasks.services.store.s3 import S3Store
+from tests.support.llm import CHAT, GOOD, SPEC, ask, make_llm
 from tests.support.llm_server import scripted_server
-from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC, ask, make_llm
 
 
 def test_openrouter_is_told_fallbacks_and_the_most_it_may_pay(tmp_path: Path) -> None:

@@ -1,51 +1,16 @@
 """Asking a model: cache, retries, repair, ledger; requests are counted at the server."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 import pytest
-from pydantic import BaseModel
 
 from tasks.errors import BudgetExceeded, ConfigError, ReplyInvalid, ServiceUnavailable
 from tasks.images import encode_png
-from tasks.services.llm.budget.ledger import Ledger
-from tasks.services.llm.chat.request import RequestSpec, encode_image
-from tasks.services.llm.config import CapabilityConfig, LlmConfig, ProfileConfig
-from tasks.services.llm.service import LlmService
-from tasks.services.store.local import LocalStore
-from tests.support.llm_server import ScriptedServer, completion, scripted_server
+from tasks.services.llm.chat.request import encode_image
+from tests.support.llm import CHAT, GOOD, ask, make_llm
+from tests.support.llm_server import ScriptedServer, completion
 from tests.support.tiny import draw_photo
-
-CHAT = "POST /v1/chat/completions"
-
-
-class Reply(BaseModel):
-    """What is asked for."""
-
-    grade: Literal[0, 1, 2]
-
-
-GOOD = '{"grade": 2}'
-SPEC = RequestSpec("be brief", ("grade this", encode_png(draw_photo(size=64))), Reply)
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with scripted_server() as running:
-        yield running
-
-
-def make_llm(server: ScriptedServer, folder: Path, **changes: Any) -> LlmService:
-    settings = {"base_url": server.url, "model": "asked-model", "max_attempts": 3, "timeout_seconds": 20, **changes}
-    structure = {"capabilities": CapabilityConfig(structure="json_schema", batch="openai")}
-    config = LlmConfig(models=("p",), profiles={"p": ProfileConfig(**{**structure, **settings})})
-    return LlmService(config, store=LocalStore(folder / "store"), ledger=Ledger(folder / "ledger.jsonl"))
-
-
-def ask(llm: LlmService) -> Reply:
-    return llm.ask(SPEC, role="judge").reply
 
 
 def test_an_answer_is_paid_for_once(server: ScriptedServer, tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.manifests.training import LossRow
 from tasks.publishing.registry import SAMPLES, TrackedRun, track_run
 from tasks.services.config import TrackingConfig
 from tasks.services.tracking.base import NoTracker, Tracker
 from tasks.services.tracking.loggers import TensorboardLogger, Trackers, WandbLogger
 from tasks.services.tracking.open import open_tracker
+from tests.support.config import make_config
 
 
 def publish(tracker: Tracker, folder: Path) -> None:
@@ -36,7 +38,7 @@ def publish(tracker: Tracker, folder: Path) -> None:
 def test_tensorboard_has_curves_and_pictures(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    publish(TensorboardLogger(TrackingConfig(), folder=tmp_path), tmp_path)
+    publish(TensorboardLogger(make_config(TrackingConfig), folder=tmp_path), tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard" / "a run"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")][:2] == [(1, 1.0), (2, 0.5)]
@@ -47,7 +49,7 @@ def test_tensorboard_has_curves_and_pictures(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_keeps_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    publish(WandbLogger(TrackingConfig(), folder=tmp_path), tmp_path)
+    publish(WandbLogger(make_config(TrackingConfig), folder=tmp_path), tmp_path)
     run = next((tmp_path / "wandb").glob("offline-run-*"))
     stored = next(run.glob("*.wandb")).read_bytes()
     for word in (b"train/loss", b"tuned/dino", b"step-00000002"):
@@ -56,8 +58,19 @@ def test_wandb_keeps_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_several_trackers_are_told_the_same(tmp_path: Path) -> None:
-    tracker = open_tracker(TrackingConfig(kind="none", also=("tensorboard",)), folder=tmp_path)
+    tracker = open_tracker(make_config(TrackingConfig, kind="none", also=("tensorboard",)), folder=tmp_path)
     assert isinstance(tracker, Trackers)
     assert isinstance(tracker.first, NoTracker)
     publish(tracker, tmp_path)
     assert list((tmp_path / "tensorboard" / "a run").glob("events.*"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_needs_a_key_only_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "HOME", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    online = WandbLogger(make_config(TrackingConfig, wandb_mode="online"), folder=tmp_path)
+    with pytest.raises((ConfigError, ServiceUnavailable), match="wandb_mode=offline"):
+        online.start(name="a run", params={}, tags={})

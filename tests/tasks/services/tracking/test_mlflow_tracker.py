@@ -20,6 +20,7 @@ from tasks.services.tracking.live import LiveRun
 from tasks.services.tracking.mlflow_tracker import MlflowTracker
 from tasks.services.tracking.open import open_tracker
 from tests.support.cli_sandbox import ROOT
+from tests.support.config import make_config
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def publish(place: Path, *, key: str) -> tuple[MlflowTracker, str | None]:
-    tracker = MlflowTracker(TrackingConfig(), folder=place)
+    tracker = MlflowTracker(make_config(TrackingConfig), folder=place)
     _, version = track_run(
         tracker,
         TrackedRun(
@@ -76,13 +77,13 @@ def test_an_unreachable_server_is_one_clear_line(
     tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    tracker = open_tracker(TrackingConfig(uri=f"http://127.0.0.1:{free_port}"), folder=tmp_path)
+    tracker = open_tracker(make_config(TrackingConfig, uri=f"http://127.0.0.1:{free_port}"), folder=tmp_path)
     with pytest.raises(ServiceUnavailable, match=f"tracking at http://127.0.0.1:{free_port}"):
         tracker.start(name="x", params={}, tags={})
 
 
 def test_no_tracking_keeps_nothing(tmp_path: Path) -> None:
-    tracker = open_tracker(TrackingConfig(kind="none"), folder=tmp_path)
+    tracker = open_tracker(make_config(TrackingConfig, kind="none"), folder=tmp_path)
     assert isinstance(tracker, NoTracker)
     assert tracker.start(name="x", params={}, tags={}) is None
     assert list(tmp_path.iterdir()) == []
@@ -90,12 +91,12 @@ def test_no_tracking_keeps_nothing(tmp_path: Path) -> None:
 
 def test_curves_are_live_while_training_and_complete_afterwards(tmp_path: Path) -> None:
     (tmp_path / "published" / "report").mkdir(parents=True)
-    tracker = MlflowTracker(TrackingConfig(), folder=tmp_path)
+    tracker = MlflowTracker(make_config(TrackingConfig), folder=tmp_path)
     live = LiveRun(tracker, "run", {"a": "1"}, {"mlflow.note.content": "One fish"})
     dataset = DatasetInfo(name="subject", digest="d" * 64, source="01-subject/k", context="training")
     live.begin(tags={"likeness.training": "k1"}, stale_tag="likeness.training", datasets=[dataset])
     live.log_metrics([("train/loss", 0.5, 2)])
-    watcher = MlflowTracker(TrackingConfig(), folder=tmp_path)
+    watcher = MlflowTracker(make_config(TrackingConfig), folder=tmp_path)
     deadline = time.monotonic() + 60
     while not live.logged:
         assert time.monotonic() < deadline, "nothing was sent while training"
@@ -129,7 +130,7 @@ def test_curves_are_live_while_training_and_complete_afterwards(tmp_path: Path) 
 def test_a_run_that_fails_or_was_killed_is_not_left_running(tmp_path: Path) -> None:
     runs = []
     for name in ("killed", "failed"):
-        tracker = MlflowTracker(TrackingConfig(), folder=tmp_path)
+        tracker = MlflowTracker(make_config(TrackingConfig), folder=tmp_path)
         live = LiveRun(tracker, name, {})
         live.begin(tags={"likeness.training": "k1"}, stale_tag="likeness.training", datasets=[])
         live.drain()
@@ -141,7 +142,9 @@ def test_a_run_that_fails_or_was_killed_is_not_left_running(tmp_path: Path) -> N
 
 def test_a_server_that_goes_away_holds_up_nothing(tmp_path: Path, free_port: int, monkeypatch: Any) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    live = LiveRun(MlflowTracker(TrackingConfig(uri=f"http://127.0.0.1:{free_port}"), folder=tmp_path), "run", {})
+    live = LiveRun(
+        MlflowTracker(make_config(TrackingConfig, uri=f"http://127.0.0.1:{free_port}"), folder=tmp_path), "run", {}
+    )
     live.begin(tags={"t": "1"}, stale_tag="t", datasets=[])
     live.log_metrics([("train/loss", 0.5, 2)])
     live.abandon()
@@ -153,10 +156,11 @@ def test_an_unreachable_server_is_found_at_once_and_without_mlflow(tmp_path: Pat
     code = (
         "import sys; from pathlib import Path\n"
         "from tasks.services.config import TrackingConfig\n"
+        "from tests.support.config import make_config\n"
         "from tasks.services.tracking.open import open_tracker\n"
         "from tasks.errors import ServiceUnavailable\n"
         "for uri in sys.argv[1:]:\n"
-        "    try: open_tracker(TrackingConfig(uri=uri), folder=Path('x')).check()\n"
+        "    try: open_tracker(make_config(TrackingConfig, uri=uri), folder=Path('x')).check()\n"
         "    except ServiceUnavailable as error: print(error)\n"
         "print('mlflow' in sys.modules)\n"
     )
@@ -173,7 +177,7 @@ def test_an_unreachable_server_is_found_at_once_and_without_mlflow(tmp_path: Pat
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:abc", "postgresql://h:abc/db", "http://[::1", "http://a b/"])
 def test_what_is_no_address_is_one_clear_line(uri: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^tracking at [^\n]*; set tracking.uri or tracking=none$"):
-        MlflowTracker(TrackingConfig(uri=uri), folder=tmp_path).check()
+        MlflowTracker(make_config(TrackingConfig, uri=uri), folder=tmp_path).check()
 
 
 def test_another_kind_of_server_is_one_clear_line(tmp_path: Path) -> None:
@@ -188,22 +192,25 @@ def test_another_kind_of_server_is_one_clear_line(tmp_path: Path) -> None:
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(ConfigError, match=r"is no MLflow server: BadStatusLine .*; set tracking.uri"):
-            MlflowTracker(TrackingConfig(uri=f"http://127.0.0.1:{server.getsockname()[1]}"), folder=tmp_path).check()
+            MlflowTracker(
+                make_config(TrackingConfig, uri=f"http://127.0.0.1:{server.getsockname()[1]}"), folder=tmp_path
+            ).check()
         thread.join()
 
 
 def test_a_broken_database_file_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"junk" * 999)
     with pytest.raises(ConfigError, match=r"mlflow.db: file is not a database; move the file away"):
-        MlflowTracker(TrackingConfig(), folder=tmp_path).check()
+        MlflowTracker(make_config(TrackingConfig), folder=tmp_path).check()
 
 
 def test_two_first_uses_at_once_both_work(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from tasks.services.config import TrackingConfig\n"
+        "from tests.support.config import make_config\n"
         "from tasks.services.tracking.mlflow_tracker import MlflowTracker\n"
-        "tracker = MlflowTracker(TrackingConfig(), folder=Path(sys.argv[1]))\n"
+        "tracker = MlflowTracker(make_config(TrackingConfig), folder=Path(sys.argv[1]))\n"
         "print(tracker.start(name='x', params={}, tags={}))\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -218,7 +225,7 @@ def test_a_copied_folder_never_writes_into_the_original(place: Path, tmp_path: P
     copy = tmp_path / "a copy é"
     shutil.copytree(place, copy)
     before = sorted(path.relative_to(place) for path in (place / "artifacts").rglob("*"))
-    second = MlflowTracker(TrackingConfig(), folder=copy)
+    second = MlflowTracker(make_config(TrackingConfig), folder=copy)
     assert second.has_artifacts(str(first.run_id), ("report", "model"))
     assert second.client.get_run(first.run_id).info.artifact_uri.startswith(copy.as_uri())
     assert second.client.get_model_version("a-model", version).source.startswith(copy.as_uri())
@@ -226,7 +233,7 @@ def test_a_copied_folder_never_writes_into_the_original(place: Path, tmp_path: P
     assert sorted(path.relative_to(place) for path in (place / "artifacts").rglob("*")) == before
     shutil.rmtree(copy / "artifacts" / str(first.run_id))
     assert not second.has_artifacts(str(first.run_id), ("report",))
-    assert MlflowTracker(TrackingConfig(), folder=place).has_artifacts(str(first.run_id), ("report",))
+    assert MlflowTracker(make_config(TrackingConfig), folder=place).has_artifacts(str(first.run_id), ("report",))
 
 
 def test_what_the_server_no_longer_has_is_missed(place: Path) -> None:

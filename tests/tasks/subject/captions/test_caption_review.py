@@ -17,21 +17,21 @@ from tasks.subject.captions.caption_review import (
     write_briefing,
 )
 from tasks.subject.captions.captioning import Caption, PhotoAnnotation, read_captions
-from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.ingest import check_photos
 from tasks.subject.selection import select_photos
 from tasks.subject.subject_profile import Overview
+from tests.support.config import make_subject_config
+from tests.support.subject import INSPECTION, PROFILE
 from tests.support.tiny import draw_photos
-from tests.tasks.subject.test_selection import GOOD, PROFILE
 
 
 @pytest.fixture
 def subject(tmp_path: Path, store: LocalStore) -> SubjectSet:
     """Four photos, the last set aside."""
     draw_photos(tmp_path / "in", num=4, size=256)
-    config = SubjectConfig(source=str(tmp_path / "in"), class_noun="fish")
+    config = make_subject_config(source=str(tmp_path / "in"))
     photos = check_photos(config, store).accepted
-    described = {photo.sha256: PhotoAnnotation(GOOD, Caption(surroundings="at sea", view="")) for photo in photos}
+    described = {photo.sha256: PhotoAnnotation(INSPECTION, Caption(surroundings="at sea", view="")) for photo in photos}
     described[photos[3].sha256] = PhotoAnnotation(problem="the model refused")
     folder = StageFolder(store, "subject", "k")
     found = select_photos(folder, photos, described, config=config, overview=Overview(PROFILE))
@@ -63,7 +63,7 @@ class Person:
 def call(
     subject: SubjectSet, versions: CaptionVersions, store: LocalStore, person: Person, name: str, **arguments: str
 ) -> dict[str, Any]:
-    config = SubjectConfig(source="x", class_noun="fish")
+    config = make_subject_config()
     tools = {tool.name: tool for tool in list_tools(subject, versions, config, store=store, confirm=person)}
     result = tools[name].call(json.dumps(arguments))
     return {**result.values, "picture": result.picture}
@@ -72,7 +72,7 @@ def call(
 def test_a_caption_changes_with_a_yes_and_each_version_is_a_file(
     subject: SubjectSet, store: LocalStore, tmp_path: Path
 ) -> None:
-    config = SubjectConfig(source="x", class_noun="fish")
+    config = make_subject_config()
     versions, yes = open_caption_versions(tmp_path, config, subject), Person(True)
     for surroundings in ("on a red table", "on a green table"):
         done = call(

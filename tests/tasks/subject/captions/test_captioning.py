@@ -16,9 +16,9 @@ from tasks.subject.captions.captioning import (
     write_instance_prompt,
 )
 from tasks.subject.captions.linting import clean_phrase, find_foreign_nouns, list_forms
-from tasks.subject.config import SubjectConfig
+from tests.support.config import make_subject_config
 
-CONFIG = SubjectConfig(source="x", class_noun="fish")
+CONFIG = make_subject_config()
 
 
 def inspection(**changes: object) -> ImageInspection:
@@ -96,7 +96,7 @@ def test_a_captioners_phrase_holds_no_other_subject(said: str, prompt: str) -> N
 
 @pytest.mark.parametrize("noun", ["puppy", "wolf", "mouse", "dog"])
 def test_the_shown_class_noun_and_its_plural_are_not_foreign(noun: str) -> None:
-    config = SubjectConfig(source="x", class_noun=noun)
+    config = make_subject_config(class_noun=noun)
     for form in list_forms(noun):
         assert find_foreign_nouns(f"with {form}", class_noun=noun) == []
         prompt = write_instance_prompt(Caption(surroundings=f"with {form}", view=""), config)

@@ -13,16 +13,16 @@ from PIL import Image, ImageFilter, ImageOps
 from tasks.errors import ConfigError, SubjectRejected
 from tasks.images import decode_png
 from tasks.services.store.local import LocalStore
-from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.decoding import decode
 from tasks.subject.photos.ingest import Photo, check_photo, check_photos
+from tests.support.config import make_subject_config
 from tests.support.tiny import draw_photo, draw_photos
 
-CONFIG = SubjectConfig(source="x", class_noun="fish")
+CONFIG = make_subject_config()
 
 
 def check(folder: Path, store: LocalStore, **changes: object) -> object:
-    return check_photos(SubjectConfig(source=str(folder), class_noun="fish", **changes), store)  # type: ignore[arg-type]
+    return check_photos(make_subject_config(source=str(folder), **changes), store)  # type: ignore[arg-type]
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -43,7 +43,7 @@ def bomb() -> bytes:
 
 def test_good_photos_are_accepted(tmp_path: Path, store: LocalStore) -> None:
     draw_photos(tmp_path / "in", num=4)
-    photos = check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store)
+    photos = check_photos(make_subject_config(source=str(tmp_path / "in")), store)
     assert len(photos.accepted) == 4
     assert photos.rejected == ()
 
@@ -66,7 +66,7 @@ def test_a_bad_photo_is_left_out_with_its_reason(
 ) -> None:
     draw_photos(tmp_path / "in", num=3)
     (tmp_path / "in" / name).write_bytes(data)
-    photos = check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store)
+    photos = check_photos(make_subject_config(source=str(tmp_path / "in")), store)
     assert len(photos.accepted) == 3
     assert [(reject.name, reason in reject.reason) for reject in photos.rejected] == [(name, True)]
 
@@ -108,7 +108,7 @@ def test_orientation_is_applied_and_metadata_dropped(tmp_path: Path, store: Loca
     draw_photos(tmp_path / "in", num=3, seed=9)
     turned = upright.transpose(Image.Transpose.ROTATE_90)
     turned.save(tmp_path / "in" / "turned.png", exif=exif)
-    photos = check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store)
+    photos = check_photos(make_subject_config(source=str(tmp_path / "in")), store)
     photo = next(photo for photo in photos.accepted if photo.name == "turned.png")
     assert Image.open(io.BytesIO(photo.png)).tobytes() == upright.tobytes()
     assert b"canary" not in photo.png
@@ -118,7 +118,7 @@ def test_links_and_pipes_are_passed_over(tmp_path: Path, store: LocalStore) -> N
     draw_photos(tmp_path / "in", num=3)
     (tmp_path / "in" / "link.png").symlink_to("/etc/hostname")
     os.mkfifo(tmp_path / "in" / "pipe.png")
-    photos = check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store)
+    photos = check_photos(make_subject_config(source=str(tmp_path / "in")), store)
     assert len(photos.accepted) == 3
     assert photos.rejected == ()
     assert photos.skipped == (
@@ -130,7 +130,7 @@ def test_links_and_pipes_are_passed_over(tmp_path: Path, store: LocalStore) -> N
 def test_photos_can_lie_in_the_store(store: LocalStore) -> None:
     for index in range(3):
         store.put_bytes(f"uploads/rex/{index}.png", encode(draw_photo(index), "PNG"))
-    photos = check_photos(SubjectConfig(source="store:uploads/rex/", class_noun="fish"), store)
+    photos = check_photos(make_subject_config(source="store:uploads/rex/"), store)
     assert len(photos.accepted) == 3
 
 
@@ -140,7 +140,7 @@ def test_transparent_and_gray_photos_become_rgb(tmp_path: Path, store: LocalStor
     rgba.putalpha(200)
     rgba.save(tmp_path / "in" / "alpha.png")
     draw_photo(2).convert("L").save(tmp_path / "in" / "gray.png")
-    photos = check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store)
+    photos = check_photos(make_subject_config(source=str(tmp_path / "in")), store)
     assert [Image.open(io.BytesIO(photo.png)).mode for photo in photos.accepted] == ["RGB"] * 3
 
 
@@ -151,7 +151,7 @@ def test_a_cut_out_photo_keeps_where_its_subject_is(tmp_path: Path, store: Local
     alpha.paste(255, (20, 30, 100, 90))
     photo.putalpha(alpha)
     photo.save(tmp_path / "photo-0.png")
-    checked = check_photos(SubjectConfig(source=str(tmp_path), class_noun="fish"), store)
+    checked = check_photos(make_subject_config(source=str(tmp_path)), store)
     by_name = {accepted.name: accepted for accepted in checked.accepted}
     assert by_name["photo-1.png"].mask_png is None
     mask_png = by_name["photo-0.png"].mask_png
@@ -215,7 +215,7 @@ def test_thin_images_cost_one_photo_and_no_memory(tmp_path: Path, store: LocalSt
     (tmp_path / "in" / "thin.png").write_bytes(data)
     check(tmp_path / "in", store)  # libraries are loaded
     tracemalloc.start()
-    photos = check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store)
+    photos = check_photos(make_subject_config(source=str(tmp_path / "in")), store)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 20_000_000
@@ -241,7 +241,7 @@ def test_whatever_a_decoder_does_costs_one_photo(
         return real(image)
 
     monkeypatch.setattr(ImageOps, "exif_transpose", transpose)
-    photos = check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store)
+    photos = check_photos(make_subject_config(source=str(tmp_path / "in")), store)
     assert (len(photos.accepted), len(photos.rejected)) == (3, 1)
 
 
@@ -266,7 +266,7 @@ def encode_mpo() -> bytes:
 def test_photos_as_phones_write_them_are_read(tmp_path: Path, store: LocalStore, name: str, data: bytes) -> None:
     draw_photos(tmp_path, num=3)
     (tmp_path / name).write_bytes(data)
-    photos = check_photos(SubjectConfig(source=str(tmp_path), class_noun="fish"), store)
+    photos = check_photos(make_subject_config(source=str(tmp_path)), store)
     assert photos.rejected == ()
     photo = next(photo for photo in photos.accepted if photo.name == name)
     expected = np.asarray(draw_photo(3, size=256), int)
@@ -285,7 +285,7 @@ def test_every_file_that_is_not_read_is_named_with_its_reason(tmp_path: Path, st
     (folder / "second-name.png").symlink_to("photo-1.png")
     (folder / "broken.png").symlink_to("nothing")
     (folder / "deep.png").symlink_to("more/5.png")
-    photos = check_photos(SubjectConfig(source=str(folder), class_noun="fish"), store)
+    photos = check_photos(make_subject_config(source=str(folder)), store)
     assert {photo.name for photo in photos.accepted} == {"photo-0.png", "photo-1.png", "photo-2.png", "deep.png"}
     assert [reject.name for reject in photos.rejected] == ["second-name.png"]
     assert dict(photos.skipped) == {
@@ -308,7 +308,7 @@ def test_of_two_near_duplicates_the_better_one_stays(tmp_path: Path, store: Loca
     photo.resize((128, 128)).save(tmp_path / "a-small.png")
     photo.save(tmp_path / "b-large.png")
     photo.filter(ImageFilter.GaussianBlur(1.2)).save(tmp_path / "c-soft.png")
-    photos = check_photos(SubjectConfig(source=str(tmp_path), class_noun="fish"), store)
+    photos = check_photos(make_subject_config(source=str(tmp_path)), store)
     assert "b-large.png" in {accepted.name for accepted in photos.accepted}
     reasons = {reject.name: reject.reason for reject in photos.rejected}
     assert set(reasons) == {"a-small.png", "c-soft.png"}
@@ -320,11 +320,11 @@ def test_a_large_jpeg_is_decoded_smaller_and_keeps_its_own_size(tmp_path: Path, 
     exif[0x0112] = 6
     image = draw_photo(3, size=512).resize((3000, 2000))
     data = encode(image, "JPEG", exif=exif)
-    photo = check_photo("a.jpg", data, SubjectConfig(source="x", class_noun="fish", working_side=256))
+    photo = check_photo("a.jpg", data, make_subject_config(working_side=256))
     assert isinstance(photo, Photo)
     assert (photo.measures.width, photo.measures.height) == (2000, 3000)
     assert Image.open(io.BytesIO(photo.png)).size == (256, 384)
-    decoded = decode(data, SubjectConfig(source="x", class_noun="fish", working_side=256))
+    decoded = decode(data, make_subject_config(working_side=256))
     assert min(decoded.image.size) < 2000
 
 

@@ -10,9 +10,9 @@ from tasks.errors import SubjectRejected
 from tasks.mini.recognition import LEAST_PSNR, MOST_DISTANCE, Recognizer, draw_set
 from tasks.mini.world.scenes import CLASS_NOUNS
 from tasks.services.store.local import LocalStore
-from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.ingest import check_photos
 from tasks.subject.photos.known_world import check_class_noun, check_known_world, find_verdict
+from tests.support.config import make_subject_config
 from tests.support.tiny import draw_photos
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "camera.png", "motorcycle_left.png",
@@ -53,7 +53,7 @@ def test_no_drawn_subject_of_two_hundred_is_refused(recognizer: Recognizer) -> N
 def test_a_cat_is_refused_with_three_ways_on_and_known_afterwards(tmp_path: Path, store: LocalStore) -> None:
     for number, photo in enumerate(crop("chelsea.png")):
         photo.save(tmp_path / f"{number}.png")
-    config = SubjectConfig(source=str(tmp_path), class_noun="fish", duplicate_distance=0)
+    config = make_subject_config(source=str(tmp_path), duplicate_distance=0)
     photos = check_photos(config, store).accepted
     with pytest.raises(SubjectRejected, match=r"not of the drawn world.*draw a subject.*diffusion=sd15.*llm=openai"):
         check_known_world(photos, config, store)
@@ -66,23 +66,23 @@ def test_a_cat_is_refused_with_three_ways_on_and_known_afterwards(tmp_path: Path
 
 
 def test_a_class_noun_of_the_real_world_is_refused_by_name() -> None:
-    config = SubjectConfig(source="x", class_noun="cat")
+    config = make_subject_config(class_noun="cat")
     with pytest.raises(SubjectRejected, match=r"the drawn world has no cat \(it has: .*fish.*allow_unknown=true"):
         check_class_noun(config)
     assert "no cat" in check_class_noun(config.model_copy(update={"allow_unknown": True}))
     for noun in CLASS_NOUNS:
-        assert check_class_noun(SubjectConfig(source="x", class_noun=noun.capitalize())) == ""
+        assert check_class_noun(make_subject_config(class_noun=noun.capitalize())) == ""
 
 
 def test_drawn_photos_pass(tmp_path: Path, store: LocalStore) -> None:
     draw_photos(tmp_path / "in", num=4)
-    config = SubjectConfig(source=str(tmp_path / "in"), class_noun="fish")
+    config = make_subject_config(source=str(tmp_path / "in"))
     assert check_known_world(check_photos(config, store).accepted, config, store) == ""
 
 
 def test_a_verdict_on_other_photos_is_not_believed(tmp_path: Path, store: LocalStore) -> None:
     draw_photos(tmp_path / "in", num=4)
-    drawn = check_photos(SubjectConfig(source=str(tmp_path / "in"), class_noun="fish"), store).accepted
+    drawn = check_photos(make_subject_config(source=str(tmp_path / "in")), store).accepted
     find_verdict(drawn, store)
     [key] = store.list_keys("known-world/")
     find_verdict(drawn[:3], store)

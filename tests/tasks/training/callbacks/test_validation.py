@@ -23,6 +23,7 @@ from tasks.training.data.datamodule import DreamBoothDataModule
 from tasks.training.data.holdout import settle_validation
 from tasks.training.module import DreamBoothModule
 from tasks.training.process.worker_spec import RunFolder
+from tests.support.config import make_config
 from tests.support.tiny import make_spec, read_unet, train_here
 
 
@@ -81,7 +82,7 @@ def test_the_best_few_are_kept_and_written_as_the_published_one_is(
 
 def test_similarity_is_that_of_samples_drawn_of_the_weights(tmp_path: Path, tiny_model_folder: Path) -> None:
     prompts = ("a photo of {subject}", "{subject} in the snow")
-    encoders = EncoderConfig(clip="mini", dino="mini", dino_resize=None)
+    encoders = make_config(EncoderConfig, clip="mini", dino="mini", dino_resize=None)
     validation = {"validation_steps": 4, "keep": "best", "metric": "similarity", "sample_prompts": prompts}
     spec = make_spec(tmp_path, tiny_model_folder, validation=validation).model_copy(update={"encoders": encoders})
     run = train_here(tmp_path, tiny_model_folder, spec=spec)
@@ -115,13 +116,13 @@ def test_training_stops_where_the_loss_has_settled(tmp_path: Path, tiny_model_fo
 def test_settled_means_little_variance_of_late(late: list[float], is_settled: bool) -> None:
     values = [1.0, 0.8, 0.6, *late]
     rows = [LossRow(step=i, validation_loss=value) for i, value in enumerate(values)]
-    assert has_converged(rows, ValidationSettings(window=3)) is is_settled
-    assert not has_converged(rows[:5], ValidationSettings(window=3))
+    assert has_converged(rows, make_config(ValidationSettings, window=3)) is is_settled
+    assert not has_converged(rows[:5], make_config(ValidationSettings, window=3))
 
 
 def settled(num_photos: int, **validation: object) -> tuple[TrainingConfig, str]:
     notes: list[str] = []
-    config = TrainingConfig(validation={"validation_steps": 2, "keep": "best", **validation})
+    config = make_config(TrainingConfig, validation={"validation_steps": 2, "keep": "best", **validation})
     return settle_validation(config, num_photos, notes.append), " ".join(notes)
 
 

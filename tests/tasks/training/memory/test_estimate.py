@@ -1,6 +1,5 @@
 """Predicted memory: parameters exactly, activations as a real forward keeps them, ordered as methods are."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +19,8 @@ from tasks.training.memory.estimate import build_empty, estimate_memory, estimat
 from tasks.training.memory.table import MemoryEstimate, look_up
 from tasks.training.module import DreamBoothModule
 from tasks.training.process.worker_spec import TrainingSpec
-from tests.support.tiny import make_tiny_stable_diffusion
-from tests.tasks.training.test_methods import MAKERS, family_spec
-
-ALL: dict[str, Callable[[Path], Path]] = {"stable_diffusion": make_tiny_stable_diffusion, **MAKERS}
+from tests.support.tiny import family_spec
+from tests.support.tiny_families import MAKERS
 
 
 def estimate(spec: TrainingSpec) -> MemoryEstimate:
@@ -52,9 +49,9 @@ def measure_kept(module: DreamBoothModule, batches: BatchFactory) -> int:
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "textual_inversion"])
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", MAKERS)
 def test_the_estimate_agrees_with_a_real_forward(tmp_path: Path, family: str, method: str) -> None:
-    folder = ALL[family](tmp_path / "base" / "model")
+    folder = MAKERS[family](tmp_path / "base" / "model")
     spec = family_spec(tmp_path, folder, family=family, method=method, train_batch_size=2)
     model = open_model(spec.diffusion)
     assert isinstance(model, DiffusionModel)

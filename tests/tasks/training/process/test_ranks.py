@@ -17,6 +17,7 @@ from tasks.training.process import supervisor
 from tasks.training.process.supervisor import run_worker
 from tasks.training.process.worker_spec import RunFolder, TrainingSpec
 from tests.support.cli_sandbox import ROOT
+from tests.support.config import make_config
 from tests.support.tiny import make_spec
 
 STEPS = 8
@@ -113,7 +114,7 @@ def test_sharded_ranks_do_the_same_and_resume_bit_equal(
     spec, plain = two_ranks
 
     def sharded(name: str, **changes: int) -> TrainingSpec:
-        validation = ValidationSettings(validation_steps=4, keep="best", **changes)
+        validation = make_config(ValidationSettings, validation_steps=4, keep="best", **changes)
         training = spec.training.model_copy(update={"fsdp": True, "validation": validation})
         return spec.model_copy(update={"training": training, "folder": str(tmp_path / name)})
 

@@ -5,44 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 
 from tasks.errors import ServiceUnavailable
 from tasks.services.llm.agents.conversation import Conversation, History
 from tasks.services.llm.agents.tools import Tool, ToolResult
 from tasks.services.llm.config import CapabilityConfig
+from tests.support.llm import CHAT, make_llm
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
-from tests.tasks.services.llm.test_service import CHAT, make_llm
+from tests.support.llm_stream import EVENTS, Word, call, say, stream
 
-Pieces = list[dict[str, Any]]
-EVENTS = {"content-type": "text/event-stream"}
 LAST = "and now? " * 30
-
-
-class Word(BaseModel):
-    word: str
-
-
-def stream(*deltas: dict[str, Any], reason: str | None = "stop") -> tuple[int, dict[str, str], bytes]:
-    """Return a streamed reply; without a reason it breaks off."""
-    head = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "asked-model"}
-    rows: Pieces = [{**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
-    if reason:
-        rows.append({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
-        rows.append({**head, "choices": [], "usage": {"prompt_tokens": 50, "completion_tokens": 7, "total_tokens": 57}})
-    data = b"".join(b"data: " + json.dumps(row).encode() + b"\n\n" for row in rows)
-    return 200, EVENTS, data + (b"data: [DONE]\n\n" if reason else b"")
-
-
-def say(*words: str) -> tuple[int, dict[str, str], bytes]:
-    return stream(*({"content": word} for word in words))
-
-
-def call(name: str, arguments: str) -> tuple[int, dict[str, str], bytes]:
-    """Return a streamed call whose arguments come in two pieces."""
-    first = {"index": 0, "id": "call-1", "type": "function", "function": {"name": name, "arguments": arguments[:4]}}
-    rest = {"index": 0, "function": {"arguments": arguments[4:]}}
-    return stream({"tool_calls": [first]}, {"tool_calls": [rest]}, reason="tool_calls")
 
 
 def talk(server: ScriptedServer, folder: Path, tools: tuple[Tool, ...] = (), **changes: Any) -> Conversation:

@@ -11,16 +11,15 @@ from conf.overrides import parse_overrides
 from tasks.errors import ConfigError
 from tasks.services.llm.agents.web_search import ask_with_search
 from tasks.services.llm.config import CapabilityConfig
-from tasks.subject.config import SubjectConfig
 from tasks.subject.name_lookup import look_up_names
+from tests.support.config import make_subject_config
+from tests.support.llm import CHAT, SPEC, make_llm
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
-from tests.tasks.services.llm.test_service import CHAT, SPEC, make_llm
 
 RESPONSES = "POST /v1/responses"
-CONFIG = SubjectConfig(
-    source="x", class_noun="cup", web_lookup={"enabled": True, "query": "Maine Coon", "domains": ("example.org",)},
-    identifier_token="sks",
-)  # fmt: skip
+CONFIG = make_subject_config(
+    class_noun="cup", web_lookup={"enabled": True, "query": "Maine Coon", "domains": ("example.org",)}
+)
 FINDING = {
     "evidence": "A breed of cat.", "class_noun": "Cat", "is_identifier_known": True, "identifier_meaning": "a rifle",
 }  # fmt: skip
@@ -96,7 +95,7 @@ def test_pictures_are_never_searched_with(tmp_path: Path) -> None:
 def test_nothing_is_looked_up_unless_it_is_wished_and_can_be(tmp_path: Path) -> None:
     with scripted_server() as server:
         llm = searching(server, tmp_path, "none")
-        assert look_up_names(SubjectConfig(source="x", class_noun="cup"), llm=llm) == ([], ())
+        assert look_up_names(make_subject_config(class_noun="cup"), llm=llm) == ([], ())
         with pytest.raises(ConfigError, match="no profile of the profiler searches"):
             look_up_names(CONFIG, llm=llm)
         assert not server.counts

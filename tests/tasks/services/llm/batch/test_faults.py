@@ -13,21 +13,12 @@ from tasks.mini.vision_server.batch_api import InMemoryBatchApi
 from tasks.services.llm.batch.local import LocalBatches, read_signed_lines
 from tasks.services.llm.chat.completion import ChatCompletion
 from tasks.services.llm.config import ProfileConfig
+from tests.support.llm import CHAT, GOOD, make_llm
+from tests.support.llm_batch import BATCHES, Cut, ask_in_batch, cut_after, make_batching
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
 from tests.support.xai_server import XaiServer, xai_server
-from tests.tasks.services.llm.batch.test_jobs import BATCHES, ask
-from tests.tasks.services.llm.batch.test_providers import ask as ask_provider
-from tests.tasks.services.llm.batch.test_providers import make_batching
-from tests.tasks.services.llm.test_service import CHAT, GOOD, make_llm
 
 PRICES = {"input": 1.0, "output": 10.0, "batch_discount": 0.5, "date": "2026-11-22"}
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with scripted_server() as running:
-        running.script(GOOD)
-        yield running
 
 
 def row(custom_id: str, **changes: Any) -> dict[str, Any]:
@@ -69,9 +60,9 @@ class OddDesk(InMemoryBatchApi):
 @pytest.mark.parametrize("odd", ODD_ROWS.values(), ids=ODD_ROWS.keys())
 def test_one_odd_row_fails_alone_and_is_asked_again(server: ScriptedServer, tmp_path: Path, odd: Any) -> None:
     server.desk = OddDesk(server.answer_row, odd)
-    answers, failures = ask(make_llm(server, tmp_path))
+    answers, failures = ask_in_batch(make_llm(server, tmp_path))
     assert (len(answers), len(failures)) == (3, 1)
-    answers, failures = ask(make_llm(server, tmp_path))
+    answers, failures = ask_in_batch(make_llm(server, tmp_path))
     assert (len(answers), failures) == (4, {})
     assert (server.counts[BATCHES], server.counts["row"]) == (2, 4)
 
@@ -87,7 +78,7 @@ def test_a_row_that_nests_too_deeply_fails_alone(server: ScriptedServer, tmp_pat
             )
 
     server.desk = Nesting(server.answer_row)
-    answers, failures = ask(make_llm(server, tmp_path))
+    answers, failures = ask_in_batch(make_llm(server, tmp_path))
     assert (len(answers), len(failures)) == (3, 1)
 
 
@@ -105,10 +96,10 @@ def test_a_lost_output_file_plans_its_rows_anew(server: ScriptedServer, tmp_path
     server.desk = Forgetful(server.answer_row)
     budget = {"prices": PRICES}
     llm = make_llm(server, tmp_path, **budget)
-    answers, failures = ask(llm)
+    answers, failures = ask_in_batch(llm)
     assert answers == {}
     assert all("output file" in reason for reason in failures.values())
-    answers, failures = ask(make_llm(server, tmp_path, **budget))
+    answers, failures = ask_in_batch(make_llm(server, tmp_path, **budget))
     assert (len(answers), failures) == (4, {})
     assert server.counts[BATCHES] == 2
 
@@ -129,8 +120,8 @@ def test_an_unknown_status_waits_and_is_given_up_at_the_deadline(
     server.desk = OddStatus(server.answer_row)
     server.desk.status = status
     with pytest.raises(StillPending):
-        ask(make_llm(server, tmp_path), max_wait_seconds=0.1)
-    answers, failures = ask(make_llm(server, tmp_path), deadline_seconds=0.05)
+        ask_in_batch(make_llm(server, tmp_path), max_wait_seconds=0.1)
+    answers, failures = ask_in_batch(make_llm(server, tmp_path), deadline_seconds=0.05)
     assert (len(answers), failures) == (4, {})
     assert server.counts[BATCHES] == 1
 
@@ -143,9 +134,9 @@ def test_a_job_of_odd_shape_waits_and_is_not_a_traceback(server: ScriptedServer,
 
     server.desk = Odd(server.answer_row)
     with pytest.raises(ServiceUnavailable):
-        ask(make_llm(server, tmp_path), max_wait_seconds=0.1)
+        ask_in_batch(make_llm(server, tmp_path), max_wait_seconds=0.1)
     server.desk.__class__ = InMemoryBatchApi  # type: ignore[assignment]
-    answers, failures = ask(make_llm(server, tmp_path))
+    answers, failures = ask_in_batch(make_llm(server, tmp_path))
     assert (len(answers), failures) == (4, {})
 
 
@@ -156,22 +147,20 @@ def test_a_list_of_odd_jobs_is_read_past(server: ScriptedServer, tmp_path: Path,
             return listed
 
     server.desk = Odd(server.answer_row)
-    answers, _ = ask(make_llm(server, tmp_path))
+    answers, _ = ask_in_batch(make_llm(server, tmp_path))
     assert len(answers) == 4
 
 
 def test_an_input_file_that_expired_before_the_job_was_made_is_uploaded_again(
     server: ScriptedServer, tmp_path: Path
 ) -> None:
-    from tests.tasks.services.llm.batch.test_jobs import Cut, cut_after
-
     llm = make_llm(server, tmp_path)
     cut_after(llm, 2)  # uploaded, no job yet
     with pytest.raises(Cut):
-        ask(llm)
+        ask_in_batch(llm)
     server.desk.contents.clear()
     server.desk.files.clear()
-    answers, _ = ask(make_llm(server, tmp_path))
+    answers, _ = ask_in_batch(make_llm(server, tmp_path))
     assert len(answers) == 4
 
 
@@ -195,7 +184,7 @@ def test_a_job_beyond_the_enqueued_token_limit_is_split(
     server: ScriptedServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.desk = LimitedDesk(server.answer_row)
-    answers, failures = ask(make_llm(server, tmp_path))
+    answers, failures = ask_in_batch(make_llm(server, tmp_path))
     assert (len(answers), failures) == (4, {})
     assert server.counts["row"] == 4
     assert "llm.profiles.p.batch_tokens" in caplog.text
@@ -205,17 +194,17 @@ def test_a_limit_that_no_part_fits_ends_with_the_setting_named(server: ScriptedS
     server.desk = LimitedDesk(server.answer_row)
     server.desk.most = 0
     with pytest.raises(StillPending, match=r"llm\.profiles\.p\.batch_tokens"):
-        ask(make_llm(server, tmp_path), max_wait_seconds=0.2)
+        ask_in_batch(make_llm(server, tmp_path), max_wait_seconds=0.2)
     assert server.counts["row"] == 0
     server.desk.most = 4
-    assert len(ask(make_llm(server, tmp_path))[0]) == 4
+    assert len(ask_in_batch(make_llm(server, tmp_path))[0]) == 4
 
 
 def test_two_processes_with_the_same_questions_make_one_job(server: ScriptedServer, tmp_path: Path) -> None:
     outcomes: list[Any] = []
 
     def work() -> None:
-        outcomes.append(ask(make_llm(server, tmp_path)))
+        outcomes.append(ask_in_batch(make_llm(server, tmp_path)))
 
     server.desk.turn.acquire()
     threads = [threading.Thread(target=work) for _ in range(3)]
@@ -262,9 +251,9 @@ def test_one_odd_row_of_xais_fails_alone_and_is_asked_again(xai: XaiServer, tmp_
         return page
 
     xai.results = results  # type: ignore[method-assign]
-    answers, failures = ask_provider(make_batching(xai, tmp_path, "xai"))
+    answers, failures = ask_in_batch(make_batching(xai, tmp_path, "xai"))
     assert (len(answers), len(failures)) == (3, 1)
-    answers, failures = ask_provider(make_batching(xai, tmp_path, "xai"))
+    answers, failures = ask_in_batch(make_batching(xai, tmp_path, "xai"))
     assert (len(answers), failures) == (4, {})
     assert (xai.counts["create"], xai.counts["row"]) == (2, 5)
 
@@ -274,16 +263,16 @@ def test_odd_counters_of_xais_wait(xai: XaiServer, tmp_path: Path, state: Any) -
     plain = xai.show
     xai.show = lambda batch_id: {**plain(batch_id), "state": state}  # type: ignore[method-assign]
     with pytest.raises(ServiceUnavailable):
-        ask_provider(make_batching(xai, tmp_path, "xai"), max_wait_seconds=0.1)
+        ask_in_batch(make_batching(xai, tmp_path, "xai"), max_wait_seconds=0.1)
     xai.show = plain  # type: ignore[method-assign]
-    answers, failures = ask_provider(make_batching(xai, tmp_path, "xai"))
+    answers, failures = ask_in_batch(make_batching(xai, tmp_path, "xai"))
     assert (len(answers), failures, xai.counts["create"]) == (4, {}, 1)
 
 
 def test_pages_of_xais_without_an_end_are_left(xai: XaiServer, tmp_path: Path) -> None:
     plain = xai.results
     xai.results = lambda batch_id, token: {**plain(batch_id, token), "pagination_token": "0"}  # type: ignore[method-assign]
-    answers, failures = ask_provider(make_batching(xai, tmp_path, "xai"))
+    answers, failures = ask_in_batch(make_batching(xai, tmp_path, "xai"))
     assert len(answers) + len(failures) == 4
 
 
@@ -306,7 +295,7 @@ def test_an_odd_row_of_a_program_fails_alone(tmp_path: Path) -> None:
     (tmp_path / "runner.py").write_text(FLIPPED)
     command = (sys.executable, str(tmp_path / "runner.py"), "{input}", "{output}")
     with scripted_server() as server:
-        answers, failures = ask_provider(make_batching(server, tmp_path, "file", batch_command=command))
+        answers, failures = ask_in_batch(make_batching(server, tmp_path, "file", batch_command=command))
     assert (len(answers), len(failures)) == (3, 1)
 
 
@@ -338,11 +327,11 @@ def test_a_damaged_result_of_our_own_runner_is_asked_again(tmp_path: Path, damag
     with scripted_server(Dying()) as server:
         server.script(GOOD)
         with pytest.raises(Exception, match="key"):
-            ask_provider(make_batching(server, tmp_path, "local", concurrency=1))
+            ask_in_batch(make_batching(server, tmp_path, "local", concurrency=1))
         [part] = (tmp_path / "batches").glob("*.part")
         data = part.read_bytes()
         assert data.count(b"\n") == 3
         part.write_bytes(data.replace(b'\\"grade\\": 2', b'\\"grade\\": 1', 1) if damage == "flip" else data[:-9])
-        answers, failures = ask_provider(make_batching(server, tmp_path, "local", concurrency=1))
+        answers, failures = ask_in_batch(make_batching(server, tmp_path, "local", concurrency=1))
         assert {answer.reply.grade for answer in answers.values()} == {2}
         assert (len(answers), failures, server.counts[CHAT]) == (4, {}, 6)

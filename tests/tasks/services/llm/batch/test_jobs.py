@@ -2,7 +2,6 @@
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,35 +9,15 @@ import pytest
 
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.mini.vision_server.batch_api import InMemoryBatchApi
-from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.chat.request import RequestSpec, count_body_tokens
-from tasks.services.llm.service import LlmService
-from tests.support.llm_server import ExpiringDesk, ScriptedServer, completion, scripted_server
-from tests.tasks.services.llm.test_service import CHAT, GOOD, Reply, make_llm
-
-SPECS = {f"s{n}": RequestSpec("grade", (f"sample {n}",), Reply) for n in range(4)}
-FILES, BATCHES = "POST /v1/files", "POST /v1/batches"
-
-
-class Cut(Exception):
-    """The process ends here."""
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with scripted_server() as running:
-        running.script(GOOD)
-        yield running
-
-
-def ask(llm: LlmService, *, specs: dict[str, RequestSpec[Any]] = SPECS, **changes: Any) -> Any:
-    options = {"state_prefix": "05-scoring/k/batches", "poll_seconds": 0.02, "max_wait_seconds": 20, **changes}
-    return ask_batch(llm, specs, BatchOptions(**options), role="judge", on_progress=lambda done, total: None)
+from tests.support.llm import CHAT, GOOD, Reply, make_llm
+from tests.support.llm_batch import BATCHES, FILES, SPECS, Cut, ask_in_batch, cut_after
+from tests.support.llm_server import ExpiringDesk, ScriptedServer, completion
 
 
 def test_all_rows_are_answered_in_one_job(server: ScriptedServer, tmp_path: Path) -> None:
     llm = make_llm(server, tmp_path)
-    answers, failures = ask(llm)
+    answers, failures = ask_in_batch(llm)
     assert {name: answer.reply.grade for name, answer in answers.items()} == dict.fromkeys(SPECS, 2)
     assert failures == {}
     assert (server.counts[FILES], server.counts[BATCHES], server.counts["row"]) == (1, 1, 4)
@@ -46,24 +25,10 @@ def test_all_rows_are_answered_in_one_job(server: ScriptedServer, tmp_path: Path
 
 
 def test_a_second_run_makes_no_job(server: ScriptedServer, tmp_path: Path) -> None:
-    ask(make_llm(server, tmp_path))
-    answers, _ = ask(make_llm(server, tmp_path))
+    ask_in_batch(make_llm(server, tmp_path))
+    answers, _ = ask_in_batch(make_llm(server, tmp_path))
     assert len(answers) == 4
     assert (server.counts[BATCHES], server.counts["row"]) == (1, 4)
-
-
-def cut_after(llm: LlmService, number: int) -> None:
-    """Let the process end right after the n-th object was stored: states and replies alike."""
-    plain, saves = llm.store.put_bytes, 0
-
-    def put(key: str, data: bytes) -> None:
-        nonlocal saves
-        plain(key, data)
-        saves += 1
-        if saves == number:
-            raise Cut
-
-    llm.store.put_bytes = put  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("number", range(1, 9))
@@ -71,8 +36,8 @@ def test_a_run_cut_off_at_any_saved_step_pays_for_one_job(server: ScriptedServer
     llm = make_llm(server, tmp_path)
     cut_after(llm, number)
     with pytest.raises(Cut):
-        ask(llm)
-    answers, _ = ask(make_llm(server, tmp_path))
+        ask_in_batch(llm)
+    answers, _ = ask_in_batch(make_llm(server, tmp_path))
     assert len(answers) == 4
     assert (server.counts[BATCHES], server.counts["row"]) == (1, 4)
 
@@ -87,28 +52,28 @@ def test_a_job_created_but_never_noted_is_adopted(server: ScriptedServer, tmp_pa
 
     llm.client("p").batches.create = create_and_die
     with pytest.raises(Cut):
-        ask(llm)
-    answers, _ = ask(make_llm(server, tmp_path))
+        ask_in_batch(llm)
+    answers, _ = ask_in_batch(make_llm(server, tmp_path))
     assert len(answers) == 4
     assert (server.counts[BATCHES], server.counts["row"]) == (1, 4)
 
 
 def test_only_the_rows_that_failed_are_asked_again(server: ScriptedServer, tmp_path: Path) -> None:
     server.script(GOOD, (500, {}, b"{}"), GOOD, '{"grade": 7}', GOOD)
-    answers, failures = ask(make_llm(server, tmp_path))
+    answers, failures = ask_in_batch(make_llm(server, tmp_path))
     assert (len(answers), len(failures)) == (2, 2)
     assert any("scripted failure" in reason for reason in failures.values())
-    answers, failures = ask(make_llm(server, tmp_path))
+    answers, failures = ask_in_batch(make_llm(server, tmp_path))
     assert (len(answers), len(failures)) == (4, 0)
     assert (server.counts[BATCHES], server.counts["row"]) == (2, 6)
 
 
 def test_a_job_that_failed_whole_is_said_so_and_not_adopted_again(server: ScriptedServer, tmp_path: Path) -> None:
     server.script((500, {}, b"{}"))
-    _, failures = ask(make_llm(server, tmp_path))
+    _, failures = ask_in_batch(make_llm(server, tmp_path))
     assert len(failures) == 4
     server.script(GOOD)
-    answers, _ = ask(make_llm(server, tmp_path))
+    answers, _ = ask_in_batch(make_llm(server, tmp_path))
     assert len(answers) == 4
 
 
@@ -117,9 +82,9 @@ def test_a_harvest_cut_off_after_a_failed_row_asks_only_that_row_again(server: S
     llm = make_llm(server, tmp_path)
     cut_after(llm, 6)
     with pytest.raises(Cut):
-        ask(llm)
-    assert len(ask(make_llm(server, tmp_path))[1]) == 1
-    answers, failures = ask(make_llm(server, tmp_path))
+        ask_in_batch(llm)
+    assert len(ask_in_batch(make_llm(server, tmp_path))[1]) == 1
+    answers, failures = ask_in_batch(make_llm(server, tmp_path))
     assert (len(answers), len(failures)) == (4, 0)
     assert (server.counts[BATCHES], server.counts["row"]) == (2, 5)
 
@@ -128,11 +93,11 @@ def test_what_an_expired_job_answered_is_kept_and_only_the_rest_is_asked_again(
     server: ScriptedServer, tmp_path: Path
 ) -> None:
     server.desk = ExpiringDesk(server.answer_row, num_done=3)
-    answers, failures = ask(make_llm(server, tmp_path))
+    answers, failures = ask_in_batch(make_llm(server, tmp_path))
     assert (len(answers), len(failures)) == (3, 1)
     assert "before the batch expired" in next(iter(failures.values()))
     server.desk = ExpiringDesk(server.answer_row, num_done=9)
-    answers, failures = ask(make_llm(server, tmp_path))
+    answers, failures = ask_in_batch(make_llm(server, tmp_path))
     assert (len(answers), failures) == (4, {})
     assert (server.counts[BATCHES], server.counts["row"]) == (2, 4)
 
@@ -148,18 +113,18 @@ def test_rows_under_other_names_are_no_answers(server: ScriptedServer, tmp_path:
             return {**line, "custom_id": next(names) or row["custom_id"]}, is_good
 
     server.desk = Confused(server.answer_row)
-    answers, failures = ask(make_llm(server, tmp_path))
+    answers, failures = ask_in_batch(make_llm(server, tmp_path))
     assert (len(answers), len(failures)) == (2, 2)
     assert all("batch job ended as completed without this row" in reason for reason in failures.values())
     server.desk = InMemoryBatchApi(server.answer_row)
-    assert len(ask(make_llm(server, tmp_path))[0]) == 4
+    assert len(ask_in_batch(make_llm(server, tmp_path))[0]) == 4
 
 
 def test_a_late_job_is_cancelled_and_what_it_lacks_is_asked_by_calls(server: ScriptedServer, tmp_path: Path) -> None:
     server.desk.turn.acquire()  # the provider is busy with others
     threading.Timer(0.5, server.desk.turn.release).start()
     llm = make_llm(server, tmp_path)
-    answers, failures = ask(llm, deadline_seconds=0.1)
+    answers, failures = ask_in_batch(llm, deadline_seconds=0.1)
     assert (len(answers), failures) == (4, {})
     assert (server.counts[BATCHES], server.counts["row"], server.counts[CHAT]) == (1, 0, 4)
     assert sum(path.endswith("/cancel") for path in server.counts) == 1
@@ -177,9 +142,9 @@ def test_a_cancellation_that_was_noted_and_never_sent_is_sent_by_the_next_run(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tasks.services.llm.batch.openai_api.OpenAiBatches.cancel", lambda self, job_id: cut(job_id))
         with pytest.raises(Cut):
-            ask(llm, deadline_seconds=0.1)
+            ask_in_batch(llm, deadline_seconds=0.1)
     threading.Timer(0.5, server.desk.turn.release).start()
-    answers, failures = ask(make_llm(server, tmp_path), deadline_seconds=0.1)
+    answers, failures = ask_in_batch(make_llm(server, tmp_path), deadline_seconds=0.1)
     assert (len(answers), failures) == (4, {})
     assert (server.counts[BATCHES], server.counts["row"], server.counts[CHAT]) == (1, 0, 4)
 
@@ -197,7 +162,7 @@ def test_a_job_that_ends_before_its_cancellation_is_read_all_the_same(server: Sc
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tasks.services.llm.batch.openai_api.OpenAiBatches.cancel", refuse)
         llm = make_llm(server, tmp_path)
-        answers, failures = ask(llm, deadline_seconds=0.05)
+        answers, failures = ask_in_batch(llm, deadline_seconds=0.05)
     assert (len(answers), failures, server.counts["row"], server.counts[CHAT]) == (4, {}, 4, 0)
 
 
@@ -206,7 +171,7 @@ def test_jobs_are_no_larger_than_the_provider_takes(server: ScriptedServer, tmp_
     llm = make_llm(server, tmp_path, batch_tokens=1500)
     body = many["s0"].body(llm.profile("judge"), "json_schema")
     assert 500 < count_body_tokens(body, llm.profile("judge"))[0] < 750  # two fit, three don't
-    answers, _ = ask(llm, specs=many)
+    answers, _ = ask_in_batch(llm, specs=many)
     assert len(answers) == 6
     assert server.counts[BATCHES] == 3
 
@@ -214,16 +179,16 @@ def test_jobs_are_no_larger_than_the_provider_takes(server: ScriptedServer, tmp_
 def test_line_separators_inside_a_reply_are_text(server: ScriptedServer, tmp_path: Path) -> None:
     content = '{"grade": 2, "note": "a\u2028b"}'
     server.script((200, {}, json.dumps(completion(content), ensure_ascii=False).encode()))
-    assert len(ask(make_llm(server, tmp_path))[0]) == 4
+    assert len(ask_in_batch(make_llm(server, tmp_path))[0]) == 4
 
 
 def test_a_job_that_the_provider_forgot_is_made_anew(server: ScriptedServer, tmp_path: Path) -> None:
     llm = make_llm(server, tmp_path)
     cut_after(llm, 3)
     with pytest.raises(Cut):
-        ask(llm)
+        ask_in_batch(llm)
     server.desk.batches.clear()
-    answers, _ = ask(make_llm(server, tmp_path))
+    answers, _ = ask_in_batch(make_llm(server, tmp_path))
     assert len(answers) == 4
 
 
@@ -231,8 +196,8 @@ def test_waiting_too_long_leaves_the_job_for_the_next_run(server: ScriptedServer
     server.desk.turn.acquire()
     llm = make_llm(server, tmp_path)
     with pytest.raises(ServiceUnavailable, match="still validating; `likeness pending` resumes the run"):
-        ask(llm, max_wait_seconds=0.1)
+        ask_in_batch(llm, max_wait_seconds=0.1)
     server.desk.turn.release()
-    answers, _ = ask(make_llm(server, tmp_path))
+    answers, _ = ask_in_batch(make_llm(server, tmp_path))
     assert len(answers) == 4
     assert server.counts[BATCHES] == 1

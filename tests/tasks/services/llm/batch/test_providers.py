@@ -10,13 +10,10 @@ import pytest
 
 from tasks.errors import ConfigError, ServiceUnavailable, StillPending
 from tasks.services.llm.batch import xai_api as batch_xai
-from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
-from tasks.services.llm.config import CapabilityConfig
-from tasks.services.llm.service import LlmService, LocalServices
+from tests.support.llm import CHAT, GOOD
+from tests.support.llm_batch import SPECS, Cut, ask_in_batch, cut_after, make_batching
 from tests.support.llm_server import ScriptedServer, scripted_server
 from tests.support.xai_server import XaiServer, xai_server
-from tests.tasks.services.llm.batch.test_jobs import SPECS, Cut, cut_after
-from tests.tasks.services.llm.test_service import CHAT, GOOD, make_llm
 
 RUNNER = """
 import json, sys
@@ -37,26 +34,14 @@ def server() -> Iterator[XaiServer]:
         yield running
 
 
-def make_batching(url_of: Any, folder: Path, kind: str, **changes: Any) -> LlmService:
-    capabilities = CapabilityConfig(structure="json_schema", batch=kind)  # type: ignore[arg-type]
-    llm = make_llm(url_of, folder, capabilities=capabilities, **changes)
-    llm.local = LocalServices(batch_folder=folder / "batches")
-    return llm
-
-
-def ask(llm: LlmService, *, max_wait_seconds: float = 20, deadline_seconds: float | None = None) -> Any:
-    options = BatchOptions("05-scoring/k/batches", 0.02, max_wait_seconds, deadline_seconds)
-    return ask_batch(llm, SPECS, options, role="judge", on_progress=lambda done, total: None)
-
-
 def test_xais_container_is_filled_and_read_page_by_page(server: XaiServer, tmp_path: Path) -> None:
-    answers, failures = ask(make_batching(server, tmp_path, "xai"))
+    answers, failures = ask_in_batch(make_batching(server, tmp_path, "xai"))
     assert {name: answer.reply.grade for name, answer in answers.items()} == dict.fromkeys(SPECS, 2)
     assert failures == {}
     assert (server.counts["create"], server.counts["row"], server.counts["page"]) == (1, 4, 2)
     [batch] = server.batches.values()
     assert batch["name"].startswith("likeness-")
-    ask(make_batching(server, tmp_path, "xai"))
+    ask_in_batch(make_batching(server, tmp_path, "xai"))
     assert (server.counts["create"], server.counts["row"]) == (1, 4)
 
 
@@ -64,7 +49,7 @@ def test_rows_of_xais_that_are_too_many_for_one_request_go_in_pieces(
     server: XaiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_xai, "XAI_MOST_BYTES", 1500)
-    answers, _ = ask(make_batching(server, tmp_path, "xai"))
+    answers, _ = ask_in_batch(make_batching(server, tmp_path, "xai"))
     assert len(answers) == 4
     assert (server.counts["create"], server.counts["row"]) == (1, 4)
     assert server.counts["add"] > 1
@@ -75,8 +60,8 @@ def test_xais_job_that_was_cut_off_anywhere_is_gone_on_with(server: XaiServer, t
     llm = make_batching(server, tmp_path, "xai")
     cut_after(llm, number)
     with pytest.raises(Cut):
-        ask(llm)
-    answers, _ = ask(make_batching(server, tmp_path, "xai"))
+        ask_in_batch(llm)
+    answers, _ = ask_in_batch(make_batching(server, tmp_path, "xai"))
     assert len(answers) == 4
     assert (server.counts["create"], server.counts["row"]) == (1, 4)
 
@@ -93,9 +78,9 @@ def test_xais_container_that_was_made_but_only_half_filled_is_filled(
 
     server.add = add_and_die  # type: ignore[method-assign]
     with pytest.raises(ServiceUnavailable):
-        ask(make_batching(server, tmp_path, "xai", max_attempts=1))
+        ask_in_batch(make_batching(server, tmp_path, "xai", max_attempts=1))
     server.add = add  # type: ignore[method-assign]
-    answers, _ = ask(make_batching(server, tmp_path, "xai"))
+    answers, _ = ask_in_batch(make_batching(server, tmp_path, "xai"))
     assert len(answers) == 4
     assert (server.counts["create"], server.counts["row"]) == (1, 4)
 
@@ -103,10 +88,10 @@ def test_xais_container_that_was_made_but_only_half_filled_is_filled(
 def test_xais_rows_that_fail_and_jobs_that_take_long_are_told(server: XaiServer, tmp_path: Path) -> None:
     server.is_busy = True
     with pytest.raises(StillPending, match="batch_0 is still in_progress"):
-        ask(make_batching(server, tmp_path, "xai"), max_wait_seconds=0.1)
+        ask_in_batch(make_batching(server, tmp_path, "xai"), max_wait_seconds=0.1)
     server.is_busy = False
     server.answer = lambda body: "" if "sample 1" in json.dumps(body) else GOOD
-    answers, failures = ask(make_batching(server, tmp_path, "xai"))
+    answers, failures = ask_in_batch(make_batching(server, tmp_path, "xai"))
     assert (sorted(answers), failures) == (["s0", "s2", "s3"], {"s1": "the row failed"})
     assert server.counts["create"] == 1
 
@@ -114,11 +99,11 @@ def test_xais_rows_that_fail_and_jobs_that_take_long_are_told(server: XaiServer,
 def test_xais_container_that_was_forgotten_is_made_and_filled_anew(server: XaiServer, tmp_path: Path) -> None:
     server.is_busy = True
     with pytest.raises(StillPending):
-        ask(make_batching(server, tmp_path, "xai"), max_wait_seconds=0.1)
+        ask_in_batch(make_batching(server, tmp_path, "xai"), max_wait_seconds=0.1)
     server.batches.clear()
     server.rows.clear()
     server.is_busy = False
-    answers, _ = ask(make_batching(server, tmp_path, "xai"))
+    answers, _ = ask_in_batch(make_batching(server, tmp_path, "xai"))
     assert len(answers) == 4
     assert (server.counts["create"], server.counts["row"]) == (2, 8)
 
@@ -127,7 +112,7 @@ def test_a_program_runs_the_file(tmp_path: Path) -> None:
     (tmp_path / "runner.py").write_text(RUNNER)
     command = (sys.executable, str(tmp_path / "runner.py"), "{input}", "{output}")
     with scripted_server() as server:
-        answers, failures = ask(make_batching(server, tmp_path, "file", batch_command=command))
+        answers, failures = ask_in_batch(make_batching(server, tmp_path, "file", batch_command=command))
         assert not server.counts
     assert (len(answers), failures) == (4, {})
 
@@ -141,7 +126,7 @@ def test_a_program_runs_the_file(tmp_path: Path) -> None:
 )
 def test_a_program_that_fails_is_named(tmp_path: Path, command: tuple[str, ...], error: Any, message: str) -> None:
     with scripted_server() as server, pytest.raises(error, match=message):
-        ask(make_batching(server, tmp_path, "file", batch_command=command))
+        ask_in_batch(make_batching(server, tmp_path, "file", batch_command=command))
 
 
 def test_our_own_runner_goes_on_after_a_cut_and_asks_no_row_twice(tmp_path: Path) -> None:
@@ -154,24 +139,24 @@ def test_our_own_runner_goes_on_after_a_cut_and_asks_no_row_twice(tmp_path: Path
     with scripted_server(Dying()) as server:
         server.script(GOOD)
         with pytest.raises(ConfigError):
-            ask(make_batching(server, tmp_path, "local", concurrency=1))
+            ask_in_batch(make_batching(server, tmp_path, "local", concurrency=1))
         assert server.counts[CHAT] in (3, 4)
-        answers, failures = ask(make_batching(server, tmp_path, "local", concurrency=1))
+        answers, failures = ask_in_batch(make_batching(server, tmp_path, "local", concurrency=1))
         assert (len(answers), failures) == (4, {})
         assert server.counts[CHAT] == 5
 
 
 def test_a_late_job_at_xai_is_cancelled_and_finished_by_calls(server: XaiServer, tmp_path: Path) -> None:
     server.is_busy = True
-    answers, failures = ask(make_batching(server, tmp_path, "xai"), deadline_seconds=0.01)
+    answers, failures = ask_in_batch(make_batching(server, tmp_path, "xai"), deadline_seconds=0.01)
     assert (len(answers), failures) == (4, {})
     assert (server.counts["cancel"], server.counts["chat"]) == (1, 2)
 
 
 def test_the_answers_of_one_way_serve_the_others(server: XaiServer, tmp_path: Path) -> None:
-    ask(make_batching(server, tmp_path, "xai"))
+    ask_in_batch(make_batching(server, tmp_path, "xai"))
     llm = make_batching(server, tmp_path, "local")
     assert llm.ask(SPECS["s0"], role="judge").reply.grade == 2
-    answers, _ = ask(llm)
+    answers, _ = ask_in_batch(llm)
     assert len(answers) == 4
     assert server.counts["row"] == 4

@@ -1,7 +1,6 @@
 """Money: reserved for each attempt, reconciled by usage that is possible, never freed by damage."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,12 @@ from tasks.errors import BudgetExceeded, ConfigError, LikenessError, ServiceUnav
 from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.budget.spending_cap import Budget
 from tasks.services.llm.service import LlmService, LocalServices
-from tests.support.llm_server import ScriptedServer, completion, scripted_server
-from tests.tasks.services.llm.test_faults import WHOLE
-from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC, ask, make_llm
+from tests.support.llm import CHAT, GOOD, SPEC, WHOLE, ask, make_llm
+from tests.support.llm_server import ScriptedServer, completion
 
 # Input is free, so that one attempt's worst case is the cap on a reply alone: 600 tokens.
 PRICES = {"input": 0.0, "output": 1000.0, "date": "2026-11-22"}
 ATTEMPT = 0.6
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with scripted_server() as running:
-        running.script(GOOD)
-        yield running
 
 
 def make_paying(server: ScriptedServer, folder: Path, *, cap: float, **changes: Any) -> LlmService:

@@ -1,7 +1,6 @@
 """Replies of unexpected shape: one parser, no traceback, and every paid reply is in the ledger."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,12 @@ from tasks.services.llm.agents.tools import Tool, ToolResult, ask_with_tools
 from tasks.services.llm.agents.web_search import ask_with_search
 from tasks.services.llm.config import CapabilityConfig, PriceConfig
 from tasks.services.llm.doctor import examine
-from tests.support.llm_server import ScriptedServer, completion, scripted_server
-from tests.tasks.services.llm.agents.test_conversation import EVENTS, Word
-from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC, Reply, ask, make_llm
+from tests.support.llm import CHAT, GOOD, SPEC, Reply, ask, make_llm
+from tests.support.llm_server import ScriptedServer, completion
+from tests.support.llm_stream import EVENTS, Word
 
 PRICES = PriceConfig(input=1.0, output=10.0, date="2026-11-22")
 NESTED = b"[" * 100_000 + b"]" * 100_000
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with scripted_server() as running:
-        yield running
 
 
 def with_message(**changes: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from tasks.scoring.config import ScoringConfig
 from tasks.scoring.judge_executor import ask_judge
 from tasks.services.llm.config import CapabilityConfig
 from tasks.services.llm.executor import ask_each
+from tests.support.config import make_config
+from tests.support.llm import CHAT, GOOD, SPEC, ask, make_llm
+from tests.support.llm_batch import ask_in_batch, make_batching
 from tests.support.llm_server import Answer, ScriptedServer, scripted_server
-from tests.tasks.services.llm.batch.test_providers import ask as ask_provider
-from tests.tasks.services.llm.batch.test_providers import make_batching
-from tests.tasks.services.llm.test_service import CHAT, GOOD, SPEC, ask, make_llm
 
 QUESTIONS = {f"q{number}": replace(SPEC, repeat=number) for number in range(21)}
 FATAL: dict[str, tuple[Answer, type[LikenessError]]] = {
@@ -29,13 +28,6 @@ FATAL: dict[str, tuple[Answer, type[LikenessError]]] = {
     "a long wait": ((429, {"retry-after": "600"}, b"{}"), ServiceUnavailable),
     "an unknown model": ((404, {}, b"{}"), ConfigError),
 }
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with scripted_server() as running:
-        running.script(GOOD)
-        yield running
 
 
 class FailingLater(ScriptedServer):
@@ -108,7 +100,7 @@ def test_repairs_are_bounded_for_all_questions_together(
 
 def test_a_judge_that_answers_nonsense_is_not_asked_to_the_end(server: ScriptedServer, tmp_path: Path) -> None:
     server.script('{"grade": 9}')
-    config = ScoringConfig(executor="sync", max_failed_share=0.1)
+    config = make_config(ScoringConfig, executor="sync", max_failed_share=0.1)
     llm = make_llm(server, tmp_path, concurrency=1)
     with pytest.raises(ReplyInvalid, match="21 of 21 questions got no grade"):
         ask_judge(QUESTIONS, config, llm=llm, folder=None, on_progress=lambda done, total: None)  # type: ignore[arg-type]
@@ -128,7 +120,7 @@ def test_our_own_batch_runner_stops_at_once_too(
 ) -> None:
     server.script(answer)
     with pytest.raises(error):
-        ask_provider(make_batching(server, tmp_path, "local"))
+        ask_in_batch(make_batching(server, tmp_path, "local"))
     assert server.counts[CHAT] == 1
 
 
@@ -141,8 +133,8 @@ def test_a_row_that_the_server_always_fails_on_ends_a_job_once(tmp_path: Path) -
     with scripted_server(Poisoned()) as server:
         server.script(GOOD)
         with pytest.raises(ServiceUnavailable):
-            ask_provider(make_batching(server, tmp_path, "local", concurrency=1))
-        answers, failures = ask_provider(make_batching(server, tmp_path, "local", concurrency=1))
+            ask_in_batch(make_batching(server, tmp_path, "local", concurrency=1))
+        answers, failures = ask_in_batch(make_batching(server, tmp_path, "local", concurrency=1))
         assert (len(answers), list(failures)) == (3, ["s2"])
 
 

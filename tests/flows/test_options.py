@@ -1,0 +1,67 @@
+"""Options that only a whole run shows: without its option a test here fails."""
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.cli_sandbox import CliSandbox
+
+
+@pytest.fixture(scope="module")
+def changed(sandbox: CliSandbox, first_run: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a run into another folder, several options changed."""
+    done = sandbox.run(
+        "output_dir=elsewhere", "seed=24", "subject.identifier_token=zwx", "prior.class_prompt=one {class_noun}",
+        "publishing.title=Our own title", "tracking.experiment=a study", "tracking.registered_model=our-model",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    [path] = (sandbox.folder / "elsewhere").glob("*/summary.json")
+    summary: dict[str, Any] = json.loads(path.read_text())
+    return summary
+
+
+def read_manifest(summary: dict[str, Any], stage: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(Path(summary["paths"]["manifests"][stage]).read_text())
+    return loaded
+
+
+def test_a_run_writes_into_the_configured_folder(sandbox: CliSandbox, changed: dict[str, Any]) -> None:
+    assert (sandbox.folder / "elsewhere" / changed["run_id"] / "report.html").is_file()
+    assert (sandbox.folder / "elsewhere" / "store").is_dir()
+
+
+def test_prompts_hold_the_configured_token_and_class(changed: dict[str, Any]) -> None:
+    prompts = [image["instance_prompt"] for image in read_manifest(changed, "subject")["images"]]
+    assert prompts
+    assert all("zwx" in prompt for prompt in prompts)
+    assert read_manifest(changed, "prior")["class_prompt"].startswith("one ")
+
+
+def test_the_seed_makes_another_model(sandbox: CliSandbox, changed: dict[str, Any], first_run: dict[str, Any]) -> None:
+    assert changed["stages"]["training"]["key"] != first_run["stages"]["training"]["key"]
+    config = json.loads((sandbox.folder / "elsewhere" / changed["run_id"] / "config.json").read_text())
+    assert config["seed"] == 24
+
+
+def test_the_report_has_the_configured_title(sandbox: CliSandbox, changed: dict[str, Any]) -> None:
+    report = (sandbox.folder / "elsewhere" / changed["run_id"] / "report.html").read_text()
+    assert "Our own title" in report
+
+
+def test_the_model_is_registered_under_the_configured_name(sandbox: CliSandbox, changed: dict[str, Any]) -> None:
+    [database] = (sandbox.folder / "elsewhere").glob("mlflow.db")
+    with sqlite3.connect(database) as connection:
+        models = {name for (name,) in connection.execute("select name from registered_models")}
+        experiments = {name for (name,) in connection.execute("select name from experiments")}
+    assert "our-model" in models
+    assert "a study" in experiments
+
+
+def test_no_model_is_registered_where_it_is_configured(sandbox: CliSandbox, first_run: dict[str, Any]) -> None:
+    assert read_manifest(first_run, "publishing")["registered_version"] is not None
+    done = sandbox.run("publishing.is_registered=false")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert read_manifest(sandbox.newest(), "publishing")["registered_version"] is None

@@ -1,0 +1,72 @@
+"""Options of the evaluation stage: without its option a test here fails."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tasks.diffusion.adapter import DiffusionModel
+from tasks.diffusion.registry import open_model
+from tasks.diffusion.types import SamplingRequest
+from tasks.evaluation.config import EvaluationConfig
+from tasks.evaluation.sampling import draw_samples, plan_samples
+from tasks.services.store.local import LocalStore
+from tasks.stage.cache import StageFolder
+from tests.support.config import make_config
+from tests.support.tiny import tiny_diffusion_config
+
+SMALL = {
+    "prompts": ("a photo of {subject}",), "num_images_per_prompt": 2, "num_class_images": 2, "num_inference_steps": 2,
+    "batch_size": 2,
+}  # fmt: skip
+
+
+class Counted:
+    """A model that remembers how many images each call drew."""
+
+    def __init__(self, model: DiffusionModel) -> None:
+        self.model = model
+        self.sizes: list[int] = []
+
+    def sample(self, requests: Sequence[SamplingRequest], **options: Any) -> list[Image.Image]:
+        self.sizes.append(len(requests))
+        return self.model.sample(list(requests), **options)
+
+
+def plan(**changes: Any) -> tuple[EvaluationConfig, Any]:
+    config = make_config(EvaluationConfig, **{**SMALL, **changes})
+    return config, plan_samples(config, class_noun="fish", identifier_token="sks", class_prompt="a photo of a fish")
+
+
+def draw(folder: Path, model: Path, **changes: Any) -> tuple[list[str], list[int]]:
+    """Return the samples' digests, and the sizes of the batches that they were drawn in."""
+    config, planned = plan(**changes)
+    counted = Counted(open_model(tiny_diffusion_config(model)))  # type: ignore[arg-type]
+    drawn = draw_samples(
+        StageFolder(LocalStore(folder), "evaluation", "k"), config, planned,
+        load_model=lambda side: counted, on_progress=lambda done, total: None,  # type: ignore[arg-type,return-value]
+    )  # fmt: skip
+    return [sample.image.sha256 for sample in drawn], counted.sizes
+
+
+def test_samples_are_planned_as_configured() -> None:
+    _, planned = plan(prompts=("{subject} at night",), num_images_per_prompt=3, num_class_images=4, seed=50)
+    tuned = [sample for sample in planned if sample.side == "tuned"]
+    assert [(p.prompt, p.seed) for p in tuned if p.kind == "subject"] == [
+        ("sks fish at night", seed) for seed in (50, 51, 52)
+    ]
+    assert [p.seed for p in tuned if p.kind == "class"] == [50, 51, 52, 53]
+
+
+@pytest.mark.parametrize("changes", [{"num_inference_steps": 4}, {"guidance_scale": 2.0}])
+def test_samples_are_drawn_as_configured(tmp_path: Path, tiny_model_folder: Path, changes: dict[str, Any]) -> None:
+    plain, _ = draw(tmp_path / "plain", tiny_model_folder)
+    other, _ = draw(tmp_path / "other", tiny_model_folder, **changes)
+    assert plain != other
+
+
+def test_batches_are_as_large_as_configured(tmp_path: Path, tiny_model_folder: Path) -> None:
+    _, sizes = draw(tmp_path, tiny_model_folder, batch_size=3)
+    assert sizes == [3, 1, 3, 1]

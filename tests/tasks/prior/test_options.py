@@ -1,0 +1,62 @@
+"""Options of the prior stage: without its option a test here fails."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tasks.diffusion.adapter import DiffusionModel
+from tasks.diffusion.registry import open_model
+from tasks.diffusion.types import SamplingRequest
+from tasks.prior.config import PriorConfig
+from tasks.prior.generation import draw_pictures, generate_class_images
+from tasks.services.store.local import LocalStore
+from tasks.stage.cache import StageFolder
+from tests.support.config import make_config
+from tests.support.tiny import tiny_diffusion_config
+
+PROMPT = "a photo of a fish"
+
+
+class Counted:
+    """A model that remembers how many images each call drew."""
+
+    def __init__(self, model: DiffusionModel) -> None:
+        self.model = model
+        self.sizes: list[int] = []
+
+    def sample(self, requests: Sequence[SamplingRequest], **options: Any) -> list[Image.Image]:
+        self.sizes.append(len(requests))
+        return self.model.sample(list(requests), **options)
+
+
+def draw(folder: Path, model: Path, **changes: Any) -> tuple[dict[int, np.ndarray], list[int]]:
+    """Return the pictures by seed, and the sizes of the batches that they were drawn in."""
+    settings = {"num_class_images": 4, "num_inference_steps": 2, "guidance_scale": 2.0, "batch_size": 4, **changes}
+    config = make_config(PriorConfig, **settings)
+    counted = Counted(open_model(tiny_diffusion_config(model)))  # type: ignore[arg-type]
+    store = LocalStore(folder)
+    images = generate_class_images(
+        StageFolder(store, "prior", "k"),
+        config,
+        draw=lambda seeds: draw_pictures(counted, config, class_prompt=PROMPT, seeds=seeds),  # type: ignore[arg-type]
+        on_progress=lambda done, total: None,
+    )
+    found = {image.seed: np.asarray(Image.open(folder / image.image.key), int) for image in images}
+    return found, counted.sizes
+
+
+def test_as_many_class_images_are_drawn_as_configured(tmp_path: Path, tiny_model_folder: Path) -> None:
+    pictures, sizes = draw(tmp_path, tiny_model_folder, num_class_images=5, batch_size=2, seed=7)
+    assert list(pictures) == [7, 8, 9, 10, 11]
+    assert sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize("changes", [{"num_inference_steps": 4}, {"guidance_scale": 9.0}])
+def test_pictures_are_sampled_as_configured(tmp_path: Path, tiny_model_folder: Path, changes: dict[str, Any]) -> None:
+    plain, _ = draw(tmp_path / "plain", tiny_model_folder)
+    other, _ = draw(tmp_path / "other", tiny_model_folder, **changes)
+    assert any(not np.array_equal(plain[seed], other[seed]) for seed in plain)

@@ -1,0 +1,151 @@
+"""What the judge is shown: without its option a test here fails."""
+
+import base64
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tasks.errors import ConfigError, ReplyInvalid, StillPending
+from tasks.images import encode_png
+from tasks.manifests.base import ObjectRef
+from tasks.manifests.evaluation import Evaluation, Sample
+from tasks.manifests.subject import SubjectSet
+from tasks.scoring.config import ScoringConfig
+from tasks.scoring.judge import Grading
+from tasks.scoring.judge_executor import ask_judge
+from tasks.scoring.judge_requests import JudgeContext, list_judge_requests
+from tasks.scoring.rubric import quality_spec
+from tasks.scoring.steps import ScoringInputs, compare_others, compute_scores
+from tasks.services.store.local import LocalStore
+from tasks.stage.cache import StageFolder
+from tests.support.config import make_config, make_llm_config
+from tests.support.llm import CHAT, make_llm
+from tests.support.llm_batch import BATCHES
+from tests.support.llm_server import BusyServer, ScriptedServer, scripted_server
+from tests.support.tiny import draw_photo
+
+
+def list_pictures(body: dict[str, Any]) -> list[Image.Image]:
+    parts = [part for message in body["messages"] for part in message["content"] if isinstance(part, dict)]
+    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    return [Image.open(io.BytesIO(base64.b64decode(url.split(",", 1)[1]))) for url in urls]
+
+
+def show_judge(tmp_path: Path, **changes: Any) -> list[list[Image.Image]]:
+    """Return the pictures of every request to a judge whose replies are of no use."""
+    store = LocalStore(tmp_path / "store")
+    folder = StageFolder(store, "scoring", "k")
+
+    def put(name: str, number: int) -> ObjectRef:
+        return folder.put_resumable(name, encode_png(draw_photo(number, size=256)))
+
+    references = [SimpleNamespace(image=put(f"reference-{n}.png", n)) for n in range(4)]
+    samples = [
+        Sample(
+            image=put(f"{side}.png", 7), side=side, kind="subject", prompt="a photo of sks fish",  # type: ignore[arg-type]
+            class_prompt="a photo of a fish", seed=1,
+        )
+        for side in ("base", "tuned")
+    ]  # fmt: skip
+    evaluation = Evaluation.model_construct(samples=tuple(samples), published_step=1)
+    subject = SubjectSet.model_construct(class_noun="fish", images=tuple(references))  # type: ignore[arg-type]
+    with scripted_server() as server:
+        server.script("{}")
+        llm = make_llm(server, tmp_path, max_attempts=1)
+        runtime: Any = SimpleNamespace(store=store, llm=llm, show=lambda name: lambda done, total: None)
+        config = make_config(ScoringConfig, executor="sync", num_controls=0, num_pairs=0, num_repeated=0, **changes)
+        with pytest.raises(ReplyInvalid):
+            compute_scores(folder, ScoringInputs(config, llm.config, evaluation, subject), runtime)
+        return [list_pictures(body) for body in server.bodies]
+
+
+def test_as_many_references_are_shown_as_configured(tmp_path: Path) -> None:
+    most = [max(map(len, show_judge(tmp_path / str(n), num_reference_images=n))) for n in (1, 4)]
+    assert most[1] - most[0] == 3
+
+
+def test_pictures_are_shown_no_larger_than_configured(tmp_path: Path) -> None:
+    sides = [
+        max(max(picture.size) for shown in show_judge(tmp_path / str(side), max_side=side) for picture in shown)
+        for side in (128, 512)
+    ]
+    assert sides == [128, 256]
+
+
+QUALITY = '{"evidence": "clean", "image_quality": 3}'
+ASKED = {f"k{n}": quality_spec(encode_png(draw_photo(n, size=64)), repeat=0) for n in range(2)}
+
+
+def ask(server: ScriptedServer, tmp_path: Path, **changes: Any) -> Any:
+    llm = make_llm(server, tmp_path)
+    folder = StageFolder(LocalStore(tmp_path / "store"), "scoring", "k")
+    config = make_config(ScoringConfig, **changes)
+    return ask_judge(ASKED, config, llm=llm, folder=folder, on_progress=lambda done, total: None)
+
+
+@pytest.mark.parametrize(("executor", "counts"), [("batch", (1, 0)), ("sync", (0, 2))])
+def test_questions_go_by_the_configured_executor(tmp_path: Path, executor: str, counts: tuple[int, int]) -> None:
+    with scripted_server() as server:
+        server.script(QUALITY)
+        ask(server, tmp_path, executor=executor, poll_seconds=0.02)
+        assert (server.counts[BATCHES], server.counts[CHAT]) == counts
+
+
+def test_a_batch_job_is_polled_and_waited_for_as_configured(tmp_path: Path) -> None:
+    with scripted_server(BusyServer()) as server:
+        with pytest.raises(StillPending):  # 5 s, the default, would be one look
+            ask(server, tmp_path, poll_seconds=0.01, max_wait_seconds=0.5)
+        assert server.counts["GET batches"] > 3
+
+
+def test_a_late_batch_job_is_cancelled_as_configured(tmp_path: Path) -> None:
+    with scripted_server(BusyServer()) as server:
+        server.script(QUALITY)
+        answers, failures = ask(server, tmp_path, poll_seconds=0.01, max_wait_seconds=20, deadline_seconds=0.1)
+        assert (len(answers), failures) == (2, {})
+        assert server.counts[CHAT] == 2
+
+
+def test_as_many_questions_are_asked_as_configured() -> None:
+    samples = [
+        Sample(
+            image=ObjectRef(key=f"{side}-{n}.png", sha256="0", size_bytes=1), side=side, kind=kind, seed=n,  # type: ignore[arg-type]
+            prompt="a photo of sks fish", class_prompt="a photo of a fish",
+        )
+        for side, kind in (("base", "subject"), ("tuned", "subject"), ("base", "class"))
+        for n in range(4)
+    ]  # fmt: skip
+    material = JudgeContext(
+        class_noun="fish",
+        references=[encode_png(draw_photo(n, size=64)) for n in range(3)],
+        samples=[sample for sample in samples if sample.kind == "subject"],
+        others=[sample for sample in samples if sample.kind == "class"],
+        read=lambda sample: encode_png(draw_photo(sample.seed, seed=ord(sample.side[0]), size=64)),
+    )
+    plain = {"num_repeats": 3, "num_repeated": 2, "num_controls": 1, "num_pairs": 1}
+
+    def count(kind: str, **changes: int) -> int:
+        questions = list_judge_requests(make_config(ScoringConfig, **{**plain, **changes}), material)
+        return sum(question.kind == kind for question in questions)
+
+    assert count("sample", num_repeats=5) - count("sample") == 2 * 2 * 3
+    assert count("sample", num_repeated=4) - count("sample") == 2 * 2 * 3
+    assert count("negative_control", num_controls=3) == 3 * count("negative_control") > 0
+    assert count("pair", num_pairs=3) == 3 * count("pair") > 0
+
+
+def compare(config: ScoringConfig) -> Any:
+    evaluation = Evaluation.model_construct(samples=(), published_step=1)
+    inputs = ScoringInputs(config, make_llm_config(), evaluation, SubjectSet.model_construct())
+    return compare_others(inputs, Grading([], {}, {}), (), runtime=SimpleNamespace())  # type: ignore[arg-type]
+
+
+def test_a_persons_labels_are_read_where_they_are_configured(tmp_path: Path) -> None:
+    config = make_config(ScoringConfig, labels=str(tmp_path / "missing.csv"))
+    with pytest.raises(ConfigError, match=r"missing\.csv"):
+        compare(config)
+    assert compare(make_config(ScoringConfig)) == ()

@@ -1,0 +1,79 @@
+"""Options of store, tracking and LLM roles: without its option a test here fails."""
+
+from pathlib import Path
+
+import pytest
+
+from tasks.services.config import StoreConfig, TrackingConfig
+from tasks.services.llm.budget.ledger import Ledger
+from tasks.services.llm.config import ROLES, CapabilityConfig, ProfileConfig
+from tasks.services.llm.service import LlmService
+from tasks.services.store.local import LocalStore
+from tasks.services.store.open import open_store
+from tasks.services.store.s3 import S3Store
+from tasks.services.tracking.base import NoTracker
+from tasks.services.tracking.mlflow_tracker import MlflowTracker
+from tasks.services.tracking.open import open_tracker
+from tests.support.config import make_config, make_llm_config
+from tests.support.llm import CHAT, GOOD, SPEC
+from tests.support.llm_server import scripted_server
+
+
+def test_objects_lie_where_the_store_is_configured(tmp_path: Path) -> None:
+    store = open_store(make_config(StoreConfig, kind="local", folder=str(tmp_path / "elsewhere")))
+    store.put_bytes("a/b", b"x")
+    assert (tmp_path / "elsewhere" / "a" / "b").read_bytes() == b"x"
+
+
+def test_keys_in_a_bucket_begin_with_the_configured_prefix(s3_config: StoreConfig) -> None:
+    store = open_store(s3_config.model_copy(update={"prefix": "team/one"}))
+    assert isinstance(store, S3Store)
+    store.put_bytes("a", b"x")
+    listed = store.client.list_objects_v2(Bucket=s3_config.bucket)["Contents"]
+    assert [item["Key"] for item in listed] == ["team/one/a"]
+    assert store.client.meta.endpoint_url == s3_config.endpoint_url
+
+
+def test_the_client_of_a_bucket_is_configured(s3_config: StoreConfig) -> None:
+    changes = {"region": "eu-west-3", "request_checksums": "when_required"}
+    store = S3Store(s3_config.model_copy(update=changes))
+    assert store.client.meta.region_name == "eu-west-3"
+    assert store.client.meta.config.request_checksum_calculation == "when_required"
+    assert not store.has_checksums
+
+
+def test_nothing_is_tracked_where_tracking_is_off(tmp_path: Path) -> None:
+    assert isinstance(open_tracker(make_config(TrackingConfig, kind="none"), folder=tmp_path), NoTracker)
+    assert isinstance(open_tracker(make_config(TrackingConfig, kind="mlflow"), folder=tmp_path), MlflowTracker)
+
+
+def test_runs_are_tracked_in_the_configured_database_and_experiment(tmp_path: Path) -> None:
+    config = make_config(TrackingConfig, uri=f"sqlite:///{tmp_path}/own.db", experiment="a study")
+    tracker = MlflowTracker(config, folder=tmp_path)
+    tracker.start(name="x", params={}, tags={})
+    assert (tmp_path / "own.db").is_file()
+    assert not (tmp_path / "mlflow.db").exists()
+    run = tracker.client.get_run(tracker.run_id)
+    assert tracker.client.get_experiment(run.info.experiment_id).name == "a study"
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_role_is_served_by_its_own_profile(tmp_path: Path, role: str) -> None:
+    able = CapabilityConfig(structure="json_schema")
+    with scripted_server() as general, scripted_server() as own:
+        general.script(GOOD)
+        own.script(GOOD)
+        profiles = {
+            name: ProfileConfig(base_url=server.url, model="asked-model", capabilities=able)
+            for name, server in (("general", general), ("own", own))
+        }
+        config = make_llm_config(models="general", profiles=profiles, **{role: "own"})
+        llm = LlmService(config, store=LocalStore(tmp_path / "store"), ledger=Ledger(tmp_path / "ledger.jsonl"))
+        llm.ask(SPEC, role=role)
+        assert (general.counts[CHAT], own.counts[CHAT]) == (0, 1)
+
+
+def test_roles_without_a_profile_of_their_own_are_served_by_the_general_one(tmp_path: Path) -> None:
+    profile = ProfileConfig(base_url="http://127.0.0.1:9/v1", model="m")
+    config = make_llm_config(models=("b", "a"), profiles={"a": profile, "b": profile})
+    assert [config.fallback_chain(role) for role in ROLES if role != "second_judge"] == [("b", "a")] * (len(ROLES) - 1)

@@ -42,7 +42,7 @@ bench: setup-dev  ## measure the main job's figures and print them
 	@$(BIN)/python -m tests.bench.main_job
 
 lock: setup-dev  ## resolve the dependencies anew
-	@$(BIN)/python -m pip install -q uv && PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python deployments/refresh_lock.py
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python deployments/refresh_lock.py
 
 clean:  ## remove the environment and all runs
 	@rm -rf .venv runs build

@@ -43,6 +43,25 @@ def parse_overrides(overrides: Iterable[str]) -> RunRequest:
         raise ConfigError(describe_invalid(error)) from error
 
 
+def override_request(base: RunRequest, words: Iterable[str]) -> RunRequest:
+    """Return a request with `key=value` words applied as if they were typed after it. Raises ConfigError."""
+    changes = parse_overrides(words)
+    fields = {**dict(base), **{name: getattr(changes, name) for name in changes.model_fields_set - {"settings"}}}
+    settings = {**base.settings, **changes.settings}
+    if "subject.source" not in changes.settings and "subject" in changes.model_fields_set:
+        # Another subject: its option names photos and noun, which the base's own would override.
+        fields |= {"source": None, "class_noun": None}
+        settings = {
+            name: value
+            for name, value in settings.items()
+            if name not in ("subject.source", "subject.class_noun") or name in changes.settings
+        }
+    for name, setting in (("source", "subject.source"), ("class_noun", "subject.class_noun")):
+        if setting in changes.settings:  # fields take precedence over settings
+            fields[name] = None
+    return RunRequest(**{**fields, "settings": settings})
+
+
 def parse_word(word: str) -> tuple[str, Any]:
     """Return key and plain value of one word. Raises ConfigError."""
     override = read_override(word)

@@ -1,6 +1,6 @@
 """Rewrite the three lock files from pyproject.toml (needs `uv`, a network and nothing else).
 
-`requirements.lock` is what runs, `requirements-dev.lock` what the tests and checks add, and
+`deployments/requirements.lock` is what runs, `requirements-dev.lock` what the tests and checks add, and
 `requirements-cuda.lock` the CUDA libraries that only the public Linux build of torch asks for.
 They are installed without dependency resolution, so together they have to be complete.
 """
@@ -13,6 +13,7 @@ import urllib.parse
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LOCKS = ROOT / "deployments"
 CUDA = re.compile(r"^(nvidia-|cuda-|triton==)")
 COMPILE = ["uv", "pip", "compile", "--universal", "--python-version", "3.11", "--generate-hashes"]
 HEADER = "# Written by deployments/refresh_lock.py; do not edit.\n"
@@ -31,7 +32,7 @@ def main() -> None:
         ("requirements-dev.lock", dev),
         ("requirements-cuda.lock", cuda),
     ):
-        (ROOT / name).write_text(HEADER + "".join(entries))
+        (LOCKS / name).write_text(HEADER + "".join(entries))
 
 
 def compile_lock(*options: str) -> list[str]:

@@ -62,14 +62,19 @@ def write_request(folder: Path, request: RunRequest, *, is_trusted: bool) -> Non
 
 def read_request(folder: Path) -> StoredRequest:
     """Return what a run was asked for. Raises ArtifactCorrupt for a damaged or missing file."""
+    return read_request_file(folder / REQUEST, hint="start the run again by hand")
+
+
+def read_request_file(path: Path, *, hint: str) -> StoredRequest:
+    """Return the request in a `request.json`. Raises ArtifactCorrupt, with a hint of what to do."""
     try:
-        data = (folder / REQUEST).read_bytes()
+        data = path.read_bytes()
     except OSError as error:
-        raise ArtifactCorrupt(f"{folder / REQUEST} can't be read: {error.strerror}") from error
+        raise ArtifactCorrupt(f"{path} can't be read: {error.strerror}") from error
     try:
         return load_signed(StoredRequest, data)
     except ArtifactCorrupt as error:
-        raise ArtifactCorrupt(f"{folder / REQUEST}: {error}; start the run again by hand") from error
+        raise ArtifactCorrupt(f"{path}: {error}; {hint}") from error
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from prefect import flow
 from prefect.runtime import deployment
 
 from conf.trust import allowed_roots, check_path
-from flows.cli.pending import PendingReport, list_pending
+from flows.cli.run.pending import PendingReport, list_pending
 from flows.personalize_subject import personalize_subject
 from flows.run_context import trust_of_run
 from flows.run_records import read_request, read_summary, relocate, write_summary

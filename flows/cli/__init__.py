@@ -1,1 +1,1 @@
-"""The `likeness` command, one file per group of commands."""
+"""The `likeness` command: one folder per panel of its help, whose `commands.py` registers itself."""

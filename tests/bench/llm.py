@@ -21,7 +21,7 @@ from PIL import Image
 
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
-from flows.cli.estimate import plan_requests
+from flows.cli.spending.estimate import plan_requests
 from tasks.encoders.config import EncoderConfig
 from tasks.encoders.embeddings import Encoders
 from tasks.errors import LikenessError

@@ -13,7 +13,7 @@ import pytest
 
 from conf.compose import compile_request, compute_config_digest
 from conf.overrides import parse_overrides
-from flows.cli.run import print_runs
+from flows.cli.results.runs import print_runs
 from flows.run_records import (
     head,
     list_summaries,

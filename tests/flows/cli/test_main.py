@@ -1,10 +1,13 @@
 """What the command line says to wrong input: one line, an exit code, nothing half done."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from flows.cli.app import PANELS, app, register_commands
+from flows.cli.main import main
 from tests.support.cli_sandbox import CliSandbox
 from tests.support.tiny import draw_photos
 
@@ -44,10 +47,72 @@ def test_wrong_input_gets_one_line(place: CliSandbox, words: list[str], code: in
     assert lines[0].startswith(message)
 
 
-def test_help_teaches(place: CliSandbox) -> None:
-    text = place.likeness("--help").stdout
-    for word in ("run", "report", "generate", "estimate", "runs", "sweep", "examples:", "subject.class_noun="):
-        assert word in text
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fly"], "UsageError: No such command 'fly'; see `likeness --help`"),
+        (["rnu"], "UsageError: No such command 'rnu'. Did you mean"),
+        (["--fly"], "UsageError: No such option: --fly; see `likeness --help`"),
+        (["run", "--fly"], "UsageError: No such option: --fly; see `likeness run --help`"),
+        (["generate"], "UsageError: Missing argument 'RUN'; see `likeness generate --help`"),
+        (["generate", "latest", "x", "--steps", "0"], "UsageError: Invalid value for '--steps'"),
+        (["jobs", "dance"], "UsageError: Invalid value for 'ACTION': 'dance' is not one of 'list'"),
+        (["fly\x1b[31m\nSecond line"], "UsageError: No such command 'fly"),
+    ],
+)
+def test_usage_errors_get_one_line(capfd: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    assert main(words) == 2
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(message)
+    assert shown.err.count("\n") == 1
+    assert "\x1b" not in shown.err
+
+
+def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flows.cli.results.runs.find_run", interrupt)
+    assert main(["report"]) == 130
+    assert capfd.readouterr().err == "stopped; run the same command again to resume\n"
+
+
+def test_help_has_panels_examples_and_config_groups(place: CliSandbox) -> None:
+    done = place.likeness("--help")
+    for title in (*(f"{panel}:" for panel in PANELS), "Examples:", "Config groups (group=option):"):
+        assert title in done.stdout.splitlines()
+    for word in ("run", "report", "generate", "estimate", "runs", "sweep", "pending", "gc", "subject.class_noun="):
+        assert word in done.stdout
+    assert "\x1b" not in done.stdout
+    assert place.likeness().stdout == done.stdout
+
+
+def test_help_lists_an_option_whose_file_was_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--help"]) == 0
+    assert "store             local | s3\n" in capfd.readouterr().out
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "ours.yaml").write_text("# @package _global_\n")
+    monkeypatch.setenv("LIKENESS_CONF", str(tmp_path))
+    for words in (["--help"], ["run", "--help"]):
+        assert main(words) == 0
+        assert "store             local | ours | s3\n" in capfd.readouterr().out
+
+
+def test_every_command_is_in_a_panel(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capfd.readouterr().out
+    register_commands()
+    assert len(app.registered_commands) == 12
+    for command in app.registered_commands:
+        assert re.search(rf"^  {command.name} ", text, re.MULTILINE)
+
+
+def test_the_version_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"likeness \d+\.\d+\.\d+\S*\n", capfd.readouterr().out)
 
 
 def test_commands_on_no_runs_say_so(place: CliSandbox) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
-from flows.cli.cost import sum_costs
-from flows.cli.estimate import print_estimates
+from flows.cli.spending.cost import sum_costs
+from flows.cli.spending.estimate import print_estimates
 from tasks.mini.vision_server.launch import LocalServer
 from tasks.services.llm.budget.cost_estimate import estimate_calls
 from tasks.services.llm.budget.ledger import Ledger

@@ -1,4 +1,4 @@
-"""What a person at a terminal sees of a run: early checks, progress, the closing lines."""
+"""Flows started from the command line: early checks, the embedded Prefect server, progress, exit codes."""
 
 import contextlib
 import importlib
@@ -10,45 +10,45 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from conf.compose import compile_request
-from conf.overrides import parse_overrides
 from conf.request import RunRequest
 from conf.schema import RunConfig
 from conf.trust import allowed_roots
-from flows.cli.prefect_server import EmbeddedServer, needs_server
-from tasks.metrics import METRICS
+from flows.cli.results.runs import print_summary
+from flows.cli.run.prefect_server import EmbeddedServer, needs_server
+from flows.run_records import StoredRequest, read_request, relocate
 from tasks.redaction import clean_text
 from tasks.stage.progress import ProgressView, make_progress
 
 
-def run_in_terminal(settings: list[str]) -> int:
+def run_in_terminal(stored: StoredRequest) -> int:
     """Run the main job and print where its results are."""
-    request = parse_overrides(settings)
-    with ready_for_flows(request) as (config, progress, server):
+    request = stored.request
+    with ready_for_flows(request, is_trusted=stored.is_trusted) as (config, progress, server):
         from flows.personalize_subject import personalize_subject
-        from flows.run_context import progress_of_run
+        from flows.run_context import progress_of_run, trust_of_run
 
-        token = progress_of_run.set(progress)
+        tokens = progress_of_run.set(progress), trust_of_run.set(stored.is_trusted)
         started = time.monotonic()
         try:
             summary = personalize_subject(request)
         finally:
-            progress_of_run.reset(token)
+            progress_of_run.reset(tokens[0])
+            trust_of_run.reset(tokens[1])
             progress.close()
     work = sum(stage["seconds"] for stage in summary["stages"].values())
     print_summary(summary, config)
-    waited = f", {server.wait_seconds:.1f} s of it for the embedded Prefect server" if server else ""
+    waited = f", {server.wait_seconds:.1f} s of it waiting for the embedded Prefect server" if server else ""
     outside = time.monotonic() - started - summary["wall_seconds"] + (server.wait_seconds if server else 0.0)
-    print(f"stages {work:.1f} s (some side by side), overhead {summary['overhead_seconds'] + outside:.1f} s{waited}")
+    overhead = summary["overhead_seconds"] + outside
+    print(f"stages {work:.1f} s (partly in parallel), overhead {overhead:.1f} s{waited}")
     return 0
 
 
 def finish_pending(output: Path) -> int:
-    """Resume pending runs and say how each of them stands; 0: all done, 11: some still wait, 1: some failed."""
-    from flows.cli.pending import find_readable, list_pending
-    from flows.run_records import read_request, relocate
+    """Resume pending runs and print the status of each; 0: all done, 11: some still wait, 1: some failed."""
+    from flows.cli.run.pending import find_readable, list_pending
 
     waiting = list_pending(output)
     if not waiting:
@@ -70,10 +70,10 @@ def finish_pending(output: Path) -> int:
     for summary in report.finished:
         print_summary(summary, config)
     for name in report.waiting:
-        print(f"{name}: still waits; `likeness jobs` lists batch jobs")
+        print(f"{name}: still suspended; `likeness jobs` lists batch jobs")
     for line in report.failed:
         print(f"failed: {line}", file=sys.stderr)
-    print(f"{len(report.finished)} of {len(waiting)} waiting runs finished")
+    print(f"{len(report.finished)} of {len(waiting)} pending runs finished")
     return report.exit_code
 
 
@@ -81,7 +81,7 @@ def finish_pending(output: Path) -> int:
 def ready_for_flows(
     request: RunRequest, *, is_trusted: bool = True
 ) -> Iterator[tuple[RunConfig, ProgressView, EmbeddedServer | None]]:
-    """Check what can be checked at once while the embedded Prefect server starts."""
+    """Run the early checks while the embedded Prefect server starts."""
     config = compile_request(request, roots=None if is_trusted else allowed_roots())
     # At once: the next words come after seconds of imports.
     print(describe_start(config), flush=True)
@@ -102,7 +102,7 @@ def ready_for_flows(
 
 
 def describe_start(config: RunConfig) -> str:
-    """Return what is about to be done, in one line."""
+    """Return the first line of a run: subject, model, training, LLM profiles."""
     photos = "the demo photos" if config.subject.source == "demo" else clean_text(config.subject.source)
     llm = ", ".join(config.llm.used_profiles())
     return (
@@ -113,7 +113,7 @@ def describe_start(config: RunConfig) -> str:
 
 
 def raise_interrupt(signum: int, frame: FrameType | None) -> None:
-    """Let a polite request to end take the same way as Ctrl-C: state is saved, children end."""
+    """Handle SIGTERM as Ctrl-C: state is saved, child processes end."""
     raise KeyboardInterrupt
 
 
@@ -135,7 +135,7 @@ def check_early(config: RunConfig) -> None:
 
 
 def prepare_environment(*, is_embedded: bool) -> None:
-    """Keep libraries quiet, off the network and off proxies for loopback; what is set still wins."""
+    """Set quiet defaults for libraries and bypass proxies for loopback; variables that are set win."""
     defaults = {
         "PREFECT_LOGGING_LEVEL": "CRITICAL",  # errors are printed once, by us
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -150,80 +150,6 @@ def prepare_environment(*, is_embedded: bool) -> None:
         hosts = [host for host in os.environ.get(name, "").split(",") if host]
         os.environ[name] = ",".join(dict.fromkeys([*hosts, "127.0.0.1", "localhost"]))
     logging.getLogger("httpx").setLevel(logging.WARNING)
-
-
-def print_summary(summary: dict[str, Any], config: RunConfig) -> None:
-    """Print headline figures and where everything is."""
-    metrics, scores = summary["metrics"], summary["scores"]
-    print(f"\n{'':16}{'base':>8}{'tuned':>8}{'photos':>8}")
-    for key, metric in METRICS.items():
-        cells = [metrics[side].get(key) for side in ("base", "tuned", "ceiling")]
-        if cells[0] is None:
-            continue
-        print(f"{metric.name:16}" + "".join(f"{cell:8.3f}" if cell is not None else f"{'':8}" for cell in cells))
-    axes = (("concept_preservation", "subject"), ("prompt_following", "prompt"), ("image_quality", "drawing"))
-    for key, name in ((key, f"judge: {axis}") for key, axis in axes):
-        cells = [scores.get(side, {}).get(key) for side in ("base", "tuned")]
-        print(f"{name:16}" + "".join(f"{cell:8.2f}" if cell is not None else f"{'–':>8}" for cell in cells))
-    if not summary["judge"]["is_reliable"]:
-        print(f"judge's grades are not reliable: {summary['judge']['reason']}")
-    mlflow = Path(sys.executable).parent / "mlflow"
-    print(f"\nreport    {shorten(summary['paths']['report'])}")
-    print(f"model     {shorten(summary['paths']['model'])}")
-    if config.tracking.kind == "mlflow":
-        uri = config.tracking.uri or f"sqlite:///{shorten(str(Path(config.output_dir).absolute() / 'mlflow.db'))}"
-        print(f"tracking  {shorten(str(mlflow))} ui --backend-store-uri '{uri}'")
-    cost = summary["cost_usd"]
-    print(
-        f"run       {summary['run_id']}: {summary['wall_seconds']:.1f} s, {summary['llm_calls']} LLM calls, "
-        f"{summary['training_steps']} training steps, {'unknown cost' if cost is None else f'{cost:.4f} USD'}"
-    )
-    noun, token = summary["subject"]["class_noun"], summary["subject"]["identifier_token"]
-    print(f'try       likeness generate latest "a photo of {token} {noun} in the snow"')
-
-
-def shorten(path: str) -> str:
-    """Return a path relative to the working directory where it lies below it."""
-    if "://" in path:
-        return path
-    absolute = Path(path).absolute()
-    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else path
-
-
-def print_runs(summaries: list[dict[str, Any]], *, folder: Path) -> None:
-    """Print a table of runs."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from flows.run_records import suggest_next
-
-    if not summaries:
-        print(f"no runs in {folder}; `likeness run` makes one")
-        return
-    table = Table(box=None, header_style="bold")
-    for name in ("run", "status", "seconds", "LLM calls", "steps", "DINO", "CLIP-I", "CLIP-T", "judge"):
-        table.add_column(name, justify="left" if name in ("run", "status") else "right")
-    unfinished = [s for s in summaries if s["status"] not in ("finished", "continued")]
-    for summary in summaries:
-        tuned = summary.get("metrics", {}).get("tuned", {})
-        judge = summary.get("scores", {}).get("tuned", {}).get("concept_preservation")
-        table.add_row(
-            summary["run_id"],
-            summary["status"],
-            f"{summary['wall_seconds']:.1f}" if "wall_seconds" in summary else "",
-            str(summary.get("llm_calls", "")),
-            str(summary.get("training_steps", "")),
-            *(f"{tuned[key]:.3f}" if key in tuned else "" for key in ("dino", "clip_i", "clip_t")),
-            f"{judge:.2f}" if judge is not None else "",
-        )
-    Console(width=160).print(table)
-    if unfinished:
-        print("\nnot finished, and what to type next:")
-    for summary in unfinished:
-        words = suggest_next(summary, folder / summary["run_id"]) or "(at work)"
-        print(f"  {summary['run_id']}  {summary['status']}: {words}")
-        if "error" in summary:
-            print(f"      {summary['error'].get('kind')}: {summary['error'].get('message')}")
 
 
 def sweep_in_terminal(settings: list[str], *, num_trials: int, study: str) -> int:

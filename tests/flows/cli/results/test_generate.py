@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli.generate import fetch_weights
+from flows.cli.results.generate import fetch_weights
 from tasks.diffusion.hub import MINI_FOLDER
 from tasks.errors import ConfigError
 from tasks.manifests.base import ModelRef
@@ -46,7 +46,7 @@ def test_kept_weights_are_fetched_and_others_named(tmp_path: Path, store: LocalS
 DRAW = """
 import contextlib, hashlib, json, sys
 from pathlib import Path
-from flows.cli.generate import fast_imports
+from flows.cli.results.generate import fast_imports
 from tasks.diffusion.types import SamplingRequest
 from tasks.diffusion.registry import open_model
 from tasks.diffusion.config import DiffusionConfig
@@ -93,7 +93,7 @@ def test_what_adapters_and_beta_sigmas_need_can_be_imported(
     code = f"""
 import importlib.util
 from pathlib import Path
-from flows.cli.generate import fast_imports
+from flows.cli.results.generate import fast_imports
 with fast_imports(Path({str(tmp_path)!r})):
     print([name for name in ("peft", "scipy") if importlib.util.find_spec(name)])
 """

@@ -10,9 +10,9 @@ import pytest
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from conf.request import RunRequest
-from flows.cli.cost import find_same, read_ledger
-from flows.cli.jobs import find_jobs, run_jobs_command
-from flows.cli.pending import PendingReport, list_pending
+from flows.cli.run.pending import PendingReport, list_pending
+from flows.cli.spending.cost import find_same, read_ledger
+from flows.cli.spending.jobs import find_jobs, run_jobs_command
 from flows.run_records import head, write_request, write_summary
 from tasks.errors import ConfigError, StillPending
 from tasks.services.llm.batch.jobs import BatchOptions, ask_batch

@@ -10,7 +10,7 @@ import pytest
 
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
-from flows.cli.gc import collect_garbage, print_garbage
+from flows.cli.maintenance.gc import collect_garbage, print_garbage
 from flows.run_records import head, read_summary, write_end, write_request, write_stages, write_start, write_summary
 from tasks.errors import ConfigError, StillPending
 from tasks.manifests.base import Manifest

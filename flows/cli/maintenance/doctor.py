@@ -6,7 +6,7 @@ from pathlib import Path
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from flows.cli.console import make_cell
-from flows.cli.estimate import with_defaults
+from flows.cli.spending.estimate import with_defaults
 
 
 def print_examination(words: Iterable[str]) -> int:

@@ -1,0 +1,93 @@
+"""`likeness runs`, `report`, `generate` and `review`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.app import RESULTS, app
+from flows.cli.arguments import MOST_INTEGER, OUTPUT, OutputDir, RunName
+from tasks.errors import ConfigError
+
+
+@app.command("runs", rich_help_panel=RESULTS)
+def runs(
+    as_json: Annotated[bool, typer.Option("--json", help="Print every run's summary.json as one list.")] = False,
+    output_dir: OutputDir = OUTPUT,
+) -> int:
+    """List runs, newest first."""
+    from flows.cli.results.runs import print_runs
+    from flows.run_records import list_summaries
+
+    summaries = list_summaries(output_dir)
+    if as_json:
+        print(json.dumps(summaries, indent=1))
+    else:
+        print_runs(summaries, folder=output_dir)
+    return 0
+
+
+@app.command("report", rich_help_panel=RESULTS)
+def report(
+    run: RunName = "latest",
+    is_opened: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    output_dir: OutputDir = OUTPUT,
+) -> int:
+    """Print the path of a run's report."""
+    from flows.cli.results.runs import find_run
+
+    folder = find_run(output_dir, run)
+    path = folder / "report.html"
+    if not path.exists():
+        raise ConfigError(f"run {folder.name} has no report; it did not finish")
+    print(path)
+    if is_opened:
+        import webbrowser
+
+        webbrowser.open(path.absolute().as_uri())
+    return 0
+
+
+@app.command("generate", rich_help_panel=RESULTS)
+def generate(
+    run: RunName,
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help='For example "a photo of sks fish in the snow".', show_default=False)
+    ],
+    seed: Annotated[int | None, typer.Option(min=0, max=MOST_INTEGER, help="Random unless given.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="PNG", help="Output file; default: in the run's folder.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps; default: evaluation's.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=1, max=30, help="Default: evaluation's.")] = None,
+    candidate: Annotated[
+        int | None, typer.Option(min=0, max=MOST_INTEGER, metavar="STEP", help="Use the weights retained of this step.")
+    ] = None,
+    output_dir: OutputDir = OUTPUT,
+) -> int:
+    """Generate one image with a run's tuned model."""
+    from flows.cli.results.generate import generate as generate_image
+    from flows.cli.results.runs import find_run
+
+    path, used_seed = generate_image(
+        find_run(output_dir, run),
+        prompt,
+        seed=seed,
+        out=out,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        candidate=candidate,
+    )
+    print(f"{path}  seed {used_seed}")
+    return 0
+
+
+@app.command("review", rich_help_panel=RESULTS)
+def review(run: RunName = "latest", output_dir: OutputDir = OUTPUT) -> int:
+    """Review and edit a run's captions in a chat with an LLM."""
+    from flows.cli.results.review import review as review_captions
+    from flows.cli.results.runs import find_run
+
+    path = review_captions(find_run(output_dir, run))
+    if path is not None:
+        print(f"captions: {path}\nto train with them, run again with subject.captions={path}")
+    return 0

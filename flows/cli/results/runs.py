@@ -1,0 +1,101 @@
+"""Tables and closing lines of runs."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.errors import ConfigError
+from tasks.metrics import METRICS
+
+if TYPE_CHECKING:
+    from conf.schema import RunConfig
+
+
+def print_runs(summaries: list[dict[str, Any]], *, folder: Path) -> None:
+    """Print a table of runs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flows.run_records import suggest_next
+
+    if not summaries:
+        print(f"no runs in {folder}; `likeness run` makes one")
+        return
+    table = Table(box=None, header_style="bold")
+    for name in ("run", "status", "seconds", "LLM calls", "steps", "DINO", "CLIP-I", "CLIP-T", "judge"):
+        table.add_column(name, justify="left" if name in ("run", "status") else "right")
+    unfinished = [s for s in summaries if s["status"] not in ("finished", "continued")]
+    for summary in summaries:
+        tuned = summary.get("metrics", {}).get("tuned", {})
+        judge = summary.get("scores", {}).get("tuned", {}).get("concept_preservation")
+        table.add_row(
+            summary["run_id"],
+            summary["status"],
+            f"{summary['wall_seconds']:.1f}" if "wall_seconds" in summary else "",
+            str(summary.get("llm_calls", "")),
+            str(summary.get("training_steps", "")),
+            *(f"{tuned[key]:.3f}" if key in tuned else "" for key in ("dino", "clip_i", "clip_t")),
+            f"{judge:.2f}" if judge is not None else "",
+        )
+    Console(width=160).print(table)
+    if unfinished:
+        print("\nnot finished, and what to type next:")
+    for summary in unfinished:
+        words = suggest_next(summary, folder / summary["run_id"]) or "(at work)"
+        print(f"  {summary['run_id']}  {summary['status']}: {words}")
+        if "error" in summary:
+            print(f"      {summary['error'].get('kind')}: {summary['error'].get('message')}")
+
+
+def print_summary(summary: dict[str, Any], config: "RunConfig") -> None:
+    """Print headline figures and where everything is."""
+    metrics, scores = summary["metrics"], summary["scores"]
+    print(f"\n{'':16}{'base':>8}{'tuned':>8}{'photos':>8}")
+    for key, metric in METRICS.items():
+        cells = [metrics[side].get(key) for side in ("base", "tuned", "ceiling")]
+        if cells[0] is None:
+            continue
+        print(f"{metric.name:16}" + "".join(f"{cell:8.3f}" if cell is not None else f"{'':8}" for cell in cells))
+    axes = (("concept_preservation", "subject"), ("prompt_following", "prompt"), ("image_quality", "drawing"))
+    for key, name in ((key, f"judge: {axis}") for key, axis in axes):
+        cells = [scores.get(side, {}).get(key) for side in ("base", "tuned")]
+        print(f"{name:16}" + "".join(f"{cell:8.2f}" if cell is not None else f"{'–':>8}" for cell in cells))
+    if not summary["judge"]["is_reliable"]:
+        print(f"judge's grades are not reliable: {summary['judge']['reason']}")
+    mlflow = Path(sys.executable).parent / "mlflow"
+    print(f"\nreport    {shorten(summary['paths']['report'])}")
+    print(f"model     {shorten(summary['paths']['model'])}")
+    if config.tracking.kind == "mlflow":
+        uri = config.tracking.uri or f"sqlite:///{shorten(str(Path(config.output_dir).absolute() / 'mlflow.db'))}"
+        print(f"tracking  {shorten(str(mlflow))} ui --backend-store-uri '{uri}'")
+    cost = summary["cost_usd"]
+    print(
+        f"run       {summary['run_id']}: {summary['wall_seconds']:.1f} s, {summary['llm_calls']} LLM calls, "
+        f"{summary['training_steps']} training steps, {'unknown cost' if cost is None else f'{cost:.4f} USD'}"
+    )
+    noun, token = summary["subject"]["class_noun"], summary["subject"]["identifier_token"]
+    print(f'try       likeness generate latest "a photo of {token} {noun} in the snow"')
+
+
+def shorten(path: str) -> str:
+    """Return a path relative to the working directory where it lies below it."""
+    if "://" in path:
+        return path
+    absolute = Path(path).absolute()
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else path
+
+
+def find_run(output: Path, name: str) -> Path:
+    """Return a run's folder. Raises ConfigError where there is none."""
+    from flows.run_records import list_run_folders
+
+    folders = list_run_folders(output)
+    finished = [folder for folder in folders if (folder / "report.html").exists()]
+    if name == "latest" and finished:
+        return finished[-1]
+    path = Path(name).absolute()  # a shell completes names to paths
+    matches = [folder for folder in folders if folder.absolute() == path]
+    matches = matches or [folder for folder in folders if folder.name == name or folder.name.endswith(f"-{name}")]
+    if len(matches) == 1:
+        return matches[0]
+    raise ConfigError(f"no run {name!r} in {output}; `likeness runs` lists them")

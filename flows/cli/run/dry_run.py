@@ -1,0 +1,52 @@
+"""`likeness run --dry-run`: the resolved configuration as YAML, differences from the defaults first."""
+
+from typing import Any
+
+import yaml
+
+from conf.compose import compile_request, compute_config_digest
+from conf.request import RunRequest
+from conf.schema import RunConfig
+from conf.trust import allowed_roots
+from flows.run_context import flatten
+from flows.run_records import StoredRequest
+from tasks.redaction import MASK, SECRET_NAME, clean_text, redact
+
+MOST_CHARACTERS = 200
+# Words of prompts, which the pattern of secrets' names takes for tokens of access.
+PUBLIC = ("identifier_token", "initializer_token")
+
+
+def print_configuration(stored: StoredRequest) -> None:
+    """Print what a request resolves to; its differences from the defaults are comments, so that all is YAML."""
+    config = compile_request(stored.request, roots=None if stored.is_trusted else allowed_roots())
+    changes = list_changes(config, compile_request(RunRequest()))
+    print(f"# configuration {compute_config_digest(config)}, {len(changes)} values differ from the defaults")
+    for name, value, default in changes:
+        print(f"#   {name}: {value}{'' if default is None else f'  (default {default})'}")
+    print(yaml.safe_dump(mask(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=120), end="")
+
+
+def list_changes(config: RunConfig, default: RunConfig) -> list[tuple[str, str, str | None]]:
+    """Return name, value and default of each value that differs; None where the defaults have no such name."""
+    plain, defaults = mask(config.model_dump(mode="json")), mask(default.model_dump(mode="json"))
+    known = dict(flatten(defaults))
+    rows = [(name, value, known.get(name)) for name, value in flatten(plain) if known.get(name) != value]
+    return [(name, show(value), None if old is None else show(old)) for name, value, old in rows]
+
+
+def show(value: str) -> str:
+    """Return a value on one line of bounded length."""
+    text = clean_text(value.replace("\n", " ")) or '""'
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
+
+
+def mask(value: Any, name: str = "") -> Any:
+    """Return plain data without what could be a secret."""
+    if isinstance(value, dict):
+        return {key: mask(child, str(key)) for key, child in value.items()}
+    if isinstance(value, list):
+        return [mask(item, name) for item in value]
+    if isinstance(value, str):
+        return MASK if SECRET_NAME.search(name) and name not in PUBLIC else redact(value)
+    return value

@@ -1,0 +1,29 @@
+"""The request of `likeness run`: from its words, or from a `request.json`."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from conf.overrides import override_request, parse_overrides
+from flows.run_records import REQUEST, StoredRequest, read_request_file, relocate
+from tasks.errors import ArtifactCorrupt, ConfigError
+
+
+def load_request(words: Iterable[str], file: Path | None = None) -> StoredRequest:
+    """Return the request of the words, or that of a file (or run folder) with the words applied to it.
+
+    A request that came through a deployment keeps its restrictions: repeating it does not lift them.
+
+    Raises:
+        ConfigError: the file is missing, damaged or not a request, or a word is wrong.
+
+    """
+    if file is None:
+        return StoredRequest(request=parse_overrides(words), is_trusted=True)
+    path = file / REQUEST if file.is_dir() else file
+    try:
+        stored = read_request_file(path, hint=f"--request takes the {REQUEST} of a run's folder")
+    except ArtifactCorrupt as error:
+        raise ConfigError(str(error)) from error
+    is_run_folder = (path.parent / "config.json").is_file()
+    request = relocate(stored.request, path.parent.absolute()) if is_run_folder else stored.request
+    return StoredRequest(request=override_request(request, words), is_trusted=stored.is_trusted)

@@ -1,0 +1,1 @@
+"""Commands about cost and batch jobs."""

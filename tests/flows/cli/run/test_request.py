@@ -1,0 +1,100 @@
+"""`likeness run --request`: the same configuration again, with changes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from conf.compose import compile_request, compute_config_digest
+from conf.overrides import parse_overrides
+from conf.request import RunRequest
+from flows.cli.main import main
+from flows.cli.run.request import load_request
+from flows.run_context import make_run_folder
+from tasks.errors import ConfigError
+
+WORDS = [
+    "experiment=smoke", "training.learning_rate=3e-5", "prior.class_prompt=a photo of {article} {class_noun}, a&b",
+    "evaluation.prompts=['a photo of {subject}, crème brûlée']", "store.folder=~/objects", "seed=7",
+]  # fmt: skip
+
+
+def make_run(output: Path, request: RunRequest, *, is_trusted: bool = True) -> Path:
+    return make_run_folder(output, compile_request(request), request, is_trusted=is_trusted)
+
+
+def digest_of(request: RunRequest) -> str:
+    return compute_config_digest(compile_request(request))
+
+
+def test_a_repeated_request_has_the_original_configuration_digest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = parse_overrides([*WORDS, f"output_dir={tmp_path}"])
+    folder = make_run(tmp_path, original)
+    for named in (folder / "request.json", folder):
+        stored = load_request([], named)
+        assert stored.request == original
+        assert digest_of(stored.request) == digest_of(original)
+    assert main(["run", "--request", str(folder / "request.json"), "--dry-run"]) == 0
+    assert digest_of(original) in capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_run_folder_that_was_moved_is_repeated_where_it_is_now(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", parse_overrides([f"output_dir={tmp_path / 'a'}"]))
+    shutil.move(folder, tmp_path / "b" / folder.name)
+    config = compile_request(load_request([], tmp_path / "b" / folder.name).request)
+    assert config.output_dir == str(tmp_path / "b")
+
+
+def test_words_override_a_request(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, parse_overrides([*WORDS, f"output_dir={tmp_path}"]))
+    changed = load_request(["seed=8", "experiment=none", "training.max_train_steps=9"], folder).request
+    same = parse_overrides(
+        [*WORDS, f"output_dir={tmp_path}", "seed=8", "experiment=none", "training.max_train_steps=9"]
+    )
+    assert digest_of(changed) == digest_of(same)
+
+
+def test_words_override_the_fields_of_a_form(tmp_path: Path) -> None:
+    form = RunRequest(subject="folder", source="photos", class_noun="mug", settings={"output_dir": str(tmp_path)})
+    folder = make_run(tmp_path, form)
+    config = compile_request(load_request(["subject.source=others", "subject.class_noun=fish"], folder).request)
+    assert (config.subject.source, config.subject.class_noun) == ("others", "fish")
+    config = compile_request(load_request(["subject=demo"], folder).request)
+    assert (config.subject.source, config.subject.class_noun) == ("demo", "fish")
+
+
+def test_a_request_of_a_deployment_keeps_its_restrictions(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, parse_overrides([f"output_dir={tmp_path}"]), is_trusted=False)
+    assert not load_request([], folder).is_trusted
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "can't be read"),
+        (b"", "not JSON"),
+        (b"\xff\x00\x9b", "not JSON"),
+        (b'{"run_id": "x"}', "content_sha256"),
+        (b"[" * 100_000, "request.json"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, message: str
+) -> None:
+    file = tmp_path / "some.json"
+    if content is not None:
+        file.write_bytes(content)
+    assert main(["run", "--request", str(file)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"ConfigError: {file}")
+    assert message in shown
+    assert shown.count("\n") == 1
+
+
+def test_a_request_that_was_changed_is_refused(tmp_path: Path) -> None:
+    file = make_run(tmp_path, parse_overrides([f"output_dir={tmp_path}", "seed=7"])) / "request.json"
+    file.write_text(file.read_text().replace('"seed": 7', '"seed": 8'))
+    with pytest.raises(ConfigError, match=r"--request takes the request\.json of a run's folder"):
+        load_request([], file)

@@ -13,16 +13,19 @@ from prefect.artifacts import (
 from prefect.context import FlowRunContext
 
 from tasks.manifests.publishing import Publication
+from tasks.manifests.run_summary import RunSummary
 from tasks.stage.cache import read_verified
 from tasks.stage.context import Runtime
 
 
-def show_artifacts(summary: dict[str, Any], publication: Publication, runtime: Runtime) -> None:
+def show_artifacts(summary: RunSummary, publication: Publication, runtime: Runtime) -> None:
     """Create the run's artifacts; nothing happens outside a flow run."""
     if FlowRunContext.get() is None:
         return
-    noun = str(summary["subject"]["class_noun"]).replace(" ", "-").lower()
-    report = Path(str(summary["paths"]["report"]))
+    assert summary.subject is not None
+    assert summary.paths is not None
+    noun, paths = summary.subject.class_noun.replace(" ", "-").lower(), summary.paths
+    report = Path(paths.report)
     create_link_artifact(
         link=report.absolute().as_uri(), link_text="report", key=f"report-{noun}", description="The run's report"
     )
@@ -32,25 +35,23 @@ def show_artifacts(summary: dict[str, Any], publication: Publication, runtime: R
     create_image_artifact(
         image_url=f"data:image/png;base64,{grid}", key=f"samples-{noun}", description="Above base, below tuned"
     )
-    create_markdown_artifact(
-        markdown=f"Run `{summary['run_id']}`\n\nModel: `{summary['paths']['model']}`", key=f"run-{noun}"
-    )
+    create_markdown_artifact(markdown=f"Run `{summary.run_id}`\n\nModel: `{paths.model}`", key=f"run-{noun}")
 
 
-def metric_table(summary: dict[str, Any]) -> list[dict[str, Any]]:
+def metric_table(summary: RunSummary) -> list[dict[str, Any]]:
     """Return one row per metric and score."""
     rows = []
-    for group in ("metrics", "scores"):
-        names = dict.fromkeys(name for side in summary[group].values() for name in side)
-        for name in names:
-            sides = {side: values.get(name) for side, values in summary[group].items()}
+    scores = {side: dict(score) for side, score in summary.scores.items()}
+    for group in (summary.metrics, scores):
+        for name in dict.fromkeys(name for side in group.values() for name in side):
+            sides = {side: values.get(name) for side, values in group.items()}
             rows.append({"measure": name, **{k: round(v, 4) if v is not None else "" for k, v in sides.items()}})
     return rows
 
 
-def stage_table(summary: dict[str, Any]) -> list[dict[str, Any]]:
+def stage_table(summary: RunSummary) -> list[dict[str, Any]]:
     """Return one row per stage."""
     return [
-        {"stage": name, "cached": stage["cached"], "seconds": stage["seconds"], "key": stage["key"][:12]}
-        for name, stage in summary["stages"].items()
+        {"stage": name, "cached": stage.cached, "seconds": stage.seconds, "key": stage.key[:12]}
+        for name, stage in summary.stages.items()
     ]

@@ -1,7 +1,5 @@
 """The main job: a few photos of one subject in, a tuned, scored, published model out."""
 
-from typing import Any
-
 from prefect import flow
 from prefect.runtime import deployment
 
@@ -10,6 +8,7 @@ from flows.artifacts import show_artifacts
 from flows.run_context import open_run
 from tasks.evaluation.steps import EvaluationInputs, evaluate
 from tasks.manifests.run import RunManifests
+from tasks.manifests.run_summary import RunSummary
 from tasks.prior.steps import PriorInputs, generate_class_images
 from tasks.publishing.steps import PublishingInputs, publish
 from tasks.scoring.steps import ScoringInputs, score_samples
@@ -20,7 +19,7 @@ from tasks.training.steps import fine_tune
 
 
 @flow(name="personalize-subject", persist_result=False)
-def personalize_subject(request: RunRequest = RunRequest()) -> dict[str, Any]:  # noqa: B008 - frozen
+def personalize_subject(request: RunRequest = RunRequest()) -> RunSummary:  # noqa: B008 - frozen
     """Turn a few photos of one subject into a tuned, scored, published model.
 
     Every stage is looked up by its content first; what is cached is not computed again.

@@ -16,7 +16,6 @@ from conf.compose import compile_request, compute_config_digest
 from conf.request import RunRequest
 from conf.schema import RunConfig
 from flows.run_records import (
-    head,
     relate,
     resolve_paths,
     stamp,
@@ -32,10 +31,19 @@ from tasks.manifests.base import ModelRef
 from tasks.manifests.evaluation import Evaluation
 from tasks.manifests.publishing import Publication
 from tasks.manifests.run import RunManifests
+from tasks.manifests.run_summary import (
+    SUMMARY_VERSION,
+    JudgeSummary,
+    RegisteredModel,
+    RunPaths,
+    RunSummary,
+    StageSummary,
+    SubjectNames,
+)
 from tasks.manifests.scoring import Scorecard
 from tasks.redaction import MASK, SECRET_NAME, install_log_redaction, redact
 from tasks.stage.cache import PREFIXES, read_verified
-from tasks.stage.context import Runtime
+from tasks.stage.context import Runtime, StageRecord
 from tasks.stage.files import explain_full_disk, write_atomic
 from tasks.stage.progress import ProgressView, make_progress
 
@@ -64,53 +72,48 @@ class Run:
         """Return the configuration as dotted names and values, as it is shown to others."""
         return tuple(show_config(self.config))
 
-    def summarize(self, manifests: RunManifests, publication: Publication) -> dict[str, Any]:
-        """Write `summary.json` (described in flows/README.md) and return it."""
-        subject, evaluation, scores = manifests.subject, manifests.evaluation, manifests.scoring
-        runtime = self.runtime
+    def summarize(self, manifests: RunManifests, publication: Publication) -> RunSummary:
+        """Write `summary.json` and return it, with absolute paths."""
+        subject, scores, runtime = manifests.subject, manifests.scoring, self.runtime
         report = self.folder / "report.html"
         write_atomic(report, read_verified(runtime.store, publication.report))
-
-        def describe(key: str) -> str:
-            return relate(runtime.store.describe(key), self.folder)
-
-        stages = {
-            name: {
-                "key": record.key,
-                "cached": record.is_cached,
-                "seconds": record.seconds,
-                "counts": record.counts,
-                "cost_usd": record.cost_usd,
-            }
-            for name, record in ((name, runtime.records[name]) for name in PREFIXES)
-        }
-        summary = {
-            **head(self.run_id, "finished"),
-            "config_digest": compute_config_digest(self.config),
-            "started_at": stamp(time.time() - self.elapsed()),
-            "wall_seconds": round(self.elapsed(), 3),
-            "overhead_seconds": round(runtime.measure_overhead(self.started), 3),
-            "llm_calls": runtime.llm.ledger.count_calls(),
-            "training_steps": runtime.num_training_steps,
-            "cost_usd": runtime.llm.ledger.sum_cost(),
-            "subject": {"class_noun": subject.class_noun, "identifier_token": subject.identifier_token},
-            "stages": stages,
-            "metrics": collect_metrics(evaluation),
-            "scores": {side: score.model_dump() for side, score in scores.scores.items()},
-            "judge": describe_judge(scores),
-            "checkpoints": [rank.model_dump() for rank in scores.checkpoints],
-            "registered": {"model": publication.registered_model, "version": publication.registered_version},
-            "paths": {
-                "report": report.name,
-                "model": describe(f"{PREFIXES['publishing']}/{publication.stage_key}/model"),
-                "manifests": {
-                    name: describe(f"{PREFIXES[name]}/{record.key}/manifest.json")
-                    for name, record in runtime.records.items()
-                },
-            },
-        }
+        summary = RunSummary(
+            schema_version=SUMMARY_VERSION,
+            run_id=self.run_id,
+            status="finished",
+            config_digest=compute_config_digest(self.config),
+            started_at=stamp(time.time() - self.elapsed()),
+            wall_seconds=round(self.elapsed(), 3),
+            overhead_seconds=round(runtime.measure_overhead(self.started), 3),
+            llm_calls=runtime.llm.ledger.count_calls(),
+            training_steps=runtime.num_training_steps,
+            cost_usd=runtime.llm.ledger.sum_cost(),
+            subject=SubjectNames(class_noun=subject.class_noun, identifier_token=subject.identifier_token),
+            stages={name: summarize_stage(runtime.records[name]) for name in PREFIXES},
+            metrics=collect_metrics(manifests.evaluation),
+            scores=dict(scores.scores),
+            judge=summarize_judge(scores),
+            checkpoints=scores.checkpoints,
+            registered=RegisteredModel(model=publication.registered_model, version=publication.registered_version),
+            paths=self.list_paths(publication),
+        )
         write_summary(self.folder, summary)
         return resolve_paths(summary, self.folder)
+
+    def list_paths(self, publication: Publication) -> RunPaths:
+        """Return where report, model and manifests are, relative to the run's folder."""
+
+        def describe(key: str) -> str:
+            return relate(self.runtime.store.describe(key), self.folder)
+
+        return RunPaths(
+            report="report.html",
+            model=describe(f"{PREFIXES['publishing']}/{publication.stage_key}/model"),
+            manifests={
+                name: describe(f"{PREFIXES[name]}/{record.key}/manifest.json")
+                for name, record in self.runtime.records.items()
+            },
+        )
 
     def elapsed(self) -> float:
         """Return seconds since the run began."""
@@ -130,8 +133,19 @@ def describe_run(config: RunConfig, request: RunRequest) -> dict[str, str]:
     return {"mlflow.note.content": text, "likeness.config": compute_config_digest(config)}
 
 
-def describe_judge(scores: Scorecard) -> dict[str, Any]:
-    """Return whether the judge can be trusted, and why not, as `summary.json` has it."""
+def summarize_stage(record: StageRecord) -> StageSummary:
+    """Return what a stage did in this run."""
+    return StageSummary(
+        key=record.key,
+        cached=record.is_cached,
+        seconds=record.seconds,
+        counts=record.counts,
+        cost_usd=record.cost_usd,
+    )
+
+
+def summarize_judge(scores: Scorecard) -> JudgeSummary:
+    """Return whether the judge is reliable, and why not."""
     health = scores.health
     failed = [control.name for control in health.controls if not control.is_passed]
     reason = ""
@@ -141,19 +155,18 @@ def describe_judge(scores: Scorecard) -> dict[str, Any]:
         reason = f"controls failed: {', '.join(failed)}"
     elif not health.is_comparable:
         reason = "another model than the one asked for answered"
-    pairs = scores.pairs.model_dump() if scores.pairs else None
-    return {
-        "is_reliable": health.is_reliable,
-        "reason": reason,
-        "alpha": health.alpha,
-        "spearman": health.spearman,
-        "pairs": pairs,
-    }
+    return JudgeSummary(
+        is_reliable=health.is_reliable,
+        reason=reason,
+        alpha=health.alpha,
+        spearman=health.spearman,
+        pairs=scores.pairs,
+    )
 
 
-def collect_metrics(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the metrics as `summary.json` has them."""
-    metrics: dict[str, Any] = {"ceiling": evaluation.ceiling.model_dump()}
+def collect_metrics(evaluation: Evaluation) -> dict[str, dict[str, float | None]]:
+    """Return the metrics of both sides and the ceiling, by name."""
+    metrics: dict[str, dict[str, float | None]] = {"ceiling": evaluation.ceiling.model_dump()}
     for side, values in evaluation.metrics.items():
         metrics[side] = {**values.model_dump(), **evaluation.drift[side].model_dump(exclude_none=True)}
     return metrics

@@ -10,21 +10,29 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from conf.defaults import fill_defaults
 from conf.groups import GROUPS
 from conf.request import RunRequest
 from conf.schema import RunConfig
 from tasks.errors import ArtifactCorrupt, ConfigError, LikenessError, StillPending, TrainingStopped
+from tasks.manifests.run_summary import (
+    ProcessOwner,
+    RunError,
+    RunPaths,
+    RunSummary,
+    StageSummary,
+    Status,
+    make_head,
+)
 from tasks.redaction import clean_text, redact
 from tasks.stage.digests import digest, dump_signed, load_signed, parse_json, sign, verify_signed
 from tasks.stage.files import write_atomic
 
-SUMMARY_VERSION = 1
 SUMMARY, REQUEST = "summary.json", "request.json"
 CLOCK_SLACK_SECONDS = 2.0
 
@@ -34,25 +42,6 @@ class StoredRequest(BaseModel):
 
     request: RunRequest
     is_trusted: bool
-
-
-class StageNote(BaseModel):
-    """What every summary says of a stage, at least."""
-
-    key: str = Field(pattern=r"^[\w.-]+$")
-
-
-class SummaryShape(BaseModel):
-    """The parts of a summary that lists of runs are made from; files of another shape are damaged."""
-
-    run_id: str = Field(pattern=r"^[\w.-]+$")
-    status: Literal["running", "finished", "pending", "continued", "failed", "cancelled", "killed"]
-    stages: dict[str, StageNote] = {}
-    wall_seconds: float = 0.0
-    metrics: dict[str, dict[str, float | None]] = {}
-    scores: dict[str, dict[str, Any]] = {}
-    error: dict[str, str] = {}
-    paths: dict[str, str | dict[str, str]] = {}
 
 
 def write_request(folder: Path, request: RunRequest, *, is_trusted: bool) -> None:
@@ -77,48 +66,51 @@ def read_request_file(path: Path, *, hint: str) -> StoredRequest:
         raise ArtifactCorrupt(f"{path}: {error}; {hint}") from error
 
 
-def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+def write_summary(folder: Path, summary: RunSummary) -> None:
     """Replace a run's summary."""
-    write_atomic(folder / SUMMARY, json.dumps(sign(summary), indent=1) + "\n")
+    plain = summary.model_dump(mode="json", exclude_unset=True)
+    write_atomic(folder / SUMMARY, json.dumps(sign(plain), indent=1) + "\n")
 
 
 def write_start(folder: Path, run_id: str, config_digest: str = "") -> None:
-    """Note that a run is being worked on, and by which process."""
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": round(psutil.Process().create_time(), 2)}
-    write_summary(
-        folder,
-        {
-            **head(run_id, "running"),
+    """Record that a run is being worked on, and by which process."""
+    started = round(psutil.Process().create_time(), 2)
+    summary = make_head(run_id, "running").model_copy(
+        update={
             "config_digest": config_digest,
             "started_at": stamp(time.time()),
-            "owner": owner,
-        },
+            "owner": ProcessOwner(host=socket.gethostname(), pid=os.getpid(), started=started),
+        }
     )
+    write_summary(folder, summary)
 
 
 def write_stages(folder: Path, keys: dict[str, str]) -> None:
-    """Note the keys of the stages that a run at work has begun, so that nothing they hold is taken for garbage."""
+    """Record the keys of the stages that a run has begun, so that nothing they hold is taken for garbage."""
     summary = read_summary(folder)
-    if summary["status"] == "running":
-        write_summary(folder, {**summary, "stages": {name: {"key": key} for name, key in keys.items()}})
+    if summary.status == "running":
+        stages = {name: StageSummary(key=key) for name, key in keys.items()}
+        write_summary(folder, summary.model_copy(update={"stages": stages}))
 
 
 def write_end(folder: Path, run_id: str, error: BaseException) -> None:
-    """Note what ended a run before it was finished."""
+    """Record what ended a run before it was finished."""
+    earlier = read_summary(folder)
+    if earlier.status == "finished":
+        return
     lines = clean_text(redact(str(error))).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
-    earlier = read_summary(folder)
-    if earlier["status"] == "finished":
-        return
-    kept: dict[str, Any] = {
-        name: earlier[name] for name in ("config_digest", "started_at", "stages") if name in earlier
-    }
     kind = error.kind if isinstance(error, LikenessError) else type(error).__name__
-    details = {"kind": kind, "message": reason[:500]}
-    write_summary(folder, {**head(run_id, find_status(error)), **kept, "error": details})
+    kept: dict[str, Any] = {
+        name: getattr(earlier, name)
+        for name in ("config_digest", "started_at", "stages")
+        if name in earlier.model_fields_set
+    }
+    details = {"error": RunError(kind=kind, message=reason[:500])}
+    write_summary(folder, make_head(run_id, find_status(error)).model_copy(update={**kept, **details}))
 
 
-def find_status(error: BaseException) -> str:
+def find_status(error: BaseException) -> Status:
     """Return what a run is that ended with an error: a person's stop is no failure."""
     if isinstance(error, StillPending):
         return "pending"
@@ -128,45 +120,39 @@ def find_status(error: BaseException) -> str:
     return "cancelled" if is_stopped else "failed"
 
 
-def head(run_id: str, status: str) -> dict[str, Any]:
-    """Return what every summary begins with."""
-    return {"schema_version": SUMMARY_VERSION, "run_id": run_id, "status": status}
-
-
 def stamp(seconds: float) -> str:
     """Return a time as UTC text."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
+def read_summary(folder: Path) -> RunSummary:
     """Return a run's summary; where it is missing, torn or changed, a status that says so.
 
     A run that is marked as running and whose process is gone was killed.
     """
     try:
-        summary = verify_signed(parse_json((folder / SUMMARY).read_bytes()))
-        SummaryShape.model_validate(summary)
+        summary = RunSummary.model_validate(verify_signed(parse_json((folder / SUMMARY).read_bytes())))
     except FileNotFoundError:
-        return head(folder.name, "killed")
+        return make_head(folder.name, "killed")
     except (ArtifactCorrupt, OSError) as error:
-        return {**head(folder.name, "damaged"), "error": {"kind": type(error).__name__, "message": str(error)}}
+        details = RunError(kind=type(error).__name__, message=str(error))
+        return make_head(folder.name, "damaged").model_copy(update={"error": details})
     except ValidationError:
-        return head(folder.name, "damaged")
-    if summary["status"] == "running" and not is_alive(summary.get("owner")):
-        summary["status"] = "killed"
+        return make_head(folder.name, "damaged")
+    if summary.status == "running" and not is_alive(summary.owner):
+        return summary.model_copy(update={"status": "killed"})
     return summary
 
 
-def is_alive(owner: Any) -> bool:
+def is_alive(owner: ProcessOwner | None) -> bool:
     """Whether the process that works on a run is there; one on another machine is believed to be."""
-    if not isinstance(owner, dict):
+    if owner is None:
         return False
-    if owner.get("host") != socket.gethostname():
+    if owner.host != socket.gethostname():
         return True
     try:
-        process = psutil.Process(int(owner["pid"]))
-        return bool(abs(process.create_time() - float(owner["started"])) < CLOCK_SLACK_SECONDS)
-    except (psutil.Error, KeyError, TypeError, ValueError):
+        return bool(abs(psutil.Process(owner.pid).create_time() - owner.started) < CLOCK_SLACK_SECONDS)
+    except (psutil.Error, ValueError):
         return False
 
 
@@ -175,20 +161,25 @@ def list_run_folders(output: Path) -> list[Path]:
     return sorted(path.parent for path in output.glob(f"*/{REQUEST}"))
 
 
-def list_summaries(output: Path) -> list[dict[str, Any]]:
+def list_summaries(output: Path) -> list[RunSummary]:
     """Return the summaries of all runs in a folder, newest first, with paths as they are from here."""
     return [resolve_paths(read_summary(folder), folder) for folder in reversed(list_run_folders(output))]
 
 
-def resolve_paths(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
+def resolve_paths(summary: RunSummary, folder: Path) -> RunSummary:
     """Return a summary whose paths are absolute; they are kept relative to the run's folder, which may move."""
+    if summary.paths is None:
+        return summary
 
-    def resolve(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: resolve(child) for name, child in value.items()}
-        return value if "://" in str(value) else os.path.normpath(folder.absolute() / str(value))
+    def resolve(path: str) -> str:
+        return path if "://" in path else os.path.normpath(folder.absolute() / path)
 
-    return {**summary, "paths": resolve(summary["paths"])} if "paths" in summary else summary
+    paths = RunPaths(
+        report=resolve(summary.paths.report),
+        model=resolve(summary.paths.model),
+        manifests={stage: resolve(path) for stage, path in summary.paths.manifests.items()},
+    )
+    return summary.model_copy(update={"paths": paths})
 
 
 def relate(path: str, folder: Path) -> str:
@@ -196,9 +187,9 @@ def relate(path: str, folder: Path) -> str:
     return path if "://" in path else os.path.relpath(path, folder.absolute())
 
 
-def suggest_next(summary: dict[str, Any], folder: Path) -> str:
+def suggest_next(summary: RunSummary, folder: Path) -> str:
     """Return what to type next for a run that isn't finished, or nothing."""
-    status = summary["status"]
+    status = summary.status
     if status == "pending":
         return "likeness pending"
     if status in ("finished", "continued", "running"):
@@ -250,13 +241,13 @@ class PastRun:
     """A run that has ended: its configuration, with paths as they are from here, and its summary."""
 
     config: RunConfig
-    summary: dict[str, Any]
+    summary: RunSummary
 
     def find_stage_key(self, stage: str) -> str:
         """Return the key of a stage's manifest. Raises ConfigError where the run did not finish."""
-        if self.summary["status"] != "finished":
-            raise ConfigError(f"run {self.summary['run_id']} did not finish ({self.summary['status']})")
-        return str(self.summary["stages"][stage]["key"])
+        if self.summary.status != "finished":
+            raise ConfigError(f"run {self.summary.run_id} did not finish ({self.summary.status})")
+        return self.summary.stages[stage].key
 
 
 def read_run_config(data: bytes) -> tuple[RunConfig, Any]:
@@ -274,7 +265,7 @@ def read_run(folder: Path) -> PastRun:
     except (ValidationError, OSError, ArtifactCorrupt) as error:
         raise ConfigError(f"run {folder.name} is of another version of likeness, or damaged; run it again") from error
     summary = read_summary(folder)
-    if summary.get("config_digest", "") not in ("", found):
+    if summary.config_digest not in ("", found):
         raise ConfigError(f"{folder / 'config.json'} was changed after the run; run it again")
     # As it was where the run was started; its folder knows better.
     store = config.store.model_copy(update={"folder": rebase(config.store.folder, config.output_dir, folder)})

@@ -1,4 +1,4 @@
-"""Go on with runs whose batch jobs were still running: everything before is stored, so only they are asked for."""
+"""Resume runs whose batch jobs were still running: earlier stages are cached, so only the jobs are read."""
 
 import logging
 from pathlib import Path
@@ -7,7 +7,7 @@ from prefect import flow
 from prefect.runtime import deployment
 
 from conf.trust import allowed_roots, check_path
-from flows.cli.run.pending import PendingReport, list_pending
+from flows.pending_runs import PendingReport, list_pending
 from flows.personalize_subject import personalize_subject
 from flows.run_context import trust_of_run
 from flows.run_records import read_request, read_summary, relocate, write_summary
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @flow(name="score-pending", persist_result=False)
 def score_pending(output_dir: str = "runs") -> PendingReport:
-    """Resume every pending run whose batch job has ended, and say how each of them stands.
+    """Resume every pending run whose batch job has ended, and report the state of each.
 
     Safe to run at any time and again: a job that is still running stays pending, and nothing is paid twice.
     """
@@ -43,6 +43,7 @@ def score_pending(output_dir: str = "runs") -> PendingReport:
             report.failed.append(f"{name}: {error.kind}: {error}")
             continue
         for folder in folders:
-            write_summary(folder, {**read_summary(folder), "status": "continued", "continued_by": summary["run_id"]})
+            changes = {"status": "continued", "continued_by": summary.run_id}
+            write_summary(folder, read_summary(folder).model_copy(update=changes))
         report.finished.append(summary)
     return report

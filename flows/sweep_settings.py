@@ -1,58 +1,100 @@
-"""Search settings of the main job: Optuna asks, the main job answers, stages are shared.
+"""Search settings of the main job with Optuna; trials share cached stages.
 
-A study is kept in `<output_dir>/sweeps/<study>.journal`, so a sweep that was stopped goes on.
+A study is kept in `<output_dir>/sweeps/<study>.journal`, so a sweep that was stopped resumes.
 """
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.runtime import deployment
+from pydantic import BaseModel
 
 from conf.compose import compile_request
+from conf.request import Value
 from conf.schema import RunConfig
 from conf.sweep import SweepRequest
 from conf.trust import allowed_roots
 from flows.personalize_subject import personalize_subject
 from tasks.errors import ConfigError, LikenessError
+from tasks.manifests.run_summary import RunSummary
 from tasks.services.tracking.mlflow_tracker import MlflowTracker
 
 
+class TrialResult(BaseModel):
+    """One complete trial."""
+
+    trial: int
+    values: dict[str, Value]
+    value: float
+    run_id: str
+
+
+class SweepOutcome(BaseModel):
+    """The trials of a study, the best of all, and how many stages this sweep's runs shared."""
+
+    study: str
+    objective: str
+    trials: list[TrialResult]
+    best: TrialResult
+    num_new_trials: int
+    shared_stages: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A study that is being run."""
+
+    study: Any
+    """Optuna's, which is imported late."""
+    request: SweepRequest
+    config: RunConfig
+    tracker: MlflowTracker | None
+    """The sweep's own tracking run, the parent of its trials'."""
+
+
 @flow(name="sweep-settings", persist_result=False)
-def sweep_settings(request: SweepRequest) -> dict[str, Any]:
+def sweep_settings(request: SweepRequest) -> SweepOutcome:
     """Run trials until the study has enough; name the best."""
     roots = None if deployment.id is None else allowed_roots()
     config = compile_request(request.base, roots=roots)
     study = open_study(request, Path(config.output_dir))
     num_left = count_left(study, request)
-    parent = open_tracking(config, request) if num_left else None
-    rows: list[dict[str, Any]] = []
+    sweep = Sweep(study, request, config, open_tracking(config, request) if num_left else None)
+    finished: list[RunSummary] = []
+    errors: list[str] = []
     is_failed = True
     try:
         for _ in range(num_left):
-            rows.append(run_trial(study, request, config, parent))
+            outcome = run_trial(sweep)
+            if isinstance(outcome, RunSummary):
+                finished.append(outcome)
+            else:
+                errors.append(outcome)
         is_failed = False
     finally:
-        if parent is not None:
-            parent.finish(is_failed=is_failed)
-    return collect_outcome(study, request, rows)
+        if sweep.tracker is not None:
+            sweep.tracker.finish(is_failed=is_failed)
+    return collect_outcome(sweep, finished, errors)
 
 
-def run_trial(study: Any, request: SweepRequest, config: RunConfig, parent: MlflowTracker | None) -> dict[str, Any]:
-    """Ask for a trial's values, run the main job with them, and tell the study."""
-    trial = study.ask()
-    values = {key: trial.suggest_categorical(key, options) for key, options in request.space.items()}
+def run_trial(sweep: Sweep) -> RunSummary | str:
+    """Run the main job with a trial's values and report its objective to the study; return what failed instead."""
+    trial = sweep.study.ask()
+    values = {key: trial.suggest_categorical(key, options) for key, options in sweep.request.space.items()}
     try:
-        summary = personalize_subject(request.make_trial(values))
+        summary = personalize_subject(sweep.request.make_trial(values))
     except LikenessError as error:
-        study.tell(trial, state=trial_state("FAIL"))
-        return {"trial": trial.number, "values": values, "error": str(error)}
-    value = compute_objective(summary, request.objective)
-    trial.set_user_attr("run_id", summary["run_id"])
-    study.tell(trial, value)
-    track_trial(config, parent, summary, values, value)
-    return {"trial": trial.number, "values": values, "value": value, "summary": summary}
+        sweep.study.tell(trial, state=trial_state("FAIL"))
+        return str(error)
+    value = compute_objective(summary, sweep.request.objective)
+    trial.set_user_attr("run_id", summary.run_id)
+    sweep.study.tell(trial, value)
+    track_trial(sweep, summary, TrialResult(trial=trial.number, values=values, value=value, run_id=summary.run_id))
+    return summary
 
 
 def open_study(request: SweepRequest, output: Path) -> Any:
@@ -99,14 +141,21 @@ def count_left(study: Any, request: SweepRequest) -> int:
     return max(0, request.num_trials - done)
 
 
-def compute_objective(summary: dict[str, Any], name: str) -> float:
-    """Return what a trial is worth."""
-    tuned = summary["metrics"]["tuned"]
+def compute_objective(summary: RunSummary, name: str) -> float:
+    """Return the value that the study maximizes."""
+    tuned = summary.metrics["tuned"]
+
+    def metric(key: str) -> float:
+        value = tuned[key]
+        if value is None:
+            raise ConfigError(f"the sweep's objective needs {key}, which was not measured")
+        return value
+
     if name == "dino_x_clip_t":
-        return float(tuned["dino"] * tuned["clip_t"])
+        return metric("dino") * metric("clip_t")
     if name == "concept_preservation":
-        return float(summary["scores"]["tuned"][name])
-    return float(tuned[name])
+        return summary.scores["tuned"].concept_preservation
+    return metric(name)
 
 
 def open_tracking(config: RunConfig, request: SweepRequest) -> MlflowTracker | None:
@@ -119,53 +168,45 @@ def open_tracking(config: RunConfig, request: SweepRequest) -> MlflowTracker | N
     return tracker
 
 
-def track_trial(
-    config: RunConfig, parent: MlflowTracker | None, summary: dict[str, Any], values: dict[str, Any], value: float
-) -> None:
+def track_trial(sweep: Sweep, summary: RunSummary, result: TrialResult) -> None:
     """Log one trial as a child of the sweep's tracking run."""
-    if parent is None:
+    if sweep.tracker is None:
         return
-    child = MlflowTracker(config.tracking, folder=Path(config.output_dir))
-    child.parent_run_id = parent.run_id
-    params = {key: str(item) for key, item in values.items()}
-    child.start(name=summary["run_id"], params=params, tags={"likeness.kind": "trial"})
-    metrics = [(f"tuned/{key}", float(item), 0) for key, item in summary["metrics"]["tuned"].items()]
-    child.log_metrics([("objective", value, 0), *metrics])
+    child = MlflowTracker(sweep.config.tracking, folder=Path(sweep.config.output_dir))
+    child.parent_run_id = sweep.tracker.run_id
+    params = {key: str(item) for key, item in result.values.items()}
+    child.start(name=summary.run_id, params=params, tags={"likeness.kind": "trial"})
+    tuned = {key: value for key, value in summary.metrics["tuned"].items() if value is not None}
+    child.log_metrics([("objective", result.value, 0), *((f"tuned/{key}", value, 0) for key, value in tuned.items())])
     child.finish(is_failed=False)
 
 
-def collect_outcome(study: Any, request: SweepRequest, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return trials, the best of all, and how many stages were shared."""
-    complete = study.get_trials(deepcopy=False, states=(trial_state("COMPLETE"),))
+def collect_outcome(sweep: Sweep, finished: Sequence[RunSummary], errors: Sequence[str]) -> SweepOutcome:
+    """Return trials, the best of all, and how many stages were shared. Raises ConfigError where no trial finished."""
+    request = sweep.request
+    complete = [
+        TrialResult(trial=t.number, values=t.params, value=t.value, run_id=t.user_attrs.get("run_id", ""))
+        for t in sweep.study.get_trials(deepcopy=False, states=(trial_state("COMPLETE"),))
+    ]
     if not complete:
-        reasons = "; ".join(row["error"] for row in rows if "error" in row)
-        raise ConfigError(f"no trial of {request.study_name} finished: {reasons or 'see the runs'}")
-    best = max(complete, key=lambda trial: trial.value)
-    shared: Counter[str] = Counter()
-    for row in rows:
-        stages = row.get("summary", {}).get("stages", {})
-        shared.update(name for name, stage in stages.items() if stage["cached"])
-    return {
-        "study": request.study_name,
-        "objective": request.objective,
-        "trials": [
-            {"trial": t.number, "values": t.params, "value": t.value, "run_id": t.user_attrs.get("run_id", "")}
-            for t in complete
-        ],
-        "best": {"trial": best.number, "values": best.params, "value": best.value,
-                 "run_id": best.user_attrs.get("run_id", "")},
-        "num_new_trials": len(rows),
-        "shared_stages": dict(shared),
-    }  # fmt: skip
+        raise ConfigError(f"no trial of {request.study_name} finished: {'; '.join(errors) or 'see the runs'}")
+    shared = Counter(name for summary in finished for name, stage in summary.stages.items() if stage.cached)
+    return SweepOutcome(
+        study=request.study_name,
+        objective=request.objective,
+        trials=complete,
+        best=max(complete, key=lambda trial: trial.value),
+        num_new_trials=len(finished) + len(errors),
+        shared_stages=dict(shared),
+    )
 
 
-def print_sweep(outcome: dict[str, Any]) -> None:
-    """Print trials, best and shared stages."""
-    best = outcome["best"]
-    print(f"\n{outcome['study']}: {outcome['objective']}")
-    for trial in sorted(outcome["trials"], key=lambda row: -row["value"]):
-        values = "  ".join(f"{key}={value}" for key, value in trial["values"].items())
-        mark = "*" if trial["trial"] == best["trial"] else " "
-        print(f"{mark} {trial['trial']:3d}  {trial['value']:.4f}  {values}  {trial['run_id']}")
-    shared = ", ".join(f"{name} {count}" for name, count in outcome["shared_stages"].items()) or "none"
-    print(f"{outcome['num_new_trials']} new trials; stages taken from the store: {shared}")
+def print_sweep(outcome: SweepOutcome) -> None:
+    """Print trials, best first, and shared stages."""
+    print(f"\n{outcome.study}: {outcome.objective}")
+    for trial in sorted(outcome.trials, key=lambda trial: -trial.value):
+        values = "  ".join(f"{key}={value}" for key, value in trial.values.items())
+        marker = "*" if trial.trial == outcome.best.trial else " "
+        print(f"{marker} {trial.trial:3d}  {trial.value:.4f}  {values}  {trial.run_id}")
+    shared = ", ".join(f"{name} {count}" for name, count in outcome.shared_stages.items()) or "none"
+    print(f"{outcome.num_new_trials} new trials; cached stages: {shared}")

@@ -148,7 +148,7 @@ def test_a_run_killed_while_its_batch_job_runs_is_pending_and_costs_are_those_of
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         killed = sorted(path.parent for path in sandbox.output.glob("*/jobs.jsonl"))[-1]
-        assert read_summary(killed)["status"] == "killed"
+        assert read_summary(killed).status == "killed"
         listed = sandbox.likeness("jobs", "list")
         assert server.desk.list_batches()[0]["id"] in listed.stdout, listed.stderr
         server.desk.turn.release()

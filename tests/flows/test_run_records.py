@@ -15,7 +15,6 @@ from conf.compose import compile_request, compute_config_digest
 from conf.overrides import parse_overrides
 from flows.cli.results.runs import print_runs
 from flows.run_records import (
-    head,
     list_summaries,
     read_request,
     read_run,
@@ -29,6 +28,7 @@ from flows.run_records import (
     write_words,
 )
 from tasks.errors import ArtifactCorrupt, ConfigError, StillPending, TrainingStopped
+from tasks.manifests.run_summary import RunError, RunPaths, make_head
 
 WORDS = [
     "subject.source=Fotos/Söhne & co", "subject.class_noun=mug", "experiment=smoke", "prior=none", "seed=4",
@@ -64,9 +64,9 @@ def test_a_request_is_typed_again_by_its_words() -> None:
 )
 def test_how_a_run_ended_is_told_apart(tmp_path: Path, error: BaseException, status: str) -> None:
     folder = make_run(tmp_path, "one")
-    assert read_summary(folder)["status"] == "running"
+    assert read_summary(folder).status == "running"
     write_end(folder, "one", error)
-    assert read_summary(folder)["status"] == status
+    assert read_summary(folder).status == status
     words = suggest_next(read_summary(folder), folder)
     assert words == "likeness pending" if status == "pending" else words.startswith("likeness run ")
 
@@ -76,7 +76,7 @@ def test_prefects_cancellation_is_no_failure(tmp_path: Path) -> None:
 
     folder = make_run(tmp_path, "one")
     write_end(folder, "one", TerminationSignal(signal=signal.SIGTERM))
-    assert read_summary(folder)["status"] == "cancelled"
+    assert read_summary(folder).status == "cancelled"
 
 
 def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
     )
     folder = make_run(tmp_path, "one")
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=Path(__file__).parents[2])
-    assert read_summary(folder)["status"] == "killed"
+    assert read_summary(folder).status == "killed"
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["owner"]["pid"] != os.getpid()
+    assert summary.owner.pid != os.getpid()
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b'{"status": 3, "run_id": "x"}', b"[" * 100_000])
@@ -97,7 +97,7 @@ def test_a_torn_summary_costs_its_line_alone(tmp_path: Path, capsys: pytest.Capt
     (torn / "summary.json").write_bytes(damage)
     write_end(whole, "whole", ConfigError("some reason"))
     summaries = list_summaries(tmp_path)
-    assert [summary["status"] for summary in summaries] == ["failed", "damaged"]
+    assert [summary.status for summary in summaries] == ["failed", "damaged"]
     print_runs(summaries, folder=tmp_path)
     printed = capsys.readouterr().out
     assert "damaged: likeness run " in printed
@@ -114,7 +114,7 @@ def test_no_flipped_byte_of_summary_or_request_is_believed(tmp_path: Path) -> No
             for damaged in (bytes(flipped), whole[:place]):
                 (folder / name).write_bytes(damaged)
                 if name == "summary.json":
-                    assert read_summary(folder)["status"] == "damaged"
+                    assert read_summary(folder).status == "damaged"
                 else:
                     with pytest.raises(ArtifactCorrupt, match="start the run again"):
                         read_request(folder)
@@ -123,14 +123,14 @@ def test_no_flipped_byte_of_summary_or_request_is_believed(tmp_path: Path) -> No
 
 def test_a_runs_folder_may_move(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "runs", "one")
-    write_summary(folder, {**read_summary(folder), "status": "finished", "paths": {
-        "report": "report.html", "model": "../store/m", "manifests": {"prior": "s3://bucket/m.json"},
-    }})  # fmt: skip
+    paths = RunPaths(report="report.html", model="../store/m", manifests={"prior": "s3://bucket/m.json"})
+    write_summary(folder, read_summary(folder).model_copy(update={"status": "finished", "paths": paths}))
     assert str(tmp_path) not in (folder / "summary.json").read_text()
     shutil.move(tmp_path / "runs", tmp_path / "moved")
     [summary] = list_summaries(tmp_path / "moved")
-    assert summary["paths"]["model"] == str(tmp_path / "moved" / "store" / "m")
-    assert summary["paths"]["manifests"]["prior"] == "s3://bucket/m.json"
+    assert summary.paths is not None
+    assert summary.paths.model == str(tmp_path / "moved" / "store" / "m")
+    assert summary.paths.manifests["prior"] == "s3://bucket/m.json"
 
 
 @pytest.mark.parametrize("store", ["", "mine"])
@@ -142,7 +142,7 @@ def test_a_copy_of_an_output_folder_never_works_in_the_original(tmp_path: Path, 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(compile_request(request).model_dump_json())
     write_request(folder, request, is_trusted=False)
-    write_summary(folder, {**head("one", "failed")})
+    write_summary(folder, make_head("one", "failed"))
     shutil.copytree(original, copy)
     assert relocate(request, folder) == request
     for config in (read_run(copy / "one").config, compile_request(relocate(request, copy / "one"))):
@@ -171,21 +171,21 @@ def test_a_store_elsewhere_stays_where_it_is(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_summary_of_another_shape_is_damaged(tmp_path: Path, fields: dict[str, Any]) -> None:
     folder = make_run(tmp_path, "one")
-    summary = {**head("one", "finished"), **fields}
+    summary = {**make_head("one", "finished").model_dump(mode="json", exclude_unset=True), **fields}
     try:
-        write_summary(folder, summary)
+        (folder / "summary.json").write_text(json.dumps(sign(summary)))
     except ValueError:  # JSON has no infinity, but a parser reads what is too large as one
         text = json.dumps({**summary, "content_sha256": "0" * 64})
         (folder / "summary.json").write_text(text.replace("Infinity", "3e999"))
     [read] = list_summaries(tmp_path)
-    assert read["status"] == "damaged"
+    assert read.status == "damaged"
     print_runs([read], folder=tmp_path)
 
 
 def test_an_error_of_control_characters_alone_is_named_by_its_kind(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "one")
     write_end(folder, "one", ValueError("\x07\n"))
-    assert read_summary(folder)["error"]["message"] == "ValueError"
+    assert read_summary(folder).error == RunError(kind="ValueError", message="ValueError")
 
 
 def test_a_configuration_that_was_changed_after_the_run_is_refused(tmp_path: Path) -> None:

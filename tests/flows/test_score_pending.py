@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,7 +10,8 @@ from conf.request import RunRequest
 from conf.trust import allowed_roots
 from flows import score_pending as module
 from flows.personalize_subject import personalize_subject
-from flows.run_records import head, list_run_folders, write_request, write_summary
+from flows.run_records import list_run_folders, write_request, write_summary
+from tasks.manifests.run_summary import RunSummary, make_head
 
 COMMAND = {"llm.profiles.local.capabilities.batch": "file", "llm.profiles.local.batch_command": ["sh", "-c", "id"]}
 
@@ -21,7 +21,7 @@ def make_pending(output: Path, request: RunRequest, *, is_trusted: bool) -> None
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(compile_request(request).model_dump_json())
     write_request(folder, request, is_trusted=is_trusted)
-    write_summary(folder, head("one", "pending"))
+    write_summary(folder, make_head("one", "pending"))
 
 
 def test_what_a_deployment_asked_for_is_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,9 +56,9 @@ def test_photos_that_were_swapped_for_a_link_out_of_the_roots_are_refused(
 def test_a_copied_folder_is_resumed_in_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[RunRequest] = []
 
-    def record(request: RunRequest) -> dict[str, Any]:
+    def record(request: RunRequest) -> RunSummary:
         asked.append(request)
-        return head("two", "finished")
+        return make_head("two", "finished")
 
     monkeypatch.setattr(module, "personalize_subject", record)
     output, copy = tmp_path / "runs", tmp_path / "copy"

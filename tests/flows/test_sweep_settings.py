@@ -7,6 +7,8 @@ from conf.request import Value
 from conf.sweep import SweepRequest, parse_sweep
 from flows.sweep_settings import compute_objective
 from tasks.errors import ConfigError
+from tasks.manifests.run_summary import RunSummary
+from tasks.manifests.scoring import SideScores
 from tests.support.cli_sandbox import QUICK, CliSandbox
 
 
@@ -15,7 +17,7 @@ def test_trials_share_stages_and_the_best_is_named(first_run: dict[str, object],
     done = sandbox.likeness(*words, timeout=290)
     assert done.returncode == 0, done.stderr[-3000:]
     # The first value is the default, which the first run already trained; the second is new.
-    assert "2 new trials; stages taken from the store: subject 2, prior 2, training 1, evaluation 1" in done.stdout
+    assert "2 new trials; cached stages: subject 2, prior 2, training 1, evaluation 1" in done.stdout
     assert done.stdout.count("\n* ") == 1
     again = sandbox.likeness(*words)
     assert "0 new trials" in again.stdout
@@ -53,10 +55,9 @@ def test_the_same_sweep_is_the_same_study() -> None:
 
 
 def test_objectives_are_read_from_the_summary() -> None:
-    summary = {
-        "metrics": {"tuned": {"dino": 0.5, "clip_t": 0.4, "clip_i": 0.7}},
-        "scores": {"tuned": {"concept_preservation": 3.0}},
-    }
+    scores = SideScores(concept_preservation=3.0, prompt_following=4.0, image_quality=4.0)
+    metrics = {"tuned": {"dino": 0.5, "clip_t": 0.4, "clip_i": 0.7}}
+    summary = RunSummary(run_id="r", status="finished", metrics=metrics, scores={"tuned": scores})
     assert compute_objective(summary, "dino_x_clip_t") == pytest.approx(0.2)
     assert compute_objective(summary, "concept_preservation") == 3.0
     assert compute_objective(summary, "clip_i") == 0.7

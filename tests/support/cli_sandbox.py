@@ -66,7 +66,7 @@ class CliSandbox:
         return self.likeness("run", *QUICK, *words)
 
     def newest(self) -> dict[str, Any]:
-        return list_summaries(self.output)[0]
+        return list_summaries(self.output)[0].model_dump(mode="json", exclude_unset=True)
 
 
 def end(process: "subprocess.Popen[bytes]", *, seconds: float = 45) -> None:

@@ -47,7 +47,7 @@ def collect_garbage(output: Path, *, days: float, is_deleting: bool) -> list[Ite
         raise ConfigError(f"no runs in {output}; name the folder of your runs with --output-dir")
     if not 0 <= days <= MOST_DAYS:
         raise ConfigError(f"--days {days:g}: between 0 and {MOST_DAYS:,} are taken")
-    if any(read_summary(folder)["status"] == "running" for folder in folders):
+    if any(read_summary(folder).status == "running" for folder in folders):
         days = max(days, 1.0)  # what a run at work has made so far is younger
     store = find_store(folders)
     limit = time.time() - days * DAY
@@ -67,7 +67,7 @@ def explain_kept_stages(output: Path) -> str:
     """Return why no stage may go now, or nothing."""
     folders = list_run_folders(output)
     for folder in folders:
-        status = read_summary(folder)["status"]
+        status = read_summary(folder).status
         if status == "running":
             return f"run {folder.name} is at work, and may come to use any stage; try again when it has ended"
         if status == "damaged":
@@ -96,9 +96,9 @@ def list_referenced(folders: list[Path]) -> set[str]:
     """Return the store's stage folders that runs refer to."""
     found = set()
     for folder in folders:
-        for name, stage in read_summary(folder).get("stages", {}).items():
+        for name, stage in read_summary(folder).stages.items():
             if name in PREFIXES:
-                found.add(f"{PREFIXES[name]}/{stage['key']}")
+                found.add(f"{PREFIXES[name]}/{stage.key}")
     return found
 
 

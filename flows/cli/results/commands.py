@@ -22,7 +22,7 @@ def runs(
 
     summaries = list_summaries(output_dir)
     if as_json:
-        print(json.dumps(summaries, indent=1))
+        print(json.dumps([s.model_dump(mode="json", exclude_unset=True) for s in summaries], indent=1))
     else:
         print_runs(summaries, folder=output_dir)
     return 0

@@ -2,16 +2,17 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tasks.errors import ConfigError
+from tasks.manifests.run_summary import RunSummary
 from tasks.metrics import METRICS
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
 
 
-def print_runs(summaries: list[dict[str, Any]], *, folder: Path) -> None:
+def print_runs(summaries: list[RunSummary], *, folder: Path) -> None:
     """Print a table of runs."""
     from rich.console import Console
     from rich.table import Table
@@ -24,32 +25,35 @@ def print_runs(summaries: list[dict[str, Any]], *, folder: Path) -> None:
     table = Table(box=None, header_style="bold")
     for name in ("run", "status", "seconds", "LLM calls", "steps", "DINO", "CLIP-I", "CLIP-T", "judge"):
         table.add_column(name, justify="left" if name in ("run", "status") else "right")
-    unfinished = [s for s in summaries if s["status"] not in ("finished", "continued")]
+    unfinished = [s for s in summaries if s.status not in ("finished", "continued")]
     for summary in summaries:
-        tuned = summary.get("metrics", {}).get("tuned", {})
-        judge = summary.get("scores", {}).get("tuned", {}).get("concept_preservation")
+        tuned = summary.metrics.get("tuned", {})
+        scores = summary.scores.get("tuned")
         table.add_row(
-            summary["run_id"],
-            summary["status"],
-            f"{summary['wall_seconds']:.1f}" if "wall_seconds" in summary else "",
-            str(summary.get("llm_calls", "")),
-            str(summary.get("training_steps", "")),
-            *(f"{tuned[key]:.3f}" if key in tuned else "" for key in ("dino", "clip_i", "clip_t")),
-            f"{judge:.2f}" if judge is not None else "",
+            summary.run_id,
+            summary.status,
+            "" if summary.wall_seconds is None else f"{summary.wall_seconds:.1f}",
+            "" if summary.llm_calls is None else str(summary.llm_calls),
+            "" if summary.training_steps is None else str(summary.training_steps),
+            *(show_number(tuned.get(key), digits=3) for key in ("dino", "clip_i", "clip_t")),
+            f"{scores.concept_preservation:.2f}" if scores else "",
         )
     Console(width=160).print(table)
     if unfinished:
         print("\nnot finished, and what to type next:")
     for summary in unfinished:
-        words = suggest_next(summary, folder / summary["run_id"]) or "(at work)"
-        print(f"  {summary['run_id']}  {summary['status']}: {words}")
-        if "error" in summary:
-            print(f"      {summary['error'].get('kind')}: {summary['error'].get('message')}")
+        words = suggest_next(summary, folder / summary.run_id) or "(at work)"
+        print(f"  {summary.run_id}  {summary.status}: {words}")
+        if summary.error is not None:
+            print(f"      {summary.error.kind}: {summary.error.message}")
 
 
-def print_summary(summary: dict[str, Any], config: "RunConfig") -> None:
+def print_summary(summary: RunSummary, config: "RunConfig") -> None:
     """Print headline figures and where everything is."""
-    metrics, scores = summary["metrics"], summary["scores"]
+    assert summary.judge is not None
+    assert summary.paths is not None
+    assert summary.subject is not None
+    metrics, scores = summary.metrics, {side: dict(score) for side, score in summary.scores.items()}
     print(f"\n{'':16}{'base':>8}{'tuned':>8}{'photos':>8}")
     for key, metric in METRICS.items():
         cells = [metrics[side].get(key) for side in ("base", "tuned", "ceiling")]
@@ -60,21 +64,26 @@ def print_summary(summary: dict[str, Any], config: "RunConfig") -> None:
     for key, name in ((key, f"judge: {axis}") for key, axis in axes):
         cells = [scores.get(side, {}).get(key) for side in ("base", "tuned")]
         print(f"{name:16}" + "".join(f"{cell:8.2f}" if cell is not None else f"{'–':>8}" for cell in cells))
-    if not summary["judge"]["is_reliable"]:
-        print(f"judge's grades are not reliable: {summary['judge']['reason']}")
+    if not summary.judge.is_reliable:
+        print(f"judge's grades are not reliable: {summary.judge.reason}")
     mlflow = Path(sys.executable).parent / "mlflow"
-    print(f"\nreport    {shorten(summary['paths']['report'])}")
-    print(f"model     {shorten(summary['paths']['model'])}")
+    print(f"\nreport    {shorten(summary.paths.report)}")
+    print(f"model     {shorten(summary.paths.model)}")
     if config.tracking.kind == "mlflow":
         uri = config.tracking.uri or f"sqlite:///{shorten(str(Path(config.output_dir).absolute() / 'mlflow.db'))}"
         print(f"tracking  {shorten(str(mlflow))} ui --backend-store-uri '{uri}'")
-    cost = summary["cost_usd"]
+    cost = summary.cost_usd
     print(
-        f"run       {summary['run_id']}: {summary['wall_seconds']:.1f} s, {summary['llm_calls']} LLM calls, "
-        f"{summary['training_steps']} training steps, {'unknown cost' if cost is None else f'{cost:.4f} USD'}"
+        f"run       {summary.run_id}: {summary.wall_seconds:.1f} s, {summary.llm_calls} LLM calls, "
+        f"{summary.training_steps} training steps, {'unknown cost' if cost is None else f'{cost:.4f} USD'}"
     )
-    noun, token = summary["subject"]["class_noun"], summary["subject"]["identifier_token"]
+    noun, token = summary.subject.class_noun, summary.subject.identifier_token
     print(f'try       likeness generate latest "a photo of {token} {noun} in the snow"')
+
+
+def show_number(value: float | None, *, digits: int) -> str:
+    """Return a cell of a table; empty where nothing was measured."""
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def shorten(path: str) -> str:

@@ -37,18 +37,18 @@ def run_in_terminal(stored: StoredRequest) -> int:
             progress_of_run.reset(tokens[0])
             trust_of_run.reset(tokens[1])
             progress.close()
-    work = sum(stage["seconds"] for stage in summary["stages"].values())
+    work = sum(stage.seconds for stage in summary.stages.values())
     print_summary(summary, config)
     waited = f", {server.wait_seconds:.1f} s of it waiting for the embedded Prefect server" if server else ""
-    outside = time.monotonic() - started - summary["wall_seconds"] + (server.wait_seconds if server else 0.0)
-    overhead = summary["overhead_seconds"] + outside
+    outside = time.monotonic() - started - (summary.wall_seconds or 0.0) + (server.wait_seconds if server else 0.0)
+    overhead = (summary.overhead_seconds or 0.0) + outside
     print(f"stages {work:.1f} s (partly in parallel), overhead {overhead:.1f} s{waited}")
     return 0
 
 
 def finish_pending(output: Path) -> int:
     """Resume pending runs and print the status of each; 0: all done, 11: some still wait, 1: some failed."""
-    from flows.cli.run.pending import find_readable, list_pending
+    from flows.pending_runs import find_readable, list_pending
 
     waiting = list_pending(output)
     if not waiting:

@@ -37,7 +37,7 @@ def print_costs(folder: Path, *, is_json: bool) -> None:
     Console(width=160).print(table)
     for run, (rows, num_damaged) in ledgers.items():
         note = f", {num_damaged} damaged ledger lines are left out" if num_damaged else ""
-        print(f"{run.name}: {read_summary(run)['status']}, {describe_totals(sum_costs(rows))}{note}")
+        print(f"{run.name}: {read_summary(run).status}, {describe_totals(sum_costs(rows))}{note}")
     print(f"in all {describe_totals(groups)}")
     faults = [row for rows, _ in ledgers.values() for row in rows if row.get("usage_fault")]
     if faults:

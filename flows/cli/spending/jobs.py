@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.cli.console import make_cell
-from flows.cli.run.pending import list_job_keys
+from flows.pending_runs import list_job_keys
 from flows.run_records import list_run_folders, read_run
 from tasks.errors import ConfigError, LikenessError
 from tasks.stage.cache import PREFIXES

@@ -11,16 +11,17 @@ import pytest
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from flows.cli.maintenance.gc import collect_garbage, print_garbage
-from flows.run_records import head, read_summary, write_end, write_request, write_stages, write_start, write_summary
+from flows.run_records import read_summary, write_end, write_request, write_stages, write_start, write_summary
 from tasks.errors import ConfigError, StillPending
 from tasks.manifests.base import Manifest
+from tasks.manifests.run_summary import StageSummary, Status, make_head
 from tasks.services.store.local import LocalStore, link_or_copy
 from tasks.stage.cache import StageFolder, find_manifest
 
 OLD = time.time() - 30 * 86_400
 
 
-def make_output(tmp_path: Path, *, status: str = "finished") -> tuple[Path, LocalStore]:
+def make_output(tmp_path: Path, *, status: Status = "finished") -> tuple[Path, LocalStore]:
     """An output folder with one run that refers to stage `used`; nobody refers to `unused`."""
     output = tmp_path / "runs"
     folder = output / "one"
@@ -30,7 +31,8 @@ def make_output(tmp_path: Path, *, status: str = "finished") -> tuple[Path, Loca
     write_request(folder, request, is_trusted=True)
     write_start(folder, "one")
     if status != "running":
-        write_summary(folder, {**head("one", status), "stages": {"prior": {"key": "used"}}})
+        stages = {"prior": StageSummary(key="used")}
+        write_summary(folder, make_head("one", status).model_copy(update={"stages": stages}))
     store = LocalStore(output / "store")
     for key in ("used", "unused"):
         stage = StageFolder(store, "prior", key)
@@ -71,17 +73,19 @@ def test_a_run_at_work_keeps_what_it_has_just_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", ["pending", "failed", "killed", "cancelled"])
-def test_what_an_unfinished_run_began_stays(tmp_path: Path, status: str) -> None:
+def test_what_an_unfinished_run_began_stays(tmp_path: Path, status: Status) -> None:
     output, store = make_output(tmp_path, status="running")
     folder = output / "one"
     write_stages(folder, {"prior": "used"})
     if status == "killed":
         summary = read_summary(folder)
-        write_summary(folder, {**summary, "owner": {**summary["owner"], "started": 1.0}})
+        assert summary.owner is not None
+        owner = summary.owner.model_copy(update={"started": 1.0})
+        write_summary(folder, summary.model_copy(update={"owner": owner}))
     else:
         errors = {"pending": StillPending("a job"), "failed": ConfigError("x"), "cancelled": KeyboardInterrupt()}
         write_end(folder, "one", errors[status])
-    assert read_summary(folder)["status"] == status
+    assert read_summary(folder).status == status
     age(output / "store")
     listed = collect_garbage(output, days=7, is_deleting=True)
     assert [item.name for item in listed] == ["02-prior/unused"]

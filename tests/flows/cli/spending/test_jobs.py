@@ -3,18 +3,19 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from conf.request import RunRequest
-from flows.cli.run.pending import PendingReport, list_pending
 from flows.cli.spending.cost import find_same, read_ledger
 from flows.cli.spending.jobs import find_jobs, run_jobs_command
-from flows.run_records import head, write_request, write_summary
+from flows.pending_runs import PendingReport, list_pending
+from flows.run_records import write_request, write_summary
 from tasks.errors import ConfigError, StillPending
+from tasks.manifests.run_summary import Status, make_head
 from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.budget.ledger import Ledger
 from tasks.services.llm.budget.spending_cap import Budget
@@ -160,15 +161,15 @@ def test_a_failed_run_with_a_live_job_is_pending_and_a_finished_one_is_not(
     server: ScriptedServer, tmp_path: Path, left: str, summary: str, is_pending: bool
 ) -> None:
     if summary.isalpha():
-        write_summary(tmp_path / RUN, head(RUN, summary))
+        write_summary(tmp_path / RUN, make_head(RUN, cast(Status, summary)))
     else:
         (tmp_path / RUN / "summary.json").write_text(summary)  # torn
     assert bool(list_pending(tmp_path)) is is_pending
 
 
 def test_the_exit_code_tells_done_waiting_and_failed_apart() -> None:
-    assert PendingReport(finished=[{}]).exit_code == 0
-    assert PendingReport(finished=[{}], waiting=["a"]).exit_code == 11
+    assert PendingReport(finished=[make_head("a", "finished")]).exit_code == 0
+    assert PendingReport(finished=[make_head("a", "finished")], waiting=["a"]).exit_code == 11
     assert PendingReport(waiting=["a"], failed=["b"]).exit_code == 1
 
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from flows.run_records import REQUEST, list_run_folders, read_request, read_run, read_summary
 from tasks.errors import ArtifactCorrupt, LikenessError
+from tasks.manifests.run_summary import RunSummary
 from tasks.stage.digests import load_lines
 
 JOB_LOG = "jobs.jsonl"
@@ -17,8 +17,7 @@ INTERRUPTED = ("failed", "cancelled", "killed", "damaged")
 class PendingReport:
     """What came of resuming pending runs, by run folder names."""
 
-    finished: list[dict[str, Any]] = field(default_factory=list)
-    """Summaries."""
+    finished: list[RunSummary] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
@@ -34,7 +33,7 @@ def list_pending(output: Path) -> list[list[Path]]:
     """Return the folders of pending runs, oldest first; those that asked for the same are one job."""
     groups: dict[str, list[Path]] = {}
     for folder in list_run_folders(output):
-        status = read_summary(folder)["status"]
+        status = read_summary(folder).status
         if status == "pending" or (status in INTERRUPTED and has_live_job(folder)):
             groups.setdefault((folder / REQUEST).read_text(errors="replace"), []).append(folder)
     return list(groups.values())

@@ -1,0 +1,108 @@
+"""`summary.json`: what a run's folder says of the run (described in flows/README.md)."""
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from tasks.manifests.base import Record
+from tasks.manifests.scoring import CheckpointRank, PairResult, SideScores
+
+SUMMARY_VERSION = 1
+Status = Literal["running", "finished", "pending", "continued", "failed", "cancelled", "killed", "damaged"]
+"""`killed` and `damaged` are found on reading; no run writes them."""
+
+
+class ProcessOwner(Record):
+    """The process that works on a run."""
+
+    host: str
+    pid: int
+    started: float
+    """Seconds since 1970: process ids are used again."""
+
+
+class StageSummary(Record):
+    """What a stage did in a run; of a run at work, its key alone."""
+
+    key: str = Field(pattern=r"^[\w.-]+$")
+    cached: bool = False
+    seconds: float = 0.0
+    counts: dict[str, int] = Field(default_factory=dict)
+    cost_usd: float | None = 0.0
+
+
+class RunError(Record):
+    """What ended a run."""
+
+    kind: str
+    message: str
+
+
+class SubjectNames(Record):
+    """How the subject is named in prompts."""
+
+    class_noun: str
+    identifier_token: str
+
+
+class JudgeSummary(Record):
+    """Whether the judge is reliable, and why not."""
+
+    is_reliable: bool
+    reason: str
+    alpha: dict[str, float | None]
+    spearman: dict[str, float | None]
+    pairs: PairResult | None
+
+
+class RegisteredModel(Record):
+    """Name and version in the registry; None where nothing was registered."""
+
+    model: str | None
+    version: str | None
+
+
+class RunPaths(Record):
+    """Relative to the run's folder, or addresses in a bucket."""
+
+    report: str
+    model: str
+    manifests: dict[str, str]
+
+
+class RunSummary(Record):
+    """A run's summary; fields that are not known yet are unset."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    schema_version: int = SUMMARY_VERSION
+    run_id: str = Field(pattern=r"^[\w.-]+$")
+    status: Status
+    config_digest: str = ""
+    started_at: str = ""
+    """UTC."""
+    owner: ProcessOwner | None = None
+    wall_seconds: float | None = None
+    overhead_seconds: float | None = None
+    """Seconds in which no stage was at work."""
+    llm_calls: int | None = None
+    training_steps: int | None = None
+    cost_usd: float | None = None
+    """None where a price is unknown."""
+    subject: SubjectNames | None = None
+    stages: dict[str, StageSummary] = Field(default_factory=dict)
+    metrics: dict[str, dict[str, float | None]] = Field(default_factory=dict)
+    """By side (`base`, `tuned`) and `ceiling`."""
+    scores: dict[str, SideScores] = Field(default_factory=dict)
+    judge: JudgeSummary | None = None
+    checkpoints: tuple[CheckpointRank, ...] = ()
+    registered: RegisteredModel | None = None
+    paths: RunPaths | None = None
+    error: RunError | None = None
+    continued_by: str | None = None
+    """The run that finished what this one began."""
+
+
+def make_head(run_id: str, status: Status) -> RunSummary:
+    """Return a summary of which nothing but its status is known."""
+    return RunSummary(schema_version=SUMMARY_VERSION, run_id=run_id, status=status)

@@ -1,4 +1,4 @@
-"""Cells of terminal tables."""
+"""Cells of terminal tables, and money."""
 
 from tasks.redaction import clean_text, redact
 
@@ -8,3 +8,8 @@ def make_cell(text: str) -> str:
     from rich.markup import escape
 
     return escape(clean_text(redact(text)))
+
+
+def show_usd(cost: float | None) -> str:
+    """Return USD as text, with the digits that a single cheap call needs; None is an unknown price."""
+    return "unknown" if cost is None else f"{cost:.5f}"

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.types import SamplingRequest
 from tasks.evaluation.config import EvaluationConfig
 from tasks.images import encode_png
 from tasks.manifests.evaluation import Sample, SampleKind, Side
 from tasks.prompts import write_plain_prompt, write_subject_prompt
 from tasks.stage.cache import StageFolder
+
+if TYPE_CHECKING:
+    from tasks.diffusion.adapter import DiffusionModel
 
 Source = Side | int
 """Base or published weights, or those kept of a step."""
@@ -68,7 +71,7 @@ def draw_samples(
     config: EvaluationConfig,
     planned: Sequence[PlannedSample],
     *,
-    load_model: Callable[[Source], DiffusionModel],
+    load_model: "Callable[[Source], DiffusionModel]",
     on_progress: Callable[[int, int], None],
 ) -> tuple[Sample, ...]:
     """Return all samples, drawing those that an earlier attempt didn't store."""

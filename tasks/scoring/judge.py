@@ -1,14 +1,16 @@
 """The judge and the second judge, on every sample, and the tie-break where their grades differ."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from tasks.errors import ReplyInvalid
 from tasks.scoring.config import ScoringConfig
-from tasks.scoring.judge_executor import ask_judge
 from tasks.scoring.judge_requests import JudgeContext, JudgeRequest, list_judge_requests, list_second_judge_requests
 from tasks.scoring.scores import Judged, collect_grades
 from tasks.scoring.tie_break import break_ties, find_disputed, read_settled
-from tasks.services.llm.executor import Answers
+from tasks.services.llm.batch.jobs import BatchOptions, ask_many
+from tasks.services.llm.executor import Answers, AskOptions, Specs
 from tasks.services.llm.service import LlmService
 from tasks.stage.cache import StageFolder
 
@@ -57,8 +59,8 @@ def grade(
 
     def ask(questions: list[JudgeRequest], role: str) -> tuple[Answers, dict[str, str]]:
         specs = {question.name: question.spec for question in questions}
-        shown = show(role.replace("_", " "))
-        return ask_judge(specs, config, llm=llm, folder=folder, role=role, on_progress=shown)
+        options = AskOptions(role, on_progress=show(role.replace("_", " ")))
+        return ask_judge(llm, specs, config, folder=folder, options=options)
 
     questions = list_judge_requests(config, material)
     grading = Grading(questions, *ask(questions, "judge"))
@@ -70,3 +72,34 @@ def grade(
     grading.settled = break_ties(disputed, llm=llm, on_progress=show("disputed grades"))
     grading.decided = read_settled(disputed, grading.settled)
     return grading
+
+
+def batch_options(config: ScoringConfig, *, state_prefix: str) -> BatchOptions | None:
+    """Return how a judge's batch job is waited for; None where requests go by calls."""
+    if config.executor != "batch":
+        return None
+    return BatchOptions(
+        state_prefix=state_prefix,
+        poll_seconds=config.poll_seconds,
+        max_wait_seconds=config.max_wait_seconds,
+        deadline_seconds=config.deadline_seconds,
+    )
+
+
+def ask_judge(
+    llm: LlmService, specs: Specs, config: ScoringConfig, *, folder: StageFolder, options: AskOptions
+) -> tuple[Answers, dict[str, str]]:
+    """Return answers and failures by the requests' names.
+
+    Raises:
+        ReplyInvalid: more requests failed than `scoring.max_failed_share` allows.
+
+    """
+    options.on_progress(0, len(specs))
+    batch = batch_options(config, state_prefix=f"{folder.prefix}/batches/{options.role}")
+    limited = replace(options, max_failures=math.floor(config.max_failed_share * len(specs)))
+    answers, failures = ask_many(llm, specs, limited, batch=batch)
+    if len(failures) > config.max_failed_share * len(specs):
+        example = next(iter(failures.values()))
+        raise ReplyInvalid(f"{len(failures)} of {len(specs)} questions got no grade: {example}; run again to ask anew")
+    return answers, failures

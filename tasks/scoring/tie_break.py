@@ -7,7 +7,7 @@ from tasks.manifests.evaluation import Sample
 from tasks.scoring.config import ScoringConfig
 from tasks.scoring.judge_requests import AXES, JudgeRequest
 from tasks.scoring.scores import Judged
-from tasks.services.llm.executor import Answers, ask_each
+from tasks.services.llm.executor import Answers, AskOptions, ask_each
 from tasks.services.llm.service import LlmService
 
 TIE_BREAK_REPEAT = 1_000  # a repeat that no plain question has
@@ -40,7 +40,7 @@ def break_ties(
     if not disputed:
         return {}
     specs = {question.name: question.spec for question in disputed}
-    return ask_each(specs, llm=llm, role="judge", on_progress=on_progress, first_fallback=1)[0]
+    return ask_each(llm, specs, AskOptions("judge", on_progress=on_progress, first_fallback=1))[0]
 
 
 def read_settled(disputed: Sequence[JudgeRequest], answers: Answers) -> dict[tuple[str, str], int]:

@@ -12,6 +12,7 @@ import os
 import platform
 import tempfile
 import time
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from tasks.scoring.statistics import compute_spearman
 from tasks.services.llm.budget.cost_estimate import estimate_calls
 from tasks.services.llm.budget.ledger import Ledger
 from tasks.services.llm.config import CapabilityConfig, ProfileConfig
-from tasks.services.llm.executor import ask_each
+from tasks.services.llm.executor import AskOptions, ask_each
 from tasks.services.llm.service import LlmService, LocalServices
 from tasks.services.store.local import LocalStore
 from tests.support.config import make_config, make_llm_config
@@ -72,8 +73,9 @@ def print_money() -> None:
         config = compile_request(parse_overrides(words))
         is_batch = config.llm.profiles[name].capabilities.batch != "none"
         rows = [
-            estimate_calls(config.llm, role, requests, is_batch=is_batch and role == "judge")
-            for role, requests in plan_requests(config)
+            estimate_calls(config.llm, replace(planned, is_batch=is_batch and planned.role == "judge"))
+            for planned in plan_requests(config)
+            if not planned.is_follow_up
         ]
         low, high = sum(row.expected_usd or 0 for row in rows), sum(row.worst_usd or 0 for row in rows)
         calls, tokens = sum(row.calls for row in rows), sum(row.input_tokens for row in rows)
@@ -177,7 +179,7 @@ def judge(
     """Ask everything about one subject and return its row; add its samples' grades and similarities."""
     questions = list_judge_requests(make_config(ScoringConfig), material)
     specs = {question.name: question.spec for question in questions}
-    answers, _ = ask_each(specs, llm=llm, role="judge", on_progress=lambda done, total: None)
+    answers, _ = ask_each(llm, specs, AskOptions("judge"))
     judgements = scores.to_judgements(material.samples, Judged(questions, answers))
     health = scores.examine_judge(material.samples, Judged(questions, answers), is_comparable=True)
     photos = encoders.encode_dino([decode_png(png) for png in material.references])

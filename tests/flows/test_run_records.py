@@ -29,6 +29,7 @@ from flows.run_records import (
 )
 from tasks.errors import ArtifactCorrupt, ConfigError, StillPending, TrainingStopped
 from tasks.manifests.run_summary import RunError, RunPaths, make_head
+from tasks.stage.digests import sign
 
 WORDS = [
     "subject.source=Fotos/Söhne & co", "subject.class_noun=mug", "experiment=smoke", "prior=none", "seed=4",
@@ -88,7 +89,7 @@ def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=Path(__file__).parents[2])
     assert read_summary(folder).status == "killed"
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary.owner.pid != os.getpid()
+    assert summary["owner"]["pid"] != os.getpid()
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b'{"status": 3, "run_id": "x"}', b"[" * 100_000])

@@ -13,6 +13,7 @@ from tasks.errors import BudgetExceeded, ConfigError, ReplyInvalid, ServiceUnava
 from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.chat.request import RequestSpec
 from tasks.services.llm.doctor import examine
+from tasks.services.llm.executor import AskOptions
 from tasks.services.llm.service import LlmService
 from tests.servers.served import SERVERS, Seen, ask_color, fill_picture, find_port, make_llm, need, serving
 
@@ -153,7 +154,7 @@ def test_a_batch_is_uploaded_created_found_and_read(url: str, tmp_path: Path) ->
     llm = make(url, tmp_path)
     options = BatchOptions("batches", poll_seconds=0.05, max_wait_seconds=20)
     answers, failures = ask_batch(
-        llm, specs, options, role="inspector", on_progress=lambda done, total: seen.append((done, total))
+        llm, specs, options, options=AskOptions("inspector", on_progress=lambda done, total: seen.append((done, total)))
     )
     # Its rows all say the same, which is no JSON: every one comes back by its name, and none is kept.
     assert answers == {}

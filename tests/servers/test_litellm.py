@@ -10,6 +10,7 @@ from tasks.mini.vision_server.launch import LocalServer
 from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.chat.request import RequestSpec
 from tasks.services.llm.doctor import examine
+from tasks.services.llm.executor import AskOptions
 from tests.servers.served import SERVERS, Seen, ask_color, fill_picture, find_port, make_llm, need, serving
 
 HOW = "make test-llm-servers"
@@ -109,6 +110,6 @@ def test_files_and_batches_pass_through(url: str, tmp_path: Path) -> None:
     llm = make_llm(url, "mini-vision", tmp_path, api_key_variable="GOOD_KEY")
     specs = {c: RequestSpec("You look.", ("Which color fills it?", fill_picture(c)), Seen) for c in ("red", "blue")}
     options = BatchOptions("batches", poll_seconds=0.2, max_wait_seconds=30)
-    answers, failures = ask_batch(llm, specs, options, role="inspector", on_progress=lambda done, total: None)
+    answers, failures = ask_batch(llm, specs, options, options=AskOptions("inspector"))
     assert failures == {}
     assert {name: answer.reply.color for name, answer in answers.items()} == {"red": "red", "blue": "blue"}

@@ -6,6 +6,7 @@ from typing import Any
 from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.chat.request import RequestSpec
 from tasks.services.llm.config import CapabilityConfig
+from tasks.services.llm.executor import AskOptions
 from tasks.services.llm.service import LlmService, LocalServices
 from tests.support.llm import Reply, make_llm
 
@@ -36,7 +37,7 @@ def ask_in_batch(llm: LlmService, *, specs: dict[str, RequestSpec[Any]] = SPECS,
         "state_prefix": "05-scoring/k/batches", "poll_seconds": 0.02, "max_wait_seconds": 20,
         "deadline_seconds": None, **changes,
     }  # fmt: skip
-    return ask_batch(llm, specs, BatchOptions(**options), role="judge", on_progress=lambda done, total: None)
+    return ask_batch(llm, specs, BatchOptions(**options), options=AskOptions("judge"))
 
 
 def make_batching(server: Any, folder: Path, kind: str, **changes: Any) -> LlmService:

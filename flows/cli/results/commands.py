@@ -50,7 +50,7 @@ def report(
 
 
 @app.command("generate", rich_help_panel=RESULTS)
-def generate(
+def generate(  # noqa: PLR0913, PLR0917 - a command's options
     run: RunName,
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", help='For example "a photo of sks fish in the snow".', show_default=False)
@@ -65,18 +65,12 @@ def generate(
     output_dir: OutputDir = OUTPUT,
 ) -> int:
     """Generate one image with a run's tuned model."""
+    from flows.cli.results.generate import ImageRequest
     from flows.cli.results.generate import generate as generate_image
     from flows.cli.results.runs import find_run
 
-    path, used_seed = generate_image(
-        find_run(output_dir, run),
-        prompt,
-        seed=seed,
-        out=out,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        candidate=candidate,
-    )
+    request = ImageRequest(prompt, seed, steps, guidance, candidate)
+    path, used_seed = generate_image(find_run(output_dir, run), request, out=out)
     print(f"{path}  seed {used_seed}")
     return 0
 

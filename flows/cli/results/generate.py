@@ -1,4 +1,4 @@
-"""Draw single pictures with a run's tuned model."""
+"""Generate single images with a run's tuned model."""
 
 import gc
 import re
@@ -6,6 +6,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from flows.run_records import read_run
@@ -15,20 +16,24 @@ from tasks.manifests.training import TunedModel
 from tasks.services.store.base import Store
 
 
-def generate(
-    folder: Path,
-    prompt: str,
-    *,
-    seed: int | None = None,
-    out: Path | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    candidate: int | None = None,
-) -> tuple[Path, int]:
-    """Draw one picture and return its file and seed, with the published weights or those kept of a step.
+@dataclass(frozen=True)
+class ImageRequest:
+    """One image to generate; None: as the run's evaluation says."""
+
+    prompt: str
+    seed: int | None = None
+    """None: random."""
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    candidate: int | None = None
+    """The step whose retained weights draw; None: the published ones."""
+
+
+def generate(folder: Path, request: ImageRequest, *, out: Path | None = None) -> tuple[Path, int]:
+    """Generate one image with a run's weights; return its file and seed.
 
     Raises:
-        ConfigError: the run did not finish, or kept no weights of that step.
+        ConfigError: the run did not finish, or retained no weights of that step.
 
     """
     from tasks.diffusion.registry import open_model
@@ -36,16 +41,16 @@ def generate(
     from tasks.services.store.open import open_store
 
     run = read_run(folder)
-    config, key = run.config, run.find_stage_key("publishing" if candidate is None else "training")
+    config, key = run.config, run.find_stage_key("publishing" if request.candidate is None else "training")
     store, work = open_store(config.store), Path(config.output_dir) / "work"
-    weights = fetch_weights(store, folder.name, key, candidate=candidate, work=work)
-    seed = secrets.randbelow(2**31) if seed is None else seed
+    weights = fetch_weights(store, folder.name, key, candidate=request.candidate, work=work)
+    seed = secrets.randbelow(2**31) if request.seed is None else request.seed
     with fast_imports(weights):
         model = open_model(config.diffusion, folder=weights)
     picture = model.sample(
-        [SamplingRequest(prompt=prompt, seed=seed)],
-        num_inference_steps=num_inference_steps or config.evaluation.num_inference_steps,
-        guidance_scale=guidance_scale or config.evaluation.guidance_scale,
+        [SamplingRequest(prompt=request.prompt, seed=seed)],
+        num_inference_steps=request.num_inference_steps or config.evaluation.num_inference_steps,
+        guidance_scale=request.guidance_scale or config.evaluation.guidance_scale,
     )[0]
     path = out or folder / f"picture-{seed}.png"
     try:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.cli.console import show_usd
 from tasks.errors import ConfigError
 from tasks.manifests.run_summary import RunSummary
 from tasks.metrics import METRICS
@@ -75,7 +76,7 @@ def print_summary(summary: RunSummary, config: "RunConfig") -> None:
     cost = summary.cost_usd
     print(
         f"run       {summary.run_id}: {summary.wall_seconds:.1f} s, {summary.llm_calls} LLM calls, "
-        f"{summary.training_steps} training steps, {'unknown cost' if cost is None else f'{cost:.4f} USD'}"
+        f"{summary.training_steps} training steps, {show_usd(cost)} USD"
     )
     noun, token = summary.subject.class_noun, summary.subject.identifier_token
     print(f'try       likeness generate latest "a photo of {token} {noun} in the snow"')

@@ -33,7 +33,7 @@ def cost(
 
 
 @app.command("jobs", rich_help_panel=SPENDING)
-def jobs(
+def jobs(  # noqa: PLR0917 - a command's options
     action: Annotated[Action, typer.Argument(metavar="ACTION", help="list, show, adopt, cancel or discard.")] = "list",
     job: Annotated[str, typer.Argument(metavar="JOB", help="The provider's id of a job.", show_default=False)] = "",
     profile: Annotated[

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flows.cli.console import make_cell
+from flows.cli.console import make_cell, show_usd
 from flows.run_records import list_run_folders, read_summary
 from tasks.errors import ConfigError
 from tasks.services.llm.budget.ledger import read_rows
@@ -83,11 +83,6 @@ def read_identity(folder: Path) -> Any:
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
     return config
-
-
-def show_usd(cost: float | None) -> str:
-    """Return money as text; what is unknown is said to be."""
-    return "unknown" if cost is None else f"{cost:.5f}"
 
 
 def read_ledger(folder: Path) -> tuple[list[dict[str, Any]], int]:

@@ -1,8 +1,9 @@
-"""Many requests one by one, several at once."""
+"""Many requests by calls, several at once."""
 
 import math
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 from tasks.errors import ReplyInvalid
@@ -14,36 +15,40 @@ Answers = dict[str, Answer[Any]]
 Specs = dict[str, RequestSpec[Any]]
 
 
-def ask_each(
-    specs: Specs,
-    *,
-    llm: LlmService,
-    role: str,
-    on_progress: Callable[[int, int], None],
-    first_fallback: int = 0,
-    max_failures: int | None = None,
-) -> tuple[Answers, dict[str, str]]:
-    """Return answers and reasons for what has none, by the caller's names.
+def ignore_progress(done: int, total: int) -> None:
+    """Show nothing."""
 
-    Args:
-        max_failures: with more of them than this, the rest is not asked: what is answered would be of no use.
 
-    """
+@dataclass(frozen=True)
+class AskOptions:
+    """How many requests to one role are asked."""
+
+    role: str
+    on_progress: Callable[[int, int], None] = ignore_progress
+    """Called with requests done and requests in all."""
+    first_fallback: int = 0
+    """Where in the fallback chain they begin."""
+    max_failures: int | None = None
+    """With more failures than this, the rest is not asked: the answers would be of no use. Calls only."""
+
+
+def ask_each(llm: LlmService, specs: Specs, options: AskOptions) -> tuple[Answers, dict[str, str]]:
+    """Return answers, and reasons for requests without one, by the caller's names."""
     answers: Answers = {}
     failures: dict[str, str] = {}
     unusable: list[str] = []
 
     def ask(name: str) -> Answer[Any] | str:
-        if max_failures is not None and len(unusable) > max_failures:
+        if options.max_failures is not None and len(unusable) > options.max_failures:
             return f"not asked: {len(unusable)} other replies could not be used, for example: {unusable[0]}"
         try:
-            return llm.ask(specs[name], role=role, first_fallback=first_fallback)
+            return llm.ask(specs[name], role=options.role, first_fallback=options.first_fallback)
         except ReplyInvalid as error:
             unusable.append(str(error))
             return str(error)
 
     outcomes = map_in_pool(
-        ask, specs, concurrency=llm.profile(role).concurrency, num_repairs=count_repairs(llm, len(specs))
+        ask, specs, concurrency=llm.profile(options.role).concurrency, num_repairs=count_repairs(llm, len(specs))
     )
     with closing(outcomes):
         for name, outcome in zip(specs, outcomes, strict=True):
@@ -51,7 +56,7 @@ def ask_each(
                 failures[name] = outcome
             else:
                 answers[name] = outcome
-            on_progress(len(answers) + len(failures), len(specs))
+            options.on_progress(len(answers) + len(failures), len(specs))
     return answers, failures
 
 

@@ -13,10 +13,10 @@ from pydantic import BaseModel, Field
 from tasks.csv_files import read_rows
 from tasks.errors import ConfigError, ReplyInvalid
 from tasks.prompts import choose_article, name_subject
-from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
+from tasks.services.llm.batch.jobs import BatchOptions, ask_many
 from tasks.services.llm.chat.request import RequestSpec
 from tasks.services.llm.chat.retries import map_in_pool
-from tasks.services.llm.executor import Answers, Specs, ask_each, count_repairs
+from tasks.services.llm.executor import AskOptions, count_repairs
 from tasks.services.llm.service import LlmService
 from tasks.stage.digests import digest
 from tasks.subject.adjudication import EXAMINE, Adjudication, Decision, DoubtfulPhoto, adjudicate
@@ -132,10 +132,12 @@ def describe_photos(
         for photo in unwritten
         if not described[photo.sha256].problem and not described[photo.sha256].find_objection(config)
     }
-    captions, failures = ask_captions(
-        wanted, config, llm=llm, state_prefix=state_prefix,
-        on_progress=lambda done, num: on_progress(total - num + done, total),
-    )  # fmt: skip
+    captions, failures = ask_many(
+        llm,
+        wanted,
+        AskOptions("captioner", on_progress=lambda done, num: on_progress(total - num + done, total)),
+        batch=batch_options(len(wanted), config, state_prefix=state_prefix),
+    )
     for sha256, answer in captions.items():
         described[sha256] = replace(described[sha256], caption=answer.reply)
     for sha256, reason in failures.items():
@@ -161,19 +163,11 @@ def inspect_photo(photo: Photo, photos: Sequence[Photo], config: SubjectConfig, 
     return PhotoAnnotation(inspection, adjudication=decision.verdict, reasoning=decision.reasoning)
 
 
-def ask_captions(
-    specs: Specs,
-    config: SubjectConfig,
-    *,
-    llm: LlmService,
-    state_prefix: str,
-    on_progress: Callable[[int, int], None],
-) -> tuple[Answers, dict[str, str]]:
-    """Return captions and failures: by a batch job where there are many."""
-    if len(specs) < config.batch_threshold or llm.profile("captioner").capabilities.batch == "none":
-        return ask_each(specs, llm=llm, role="captioner", on_progress=on_progress)
-    options = BatchOptions(state_prefix, poll_seconds=5.0, max_wait_seconds=config.max_wait_seconds)
-    return ask_batch(llm, specs, options, role="captioner", on_progress=on_progress)
+def batch_options(num_photos: int, config: SubjectConfig, *, state_prefix: str) -> BatchOptions | None:
+    """Return how the batch job of captions is waited for; None for few photos, which are asked by calls."""
+    if num_photos < config.batch_threshold:
+        return None
+    return BatchOptions(state_prefix, poll_seconds=5.0, max_wait_seconds=config.max_wait_seconds)
 
 
 def read_captions(config: SubjectConfig, names: set[str]) -> dict[str, Caption]:

@@ -16,7 +16,7 @@ from tasks.manifests.evaluation import Sample, Side, SubjectMetrics
 from tasks.manifests.scoring import JudgeReliability
 from tasks.scoring import scores
 from tasks.scoring.config import ScoringConfig
-from tasks.scoring.judge_executor import ask_judge
+from tasks.scoring.judge import ask_judge
 from tasks.scoring.judge_requests import (
     AXES,
     JudgeContext,
@@ -27,7 +27,7 @@ from tasks.scoring.judge_requests import (
 from tasks.scoring.rubric import ConceptGrade, QualityGrade, concept_spec, pair_spec, prompt_spec, quality_spec
 from tasks.scoring.scores import Judged
 from tasks.scoring.tie_break import break_ties, find_disputed, read_settled
-from tasks.services.llm.executor import Answers
+from tasks.services.llm.executor import Answers, AskOptions
 from tasks.services.llm.service import Answer
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
@@ -45,7 +45,7 @@ def ask(tmp_path: Path, server: Any, executor: str) -> tuple[Answers, dict[str, 
     llm = make_llm(server, tmp_path)
     config = make_config(ScoringConfig, executor=executor, poll_seconds=0.05)  # type: ignore[arg-type]
     folder = StageFolder(LocalStore(tmp_path / "store"), "scoring", "k")
-    return ask_judge(SPECS, config, llm=llm, folder=folder, on_progress=lambda done, total: None)
+    return ask_judge(llm, SPECS, config, folder=folder, options=AskOptions("judge"))
 
 
 @pytest.mark.parametrize("executor", ["batch", "sync"])

@@ -15,11 +15,11 @@ from tasks.manifests.base import ObjectRef
 from tasks.manifests.evaluation import Evaluation, Sample
 from tasks.manifests.subject import SubjectSet
 from tasks.scoring.config import ScoringConfig
-from tasks.scoring.judge import Grading
-from tasks.scoring.judge_executor import ask_judge
+from tasks.scoring.judge import Grading, ask_judge
 from tasks.scoring.judge_requests import JudgeContext, list_judge_requests
 from tasks.scoring.rubric import quality_spec
 from tasks.scoring.steps import ScoringInputs, compare_others, compute_scores
+from tasks.services.llm.executor import AskOptions
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config, make_llm_config
@@ -84,7 +84,7 @@ def ask(server: ScriptedServer, tmp_path: Path, **changes: Any) -> Any:
     llm = make_llm(server, tmp_path)
     folder = StageFolder(LocalStore(tmp_path / "store"), "scoring", "k")
     config = make_config(ScoringConfig, **changes)
-    return ask_judge(ASKED, config, llm=llm, folder=folder, on_progress=lambda done, total: None)
+    return ask_judge(llm, ASKED, config, folder=folder, options=AskOptions("judge"))
 
 
 @pytest.mark.parametrize(("executor", "counts"), [("batch", (1, 0)), ("sync", (0, 2))])

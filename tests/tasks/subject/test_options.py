@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from tasks.errors import StillPending, SubjectRejected
+from tasks.services.llm.batch.jobs import ask_many
 from tasks.services.llm.config import CapabilityConfig
+from tasks.services.llm.executor import AskOptions
 from tasks.services.store.local import LocalStore
-from tasks.subject.captions.captioning import ask_captions
+from tasks.subject.captions.captioning import batch_options
 from tasks.subject.name_lookup import look_up_names
 from tasks.subject.photos.ingest import Photo, check_photo, check_photos
 from tests.support.config import make_subject_config
@@ -87,8 +89,6 @@ def test_fewer_photos_than_configured_are_refused(tmp_path: Path, store: LocalSt
 def test_a_batch_job_of_captions_is_waited_for_as_long_as_configured(tmp_path: Path) -> None:
     with scripted_server(BusyServer()) as server:
         config = make_subject_config(batch_threshold=2, max_wait_seconds=0.01)
+        batch = batch_options(len(SPECS), config, state_prefix="01-subject/k/batches")
         with pytest.raises(StillPending):
-            ask_captions(
-                SPECS, config, llm=make_llm(server, tmp_path), state_prefix="01-subject/k/batches",
-                on_progress=lambda done, total: None,
-            )  # fmt: skip
+            ask_many(make_llm(server, tmp_path), SPECS, AskOptions("captioner"), batch=batch)

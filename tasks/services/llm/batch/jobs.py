@@ -18,8 +18,8 @@ from tasks.services.llm.batch.job import BatchJob, BatchState, list_states
 from tasks.services.llm.batch.lease import hold_lease
 from tasks.services.llm.batch.provider import ENDPOINT
 from tasks.services.llm.chat.request import RequestSpec, count_body_tokens
-from tasks.services.llm.config import ProfileConfig
-from tasks.services.llm.executor import Answers, Specs, ask_each
+from tasks.services.llm.config import LlmConfig, ProfileConfig
+from tasks.services.llm.executor import Answers, AskOptions, Specs, ask_each
 from tasks.services.llm.service import LlmService
 
 log = logging.getLogger(__name__)
@@ -49,24 +49,36 @@ class BatchOutcome:
     """Rows of cancelled jobs, to be asked by calls."""
 
 
-def ask_batch(
-    llm: LlmService,
-    specs: Specs,
-    options: BatchOptions,
-    *,
-    role: str,
-    on_progress: Callable[[int, int], None],
+def can_batch(config: LlmConfig, role: str) -> bool:
+    """Whether a role's first profile has a batch API."""
+    return config.profile(role).capabilities.batch != "none"
+
+
+def ask_many(
+    llm: LlmService, specs: Specs, options: AskOptions, *, batch: BatchOptions | None
 ) -> tuple[Answers, dict[str, str]]:
-    """Answer many requests through the batch API of a role's first profile.
+    """Answer many requests: by a batch job where one is wanted and the role's profile has them, else by calls.
 
     Args:
-        specs: requests by a name of the caller's.
-        on_progress: called with rows done and rows in all.
+        llm: the service.
+        specs: requests by names of the caller's.
+        options: how they are asked.
+        batch: how a batch job is waited for; None: no batch job is wanted.
 
     Returns:
         Validated replies, and reasons for the rest, both by name.
 
     """
+    if batch is not None and can_batch(llm.config, options.role):
+        return ask_batch(llm, specs, batch, options=options)
+    return ask_each(llm, specs, options)
+
+
+def ask_batch(
+    llm: LlmService, specs: Specs, batch: BatchOptions, *, options: AskOptions
+) -> tuple[Answers, dict[str, str]]:
+    """Answer many requests through the batch API of a role's first profile; see `ask_many`."""
+    role = options.role
     profile = llm.config.fallback_chain(role)[0]
     names: dict[str, list[str]] = {}
     for name, spec in specs.items():
@@ -77,11 +89,11 @@ def ask_batch(
         cached = llm.find_cached(spec, name=profile, role=role)
         if cached is not None:
             answers[name] = cached
-    jobs = plan_jobs(llm, rows, profile=profile, role=role, state_prefix=options.state_prefix)
-    outcome = run_jobs(llm, jobs, rows, options=options, on_progress=lambda done: on_progress(done, len(specs)))
+    jobs = plan_jobs(llm, rows, profile=profile, role=role, state_prefix=batch.state_prefix)
+    outcome = run_jobs(llm, jobs, rows, options=batch, on_progress=lambda done: options.on_progress(done, len(specs)))
     failures = {name: reason for custom_id, reason in outcome.failures.items() for name in names[custom_id]}
     left = {name: specs[name] for custom_id in outcome.left for name in names[custom_id]}
-    asked, failed = ask_each(left, llm=llm, role=role, on_progress=lambda done, total: None)
+    asked, failed = ask_each(llm, left, AskOptions(role))
     for name, spec in specs.items():
         if name not in {**failures, **failed, **answers, **asked}:
             kept = llm.read_kept(spec, name=profile)
@@ -89,7 +101,7 @@ def ask_batch(
                 failures[name] = "no reply was kept for this row; run again to ask anew"
             else:
                 answers[name] = kept
-    on_progress(len(specs), len(specs))
+    options.on_progress(len(specs), len(specs))
     return {**answers, **asked}, {**failures, **failed}
 
 

@@ -45,17 +45,24 @@ class Totals:
     num_bytes: int
 
 
-def estimate_calls(
-    config: LlmConfig, role: str, requests: Sequence[RequestSpec[Any]], *, is_batch: bool, first_fallback: int = 0
-) -> CallEstimate:
-    """Return what a role's profiles would take for these requests.
+@dataclass(frozen=True)
+class PlannedRequests:
+    """Requests that a stage would send to a role."""
 
-    Args:
-        first_fallback: where in the fallback chain they begin.
+    role: str
+    specs: Sequence[RequestSpec[Any]]
+    is_batch: bool = False
+    first_fallback: int = 0
+    """Where in the fallback chain they begin."""
+    is_follow_up: bool = False
+    """Whether they are sent only where replies call for them: they count in the worst case alone."""
 
-    """
+
+def estimate_calls(config: LlmConfig, planned: PlannedRequests) -> CallEstimate:
+    """Return what a role's profiles would take for these requests."""
+    role, requests, is_batch = planned.role, planned.specs, planned.is_batch
     names = config.fallback_chain(role)
-    names = names[min(first_fallback, len(names) - 1) :]
+    names = names[min(planned.first_fallback, len(names) - 1) :]
     first = config.profiles[names[0]]
     totals = {name: count_all(config.profiles[name], requests) for name in names}
     most = totals[names[0]].most
@@ -71,10 +78,10 @@ def estimate_calls(
     return CallEstimate(
         role=role,
         profile=names[0],
-        calls=len(requests),
+        calls=0 if planned.is_follow_up else len(requests),
         worst_calls=worst_calls,
         input_tokens=most.input_tokens,
-        expected_usd=compute_cost(first.prices, short, is_batch=is_batch)[0],
+        expected_usd=0.0 if planned.is_follow_up else compute_cost(first.prices, short, is_batch=is_batch)[0],
         worst_usd=None if None in worst_usd else sum(usd for usd in worst_usd if usd is not None),
         is_batch=is_batch,
         largest_file_bytes=min(totals[names[0]].num_bytes, MOST_BYTES),

@@ -19,6 +19,7 @@ from tasks.manifests.run_summary import Status, make_head
 from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.budget.ledger import Ledger
 from tasks.services.llm.budget.spending_cap import Budget
+from tasks.services.llm.executor import AskOptions
 from tasks.services.llm.service import LlmService
 from tasks.services.store.local import LocalStore
 from tests.support.llm import CHAT, GOOD
@@ -60,7 +61,7 @@ def make_run(server: ScriptedServer, output: Path, *, name: str = RUN, **changes
 
 def ask(llm: LlmService, *, max_wait_seconds: float = 20.0) -> Any:
     options = BatchOptions("05-scoring/key/batches/judge", 0.02, max_wait_seconds)
-    return ask_batch(llm, SPECS, options, role="judge", on_progress=lambda done, total: None)
+    return ask_batch(llm, SPECS, options, options=AskOptions("judge"))
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from conf.overrides import parse_overrides
 from flows.cli.spending.cost import sum_costs
 from flows.cli.spending.estimate import print_estimates
 from tasks.mini.vision_server.launch import LocalServer
-from tasks.services.llm.budget.cost_estimate import estimate_calls
+from tasks.services.llm.budget.cost_estimate import PlannedRequests, estimate_calls
 from tasks.services.llm.budget.ledger import Ledger
 from tasks.services.llm.config import CapabilityConfig, PriceConfig, ProfileConfig
 from tasks.services.llm.doctor import check_retirement, examine
-from tasks.services.llm.executor import ask_each
+from tasks.services.llm.executor import AskOptions, ask_each
 from tasks.services.llm.service import LlmService, LocalServices
 from tasks.services.store.local import LocalStore
 from tests.support.llm import GOOD, SPEC, ask, make_llm, two_profiles
@@ -152,7 +152,10 @@ def test_an_estimate_counts_calls_and_takes_the_batch_price(tmp_path: Path) -> N
     with scripted_server() as server:
         prices = {"input": 1.0, "output": 10.0, "batch_discount": 0.5, "date": "d"}
         config = make_llm(server, tmp_path, prices=prices).config
-        whole, half = (estimate_calls(config, "judge", [SPEC] * 3, is_batch=is_batch) for is_batch in (False, True))
+        whole, half = (
+            estimate_calls(config, PlannedRequests("judge", [SPEC] * 3, is_batch=is_batch))
+            for is_batch in (False, True)
+        )
         assert not server.counts
     assert whole.calls == 3
     assert whole.expected_usd == pytest.approx((whole.input_tokens * 1.0 + 3 * 120 * 10.0) / 1e6)
@@ -178,8 +181,8 @@ def test_an_estimate_is_an_upper_bound_of_what_is_booked(tmp_path: Path) -> None
     with scripted_server(Spendthrift(2)) as server, scripted_server(Spendthrift(2)) as strong:
         llm = two_profiles(server, strong, tmp_path, max_attempts=2, prices=prices, concurrency=1)
         specs = {f"s{number}": replace(SPEC, repeat=number) for number in range(4)}
-        estimate = estimate_calls(llm.config, "judge", list(specs.values()), is_batch=False)
-        answers, failures = ask_each(specs, llm=llm, role="judge", on_progress=lambda done, total: None)
+        estimate = estimate_calls(llm.config, PlannedRequests("judge", list(specs.values())))
+        answers, failures = ask_each(llm, specs, AskOptions("judge"))
         calls = server.counts["POST /v1/chat/completions"] + strong.counts["POST /v1/chat/completions"]
     assert (len(answers), len(failures)) == (0, 4)
     spent = llm.ledger.sum_cost() or 0.0

@@ -13,6 +13,7 @@ from tasks.errors import ConfigError
 from tasks.services.config import StoreConfig
 from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.config import ProfileConfig
+from tasks.services.llm.executor import AskOptions
 from tasks.services.store.s3 import S3Store
 from tests.support.llm import CHAT, GOOD, SPEC, ask, make_llm
 from tests.support.llm_server import scripted_server
@@ -83,7 +84,7 @@ def batch_body(llm: Any, server: Any) -> Any:
         return plain(body)
 
     server.desk.answer = remember
-    ask_batch(llm, {"s": SPEC}, BatchOptions("b", 0.02, 20), role="judge", on_progress=lambda done, total: None)
+    ask_batch(llm, {"s": SPEC}, BatchOptions("b", 0.02, 20), options=AskOptions("judge"))
     return seen[0]
 
 

@@ -9,6 +9,7 @@ import pytest
 from tasks.errors import BudgetExceeded, ConfigError, LikenessError, ServiceUnavailable
 from tasks.services.llm.batch.jobs import BatchOptions, ask_batch
 from tasks.services.llm.budget.spending_cap import Budget
+from tasks.services.llm.executor import AskOptions
 from tasks.services.llm.service import LlmService, LocalServices
 from tests.support.llm import CHAT, GOOD, SPEC, WHOLE, ask, make_llm
 from tests.support.llm_server import ScriptedServer, completion
@@ -123,7 +124,7 @@ def test_honest_usage_is_not_flagged(server: ScriptedServer, tmp_path: Path) -> 
 def test_a_batch_rows_usage_is_held_to_the_same(server: ScriptedServer, tmp_path: Path) -> None:
     server.script((200, {}, with_usage({"prompt_tokens": 100, "completion_tokens": -1})))
     llm = make_paying(server, tmp_path, cap=10.0)
-    ask_batch(llm, {"s": SPEC}, BatchOptions("b", 0.02, 20), role="judge", on_progress=lambda done, total: None)
+    ask_batch(llm, {"s": SPEC}, BatchOptions("b", 0.02, 20), options=AskOptions("judge"))
     assert committed(tmp_path) == pytest.approx(ATTEMPT)
     assert [bool(row.usage_fault) for row in llm.ledger.rows] == [True]
 
@@ -139,7 +140,7 @@ def test_our_own_runner_reserves_each_attempt(server: ScriptedServer, tmp_path: 
     llm.local = LocalServices(batch_folder=tmp_path / "batches")
     specs = {f"s{n}": replace(SPEC, repeat=n) for n in range(4)}
     with pytest.raises(BudgetExceeded):
-        ask_batch(llm, specs, BatchOptions("b", 0.02, 20), role="judge", on_progress=lambda done, total: None)
+        ask_batch(llm, specs, BatchOptions("b", 0.02, 20), options=AskOptions("judge"))
     assert server.counts[CHAT] == 3
 
 

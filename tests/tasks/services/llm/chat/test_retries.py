@@ -11,9 +11,9 @@ import pytest
 
 from tasks.errors import BudgetExceeded, ConfigError, LikenessError, ReplyInvalid, ServiceUnavailable
 from tasks.scoring.config import ScoringConfig
-from tasks.scoring.judge_executor import ask_judge
+from tasks.scoring.judge import ask_judge
 from tasks.services.llm.config import CapabilityConfig
-from tasks.services.llm.executor import ask_each
+from tasks.services.llm.executor import AskOptions, ask_each
 from tests.support.config import make_config
 from tests.support.llm import CHAT, GOOD, SPEC, ask, make_llm
 from tests.support.llm_batch import ask_in_batch, make_batching
@@ -43,7 +43,7 @@ class FailingLater(ScriptedServer):
 
 def ask_all(server: ScriptedServer, folder: Path, **changes: Any) -> Any:
     llm = make_llm(server, folder, concurrency=4, **changes)
-    return ask_each(QUESTIONS, llm=llm, role="judge", on_progress=lambda done, total: None)
+    return ask_each(llm, QUESTIONS, AskOptions("judge"))
 
 
 @pytest.mark.parametrize(("answer", "error"), FATAL.values(), ids=FATAL.keys())
@@ -94,7 +94,7 @@ def test_repairs_are_bounded_for_all_questions_together(
     server.script('{"grade": 9}')
     llm = make_llm(server, tmp_path)
     llm.config = llm.config.model_copy(update={"max_repair_fraction": fraction})
-    answers, failures = ask_each(QUESTIONS, llm=llm, role="judge", on_progress=lambda done, total: None)
+    answers, failures = ask_each(llm, QUESTIONS, AskOptions("judge"))
     assert (len(answers), len(failures), server.counts[CHAT]) == (0, 21, most)
 
 
@@ -103,7 +103,7 @@ def test_a_judge_that_answers_nonsense_is_not_asked_to_the_end(server: ScriptedS
     config = make_config(ScoringConfig, executor="sync", max_failed_share=0.1)
     llm = make_llm(server, tmp_path, concurrency=1)
     with pytest.raises(ReplyInvalid, match="21 of 21 questions got no grade"):
-        ask_judge(QUESTIONS, config, llm=llm, folder=None, on_progress=lambda done, total: None)  # type: ignore[arg-type]
+        ask_judge(llm, QUESTIONS, config, folder=None, options=AskOptions("judge"))  # type: ignore[arg-type]
     assert server.counts[CHAT] == 3 * 2  # a third failure is too many; each was asked once more
 
 

@@ -1,4 +1,4 @@
-"""Runs that wait for a batch job: suspended ones, and interrupted ones whose job is still alive."""
+"""Pending runs: suspended ones, and interrupted ones whose batch job is still alive."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ INTERRUPTED = ("failed", "cancelled", "killed", "damaged")
 
 @dataclass
 class PendingReport:
-    """What came of resuming pending runs, by run folder names."""
+    """Outcome of resuming pending runs, by run folder name."""
 
     finished: list[RunSummary] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)
@@ -23,7 +23,7 @@ class PendingReport:
 
     @property
     def exit_code(self) -> int:
-        """0: all are done; 11: some still wait; 1: some failed."""
+        """0: all are done; 11: some are still pending; 1: some failed."""
         if self.failed:
             return 1
         return 11 if self.waiting else 0
@@ -70,7 +70,7 @@ def has_live_job(folder: Path) -> bool:
     try:
         store = open_store(read_run(folder).config.store)
         states = [state for key in keys if (state := find_state(store, key)) is not None]
-    except (LikenessError, OSError, ValueError):  # a store that is gone holds no job
+    except (LikenessError, OSError, ValueError):  # a missing store holds no job
         return False
     live = [state for state in states if not state.is_collected]
     holders = [find_holder(store, state.file_name.removesuffix(".json")) for state in live]

@@ -75,7 +75,7 @@ def test_a_polite_end_saves_and_says_how_to_go_on(first_run: dict[str, Any], san
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert stderr.strip().splitlines()[-1] == "stopped; run again to go on from here"
+    assert stderr.strip().splitlines()[-1] == "stopped; run the same command again to resume"
     assert list(work.glob("*/checkpoints/step-*"))
 
 
@@ -116,12 +116,12 @@ def test_a_run_is_parked_while_its_batch_job_runs_and_goes_on_with_the_same_job(
         assert "still validating; `likeness pending` resumes the run" in suspended.stderr.splitlines()[-1]
         assert sandbox.newest()["status"] == "pending"
         busy = sandbox.likeness("pending")
-        assert busy.stdout.strip().endswith("0 of 1 waiting runs finished"), busy.stderr
+        assert busy.stdout.strip().endswith("0 of 1 pending runs finished"), busy.stderr
         assert busy.returncode == 11
         server.desk.turn.release()
         wait_until(lambda: all(batch["status"] == "completed" for batch in server.desk.list_batches()))
         done = sandbox.likeness("pending")
-        assert done.stdout.strip().endswith("1 of 1 waiting runs finished"), done.stderr
+        assert done.stdout.strip().endswith("1 of 1 pending runs finished"), done.stderr
         assert done.returncode == 0
         assert server.counts["POST /v1/batches"] == 1
     summary = sandbox.newest()

@@ -1,4 +1,4 @@
-"""`likeness doctor`: whether every LLM profile does what its YAML says."""
+"""`likeness doctor`: checks every LLM profile against its YAML."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +10,7 @@ from flows.cli.spending.estimate import with_defaults
 
 
 def print_examination(words: Iterable[str]) -> int:
-    """Try every profile that serves a role, print what was found, and return the exit code."""
+    """Check every profile that serves a role, print the results, and return the exit code."""
     from rich.console import Console
     from rich.table import Table
 
@@ -31,7 +31,7 @@ def print_examination(words: Iterable[str]) -> int:
     )
     num_bad = 0
     table = Table(box=None, header_style="bold")
-    for title in ("profile", "model", "", "checked", "found"):
+    for title in ("profile", "model", "", "check", "result"):
         table.add_column(title)
     try:
         for name in config.llm.used_profiles():
@@ -48,5 +48,5 @@ def print_examination(words: Iterable[str]) -> int:
     Console(width=160).print(table)
     cost = ledger.sum_cost()
     print(f"{ledger.count_calls()} calls, {'unknown cost' if cost is None else f'{cost:.4f} USD'}")
-    print("every profile does what it says" if num_bad == 0 else f"{num_bad} to change, under llm.profiles.<name>")
+    print("all checks passed" if num_bad == 0 else f"{num_bad} checks failed; change llm.profiles.<name>")
     return 0 if num_bad == 0 else 2

@@ -1,4 +1,4 @@
-"""`likeness gc`: what no run refers to any more, and what was left by runs that were cut off. Dry run by default."""
+"""`likeness gc`: unreferenced stages and leftovers of interrupted runs. Dry run by default."""
 
 import shutil
 import time
@@ -23,7 +23,7 @@ CACHES = ("models", "published", "candidates", "latents")
 
 @dataclass(frozen=True)
 class Item:
-    """Something that can go."""
+    """Something that can be removed."""
 
     kind: str
     name: str
@@ -34,7 +34,7 @@ class Item:
 
 
 def collect_garbage(output: Path, *, days: float, is_deleting: bool) -> list[Item]:
-    """Return what can go, and remove it if `is_deleting`; what is younger than `days` or referred to by a run stays.
+    """Return what can be removed, and remove it if `is_deleting`: unreferenced and older than `days`.
 
     Replies of LLMs are never removed: they were paid for.
 
@@ -46,9 +46,9 @@ def collect_garbage(output: Path, *, days: float, is_deleting: bool) -> list[Ite
     if not folders:
         raise ConfigError(f"no runs in {output}; name the folder of your runs with --output-dir")
     if not 0 <= days <= MOST_DAYS:
-        raise ConfigError(f"--days {days:g}: between 0 and {MOST_DAYS:,} are taken")
+        raise ConfigError(f"--days {days:g}: must be between 0 and {MOST_DAYS:,}")
     if any(read_summary(folder).status == "running" for folder in folders):
-        days = max(days, 1.0)  # what a run at work has made so far is younger
+        days = max(days, 1.0)  # what a running run has written so far is younger
     store = find_store(folders)
     limit = time.time() - days * DAY
     stages = () if explain_kept_stages(output) else list_stages(store, list_referenced(folders), limit)
@@ -64,16 +64,16 @@ def collect_garbage(output: Path, *, days: float, is_deleting: bool) -> list[Ite
 
 
 def explain_kept_stages(output: Path) -> str:
-    """Return why no stage may go now, or nothing."""
+    """Return why no stage may be removed now, or nothing."""
     folders = list_run_folders(output)
     for folder in folders:
         status = read_summary(folder).status
         if status == "running":
-            return f"run {folder.name} is at work, and may come to use any stage; try again when it has ended"
+            return f"run {folder.name} is running and may use any stage; try again after it has ended"
         if status == "damaged":
-            return f"what run {folder.name} refers to is unknown, for its summary.json is damaged; remove that folder"
+            return f"the references of run {folder.name} are unknown: its summary.json is damaged; remove that folder"
     if not is_own_store(find_store(folders), output):
-        return f"the store lies outside {output}, and may serve runs of other folders"
+        return f"the store is outside {output} and may be shared with runs of other folders"
     return ""
 
 
@@ -84,7 +84,7 @@ def find_store(folders: list[Path]) -> Store:
             return open_store(read_run(folder).config.store)
         except ConfigError:
             continue
-    raise ConfigError("no run's configuration can be read, so that its store isn't known")
+    raise ConfigError("cannot find the store: no run's configuration can be read")
 
 
 def is_own_store(store: Store, output: Path) -> bool:
@@ -131,7 +131,7 @@ def list_leftovers(output: Path, store: Store) -> Iterator[Item]:
 
 
 def list_work(output: Path, limit: float) -> Iterator[Item]:
-    """Yield local copies, and training state that nobody went on with."""
+    """Yield local copies, and training state that no run resumed."""
     work = output / "work"
     for name in CACHES:
         for path in (work / name).glob("*"):
@@ -174,22 +174,22 @@ def remove(item: Item, store: Store) -> None:
 
 
 def print_garbage(output: Path, *, days: float, is_deleting: bool) -> None:
-    """Collect, and print what goes or would go."""
+    """Collect garbage and print what is or would be removed."""
     from rich.console import Console
     from rich.table import Table
 
     items = collect_garbage(output, days=days, is_deleting=is_deleting)
     table = Table(box=None, header_style="bold")
-    for title in ("what", "number", "MB"):
-        table.add_column(title, justify="left" if title == "what" else "right")
+    for title in ("item", "count", "MB"):
+        table.add_column(title, justify="left" if title == "item" else "right")
     for kind in dict.fromkeys(item.kind for item in items):
         sizes = [item.size_bytes for item in items if item.kind == kind]
         table.add_row(kind, str(len(sizes)), f"{sum(sizes) / 1e6:.1f}")
     Console(width=120).print(table)
     total = sum(item.size_bytes for item in items) / 1e6
     if reason := explain_kept_stages(output):
-        print(f"all stages stay: {reason}")
+        print(f"no stage is removed: {reason}")
     if is_deleting:
         print(f"{len(items)} removed, {total:.1f} MB freed")
     else:
-        print(f"{len(items)} can go, {total:.1f} MB; nothing was removed: add --delete")
+        print(f"{len(items)} removable, {total:.1f} MB; nothing was removed, add --delete")

@@ -52,7 +52,7 @@ def generate(folder: Path, request: ImageRequest, *, out: Path | None = None) ->
         num_inference_steps=request.num_inference_steps or config.evaluation.num_inference_steps,
         guidance_scale=request.guidance_scale or config.evaluation.guidance_scale,
     )[0]
-    path = out or folder / f"picture-{seed}.png"
+    path = out or folder / f"image-{seed}.png"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path, format="PNG")
@@ -97,12 +97,14 @@ def fetch_weights(store: Store, name: str, key: str, *, candidate: int | None, w
     else:
         manifest = find_manifest(store, TunedModel, stage="training", key=key)
     if manifest is None:
-        raise ConfigError(f"the model of run {name} is gone from the store; run it again")
+        raise ConfigError(f"the model of run {name} is missing from the store; run it again")
     if isinstance(manifest, Publication):
         return fetch_folder(store, manifest.model, below="model", folder=work / "published" / key)
     candidates = manifest.find_candidates()
     if candidate not in candidates:
-        kept = ", ".join(map(str, sorted(candidates))) or "none; see training.validation.save_top_k"
-        raise ConfigError(f"run {name} kept no weights of step {candidate} beside the published ones (kept: {kept})")
+        retained = ", ".join(map(str, sorted(candidates))) or "none; see training.validation.save_top_k"
+        raise ConfigError(
+            f"run {name} retained no weights of step {candidate} besides the published ones (retained: {retained})"
+        )
     below = f"candidates/step-{candidate:08d}"
     return fetch_folder(store, candidates[candidate], below=below, folder=work / "candidates" / key / str(candidate))

@@ -1,4 +1,4 @@
-"""`likeness review`: a talk in the terminal about a run's photos and captions."""
+"""`likeness review`: a chat in the terminal about a run's photos and captions."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from tasks.services.llm.agents.conversation import Conversation, History
     from tasks.subject.captions.caption_review import CaptionVersions
 
-HELP = "/captions lists them, /quit or Ctrl-D ends; Ctrl-C stops a reply"
+HELP = "/captions lists captions, /quit or Ctrl-D exits, Ctrl-C stops a reply"
 
 
 def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
-    """Talk about a run's captions; return the file of the captions that were changed, if any were.
+    """Review a run's captions in a chat; return the file of changed captions, if any changed.
 
     Args:
-        read: asks the person for a line.
+        read: prompts for a line.
 
     Raises:
         ConfigError: the run has no captions, or its reviewer can't call tools.
@@ -43,9 +43,9 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
     key = run.find_stage_key("subject")
     subject = find_manifest(store, SubjectSet, stage="subject", key=key)
     if subject is None:
-        raise ConfigError(f"the captions of run {folder.name} are gone from the store; run it again")
+        raise ConfigError(f"the captions of run {folder.name} are missing from the store; run it again")
     if not run.config.llm.profile("reviewer").capabilities.tools:
-        raise ConfigError("the reviewer changes captions by tools; choose another profile, llm.reviewer=...")
+        raise ConfigError("the reviewer's profile does not support tools; choose another, llm.reviewer=...")
     server = LocalServer(folder / "vision-server.log")
     llm = LlmService(
         run.config.llm,
@@ -64,7 +64,7 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
     history = read_history(kept)
     conversation = Conversation(llm, "reviewer", write_briefing(subject, versions), tools, history)
     show_captions(subject, versions)
-    print(f"{len(history.turns)} turns before this one; " * bool(history.turns) + HELP)
+    print(f"resumes after {len(history.turns)} turns; " * bool(history.turns) + HELP)
     try:
         while (text := ask_line(read)) != "/quit":
             if text == "/captions":
@@ -80,7 +80,7 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
 
 
 def read_history(path: Path) -> "History":
-    """Return what was said before; a damaged file is moved aside and said so."""
+    """Return the chat history; a damaged file is quarantined with a warning."""
     from tasks.services.llm.agents.conversation import History
 
     if not path.exists():
@@ -88,12 +88,12 @@ def read_history(path: Path) -> "History":
     try:
         return load_signed(History, path.read_bytes())
     except ArtifactCorrupt as error:
-        print(f"warning: {path}: {error}; it is kept as {quarantine(path).name} and a new one begun")
+        print(f"warning: {path}: {error}; moved to {quarantine(path).name}, a new history begins")
         return History()
 
 
 def ask_line(read: Callable[[str], str]) -> str:
-    """Return what the person says; the end of input or Ctrl-C is a goodbye."""
+    """Return a line of the user; the end of input or Ctrl-C quits."""
     try:
         return read("you> ").strip()
     except (EOFError, KeyboardInterrupt):
@@ -102,12 +102,12 @@ def ask_line(read: Callable[[str], str]) -> str:
 
 
 def say(conversation: "Conversation", text: str) -> None:
-    """Show the reply as it comes; neither Ctrl-C nor an error ends the talk."""
+    """Stream the reply; neither Ctrl-C nor an error ends the chat."""
     try:
         conversation.say(text, on_text=lambda piece: print(piece, end="", flush=True))
         print()
     except KeyboardInterrupt:
-        print("\n(stopped; nothing of it is kept)")
+        print("\n(stopped; the reply is discarded)")
     except LikenessError as error:
         print(f"\n{error.kind}: {error}")
 
@@ -120,7 +120,7 @@ def show_captions(subject: SubjectSet, versions: "CaptionVersions") -> None:
     from tasks.subject.captions.caption_review import describe_subject
 
     table = Table(box=None, header_style="bold")
-    for title in ("photo", "caption", "found"):
+    for title in ("photo", "caption", "findings"):
         table.add_column(title)
     for name, caption, found in describe_subject(subject, versions):
         table.add_row(*map(make_cell, (name, caption or "-", found)))

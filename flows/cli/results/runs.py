@@ -21,7 +21,7 @@ def print_runs(summaries: list[RunSummary], *, folder: Path) -> None:
     from flows.run_records import suggest_next
 
     if not summaries:
-        print(f"no runs in {folder}; `likeness run` makes one")
+        print(f"no runs in {folder}; `likeness run` starts one")
         return
     table = Table(box=None, header_style="bold")
     for name in ("run", "status", "seconds", "LLM calls", "steps", "DINO", "CLIP-I", "CLIP-T", "judge"):
@@ -41,9 +41,9 @@ def print_runs(summaries: list[RunSummary], *, folder: Path) -> None:
         )
     Console(width=160).print(table)
     if unfinished:
-        print("\nnot finished, and what to type next:")
+        print("\nunfinished, with the command that resumes:")
     for summary in unfinished:
-        words = suggest_next(summary, folder / summary.run_id) or "(at work)"
+        words = suggest_next(summary, folder / summary.run_id) or "(running)"
         print(f"  {summary.run_id}  {summary.status}: {words}")
         if summary.error is not None:
             print(f"      {summary.error.kind}: {summary.error.message}")
@@ -55,18 +55,18 @@ def print_summary(summary: RunSummary, config: "RunConfig") -> None:
     assert summary.paths is not None
     assert summary.subject is not None
     metrics, scores = summary.metrics, {side: dict(score) for side, score in summary.scores.items()}
-    print(f"\n{'':16}{'base':>8}{'tuned':>8}{'photos':>8}")
+    print(f"\n{'':22}{'base':>8}{'tuned':>8}{'photos':>8}")
     for key, metric in METRICS.items():
         cells = [metrics[side].get(key) for side in ("base", "tuned", "ceiling")]
         if cells[0] is None:
             continue
-        print(f"{metric.name:16}" + "".join(f"{cell:8.3f}" if cell is not None else f"{'':8}" for cell in cells))
-    axes = (("concept_preservation", "subject"), ("prompt_following", "prompt"), ("image_quality", "drawing"))
+        print(f"{metric.name:22}" + "".join(f"{cell:8.3f}" if cell is not None else f"{'':8}" for cell in cells))
+    axes = (("concept_preservation", "subject"), ("prompt_following", "prompt"), ("image_quality", "image quality"))
     for key, name in ((key, f"judge: {axis}") for key, axis in axes):
         cells = [scores.get(side, {}).get(key) for side in ("base", "tuned")]
-        print(f"{name:16}" + "".join(f"{cell:8.2f}" if cell is not None else f"{'–':>8}" for cell in cells))
+        print(f"{name:22}" + "".join(f"{cell:8.2f}" if cell is not None else f"{'–':>8}" for cell in cells))
     if not summary.judge.is_reliable:
-        print(f"judge's grades are not reliable: {summary.judge.reason}")
+        print(f"warning: judge scores are unreliable: {summary.judge.reason}")
     mlflow = Path(sys.executable).parent / "mlflow"
     print(f"\nreport    {shorten(summary.paths.report)}")
     print(f"model     {shorten(summary.paths.model)}")

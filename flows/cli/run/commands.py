@@ -57,7 +57,7 @@ def sweep(
 
 @app.command("pending", rich_help_panel=RUN)
 def pending(output_dir: OutputDir = OUTPUT) -> int:
-    """Resume runs that wait for batch jobs (exit code 11: some still wait)."""
+    """Resume runs that wait for batch jobs (exit code 11: some are still pending)."""
     from flows.cli.run.job import finish_pending
 
     return finish_pending(output_dir)

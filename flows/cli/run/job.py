@@ -47,12 +47,12 @@ def run_in_terminal(stored: StoredRequest) -> int:
 
 
 def finish_pending(output: Path) -> int:
-    """Resume pending runs and print the status of each; 0: all done, 11: some still wait, 1: some failed."""
+    """Resume pending runs and print the status of each; 0: all done, 11: some are still pending, 1: some failed."""
     from flows.pending_runs import find_readable, list_pending
 
     waiting = list_pending(output)
     if not waiting:
-        print(f"no run in {output} waits for a batch job")
+        print(f"no pending runs in {output}")
         return 0
     folder = find_readable(waiting)
     stored = read_request(folder)

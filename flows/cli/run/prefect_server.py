@@ -1,4 +1,4 @@
-"""An embedded Prefect server for people without one: started early, stopped with the process."""
+"""An embedded Prefect server where none is configured: started early, stopped with the process."""
 
 import os
 import socket

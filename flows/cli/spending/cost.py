@@ -1,4 +1,4 @@
-"""`likeness cost`: what a configuration asked of LLMs and what it paid, over all its runs, from their ledgers."""
+"""`likeness cost`: LLM calls, tokens and cost of a configuration over all its runs, from their ledgers."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,10 @@ from tasks.errors import ConfigError
 from tasks.services.llm.budget.ledger import read_rows
 
 COLUMNS = ("input_tokens", "cached_tokens", "image_tokens", "output_tokens", "reasoning_tokens")
+TITLES = (
+    "role", "profile", "served model", "calls", "cached", "failed",
+    "in", "in cached", "image", "out", "reasoning", "USD",
+)  # fmt: skip
 LEDGER = "ledger.jsonl"
 
 
@@ -25,36 +29,34 @@ def print_costs(folder: Path, *, is_json: bool) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
-    for number, title in enumerate(
-        ("role", "profile", "served by", "calls", "kept", "failed", "in", "cached", "image", "out", "reasoning", "USD")
-    ):
+    for number, title in enumerate(TITLES):
         table.add_column(title, justify="left" if number < 3 else "right")
     for row in groups:
         served = row["served_model"] + (" (batch)" if row["is_batch"] else "")
-        counts = [str(row[name]) for name in ("calls", "kept", "failed", *COLUMNS)]
+        counts = [str(row[name]) for name in ("calls", "cached_replies", "failed", *COLUMNS)]
         cells = (row["role"], row["profile"], served, *counts, show_usd(row["cost_usd"]))
         table.add_row(*map(make_cell, cells))
     Console(width=160).print(table)
     for run, (rows, num_damaged) in ledgers.items():
-        note = f", {num_damaged} damaged ledger lines are left out" if num_damaged else ""
+        note = f", {num_damaged} damaged ledger lines skipped" if num_damaged else ""
         print(f"{run.name}: {read_summary(run).status}, {describe_totals(sum_costs(rows))}{note}")
-    print(f"in all {describe_totals(groups)}")
+    print(f"total: {describe_totals(groups)}")
     faults = [row for rows, _ in ledgers.values() for row in rows if row.get("usage_fault")]
     if faults:
         known = sum(row["cost_usd"] or 0.0 for row in faults)
-        print(f"{show_usd(known)} USD of it are reservations for {len(faults)} attempts without credible usage")
+        print(f"{show_usd(known)} USD of this is reserved for {len(faults)} attempts without credible usage")
 
 
 def describe_totals(groups: list[dict[str, Any]]) -> str:
-    """Return calls, kept replies and money in one phrase."""
+    """Return calls, cached replies and cost in one phrase."""
     costs = [row["cost_usd"] for row in groups]
     total = None if None in costs else sum(costs)
-    calls, kept = sum(row["calls"] for row in groups), sum(row["kept"] for row in groups)
-    return f"{calls} calls, {kept} replies that were kept from before, {show_usd(total)} USD"
+    calls, cached = sum(row["calls"] for row in groups), sum(row["cached_replies"] for row in groups)
+    return f"{calls} calls, {cached} cached replies, {show_usd(total)} USD"
 
 
 def find_paying_run(output: Path, name: str) -> Path:
-    """Return a run's folder, whatever became of the run; `latest` is the newest that asked an LLM."""
+    """Return a run's folder in any status; `latest` is the newest that called an LLM."""
     paying = sorted(path.parent for path in output.glob(f"*/{LEDGER}"))
     if name == "latest" and paying:
         return paying[-1]
@@ -67,11 +69,11 @@ def find_paying_run(output: Path, name: str) -> Path:
 
 def find_same(folder: Path) -> list[Path]:
     """Return the folders of all runs with the same configuration, oldest first; the cap on money may differ."""
-    wanted = read_identity(folder)
+    target = read_identity(folder)
     runs = list_run_folders(folder.parent)
-    same = [run for run in runs if run == folder or (wanted is not None and read_identity(run) == wanted)]
+    same = [run for run in runs if run == folder or (target is not None and read_identity(run) == target)]
     if not any((run / LEDGER).exists() for run in same):
-        raise ConfigError(f"run {folder.name} asked no LLM")
+        raise ConfigError(f"run {folder.name} made no LLM calls")
     return same
 
 
@@ -99,11 +101,11 @@ def sum_costs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         keys = ("role", "profile", "served_model", "is_batch")
         group = groups.setdefault(
             tuple(row[key] for key in keys),
-            {**{key: row[key] for key in keys}, "calls": 0, "kept": 0, "failed": 0, "cost_usd": 0.0}
+            {**{key: row[key] for key in keys}, "calls": 0, "cached_replies": 0, "failed": 0, "cost_usd": 0.0}
             | dict.fromkeys(COLUMNS, 0),
         )
         if row["outcome"] == "cached":
-            group["kept"] += 1
+            group["cached_replies"] += 1
             continue
         group["calls"] += 1
         group["failed"] += row["outcome"] != "ok"

@@ -1,4 +1,4 @@
-"""What a run would take, before anything is loaded or sent: memory by method, LLM calls and money."""
+"""Estimates before anything is loaded or sent: memory by method, LLM calls and cost."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, get_args
@@ -20,7 +20,7 @@ GIB = 2**30
 
 
 def print_estimates(words: Iterable[str]) -> None:
-    """Predict peak memory for the configured method and, beside it, the others."""
+    """Print peak memory of the configured method and the others, and LLM calls with their cost."""
     from rich.console import Console
     from rich.table import Table
 
@@ -36,7 +36,7 @@ def print_estimates(words: Iterable[str]) -> None:
         + (", gradient checkpointing" if training.gradient_checkpointing else "")
     )
     table = Table(box=None)
-    for name in ("method", "trained", "of", "weights", "gradients", "optimizer", "activations", "peak", "fits"):
+    for name in ("method", "trained", "of", "weights", "gradients", "optimizer state", "activations", "peak", "fits"):
         table.add_column(name, justify="left" if name == "method" else "right")
     found = estimate_all(config)
     for method, estimate in found.items():
@@ -89,7 +89,7 @@ def describe(found: MemoryEstimate) -> list[str]:
 
 
 def print_calls(console: Any, config: RunConfig) -> None:
-    """Print calls, tokens and money by role, expected and at most, and the largest batch file."""
+    """Print calls, tokens and cost by role, expected and at most, and the largest batch file."""
     from rich.table import Table
 
     from tasks.services.llm.budget.cost_estimate import estimate_calls
@@ -106,10 +106,10 @@ def print_calls(console: Any, config: RunConfig) -> None:
         table.add_row(row.role, row.profile + way, *counts, show_usd(row.expected_usd), show_usd(row.worst_usd))
     console.print(table)
     expected, worst = add_up([row.expected_usd for row in rows]), add_up([row.worst_usd for row in rows])
-    cap = "" if config.llm.budget_usd is None else f", and never more than llm.budget_usd={config.llm.budget_usd:g}"
-    console.print(f"expected {show_usd(expected)} USD: one short reply from the first profile for each request")
+    cap = "" if config.llm.budget_usd is None else f", capped at llm.budget_usd={config.llm.budget_usd:g}"
+    console.print(f"expected {show_usd(expected)} USD: one short reply of the first profile per request")
     console.print(
-        f"at most  {show_usd(worst)} USD: every retry, repair, next profile and follow-up billed at full length{cap}"
+        f"at most  {show_usd(worst)} USD: every retry, repair, fallback and follow-up billed at full length{cap}"
     )
     largest = max((row.largest_file_bytes for row in rows if row.is_batch), default=0)
     if largest:

@@ -43,7 +43,7 @@ def run_jobs_command(output: Path, action: str, job_id: str, *, profile: str) ->
         print_jobs(jobs, output)
         return 0
     if not job_id:
-        raise ConfigError(f"`likeness jobs {action}` needs a job's id; `likeness jobs list` shows them")
+        raise ConfigError(f"`likeness jobs {action}` needs a job id; `likeness jobs list` shows them")
     matches = [job for job in jobs if job.name == job_id]
     with open_job(output, matches[0] if matches else None, job_id=job_id, profile=profile) as handle:
         return act(handle, action)
@@ -59,17 +59,17 @@ def act(handle: "JobHandle", action: str) -> int:
         print(f"{handle.job_id}: {remote.status}, {remote.num_done} of {remote.num_rows or len(state.custom_ids)} rows")
         print(f"profile {state.profile}, role {state.role or '-'}, cost {show_cost(state)}")
         if remote.error:
-            print(f"the provider says: {remote.error}")
+            print(f"provider error: {remote.error}")
     elif action == "cancel":
         batch_admin.cancel(handle)
-        print(f"{handle.job_id}: cancelled; the next run keeps its replies and asks the rest by calls")
+        print(f"{handle.job_id}: cancelled; the next run uses its finished replies and sends the rest as calls")
     elif action == "discard":
         reserved = batch_admin.discard(handle)
-        print(f"{handle.job_id}: discarded; its rows are asked anew, and {reserved:.4f} USD stay reserved for it")
+        print(f"{handle.job_id}: discarded; its rows are sent again, {reserved:.4f} USD remain reserved for it")
     else:
         count, spent = batch_admin.adopt(handle)
         cost = "unknown cost" if spent is None else f"{spent:.4f} USD"
-        print(f"{handle.job_id}: {count} replies adopted, {cost}; runs with these questions don't pay again")
+        print(f"{handle.job_id}: {count} replies cached, {cost}; runs with the same requests reuse them")
     return 0
 
 
@@ -137,7 +137,7 @@ def open_job(output: Path, job: FoundJob | None, *, job_id: str, profile: str) -
 def newest_with(output: Path, profile: str, job_id: str) -> Path:
     """Return the newest run whose configuration has a profile. Raises ConfigError where none has."""
     if not profile:
-        raise ConfigError(f"no run in {output} made job {job_id}; to adopt it, name its LLM profile with --profile")
+        raise ConfigError(f"no run in {output} created job {job_id}; to adopt it, name its LLM profile with --profile")
     for folder in reversed(list_run_folders(output)):
         if profile in read_run(folder).config.llm.profiles:
             return folder
@@ -159,7 +159,7 @@ def print_jobs(jobs: list[FoundJob], output: Path) -> None:
         state = job.state
         created = time.strftime("%Y-%m-%d %H:%M", time.gmtime(state.created_at)) if state.created_at else "-"
         status = state.status + (", cancelled" if state.is_cancelled and state.status != "cancelled" else "")
-        status += ", kept" if state.is_collected else ""
+        status += ", collected" if state.is_collected else ""
         cells = (job.name, state.profile, state.role, status, str(len(state.custom_ids)), created, show_cost(state))
         table.add_row(*map(make_cell, (*cells, ", ".join(job.run_ids) or "-")))
     Console(width=200).print(table)

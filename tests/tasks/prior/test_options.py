@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from PIL import Image
 from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.registry import open_model
 from tasks.diffusion.types import SamplingRequest
+from tasks.errors import ConfigError
 from tasks.prior.config import PriorConfig
 from tasks.prior.generation import draw_pictures, generate_class_images
+from tasks.prior.steps import compute_prior
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config
@@ -60,3 +63,13 @@ def test_pictures_are_sampled_as_configured(tmp_path: Path, tiny_model_folder: P
     plain, _ = draw(tmp_path / "plain", tiny_model_folder)
     other, _ = draw(tmp_path / "other", tiny_model_folder, **changes)
     assert any(not np.array_equal(plain[seed], other[seed]) for seed in plain)
+
+
+def test_several_devices_draw_where_it_is_configured(tmp_path: Path) -> None:
+    diffusion = tiny_diffusion_config(tmp_path / "no model")
+    folder = StageFolder(LocalStore(tmp_path / "store"), "prior", "k")
+    runtime: Any = SimpleNamespace(show=lambda name: lambda done, total: None)
+    for num_devices, message in ((2, r"on device \d failed"), (1, r"^(?!.*on device)")):
+        config = make_config(PriorConfig, num_class_images=2, num_devices=num_devices)
+        with pytest.raises(ConfigError, match=message):
+            compute_prior(folder, config, diffusion, PROMPT, None, runtime)  # type: ignore[arg-type]

@@ -108,7 +108,7 @@ def test_compiled_blocks_give_the_same_losses(tmp_path: Path, tiny_model_folder:
 
 
 def test_half_precision_needs_frozen_weights_of_the_same() -> None:
-    with pytest.raises(ValueError, match="weight_dtype=bf16 needs the same precision"):
+    with pytest.raises(ValueError, match="weight_dtype=bf16 needs mixed_precision=bf16"):
         make_config(TrainingConfig, weight_dtype="bf16")
 
 

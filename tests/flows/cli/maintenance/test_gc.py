@@ -95,7 +95,7 @@ def test_what_an_unfinished_run_began_stays(tmp_path: Path, status: Status) -> N
 def test_why_stages_stay_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, _ = make_output(tmp_path, status="running")
     print_garbage(output, days=0, is_deleting=False)
-    assert "all stages stay: run one is at work" in capsys.readouterr().out
+    assert "no stage is removed: run one is running" in capsys.readouterr().out
     (output / "one" / "summary.json").write_text("{")
     print_garbage(output, days=0, is_deleting=False)
     assert "its summary.json is damaged; remove that folder" in capsys.readouterr().out

@@ -39,7 +39,7 @@ def test_kept_weights_are_fetched_and_others_named(tmp_path: Path, store: LocalS
     )
     weights = fetch_weights(store, "r", "k", candidate=400, work=tmp_path)
     assert (weights / "unet" / "weights.safetensors").read_bytes() == b"kept"
-    with pytest.raises(ConfigError, match=r"no weights of step 300 beside the published ones \(kept: 400\)"):
+    with pytest.raises(ConfigError, match=r"no weights of step 300 besides the published ones \(retained: 400\)"):
         fetch_weights(store, "r", "k", candidate=300, work=tmp_path)
 
 

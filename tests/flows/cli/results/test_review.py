@@ -19,4 +19,4 @@ def test_a_person_talks_a_caption_over(first_run: dict[str, Any], sandbox: CliSa
     rows = [json.loads(line) for line in (sandbox.output / first_run["run_id"] / "ledger.jsonl").open()]
     assert [row["role"] for row in rows[-3:]] == ["reviewer"] * 3
     again = sandbox.likeness("review", first_run["run_id"], typed="")
-    assert "2 turns before this one" in again.stdout
+    assert "resumes after 2 turns" in again.stdout

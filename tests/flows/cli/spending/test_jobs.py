@@ -102,7 +102,7 @@ def test_an_adopted_job_is_paid_once_and_serves_the_next_run(
 ) -> None:
     end(server)
     assert run_jobs_command(tmp_path, "adopt", left, profile="") == 0
-    assert f"{left}: 4 replies adopted" in capsys.readouterr().out
+    assert f"{left}: 4 replies cached" in capsys.readouterr().out
     answers, failures = ask(make_run(server, tmp_path, name="20261124-130000-fish-0002"))
     assert (len(answers), failures) == (4, {})
     assert (server.counts[BATCHES], server.counts["row"], server.counts[CHAT]) == (1, 4, 0)
@@ -137,7 +137,7 @@ def test_a_discarded_jobs_rows_are_asked_anew(server: ScriptedServer, tmp_path: 
 
 
 def test_an_action_needs_a_job(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="needs a job's id"):
+    with pytest.raises(ConfigError, match="needs a job id"):
         run_jobs_command(tmp_path, "cancel", "", profile="")
 
 

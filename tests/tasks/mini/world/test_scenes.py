@@ -74,4 +74,5 @@ def test_anyone_can_draw_a_new_subject(tmp_path: Path) -> None:
     subprocess.run([*command, "--num", "3", "--out", str(tmp_path / "a b")], check=True, capture_output=True)
     pictures = sorted((tmp_path / "a b").iterdir())
     assert len(pictures) == 3
-    assert Image.open(pictures[0]).size == (256, 256)
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (256, 256)

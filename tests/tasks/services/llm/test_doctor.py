@@ -145,7 +145,7 @@ def test_costs_are_summed_by_role_and_unknown_stays_unknown(tmp_path: Path) -> N
         ask(llm)
         ask(llm)
     [row] = sum_costs([json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()])
-    assert (row["calls"], row["kept"], row["input_tokens"], row["cost_usd"]) == (1, 1, 100, None)
+    assert (row["calls"], row["cached_replies"], row["input_tokens"], row["cost_usd"]) == (1, 1, 100, None)
 
 
 def test_an_estimate_counts_calls_and_takes_the_batch_price(tmp_path: Path) -> None:

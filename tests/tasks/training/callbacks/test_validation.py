@@ -40,7 +40,8 @@ def test_validating_and_sampling_leave_training_as_it_is(tmp_path: Path, tiny_mo
     assert all(torch.equal(tensor, read_unet(run)[name]) for name, tensor in read_unet(plain).items())
     assert list(read_validations(run)) == [2, 4, 6, 8]
     assert [path.name for path in sorted(run.samples.iterdir())] == ["step-00000003.png", "step-00000006.png"]
-    assert Image.open(run.samples / "step-00000003.png").size == (64, 64)
+    with Image.open(run.samples / "step-00000003.png") as grid:
+        assert grid.size == (64, 64)
 
 
 def test_the_same_weights_have_the_same_validation_loss(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -118,6 +119,12 @@ def test_settled_means_little_variance_of_late(late: list[float], is_settled: bo
     rows = [LossRow(step=i, validation_loss=value) for i, value in enumerate(values)]
     assert has_converged(rows, make_config(ValidationSettings, window=3)) is is_settled
     assert not has_converged(rows[:5], make_config(ValidationSettings, window=3))
+
+
+@pytest.mark.parametrize(("threshold", "is_settled"), [(0.01, False), (0.5, True)])
+def test_settled_is_what_lies_below_the_threshold(threshold: float, is_settled: bool) -> None:
+    rows = [LossRow(step=i, validation_loss=value) for i, value in enumerate([1.0, 0.8, 0.6, 0.5, 0.4, 0.3])]
+    assert has_converged(rows, make_config(ValidationSettings, window=3, threshold=threshold)) is is_settled
 
 
 def settled(num_photos: int, **validation: object) -> tuple[TrainingConfig, str]:

@@ -21,8 +21,8 @@ tags: [text-to-image, dreambooth]
 
 # {title}
 
-A text-to-image model that was taught one {class_noun} from {num_photos} photos (DreamBooth,
-arXiv 2208.12242). Write `{subject}` where the subject should be.
+A text-to-image model tuned on {num_photos} photos of one {class_noun} (DreamBooth, arXiv 2208.12242).
+Write `{subject}` in a prompt to name the subject.
 
 ```python
 from diffusers import DiffusionPipeline
@@ -39,8 +39,8 @@ pipeline("a photo of {spoken}").images[0].save("sample.png")
 
 Base model: {base_model}. Training: method {method}, {num_steps} steps. `lineage.json` names every input by digest.
 
-The photos' owner decides what this model may be used for. Pictures drawn with it are generated:
-say so where you show them, and don't tune models on people without their consent.
+The photos' owner decides what this model may be used for. Label its images as generated where you show
+them, and don't tune models on people without their consent.
 """
 
 
@@ -69,7 +69,7 @@ def write_loading(tuned: TunedModel, identifier_token: str) -> str:
     location = "tasks/mini/weights/base" if base.location == "mini" else base.location
     lines = [BASE.format(location=location, revision=base.revision)]
     if tuned.method.startswith("textual_inversion") and tuned.family == "stable_diffusion_3":
-        lines.append("# diffusers' pipeline for this family takes no learned tokens: draw with `likeness generate`")
+        lines.append("# diffusers' pipeline of this family loads no textual inversion: use `likeness generate`")
     elif tuned.method.startswith("textual_inversion"):
         has_one_encoder = tuned.family in ("stable_diffusion", "flux")
         lines.append((ONE_ENCODER if has_one_encoder else TWO_ENCODERS).format(token=identifier_token))

@@ -138,20 +138,20 @@ def main() -> None:
     first = measure(out)
     second = measure(out)
     served = measure_against_server(out)
-    print(f"\n{describe_machine()}\n\n| figure | measured | wanted |\n|---|---|---|")
+    print(f"\n{describe_machine()}\n\n| figure | measured | target |\n|---|---|---|")
     print(f"| demo, from nothing to report | {first.seconds:.0f} s | 300 s |")
     calls = f"{second.summary['llm_calls']} LLM calls, {second.summary['training_steps']} training steps"
     print(f"| second run | {second.seconds:.1f} s, {calls} | 25 s, 0, 0 |")
     print(f"| peak memory, all processes | {first.peak_bytes / 2**30:.2f} GiB | 3 GiB |")
-    print(f"| around the stages, embedded server | {second.overhead:.1f} s | 25 s |")
-    print(f"| around the stages, running server | {served.overhead:.1f} s | 8 s |")
+    print(f"| overhead, embedded server | {second.overhead:.1f} s | 25 s |")
+    print(f"| overhead, running server | {served.overhead:.1f} s | 8 s |")
     rows = [quality_row("fish (demo)", first, measure(out, "prior=none"))]
     for noun, seed in () if options.quick else SUBJECTS:
         folder = out / "photos" / noun
         draw_subject(noun, seed=seed, num=5, folder=folder)
         words = (f"subject.source={folder}", f"subject.class_noun={noun}")
         rows.append(quality_row(noun, measure(out, *words), measure(out, "prior=none", *words)))
-    names = ["subject", "DINO (photos)", "of the way", "CLIP-I (photos)", "of the way", "CLIP-T"]
+    names = ["subject", "DINO (photos)", "gap closed", "CLIP-I (photos)", "gap closed", "CLIP-T"]
     names += ["PRES on / off", "DINO-DIV on / off", "judge"]
     print(f"\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
     print("\n".join(rows))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tasks.scoring.judge import Grading
     from tasks.scoring.judge_requests import JudgeContext
 
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 
 
 @dataclass(frozen=True)

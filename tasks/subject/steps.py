@@ -18,7 +18,7 @@ from tasks.subject.config import SubjectConfig
 if TYPE_CHECKING:
     from tasks.subject.photos.ingest import CheckedPhotos, Reject
 
-STAGE_VERSION = 5
+STAGE_VERSION = 6
 NOT_RESULT = {"source", "max_images", "captions", "batch_threshold", "max_wait_seconds", "allow_unknown"}
 """Settings that don't change what is made of given photos."""
 ROLES = ("inspector", "captioner", "profiler", "adjudicator")

@@ -26,7 +26,7 @@ def test_a_stage_makes_what_its_version_says(first_run: dict[str, Any], stage: s
     golden = read_golden(stage)
     again = "then write the golden files anew: python -m tests.golden"
     assert golden["stage_version"] == found["stage_version"], again
-    bump = f"raise STAGE_VERSION in tasks/{stage}/steps.py, {again}"
+    bump = f"raise STAGE_VERSION in tasks/{stage}/, {again}"
     assert golden["schema_sha256"] == found["schema_sha256"], f"the manifest has another shape: {bump}"
     absolute = GRADE if stage == "scoring" else ABSOLUTE
     difference = find_difference(golden["result"], found["result"], absolute=absolute)

@@ -12,7 +12,6 @@ _LEARNED = f"{_EFFECTS}test_an_option_changes_what_is_learned"
 _PROCESS = f"{_EFFECTS}test_a_process_has_the_threads_and_kernels_that_are_configured"
 _METHODS = "tasks/training/test_methods.py::"
 _TRAINING = "tasks/training/test_options.py::"
-_RATES = f"{_TRAINING}test_every_schedule_is_that_of_diffusers_at_every_step"
 _VALIDATION = "tasks/training/callbacks/test_validation.py::"
 _RANKS = "tasks/training/process/test_ranks.py::"
 _WORKER = "tasks/training/process/test_worker.py::"
@@ -98,7 +97,7 @@ OPTION_TESTS = {
     "training.learning_rate": _LEARNED,
     "training.text_encoder_learning_rate": _LEARNED,
     "training.train_text_encoder": _LEARNED,
-    "training.optimizer": f"{_TRAINING}test_prodigy_keeps_the_proportion_of_the_groups_rates",
+    "training.optimizer": _LEARNED,
     "training.lr_scheduler": f"{_EFFECTS}test_a_schedule_is_that_of_its_settings",
     "training.lr_warmup_steps": f"{_EFFECTS}test_a_schedule_is_that_of_its_settings",
     "training.lr_num_cycles": f"{_EFFECTS}test_a_schedule_is_that_of_its_settings",

@@ -128,7 +128,7 @@ def test_a_run_is_parked_while_its_batch_job_runs_and_goes_on_with_the_same_job(
     assert summary["status"] == "finished"
     assert summary["scores"]["tuned"]["concept_preservation"] == 3
     assert not summary["judge"]["is_reliable"]
-    assert "no run in runs waits" in sandbox.likeness("pending").stdout
+    assert "no pending runs in runs" in sandbox.likeness("pending").stdout
 
 
 def test_a_run_killed_while_its_batch_job_runs_is_pending_and_costs_are_those_of_all_its_runs(
@@ -145,6 +145,9 @@ def test_a_run_killed_while_its_batch_job_runs_is_pending_and_costs_are_those_of
         process = sandbox.start(*words)
         wait_until(lambda: process.poll() is not None or bool(server.desk.list_batches()))
         wait_until(lambda: bool(list(sandbox.output.glob("*/jobs.jsonl"))))
+        [batch] = server.desk.list_batches()
+        states = "store/05-scoring/*/batches/*/*.json"
+        wait_until(lambda: any(batch["id"] in path.read_text() for path in sandbox.output.glob(states)))
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         killed = sorted(path.parent for path in sandbox.output.glob("*/jobs.jsonl"))[-1]

@@ -13,9 +13,10 @@ from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.registry import open_model
 from tasks.diffusion.types import SamplingRequest
 from tasks.errors import ConfigError
+from tasks.manifests.base import ModelRef
 from tasks.prior.config import PriorConfig
 from tasks.prior.generation import draw_pictures, generate_class_images
-from tasks.prior.steps import compute_prior
+from tasks.prior.steps import PriorInputs, compute_prior
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config
@@ -69,7 +70,8 @@ def test_several_devices_draw_where_it_is_configured(tmp_path: Path) -> None:
     diffusion = tiny_diffusion_config(tmp_path / "no model")
     folder = StageFolder(LocalStore(tmp_path / "store"), "prior", "k")
     runtime: Any = SimpleNamespace(show=lambda name: lambda done, total: None)
+    base = ModelRef(location="x", revision=None, sha256="0")
     for num_devices, message in ((2, r"on device \d failed"), (1, r"^(?!.*on device)")):
         config = make_config(PriorConfig, num_class_images=2, num_devices=num_devices)
         with pytest.raises(ConfigError, match=message):
-            compute_prior(folder, config, diffusion, PROMPT, None, runtime)  # type: ignore[arg-type]
+            compute_prior(folder, PriorInputs(config, diffusion, base, "fish"), runtime)

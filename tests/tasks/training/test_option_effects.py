@@ -37,6 +37,7 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("full", {"train_text_encoder": False}),
     ("full", {"train_denoiser": False}),
     ("full", {"weight_decay": 0.9}),
+    ("full", {"optimizer": "prodigy"}),
     ("full", {"max_grad_norm": 1e-6}),
     ("full", {"prior_loss_weight": 0.25}),
     ("full", {"snr_gamma": 0.5}),

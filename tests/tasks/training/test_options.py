@@ -59,7 +59,6 @@ def test_dropped_captions_change_the_loss(tmp_path: Path, tiny_model_folder: Pat
     assert losses(plain) != losses(dropped)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "changes",
     [{"optimizer": "prodigy"}, {"optimizer": "adamw8bit"}, {"mixed_precision": "fp16"}],
@@ -99,7 +98,7 @@ def test_where_torch_cannot_compile_it_is_said() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++; install it")
 @pytest.mark.skipif(" " in torch.__file__, reason="torch can't compile from a folder with a space; clone elsewhere")
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch._dynamo
 def test_compiled_blocks_give_the_same_losses(tmp_path: Path, tiny_model_folder: Path) -> None:
     plain = train(tmp_path / "plain", tiny_model_folder)
     compiled = train(tmp_path / "compiled", tiny_model_folder, compile=True)
@@ -147,7 +146,6 @@ def test_a_constant_rate_has_no_warm_up_to_ignore() -> None:
         make_config(TrainingConfig, lr_scheduler="constant", lr_warmup_steps=5)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_prodigy_keeps_the_proportion_of_the_groups_rates() -> None:
     def first_moves(rates: tuple[float, float]) -> list[float]:
         parameters = [torch.nn.Parameter(torch.zeros(3)) for _ in rates]

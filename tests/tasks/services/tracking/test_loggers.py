@@ -34,7 +34,6 @@ def publish(tracker: Tracker, folder: Path) -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_has_curves_and_pictures(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -46,7 +45,6 @@ def test_tensorboard_has_curves_and_pictures(tmp_path: Path) -> None:
     assert events.Tags()["images"] == [f"{SAMPLES}/step-00000002"]
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_wandb_keeps_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     publish(WandbLogger(make_config(TrackingConfig), folder=tmp_path), tmp_path)
@@ -65,7 +63,6 @@ def test_several_trackers_are_told_the_same(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard" / "a run").glob("events.*"))
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_wandb_needs_a_key_only_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "HOME", "NETRC"):
         monkeypatch.delenv(name, raising=False)

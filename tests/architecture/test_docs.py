@@ -1,11 +1,14 @@
 """What the README says there is, is there."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from conf.groups import GROUPS, list_options
+from conf.schema import RunConfig
+from conf.trust import list_rules
 from flows.cli.app import app, register_commands
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -33,3 +36,65 @@ def test_every_command_that_a_readme_names_is_there() -> None:
         named = set(re.findall(r"likeness ([a-z]+)\b(?! [a-z]+ [a-z]+ )", path.read_text()))
         wrong = {name for name in named if re.search(rf"[`\n]likeness {name}\b", path.read_text())} - commands
         assert not wrong, f"{path.name} names {wrong}"
+
+
+DOCS = sorted(
+    path
+    for path in (
+        *ROOT.glob("*.md"),
+        *(p for top in ("flows", "tasks", "conf", "deployments") for p in (ROOT / top).rglob("*.md")),
+    )
+    if "weights/" not in path.as_posix()
+)
+DIFFUSERS_FILES = {"train_dreambooth.py"}
+SECTIONS = tuple(f"{name}." for name in RunConfig.model_fields)
+OF_A_RUN = ("runs/", "report/", "model/", "build/", "<", "..", "-")
+"""How names of files begin that runs make, or that stand for others."""
+
+
+def list_quoted(path: Path) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL))
+
+
+def list_commands(path: Path) -> list[str]:
+    """Return every command line in a document's blocks and quotes, without comments."""
+    text = path.read_text()
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)).replace("\\\n", " ")
+    return [line.split("  #")[0] for line in (*blocks.splitlines(), *list_quoted(path))]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_setting_that_a_document_names_is_there(path: Path) -> None:
+    known = set(list_rules())
+    sections = {name.rsplit(".", depth)[0] for name in known for depth in (1, 2)}
+    named = set()
+    for text in (*list_quoted(path), *(word for line in list_commands(path) for word in line.split())):
+        name = re.split(r"[=\s:]", text)[0]
+        if (
+            name.startswith(SECTIONS)
+            and re.fullmatch(r"[a-z_.]+", name)
+            and not name.endswith((".py", ".json", ".csv"))
+        ):
+            named.add(name)
+    wrong = {name for name in named if name not in known | sections and not name.startswith("llm.profiles.")}
+    assert wrong == set()
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_path_that_a_document_names_is_there(path: Path) -> None:
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", path.read_text())]
+    missing = [link for link in links if link and "://" not in link and not (path.parent / link).exists()]
+    files = [text for text in list_quoted(path) if re.fullmatch(r"[\w./-]+\.(py|yaml|toml|sh|lock|jinja)", text)]
+    files = [name for name in files if not name.startswith(OF_A_RUN)]
+    places = (path.parent, ROOT, ROOT / "tasks", ROOT / "deployments")
+    found = [name for name in files if any((place / name).exists() for place in places)]
+    bare = {name for name in files if "/" not in name and any((ROOT / "tasks").rglob(name))}  # one file per stage
+    missing += sorted({*files} - {*found} - bare - DIFFUSERS_FILES)
+    assert missing == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_module_that_a_document_runs_is_there(path: Path) -> None:
+    named = {name for line in list_commands(path) for name in re.findall(r"-m ((?:tasks|tests|flows)\.[\w.]+)", line)}
+    missing = [name for name in sorted(named) if find_spec(name) is None]
+    assert missing == []

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,6 +102,67 @@ print("imported", sorted({unwanted!r} & set(sys.modules)))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "training/method" in done.stdout
     assert done.stdout.splitlines()[-1] == "imported []"
+
+
+def name_module(path: Path) -> str:
+    return name_of(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+def runtime_imports(path: Path, modules: set[str]) -> set[str]:
+    """Return the project's modules that a file imports when it runs, deferred imports included."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in node.body
+        for inner in ast.walk(child)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in modules else node.module for name in names}
+    return found & modules
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Return the modules of one import cycle, or nothing."""
+    done: set[str] = set()
+
+    def visit(module: str, way: list[str]) -> list[str]:
+        if module in way:
+            return [*way[way.index(module) :], module]
+        if module in done:
+            return []
+        for imported in sorted(graph[module]):
+            cycle = visit(imported, [*way, module])
+            if cycle:
+                return cycle
+        done.add(module)
+        return []
+
+    return next((cycle for module in sorted(graph) if (cycle := visit(module, []))), [])
+
+
+def test_a_cycle_is_found() -> None:
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_there_are_no_import_cycles_deferred_imports_included() -> None:
+    modules = {name_module(path) for path in FILES}
+    graph = {name_module(path): runtime_imports(path, modules) - {name_module(path)} for path in FILES}
+    assert find_cycle(graph) == []
+
+
+def test_a_folder_has_at_most_nine_files() -> None:
+    counts = Counter(name_of(path.parent) for path in FILES if path.name != "__init__.py")
+    assert {folder: count for folder, count in counts.items() if count > 9} == {}
 
 
 def test_files_and_functions_stay_small() -> None:

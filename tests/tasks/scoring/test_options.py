@@ -19,10 +19,11 @@ from tasks.scoring.judge import Grading, ask_judge
 from tasks.scoring.judge_requests import JudgeContext, list_judge_requests
 from tasks.scoring.rubric import quality_spec
 from tasks.scoring.steps import ScoringInputs, compare_others, compute_scores
+from tasks.services.llm.config import LlmConfig
 from tasks.services.llm.executor import AskOptions
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
-from tests.support.config import make_config, make_llm_config
+from tests.support.config import make_config
 from tests.support.llm import CHAT, make_llm
 from tests.support.llm_batch import BATCHES
 from tests.support.llm_server import BusyServer, ScriptedServer, scripted_server
@@ -140,7 +141,7 @@ def test_as_many_questions_are_asked_as_configured() -> None:
 
 def compare(config: ScoringConfig) -> Any:
     evaluation = Evaluation.model_construct(samples=(), published_step=1)
-    inputs = ScoringInputs(config, make_llm_config(), evaluation, SubjectSet.model_construct())
+    inputs = ScoringInputs(config, LlmConfig.model_construct(), evaluation, SubjectSet.model_construct())
     return compare_others(inputs, Grading([], {}, {}), (), runtime=SimpleNamespace())  # type: ignore[arg-type]
 
 

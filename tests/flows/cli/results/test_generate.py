@@ -49,10 +49,13 @@ from pathlib import Path
 from flows.cli.results.generate import fast_imports
 from tasks.diffusion.types import SamplingRequest
 from tasks.diffusion.registry import open_model
+from conf.defaults import read_defaults
 from tasks.diffusion.config import DiffusionConfig
 
+values = {**read_defaults()["diffusion"], "pretrained_model_name_or_path": "mini", "resolution": 64}
+CONFIG = DiffusionConfig(**values)
 with fast_imports(Path(sys.argv[2])) if sys.argv[1] == "fast" else contextlib.nullcontext():
-    model = open_model(DiffusionConfig(pretrained_model_name_or_path="mini", resolution=64), folder=Path(sys.argv[2]))
+    model = open_model(CONFIG, folder=Path(sys.argv[2]))
 picture = model.sample([SamplingRequest(prompt="a photo of a fish", seed=1)], num_inference_steps=2, guidance_scale=3.0)
 names = {name for name, module in sys.modules.items() if module is not None}
 print(json.dumps({

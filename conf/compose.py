@@ -6,7 +6,7 @@ so `${...}` in a request means nothing.
 
 import difflib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +137,9 @@ def expand_paths(plain: dict[str, Any]) -> None:
         plain["store"]["folder"] = f"{plain['output_dir']}/store"
 
 
-def walk(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+def walk(values: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, object]]:
     """Yield every leaf and branch of a nested dict by dotted name."""
-    for key, child in value.items():
+    for key, child in values.items():
         dotted = f"{prefix}{key}"
         yield dotted, child
         if isinstance(child, dict):
@@ -179,9 +179,9 @@ def describe_invalid(error: ValidationError) -> str:
     return f"{where + ': ' if where else ''}{message}{shown}{more}"
 
 
-def schema_names(model: type[BaseModel]) -> dict[str, Any]:
+def schema_names(model: type[BaseModel]) -> dict[str, object]:
     """Return a model's field names as a nested dict."""
-    names: dict[str, Any] = {}
+    names: dict[str, object] = {}
     for name, field in model.model_fields.items():
         kind = field.annotation
         is_section = isinstance(kind, type) and issubclass(kind, BaseModel)

@@ -1,7 +1,6 @@
 """The default of every setting, as `conf/run.yaml` gives it before any group option."""
 
 from functools import cache
-from typing import Any
 
 import yaml
 
@@ -9,14 +8,14 @@ from conf.groups import FOLDER
 
 
 @cache
-def read_defaults() -> dict[str, Any]:
+def read_defaults() -> dict[str, object]:
     """Return the defaults as nested mappings, without the settings that a run has to name (???)."""
     values = drop_missing(yaml.safe_load((FOLDER / "run.yaml").read_text()))
     del values["defaults"]
     return values
 
 
-def drop_missing(values: dict[str, Any]) -> dict[str, Any]:
+def drop_missing(values: dict[str, object]) -> dict[str, object]:
     """Return nested values without those that are ???."""
     return {
         name: drop_missing(value) if isinstance(value, dict) else value
@@ -25,7 +24,7 @@ def drop_missing(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def overlay_values(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def overlay_values(values: dict[str, object], changes: dict[str, object]) -> dict[str, object]:
     """Return values with changes put in, key by key where both are mappings."""
     merged = dict(values)
     for name, change in changes.items():
@@ -34,6 +33,6 @@ def overlay_values(values: dict[str, Any], changes: dict[str, Any]) -> dict[str,
     return merged
 
 
-def fill_defaults(stored: Any) -> Any:
+def fill_defaults(stored: object) -> object:
     """Return a stored configuration completed with the settings that later versions added."""
     return overlay_values(read_defaults(), stored) if isinstance(stored, dict) else stored

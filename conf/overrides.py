@@ -2,16 +2,16 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override, OverrideType, QuotedString
 from hydra.errors import HydraException
 from pydantic import ValidationError
 
 from conf.compose import describe_invalid, first_line
 from conf.groups import FIELDS
-from conf.request import RunRequest, Value
+from conf.request import RunRequest, Scalar, Value
 from tasks.errors import ConfigError
 from tasks.redaction import show_value
 
@@ -25,7 +25,7 @@ def parse_overrides(overrides: Iterable[str]) -> RunRequest:
         ConfigError: a word is not of that form, or names nothing.
 
     """
-    fields: dict[str, Any] = {}
+    fields: dict[str, object] = {}
     settings: dict[str, Value] = {}
     for word in overrides:
         key, plain = parse_word(word)
@@ -62,7 +62,7 @@ def override_request(base: RunRequest, words: Iterable[str]) -> RunRequest:
     return RunRequest(**{**fields, "settings": settings})
 
 
-def parse_word(word: str) -> tuple[str, Any]:
+def parse_word(word: str) -> tuple[str, Value]:
     """Return key and plain value of one word. Raises ConfigError."""
     override = read_override(word)
     if override is None:
@@ -89,7 +89,7 @@ def read_override(word: str) -> Override | None:
         return None
 
 
-def read_value(override: Override) -> Any:
+def read_value(override: Override) -> Value:
     """Return the one plain value of an override. Raises ConfigError for anything else."""
     line = override.input_line or ""
     if override.type is not OverrideType.CHANGE or override.is_sweep_override():
@@ -101,7 +101,7 @@ def read_value(override: Override) -> Any:
     return unquote(value)
 
 
-def split_trackers(names: list[Any]) -> tuple[str, list[Any]]:
+def split_trackers(names: list[Scalar]) -> tuple[str, list[Scalar]]:
     """Return the tracker that keeps runs and models, and the loggers beside it."""
     kinds = [name for name in names if name in ("mlflow", "none")]
     return (kinds[0] if kinds else "none"), [name for name in names if name not in kinds]
@@ -123,8 +123,9 @@ def split_sweep(words: Iterable[str]) -> tuple[list[str], dict[str, list[Value]]
     return fixed, space
 
 
-def unquote(value: Any) -> Any:
+def unquote(value: object) -> Value:
     """Return the plain value behind Hydra's quoted strings."""
     if isinstance(value, list):
-        return [unquote(item) for item in value]
-    return value.text if type(value).__name__ == "QuotedString" else value
+        # RunRequest refuses lists in lists.
+        return [cast("Scalar", unquote(item)) for item in value]
+    return value.text if isinstance(value, QuotedString) else cast("Value", value)

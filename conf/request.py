@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from conf.groups import OptionOf
 from tasks.redaction import clean_text
 
-Value = bool | int | float | str | None | list[bool | int | float | str]
+Scalar = bool | int | float | str
+Value = Scalar | None | list[Scalar]
 MOST_SETTINGS, MOST_ITEMS, MOST_CHARACTERS = 500, 500, 4_000
 
 

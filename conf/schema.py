@@ -1,7 +1,6 @@
 """`RunConfig`: the shape of a whole run, and the only place for rules across stages."""
 
 import importlib.util
-from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -53,11 +52,11 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def fill_working_side(cls, values: Any) -> Any:
+    def fill_working_side(cls, values: object) -> object:
         """Let photos be kept as large as training at the configured resolution can use."""
-        subject, diffusion = (
-            values.get(name) if isinstance(values, dict) else None for name in ("subject", "diffusion")
-        )
+        if not isinstance(values, dict):
+            return values
+        subject, diffusion = values.get("subject"), values.get("diffusion")
         resolution = diffusion.get("resolution") if isinstance(diffusion, dict) else None
         if isinstance(subject, dict) and subject.get("working_side") is None and isinstance(resolution, int):
             return {**values, "subject": {**subject, "working_side": derive_working_side(resolution)}}

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -60,11 +60,11 @@ class SweepRequest(BaseModel):
         """Whether every combination is tried."""
         return self.num_trials == 0 or self.num_trials >= math.prod(map(len, self.space.values()))
 
-    def combinations(self) -> list[dict[str, Any]]:
+    def combinations(self) -> list[dict[str, Value]]:
         """Return the settings of every trial of a grid."""
         return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*self.space.values())]
 
-    def make_trial(self, values: dict[str, Any]) -> RunRequest:
+    def make_trial(self, values: dict[str, Value]) -> RunRequest:
         """Return the request of one trial."""
         return self.base.model_copy(update={"settings": {**self.base.settings, **values}})
 

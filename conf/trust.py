@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -62,7 +62,7 @@ def find_rule(field: FieldInfo) -> RequestRule | None:
     return RequestRule("checked") if is_plain(field.annotation) else None
 
 
-def nested_marks(annotation: Any) -> Iterator[Any]:
+def nested_marks(annotation: object) -> Iterator[object]:
     """Yield the metadata of the annotated parts of a union, as in `PlainName | None`."""
     if get_origin(annotation) in (Union, UnionType):
         for part in get_args(annotation):
@@ -70,7 +70,7 @@ def nested_marks(annotation: Any) -> Iterator[Any]:
                 yield from get_args(part)[1:]
 
 
-def is_plain(annotation: Any) -> bool:
+def is_plain(annotation: object) -> bool:
     """Whether a type holds numbers, booleans and fixed choices alone."""
     if annotation in PLAIN or annotation is Ellipsis:
         return True
@@ -80,7 +80,7 @@ def is_plain(annotation: Any) -> bool:
     return origin in (Union, UnionType, tuple) and all(is_plain(part) for part in get_args(annotation))
 
 
-def check_request(settings: Mapping[str, Any], roots: tuple[Path, ...]) -> None:
+def check_request(settings: Mapping[str, object], roots: tuple[Path, ...]) -> None:
     """Refuse settings that a request may not make. Raises ConfigError naming the setting."""
     rules = list_rules()
     for name, value in settings.items():

@@ -2,7 +2,6 @@
 
 import base64
 from pathlib import Path
-from typing import Any
 
 from prefect.artifacts import (
     create_image_artifact,
@@ -38,7 +37,7 @@ def show_artifacts(summary: RunSummary, publication: Publication, runtime: Runti
     create_markdown_artifact(markdown=f"Run `{summary.run_id}`\n\nModel: `{paths.model}`", key=f"run-{noun}")
 
 
-def metric_table(summary: RunSummary) -> list[dict[str, Any]]:
+def metric_table(summary: RunSummary) -> list[dict[str, object]]:
     """Return one row per metric and score."""
     rows = []
     scores = {side: dict(score) for side, score in summary.scores.items()}
@@ -49,7 +48,7 @@ def metric_table(summary: RunSummary) -> list[dict[str, Any]]:
     return rows
 
 
-def stage_table(summary: RunSummary) -> list[dict[str, Any]]:
+def stage_table(summary: RunSummary) -> list[dict[str, object]]:
     """Return one row per stage."""
     return [
         {"stage": name, "cached": stage.cached, "seconds": stage.seconds, "key": stage.key[:12]}

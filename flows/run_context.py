@@ -5,12 +5,12 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from conf.compose import compile_request, compute_config_digest
 from conf.request import RunRequest
@@ -48,6 +48,7 @@ from tasks.stage.files import explain_full_disk, write_atomic
 from tasks.stage.progress import ProgressView, make_progress
 
 if TYPE_CHECKING:
+    from tasks.services.llm.budget.spending_cap import Budget
     from tasks.services.tracking.base import Tracker
 
 progress_of_run: contextvars.ContextVar[ProgressView | None] = contextvars.ContextVar("progress", default=None)
@@ -252,7 +253,7 @@ def check_files(config: RunConfig) -> None:
             raise ConfigError(f"{name}={path} is not a file")
 
 
-def open_budget(config: RunConfig, output: Path) -> Any:
+def open_budget(config: RunConfig, output: Path) -> "Budget":
     """Return the cap on what this configuration may cost, whichever runs of it spend it."""
     from tasks.services.llm.budget.spending_cap import Budget
 
@@ -283,7 +284,7 @@ def make_run_folder(output: Path, config: RunConfig, request: RunRequest, *, is_
     return folder
 
 
-def flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flatten(value: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield dotted names and values of a nested dict."""
     for key, child in value.items():
         if isinstance(child, dict):

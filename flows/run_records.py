@@ -10,7 +10,6 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 from pydantic import BaseModel, ValidationError
@@ -101,7 +100,7 @@ def write_end(folder: Path, run_id: str, error: BaseException) -> None:
     lines = clean_text(redact(str(error))).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
     kind = error.kind if isinstance(error, LikenessError) else type(error).__name__
-    kept: dict[str, Any] = {
+    kept: dict[str, object] = {
         name: getattr(earlier, name)
         for name in ("config_digest", "started_at", "stages")
         if name in earlier.model_fields_set
@@ -217,7 +216,7 @@ def write_words(request: RunRequest) -> list[str]:
     return [shlex.quote(word) for word in words]
 
 
-def write_value(value: Any) -> str:
+def write_value(value: object) -> str:
     """Return a value as Hydra's command line reads it back."""
     if value is None:
         return "null"
@@ -228,7 +227,7 @@ def write_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def write_item(value: Any) -> str:
+def write_item(value: object) -> str:
     """Return one item of a list; texts are quoted."""
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
@@ -250,7 +249,7 @@ class PastRun:
         return self.summary.stages[stage].key
 
 
-def read_run_config(data: bytes) -> tuple[RunConfig, Any]:
+def read_run_config(data: bytes) -> tuple[RunConfig, object]:
     """Return a stored configuration and its own values, which may lack settings that a later version added."""
     stored = parse_json(data)
     return RunConfig.model_validate_json(json.dumps(fill_defaults(stored))), stored

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow
 from prefect.runtime import deployment
@@ -22,6 +22,10 @@ from flows.personalize_subject import personalize_subject
 from tasks.errors import ConfigError, LikenessError
 from tasks.manifests.run_summary import RunSummary
 from tasks.services.tracking.mlflow_tracker import MlflowTracker
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import TrialState
 
 
 class TrialResult(BaseModel):
@@ -48,7 +52,7 @@ class SweepOutcome(BaseModel):
 class Sweep:
     """A study that is being run."""
 
-    study: Any
+    study: "Study"
     """Optuna's, which is imported late."""
     request: SweepRequest
     config: RunConfig
@@ -84,7 +88,9 @@ def sweep_settings(request: SweepRequest) -> SweepOutcome:
 def run_trial(sweep: Sweep) -> RunSummary | str:
     """Run the main job with a trial's values and report its objective to the study; return what failed instead."""
     trial = sweep.study.ask()
-    values = {key: trial.suggest_categorical(key, options) for key, options in sweep.request.space.items()}
+    # Optuna takes lists as categories too, which its types leave out.
+    space: dict[str, Any] = dict(sweep.request.space)
+    values: dict[str, Value] = {key: trial.suggest_categorical(key, options) for key, options in space.items()}
     try:
         summary = personalize_subject(sweep.request.make_trial(values))
     except LikenessError as error:
@@ -97,7 +103,7 @@ def run_trial(sweep: Sweep) -> RunSummary | str:
     return summary
 
 
-def open_study(request: SweepRequest, output: Path) -> Any:
+def open_study(request: SweepRequest, output: Path) -> "Study":
     """Return the persistent study; trials that an earlier process left running count as failed.
 
     A grid's missing combinations are queued: Optuna's own grid sampler stops the study, which only
@@ -126,14 +132,14 @@ def open_study(request: SweepRequest, output: Path) -> Any:
     return study
 
 
-def trial_state(name: str) -> Any:
+def trial_state(name: str) -> "TrialState":
     """Return Optuna's state of a name."""
     from optuna.trial import TrialState
 
     return TrialState[name]
 
 
-def count_left(study: Any, request: SweepRequest) -> int:
+def count_left(study: "Study", request: SweepRequest) -> int:
     """Return how many trials the study still lacks; failed ones are tried again."""
     if request.is_grid:
         return len(study.get_trials(deepcopy=False, states=(trial_state("WAITING"),)))

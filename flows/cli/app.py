@@ -6,10 +6,13 @@ Start-up imports Typer and nothing of pydantic, Hydra, Prefect or torch; command
 import importlib
 import pkgutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+if TYPE_CHECKING:
+    from typer._click import Command, Context, HelpFormatter  # Typer's own copy of click
 
 RUN, RESULTS, SPENDING, MAINTENANCE = "Run", "Results", "Cost and batch jobs", "Maintenance"
 PANELS = (RUN, RESULTS, SPENDING, MAINTENANCE)
@@ -32,13 +35,13 @@ VALUES = "key=value sets one value; conf/run.yaml lists all settings with their 
 class CommandGroup(TyperGroup):
     """Help with commands by panel, then examples and config groups."""
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
+    def format_commands(self, ctx: "Context", formatter: "HelpFormatter") -> None:
         for panel in PANELS:
             commands = {name: command for name, command in self.commands.items() if find_panel(command) == panel}
             with formatter.section(panel):
                 formatter.write_dl([(name, command.get_short_help_str(200)) for name, command in commands.items()])
 
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+    def format_epilog(self, ctx: "Context", formatter: "HelpFormatter") -> None:
         with formatter.section("Examples"):
             # Not as a definition list: a line is there to be copied.
             for words, note in EXAMPLES:
@@ -49,18 +52,19 @@ class CommandGroup(TyperGroup):
 class ConfigCommand(TyperCommand):
     """A command that takes settings: its help lists the config groups."""
 
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+    def format_epilog(self, ctx: "Context", formatter: "HelpFormatter") -> None:
         write_config_groups(formatter)
 
 
-def find_panel(command: Any) -> str:
+def find_panel(command: "Command") -> str:
     """Return the panel of a command. Raises KeyError where it names none: it would be missing from the help."""
-    if command.rich_help_panel not in PANELS:
+    panel = getattr(command, "rich_help_panel", None)
+    if panel not in PANELS:
         raise KeyError(f"command {command.name} is in no panel of {PANELS}")
-    return str(command.rich_help_panel)
+    return str(panel)
 
 
-def write_config_groups(formatter: Any) -> None:
+def write_config_groups(formatter: "HelpFormatter") -> None:
     """Write the config groups with their options, as the files in conf/ and LIKENESS_CONF give them."""
     from conf.groups import GROUPS, list_options
 

@@ -160,8 +160,7 @@ OPTION_TESTS = {
     "scoring.poll_seconds": f"{_SHOWN}test_a_batch_job_is_polled_and_waited_for_as_configured",
     "scoring.max_wait_seconds": f"{_SHOWN}test_a_batch_job_is_polled_and_waited_for_as_configured",
     "scoring.deadline_seconds": f"{_SHOWN}test_a_late_batch_job_is_cancelled_as_configured",
-    "scoring.max_failed_share": "tasks/services/llm/chat/test_retries.py::"
-    "test_a_judge_that_answers_nonsense_is_not_asked_to_the_end",
+    "scoring.max_failed_share": f"{_SHOWN}test_as_many_questions_may_fail_as_configured",
     "publishing.is_registered": f"{_RUN}test_no_model_is_registered_where_it_is_configured",
     "publishing.title": f"{_RUN}test_the_report_has_the_configured_title",
     "diffusion.family": f"{_DIFFUSION}test_a_model_is_opened_as_the_configured_family",

@@ -1,7 +1,5 @@
 """`likeness run --dry-run`: the resolved configuration as YAML, differences from the defaults first."""
 
-from typing import Any
-
 import yaml
 
 from conf.compose import compile_request, compute_config_digest
@@ -24,12 +22,12 @@ def print_configuration(stored: StoredRequest) -> None:
     print(f"# configuration {compute_config_digest(config)}, {len(changes)} values differ from the defaults")
     for name, value, default in changes:
         print(f"#   {name}: {value}{'' if default is None else f'  (default {default})'}")
-    print(yaml.safe_dump(mask(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=120), end="")
+    print(yaml.safe_dump(mask_settings(config), sort_keys=False, allow_unicode=True, width=120), end="")
 
 
 def list_changes(config: RunConfig, default: RunConfig) -> list[tuple[str, str, str | None]]:
     """Return name, value and default of each value that differs; None where the defaults have no such name."""
-    plain, defaults = mask(config.model_dump(mode="json")), mask(default.model_dump(mode="json"))
+    plain, defaults = mask_settings(config), mask_settings(default)
     known = dict(flatten(defaults))
     rows = [(name, value, known.get(name)) for name, value in flatten(plain) if known.get(name) != value]
     return [(name, show(value), None if old is None else show(old)) for name, value, old in rows]
@@ -41,7 +39,12 @@ def show(value: str) -> str:
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
-def mask(value: Any, name: str = "") -> Any:
+def mask_settings(config: RunConfig) -> dict[str, object]:
+    """Return a configuration as plain data without what could be a secret."""
+    return {name: mask(child, name) for name, child in config.model_dump(mode="json").items()}
+
+
+def mask(value: object, name: str = "") -> object:
     """Return plain data without what could be a secret."""
     if isinstance(value, dict):
         return {key: mask(child, str(key)) for key, child in value.items()}

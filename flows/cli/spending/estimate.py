@@ -1,7 +1,7 @@
 """Estimates before anything is loaded or sent: memory by method, LLM calls and cost."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from PIL import Image
 
@@ -13,6 +13,8 @@ from tasks.training.config import TrainingConfig
 from tasks.training.memory.table import CARDS, MemoryEstimate, look_up
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tasks.scoring.judge_requests import JudgeContext
     from tasks.services.llm.budget.cost_estimate import PlannedRequests
 
@@ -88,7 +90,7 @@ def describe(found: MemoryEstimate) -> list[str]:
     ]
 
 
-def print_calls(console: Any, config: RunConfig) -> None:
+def print_calls(console: "Console", config: RunConfig) -> None:
     """Print calls, tokens and cost by role, expected and at most, and the largest batch file."""
     from rich.table import Table
 

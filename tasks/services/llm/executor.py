@@ -1,10 +1,12 @@
-"""Many requests by calls, several at once."""
+"""Send many requests as concurrent synchronous calls."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import BaseModel
 
 from tasks.errors import ReplyInvalid
 from tasks.services.llm.chat.request import RequestSpec
@@ -12,7 +14,7 @@ from tasks.services.llm.chat.retries import map_in_pool
 from tasks.services.llm.service import Answer, LlmService
 
 Answers = dict[str, Answer[Any]]
-Specs = dict[str, RequestSpec[Any]]
+Specs = Mapping[str, RequestSpec[BaseModel]]
 
 
 def ignore_progress(done: int, total: int) -> None:
@@ -33,7 +35,10 @@ class AskOptions:
 
 
 def ask_each(llm: LlmService, specs: Specs, options: AskOptions) -> tuple[Answers, dict[str, str]]:
-    """Return answers, and reasons for requests without one, by the caller's names."""
+    """Return answers, and the reasons for requests without one, both by the caller's names.
+
+    An invalid reply fails its request alone; any other error stops all workers and is raised.
+    """
     answers: Answers = {}
     failures: dict[str, str] = {}
     unusable: list[str] = []
@@ -50,6 +55,7 @@ def ask_each(llm: LlmService, specs: Specs, options: AskOptions) -> tuple[Answer
     outcomes = map_in_pool(
         ask, specs, concurrency=llm.profile(options.role).concurrency, num_repairs=count_repairs(llm, len(specs))
     )
+    # Closing the generator stops the workers where the loop is left early: on_progress raises when a run stops.
     with closing(outcomes):
         for name, outcome in zip(specs, outcomes, strict=True):
             if isinstance(outcome, str):
@@ -61,5 +67,5 @@ def ask_each(llm: LlmService, specs: Specs, options: AskOptions) -> tuple[Answer
 
 
 def count_repairs(llm: LlmService, num_questions: int) -> int:
-    """Return how many unusable replies may be asked for once more, for so many questions."""
+    """Return how many invalid replies may be repaired, for a number of requests."""
     return math.ceil(llm.config.max_repair_fraction * num_questions)

@@ -1,4 +1,4 @@
-"""Replies, refusals and probed capabilities in the store: signed, bound to their key, and quarantined when damaged."""
+"""Replies, refusals and probed capabilities in the store: signed, bound to their key, quarantined when damaged."""
 
 import logging
 import time
@@ -47,12 +47,13 @@ def put_record(store: Store, record: Record) -> None:
 
 
 def find_record(store: Store, kind: type[R], key: str) -> R | None:
-    """Return a verified record; one that was damaged is moved aside and counts as absent."""
+    """Return a verified record; a damaged one is quarantined and counts as absent."""
     data = store.find_bytes(key)
     if data is None:
         return None
     try:
         record = load_signed(kind, data)
+        # The signature doesn't cover the object's name: a copied object must not answer another request.
         if record.key != key:
             raise ArtifactCorrupt(f"the record belongs to {record.key}")
     except ArtifactCorrupt as error:
@@ -62,14 +63,15 @@ def find_record(store: Store, kind: type[R], key: str) -> R | None:
 
 
 def quarantine(store: Store, key: str, data: bytes, *, error: ArtifactCorrupt) -> None:
-    """Move a damaged object aside."""
+    """Move a damaged object to `<key>.quarantined`."""
     log.warning("%s is damaged (%s); it is kept as %s.quarantined and computed again", key, error, key)
+    # A store can't rename. Copy before delete: a crash in between repeats the move instead of losing the object.
     store.put_bytes(f"{key}.quarantined", data)
     store.delete(key)
 
 
 def check_refusal(store: Store, key: str) -> None:
-    """Raise what a profile's reply was found to be lately, without asking again."""
+    """Raise ReplyInvalid where this profile's reply was invalid within the last REFUSAL_DAYS."""
     refusal = find_record(store, Refusal, key)
     if refusal is not None and time.time() - refusal.at < REFUSAL_DAYS * 86_400:
         raise ReplyInvalid(refusal.reason)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
+
+from pydantic import BaseModel
 
 from tasks.errors import LikenessError, ReplyInvalid
 from tasks.services.llm.budget.ledger import Ledger, LedgerRow, compute_cost
@@ -26,6 +28,9 @@ from tasks.services.llm.errors import may_be_billed
 from tasks.services.llm.reply_cache import CachedReply, Refusal, check_refusal, find_record, put_record
 from tasks.services.llm.single_flight import SingleFlight
 from tasks.services.store.base import Store
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 log = logging.getLogger(__name__)
 
@@ -74,20 +79,21 @@ class LlmService:
         self.store = store
         self.ledger = ledger
         self.budget = budget or Budget()
-        self.clients: dict[str, Any] = {}
+        self.clients: dict[str, OpenAI] = {}
         self.paces: dict[str, RateLimiter] = {}
         self.circuits: dict[str, Circuit] = {}
         self.flights = SingleFlight()
         self.structures: dict[str, Structure] = {}
         self.substitutes: set[tuple[str, str]] = set()
         self.lock = threading.RLock()
+        # Held across the calls of a capability probe, so a lock of its own: clients and circuits stay available.
         self.probing = threading.RLock()
 
     def profile(self, role: str) -> ProfileConfig:
         """Return a role's first profile."""
         return self.config.profile(role)
 
-    def client(self, name: str) -> Any:
+    def client(self, name: str) -> "OpenAI":
         """Return the openai client of a profile, made once."""
         with self.lock:
             if name not in self.clients:
@@ -95,7 +101,8 @@ class LlmService:
             return self.clients[name]
 
     def structure(self, name: str) -> Structure:
-        """Return how a profile is asked for a schema; found out once where its YAML doesn't say."""
+        """Return a profile's response format, probed on first use where the configuration says `auto`."""
+        # A rejected probe is a finding; it must not stop the pool in which this thread works.
         with self.probing, outside_of_pool():
             if name not in self.structures:
                 profile = self.config.profiles[name]
@@ -114,7 +121,7 @@ class LlmService:
             return self.circuits.setdefault(name, Circuit())
 
     def pace(self, name: str) -> RateLimiter:
-        """Return what keeps a profile's calls within its limits a minute."""
+        """Return a profile's rate limiter, shared by all of its calls in this process."""
         with self.lock:
             profile = self.config.profiles[name]
             return self.paces.setdefault(name, RateLimiter(profile.requests_per_minute, profile.tokens_per_minute))
@@ -132,15 +139,15 @@ class LlmService:
         should_escalate: Callable[[T], str | None] = lambda reply: None,
         first_fallback: int = 0,
     ) -> Answer[T]:
-        """Return a role's validated reply: from the cheapest profile whose reply will do.
+        """Return a role's validated reply, from the first profile of its fallback chain whose reply is accepted.
 
         Args:
-            should_escalate: says why a valid reply should be asked of the next profile, or nothing.
-            first_fallback: where to begin; the last profile where there are fewer.
+            should_escalate: returns why a valid reply should be asked of the next profile, or None.
+            first_fallback: index in the fallback chain to begin at, clamped to the last profile.
 
         Raises:
             ServiceUnavailable: no answer within the profile's attempts and time.
-            ReplyInvalid: no profile gave an answer that fits, each asked twice.
+            ReplyInvalid: no profile gave a valid reply, each after at most one repair.
             ConfigError: key or model is refused.
             BudgetExceeded: the next call could pass the cap.
 
@@ -153,9 +160,10 @@ class LlmService:
             model = self.config.profiles[name].model
             row = LedgerRow(role, name, model, outcome="", fallback_index=index, reason=reason)
             try:
+                # A refusal of the last profile is not cached: nothing could stand in for it for the next day.
                 answer = self._ask_profile(spec, row, is_refusal_kept=not is_last)
             except ReplyInvalid as error:
-                if is_last and doubtful is None:
+                if is_last and doubtful is None:  # a valid reply, though doubtful, is better than none
                     raise
                 reason = str(error)
                 continue
@@ -167,7 +175,7 @@ class LlmService:
         return replace(doubtful, reason=reason)
 
     def _ask_profile(self, spec: RequestSpec[T], row: LedgerRow, *, is_refusal_kept: bool) -> Answer[T]:
-        """Return one profile's reply, from the cache where it is there; identical requests at once are sent once."""
+        """Return one profile's reply, cached if possible; concurrent identical requests are sent once."""
         cached = self.find_cached(spec, name=row.profile, role=row.role)
         if cached is not None:
             return replace(cached, fallback_index=row.fallback_index, reason=row.reason)
@@ -178,11 +186,12 @@ class LlmService:
         return replace(answer, fallback_index=row.fallback_index, reason=row.reason)
 
     def _ask_once_or_twice(self, spec: RequestSpec[T], row: LedgerRow, is_refusal_kept: bool) -> Answer[T]:
-        """Ask one profile, and once more with the reason where its reply can't be used."""
+        """Ask one profile, and repair an invalid reply once by a second request that names the fault."""
         kept = self.read_kept(spec, name=row.profile)
-        if kept is not None:  # stored by another thread since the first look
+        if kept is not None:  # another thread's flight may have ended between the first lookup and this one
             return kept
         refusal_key = self.cache_key(spec, row.profile).replace("/replies/", "/refusals/")
+        # Before the body, since `structure` may probe the provider, which costs a call.
         if is_refusal_kept:
             check_refusal(self.store, refusal_key)
         body = spec.body(self.config.profiles[row.profile], self.structure(row.profile))
@@ -190,6 +199,7 @@ class LlmService:
             try:
                 return self._ask_once(spec, body, row=row)
             except ReplyInvalid as error:
+                # Repairs are bounded per pool: a model that never fits the schema must not double the bill.
                 if not current_signal().take_repair():
                     raise
                 note = f"Your last reply could not be used: {error}. Reply again, with JSON that fits the schema."
@@ -211,18 +221,20 @@ class LlmService:
         *,
         row: LedgerRow,
         on_text: Callable[[str], None] | None = None,
-        create: Callable[..., dict[str, Any]] = complete,
+        create: Callable[..., dict[str, object]] = complete,
     ) -> ChatCompletion:
-        """Send a body within rate limits and budget and return the completion; failures are recorded, not replies.
+        """Send a body within rate limits and budget and return the completion.
 
-        Worst-case cost is reserved before each attempt: one that was cut off may be billed too.
+        Failed attempts are recorded in the ledger; recording the completion is left to the caller. Worst-case cost
+        is reserved before each attempt, since an attempt that is cut off may be billed too.
 
         Args:
-            on_text: takes the reply as it streams; what was shown once is not asked for again by itself.
+            on_text: receives the streamed text; such a call is not retried, since a retry would show text twice.
             create: makes the call; takes client, body and `timeout_seconds`.
 
         """
         profile = self.config.profiles[row.profile]
+        # Counted while images are inline: a presigned URL has no pixels to count.
         most = self.reserve_tokens(row.profile, body)
         if profile.pictures == "presigned":
             body = publish_pictures(body, self.store, seconds=CALL_SECONDS)
@@ -236,21 +248,21 @@ class LlmService:
                     raw = complete_streaming(client, body, timeout_seconds=timeout, on_text=on_text)
                 return finish(raw)
 
-        # Before the call's own time begins; tries after the first go by the provider's answers.
+        # Waits before the call's timeout starts. Retries don't wait here: they follow the provider's Retry-After.
         self.pace(row.profile).wait(most.input_tokens)
         attempts = 1 if on_text is not None else profile.max_attempts
         return call_with_retries(attempt, profile, circuit=self.circuit(row.profile), max_attempts=attempts)
 
     def reserve_tokens(self, name: str, body: dict[str, Any]) -> Usage:
-        """Return the most tokens that a request may use."""
+        """Return an upper estimate of the tokens of a request and its reply."""
         tokens_in, tokens_out = count_body_tokens(body, self.config.profiles[name])
         return Usage(input_tokens=tokens_in, output_tokens=tokens_out)
 
     @contextmanager
     def reserved(self, row: LedgerRow, most: Usage) -> Iterator[Callable[[Any], ChatCompletion]]:
-        """Reserve one attempt's worst-case cost, and reconcile it by what came of the attempt.
+        """Reserve one attempt's worst-case cost, then reconcile it with the outcome.
 
-        Yields what turns a raw reply into a completion.
+        Yields a function that turns the raw reply into a completion and settles the reservation.
         """
         profile = self.config.profiles[row.profile]
         cost, date = compute_cost(profile.prices, most, is_batch=False)
@@ -258,7 +270,8 @@ class LlmService:
         reservation = self.budget.reserve(worst)
         lost = replace(row, usage=most, cost_usd=cost, price_date=date)
 
-        def finish(raw: Any) -> ChatCompletion:
+        def finish(raw: object) -> ChatCompletion:
+            # Usage is bounded before it is priced: a false report must neither free nor exhaust the budget.
             completion = bound_usage(parse_completion(raw), most, worst_usd=cost)
             spent, _ = self.price(row.profile, completion, is_batch=False)
             self.budget.settle(reservation, spent=worst if spent is None else spent)
@@ -267,11 +280,11 @@ class LlmService:
         try:
             with translated(profile):
                 yield finish
-        except KeyboardInterrupt:  # what was generated until then may be billed: it stays reserved
+        except KeyboardInterrupt:  # not settled: tokens generated until now may be billed, so the cost stays reserved
             self.ledger.record(replace(lost, outcome="cancelled", usage_fault="the call was interrupted"))
             raise
         except LikenessError as error:
-            if may_be_billed(error):
+            if may_be_billed(error):  # not settled either: the reservation stands for a reply that never arrived
                 self.ledger.record(replace(lost, outcome=error.kind, usage_fault="no reply was received"))
             else:
                 self.budget.settle(reservation, spent=0.0)
@@ -290,11 +303,11 @@ class LlmService:
         """Record a completion, validate it, and cache it.
 
         Args:
-            structure: how the reply was asked for; None: in the profile's way.
+            structure: response format that was requested; None: the profile's.
             called: names of the tools that were called before.
 
         Raises:
-            ReplyInvalid: the reply can't be used; it is recorded all the same.
+            ReplyInvalid: the reply can't be used; it is recorded nevertheless, since it was paid for.
 
         """
         row = self.fill_row(completion, row)
@@ -308,7 +321,7 @@ class LlmService:
             key=self.cache_key(spec, row.profile), content=content or "", served_model=completion.model,
             reasoning=completion.reasoning, citations=completion.citations, called=called,
         )  # fmt: skip
-        # Stored before it is recorded: a run that ends in between must not pay for it again.
+        # Cached before it is recorded: after a crash in between, a rerun finds the reply instead of paying again.
         put_record(self.store, kept)
         self.ledger.record(replace(row, outcome="ok"))
         return replace(make_answer(parsed, kept, row.profile), fallback_index=row.fallback_index, reason=row.reason)
@@ -330,16 +343,17 @@ class LlmService:
         return found
 
     def read_kept(self, spec: RequestSpec[T], *, name: str) -> Answer[T] | None:
-        """Return a validated reply in the store."""
+        """Return the cached reply of a request; None where there is none, or it no longer validates."""
         kept = find_record(self.store, CachedReply, self.cache_key(spec, name))
         if kept is None:
             return None
         try:
             return make_answer(parse_reply(spec.reply, kept.content), kept, name)
         except ReplyInvalid:
+            # The key covers the strict schema, which has no bounds: these may have become stricter since.
             return None
 
-    def cache_key(self, spec: RequestSpec[Any], name: str) -> str:
+    def cache_key(self, spec: RequestSpec[BaseModel], name: str) -> str:
         """Return where a profile's reply to a request is kept."""
         return f"llm/replies/{spec.compute_key(self.config.profiles[name])}.json"
 
@@ -351,27 +365,28 @@ class LlmService:
             if (name, served) not in self.substitutes:
                 self.substitutes.add((name, served))
                 log.warning("%s was asked for and %s answered: its grades don't compare", profile.model, served)
+            # A substitute has its own price: that of a profile for it, else unknown, except on the local mini server.
             others = [other.prices for other in self.config.profiles.values() if other.is_served(served)]
             prices = others[0] if others else (prices if profile.base_url is None else None)
         return compute_cost(prices, completion.usage, is_batch=is_batch)
 
     def is_comparable(self, answer: Answer[Any]) -> bool:
-        """Whether the model that was asked for has answered."""
+        """Whether the requested model served the reply, so that its grades are comparable with others."""
         return self.config.profiles[answer.profile].is_served(answer.served_model)
 
     def call(self, body: dict[str, Any], *, row: LedgerRow) -> ChatCompletion:
-        """Send a body and record the completion: for what isn't the reply to a request, such as a probe."""
+        """Send a body and record the completion, uncached: for calls without a RequestSpec, such as probes."""
         completion = self.send(body, row=row)
         self.record_completion(completion, row=row)
         return completion
 
     def record_completion(self, completion: ChatCompletion, *, row: LedgerRow) -> None:
-        """Record a completion that is no reply to be validated and cached."""
+        """Record a completion that is neither validated nor cached."""
         self.ledger.record(replace(self.fill_row(completion, row), outcome="invalid" if completion.problem else "ok"))
 
 
 def make_answer(reply: T, kept: CachedReply, profile: str) -> Answer[T]:
-    """Return a validated reply with what is kept beside it."""
+    """Return a validated reply with the metadata cached beside it."""
     return Answer(
         reply, profile, kept.served_model, reasoning=kept.reasoning, citations=kept.citations, called=kept.called
     )

@@ -1,4 +1,4 @@
-"""Identical work asked for at once is done once."""
+"""Deduplicate concurrent identical work."""
 
 import threading
 from collections.abc import Callable
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class SingleFlight:
-    """Runs work by key; who asks for a key that is being worked on gets that outcome, errors included."""
+    """Runs work by key; a caller whose key is in flight waits for that outcome, errors included."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -27,6 +27,7 @@ class SingleFlight:
         try:
             result = work()
         except BaseException as error:
+            # Removed before waiters wake: one that tries again must not join the failed flight.
             with self.lock:
                 del self.flights[key]
             flight.set_exception(error)

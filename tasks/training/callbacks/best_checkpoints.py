@@ -1,4 +1,4 @@
-"""Which weights are kept while training, best first, and how they are written in the end."""
+"""Retain the weights of the best validated steps, and write them in the published format."""
 
 import shutil
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ ALL = 1_000_000_000
 
 
 class BestCheckpoints(StepCallback):
-    """Keeps the weights of the best validated steps; they are published in the end."""
+    """Retains the weights of the `save_top_k` best validated steps."""
 
     def __init__(self, spec: TrainingSpec, run: RunFolder, loss_log: LossLog, *, ema: Ema, fingerprint: dict[str, str]):
         self.spec = spec
@@ -36,16 +36,18 @@ class BestCheckpoints(StepCallback):
         self.fingerprint = fingerprint
 
     def on_step_end(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
-        """Save the weights that would be published if they are among the best yet; ranks agree."""
+        """Save the weights if this step ranks among the best so far; all ranks take the same branch."""
         settings = self.spec.training.validation
         if settings.keep != "best" or not is_due(module.step, settings.validation_steps):
             return
         is_good = module.step in rank_steps(self.loss_log.rows, settings)[: settings.save_top_k]
+        # Ranks may round differently; they must agree, since gathering sharded weights is a collective.
         if not trainer.strategy.reduce_boolean_decision(is_good, all=False):
             return
         if trainer.is_global_zero or module.is_sharded:
             weights = copy_all(self.ema.published(module), is_kept=trainer.is_global_zero)
         if trainer.is_global_zero:
+            # Weights alone, with the average applied: enough to publish, not to resume.
             state = TrainingState(module.step, weights, {}, {}, [])
             save_checkpoint(self.run.best, state, fingerprint=self.fingerprint, num_kept=ALL)
             best = rank_steps(self.loss_log.rows, settings)[: settings.save_top_k]
@@ -55,7 +57,7 @@ class BestCheckpoints(StepCallback):
 
 
 def rank_steps(rows: Sequence[LossRow], settings: ValidationSettings) -> list[int]:
-    """Return the validated steps of a loss log, best first; of equals, the earliest first."""
+    """Return the validated steps of a loss log, best first; ties go to the earlier step."""
     if settings.metric == "loss":
         found = [(row.validation_loss, row.step) for row in rows if row.validation_loss is not None]
     else:
@@ -64,7 +66,7 @@ def rank_steps(rows: Sequence[LossRow], settings: ValidationSettings) -> list[in
 
 
 def list_candidates(run: RunFolder, losses: Sequence[LossRow], settings: ValidationSettings) -> list[Path]:
-    """Return the kept weights, best first."""
+    """Return the retained checkpoints, best first."""
     kept = {step_of(path): path for path in list_checkpoints(run.best)}
     return [kept[step] for step in rank_steps(losses, settings) if step in kept]
 
@@ -72,7 +74,7 @@ def list_candidates(run: RunFolder, losses: Sequence[LossRow], settings: Validat
 def verify_candidates(
     run: RunFolder, losses: Sequence[LossRow], settings: ValidationSettings, *, fingerprint: dict[str, str]
 ) -> tuple[list[Path], list[Path]]:
-    """Return the kept weights that verify, best first, and those that don't, which are set aside."""
+    """Return the retained checkpoints that verify, best first, and the quarantined paths of those that don't."""
     whole, damaged = [], []
     for path in list_candidates(run, losses, settings):
         try:
@@ -84,13 +86,13 @@ def verify_candidates(
 
 
 def write_candidate(path: Path, spec: TrainingSpec, folder: Path, *, fingerprint: dict[str, str]) -> None:
-    """Write kept weights as a model is published."""
+    """Write a retained checkpoint in the published format."""
     write_weights(load_checkpoint(path, fingerprint=fingerprint).weights, spec, folder)
 
 
 @torch.no_grad()
 def write_weights(weights: dict[str, Tensor], spec: TrainingSpec, folder: Path) -> None:
-    """Write trained weights as a model is published, through a fresh base model; the devices are full."""
+    """Write trained weights in the published format, through a fresh base model on the CPU: device memory is full."""
     on_cpu = spec.model_copy(update={"diffusion": spec.diffusion.model_copy(update={"device": "cpu"})})
     model = open_base(on_cpu)
     trainable = prepare(model, spec)
@@ -100,12 +102,12 @@ def write_weights(weights: dict[str, Tensor], spec: TrainingSpec, folder: Path) 
 
 
 def open_base(spec: TrainingSpec) -> DiffusionModel:
-    """Load the base model: frozen weights in their own precision, what is fully trained in float32."""
+    """Load the base model: in `weight_dtype` where it stays frozen, in float32 where all weights are trained."""
     base = spec.diffusion.model_copy(update={"pretrained_model_name_or_path": spec.model_folder})
     is_frozen = not spec.training.method.endswith("full")
     return open_model(base, precision=spec.training.weight_dtype if is_frozen else "fp32")
 
 
 def step_of(path: Path) -> int:
-    """Return the step of a checkpoint's folder."""
+    """Return the step that a checkpoint folder is named after; quarantined names carry a further suffix."""
     return int(path.name.removeprefix("step-").split(".")[0])

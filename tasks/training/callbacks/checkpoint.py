@@ -12,21 +12,21 @@ from tasks.training.sharding import shard_like
 
 
 class Resume(pl.Callback):
-    """Restores a checkpoint after Lightning has placed the weights and made the optimizer; must come first."""
+    """Restores a checkpoint once Lightning has moved the weights and built the optimizer; must precede `Ema`."""
 
     def __init__(self, state: TrainingState | None, ema: Ema) -> None:
         self.state = state
         self.ema = ema
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore weights, optimizer, average and gradient scaler."""
+        """Restore weights, optimizer state, EMA and gradient scaler."""
         if self.state is not None:
             self.restore(as_dreambooth(pl_module))
             if self.state.scaler:
                 trainer.precision_plugin.load_state_dict(self.state.scaler)
 
     def restore(self, module: DreamBoothModule) -> None:
-        """Restore what does not need a trainer."""
+        """Restore all state that does not need a Trainer."""
         if self.state is None:
             return
         restore_state(dict(module.named_trained()), module.optimizer, self.state)
@@ -45,11 +45,12 @@ class Checkpoints(StepCallback):
         self.fingerprint = fingerprint
 
     def on_step_end(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
-        """Save where it is due; every rank waits until the first one has written."""
+        """Save when due; all ranks wait until rank 0 has written."""
         is_end = trainer.should_stop or is_last_step(module)
         if not (is_end or is_due(module.step, module.spec.training.checkpointing_steps)):
             return
-        self.loss_log.flush(trainer)
+        self.loss_log.flush(trainer)  # the checkpoint holds the loss log up to its step
+        # Gathering sharded state is a collective; otherwise rank 0 has everything.
         if trainer.is_global_zero or module.is_sharded:
             live = LiveState(
                 step=module.step,
@@ -65,4 +66,4 @@ class Checkpoints(StepCallback):
             save_checkpoint(self.run.checkpoints, state, fingerprint=self.fingerprint, num_kept=limit)
             self.run.emit_event({"event": "checkpoint", "step": module.step})
         trainer.strategy.barrier()
-        self.loss_log.restart_clock()
+        self.loss_log.restart_clock()  # saving is no training time

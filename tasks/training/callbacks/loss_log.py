@@ -24,14 +24,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PendingRow:
-    """A step whose numbers are still on the device: reading them would wait for it."""
+    """A step whose scalars are still on the device: reading them would synchronize with it."""
 
     step: int
     values: dict[str, Tensor]
 
 
 class LossLog(StepCallback):
-    """Collects losses on the device and flushes them to the host, and to the file, now and then."""
+    """Accumulates losses on the device and flushes them to host and file every `log_every_n_steps`."""
 
     def __init__(self, spec: TrainingSpec, run: RunFolder, rows: Sequence[LossRow] = ()) -> None:
         self.config = spec.training
@@ -44,26 +44,29 @@ class LossLog(StepCallback):
         self.ticked = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the loss log as the checkpoint knows it and start the clock."""
+        """Rewrite the loss log up to the resumed step, check that ranks agree on it, and start the clock."""
         module = as_dreambooth(pl_module)
         self.restart_clock()
+        # A rank that resumed elsewhere would train on other samples; on it, the mean differs from its own step.
         step = torch.tensor(float(module.step))
         if float(trainer.strategy.reduce(step.to(module.device), reduce_op="mean")) != step:
             raise TrainingFailed("ranks found different checkpoints; is the run folder the same for all of them?")
         if trainer.is_global_zero:
+            # Drops rows that were logged after the checkpoint: these steps are trained again.
             self.run.losses.write_text(dump_losses(self.rows))
             self.run.emit_event({"event": "started", "step": module.step})
 
     def on_train_batch_end(  # noqa: PLR0917 - Lightning's hook
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the losses of every forward."""
+        """Collect the losses of every micro-batch."""
         self.micro.append({key: value.detach() for key, value in outputs.items()})
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step_end(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
-        """Average the step's forwards; flush where it is due."""
+        """Average over the step's micro-batches; flush when due."""
         means = {key: torch.stack([row[key] for row in self.micro]).mean() for key in self.micro[0]}
+        # Lightning scales "loss" by the accumulation; "total_loss" is the unscaled value.
         means["loss"] = means.pop("total_loss")
         self.micro = []
         self.pending.append(PendingRow(module.step, {**means, "grad_norm": module.grad_norm}))
@@ -72,15 +75,15 @@ class LossLog(StepCallback):
             self.flush(trainer)
 
     def add_validation(self, step: int, values: dict[str, Tensor]) -> None:
-        """Add what was validated to the row of a step that is not flushed yet."""
+        """Attach validation values to the row of a step that is not flushed yet."""
         self.validations[step] = values
 
     def flush(self, trainer: pl.Trainer) -> None:
-        """Bring the pending losses to the host, check them, and write one row per step.
+        """Copy pending losses to the host, check them, and append one row per step to the file.
 
         Raises:
-            TrainingFailed: the losses show that training does not work.
-            StorageFull: there is no room for the log.
+            TrainingFailed: too many non-finite steps in a row, or a first step without gradient.
+            StorageFull: the disk is full.
 
         """
         now, new = time.monotonic(), self.collect(trainer)
@@ -97,15 +100,17 @@ class LossLog(StepCallback):
         self.ticked = now
 
     def collect(self, trainer: pl.Trainer) -> list[LossRow]:
-        """Return the pending rows as means over all ranks: one transfer, one exchange."""
+        """Return the pending rows averaged over ranks, with a single all-reduce and a single copy to the host."""
         if not self.pending:
             return []
         names = list(self.pending[0].values)
+        # (pending steps, names), float32
         table = torch.stack([torch.stack([row.values[name].float() for name in names]) for row in self.pending])
         if trainer.world_size > 1:
             table = trainer.strategy.reduce(table, reduce_op="mean")
         rows = []
         for row, values in zip(self.pending, table.tolist(), strict=True):
+            # Not reduced: every rank validates the same fixed photos.
             validated = {name: value.item() for name, value in self.validations.pop(row.step, {}).items()}
             rows.append(
                 LossRow.model_validate({"step": row.step, **dict(zip(names, values, strict=True)), **validated})
@@ -113,32 +118,33 @@ class LossLog(StepCallback):
         return rows
 
     def count_images_per_step(self) -> int:
-        """Return how many images of both halves one optimizer step sees, over all ranks."""
+        """Return the images per optimizer step over all ranks, instance and class images together."""
         config, halves = self.config, 2 if self.config.prior_loss_weight > 0 else 1
         return config.train_batch_size * config.gradient_accumulation_steps * config.world_size * halves
 
     def restart_clock(self) -> None:
-        """Leave out of the next rate what was no training, such as saving."""
+        """Exclude time that was not spent on training, such as saving, from the next rate."""
         self.ticked = time.monotonic()
 
 
 class NonFiniteGuard:
-    """Ends training that does not work: steps with a non-finite loss or gradient are skipped, but not for ever."""
+    """Ends training after too many consecutive steps with a non-finite loss or gradient; such steps are skipped."""
 
     def __init__(self, config: TrainingConfig, rows: Sequence[LossRow]) -> None:
         self.config = config
         self.num_skipped = count_skipped(rows)
-        # In fp16 the gradient scaler starts too high on purpose and settles by skipping steps.
+        # The fp16 gradient scaler starts with a high scale by design and skips steps until it has backed off.
         self.limit = max(config.max_skipped_steps, 20 if config.mixed_precision == "fp16" else 0)
 
     def check(self, row: LossRow, *, is_first: bool) -> LossRow:
-        """Return the row with None for every number that is not finite: such a step was skipped.
+        """Return the row with non-finite values replaced by None, which marks a skipped step.
 
         Raises:
-            TrainingFailed: too many steps in a row were skipped, or the first one changed nothing.
+            TrainingFailed: too many consecutive steps were skipped, or the first had a gradient norm of 0.
 
         """
         config = self.config
+        # With empty prompts a zero gradient can be legitimate: a learned token then may not occur in any prompt.
         if row.grad_norm == 0.0 and is_first and config.proportion_empty_prompts == 0:
             raise TrainingFailed("the first step changed nothing: no gradient reaches the trained parameters")
         values = row.model_dump(exclude_unset=True)

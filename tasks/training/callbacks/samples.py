@@ -1,4 +1,4 @@
-"""Grids of samples while training: the weights as they are, nothing is loaded again."""
+"""Sample grids during training, drawn with the model in memory."""
 
 import pytorch_lightning as pl
 from PIL import Image
@@ -14,13 +14,13 @@ SAMPLE_SEED, SAMPLE_GUIDANCE, SAMPLES_PER_PROMPT = 7, 3.0, 2
 
 
 class SampleGrids(StepCallback):
-    """Draws a grid between two steps, every `sample_steps`; training continues from the same weights."""
+    """Draws a grid every `sample_steps`; random state and weights of training are unaffected."""
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
 
     def on_step_end(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
-        """Draw where it is due; sharded weights need every rank."""
+        """Draw when due; with sharded weights every rank takes part in the forwards."""
         if not is_due(module.step, module.spec.training.validation.sample_steps):
             return
         rows = draw_samples(module) if trainer.is_global_zero or module.is_sharded else []
@@ -33,16 +33,17 @@ class SampleGrids(StepCallback):
 
 
 def draw_samples(module: DreamBoothModule) -> list[list[Image.Image]]:
-    """Draw a row of samples per prompt with the weights as they are; nothing is loaded again."""
+    """Return one row of samples per prompt, drawn with the current weights and fixed seeds."""
     spec = module.spec
     words = {"identifier_token": spec.identifier_token, "class_noun": spec.class_noun}
     was_training = [part.training for part in module.trained.values()]
     module.trained.eval()
+    # The VAE was moved to the CPU once the latents were cached.
     vae_device = module.model.vae.device
     module.model.vae.to(module.device)
     rows = []
     validation = spec.training.validation
-    for template in validation.sample_prompts:  # one by one: memory is full of training
+    for template in validation.sample_prompts:  # small batches: optimizer state fills the device
         prompt = write_subject_prompt(template, **words)
         requests = [SamplingRequest(prompt, SAMPLE_SEED + i) for i in range(SAMPLES_PER_PROMPT)]
         num_steps = validation.sample_num_inference_steps
@@ -54,7 +55,7 @@ def draw_samples(module: DreamBoothModule) -> list[list[Image.Image]]:
 
 
 def join_grid(rows: list[list[Image.Image]]) -> Image.Image:
-    """Return rows of equally large pictures as one."""
+    """Tile rows of equally sized images into one."""
     width, height = rows[0][0].size
     grid = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
     for y, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""How much samples show the subject and follow their prompts, while training goes on."""
+"""Subject and prompt fidelity of samples during training."""
 
 import torch
 from PIL import Image
@@ -11,7 +11,7 @@ from tasks.training.process.worker_spec import TrainingSpec
 
 
 class SimilarityMeter:
-    """DINO similarity to the photos times CLIP-T, on fixed prompts and seeds: high where both are."""
+    """DINO similarity to the photos times CLIP-T, on fixed prompts and seeds: high only where both are."""
 
     def __init__(self, spec: TrainingSpec, device: torch.device) -> None:
         assert spec.encoders is not None
@@ -25,10 +25,12 @@ class SimilarityMeter:
         self.texts = self.encoders.encode_texts([write_plain_prompt(p, class_noun=spec.class_noun) for p in prompts])
 
     def measure(self, module: DreamBoothModule) -> torch.Tensor:
-        """Return the mean over samples of the weights as they are, a scalar."""
+        """Return DINO x CLIP-T of samples of the current weights: a scalar on the CPU."""
         rows = draw_samples(module)
         pictures = [picture for row in rows for picture in row]
+        # Embeddings have unit length, so products are cosines: (samples, photos).
         dino = (self.encoders.encode_dino(pictures) @ self.photos.T).mean()
+        # `draw_samples` orders by prompt: each text embedding belongs to as many samples in a row.
         texts = self.texts.repeat_interleave(len(rows[0]), dim=0)
         clip_t = (self.encoders.encode_clip(pictures) * texts).sum(1).mean()
         return (dino * clip_t).cpu()

@@ -1,4 +1,4 @@
-"""What ends training before its last step: the supervisor's request, or a converged validation loss."""
+"""Early ends of training: a stop request of the supervisor, or a converged validation loss; and the heartbeat."""
 
 import time
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ CHECK_SECONDS = 2.0
 
 
 class Heartbeat(pl.Callback):
-    """Touches a file after every forward: the supervisor ends all ranks where one stands still."""
+    """Touches a file after every forward; the supervisor kills all ranks where one stalls."""
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
@@ -32,14 +32,14 @@ class Heartbeat(pl.Callback):
 
 
 class EarlyStopping(StepCallback):
-    """Stops where the validation loss has converged on any rank."""
+    """Stops once the validation loss has converged."""
 
     def __init__(self, settings: ValidationSettings, loss_log: LossLog) -> None:
         self.settings = settings
         self.loss_log = loss_log
 
     def on_step_end(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
-        """Decide after every validation; ranks agree."""
+        """Decide after every validation; all ranks stop at the same step."""
         if self.settings.early_stopping and is_due(module.step, self.settings.validation_steps):
             has_ended = has_converged(self.loss_log.rows, self.settings)
             if trainer.strategy.reduce_boolean_decision(has_ended, all=False):
@@ -47,7 +47,7 @@ class EarlyStopping(StepCallback):
 
 
 class StopRequest(StepCallback):
-    """Stops when the supervisor asks for it, to be resumed from this very step."""
+    """Stops when the supervisor requests it; the run resumes from this step."""
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
@@ -56,16 +56,19 @@ class StopRequest(StepCallback):
         self.checked: tuple[int, float] | None = None
 
     def on_step_end(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
-        """Look for the stop file; several ranks look every few seconds, since agreeing makes them wait."""
+        """Check for the stop file: each step on one rank, every `CHECK_SECONDS` on several."""
+        # Agreement is an all-reduce that synchronizes the ranks, too costly at every step. The stop file itself is
+        # seen by each rank at another time, so a local check would leave ranks waiting in a collective.
         if trainer.world_size > 1 and module.step % self.steps_between_checks:
             return
         is_asked = bool(trainer.strategy.reduce_boolean_decision(self.run.stop.exists(), all=False))
         self.space_checks(trainer, module.step)
+        # A run that ends anyway is complete, not stopped.
         if is_asked and not is_last_step(module) and not trainer.should_stop:
             self.was_stopped = trainer.should_stop = True
 
     def space_checks(self, trainer: pl.Trainer, step: int) -> None:
-        """Adapt the steps between two checks to their speed, alike on all ranks."""
+        """Adapt the number of steps between two checks to the mean step time, identically on all ranks."""
         if trainer.world_size == 1:
             return
         now = time.monotonic()
@@ -77,7 +80,7 @@ class StopRequest(StepCallback):
 
 
 def has_converged(rows: Sequence[LossRow], settings: ValidationSettings) -> bool:
-    """Tell whether the validation loss varies little of late, against all of its course (DVAR, arXiv 2302.04841)."""
+    """Whether the variance of the last `window` losses is small against that of all (DVAR, arXiv 2302.04841)."""
     values = [row.validation_loss for row in rows if row.validation_loss is not None]
     if len(values) < 2 * settings.window:
         return False

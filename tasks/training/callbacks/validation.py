@@ -1,4 +1,4 @@
-"""Validation while training: a loss without randomness, and samples of the current weights."""
+"""Validation during training: a deterministic loss, and the similarity of samples of the current weights."""
 
 import pytorch_lightning as pl
 import torch
@@ -19,7 +19,7 @@ NOISE_SHARES = (0.1, 0.35, 0.6, 0.85)
 
 
 class Validation(StepCallback):
-    """Measures the weights that would be published, every `validation_steps`; must come before the loss log."""
+    """Validates the weights that would be published every `validation_steps`; must precede the loss log."""
 
     def __init__(self, spec: TrainingSpec, loss_log: LossLog, ema: Ema) -> None:
         self.spec = spec
@@ -28,9 +28,10 @@ class Validation(StepCallback):
         self.meter: SimilarityMeter | None = None
 
     def on_step_end(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
-        """Validate where it is due."""
+        """Validate when due, on every rank."""
         if not is_due(module.step, self.spec.training.validation.validation_steps):
             return
+        # Lightning's autocast covers `training_step` only.
         with trainer.precision_plugin.forward_context(), self.ema.applied(module):
             found = {"validation_loss": compute_validation_loss(module, find_batches(trainer))}
             if self.spec.training.validation.metric == "similarity":
@@ -48,9 +49,9 @@ def find_batches(trainer: pl.Trainer) -> BatchFactory:
 
 @torch.no_grad()
 def compute_validation_loss(module: DreamBoothModule, batches: BatchFactory) -> Tensor:
-    """Return the mean error on fixed photos, noise and timesteps: a scalar that depends on weights alone.
+    """Return the mean squared error on fixed photos, noise and timesteps: a scalar that depends on the weights alone.
 
-    The photos are those held out of training, where there are some.
+    Uses the held-out photos where there are any, else instance images.
     """
     model = module.model
     rows = [(index, bucket.sets["instance"], row)
@@ -62,9 +63,11 @@ def compute_validation_loss(module: DreamBoothModule, batches: BatchFactory) -> 
     module.trained.eval()
     losses = []
     for index, images, row in sorted(rows, key=lambda row: row[0])[:MAX_PHOTOS]:  # one by one: memory is full
+        # Not the prompt cache: text encoders may be in training.
         conditioning = model.encode_prompts(images.input_ids[row : row + 1])
         shape = tuple(images.mean.shape[2:])
         eps = rng.draw_normal(shape, seed=0, purpose="validation", indices=[index]).to(module.device)
+        # The posterior's mean of the first crop variant, without sampling: (1, C, h, w).
         latents, time_ids = images.mean[row, :1].to(module.device), images.time_ids[row, :1].to(module.device)
         for share in NOISE_SHARES:
             timesteps = model.noise_scheduler.sample_timesteps(torch.tensor([share], dtype=torch.float64)).to(

@@ -1,4 +1,4 @@
-"""Start the training worker, follow it, stop it gently, and believe only its result manifest."""
+"""Start the training worker, monitor it, stop it gracefully, and trust only its result manifest."""
 
 import contextlib
 import fcntl
@@ -30,22 +30,23 @@ WORKER_MODULE = "tasks.training.process.worker"
 def run_worker(
     spec: TrainingSpec, *, on_event: Callable[[dict[str, Any]], None], inherited: tuple[int, ...] = ()
 ) -> WorkerResult:
-    """Train to the end and return the verified result.
+    """Run the worker to its end and return the verified result.
 
-    Any exception in here, a request to cancel included, first lets the worker save and end.
+    On any exception here, cancellation included, the worker first saves a checkpoint and exits.
 
     Raises:
         TrainingFailed: the worker ended without a result; names step and log.
-        TrainingStopped: it was asked to stop, saved, and will go on in the next run.
-        StorageFull: it had no room.
+        TrainingStopped: it saved on request and resumes in the next run.
+        StorageFull: the disk is full.
 
     """
     run = RunFolder(spec.path)
     run.folder.mkdir(parents=True, exist_ok=True)
     result = read_result(run)
-    if result is not None:
+    if result is not None:  # an earlier run ended between the worker's result and the store
         return result
     write_atomic(run.spec, dump_signed(spec, indent=1))
+    # Signals of the previous attempt: a stale stop file would end this one at its first step.
     run.stop.unlink(missing_ok=True)
     run.failure.unlink(missing_ok=True)
     run.events.write_text("")
@@ -60,7 +61,8 @@ def run_worker(
     finally:
         if process.poll() is None:
             stop(process, run, grace_seconds=spec.training.grace_seconds)
-    tail.read()
+    tail.read()  # what was appended between the last poll and the exit
+    # The manifest decides, not the exit code: a worker that crashes while it shuts down has still succeeded.
     result = read_result(run)
     if result is not None:
         return result
@@ -74,7 +76,10 @@ def run_worker(
 
 
 def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()) -> "subprocess.Popen[bytes]":
-    """Start one process per device, in a session of its own, holding the given file descriptors."""
+    """Start one process per device in a new session.
+
+    `inherited` file descriptors stay open in the child: it holds the run's lock until it exits.
+    """
     training = spec.training
     rdzv_args = ["--standalone"]
     if training.num_nodes > 1:
@@ -82,11 +87,12 @@ def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()
             "--nnodes", str(training.num_nodes), "--rdzv-backend", "c10d",
             "--rdzv-endpoint", training.rdzv_endpoint, "--rdzv-id", spec.stage_key,
         ]  # fmt: skip
-    # Each rank watches the supervisor itself: a launcher that is killed takes no rank with it.
+    # Each rank runs under the guard and watches the supervisor itself: killing torchrun does not end its ranks.
     launcher = [*rdzv_args, "--nproc-per-node", str(training.num_devices), "-m", GUARD]
     command = guarded("torch.distributed.run", *launcher, WORKER_MODULE, str(run.spec))
-    if training.world_size == 1:  # one process needs nobody to meet, and starts three seconds sooner
+    if training.world_size == 1:  # no rendezvous is needed; skipping torchrun saves seconds of start-up
         command = guarded(WORKER_MODULE, str(run.spec))
+    # torchrun would set OMP_NUM_THREADS to 1 where it is unset.
     environment = child_environment(
         TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     )
@@ -96,7 +102,7 @@ def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,
+            start_new_session=True,  # Ctrl-C reaches the supervisor alone, which lets the worker save first
             pass_fds=inherited,
         )
 
@@ -104,15 +110,16 @@ def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()
 def check_alive(
     run: RunFolder, spec: TrainingSpec, *, started: float, process: "subprocess.Popen[bytes]", step: int
 ) -> None:
-    """End all ranks where one stands still: a stopped rank would keep the others waiting for ever.
+    """Kill all ranks where one has stalled: the others would wait for it in a collective indefinitely.
 
     Raises:
-        TrainingFailed: naming the rank.
+        TrainingFailed: names the stalled rank.
 
     """
     limit = spec.training.stall_seconds
     for rank in range(spec.training.world_size):
         path = run.alive(rank)
+        # A heartbeat file of an earlier attempt is older than this start.
         seen = max(started, path.stat().st_mtime) if path.exists() else started
         if time.time() - seen > limit:
             end_all(process)
@@ -122,7 +129,7 @@ def check_alive(
 
 
 def stop(process: "subprocess.Popen[bytes]", run: RunFolder, *, grace_seconds: float) -> None:
-    """Ask the worker to save, give it its grace, then end the whole group."""
+    """Request a checkpoint and exit, wait for the grace period, then kill all processes."""
     run.stop.touch()
     deadline = time.monotonic() + grace_seconds
     while process.poll() is None and time.monotonic() < deadline:
@@ -134,8 +141,9 @@ def stop(process: "subprocess.Popen[bytes]", run: RunFolder, *, grace_seconds: f
 
 
 def end_all(process: "subprocess.Popen[bytes]") -> None:
-    """Kill the launcher and every rank; ranks have sessions of their own, so a group isn't enough."""
+    """Kill the launcher and every rank. torchrun gives each rank its own session, so a process group isn't enough."""
     with contextlib.suppress(psutil.NoSuchProcess):
+        # Listed first: once the launcher is dead its children belong to init.
         ranks = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         for rank in ranks:
@@ -145,7 +153,7 @@ def end_all(process: "subprocess.Popen[bytes]") -> None:
 
 
 class EventTail:
-    """Reads whole new lines of the worker's event file."""
+    """Reads complete new lines of the worker's event file."""
 
     def __init__(self, path: Path, on_event: Callable[[dict[str, Any]], None]) -> None:
         self.path = path
@@ -155,10 +163,11 @@ class EventTail:
         self.last_event = ""
 
     def read(self) -> None:
-        """Hand on what was appended since the last look."""
+        """Pass each event appended since the last call to `on_event`."""
         with self.path.open("rb") as file:
             file.seek(self.position)
             data = file.read()
+        # The worker may be in the middle of a line: the rest waits for the next call.
         end = data.rfind(b"\n") + 1
         self.position += end
         for event in load_lines(data[:end]):
@@ -171,7 +180,7 @@ class EventTail:
 
 
 def read_result(run: RunFolder) -> WorkerResult | None:
-    """Return the result manifest if it and every file that it names verify; else set it aside."""
+    """Return the result manifest if it and all files it names match their digests; else quarantine it, return None."""
     if not run.result.exists():
         return None
     try:
@@ -186,7 +195,7 @@ def read_result(run: RunFolder) -> WorkerResult | None:
 
 
 def read_failure(run: RunFolder) -> WorkerFailure | None:
-    """Return what the worker said of its end; None where it couldn't."""
+    """Return the worker's failure report; None where it left none."""
     try:
         return load_signed(WorkerFailure, run.failure.read_bytes())
     except (OSError, ArtifactCorrupt):
@@ -194,8 +203,8 @@ def read_failure(run: RunFolder) -> WorkerFailure | None:
 
 
 def describe_exit(code: int) -> str:
-    """Return how a worker ended that left no `failure.json`: nothing but its exit code is known."""
-    if code >= 0:
+    """Describe the exit of a worker that left no `failure.json`."""
+    if code >= 0:  # `Popen.returncode` is negative where a signal ended the process
         return f"the worker ended with exit code {code} before it could report why"
     name = signal.Signals(-code).name
     hint = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
@@ -204,12 +213,12 @@ def describe_exit(code: int) -> str:
 
 @contextmanager
 def locked(path: Path, *, seconds: float = LOCK_SECONDS) -> Iterator[int]:
-    """Hold a lock for as long as this process, or one that inherited the file descriptor, lives.
+    """Hold an exclusive lock while this process, or one that inherited the file descriptor, is alive.
 
-    Waits a little: the worker of a run that was killed ends itself within two seconds.
+    Waits up to `seconds`: the orphaned worker of a killed run ends itself within a few seconds.
 
     Raises:
-        TrainingFailed: another run has it.
+        TrainingFailed: another run holds the lock.
 
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,6 +226,7 @@ def locked(path: Path, *, seconds: float = LOCK_SECONDS) -> Iterator[int]:
         deadline = time.monotonic() + seconds
         while True:
             try:
+                # `flock` belongs to the open file, so the worker keeps it after a crash of the supervisor.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:

@@ -54,7 +54,7 @@ from tasks.training.sharding import init_process_group
 
 
 def main(argv: list[str]) -> int:
-    """Fine-tune as the spec says; return the exit code. What ends it is written to `failure.json` first."""
+    """Fine-tune per the spec and return the exit code. An exception is written to `failure.json`, then re-raised."""
     spec = read_spec(Path(argv[0]))
     try:
         set_up_process(spec)
@@ -65,18 +65,20 @@ def main(argv: list[str]) -> int:
 
 
 def report_failure(run: RunFolder, error: Exception) -> None:
-    """Write why this rank failed, unless another one did first: the others then only lose their connection to it."""
+    """Write why this rank failed. Only the first rank to fail is recorded: later failures are lost connections to it."""
     failure = WorkerFailure(
         kind=type(error).__name__,
         message=shorten(clean_text(redact(str(error)), keep=" ").strip() or "no message", limit=1000),
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
     )
-    with contextlib.suppress(OSError, StorageFull):  # then the exit code has to do
+    # On a full disk the supervisor falls back to the exit code.
+    with contextlib.suppress(OSError, StorageFull):
         staged = run.failure.with_suffix(f".{failure.rank}")
         write_atomic(staged, dump_signed(failure))
         try:
-            os.link(staged, run.failure)  # atomic, and fails where there is one
+            # Unlike a rename, a hard link is atomic and refuses to replace an earlier rank's report.
+            os.link(staged, run.failure)
         finally:
             staged.unlink()
 
@@ -87,7 +89,7 @@ def write_spec(path: Path, spec: TrainingSpec) -> None:
 
 
 def read_spec(path: Path) -> TrainingSpec:
-    """Return a verified spec. Raises ArtifactCorrupt."""
+    """Return the spec after checking its digest. Raises ArtifactCorrupt."""
     try:
         return load_signed(TrainingSpec, path.read_bytes())
     except ArtifactCorrupt as error:
@@ -95,13 +97,14 @@ def read_spec(path: Path) -> TrainingSpec:
 
 
 def set_up_process(spec: TrainingSpec) -> None:
-    """Set threads and determinism before anything is loaded."""
+    """Configure logging, threads, determinism and the CUDA device before anything is loaded."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # Lightning advises on loggers and data loaders that this worker leaves out on purpose.
+    # Lightning warns about the missing logger and the worker-less data loader; both are intended.
     warnings.filterwarnings("ignore", module=r"pytorch_lightning\..*")
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(spec.training.num_threads or max(1, (os.cpu_count() or 1) // ranks))
+    # cuBLAS is deterministic only with a fixed workspace, which it reads when the CUDA context is created.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(spec.training.deterministic)
     if torch.cuda.is_available():
@@ -109,17 +112,19 @@ def set_up_process(spec: TrainingSpec) -> None:
 
 
 def train(spec: TrainingSpec) -> int:
-    """Train to the end; out of memory, go on with half the images at a time and the same effective batch.
+    """Train to the end. On out-of-memory, halve the micro-batch and keep the effective batch size.
 
     Raises:
-        TrainingFailed: one image at a time doesn't fit either.
+        TrainingFailed: out of memory with an odd batch, or on several ranks.
 
     """
+    # Taken before any halving: the micro-batch size is part of it, yet checkpoints stay valid across halvings.
     fingerprint = spec.fingerprint()
     while True:
         try:
             return attempt(spec, fingerprint)
         except torch.OutOfMemoryError as error:
+            # Ranks run out of memory separately: one that halved alone would desynchronize the collectives.
             if spec.training.world_size > 1 or spec.training.train_batch_size % 2:
                 raise TrainingFailed(
                     f"out of memory with {spec.training.train_batch_size} instance images at a time; lower "
@@ -127,12 +132,14 @@ def train(spec: TrainingSpec) -> int:
                     "training.weight_dtype=bf16 or training/method=lora"
                 ) from error
             spec = halve_batch(spec)
-        gc.collect()  # trainer and module hold each other, and the weights
+        # Outside the except block, whose traceback keeps the failed attempt's tensors alive. Trainer and module
+        # reference each other, so only a collection frees them.
+        gc.collect()
         torch.cuda.empty_cache()
 
 
 def halve_batch(spec: TrainingSpec) -> TrainingSpec:
-    """Return the spec with half the images per forward and twice the forwards: the same samples per step."""
+    """Return the spec with half the micro-batch and twice the accumulation: the same samples per optimizer step."""
     training = spec.training
     smaller = training.model_copy(
         update={
@@ -151,12 +158,13 @@ def halve_batch(spec: TrainingSpec) -> TrainingSpec:
 
 
 def attempt(spec: TrainingSpec, fingerprint: dict[str, str]) -> int:
-    """Build everything, resume where a checkpoint is, fit, and write the result."""
+    """Build model and callbacks, resume from the newest checkpoint, fit, and write the result; return the exit code."""
     run = RunFolder(spec.path)
     model = open_base(spec)
     state = load_newest(run.checkpoints, fingerprint=fingerprint)
     set_up_kernels(model, spec.training)
     module = DreamBoothModule(model, spec, start_step=state.step if state else 0)
+    # After the module: placeholder tokens of textual inversion lengthen the captions.
     note_shortened_captions(run, spec, model)
     callbacks = Callbacks(spec, run, state, fingerprint=fingerprint)
     if callbacks.needs_training(module.start_step):
@@ -164,7 +172,9 @@ def attempt(spec: TrainingSpec, fingerprint: dict[str, str]) -> int:
         if callbacks.stop_request.was_stopped:
             run.emit_event({"event": "stopped", "step": module.step})
             return STOPPED_EXIT_CODE
-    else:  # it was trained, and cut off before its result was written
+    else:
+        # All steps are done, but the process ended before it wrote the result. Without a Trainer the hooks that
+        # Lightning would call are called here.
         if module.is_sharded:
             init_process_group(model.device)
         module.configure_model()
@@ -172,7 +182,7 @@ def attempt(spec: TrainingSpec, fingerprint: dict[str, str]) -> int:
         callbacks.resume.restore(module)
     weights = None
     is_first_rank = int(os.environ.get("RANK", "0")) == 0
-    if module.is_sharded:  # all ranks have to take part
+    if module.is_sharded:  # gathering DTensors is a collective: all ranks take part
         weights = copy_all(callbacks.ema.published(module), is_kept=is_first_rank)
     if is_first_rank:
         callbacks.ema.copy_to(module)
@@ -181,7 +191,7 @@ def attempt(spec: TrainingSpec, fingerprint: dict[str, str]) -> int:
 
 
 class Callbacks:
-    """The callbacks of a run, in the order in which they have to act."""
+    """The callbacks of a run. Lightning calls them in list order, and the order matters."""
 
     def __init__(
         self, spec: TrainingSpec, run: RunFolder, state: TrainingState | None, *, fingerprint: dict[str, str]
@@ -193,14 +203,16 @@ class Callbacks:
         self.stop_request = StopRequest(run)
         self.ordered: list[pl.Callback] = [
             Heartbeat(run),
-            self.resume,
+            self.resume,  # restores the average, which Ema would else start from the weights
             self.ema,
-            Validation(spec, self.loss_log, self.ema),
+            Validation(spec, self.loss_log, self.ema),  # adds to the row that the loss log then flushes
             self.loss_log,
+            # These two read the flushed rows.
             BestCheckpoints(spec, run, self.loss_log, ema=self.ema, fingerprint=fingerprint),
             EarlyStopping(spec.training.validation, self.loss_log),
             SampleGrids(run),
             self.stop_request,
+            # Last: it saves where one of the callbacks above has set `should_stop`.
             Checkpoints(run, self.loss_log, self.ema, fingerprint=fingerprint),
         ]
 
@@ -212,7 +224,7 @@ class Callbacks:
 
 
 def note_shortened_captions(run: RunFolder, spec: TrainingSpec, model: DiffusionModel) -> None:
-    """Note which captions a text encoder doesn't read to their end, and what it gets instead."""
+    """Report captions that exceed a text encoder's context, and the shortened text that it receives."""
     for image in spec.instance_images if os.environ.get("RANK", "0") == "0" else ():
         for name, short in model.shorten(image.prompt).items():
             if short != image.prompt:
@@ -221,9 +233,10 @@ def note_shortened_captions(run: RunFolder, spec: TrainingSpec, model: Diffusion
 
 
 def fit(spec: TrainingSpec, module: DreamBoothModule, callbacks: list[pl.Callback]) -> None:
-    """Train from the module's start step to the end, or until asked to stop."""
+    """Train from the module's start step to the last, or until a stop is requested."""
     config = spec.training
     trainer = pl.Trainer(
+        # A fresh Trainer counts from 0; the module adds `start_step`.
         max_steps=config.max_train_steps - module.start_step,
         max_epochs=-1,
         accelerator=choose_device(spec.diffusion).type,
@@ -243,14 +256,14 @@ def fit(spec: TrainingSpec, module: DreamBoothModule, callbacks: list[pl.Callbac
 
 
 def choose_precision(spec: TrainingSpec) -> Precision:
-    """Return how a step computes; by name Lightning would take bf16 for fp16 on a CPU."""
+    """Return the precision plugin. Selected by name, Lightning would replace fp16 by bf16 on a CPU."""
     names: dict[str, Any] = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
     name = names.get(spec.training.mixed_precision)
     return MixedPrecision(name, choose_device(spec.diffusion).type) if name else Precision()
 
 
 def choose_strategy(spec: TrainingSpec) -> Any:
-    """Return how several devices share the work."""
+    """Return the distributed strategy: none, FSDP2 (`fully_shard`), or DDP."""
     if spec.training.world_size == 1:
         return "auto"
     if spec.training.fsdp:
@@ -267,13 +280,14 @@ def write_result(
     weights: dict[str, torch.Tensor] | None,
     fingerprint: dict[str, str],
 ) -> None:
-    """Save loss log and tuned model, then the manifest that says that they are whole.
+    """Write loss log and tuned model, then the manifest that vouches for them.
 
-    `weights` are the last ones where the module itself has only its slices of them.
+    `weights` are the gathered final weights of sharded training; None elsewhere.
     """
     spec = module.spec
     with explain_full_disk(run.losses):
         run.losses.write_text(dump_losses(losses))
+    # Not `module.step`: an early-stopped run that is only written here has no Trainer.
     num_steps = losses[-1].step
     with explain_full_tensors(run.model, size_bytes=count_model_bytes(module)):
         published = write_best(run, spec, losses, fingerprint=fingerprint)
@@ -282,6 +296,7 @@ def write_result(
         elif published is None:
             save_learned(module.model, spec, module.trainable, folder=run.model)
     tail = [row.loss for row in losses[-20:] if row.loss is not None]
+    # KiB on Linux, so bytes.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
@@ -300,7 +315,11 @@ def write_result(
 
 
 def write_best(run: RunFolder, spec: TrainingSpec, losses: list[LossRow], *, fingerprint: dict[str, str]) -> int | None:
-    """Write the best kept weights as the model, the others beside it; return the step, None where none are kept."""
+    """Write the best retained weights as the model and the others as candidates.
+
+    Returns the step of the best, None where none are retained.
+    """
+    # An earlier attempt may have left partial output.
     shutil.rmtree(run.model, ignore_errors=True)
     shutil.rmtree(run.candidates, ignore_errors=True)
     candidates, damaged = verify_candidates(run, losses, spec.training.validation, fingerprint=fingerprint)
@@ -319,7 +338,7 @@ def list_parameters(module: DreamBoothModule) -> list[nn.Parameter]:
 
 
 def count_model_bytes(module: DreamBoothModule) -> int:
-    """Return about how large the published model is."""
+    """Return the approximate size of the published model in bytes."""
     is_whole = module.spec.training.method.endswith("full")
     trained = [parameter for _, parameter in module.named_trained()]
     return sum(parameter.nbytes for parameter in (list_parameters(module) if is_whole else trained))

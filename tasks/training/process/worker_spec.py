@@ -1,4 +1,4 @@
-"""The frozen order that the supervisor hands to the worker, as one JSON file."""
+"""The immutable training spec that the supervisor passes to the worker as one JSON file."""
 
 import math
 from pathlib import Path
@@ -34,11 +34,11 @@ class TrainingImage(Section):
     original_height: int = Field(0, description="height of that photo")
 
     def original_size(self) -> tuple[int, int]:
-        """Return height and width of the picture as it was taken."""
+        """Return height and width of the original photo in pixels, as SDXL's `original_size`."""
         return self.original_height or self.height, self.original_width or self.width
 
     def content(self) -> list[object]:
-        """Return what the picture's latents depend on."""
+        """Return the values that the image's latents depend on; the prompt is none of them."""
         return [self.sha256, self.mask_sha256, self.focus, self.original_size()]
 
 
@@ -66,43 +66,45 @@ class TrainingSpec(Section):
         return Path(self.folder)
 
     def sort_into_buckets(self, kind: str = "instance") -> dict[Size, list[int]]:
-        """Return which instance or held-out images belong to which size; without buckets all to the one square."""
+        """Return image indices by bucket size; without bucketing all are in one square of `resolution`."""
         resolution, buckets = self.diffusion.resolution, dict[Size, list[int]]()
         for index, image in enumerate(self.holdout_images if kind == "holdout" else self.instance_images):
             size = Size(resolution, resolution)
             if self.training.aspect_ratio_bucketing:
                 size = choose_bucket((image.width, image.height), resolution)
             buckets.setdefault(size, []).append(index)
+        # Sorted, so that every rank and every resumed run builds the buckets in the same order.
         return dict(sorted(buckets.items()))
 
     def images_of(self, kind: str, size: Size) -> tuple[TrainingImage, ...]:
-        """Return the instance or held-out images of a size, or the class images, which are cut to every size."""
+        """Return the images of a bucket. All class images are in every bucket, cropped to its size."""
         if kind == "class":
             return self.class_images
         images = self.holdout_images if kind == "holdout" else self.instance_images
         return tuple(images[index] for index in self.sort_into_buckets(kind)[size])
 
     def latents_paths(self) -> list[Path]:
-        """Return the cache files of both halves and of the held-out photos."""
+        """Return the latent cache files of instance, class and held-out images."""
         paths = [self.latents_path("holdout", size) for size in self.sort_into_buckets("holdout")]
         kinds = ("instance", "class") if self.class_images else ("instance",)
         return [self.latents_path(kind, size) for kind in kinds for size in self.sort_into_buckets()] + paths
 
     def latents_path(self, kind: str, size: Size) -> Path:
-        """Return the cache file of one half in one size, named by everything that its latents depend on."""
+        """Return the latent cache file of one set in one bucket, named by a digest of all that its latents depend on."""
         images, crops = self.images_of(kind, size), [0, False, 0]
         if kind == "instance":
             training = self.training
             seed = self.seed if training.num_crop_variants else 0
             crops = [training.num_crop_variants, training.flip_probability > 0, seed]
-            if training.num_crop_variants:  # a crop is a function of its picture's number
+            if training.num_crop_variants:  # random crops are seeded by the image's index
                 crops += self.sort_into_buckets()[size]
+        # Device and TF32 change the VAE's rounding: latents of one would break bit-equal resume on the other.
         how = [LATENTS_VERSION, self.diffusion.device, self.training.allow_tf32, list(size)]
         content = [how, self.base_model_sha256, [image.content() for image in images], crops]
         return Path(self.latent_folder) / f"{digest(content)[:32]}.safetensors"
 
     def fingerprint(self) -> dict[str, str]:
-        """Return digests that a checkpoint must share to be resumed from."""
+        """Return the digests that a checkpoint must match to be resumed."""
         images = [self.instance_images, self.class_images, self.holdout_images]
         pairs = [[[image.content(), image.prompt] for image in group] for group in images]
         return {
@@ -134,7 +136,7 @@ class WorkerResult(Section):
     files: dict[str, str] = Field(description="digests of everything that is stored, by path below the run folder")
 
     def model_files(self) -> list[str]:
-        """Return the files of the tuned model, by path below its folder."""
+        """Return the tuned model's files, relative to its folder."""
         return [name.removeprefix("model/") for name in self.files if name.startswith("model/")]
 
 
@@ -153,7 +155,7 @@ class WorkerFailure(Section):
 
 
 class RunFolder:
-    """Names of the files that worker and supervisor share."""
+    """Paths of the files that worker and supervisor share."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -176,7 +178,7 @@ class RunFolder:
             file.write(dump_line(event))
 
     def digest_output(self) -> dict[str, str]:
-        """Return the digests of everything that the training stage stores, by path below this folder."""
+        """Return the SHA-256 of every file that the training stage stores, by path below this folder."""
         folders = (self.model, self.candidates, self.samples)
         paths = [self.losses, *(path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file())]
         return {path.relative_to(self.folder).as_posix(): digest_file(path) for path in paths}
@@ -187,10 +189,10 @@ class RunFolder:
 
 
 def compute_learning_rate_factor(config: TrainingConfig, step: int, *, rate: float) -> float:
-    """Return the share of a learning rate at an optimizer step, counted from 0.
+    """Return the learning-rate multiplier in [0, 1] of an optimizer step, counted from 0.
 
-    Point by point the schedules of `diffusers.optimization.get_scheduler`: warm-up begins at 0, and what
-    decays begins to do so after it. A polynomial ends at 1e-7, whatever the rate that it begins with.
+    Equals `diffusers.optimization.get_scheduler` step by step: warm-up starts at 0 and decay starts after it.
+    The polynomial schedule ends at an absolute 1e-7, so its multiplier depends on `rate`.
     """
     name, warmup = config.lr_scheduler, config.lr_warmup_steps
     if step < warmup:

@@ -150,3 +150,10 @@ def test_a_persons_labels_are_read_where_they_are_configured(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"missing\.csv"):
         compare(config)
     assert compare(make_config(ScoringConfig)) == ()
+
+
+def test_as_many_questions_may_fail_as_configured(tmp_path: Path) -> None:
+    with scripted_server() as server:
+        server.script('{"evidence": "x", "image_quality": 9}')
+        answers, failures = ask(server, tmp_path, executor="sync", max_failed_share=1.0)
+        assert (answers, len(failures)) == ({}, 2)

@@ -19,7 +19,7 @@ KEPT_TURNS = 4
 MAX_ROUNDS = 6
 SUMMARIZE = "Sum up this conversation in at most 120 words: what was decided, what was changed, what is open."
 
-Message = dict[str, Any]
+Message = dict[str, object]
 
 
 class History(BaseModel):
@@ -130,7 +130,8 @@ class Conversation:
 
 def without_pictures(message: Message) -> Message:
     """Return a message for the history: pictures were looked at once and would fill it."""
-    if not isinstance(message.get("content"), list):
+    content = message.get("content")
+    if not isinstance(content, list):
         return message
-    texts = [part["text"] if part["type"] == "text" else "(a picture)" for part in message["content"]]
+    texts = [part["text"] if part["type"] == "text" else "(a picture)" for part in content]
     return {**message, "content": " ".join(texts)}

@@ -22,7 +22,7 @@ MOST_PICTURES = 4  # that one round of tools shows
 class ToolResult:
     """What a tool found: plain values, and perhaps a picture to look at."""
 
-    values: dict[str, Any]
+    values: dict[str, object]
     picture: bytes | None = None
 
 
@@ -35,7 +35,7 @@ class Tool:
     arguments: type[BaseModel]
     run: Callable[[Any], ToolResult]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Return the tool as a chat completion takes it."""
         function = {
             "name": self.name, "description": self.description,
@@ -90,10 +90,10 @@ def ask_with_tools(
 
 def run_calls(
     calls: Sequence[ToolCall], by_name: dict[str, Tool], called: list[str], *, max_side: int
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Run what was called and return the messages that tell what came of it; pictures follow as a user's."""
-    messages: list[dict[str, Any]] = []
-    pictures: list[dict[str, Any]] = []
+    messages: list[dict[str, object]] = []
+    pictures: list[dict[str, object]] = []
     for call in calls:
         result = ToolResult({"error": f"there is no tool {call.name}"})
         if call.name in by_name:

@@ -6,7 +6,7 @@ OpenAI and xAI search in their Responses APIs, OpenRouter by a server tool of ch
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 from tasks.errors import ConfigError
 from tasks.services.llm.budget.ledger import LedgerRow
@@ -14,6 +14,10 @@ from tasks.services.llm.chat.json_schema import strict_schema
 from tasks.services.llm.chat.request import RequestSpec, T
 from tasks.services.llm.chat.transport import read_object
 from tasks.services.llm.service import Answer, LlmService
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+    from openai.types.responses import ResponseFormatTextJSONSchemaConfigParam
 
 MOST_DOMAINS = 5
 
@@ -62,10 +66,14 @@ def ask_with_search(llm: LlmService, spec: RequestSpec[T], *, role: str, domains
     return Found(answer, answer.citations)
 
 
-def respond(client: Any, body: dict[str, Any], spec: RequestSpec[T], *, timeout_seconds: float) -> dict[str, Any]:
+def respond(
+    client: "OpenAI", body: dict[str, Any], spec: RequestSpec[T], *, timeout_seconds: float
+) -> dict[str, object]:
     """Ask by the Responses API, and return its reply in the shape of a chat completion."""
     text = "\n".join(part for part in spec.parts if isinstance(part, str))
-    shape = {"type": "json_schema", "name": spec.reply.__name__, "strict": True, "schema": strict_schema(spec.reply)}
+    shape: ResponseFormatTextJSONSchemaConfigParam = {
+        "type": "json_schema", "name": spec.reply.__name__, "strict": True, "schema": strict_schema(spec.reply),
+    }  # fmt: skip
     deadline = time.monotonic() + timeout_seconds
     with client.responses.with_streaming_response.create(
         model=body["model"], instructions=spec.system, input=text, tools=body["tools"], text={"format": shape},
@@ -74,9 +82,9 @@ def respond(client: Any, body: dict[str, Any], spec: RequestSpec[T], *, timeout_
         return to_chat(read_object(response, deadline=deadline, seconds=timeout_seconds))
 
 
-def to_chat(response: dict[str, Any]) -> dict[str, Any]:
+def to_chat(response: dict[str, object]) -> dict[str, object]:
     """Return a reply of the Responses API in the shape of a chat completion; odd parts go along as they are."""
-    whole: dict[str, Any] = {"model": response.get("model"), "usage": to_chat_usage(response.get("usage"))}
+    whole: dict[str, object] = {"model": response.get("model"), "usage": to_chat_usage(response.get("usage"))}
     output = response.get("output")
     if not isinstance(output, list):
         return {**whole, "choices": output or []}
@@ -94,7 +102,7 @@ def to_chat(response: dict[str, Any]) -> dict[str, Any]:
     return {**whole, "choices": [{"message": message, "finish_reason": "stop" if is_whole else "length"}]}
 
 
-def to_chat_usage(usage: Any) -> Any:
+def to_chat_usage(usage: object) -> Any:
     """Return the Responses API's usage in the words of chat completions."""
     if not isinstance(usage, dict):
         return usage

@@ -6,7 +6,7 @@ planned -> submitting (steps) -> submitted (batch id) -> terminal -> collected r
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -241,7 +241,7 @@ class BatchJob:
         lost = f"batch job ended as {status} without this row in its {num_files} output file(s); run again to ask anew"
         return BatchReply(None, lost, is_billable=status in ("completed", UNKNOWN))
 
-    def keep(self, rows: dict[str, RequestSpec[Any]], *, role: str) -> dict[str, str]:
+    def keep(self, rows: Mapping[str, RequestSpec[BaseModel]], *, role: str) -> dict[str, str]:
         """Store every reply, and return why the others can't be, by custom id."""
         outcomes = self.collect_results()
         reasons = {
@@ -252,7 +252,7 @@ class BatchJob:
             self.unanswered = {custom_id for custom_id, outcome in outcomes.items() if outcome.completion is None}
         return {custom_id: reason for custom_id, reason in reasons.items() if reason}
 
-    def keep_row(self, spec: RequestSpec[Any], outcome: BatchReply, *, role: str) -> str:
+    def keep_row(self, spec: RequestSpec[BaseModel], outcome: BatchReply, *, role: str) -> str:
         """Store one row's reply, unless an earlier attempt did; return why it can't be, or nothing."""
         if self.llm.read_kept(spec, name=self.name) is not None:
             return ""

@@ -9,9 +9,10 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+
+from pydantic import BaseModel
 
 from tasks.errors import StillPending
 from tasks.services.llm.batch.job import BatchJob, BatchState, list_states
@@ -108,7 +109,7 @@ def ask_batch(
 def run_jobs(
     llm: LlmService,
     jobs: list[BatchJob],
-    rows: dict[str, RequestSpec[Any]],
+    rows: Mapping[str, RequestSpec[BaseModel]],
     *,
     options: BatchOptions,
     on_progress: Callable[[int], None],
@@ -190,7 +191,7 @@ def new_job(
 
 
 def plan_jobs(
-    llm: LlmService, rows: dict[str, RequestSpec[Any]], *, profile: str, role: str, state_prefix: str
+    llm: LlmService, rows: Mapping[str, RequestSpec[BaseModel]], *, profile: str, role: str, state_prefix: str
 ) -> list[BatchJob]:
     """Return the jobs that earlier attempts left unfinished, then new ones for rows in none of them."""
     states = list_states(llm.store, state_prefix)
@@ -213,7 +214,7 @@ def plan_jobs(
     return jobs
 
 
-def make_lines(llm: LlmService, rows: dict[str, RequestSpec[Any]], *, name: str) -> dict[str, bytes]:
+def make_lines(llm: LlmService, rows: Mapping[str, RequestSpec[BaseModel]], *, name: str) -> dict[str, bytes]:
     """Return one JSONL line per custom id, in order of id."""
     if not rows:
         return {}

@@ -99,7 +99,9 @@ class FileBatches:
 class LocalBatches(FileBatches):
     """Rows through chat completions, several at once, each written down as it comes: any server can be batched."""
 
-    def __init__(self, profile: ProfileConfig, folder: Path, ask: Callable[[dict[str, Any]], ChatCompletion]) -> None:
+    def __init__(
+        self, profile: ProfileConfig, folder: Path, ask: Callable[[dict[str, object]], ChatCompletion]
+    ) -> None:
         super().__init__(profile, folder)
         self.ask = ask
         self.concurrency = profile.concurrency
@@ -117,7 +119,7 @@ class LocalBatches(FileBatches):
 
         A row that ends the job is noted too: with the next run it must not end it again.
         """
-        outcome: dict[str, Any] = {"custom_id": row["custom_id"], "response": None, "error": None}
+        outcome: dict[str, object] = {"custom_id": row["custom_id"], "response": None, "error": None}
         try:
             response = {"status_code": 200, "body": drop_infinite(self.ask(row["body"]).raw)}
             dump_line(response)
@@ -140,7 +142,7 @@ class LocalBatches(FileBatches):
             yield from read_signed_lines(Path(path).read_bytes())
 
 
-def drop_infinite(value: Any) -> Any:
+def drop_infinite(value: object) -> Any:
     """Return a JSON value without NaN and infinity, which are no JSON."""
     if isinstance(value, dict):
         return {key: drop_infinite(child) for key, child in value.items()}

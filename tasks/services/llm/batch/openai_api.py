@@ -3,7 +3,6 @@
 import io
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from tasks.services.llm.batch.provider import (
     ENDPOINT,
@@ -55,7 +54,7 @@ class OpenAiBatches:
                 return describe(batch)
         return None
 
-    def list_newest(self) -> Iterator[dict[str, Any]]:
+    def list_newest(self) -> Iterator[dict[str, object]]:
         """Yield the newest jobs as the provider describes them."""
         after: dict[str, str] = {}
         for _ in range(MOST_LISTED // 100):
@@ -133,7 +132,7 @@ class OpenAiBatches:
             yield from read_lines(content.content)
 
 
-def read_id(value: Any, what: str) -> str:
+def read_id(value: object, what: str) -> str:
     """Return the id of what a provider made. Raises EndpointUnavailable where it names none."""
     found = value.get("id") if isinstance(value, dict) else None
     if not isinstance(found, str) or not found:
@@ -141,7 +140,7 @@ def read_id(value: Any, what: str) -> str:
     return found
 
 
-def describe(batch: Any, *, job_id: str = "") -> RemoteJob:
+def describe(batch: object, *, job_id: str = "") -> RemoteJob:
     """Return a job as ours, whatever its shape: what can't be read has an unknown status."""
     if not isinstance(batch, dict):
         return RemoteJob(job_id, UNKNOWN)

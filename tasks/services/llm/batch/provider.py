@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tasks.services.llm.chat.completion import (
     ChatCompletion,
@@ -15,6 +15,9 @@ from tasks.services.llm.chat.completion import (
 )
 from tasks.services.llm.chat.transport import parse_body
 from tasks.services.llm.errors import RequestRefused
+
+if TYPE_CHECKING:
+    from openai import HttpxBinaryResponseContent
 
 ENDPOINT = "/v1/chat/completions"
 TERMINAL = ("completed", "failed", "expired", "cancelled")
@@ -101,12 +104,12 @@ def poll_or_lost(job_id: str, retrieve: Callable[[], RemoteJob]) -> RemoteJob:
         return RemoteJob(job_id, LOST)
 
 
-def read_response(response: Any) -> Any:
+def read_response(response: "HttpxBinaryResponseContent") -> Any:
     """Return the JSON of one of the SDK's raw responses. Raises EndpointUnavailable for anything else."""
     return parse_body(response.content)
 
 
-def read_count(value: Any) -> int:
+def read_count(value: object) -> int:
     """Return a counter; what is none counts as 0."""
     return int(value) if is_finite(value) and value >= 0 else 0
 
@@ -128,7 +131,7 @@ def read_row(line: bytes) -> tuple[str, BatchReply]:
     return parse_row(row)
 
 
-def parse_row(row: Any) -> tuple[str, BatchReply]:
+def parse_row(row: object) -> tuple[str, BatchReply]:
     """Return one row's custom id and outcome, whatever its shape."""
     if not isinstance(row, dict):
         return "", BatchReply(None, f"the row is {name_type(row)}", is_billable=True)

@@ -96,19 +96,20 @@ class XaiBatches:
             seen.add(token)
             query = {"limit": XAI_PAGE, **({"pagination_token": token} if token else {})}
             page = self.get(f"/batches/{job.job_id}/results", query)
-            for row in page["results"] if isinstance(page.get("results"), list) else []:
+            rows = page.get("results")
+            for row in rows if isinstance(rows, list) else []:
                 yield from_xai(row)
             token = read_token(page)
             if not token:
                 return
 
-    def get(self, path: str, query: dict[str, Any]) -> dict[str, Any]:
+    def get(self, path: str, query: dict[str, object]) -> dict[str, object]:
         """Return what the provider says; nothing where it is no object."""
         page = self.call(lambda client, _: client.get(path, cast_to=object, options={"params": query} if query else {}))
         return page if isinstance(page, dict) else {}
 
 
-def describe(batch: Any, *, job_id: str = "") -> RemoteJob:
+def describe(batch: object, *, job_id: str = "") -> RemoteJob:
     """Return counters as a status: an empty or unfinished container is still to be waited for."""
     batch = batch if isinstance(batch, dict) else {}
     state = batch.get("state")
@@ -131,23 +132,23 @@ def describe(batch: Any, *, job_id: str = "") -> RemoteJob:
     )
 
 
-def list_dicts(value: Any) -> list[dict[str, Any]]:
+def list_dicts(value: object) -> list[dict[str, object]]:
     """Return the objects of a list."""
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
-def read_token(page: dict[str, Any]) -> str:
+def read_token(page: dict[str, object]) -> str:
     """Return where the next page begins, or nothing."""
     token = page.get("pagination_token")
     return token if isinstance(token, str) else ""
 
 
-def to_xai(row: dict[str, Any]) -> dict[str, Any]:
+def to_xai(row: dict[str, Any]) -> dict[str, object]:
     """Return a line of OpenAI's JSONL as a row of xAI's."""
     return {"batch_request_id": row["custom_id"], "batch_request": {"chat_get_completion": row["body"]}}
 
 
-def from_xai(row: Any) -> tuple[str, BatchReply]:
+def from_xai(row: object) -> tuple[str, BatchReply]:
     """Return the custom id and outcome of one of xAI's results, whatever its shape."""
     if not isinstance(row, dict):
         return "", BatchReply(None, f"the row is {name_type(row)}", is_billable=True)

@@ -5,7 +5,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+
+from pydantic import BaseModel
 
 from tasks.services.llm.batch.jobs import MOST_BYTES
 from tasks.services.llm.budget.ledger import compute_cost
@@ -50,7 +51,7 @@ class PlannedRequests:
     """Requests that a stage would send to a role."""
 
     role: str
-    specs: Sequence[RequestSpec[Any]]
+    specs: Sequence[RequestSpec[BaseModel]]
     is_batch: bool = False
     first_fallback: int = 0
     """Where in the fallback chain they begin."""
@@ -88,7 +89,7 @@ def estimate_calls(config: LlmConfig, planned: PlannedRequests) -> CallEstimate:
     )
 
 
-def count_all(profile: ProfileConfig, requests: Sequence[RequestSpec[Any]]) -> Totals:
+def count_all(profile: ProfileConfig, requests: Sequence[RequestSpec[BaseModel]]) -> Totals:
     """Return the tokens that requests send and may get back from one profile."""
     structure = profile.capabilities.structure
     tokens_in = tokens_out = size = 0

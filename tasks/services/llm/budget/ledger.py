@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from tasks.redaction import clean_text, redact, shorten
 from tasks.services.llm.budget.journal import append_line
@@ -78,7 +77,7 @@ def show(text: str) -> str:
     return shorten(clean_text(redact(text)), limit=MOST_CHARACTERS)
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any] | None]:
+def read_rows(path: Path) -> Iterator[dict[str, object] | None]:
     """Yield a ledger's rows, None for each line that is torn or was changed."""
     yield from load_lines(path.read_bytes())
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from pydantic import BaseModel
 
@@ -30,7 +30,7 @@ class Probed(Record):
 
 
 def find_structure(
-    profile: ProfileConfig, *, store: Store, call: Callable[[dict[str, Any]], ChatCompletion]
+    profile: ProfileConfig, *, store: Store, call: Callable[[dict[str, object]], ChatCompletion]
 ) -> Structure:
     """Return the first structure of the ladder that works, from the store where it is known.
 
@@ -54,7 +54,7 @@ def find_structure(
 
 
 def try_structure(
-    profile: ProfileConfig, structure: Structure, *, call: Callable[[dict[str, Any]], ChatCompletion]
+    profile: ProfileConfig, structure: Structure, *, call: Callable[[dict[str, object]], ChatCompletion]
 ) -> str:
     """Return why one way of asking doesn't work, or nothing."""
     body = {

@@ -7,7 +7,7 @@ paid for is recorded before it is refused. Text that a server supplies is redact
 import json
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from tasks.redaction import clean_text, redact, shorten, show_value
 
@@ -39,7 +39,7 @@ class ToolCall:
     arguments: str
     call_id: str
 
-    def to_wire(self) -> dict[str, Any]:
+    def to_wire(self) -> dict[str, object]:
         """Return the call as a chat message holds it."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": self.call_id, "type": "function", "function": function}
@@ -61,7 +61,7 @@ class ChatCompletion:
     """Why the usage is not the provider's but the reservation; empty where it is the provider's."""
     problem: str = ""
     """Why the reply can't be read; empty where it can."""
-    raw: Any = field(default=None, repr=False, compare=False)
+    raw: object = field(default=None, repr=False, compare=False)
     """The reply as it was sent."""
 
 
@@ -69,7 +69,7 @@ class ShapeError(ValueError):
     """A part of a reply has an unexpected shape."""
 
 
-def parse_completion(value: Any) -> ChatCompletion:
+def parse_completion(value: object) -> ChatCompletion:
     """Return a reply of any shape as a completion."""
     if not isinstance(value, dict):
         return ChatCompletion(problem=f"the reply is {name_type(value)}, not an object", raw=value)
@@ -84,7 +84,7 @@ def parse_completion(value: Any) -> ChatCompletion:
         return replace(plain, problem="the reply nests too deeply")
 
 
-def parse_choice(value: dict[str, Any], plain: ChatCompletion) -> ChatCompletion:
+def parse_choice(value: dict[str, object], plain: ChatCompletion) -> ChatCompletion:
     """Return a completion with what its first choice holds. Raises ShapeError."""
     if value.get("error") and not value.get("choices"):
         raise ShapeError(f"the provider reports an error: {read_error(value['error'])}")
@@ -107,7 +107,7 @@ def parse_choice(value: dict[str, Any], plain: ChatCompletion) -> ChatCompletion
     )
 
 
-def parse_content(value: Any) -> tuple[str | None, str]:
+def parse_content(value: object) -> tuple[str | None, str]:
     """Return the text of a message and of refusals in it: content is a string or a list of parts."""
     if value is None or isinstance(value, str):
         return (None if value is None else clean_string(value)), ""
@@ -124,7 +124,7 @@ def parse_content(value: Any) -> tuple[str | None, str]:
     return clean_string("".join(texts)) or None, "".join(refusals)
 
 
-def parse_tool_calls(value: Any) -> tuple[ToolCall, ...]:
+def parse_tool_calls(value: object) -> tuple[ToolCall, ...]:
     """Return the functions to call, the first MOST_TOOL_CALLS of them. Raises ShapeError."""
     calls = []
     for number, call in enumerate(expect(value or [], list, "tool_calls")[:MOST_TOOL_CALLS]):
@@ -143,7 +143,7 @@ def parse_tool_calls(value: Any) -> tuple[ToolCall, ...]:
     return tuple(calls)
 
 
-def parse_citations(value: Any) -> tuple[str, ...]:
+def parse_citations(value: object) -> tuple[str, ...]:
     """Return the addresses that a reply cites, in order, each once."""
     urls = []
     for note in value if isinstance(value, list) else []:
@@ -154,7 +154,7 @@ def parse_citations(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(url for url in found if url.startswith(("https://", "http://"))))
 
 
-def parse_usage(value: Any) -> tuple[Usage, str]:
+def parse_usage(value: object) -> tuple[Usage, str]:
     """Return the usage that a reply reports, in any provider's words, and why it can't be trusted, or nothing."""
     if value is None or value == {}:
         return Usage(), "no usage was reported"
@@ -206,7 +206,7 @@ def bound_usage(completion: ChatCompletion, most: Usage, *, worst_usd: float | N
     return replace(completion, usage=most, usage_fault=fault) if fault else completion
 
 
-def read_count(value: Any, name: str) -> int:
+def read_count(value: object, name: str) -> int:
     """Return a number of tokens, 0 where there is none. Raises ShapeError."""
     if value is None:
         return 0
@@ -215,7 +215,7 @@ def read_count(value: Any, name: str) -> int:
     return int(value)
 
 
-def read_usd(value: Any, name: str) -> float | None:
+def read_usd(value: object, name: str) -> float | None:
     """Return money, None where there is none. Raises ShapeError."""
     if value is None:
         return None
@@ -224,7 +224,7 @@ def read_usd(value: Any, name: str) -> float | None:
     return float(value)
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
     """Whether a value is a number that a float can hold; true and false are none."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -232,7 +232,7 @@ def is_finite(value: Any) -> bool:
         return False
 
 
-def read_error(value: Any) -> str:
+def read_error(value: object) -> str:
     """Return what a server says is wrong, on one line: each puts it elsewhere."""
     for _ in range(3):
         if not isinstance(value, dict):
@@ -241,26 +241,26 @@ def read_error(value: Any) -> str:
     return clean_line(value if isinstance(value, str) else str(value), limit=200)
 
 
-def expect(value: Any, kind: type, name: str) -> Any:
+def expect(value: object, kind: type, name: str) -> Any:
     """Return a value of a kind. Raises ShapeError."""
     if not isinstance(value, kind):
         raise ShapeError(f"{name} is {name_type(value)}")
     return value
 
 
-def name_type(value: Any) -> str:
+def name_type(value: object) -> str:
     """Return a value's JSON type with an article."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
 
 
-def clean_string(value: Any) -> str:
+def clean_string(value: object) -> str:
     """Return a server's text with secrets masked and half surrogate pairs replaced; other types are empty."""
     if not isinstance(value, str):
         return ""
     return redact(value.encode("utf-8", "replace").decode())
 
 
-def clean_line(value: Any, *, limit: int) -> str:
+def clean_line(value: object, *, limit: int) -> str:
     """Return a server's text as one short line."""
     return shorten(clean_text(" ".join(clean_string(value).split())), limit=limit)

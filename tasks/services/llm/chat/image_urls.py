@@ -27,7 +27,7 @@ def publish_pictures(body: dict[str, Any], store: Store, *, seconds: int) -> dic
     return {**body, "messages": messages}
 
 
-def publish_part(part: dict[str, Any], store: Store, seconds: int) -> dict[str, Any]:
+def publish_part(part: dict[str, Any], store: Store, seconds: int) -> dict[str, object]:
     """Return a part of a message with its picture in the store."""
     url = part.get("image_url", {}).get("url", "")
     if not url.startswith("data:"):

@@ -17,7 +17,7 @@ UNSUPPORTED = (
 )  # fmt: skip
 
 
-def strict_schema(model: type[BaseModel]) -> dict[str, Any]:
+def strict_schema(model: type[BaseModel]) -> dict[str, object]:
     """Return a closed schema in which every property is required."""
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
@@ -26,7 +26,7 @@ def strict_schema(model: type[BaseModel]) -> dict[str, Any]:
     return result
 
 
-def close(node: Any, definitions: dict[str, Any]) -> Any:
+def close(node: object, definitions: dict[str, object]) -> Any:
     """Inline references, close objects and drop what strict modes refuse."""
     if isinstance(node, list):
         return [close(item, definitions) for item in node]

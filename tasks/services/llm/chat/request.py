@@ -19,10 +19,11 @@ TOKENS_PER_REQUEST = 50
 
 
 T = TypeVar("T", bound=BaseModel)
+T_co = TypeVar("T_co", bound=BaseModel, covariant=True)
 
 
 @dataclass(frozen=True)
-class RequestSpec(Generic[T]):
+class RequestSpec(Generic[T_co]):
     """A question with pictures and the shape of its answer.
 
     `parts` alternate freely: text, and PNG or JPEG bytes. `repeat` tells apart requests that are asked
@@ -31,7 +32,7 @@ class RequestSpec(Generic[T]):
 
     system: str
     parts: tuple[str | bytes, ...]
-    reply: type[T]
+    reply: type[T_co]
     is_reasoning: bool = False
     repeat: int = 0
     tools: tuple[str, ...] = ()
@@ -39,7 +40,7 @@ class RequestSpec(Generic[T]):
 
     def plain_body(self, profile: ProfileConfig) -> dict[str, Any]:
         """Return the body of a chat completion without the shape of its answer."""
-        content: list[dict[str, Any]] = []
+        content: list[dict[str, object]] = []
         for part in self.parts:
             if isinstance(part, str):
                 content.append({"type": "text", "text": part})

@@ -1,4 +1,4 @@
-"""The only layer that retries calls to LLM providers, and what stops all workers at once.
+"""Retries of LLM calls, in this layer only, with a circuit breaker and a stop signal for all workers of a pool.
 
 Worst cases, for one profile: a fatal answer to the first call costs one request, later one per worker;
 status 5xx from the first call on costs `max_attempts` requests, later one more per other worker.
@@ -24,7 +24,7 @@ B = TypeVar("B")
 
 
 class StopSignal:
-    """Set by the first fatal error of a pool of workers; no attempt begins after that."""
+    """Set by the first fatal error of a worker pool; no attempt starts after that."""
 
     def __init__(self, *, num_repairs: int = 1) -> None:
         self.event = threading.Event()
@@ -33,7 +33,7 @@ class StopSignal:
         self.lock = threading.Lock()
 
     def take_repair(self) -> bool:
-        """Whether one more reply may be asked for again: their number is bounded for the pool as a whole."""
+        """Take one repair of the pool's allowance; return whether there was one left."""
         with self.lock:
             self.num_repairs -= 1
             return self.num_repairs >= 0
@@ -53,13 +53,13 @@ signal_of_pool: contextvars.ContextVar[StopSignal | None] = contextvars.ContextV
 
 
 def current_signal() -> StopSignal:
-    """Return the signal of the pool that this thread works in; one of its own elsewhere."""
+    """Return the stop signal of this thread's pool; outside a pool a new one, which allows one repair."""
     return signal_of_pool.get() or StopSignal()
 
 
 @contextmanager
 def outside_of_pool() -> Iterator[None]:
-    """Let calls fail without stopping the pool's other workers: for trials whose failure is an answer."""
+    """Let calls fail without stopping the pool's other workers: for probes whose failure is a result."""
     token = signal_of_pool.set(None)
     try:
         yield
@@ -70,7 +70,7 @@ def outside_of_pool() -> Iterator[None]:
 def map_in_pool(
     ask: Callable[[A], B], items: Iterable[A], *, concurrency: int, num_repairs: int = 0
 ) -> Generator[B, None, None]:
-    """Yield results in order; the first error stops every worker: no further item, no further attempt."""
+    """Yield results in order of items; the first error stops every worker: no further item, no further attempt."""
     signal = StopSignal(num_repairs=num_repairs)
 
     def work(item: A) -> B:
@@ -81,6 +81,8 @@ def map_in_pool(
             signal.set(error)
             raise
 
+    # Set only while contexts are copied: a generator runs in its caller's context, where the value would leak across
+    # yields. Pool threads inherit no context, and one context can't be entered twice at once: hence a copy per item.
     token = signal_of_pool.set(signal)
     try:
         contexts = [(contextvars.copy_context(), item) for item in items]
@@ -101,9 +103,9 @@ def map_in_pool(
 
 
 class Circuit:
-    """A circuit breaker for one profile: after a failure one caller probes until it gets an answer; others wait.
+    """A circuit breaker for one profile: while it is open, one caller probes and the others wait.
 
-    It starts open, so the very first call of a process goes alone.
+    It starts open, so the first call of a process goes alone: a wrong key costs one request, not one per worker.
     """
 
     def __init__(self) -> None:
@@ -113,19 +115,19 @@ class Circuit:
         self.prober: object | None = None
 
     def wait(self, caller: object, signal: StopSignal) -> float:
-        """Return when this caller may send: calls flow, or it is the one who probes; return the seconds waited."""
+        """Block until the circuit is closed or this caller is the prober; return the seconds waited."""
         started = time.monotonic()
         with self.condition:
             while not self.is_closed and self.prober not in (None, caller):
                 signal.check()
-                self.condition.wait(0.05)
+                self.condition.wait(0.05)  # polls, since a stop signal does not notify this condition
             signal.check()
             if not self.is_closed:
                 self.prober = caller
         return time.monotonic() - started
 
     def report(self, caller: object, *, is_good: bool) -> None:
-        """Note an answer; after a failure this caller probes, unless another does."""
+        """Close the circuit after a good answer, else open it; this caller probes then, unless another does."""
         with self.condition:
             self.is_closed = is_good
             if not is_good and self.prober is None:
@@ -143,12 +145,15 @@ class Circuit:
 def call_with_retries(
     call: Callable[[float], A], profile: ProfileConfig, *, circuit: Circuit | None = None, max_attempts: int = 0
 ) -> A:
-    """Call a provider until it answers, with growing pauses, within the profile's total time.
+    """Call a provider until it answers, with exponential backoff, within the profile's total time.
 
     Args:
-        call: makes one attempt; takes the seconds that are left.
-        circuit: shared by all callers of the profile's chat completions.
-        max_attempts: instead of the profile's.
+        call: makes one attempt; takes the remaining seconds.
+        circuit: shared by all callers of the profile's chat completions; None: one for this call.
+        max_attempts: 0: the profile's.
+
+    Raises:
+        LikenessError: the last attempt's error, or the first error of another worker of the pool.
 
     """
     signal, circuit, caller = current_signal(), circuit or Circuit(), object()
@@ -165,9 +170,9 @@ def call_with_retries(
                 pause = choose_pause(error, attempt)
                 is_last = attempt == attempts or time.monotonic() + pause > deadline
                 if is_last or not isinstance(error, ServiceUnavailable) or not error.is_retryable:
-                    signal.set(error)  # before another caller may probe
+                    signal.set(error)  # before `leave` lets another caller probe
                     raise
-                signal.event.wait(pause)
+                signal.event.wait(pause)  # returns at once when the pool stops; the next circuit.wait raises
             else:
                 circuit.report(caller, is_good=True)
                 return result
@@ -177,7 +182,8 @@ def call_with_retries(
 
 
 def choose_pause(error: LikenessError, attempt: int) -> float:
-    """Return seconds to wait: what the provider asks for, else doubling with jitter."""
+    """Return seconds to wait: the provider's Retry-After, else exponential backoff with jitter."""
+    # Retry-After needs no bound: a pause beyond the call's deadline makes this attempt the last.
     if isinstance(error, EndpointUnavailable) and error.retry_after is not None:
         return error.retry_after
     return float(min(LONGEST_PAUSE_SECONDS, 0.5 * 2**attempt) * random.uniform(0.5, 1.0))

@@ -20,7 +20,7 @@ class StreamReader:
         self.refusals: list[str] = []
         self.calls: list[dict[str, str]] = []
         self.finish_reason: str | None = None
-        self.whole: dict[str, Any] = {}
+        self.whole: dict[str, object] = {}
 
     def feed(self, line: str) -> None:
         """Take one line of the event stream."""
@@ -66,7 +66,7 @@ class StreamReader:
             call["name"] += function.get("name") or ""
             call["arguments"] += function.get("arguments") or ""
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, object]:
         """Return the whole completion. Raises EndpointUnavailable where the stream ended early."""
         if self.finish_reason is None:
             raise EndpointUnavailable("the answer broke off; ask again")

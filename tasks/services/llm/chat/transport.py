@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tasks.errors import ConfigError, LikenessError
 from tasks.redaction import register_secret, show_value
@@ -14,12 +14,23 @@ from tasks.services.llm.chat.streaming import StreamReader, TextCleaner
 from tasks.services.llm.config import ProfileConfig
 from tasks.services.llm.errors import EndpointUnavailable, QuotaExceeded, RequestRefused
 
+if TYPE_CHECKING:
+    import httpx2
+    from openai import OpenAI
+
 MOST_BYTES = 16_000_000  # of a reply: more is no chat completion
 # Words by which providers say that money, not pace, is the limit: waiting would not help.
 QUOTA_WORDS = ("insufficient_quota", "quota", "credit", "billing", "spending limit")
 
 
-def make_client(profile: ProfileConfig, *, start_local: Callable[[], str] | None) -> Any:
+class ByteStream(Protocol):
+    """A response whose body is read piece by piece."""
+
+    def iter_bytes(self) -> Iterator[bytes]:
+        """Yield the body's pieces."""
+
+
+def make_client(profile: ProfileConfig, *, start_local: Callable[[], str] | None) -> "OpenAI":
     """Return an openai client. Raises ConfigError where the key is not in the environment."""
     import openai
 
@@ -42,7 +53,7 @@ def read_key(profile: ProfileConfig) -> str:
     return register_secret(key)
 
 
-def complete(client: Any, body: dict[str, Any], *, timeout_seconds: float) -> dict[str, Any]:
+def complete(client: "OpenAI", body: dict[str, Any], *, timeout_seconds: float) -> dict[str, object]:
     """Return the JSON object of a chat completion, within a total time."""
     deadline = time.monotonic() + timeout_seconds
     create = client.chat.completions.with_streaming_response.create
@@ -50,7 +61,7 @@ def complete(client: Any, body: dict[str, Any], *, timeout_seconds: float) -> di
         return read_object(response, deadline=deadline, seconds=timeout_seconds)
 
 
-def read_object(response: Any, *, deadline: float, seconds: float) -> dict[str, Any]:
+def read_object(response: "ByteStream", *, deadline: float, seconds: float) -> dict[str, object]:
     """Return a response's JSON object. Raises EndpointUnavailable for anything else.
 
     The SDK's own timeout is between two bytes, so it would wait for a server that sends one now and then.
@@ -77,8 +88,8 @@ def parse_body(data: bytes) -> Any:
 
 
 def complete_streaming(
-    client: Any, body: dict[str, Any], *, timeout_seconds: float, on_text: Callable[[str], None]
-) -> dict[str, Any]:
+    client: "OpenAI", body: dict[str, Any], *, timeout_seconds: float, on_text: Callable[[str], None]
+) -> dict[str, object]:
     """Show a reply as it comes and return it whole, as `complete` would.
 
     An interrupt closes the connection, by which providers stop generating.
@@ -186,7 +197,7 @@ def explain_refused_key(profile: ProfileConfig, where: str, *, status: int, reas
     return f"{where} refuses the key in {variable}: {reason}; export a valid one"
 
 
-def read_retry_after(response: Any) -> float | None:
+def read_retry_after(response: "httpx2.Response") -> float | None:
     """Return the seconds that a provider asks to wait; None where it names none that make sense."""
     try:
         seconds = float(response.headers.get("retry-after", ""))

@@ -16,7 +16,7 @@ demo: setup  ## run the whole job on the embedded default
 	@$(BIN)/likeness run
 
 # One process per core. A file's tests stay together, and so do all whole runs: they share a Prefect server and a run.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n auto
 SLOW := servers or stack or browser
 test: setup-dev check  ## run all checks, all tests but slow layers, and test-numerics
 	@$(PYTEST) -m "not ($(SLOW))"

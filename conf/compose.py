@@ -46,14 +46,17 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
             settings[f"subject.{name}"] = value
     if request.seed is not None:
         settings["seed"] = request.seed
+    # Own photos imply the `folder` option; the demo's noun would otherwise apply to them.
     is_own = request.subject == "demo" and "subject.source" in settings
     choices = {group: getattr(request, field) for field, group in GROUPS.items()}
     choices["subject"] = "folder" if is_own else choices["subject"]
     if roots is not None:
         check_request(settings, roots)
+    # The request's choices are names of options, validated by RunRequest; only its settings are free values.
     plain = compose_groups(choices)
     operators_cap = find_cap(plain, choices) if roots is not None else None
     operators_folders = (plain["output_dir"], plain["store"]["folder"])
+    # OmegaConf's mark for a mandatory value; checked after the overlay, which may supply it.
     missing = {dotted for dotted, child in walk(plain) if child == "???"}
     overlay(plain, settings)
     missing -= set(settings)
@@ -74,6 +77,7 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
 def find_cap(plain: dict[str, Any], choices: dict[str, str]) -> float | None:
     """Return the operator's cap on money: the smallest, so that no choice of a request lifts it."""
     defaults = {group: str(RunRequest.model_fields[field].default) for field, group in GROUPS.items()}
+    # An experiment or preset may raise the cap for its operator, but not for whoever requests it.
     composed = [plain, compose_groups({**choices, "experiment": "none"}), compose_groups(defaults)]
     caps = [found["llm"]["budget_usd"] for found in composed]
     return min((cap for cap in caps if cap is not None), default=None)
@@ -91,6 +95,7 @@ def compose_groups(choices: dict[str, str]) -> dict[str, Any]:
         try:
             with initialize_config_dir(config_dir=str(FOLDER), version_base="1.3"):
                 composed = compose("run", overrides=overrides)
+            # Interpolations are resolved here, before any value of a request is present.
             plain = OmegaConf.to_container(composed, resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(first_line(error)) from error
@@ -152,6 +157,7 @@ def suggest(key: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(key, names, n=3, cutoff=0.6)
     last = key.rsplit(".", 1)[-1]
     ends = {name.rsplit(".", 1)[-1]: name for name in names}
+    # The last part alone too: `learning_rate` finds `training.learning_rate`.
     near += [ends[end] for end in difflib.get_close_matches(last, list(ends), n=2, cutoff=0.75)]
     unique = list(dict.fromkeys(near))[:3]
     return f"; did you mean {' or '.join(unique)}?" if unique else "; see conf/run.yaml for all names"

@@ -84,6 +84,7 @@ def read_override(word: str) -> Override | None:
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:
+        # Text such as `a&b` is taken literally; an unclosed bracket or quote is a typing error.
         if not KEY.fullmatch(key) or text.lstrip()[:1] in ("[", "{", '"', "'"):
             raise ConfigError(f"cannot read {show_value(word)}: {first_line(error)}") from error
         return None

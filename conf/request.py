@@ -14,23 +14,23 @@ from tasks.redaction import clean_text
 
 Scalar = bool | int | float | str
 Value = Scalar | None | list[Scalar]
-MOST_SETTINGS, MOST_ITEMS, MOST_CHARACTERS = 500, 500, 4_000
+MAX_SETTINGS, MAX_ITEMS, MAX_CHARACTERS = 500, 500, 4_000
 
 
 def check_number(name: str, value: float) -> None:
     """Refuse numbers that are not finite or have more than 64 bits. Raises ValueError."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name}: {value} is no finite number")
+        raise ValueError(f"{name}: {value} is not a finite number")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: a number of {value.bit_length()} bits is out of range")
 
 
 def check_string(name: str, value: str) -> None:
     """Refuse what no setting needs: control characters and huge strings. Raises ValueError."""
-    if len(value) > MOST_CHARACTERS:
-        raise ValueError(f"{name}: {len(value):,} characters, at most {MOST_CHARACTERS:,} are taken")
+    if len(value) > MAX_CHARACTERS:
+        raise ValueError(f"{name}: {len(value):,} characters, at most {MAX_CHARACTERS:,} are accepted")
     if clean_text(value) != value:
-        raise ValueError(f"{name}: control characters are not taken")
+        raise ValueError(f"{name}: control characters are not accepted")
 
 
 def check_setting(key: str, value: Value) -> None:
@@ -38,8 +38,8 @@ def check_setting(key: str, value: Value) -> None:
     if len(key) > 200 or not re.fullmatch(r"[a-z][a-z0-9_]*(\.[A-Za-z0-9][A-Za-z0-9_-]*)*", key):
         raise ValueError(f"{key[:200]!r} is not a dotted name of a setting")
     items = value if isinstance(value, list) else [value]
-    if len(items) > MOST_ITEMS:
-        raise ValueError(f"{key}: {len(items):,} values, at most {MOST_ITEMS} are taken")
+    if len(items) > MAX_ITEMS:
+        raise ValueError(f"{key}: {len(items):,} values, at most {MAX_ITEMS} are accepted")
     for item in items:
         if isinstance(item, str):
             check_string(key, item)
@@ -91,10 +91,10 @@ class RunRequest(BaseModel):
     llm: Annotated[str, OptionOf("llm")] = Field("local", description="LLM provider")
     store: Annotated[str, OptionOf("store")] = Field("local", description="where objects live")
     tracking: Annotated[str, OptionOf("tracking")] = Field("mlflow", description="where metrics are tracked")
-    seed: int | None = Field(None, ge=0, le=2**31 - 1, description="seed of training draws; empty: the default")
+    seed: int | None = Field(None, ge=0, le=2**31 - 1, description="seed of training; empty: the default")
     settings: dict[str, Value] = Field(
         default_factory=dict,
-        max_length=MOST_SETTINGS,
+        max_length=MAX_SETTINGS,
         description="single values by dotted name, for example training.learning_rate: 2e-6",
     )
 

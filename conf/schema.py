@@ -16,19 +16,19 @@ from tasks.subject.config import SubjectConfig
 from tasks.training.config import TrainingConfig
 
 MINI = "mini"
-LEAST_WORKING_SIDE = 768  # the LLM sees the kept photos
+MIN_WORKING_SIDE = 768  # the LLM sees the kept photos
 
 
 def derive_working_side(resolution: int) -> int:
     """Return the short side that photos are kept with: crops of half as much again lose nothing to the shrinking."""
-    return max(LEAST_WORKING_SIDE, resolution * 3 // 2)
+    return max(MIN_WORKING_SIDE, resolution * 3 // 2)
 
 
 class RunConfig(Section):
     """Everything a run depends on; stages get their slice."""
 
     output_dir: LocalPath = Field(min_length=1, description="run folders, local store, tracking database")
-    seed: int = Field(ge=0, le=2**31 - 1, description="seed of training draws")
+    seed: int = Field(ge=0, le=2**31 - 1, description="seed of training")
     subject: SubjectConfig
     prior: PriorConfig
     training: TrainingConfig

@@ -13,7 +13,7 @@ from conf.request import RunRequest, Value, check_setting
 from tasks.errors import ConfigError
 from tasks.stage.digests import digest
 
-MOST_TRIALS, MOST_PARAMETERS = 1_000, 100
+MAX_TRIALS, MAX_PARAMETERS = 1_000, 100
 
 
 class SweepRequest(BaseModel):
@@ -23,7 +23,7 @@ class SweepRequest(BaseModel):
 
     base: RunRequest = Field(default_factory=RunRequest, description="what every trial shares")
     space: dict[str, list[Value]] = Field(
-        min_length=1, max_length=MOST_PARAMETERS, description="setting: the values to try"
+        min_length=1, max_length=MAX_PARAMETERS, description="setting: the values to try"
     )
     num_trials: int = Field(0, ge=0, description="finished trials in all; 0: every combination")
     study: str = Field("", pattern=r"^[A-Za-z0-9_-]*$", description="name to go on with; empty: made from the request")
@@ -36,8 +36,8 @@ class SweepRequest(BaseModel):
     def check_space(cls, space: dict[str, list[Value]]) -> dict[str, list[Value]]:
         """Refuse what no trial could set."""
         for key, values in space.items():
-            if not values or len(values) > MOST_TRIALS:
-                raise ValueError(f"{key[:200]!r}: {len(values):,} values to try, from 1 to {MOST_TRIALS:,} are taken")
+            if not values or len(values) > MAX_TRIALS:
+                raise ValueError(f"{key[:200]!r}: {len(values):,} values to try, must be 1 to {MAX_TRIALS:,}")
             for value in values:
                 check_setting(key, value)
         return space
@@ -46,8 +46,8 @@ class SweepRequest(BaseModel):
     def check_trials(self) -> "SweepRequest":
         """Refuse more trials than anybody would wait for, before they are listed."""
         count = math.prod(map(len, self.space.values())) if self.is_grid else self.num_trials
-        if count > MOST_TRIALS:
-            raise ValueError(f"{count:,} combinations, at most {MOST_TRIALS:,} are taken; try fewer values")
+        if count > MAX_TRIALS:
+            raise ValueError(f"{count:,} combinations, at most {MAX_TRIALS:,} are accepted; try fewer values")
         return self
 
     @property

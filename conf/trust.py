@@ -88,6 +88,7 @@ def check_request(settings: Mapping[str, object], roots: tuple[Path, ...]) -> No
         if owner is None:
             continue  # an unknown name, which composing refuses with the nearest valid ones
         rule = rules[owner]
+        # Unclassified fields are refused as well: a new field is closed until someone opens it.
         if rule is None or rule.kind == "operator_only":
             raise ConfigError(f"{name} is set in conf/ on the worker's machine, not by a request")
         if rule.kind != "checked" and isinstance(value, str):
@@ -102,10 +103,12 @@ def check_path(name: str, value: str, roots: tuple[Path, ...], *, rule: RequestR
         check_store_prefix(name, value.removeprefix("store:"))
         return
     try:
+        # Links are followed first: a link inside an allowed folder must not lead out of it.
         path = Path(value).expanduser().absolute().resolve()
         is_local = path.exists()
     except (OSError, ValueError, RuntimeError) as error:  # a NUL byte, a name that is too long, an unknown user
-        raise ConfigError(f"{name}: {show_value(value)} is no path") from error
+        raise ConfigError(f"{name}: {show_value(value)} is not a path") from error
+    # `owner/name` is a Hub id only where no such folder exists; an existing one is held to the roots.
     if rule.kind == "model" and HUB_REPOSITORY.fullmatch(value) and ".." not in value and not is_local:
         return
     if "://" in value or not any(path.is_relative_to(root) for root in roots):
@@ -152,7 +155,7 @@ def resolve(path: str) -> Path:
     try:
         return Path(path).expanduser().absolute().resolve()
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{show_value(path)} is no path") from error
+        raise ConfigError(f"{show_value(path)} is not a path") from error
 
 
 def check_budget(config: RunConfig, operators: float | None) -> None:

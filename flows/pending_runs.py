@@ -35,6 +35,7 @@ def list_pending(output: Path) -> list[list[Path]]:
     for folder in list_run_folders(output):
         status = read_summary(folder).status
         if status == "pending" or (status in INTERRUPTED and has_live_job(folder)):
+            # Equal requests have equal keys: resuming one run collects the batch job for all of them.
             groups.setdefault((folder / REQUEST).read_text(errors="replace"), []).append(folder)
     return list(groups.values())
 
@@ -72,6 +73,7 @@ def has_live_job(folder: Path) -> bool:
         states = [state for key in keys if (state := find_state(store, key)) is not None]
     except (LikenessError, OSError, ValueError):  # a missing store holds no job
         return False
+    # A job with a fresh lease is polled by a live process; resuming its run here would compete with that one.
     live = [state for state in states if not state.is_collected]
     holders = [find_holder(store, state.file_name.removesuffix(".json")) for state in live]
     return bool(live) and not any(holder and not holder[1].is_stale() for holder in holders)

@@ -24,8 +24,10 @@ def personalize_subject(request: RunRequest = RunRequest()) -> RunSummary:  # no
 
     Every stage is looked up by its content first; what is cached is not computed again.
     """
+    # A deployment's requests are data from elsewhere: they may set only what conf/trust.py allows.
     with open_run(request, is_trusted=deployment.id is None) as run:
         config, runtime, diffusion = run.config, run.runtime, run.config.diffusion
+        # Checked before class images are submitted: bad photos must not cost a GPU hour.
         photos = check_photos(config.subject, runtime, is_drawn_world=config.is_mini)
         # Class images need only the class noun, so they are generated while the LLM inspects the photos.
         class_noun = config.subject.class_noun

@@ -77,6 +77,7 @@ class Run:
         """Write `summary.json` and return it, with absolute paths."""
         subject, scores, runtime = manifests.subject, manifests.scoring, self.runtime
         report = self.folder / "report.html"
+        # A copy beside the summary: a run's folder stays readable after the store is garbage-collected.
         write_atomic(report, read_verified(runtime.store, publication.report))
         summary = RunSummary(
             schema_version=SUMMARY_VERSION,
@@ -151,11 +152,11 @@ def summarize_judge(scores: Scorecard) -> JudgeSummary:
     failed = [control.name for control in health.controls if not control.is_passed]
     reason = ""
     if not health.controls:
-        reason = "no controls were asked"
+        reason = "no controls were judged"
     elif failed:
         reason = f"controls failed: {', '.join(failed)}"
     elif not health.is_comparable:
-        reason = "another model than the one asked for answered"
+        reason = "another model than the requested one answered"
     return JudgeSummary(
         is_reliable=health.is_reliable,
         reason=reason,
@@ -191,6 +192,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     store = open_store(config.store)
     output = Path(config.output_dir).absolute()
     tracker = open_tracker(config.tracking, folder=output)
+    # Before any work: a process that is killed from here on leaves a run that `likeness runs` lists.
     folder = make_run_folder(output, config, request, is_trusted=is_trusted)
     run_id = folder.name
     server = LocalServer(folder / "vision-server.log")
@@ -225,6 +227,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     except BaseException as error:
         runtime.stopping.set()
         runtime.live.abandon()
+        # BaseException: Ctrl-C, SIGTERM and Prefect's cancellation end a run too, and its status must say so.
         write_end(folder, run_id, error)
         raise
     finally:
@@ -239,6 +242,7 @@ def check_first(config: RunConfig, tracker: "Tracker") -> ModelRef:
     from tasks.diffusion.hub import identify_model
     from tasks.encoders.folders import find_encoders
 
+    # Hashes the weights: a model that changes on disk under the same name must give other keys.
     base_model = identify_model(config.diffusion)
     find_encoders(config.evaluation.encoders)
     check_files(config)
@@ -257,6 +261,7 @@ def open_budget(config: RunConfig, output: Path) -> "Budget":
     """Return the cap on what this configuration may cost, whichever runs of it spend it."""
     from tasks.services.llm.budget.spending_cap import Budget
 
+    # The cap itself is not part of the name: raising it resumes the same account instead of opening a new one.
     uncapped = config.model_copy(update={"llm": config.llm.model_copy(update={"budget_usd": None})})
     path = output / "work" / "budgets" / f"{compute_config_digest(uncapped)}.json"
     return Budget(path, config.llm.budget_usd)

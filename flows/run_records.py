@@ -67,12 +67,14 @@ def read_request_file(path: Path, *, hint: str) -> StoredRequest:
 
 def write_summary(folder: Path, summary: RunSummary) -> None:
     """Replace a run's summary."""
+    # Unset fields are left out: an unfinished run's file names what is known and nothing else.
     plain = summary.model_dump(mode="json", exclude_unset=True)
     write_atomic(folder / SUMMARY, json.dumps(sign(plain), indent=1) + "\n")
 
 
 def write_start(folder: Path, run_id: str, config_digest: str = "") -> None:
     """Record that a run is being worked on, and by which process."""
+    # pid and creation time: a pid alone is reused by other processes.
     started = round(psutil.Process().create_time(), 2)
     summary = make_head(run_id, "running").model_copy(
         update={
@@ -95,6 +97,7 @@ def write_stages(folder: Path, keys: dict[str, str]) -> None:
 def write_end(folder: Path, run_id: str, error: BaseException) -> None:
     """Record what ended a run before it was finished."""
     earlier = read_summary(folder)
+    # An error after the end, such as a tracking server that can't be closed, does not undo the result.
     if earlier.status == "finished":
         return
     lines = clean_text(redact(str(error))).strip().splitlines()
@@ -147,6 +150,7 @@ def is_alive(owner: ProcessOwner | None) -> bool:
     """Whether the process that works on a run is there; one on another machine is believed to be."""
     if owner is None:
         return False
+    # A shared output folder: nothing can be said of another machine's processes, so its runs are not resumed.
     if owner.host != socket.gethostname():
         return True
     try:

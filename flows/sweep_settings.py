@@ -117,9 +117,11 @@ def open_study(request: SweepRequest, output: Path) -> "Study":
     folder = output / "sweeps"
     folder.mkdir(parents=True, exist_ok=True)
     storage = JournalStorage(JournalFileBackend(str(folder / f"{request.study_name}.journal")))
+    # A journal file, not SQLite: its appends are safe on network file systems.
     study = optuna.create_study(
         storage=storage, study_name=request.study_name, direction="maximize", load_if_exists=True
     )
+    # One process works on a study at a time, so a trial that is still RUNNING belongs to one that died.
     for trial in study.get_trials(deepcopy=False, states=(trial_state("RUNNING"),)):
         study.tell(trial.number, state=trial_state("FAIL"))
     if request.is_grid:

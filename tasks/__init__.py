@@ -1,1 +1,1 @@
-"""What the pipeline does: one folder per stage, plus what the stages share."""
+"""The pipeline's stages, one folder each, and the code that they share."""

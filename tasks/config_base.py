@@ -1,7 +1,7 @@
-"""The base of every configuration section, and what a request may set in it.
+"""The base of every configuration section, and the rules for what a deployment's request may set.
 
-Every string in the configuration, alone or in a list, says by its type who may set it and what it may be. A field
-without such a mark can't be set by a request; a test enumerates them.
+Every string field, alone or in a list, states by its annotated type who may set it and which values it takes. A field
+without a rule can't be set by a request; a test enumerates them.
 """
 
 import re
@@ -14,8 +14,8 @@ from tasks.prompts import check_template
 from tasks.redaction import clean_text
 
 TEXT_LIMIT = 2_000
-MOST_SEED = 2**63 - 1  # torch takes twice that, so that a seed that is counted up from it is one too
-MOST_WAIT = 30 * 24 * 3600.0  # seconds
+MAX_SEED = 2**63 - 1  # torch accepts up to 2**64 - 1, which leaves room for seeds counted up from this one
+MAX_WAIT = 30 * 24 * 3600.0  # seconds
 
 
 class Section(BaseModel):
@@ -26,10 +26,10 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class RequestRule:
-    """What a request through a deployment may put into a field.
+    """What a request through a deployment may set a field to.
 
-    operator_only: nothing, it is set on the worker's machine; path: below the allowed roots; photos: as path, or
-    `store:PREFIX`; model: as path, or a hub repository; checked: anything that the field's own validator takes.
+    operator_only: nothing, it is set on the worker's machine; path: a path below the allowed roots; photos: a path, or
+    `store:PREFIX`; model: a path, or a hub repository; checked: whatever the field's own validator accepts.
     """
 
     kind: Literal["operator_only", "path", "photos", "model", "checked"]
@@ -39,7 +39,7 @@ OPERATOR_ONLY = RequestRule("operator_only")
 
 
 def check_text(value: str) -> str:
-    """Refuse what is more than one line of printable text."""
+    """Return one line of printable text of at most TEXT_LIMIT characters. Raises ValueError for anything else."""
     if len(value) > TEXT_LIMIT:
         raise ValueError(f"is longer than {TEXT_LIMIT:,} characters")
     if clean_text(value, keep="") != value:
@@ -48,21 +48,21 @@ def check_text(value: str) -> str:
 
 
 def check_name(value: str) -> str:
-    """Refuse what is more than a plain name: letters, digits and `. _ + -`."""
+    """Return a plain name of letters, digits and `. _ + -`, or an empty string. Raises ValueError for others."""
     if not re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_.+-]{0,199})?", value):
         raise ValueError("must be a plain name of letters, digits and . _ + -")
     return value
 
 
 def check_domain(value: str) -> str:
-    """Refuse what is no host name."""
+    """Return a host name with a top-level domain. Raises ValueError for anything else."""
     if not re.fullmatch(r"([A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,63}", value):
         raise ValueError("must be a host name, for example wikipedia.org")
     return value
 
 
 def check_photos(value: str) -> str:
-    """Refuse a prefix in the store that could leave its root."""
+    """Return a folder, or `store:PREFIX`. Raises ValueError for a prefix that could leave the store's root."""
     prefix = check_text(value).removeprefix("store:")
     is_plain = not prefix.startswith("/") and "\\" not in prefix and ".." not in prefix.split("/")
     if value.startswith("store:") and not (prefix and is_plain):
@@ -71,12 +71,12 @@ def check_photos(value: str) -> str:
 
 
 def check_subject_template(value: str) -> str:
-    """Refuse a prompt template that lacks {subject} or holds anything else in braces."""
+    """Return a prompt template with {subject} as its only placeholder. Raises ValueError for others."""
     return check_template(check_text(value), ("subject",), required=("subject",))
 
 
 def check_class_template(value: str) -> str:
-    """Refuse a prompt template with placeholders other than {article} and {class_noun}."""
+    """Return a prompt template with no placeholders but {article} and {class_noun}. Raises ValueError for others."""
     return check_template(check_text(value), ("article", "class_noun"))
 
 
@@ -92,12 +92,12 @@ Domains = Annotated[tuple[Annotated[str, AfterValidator(check_domain)], ...], CH
 SubjectTemplates = Annotated[tuple[Annotated[str, AfterValidator(check_subject_template)], ...], CHECKED]
 ClassTemplate = Annotated[str, AfterValidator(check_class_template), CHECKED]
 
-# Query parameters that carry no secret; all others could, and would be stored and logged with the address.
+# Query parameters that hold no secret. Any other might, and would be stored and logged with the URL.
 HARMLESS_PARAMETERS = frozenset({"api-version", "charset", "sslmode"})
 
 
 def check_url(url: str | None) -> str | None:
-    """Return an address; raise ValueError where it carries a name, a password or query parameters."""
+    """Return a URL. Raises ValueError where it has a user name, a password or other than HARMLESS_PARAMETERS."""
     if not url:
         return url
     check_text(url)

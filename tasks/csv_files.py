@@ -1,4 +1,4 @@
-"""Read the small CSV files that a person writes by hand; whatever is wrong with one is named by its line."""
+"""Read small hand-written CSV files; errors name the line."""
 
 import csv
 import io
@@ -10,14 +10,14 @@ from tasks.redaction import show_value
 
 
 def read_rows(path: Path, columns: Sequence[str], *, setting: str) -> list[tuple[int, dict[str, str]]]:
-    """Return the rows of a file with their line numbers; a column or field that is left out is empty.
+    """Return the rows of a file with their line numbers; missing columns and fields are empty strings.
 
     Args:
-        columns: those that the file may have; it must have the first.
-        setting: what names the file, for messages.
+        columns: the allowed columns; the first is required.
+        setting: the setting that names the file, for messages.
 
     Raises:
-        ConfigError: the file can't be read, is no UTF-8, is no CSV, or has other columns.
+        ConfigError: the file can't be read, is not UTF-8 or CSV, or has unknown, missing or repeated columns.
 
     """
     way_out = f"the columns are {','.join(columns)}"
@@ -26,10 +26,11 @@ def read_rows(path: Path, columns: Sequence[str], *, setting: str) -> list[tuple
     except OSError as error:
         raise ConfigError(f"{setting}={path}: {error.strerror}") from error
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")  # spreadsheets write a byte order mark
     except UnicodeError as error:
         line = data[: getattr(error, "start", 0)].count(b"\n") + 1
-        raise ConfigError(f"{path}, line {line}: this is no UTF-8; save the file as CSV in UTF-8") from error
+        raise ConfigError(f"{path}, line {line}: this is not UTF-8; save the file as CSV in UTF-8") from error
+    # newline="" leaves line ends inside quoted fields to the reader, as `csv` requires.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[tuple[int, dict[str, str]]] = []
     header: list[str] | None = None
@@ -45,14 +46,14 @@ def read_rows(path: Path, columns: Sequence[str], *, setting: str) -> list[tuple
                 raise ConfigError(f"{where}: {len(cells)} fields, not {len(header)}; quote a text that holds commas")
             rows.append((reader.line_num, dict.fromkeys(columns, "") | dict(zip(header, cells, strict=False))))
     except csv.Error as error:
-        raise ConfigError(f"{path}, line {reader.line_num}: this is no CSV ({error}); {way_out}") from error
+        raise ConfigError(f"{path}, line {reader.line_num}: this is not CSV ({error}); {way_out}") from error
     if header is None:
         raise ConfigError(f"{path}, line 1: nothing is there; {way_out}")
     return rows
 
 
 def check_columns(header: list[str], columns: Sequence[str], where: str) -> list[str]:
-    """Return the columns of a file. Raises ConfigError where one is missing, unknown or twice there."""
+    """Return a file's columns. Raises ConfigError where one is missing, unknown or repeated."""
     way_out = f"the columns are {','.join(columns)}"
     for name in header:
         if name not in columns:

@@ -32,13 +32,14 @@ class LikenessError(Exception):
     is_retryable = False
 
     def __init__(self, message: str = "") -> None:
+        # Cut before redaction, whose patterns take time per character, and again after it, since masks change lengths.
         cleaned = clean_text(redact(shorten(message, limit=4 * MESSAGE_LIMIT)))
-        # All of Unicode's line ends: what a server says must not pass for a line of ours.
+        # `splitlines` knows all of Unicode's line ends: quoted text must not look like a log line of its own.
         super().__init__(shorten(" ".join(line.strip() for line in cleaned.strip().splitlines()), limit=MESSAGE_LIMIT))
 
     @property
     def kind(self) -> str:
-        """The class of this tree that the error belongs to: services have subclasses of their own."""
+        """The name of the nearest class of this module: subclasses defined by services count as their base."""
         return next(cls.__name__ for cls in type(self).__mro__ if cls.__module__ == LikenessError.__module__)
 
 
@@ -68,7 +69,7 @@ class StillPending(ServiceUnavailable):
 
 
 class ReplyInvalid(LikenessError):
-    """A service answered with something that does not fit what was asked."""
+    """A service's reply does not fit the request."""
 
     exit_code = 5
     is_retryable = True
@@ -81,7 +82,7 @@ class ArtifactCorrupt(LikenessError):
 
 
 class StorageFull(LikenessError):
-    """A disk has no room for what has to be written."""
+    """A disk has no room for a write."""
 
     exit_code = 10
 

@@ -1,4 +1,4 @@
-"""Pictures as bytes."""
+"""PNG encoding and decoding."""
 
 import io
 
@@ -13,13 +13,13 @@ def encode_png(image: Image.Image) -> bytes:
 
 
 def decode_png(data: bytes) -> Image.Image:
-    """Return the RGB picture of PNG bytes that this project wrote."""
+    """Return an RGB image from PNG bytes written by this project; there are no checks against hostile files."""
     with Image.open(io.BytesIO(data)) as opened:
         return opened.convert("RGB")
 
 
 def shrink_png(data: bytes, *, max_side: int) -> bytes:
-    """Return a PNG no larger than `max_side` pixels a side, its aspect kept."""
+    """Return a PNG of at most `max_side` pixels a side, with its aspect ratio kept."""
     picture = decode_png(data)
     if max(picture.size) <= max_side:
         return data

@@ -1,11 +1,11 @@
-"""What each metric is, and what its figures may be compared with: the report's and the README's words for it."""
+"""Names, definitions and comparability of the metrics, as report and README state them."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class MetricText:
-    """A metric's name, what it says, and which published figures it compares with."""
+    """A metric's name, its definition, and the published figures that it is comparable with."""
 
     name: str
     text: str

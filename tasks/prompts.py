@@ -10,12 +10,13 @@ def choose_article(noun: str) -> str:
 
 
 def check_template(template: str, names: Sequence[str], *, required: Sequence[str] = ()) -> str:
-    """Return a template that holds the named placeholders and no other braces: no format specs, no attributes.
+    """Return a template whose braces hold the named placeholders only.
 
     Raises:
-        ValueError: naming what stands in braces, or what is missing.
+        ValueError: it has another placeholder or a lone brace, or lacks a required placeholder.
 
     """
+    # Templates come from users and are filled by `replace`, never `format`, which would evaluate `{x.__class__}`.
     rest = re.sub("|".join(rf"\{{{name}\}}" for name in names), "", template)
     allowed = " and ".join(f"{{{name}}}" for name in names)
     if "{" in rest or "}" in rest:
@@ -33,7 +34,7 @@ def write_class_prompt(template: str, *, class_noun: str) -> str:
 
 
 def name_subject(*, identifier_token: str, class_noun: str) -> str:
-    """Return what stands for the subject in a prompt, for example `sks dog`."""
+    """Return the subject's name in a prompt, for example `sks dog`."""
     return f"{identifier_token} {class_noun}"
 
 
@@ -44,12 +45,12 @@ def write_subject_prompt(template: str, *, identifier_token: str, class_noun: st
 
 
 def write_plain_prompt(template: str, *, class_noun: str) -> str:
-    """Return the same prompt for the class: what CLIP-T compares with."""
+    """Return the same prompt with the class noun in place of the identifier, as CLIP-T takes it."""
     return template.replace("{subject}", f"{choose_article(class_noun)} {class_noun}")
 
 
 def shorten_prompt(prompt: str, *, fits: Callable[[str], bool]) -> str:
-    """Return as much of a prompt as fits: phrases go first, then words, from the end."""
+    """Return a prompt shortened from its end until it fits: by comma-separated phrases, then by words."""
     while not fits(prompt):
         head = prompt.rpartition(", ")[0] or prompt.rpartition(" ")[0]
         if not head:

@@ -1,6 +1,6 @@
-"""What may be shown: secrets masked, addresses without credentials, no control characters, bounded length.
+"""Redaction: secrets masked, URLs without credentials, no control characters, bounded length.
 
-One place for every sink: errors, log records, `config.json`, `summary.json`, the report and the terminal.
+One module for every sink: errors, log records, `config.json`, `summary.json`, the report and the terminal.
 """
 
 import base64
@@ -13,7 +13,7 @@ import urllib.parse
 from functools import lru_cache
 
 MASK = "***"
-# So many characters of a secret in a row are masked: servers echo keys truncated, or cut into pieces.
+# Any run of this many characters of a secret is masked, since servers echo keys truncated or in pieces.
 WINDOW = 8
 SHORTEST = 4
 SECRET_NAME = re.compile(
@@ -21,7 +21,7 @@ SECRET_NAME = re.compile(
 )
 # A short value of a variable is no secret where it is one of these: masking them would garble ordinary text.
 COMMON = frozenset({"true", "false", "none", "null", "auto", "basic", "bearer", "default", "test", "user"})
-# Every repetition is bounded: these run over text that servers and files supply.
+# Every repetition is bounded against catastrophic backtracking: the text comes from servers and files.
 CREDENTIALS = re.compile(r"\b([a-z][a-z0-9+.-]{0,30}://)[^\s/?#]{1,2000}@", re.IGNORECASE)
 # A password with a slash, "?" or "#" in it should have been percent-encoded; a port is no password.
 RAW_PASSWORD = re.compile(
@@ -34,8 +34,8 @@ ASSIGNED = re.compile(
     r"[^\s&#,;)'\"]{1,2000}",
     re.IGNORECASE,
 )
-# In JSON, YAML, Python and headers a name ends at its sign: `max_tokens: 600` is not one of these, and neither is
-# the word that stands for the subject.
+# Names in JSON, YAML, Python and headers, directly before `:` or `=`. Not matched: `max_tokens: 600`, and
+# `identifier_token`, which stands for the subject.
 NAMED = (
     r"((?:(?<!identifier[_ ])(?<!training\.)token|secret|passw(?:or)?d|(?:api|access|secret|private)[_-]?key|"
     r"authorization)(?:\\?[\"'])?\s{0,3}"
@@ -51,14 +51,15 @@ registered: set[str] = set()
 
 
 def register_secret(value: str) -> str:
-    """Mask a value from now on wherever text is shown; return it."""
+    """Register a value for redaction in this process and return it; shorter than SHORTEST is too common to mask."""
     if len(value) >= SHORTEST:
         registered.add(value)
     return value
 
 
 def list_secrets() -> frozenset[str]:
-    """Return the values that are masked: registered ones, and environment variables named like secrets."""
+    """Return the values to mask: registered ones, and those of environment variables named like secrets."""
+    # Read at every call, since variables may be set after the import.
     named: set[str] = set()
     for name, value in os.environ.items():
         if SECRET_NAME.search(name):
@@ -67,7 +68,7 @@ def list_secrets() -> frozenset[str]:
 
 
 def list_parts(name: str, value: str) -> list[str]:
-    """Return what is secret in a variable's value: of an address of a database, who logs in and with what."""
+    """Return the secret parts of a variable's value: of a DSN only user and password, of others all of it."""
     user = re.match(r"[a-z][a-z0-9+.-]{0,30}://([^\s/?#]{1,2000})@", value, re.IGNORECASE)
     if user is None or not name.upper().endswith("DSN"):
         return [value]
@@ -75,10 +76,10 @@ def list_parts(name: str, value: str) -> list[str]:
 
 
 def is_maskable(value: str) -> bool:
-    """Tell whether masking a variable's value hides a secret and not ordinary text."""
+    """Whether masking a variable's value would hide a secret rather than ordinary text."""
     if len(value) < SHORTEST or (len(value) < WINDOW and (value.isdecimal() or value.lower() in COMMON)):
         return False
-    # A path to a file of credentials is no secret, and masking it would hide every path beside it.
+    # The path of a credentials file is no secret, and masking it would mask parts of every path near it.
     return not (value.startswith(("/", "~", ".")) and os.path.exists(os.path.expanduser(value)))
 
 
@@ -98,15 +99,16 @@ def encode_forms(secret: str) -> list[str]:
     forms = [secret, urllib.parse.quote(secret, safe=""), data.hex(), data.hex().upper()]
     for shift in range(3):
         encoded = base64.b64encode(b"\0" * shift + data).decode()
-        # The first and last group also hold bits of their neighbours.
+        # The first and last groups of four characters also encode bits of neighbouring bytes.
         inner = encoded[4 if shift else 0 : len(encoded) // 4 * 4 - 4]
         forms += [inner, inner.replace("+", "-").replace("/", "_")]
     return forms
 
 
 def redact(text: str) -> str:
-    """Return a text with secrets masked, whole, cut or encoded, and so are credentials in addresses and headers."""
+    """Return a text with secrets masked, also truncated or encoded ones, and credentials in URLs and headers."""
     windows, short = make_windows(list_secrets())
+    # Overlapping windows mark every character of a secret that is at least WINDOW long; "\0" marks hidden ones.
     masked = bytearray(len(text))
     for i in range(len(text) - WINDOW + 1):
         if text[i : i + WINDOW] in windows:
@@ -123,27 +125,27 @@ def redact(text: str) -> str:
 
 
 def redact_url(text: str) -> str:
-    """Return a text whose addresses have no credentials and no query: presigned ones are keys themselves."""
+    """Return a text whose URLs have no credentials and no query: the query of a presigned URL is a credential."""
     text = CREDENTIALS.sub(rf"\1{MASK}@", text)
     return QUERY.sub(rf"\1?{MASK}", RAW_PASSWORD.sub(rf"\1{MASK}@", text))
 
 
 def clean_text(text: str, *, keep: str = "\n\t") -> str:
-    """Return a text without control and direction characters, which a terminal would obey."""
+    """Return a text without control, format and bidirectional characters, which could manipulate a terminal."""
     if text.isprintable():
         return text
     return "".join(char for char in text if char in keep or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co"))
 
 
 def shorten(text: str, *, limit: int = 200) -> str:
-    """Return a text of at most `limit` characters; what was cut is counted."""
+    """Return a text of at most `limit` characters; a shortened one states its full length."""
     if len(text) <= limit:
         return text
     return f"{text[: limit - 40]}... ({len(text):,} characters)"
 
 
 def show_value(value: object, *, limit: int = 120) -> str:
-    """Return a value as an error message quotes it."""
+    """Return a value's redacted, shortened repr for an error message."""
     return shorten(redact(repr(value if not isinstance(value, str) else shorten(value, limit=limit))), limit=limit)
 
 
@@ -155,10 +157,10 @@ class RedactingRecord(logging.LogRecord):
         self.msg, self.args = clean_text(redact(self.getMessage())), ()
         if self.exc_info and self.exc_info[1] is not None:
             lines = traceback.format_exception(self.exc_info[1])
-            # Formatters print this text where it is set, and so does what sends records to a server.
+            # Formatters and remote handlers use this cached text instead of formatting exc_info themselves.
             self.exc_text = clean_text(redact("".join(lines))).rstrip("\n")
 
 
 def install_log_redaction() -> None:
-    """Redact every log record of this process, those of libraries included; calling it again changes nothing."""
+    """Redact every log record of this process, those of libraries included. Idempotent."""
     logging.setLogRecordFactory(RedactingRecord)

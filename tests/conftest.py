@@ -39,8 +39,14 @@ sys.addaudithook(refuse_remote)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give every test its layer and its group."""
+    """Mark every test with its layer, and order the tests."""
     layers.assign(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share tests out by file; all tests that need a whole run stay in one process."""
+    return layers.make_scheduler(config, log)
 
 
 @pytest.fixture

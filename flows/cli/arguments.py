@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-MOST_INTEGER = 2**63 - 1
+MAX_INTEGER = 2**63 - 1
 
 
 def complete_run(ctx: typer.Context, incomplete: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the families share: a frozen VAE, noising, tokenizing, saving, and drawing through a pipeline."""
+"""The base class of all model families: VAE, tokenization, sampling through a pipeline, saving."""
 
 import gc
 import json
@@ -34,8 +34,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class DiffusionModel(ABC):
     """A loaded model on its device: the contract of every model family.
 
-    A family is one subclass in `families/`: how prompts are encoded, what the denoiser predicts, what is trained.
-    Shapes: B images, C latent channels, h = H/8, w = W/8 (mini: H/4, W/4).
+    A family is one subclass in `families/`: prompt encoding, the denoiser's call, the layers that LoRA adapts.
+    Shapes: B images, C latent channels, h = H/8, w = W/8 (mini: H/4, W/4), L tokens, D channels of the text states.
     """
 
     pipeline_class: ClassVar[str]
@@ -79,11 +79,17 @@ class DiffusionModel(ABC):
         self.placeholders: dict[str, list[str]] = {}
         for part in components.values():
             if isinstance(part, nn.Module):
+                # `eval` disables dropout; training switches on exactly what its method trains.
                 part.to(self.device).eval().requires_grad_(False)
 
     @classmethod
     def load(cls, folder: Path, config: DiffusionConfig, *, dtype: torch.dtype = torch.float32) -> Self:
-        """Load a diffusers folder. Raises ConfigError for an incomplete one."""
+        """Load a diffusers folder; `dtype` applies to all weights but the VAE's.
+
+        Raises:
+            ConfigError: a component is missing, or the folder is not a safe diffusers folder.
+
+        """
         texts = tuple(part for name in cls.text_encoder_names for part in (name, tokenizer_of(name)))
         wanted = (cls.denoiser_name, "vae", *(() if cls.is_any_encoder_optional else texts))
         components = load_components(folder, wanted, optional=texts, denoiser_class=cls.denoiser_class, dtype=dtype)
@@ -94,12 +100,12 @@ class DiffusionModel(ABC):
 
     @classmethod
     def load_noise(cls, folder: Path) -> GaussianDiffusion | RectifiedFlow:
-        """Return the noise process on the model's own schedule."""
+        """Return the noise process of the model's own scheduler configuration."""
         return cls.noise_class(load_scheduler(folder, cls.noise_class.scheduler_class))
 
     @classmethod
     def index_names(cls) -> list[str]:
-        """Return the components that the family's `model_index.json` names."""
+        """Return the component names of the family's `model_index.json`, absent optional ones included."""
         encoders = cls.text_encoder_names
         return ["scheduler", "vae", cls.denoiser_name, *encoders, *map(tokenizer_of, encoders), *cls.unused_parts]
 
@@ -120,40 +126,44 @@ class DiffusionModel(ABC):
 
     @property
     def text_encoders(self) -> dict[str, Any]:
-        """The text encoders that are there, by part name."""
+        """The loaded text encoders by component name, in the order of `text_encoder_names`."""
         return {name: self.components[name] for name in self.text_encoder_names if name in self.components}
 
     @property
     def tokenizers(self) -> dict[str, Any]:
-        """The tokenizer of every text encoder that is there."""
+        """The tokenizer of each loaded text encoder, by the encoder's name."""
         return {name: self.components[tokenizer_of(name)] for name in self.text_encoders}
 
     def trainable_modules(self, *, train_text_encoder: bool) -> dict[str, nn.Module]:
-        """Return the denoiser and, where asked for, the CLIP text encoders; T5 is never trained."""
+        """Return the denoiser and, with `train_text_encoder`, the CLIP text encoders; T5 is never trained."""
         modules: dict[str, nn.Module] = {self.denoiser_name: self.denoiser}
         if train_text_encoder:
             modules |= {n: e for n, e in self.text_encoders.items() if "T5" not in type(e).__name__}
         return modules
 
     def max_length(self, name: str) -> int:
-        """Return the number of tokens that a text encoder gets."""
+        """Return a text encoder's context length in tokens, special tokens included."""
         return self.max_lengths.get(name) or int(self.tokenizers[name].model_max_length)
 
     def shorten(self, prompt: str) -> dict[str, str]:
-        """Return what each text encoder gets of a prompt: all that it reads, cut at a phrase."""
+        """Return the prompt as each text encoder receives it, cut at a phrase boundary to fit its context."""
         return {name: shorten_prompt(prompt, fits=partial(self.fits_context, name)) for name in self.tokenizers}
 
     def fits_context(self, name: str, prompt: str) -> bool:
-        """Whether one text encoder gets all tokens of a prompt."""
-        tokens = self.tokenizers[name](self.spell([prompt], name)[0], verbose=False).input_ids
+        """Whether a prompt fits a text encoder's context without truncation."""
+        # `verbose=False` mutes the tokenizer's warning about long sequences, which is the expected case here.
+        tokens = self.tokenizers[name](self.insert_placeholder_tokens([prompt], name)[0], verbose=False).input_ids
         return len(tokens) <= self.max_length(name)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Return the ids of all tokenizers side by side, `(B, L1 + L2 + ...)`, padded; each cuts for itself."""
+        """Return the padded ids of all tokenizers side by side, `(B, L1 + L2 + ...)`, on the CPU.
+
+        One tensor per prompt set makes rows comparable and cacheable; `split_ids` undoes the concatenation.
+        """
         given = [self.shorten(prompt) for prompt in prompts]
         columns = [
             tokenizer(
-                self.spell([prompt[name] for prompt in given], name),
+                self.insert_placeholder_tokens([prompt[name] for prompt in given], name),
                 padding="max_length",
                 max_length=self.max_length(name),
                 truncation=True,
@@ -163,17 +173,23 @@ class DiffusionModel(ABC):
         ]
         return torch.cat(columns, 1) if columns else torch.zeros(len(prompts), 0, dtype=torch.long)
 
-    def spell(self, prompts: Sequence[str], name: str) -> list[str]:
-        """Return prompts as one tokenizer takes them: the identifier token as its learned vectors."""
+    def insert_placeholder_tokens(self, prompts: Sequence[str], name: str) -> list[str]:
+        """Return prompts with the identifier token replaced by one tokenizer's placeholder tokens."""
         names = self.placeholders.get(name, [])
         return [write_prompt(prompt, self.identifier_token, names) if names else prompt for prompt in prompts]
 
     def add_placeholder_tokens(self, identifier_token: str, vectors: dict[str, Tensor]) -> dict[str, LearnedEmbedding]:
-        """Give text encoders vectors `(V, D)` of a new token; prompts go on to say the identifier token."""
+        """Add placeholder tokens with embeddings `(V, D)` to text encoders; prompts keep the identifier token.
+
+        Raises:
+            ConfigError: a placeholder is in the vocabulary already, or vocabulary and embedding table differ in size.
+
+        """
         self.identifier_token = identifier_token
         for name, rows in vectors.items():
             names = placeholders(identifier_token, len(rows))
             tokenizer = self.tokenizers[name]
+            # A saved full model has them merged already; only the replacement in prompts is set up.
             if names[0] not in tokenizer.get_vocab():
                 self.learned[name] = add_token(tokenizer, self.components[name], names, vectors=rows)
             self.placeholders[name] = names
@@ -181,42 +197,51 @@ class DiffusionModel(ABC):
 
     @torch.no_grad()
     def merge_token_embeddings(self) -> None:
-        """Turn learned vectors into ordinary rows of the embedding tables."""
+        """Merge learned vectors into ordinary rows of the embedding tables, so that `from_pretrained` can load them."""
         for name, learned in self.learned.items():
             rows = torch.cat([learned.weight, learned.vectors.to(learned.weight)])
             table = nn.Embedding(rows.shape[0], rows.shape[1], _weight=rows).requires_grad_(False)
             self.components[name].set_input_embeddings(table)
+            # `from_pretrained` allocates the table by the configuration.
             self.components[name].config.vocab_size = len(rows)
         self.learned = {}
 
     def split_ids(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Return each text encoder's own ids, on the device."""
+        """Split `(B, L1 + L2 + ...)` into each text encoder's ids, on the device."""
         lengths = [self.max_length(name) for name in self.text_encoders]
         return dict(zip(self.text_encoders, torch.split(input_ids.to(self.device), lengths, 1), strict=True))
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> Posterior:
-        """Return the posterior, scaled to the denoiser's latents."""
+        """Encode pixels `(B, 3, H, W)` in [-1, 1]; return the posterior in the denoiser's scale."""
         posterior = self.vae.encode(pixel_values.to(self.device)).latent_dist
         factor, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+        # An affine map (z - shift) * factor: the standard deviation only scales.
         return Posterior(mean=(posterior.mean - shift) * factor, std=posterior.std * factor)
 
     @abstractmethod
     def encode_prompts(self, input_ids: Tensor) -> Conditioning:
-        """Return what the denoiser is told of the prompts."""
+        """Return the conditioning of token ids `(B, L1 + L2 + ...)`."""
 
     @abstractmethod
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, *, time_ids: Tensor
     ) -> Tensor:
-        """Return the denoiser's prediction."""
+        """Return noise, velocity or flow `(B, C, h, w)`.
+
+        `timesteps` are `(B,)`; `time_ids` `(B, 6)` are read by SDXL alone.
+        """
 
     @torch.no_grad()
     def sample(
         self, requests: Sequence[SamplingRequest], *, num_inference_steps: int, guidance_scale: float
     ) -> list[Image.Image]:
-        """Draw one picture per request through diffusers' pipeline, each from its own seed."""
+        """Draw one image per request through diffusers' pipeline.
+
+        Each has its own generator, so an image doesn't depend on the batch that it is drawn in.
+        """
         pipeline = self.make_pipeline()
+        # CPU generators: the same start noise on every device.
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         with self.autocast():
             latents: Tensor = pipeline(
@@ -231,38 +256,41 @@ class DiffusionModel(ABC):
         return self.decode(self.unpack_latents(latents))
 
     def autocast(self) -> torch.autocast:
-        """Return the context to denoise in: half precision where it is configured, or where the weights are.
+        """Return the autocast context for denoising: the weights' half-precision dtype, else the configured one.
 
-        Norms don't mix formats, so weights in half precision leave no choice.
+        Weights in half precision take precedence: normalization layers don't accept mixed dtypes.
         """
         held = {parameter.dtype for parameter in self.denoiser.parameters()} & {torch.bfloat16, torch.float16}
         dtype = next(iter(held), DTYPES[self.config.precision])
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def unpack_latents(self, latents: Tensor) -> Tensor:
-        """Return the pipeline's latents as `(B, C, h, w)`."""
+        """Return the pipeline's latents as `(B, C, h, w)`; families with packed latents override this."""
         return latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Return the pictures of scaled latents `(B, C, h, w)`.
+        """Decode scaled latents `(B, C, h, w)` to RGB images.
 
-        In float32, whatever surrounds it: activations of SDXL's VAE overflow fp16 (its `force_upcast`).
+        Always in float32: activations of SDXL's VAE overflow fp16 (its `force_upcast`).
         """
         factor, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
         side = self.config.resolution
         pictures = []
         with torch.autocast(self.device.type, enabled=False):
+            # In chunks of bounded area, whatever the batch size of sampling.
             for rows in torch.split(latents.float(), max(1, DECODED_PIXELS // side**2)):
                 pixels = self.vae.decode(rows / factor + shift, return_dict=False)[0]
+                # [-1, 1] -> 0..255, (B, 3, H, W)
                 levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
                 pictures += [Image.fromarray(row.permute(1, 2, 0).cpu().numpy()) for row in levels]
         return pictures
 
     def make_pipeline(self) -> Any:
-        """Return a pipeline over the loaded components; nothing is read again."""
+        """Return a pipeline over the loaded components; no weights are copied or reloaded."""
         pipeline_class = getattr(diffusers, self.pipeline_class)
         names = [name for name in self.index_names() if name != "scheduler"]
+        # Pipelines accept None for optional components.
         components = {name: self.components.get(name) for name in names}
         pipeline = pipeline_class(scheduler=self.make_sampler(), **components, **self.settings)
         pipeline.set_progress_bar_config(disable=True)
@@ -270,16 +298,20 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def make_sampler(self) -> Any:
-        """Return the scheduler of sampling."""
+        """Return a new scheduler for sampling, on the base model's schedule."""
 
     @abstractmethod
     def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
-        """Return the prompts as the pipeline takes them, encoded here."""
+        """Return the prompts as embedding arguments of the pipeline.
+
+        Encoded here, not by the pipeline: it knows neither placeholder tokens nor our shortening of long prompts.
+        """
 
     def save(self, folder: Path) -> None:
-        """Write a folder that the family's pipeline reads."""
-        # The pipeline class could write this too, but importing it takes seconds of every start.
+        """Write a diffusers folder that the family's pipeline loads."""
+        # Not through the pipeline class, whose import takes seconds.
         index: dict[str, Any] = {"_class_name": self.pipeline_class, "_diffusers_version": diffusers.__version__}
+        # Components that are not loaded, such as a missing T5, stay `[null, null]`, as diffusers writes optional ones.
         index |= {name: [None, None] for name in self.index_names()} | self.settings
         for name, part in {**self.components, "scheduler": self.saved_scheduler()}.items():
             if name.startswith("tokenizer"):
@@ -290,12 +322,12 @@ class DiffusionModel(ABC):
         (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def saved_scheduler(self) -> Any:
-        """Return the scheduler that a saved folder names."""
+        """Return the scheduler to save; by default the sampling one."""
         return self.make_sampler()
 
 
 def reset_tokenizer(tokenizer: Any) -> None:
-    """Forget padding and truncation of the last call: `save_pretrained` would write them, and so depend on it."""
+    """Reset the padding and truncation of the last call, which `save_pretrained` would write to `tokenizer.json`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_padding()
@@ -303,12 +335,12 @@ def reset_tokenizer(tokenizer: Any) -> None:
 
 
 def release_memory() -> None:
-    """Give the device's memory back: the next stage may be another process."""
+    """Return cached device memory to the driver: the next stage may run in another process."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def tokenizer_of(text_encoder_name: str) -> str:
-    """Return the name of a text encoder's tokenizer."""
+    """Return the tokenizer's component name: `text_encoder_2` -> `tokenizer_2`."""
     return text_encoder_name.replace("text_encoder", "tokenizer")

@@ -1,4 +1,4 @@
-"""Which device the configuration names."""
+"""Resolve the configured device."""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def choose_device(config: DiffusionConfig) -> "torch.device":
-    """Return the device to compute on."""
+    """Return the device to compute on. Raises ConfigError for cuda without a GPU."""
     import torch
 
     if config.device == "cuda" and not torch.cuda.is_available():

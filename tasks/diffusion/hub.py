@@ -1,4 +1,4 @@
-"""Where the base model's files lie: shipped, in a folder, or in a hub repository."""
+"""Locate the base model: shipped, in a local folder, or in a hub repository."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,17 +21,17 @@ ARCHITECTURES = {
     "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
     "black-forest-labs/FLUX.1-dev": "flux-dev",
 }
-# Anything else in a repository could be code, a pickle, or gigabytes of another precision.
+# Any other file of a repository could be code, a pickle, or gigabytes of another precision.
 WANTED = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
 DESCRIPTIONS = ("model_index.json", "*/*.json", "*/*.txt")
 UNWANTED = ("*fp16*", "*non_ema*", "safety_checker/*", "feature_extractor/*", "image_encoder/*", "*openvino*")
 
 
 def find_folder(config: DiffusionConfig, *, wanted: tuple[str, ...] = WANTED) -> Path:
-    """Return the local folder of the base model, downloading a hub repository's wanted files at its revision.
+    """Return the local folder of the base model, downloading a hub repository at its revision.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: neither a folder nor a repository of that name exists.
 
     """
     if config.pretrained_model_name_or_path == "mini":
@@ -60,9 +60,9 @@ def find_folder(config: DiffusionConfig, *, wanted: tuple[str, ...] = WANTED) ->
 
 
 def find_description(config: DiffusionConfig) -> Path:
-    """Return a folder with the base model's configuration files, without weights where they aren't needed.
+    """Return a folder with the base model's configuration files; weights are not downloaded.
 
-    The presets' are shipped, so that this needs no network.
+    Those of the presets are shipped, so that estimates need no network.
     """
     shipped = ARCHITECTURES.get(config.pretrained_model_name_or_path)
     if shipped is not None and not Path(config.pretrained_model_name_or_path).is_dir():
@@ -71,8 +71,9 @@ def find_description(config: DiffusionConfig) -> Path:
 
 
 def identify_model(config: DiffusionConfig) -> ModelRef:
-    """Return the base model by content: a digest of its files, or of its pinned hub commit."""
+    """Return the base model's identity: a digest of its files, or of its pinned hub commit."""
     is_local = config.pretrained_model_name_or_path == "mini" or Path(config.pretrained_model_name_or_path).is_dir()
+    # A commit is content-addressed already: no download is needed to know the cache key.
     if not is_local and config.revision:
         return ModelRef(
             location=config.pretrained_model_name_or_path,

@@ -1,4 +1,4 @@
-"""Load the components of a diffusers folder: safetensors and known classes only, refusals by name."""
+"""Load the components of a diffusers folder: safetensors and allow-listed classes only."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ import transformers
 from tasks.errors import ConfigError
 from tasks.redaction import show_value
 
-# Classes that a model_index.json may name, beside the family's denoiser; anything else would be foreign code.
+# Classes that `model_index.json` may name, besides the family's denoiser: the file must not choose what code runs.
 KNOWN: dict[str, tuple[str, ...]] = {
     "transformers": (
         "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel",
@@ -30,7 +30,7 @@ def load_components(
     optional: tuple[str, ...] = (),
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Return the named components, the VAE in full precision; optional ones that the folder leaves out are missing.
+    """Return the named components, the VAE in float32; optional ones that the folder lacks are left out.
 
     Raises:
         ConfigError: a part is missing, is a pickle, or would need code from the repository.
@@ -38,9 +38,9 @@ def load_components(
     """
     scripts = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
     if scripts:
-        raise ConfigError(f"{folder} brings code of its own ({scripts[0]}), which is never run; remove it")
+        raise ConfigError(f"{folder} contains custom code ({scripts[0]}), which is never run; remove it")
     adapters = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("adapter_config.json"))
-    if adapters:  # peft would load the model that it names instead
+    if adapters:  # with PEFT installed, `from_pretrained` would load the base model that the file names
         raise ConfigError(f"{folder} holds {adapters[0]}, an adapter of another model; name a whole base model")
     classes = find_classes(folder, (*names, *optional), denoiser_class=denoiser_class)
     missing = [name for name in names if name not in classes]
@@ -53,11 +53,11 @@ def load_components(
 
 
 def find_classes(folder: Path, names: tuple[str, ...], *, denoiser_class: str) -> dict[str, Any]:
-    """Return the classes of the named components that the folder has. Raises ConfigError for foreign ones."""
+    """Return the classes of the named components that the folder has. Raises ConfigError for one not allow-listed."""
     index = json.loads((folder / "model_index.json").read_text())
     classes = {}
     for name in names:
-        library, class_name = index.get(name) or ("", None)
+        library, class_name = index.get(name) or ("", None)  # `[null, null]` marks an absent component
         if class_name is None:
             continue
         if class_name not in KNOWN.get(library, ()) and (library, class_name) != ("diffusers", denoiser_class):
@@ -67,13 +67,14 @@ def find_classes(folder: Path, names: tuple[str, ...], *, denoiser_class: str) -
 
 
 def load_component(folder: Path, part_class: Any, *, dtype: torch.dtype) -> Any:
-    """Load one part. Raises ConfigError for a pickle or a broken folder."""
+    """Load one component. Raises ConfigError for a pickle or a broken folder."""
     is_tokenizer = "Tokenizer" in part_class.__name__
     if not is_tokenizer:
         check_weights(folder)
     try:
         if is_tokenizer:
             return part_class.from_pretrained(folder)
+        # transformers has renamed the argument, diffusers has not.
         key = "dtype" if issubclass(part_class, transformers.PreTrainedModel) else "torch_dtype"
         return part_class.from_pretrained(folder, use_safetensors=True, **{key: dtype})
     except (OSError, ValueError, TypeError, RuntimeError) as error:
@@ -82,7 +83,7 @@ def load_component(folder: Path, part_class: Any, *, dtype: torch.dtype) -> Any:
 
 
 def check_weights(folder: Path) -> None:
-    """Raise ConfigError unless a part's folder holds safetensors."""
+    """Raise ConfigError unless a component's folder holds safetensors."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is missing")
     if not (folder / "config.json").is_file():
@@ -97,19 +98,19 @@ def check_weights(folder: Path) -> None:
 
 
 def check_shards(folder: Path) -> None:
-    """Raise ConfigError where an index names anything but the folder's own safetensors files."""
+    """Raise ConfigError where a shard index names anything but safetensors files of its own folder."""
     for index in sorted(folder.glob("*.index.json")):
         try:
             shards = set(json.loads(index.read_text())["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ConfigError(f"{index} names no weights; get the model anew") from error
+            raise ConfigError(f"{index} names no weights; download the model again") from error
         for shard in shards:
             if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-                raise ConfigError(f"{index} names {show_value(shard)}, which is no safetensors file of its folder")
+                raise ConfigError(f"{index} names {show_value(shard)}, which is not a safetensors file of its folder")
 
 
 def load_scheduler(folder: Path, scheduler_class: Any) -> Any:
-    """Load the noise schedule. Raises ConfigError where it is missing."""
+    """Load the scheduler's configuration into `scheduler_class`. Raises ConfigError where it is missing."""
     try:
         return scheduler_class.from_pretrained(folder / "scheduler")
     except (OSError, ValueError, TypeError) as error:

@@ -1,7 +1,7 @@
-"""Noise in training: how much, what the denoiser should predict, and how much an error weighs.
+"""Noise processes of training: timestep sampling, noising, prediction target, SNR.
 
-Two processes: Gaussian diffusion (Stable Diffusion 1.x, 2.x, XL) and rectified flow (3, Flux).
-Timesteps come from one uniform draw per sample, so that they are a function of the sample alone.
+Gaussian diffusion (Stable Diffusion 1.x, 2.x, XL) and rectified flow (3, Flux). A timestep is a function of one
+uniform draw per sample, so that it depends on the sample alone.
 """
 
 from typing import ClassVar, Protocol
@@ -17,23 +17,23 @@ class NoiseProcess(Protocol):
     """Shapes: latents `(B, C, h, w)`, timesteps and everything per sample `(B,)`."""
 
     def sample_timesteps(self, uniform: Tensor) -> Tensor:
-        """Map uniform draws in [0, 1) to timesteps."""
+        """Map uniform draws `(B,)` in [0, 1) to timesteps."""
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return `noisy_latents`."""
 
     def compute_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return what the prediction should be."""
+        """Return the regression target of the denoiser, shaped as the latents."""
 
     def compute_snr(self, timesteps: Tensor) -> Tensor:
-        """Return the signal-to-noise ratio (of powers)."""
+        """Return the signal-to-noise ratio, a ratio of powers."""
 
     def x0_error_scale(self, timesteps: Tensor) -> Tensor:
-        """Return the squared error of the clean latents that a squared error of 1 in the prediction causes."""
+        """Return the squared error of x0 (the clean latents) per squared error of the prediction."""
 
 
 class GaussianDiffusion:
-    """The schedule of Stable Diffusion 1.x, 2.x and XL: noise or velocity is predicted."""
+    """The process of Stable Diffusion 1.x, 2.x and XL, with noise or velocity as the target."""
 
     scheduler_class: ClassVar = DDPMScheduler
 
@@ -43,11 +43,13 @@ class GaussianDiffusion:
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ConfigError(f"prediction_type={self.prediction_type} of the base model's scheduler can't be trained")
         self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
+        # Signal power is alpha_bar, noise power 1 - alpha_bar.
         alphas = scheduler.alphas_cumprod
         self.snr = alphas / (1 - alphas)
 
     def sample_timesteps(self, uniform: Tensor) -> Tensor:
-        """Return every timestep with equal probability."""
+        """Return int64 timesteps, uniform over the schedule."""
+        # The clamp guards against a draw that rounds to 1.
         return (uniform * self.num_train_timesteps).long().clamp_max(self.num_train_timesteps - 1)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -64,20 +66,22 @@ class GaussianDiffusion:
 
     def compute_snr(self, timesteps: Tensor) -> Tensor:
         """Return signal over noise power."""
+        # Moved once; a no-op afterwards.
         self.snr = self.snr.to(timesteps.device)
         snr: Tensor = self.snr[timesteps]
         return snr
 
     def x0_error_scale(self, timesteps: Tensor) -> Tensor:
         """Return 1/SNR for noise, 1/(SNR + 1) for velocity."""
+        # With a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar): x0 = (x_t - s eps) / a, and x0 = a x_t - s v.
         snr = self.compute_snr(timesteps)
         return 1 / (snr + 1) if self.prediction_type == "v_prediction" else 1 / snr
 
 
 class RectifiedFlow:
-    """Straight paths between latents and noise (arXiv 2209.03003); timesteps are 1000 x sigma.
+    """Straight paths x_t = (1 - sigma) x0 + sigma noise (arXiv 2209.03003); timesteps are 1000 x sigma, float32.
 
-    Draws follow the logit-normal density of Stable Diffusion 3 (arXiv 2403.03206, section 3.1).
+    Timesteps are logit-normal as in Stable Diffusion 3 (arXiv 2403.03206, section 3.1).
     """
 
     scheduler_class: ClassVar = FlowMatchEulerDiscreteScheduler
@@ -85,23 +89,24 @@ class RectifiedFlow:
     def __init__(self, scheduler: FlowMatchEulerDiscreteScheduler) -> None:
         self.scheduler = scheduler
         self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
-        self.timesteps = scheduler.timesteps.float()  # falling, shifted as the model was trained
+        self.timesteps = scheduler.timesteps.float()  # descending, with the scheduler's static shift applied
 
     def sample_timesteps(self, uniform: Tensor) -> Tensor:
-        """Return timesteps of logit-normal density, mean 0 and deviation 1."""
+        """Return float32 timesteps; their position in the schedule is logit-normal with mean 0 and scale 1."""
         inside = uniform.double().clamp(1e-6, 1 - 1e-6)
+        # The normal's quantile function turns a uniform draw into a normal one; float64 keeps the tails.
         position = torch.sigmoid(torch.special.ndtri(inside))
         index = (position * len(self.timesteps)).long().clamp_max(len(self.timesteps) - 1)
         timesteps: Tensor = self.timesteps.to(uniform.device)[index]
         return timesteps
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the point of the straight path."""
+        """Return `noisy_latents`, the point at sigma on the straight path."""
         sigma = self.compute_sigma(timesteps, latents)
         return (1 - sigma) * latents + sigma * noise
 
     def compute_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the path's direction."""
+        """Return the flow noise - x0, the path's derivative by sigma."""
         return noise - latents
 
     def compute_snr(self, timesteps: Tensor) -> Tensor:
@@ -110,10 +115,10 @@ class RectifiedFlow:
         return ((1 - sigma) / sigma) ** 2
 
     def x0_error_scale(self, timesteps: Tensor) -> Tensor:
-        """Return sigma squared: the clean latents are noisy latents less sigma x direction."""
+        """Return sigma^2, since x0 = x_t - sigma x flow."""
         return (timesteps / self.num_train_timesteps) ** 2
 
     def compute_sigma(self, timesteps: Tensor, like: Tensor) -> Tensor:
-        """Return sigma, ready to multiply latents."""
+        """Return sigma as `(B, 1, 1, 1)` in the dtype of `like`."""
         sigma = (timesteps / self.num_train_timesteps).to(like.dtype)
         return sigma.view(-1, *([1] * (like.ndim - 1)))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def find_family(name: str) -> "type[DiffusionModel]":
-    """Return a family's adapter; the only place that lists them. Each imports seconds of diffusers."""
+    """Return a family's adapter class. Imported on demand: each takes seconds to import diffusers."""
     match name:
         case "stable_diffusion":
             from tasks.diffusion.families.stable_diffusion import StableDiffusion
@@ -57,7 +57,7 @@ def open_model(
 
 
 def apply_adapters(model: "DiffusionModel", folder: Path) -> None:
-    """Load the textual inversion embeddings and the LoRA weights that lie in a folder, and merge them."""
+    """Load textual inversion embeddings and LoRA weights from a folder where present, and merge them."""
     from tasks.diffusion.textual_inversion import EMBEDS_FILE, load_tokens
 
     if (folder / EMBEDS_FILE).is_file():

@@ -1,7 +1,7 @@
-"""What a model family offers, and how the configured one is opened.
+"""Data types at the interface of model families, importable without torch.
 
-A family is one adapter file: it owns loading, prompt and image encoding, noising, target,
-prediction, saving and sampling. Nothing else knows its architecture.
+A family's adapter owns loading, prompt and image encoding, noising, target, prediction, saving and sampling.
+No other module depends on its architecture.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 @dataclass(frozen=True)
 class Posterior:
-    """The VAE's Gaussian over latents, already scaled; each `(B, C, h, w)`."""
+    """The VAE's Gaussian over latents in the denoiser's scale; each `(B, C, h, w)`."""
 
     mean: "Tensor"
     std: "Tensor"
@@ -23,13 +23,13 @@ class Posterior:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told of prompts: states `(B, L, D)` and, in most families, one pooled row `(B, P)`."""
+    """Prompt embeddings: hidden states `(B, L, D)` and, in most families, pooled embeddings `(B, P)`."""
 
     encoder_hidden_states: "Tensor"
     pooled_prompt_embeds: "Tensor | None" = None
 
     def take(self, rows: "Tensor") -> "Conditioning":
-        """Return the conditioning of the given rows."""
+        """Gather rows by index `(N,)`; an index may repeat."""
         pooled = None if self.pooled_prompt_embeds is None else self.pooled_prompt_embeds[rows]
         return Conditioning(self.encoder_hidden_states[rows], pooled)
 

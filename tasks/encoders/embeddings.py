@@ -1,4 +1,4 @@
-"""The encoders that measure: CLIP for pictures and prompts, a self-supervised ViT for pictures."""
+"""Embedding models of the metrics: CLIP for images and prompts, a self-supervised ViT (DINO) for images."""
 
 from pathlib import Path
 
@@ -15,10 +15,11 @@ BATCH_SIZE = 32
 
 
 class Preprocessor:
-    """Scale, crop and normalize as the encoder's own `preprocessor_config.json` says, in the terms of transformers.
+    """Resize, crop and normalize according to the encoder's `preprocessor_config.json`, as transformers does.
 
-    A size of height and width is that size, whatever the picture's shape; a `shortest_edge` keeps the shape.
-    A plain number is the shortest edge for CLIP and the whole size for a ViT. `resize` puts the short side first.
+    A size of height and width ignores the aspect ratio, `shortest_edge` preserves it. A plain number means the
+    shortest edge for CLIP and height and width for a ViT. `resize` overrides the size: the shortest edge, followed by
+    a center crop to the configured size.
     """
 
     def __init__(self, folder: Path, *, resize: int | None = None) -> None:
@@ -34,7 +35,7 @@ class Preprocessor:
         if resize is not None:
             side = int(size.get("height") or size["shortest_edge"])
             self.size, self.crop = {"shortest_edge": resize}, self.crop or (side, side)
-        # The papers' evaluation code scales bicubically before its own crop.
+        # The evaluation code of the papers resizes bicubically before its center crop.
         plain = settings.get("resample", Image.Resampling.BICUBIC)
         self.resample = Image.Resampling(Image.Resampling.BICUBIC if resize is not None else plain)
         self.factor = float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 1.0
@@ -43,9 +44,10 @@ class Preprocessor:
         self.std = torch.tensor(settings["image_std"] if is_normalized else [1.0] * 3).view(3, 1, 1)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Return `(3, H, W)`."""
+        """Return normalized pixels `(3, H, W)`, float32."""
         picture = image.convert("RGB")
         if "shortest_edge" in self.size:
+            # The long edge is truncated, not rounded, as transformers computes it.
             edge, short = self.size["shortest_edge"], min(picture.size)
             picture = picture.resize((edge * picture.width // short, edge * picture.height // short), self.resample)
         elif self.size:
@@ -53,14 +55,15 @@ class Preprocessor:
         if self.crop:
             width, height = self.crop
             left, top = (picture.width - width) // 2, (picture.height - height) // 2
-            picture = picture.crop((left, top, left + width, top + height))  # black where it is too small
+            # Pillow pads with black where the image is smaller than the crop, as transformers does.
+            picture = picture.crop((left, top, left + width, top + height))
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         values = pixels.view(picture.height, picture.width, 3).permute(2, 0, 1).float() * self.factor
         return (values - self.mean) / self.std
 
 
 class Encoders:
-    """CLIP and DINO embeddings, all of length one."""
+    """CLIP and DINO embeddings, all L2-normalized, so that dot products are cosines."""
 
     def __init__(self, config: EncoderConfig, device: torch.device) -> None:
         self.device = device
@@ -78,6 +81,7 @@ class Encoders:
         rows = []
         for start in range(0, len(images), BATCH_SIZE):
             batch = torch.stack([self.clip_preprocess(i) for i in images[start : start + BATCH_SIZE]])
+            # Through the submodules: the projection of the pooled output is the joint CLIP space.
             pooled = self.clip.vision_model(pixel_values=batch.to(self.device)).pooler_output
             rows.append(self.clip.visual_projection(pooled))
         return F.normalize(torch.cat(rows), dim=1)

@@ -1,4 +1,4 @@
-"""Where the measuring encoders lie; torch-free, so that a missing one is named before anything is computed."""
+"""Locate the encoders of the metrics. Free of torch, so that a missing one is reported before any computation."""
 
 import importlib.util
 import json
@@ -12,10 +12,10 @@ from tasks.encoders.config import EncoderConfig
 from tasks.errors import ConfigError
 from tasks.stage.digests import digest_file, digest_folder
 
-# The paper's encoders were published as pickles alone; torch reads them as weights only, never as code.
+# The papers' encoders are published as pickles only; they are loaded with `weights_only=True`, which runs no code.
 ALEXNET = "alexnet-owt-7be5be79.pth"  # as torchvision names it in torch's cache
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-MOST_SIDE = 2048  # of the pictures that an encoder's own configuration may ask for, pixels
+MAX_SIDE = 2048  # largest input size that a preprocessor configuration may request, pixels
 SIDES = ("height", "width", "shortest_edge", "longest_edge")
 
 
@@ -33,7 +33,7 @@ def find_encoders(config: EncoderConfig) -> tuple[Path, Path]:
 
 
 def find_encoder(location: str, revision: str | None, *, mini: str) -> Path:
-    """Return one encoder's local folder."""
+    """Return one encoder's local folder; `mini` names its folder among the shipped weights. Raises ConfigError."""
     folder = MINI_FOLDER / mini if location == "mini" else Path(location)
     if not folder.is_dir():
         folder = fetch_encoder(location, revision)
@@ -41,14 +41,14 @@ def find_encoder(location: str, revision: str | None, *, mini: str) -> Path:
         raise ConfigError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}; see evaluation.encoders")
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json; see evaluation.encoders")
-    if (folder / "adapter_config.json").exists():  # peft would load the model that it names instead
+    if (folder / "adapter_config.json").exists():  # with PEFT installed, the base model it names would be loaded
         raise ConfigError(f"{folder} holds adapter_config.json, an adapter of another model; name a whole encoder")
     read_preprocessor(folder)
     return folder
 
 
 def read_preprocessor(folder: Path) -> dict[str, Any]:
-    """Return an encoder's `preprocessor_config.json`, its numbers checked: a size decides how much memory is taken.
+    """Return a validated `preprocessor_config.json`: an unbounded size would exhaust memory.
 
     Raises:
         ConfigError: it is missing or damaged, or a number is out of bounds.
@@ -62,18 +62,18 @@ def read_preprocessor(folder: Path) -> dict[str, Any]:
             f"{path} can't be read: {str(error) or 'nested too deeply'}; see evaluation.encoders"
         ) from error
     if not isinstance(settings, dict):
-        raise ConfigError(f"{path} is no mapping; see evaluation.encoders")
+        raise ConfigError(f"{path} is not a mapping; see evaluation.encoders")
     for name, default in (("size", 224), ("crop_size", 1), ("patch_size", 1)):
         value = settings.get(name, default)
         if not is_size(default if value is None and name != "size" else value, needs_edge=name == "size"):
-            raise ConfigError(f"{path}: {name} is no size of 1 to {MOST_SIDE} pixels")
+            raise ConfigError(f"{path}: {name} is not a size of 1 to {MAX_SIDE} pixels")
     if settings.get("do_normalize", True):
         for name, least in (("image_mean", -math.inf), ("image_std", 0.0)):
             values = settings.get(name)
             if not (isinstance(values, list) and len(values) == 3 and all(is_number(v) and v > least for v in values)):
-                raise ConfigError(f"{path}: {name} is no list of 3 numbers{' above 0' if least == 0 else ''}")
+                raise ConfigError(f"{path}: {name} is not a list of 3 numbers{' above 0' if least == 0 else ''}")
     if not is_number(settings.get("rescale_factor", 1)):
-        raise ConfigError(f"{path}: rescale_factor is no number")
+        raise ConfigError(f"{path}: rescale_factor is not a number")
     resample = settings.get("resample", 0)
     if type(resample) is not int or not 0 <= resample <= 5:
         raise ConfigError(f"{path}: resample is none of Pillow's 0 to 5")
@@ -81,9 +81,10 @@ def read_preprocessor(folder: Path) -> dict[str, Any]:
 
 
 def is_size(value: Any, *, needs_edge: bool) -> bool:
-    """Whether a value is a number of pixels within bounds, or a mapping of sides to such numbers."""
+    """Whether a value is a size in pixels within bounds, or a mapping of sides to such sizes."""
+    # `type() is int`, since JSON's true would pass isinstance.
     if not isinstance(value, dict):
-        return type(value) is int and 1 <= value <= MOST_SIDE
+        return type(value) is int and 1 <= value <= MAX_SIDE
     is_whole = {"height", "width"} <= set(value) or (needs_edge and "shortest_edge" in value)
     return is_whole and set(value) <= set(SIDES) and all(is_size(side, needs_edge=False) for side in value.values())
 
@@ -106,15 +107,15 @@ def fetch_encoder(location: str, revision: str | None) -> Path:
 
 
 def find_lpips(config: EncoderConfig) -> tuple[Path, Path] | None:
-    """Return the weights of AlexNet and of LPIPS's calibration, or None where LPIPS isn't measured.
+    """Return the files of AlexNet's and of LPIPS's linear weights, or None where LPIPS isn't measured.
 
     Raises:
-        ConfigError: weights are named, but they or the package aren't there.
+        ConfigError: a weights file is configured, but it or the package is missing.
 
     """
     if config.lpips == "none":
         return None
-    package = importlib.util.find_spec("lpips")
+    package = importlib.util.find_spec("lpips")  # located, not imported: it needs torchvision
     places = package.submodule_search_locations or [] if package else []
     linear = [Path(place) / "weights" / "v0.1" / "alex.pth" for place in places]
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
@@ -129,7 +130,7 @@ def find_lpips(config: EncoderConfig) -> tuple[Path, Path] | None:
 
 
 def identify_encoders(config: EncoderConfig) -> list[str]:
-    """Return digests of the encoders that lie in a folder; hub ones are known by their revision."""
+    """Return digests for the cache key; '' for a hub model, which its revision in the configuration identifies."""
     names = {"clip": config.clip, "dino": config.dino}
     folders = [MINI_FOLDER / kind if name == "mini" else Path(name) for kind, name in names.items()]
     digests = [digest_folder(folder) if folder.is_dir() else "" for folder in folders]

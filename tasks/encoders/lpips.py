@@ -1,7 +1,7 @@
-"""LPIPS (arXiv 1801.03924), version 0.1 on AlexNet: how different two pictures look.
+"""LPIPS (arXiv 1801.03924), version 0.1 on AlexNet: perceptual distance of two images.
 
-The network is written out here, so that neither torchvision nor the package `lpips` is imported; their
-files hold the weights.
+The network is defined here, so that neither torchvision nor the package `lpips` is imported; only their weight
+files are read.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+# ImageNet mean and deviation, for inputs in [-1, 1] instead of [0, 1].
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 COMPARED = (1, 4, 7, 9, 11)  # AlexNet's layers after each ReLU
 
 
 class Lpips(nn.Module):
-    """The distance of two pictures of one size.
+    """The perceptual distance of images of equal size.
 
     Args:
         trunk: torchvision's AlexNet, `features.N.weight` and `.bias`.
@@ -45,11 +46,12 @@ class Lpips(nn.Module):
         """Return distances `(B,)` of `(B, 3, H, W)` in [-1, 1]."""
         total = first.new_zeros(len(first))
         for weight, one, other in zip(self.weights, self.describe(first), self.describe(second), strict=True):
+            # (B, C, h, w) -> 1x1 convolution with learned channel weights -> (B, 1, h, w) -> spatial mean (B,)
             total = total + F.conv2d((one - other).square(), weight).mean((1, 2, 3))
         return total
 
     def describe(self, pictures: Tensor) -> list[Tensor]:
-        """Return the activations that are compared, of length one at each place."""
+        """Return the compared activations, each `(B, C_l, h_l, w_l)` with unit norm along channels."""
         values, found = (pictures - self.shift) / self.scale, []
         for number, layer in enumerate(self.features):
             values = layer(values)
@@ -59,7 +61,7 @@ class Lpips(nn.Module):
 
 
 def make_alexnet() -> nn.Sequential:
-    """Return the convolutions of AlexNet as torchvision has them, without weights."""
+    """Return torchvision's `alexnet().features` without weights; its last max pooling is not needed."""
     return nn.Sequential(
         nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
         nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
@@ -70,13 +72,13 @@ def make_alexnet() -> nn.Sequential:
 
 
 def load_lpips(files: tuple[Path, Path], device: torch.device) -> Lpips:
-    """Return LPIPS with the weights of AlexNet and of the calibration, read as weights only."""
+    """Return LPIPS with AlexNet's and the linear weights from files, loaded with `weights_only=True`."""
     trunk, linear = (torch.load(path, map_location="cpu", weights_only=True) for path in files)
     return Lpips(trunk, linear).to(device)
 
 
 def mean_distance_within(lpips: Lpips, pictures: Sequence[Image.Image]) -> float:
-    """Return the mean distance over all pairs of pictures."""
+    """Return the mean distance over all unordered pairs of at least two images of equal size."""
     device = next(lpips.parameters()).device
     arrays = [np.asarray(picture.convert("RGB"), np.float32) / 127.5 - 1 for picture in pictures]
     tensors = [torch.from_numpy(array).permute(2, 0, 1)[None].to(device) for array in arrays]

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from tasks.config_base import MOST_SEED, Section, SubjectTemplates
+from tasks.config_base import MAX_SEED, Section, SubjectTemplates
 from tasks.encoders.config import EncoderConfig
 
 
@@ -15,10 +15,10 @@ class EvaluationConfig(Section):
     num_images_per_prompt: int = Field(ge=1, le=64, description="seeds per prompt")
     num_class_images: int = Field(ge=2, le=1000, description="class samples for prior drift, per side")
     num_candidate_images: int = Field(
-        ge=0, le=64, description="samples of each other step whose weights were kept, to be compared in pairs"
+        ge=0, le=64, description="samples of each other retained checkpoint, for pairwise comparison"
     )
     num_inference_steps: int = Field(ge=1, le=1000, description="denoising steps")
     guidance_scale: float = Field(ge=1, le=30, description="classifier-free guidance")
-    seed: int = Field(ge=0, le=MOST_SEED, description="seed of the first sample of a prompt")
+    seed: int = Field(ge=0, le=MAX_SEED, description="seed of the first sample of a prompt")
     batch_size: int = Field(ge=1, le=256, description="images per denoising batch")
     encoders: EncoderConfig

@@ -1,6 +1,6 @@
 """Subject fidelity, prompt fidelity and prior drift (arXiv 2208.12242, section 4).
 
-All are cosines between embeddings of length one: `(N, D)` rows.
+All but DIV are cosines between L2-normalized embeddings, `(N, D)`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Side, Subje
 
 @dataclass(frozen=True)
 class Features:
-    """Pictures by both encoders, and the prompts they answer."""
+    """Embeddings of N images by both encoders and of their prompts by CLIP, each `(N, D)`."""
 
     clip: Tensor
     dino: Tensor
@@ -24,7 +24,7 @@ class Features:
 
 
 def describe(encoders: Encoders, images: Sequence[Image.Image], prompts: Sequence[str]) -> Features:
-    """Encode pictures and their prompts."""
+    """Encode images and their prompts, paired by index."""
     pictures = list(images)
     return Features(
         encoders.encode_clip(pictures), encoders.encode_dino(pictures), encoders.encode_texts(list(prompts))
@@ -38,6 +38,7 @@ def mean_similarity(first: Tensor, second: Tensor) -> float:
 
 def mean_similarity_within(rows: Tensor) -> float:
     """Return the mean cosine over pairs of different rows; 1 for a single row."""
+    # Without the diagonal, whose cosines of 1 would inflate the mean of small sets.
     num = len(rows)
     if num < 2:
         return 1.0
@@ -50,12 +51,13 @@ def measure_subject(samples: Features, photos: Features) -> SubjectMetrics:
     return SubjectMetrics(
         dino=mean_similarity(samples.dino, photos.dino),
         clip_i=mean_similarity(samples.clip, photos.clip),
+        # Row by row: each sample with its own prompt.
         clip_t=float((samples.clip * samples.texts).sum(1).mean()),
     )
 
 
 def measure_each(samples: Features, photos: Features) -> list[SubjectMetrics]:
-    """Return every sample's own part of the means."""
+    """Return each sample's metrics; their means are those of `measure_subject`."""
     return [
         measure_subject(Features(samples.clip[i : i + 1], samples.dino[i : i + 1], samples.texts[i : i + 1]), photos)
         for i in range(len(samples.dino))
@@ -63,7 +65,7 @@ def measure_each(samples: Features, photos: Features) -> list[SubjectMetrics]:
 
 
 def measure_ceiling(photos: Features) -> CeilingMetrics:
-    """Return the same measures among the real photos."""
+    """Return the same metrics among the real photos: what a perfect model could reach."""
     return CeilingMetrics(
         dino=mean_similarity_within(photos.dino),
         clip_i=mean_similarity_within(photos.clip),
@@ -72,7 +74,7 @@ def measure_ceiling(photos: Features) -> CeilingMetrics:
 
 
 def measure_drift(class_samples: Features, photos: Features, *, div: float | None = None) -> DriftMetrics:
-    """Return PRES and DIV as the paper has them, DIV measured already, and a DINO distance among class samples."""
+    """Return PRES (lower is better) and the given DIV of the paper, and DINO distance among class samples."""
     return DriftMetrics(
         pres=mean_similarity(class_samples.dino, photos.dino),
         dino_div=1.0 - mean_similarity_within(class_samples.dino),
@@ -81,14 +83,14 @@ def measure_drift(class_samples: Features, photos: Features, *, div: float | Non
 
 
 def measure_div(prompts: Sequence[Sequence[Image.Image]], distance: Callable[[Sequence[Image.Image]], float]) -> float:
-    """Return DIV: the mean distance of samples of one subject and prompt, over prompts with several samples."""
+    """Return DIV: the mean distance among samples of a prompt, averaged over prompts with several samples."""
     values = [distance(pictures) for pictures in prompts if len(pictures) > 1]
     return sum(values) / len(values)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Everything that was measured in one evaluation."""
+    """All metrics of one evaluation."""
 
     metrics: dict[Side, SubjectMetrics]
     drift: dict[Side, DriftMetrics]
@@ -102,7 +104,7 @@ def measure_all(
     *,
     div: Mapping[Side, float] = MappingProxyType({}),
 ) -> Measured:
-    """Measure both sides."""
+    """Compute fidelity and drift of both sides, and the ceiling."""
     return Measured(
         metrics={side: measure_subject(rows, photos) for side, rows in subjects.items()},
         drift={side: measure_drift(rows, photos, div=div.get(side)) for side, rows in classes.items()},

@@ -1,4 +1,4 @@
-"""Draw evaluation samples: the same prompts and seeds from base and tuned model."""
+"""Draw evaluation samples with the same prompts and seeds from base and tuned model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ class PlannedSample:
 
     @property
     def source(self) -> "Source":
-        """Whose weights draw it."""
+        """The weights that draw it: a side, or a retained step."""
         return self.side if self.step is None else self.step
 
 
@@ -44,12 +44,13 @@ def plan_samples(
     class_prompt: str,
     candidates: Sequence[int] = (),
 ) -> list[PlannedSample]:
-    """Return every sample of an evaluation, in order."""
+    """Return all samples of an evaluation: subject and class samples per side, then those of retained steps."""
     planned = []
     sides: tuple[Side, ...] = ("base", "tuned")
     for side in sides:
         for row, template in enumerate(config.prompts):
             prompt = write_subject_prompt(template, identifier_token=identifier_token, class_noun=class_noun)
+            # CLIP-T compares with the plain prompt: CLIP doesn't know the identifier token.
             plain = write_plain_prompt(template, class_noun=class_noun)
             for i in range(config.num_images_per_prompt):
                 name = f"{side}/subject-{row:02d}-{i:02d}.png"
@@ -58,7 +59,7 @@ def plan_samples(
             name = f"{side}/class-{i:03d}.png"
             planned.append(PlannedSample(side, "class", class_prompt, class_prompt, config.seed + i, name))
     published = [plan for plan in planned if plan.side == "tuned" and plan.kind == "subject"]
-    by_seed = sorted(published, key=lambda plan: plan.seed)  # every prompt once before any comes twice
+    by_seed = sorted(published, key=lambda plan: plan.seed)  # each prompt once before any is repeated
     for step in candidates:
         for plan in by_seed[: config.num_candidate_images]:
             name = plan.name.replace("tuned/subject", f"candidate-{step:08d}/subject")
@@ -74,7 +75,7 @@ def draw_samples(
     load_model: "Callable[[Source], DiffusionModel]",
     on_progress: Callable[[int, int], None],
 ) -> tuple[Sample, ...]:
-    """Return all samples, drawing those that an earlier attempt didn't store."""
+    """Return all samples in planned order; only those that no earlier attempt stored are drawn."""
     done: dict[str, Sample] = {}
     for plan in planned:
         ref = folder.reuse(plan.name)
@@ -83,7 +84,7 @@ def draw_samples(
     on_progress(len(done), len(planned))
     for source in dict.fromkeys(plan.source for plan in planned):
         missing = [plan for plan in planned if plan.source == source and plan.name not in done]
-        model = None  # the last weights go before these come
+        model = None  # free the previous weights before the next are loaded
         model = load_model(source) if missing else None
         for start in range(0, len(missing), config.batch_size):
             chunk = missing[start : start + config.batch_size]
@@ -94,6 +95,7 @@ def draw_samples(
                 guidance_scale=config.guidance_scale,
             )
             for plan, picture in zip(chunk, pictures, strict=True):
+                # Reusable by the next attempt even where this one fails before its manifest.
                 ref = folder.put_resumable(plan.name, encode_png(picture))
                 done[plan.name] = to_sample(plan, ref)
             on_progress(len(done), len(planned))
@@ -101,7 +103,7 @@ def draw_samples(
 
 
 def to_sample(plan: PlannedSample, ref: object) -> Sample:
-    """Join a plan with its stored picture."""
+    """Combine a planned sample with its stored image."""
     return Sample.model_validate(
         {
             "image": ref,

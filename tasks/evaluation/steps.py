@@ -1,4 +1,4 @@
-"""The evaluation stage: samples of base and tuned model, and what is measured of them."""
+"""The evaluation stage: samples of base and tuned model, and their metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ SIDES: tuple[Side, ...] = ("base", "tuned")
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """What an evaluation depends on."""
+    """Everything that an evaluation depends on."""
 
     config: EvaluationConfig
     diffusion: DiffusionConfig
@@ -42,7 +42,7 @@ class EvaluationInputs:
     subject: SubjectSet
 
     def stage(self) -> Stage[Evaluation]:
-        """Return the stage that makes it."""
+        """Return the stage with its cache key."""
         sampling = self.diffusion.model_dump(mode="json", include={"family", "resolution", "sampler", "precision"})
         return Stage(
             "evaluation",
@@ -51,6 +51,7 @@ class EvaluationInputs:
             settings=[
                 diffusion_code.VERSION,
                 encoders_code.VERSION,
+                # Each sample has its own seed, so it doesn't depend on its batch.
                 self.config.model_dump(mode="json", exclude={"batch_size"}),
                 sampling,
                 identify_encoders(self.config.encoders),
@@ -61,13 +62,13 @@ class EvaluationInputs:
 
 @task(name="evaluation", persist_result=False)
 def evaluate(inputs: EvaluationInputs, runtime: Runtime) -> State[Evaluation]:
-    """Sample and measure, or take what is cached."""
+    """Draw samples and compute metrics, or return the cached evaluation."""
     manifest = runtime.run_stage(inputs.stage(), lambda folder: compute_evaluation(folder, inputs, runtime))
     return finished(manifest, runtime)
 
 
 def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: Runtime) -> Evaluation:
-    """Sample both sides, measure, write the manifest."""
+    """Draw samples of both sides and of retained steps, compute metrics, and write the manifest."""
     from tasks.diffusion.adapter import release_memory
     from tasks.diffusion.registry import open_model
     from tasks.evaluation.sampling import draw_samples, plan_samples
@@ -110,7 +111,7 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
 def measure_samples(
     inputs: EvaluationInputs, samples: Sequence[Sample], runtime: Runtime
 ) -> "tuple[Measured, dict[str, SubjectMetrics]]":
-    """Encode photos and samples and compare them; also by sample, by its object's key."""
+    """Return the metrics of both sides, and of each sample by its object key."""
     from tasks.diffusion.device import choose_device
     from tasks.encoders.embeddings import Encoders
     from tasks.evaluation.metrics import describe, measure_all, measure_each
@@ -127,6 +128,7 @@ def measure_samples(
 
     photos = [decode_png(read_verified(runtime.store, image.image)) for image in subject.images]
     plain = write_class_prompt(CLASS_PROMPT, class_noun=subject.class_noun)
+    # The ceiling of CLIP-T compares photos with their captions, or with the class prompt.
     reference = describe(encoders, photos, [image.caption or plain for image in subject.images])
     measured = measure_all(
         reference,
@@ -140,7 +142,7 @@ def measure_samples(
 
 
 def measure_diversity(inputs: EvaluationInputs, samples: Sequence[Sample], runtime: Runtime) -> dict[Side, float]:
-    """Return DIV of both sides; empty where LPIPS has no weights, or every prompt one sample."""
+    """Return DIV of both sides; empty without LPIPS weights or with one sample per prompt."""
     from tasks.diffusion.device import choose_device
     from tasks.encoders.lpips import load_lpips, mean_distance_within
     from tasks.evaluation.metrics import measure_div

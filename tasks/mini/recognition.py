@@ -1,4 +1,4 @@
-"""Whether photos are of the drawn world, by the mini encoders' own evidence.
+"""Recognize whether photos show the drawn world, by the mini encoders.
 
 Two measures, each a mean over a subject's photos: how well the mini VAE reconstructs them (PSNR), and how far their
 CLIP embeddings lie from those of drawn scenes (Mahalanobis distance). Photographs are reconstructed worse,
@@ -30,12 +30,12 @@ NUM_FITTED, FIT_SEED = 2_000, 500_000
 RIDGE = 1e-4
 # Of 800 sets of held-out drawn photos the worst has 21.6 dB and 10.3; of 76 sets of photographs that scikit-image
 # ships none has both: the nearest are 20.0 dB at 10.5, and 22.3 dB at 12.3.
-LEAST_PSNR, MOST_DISTANCE = 21.0, 11.2
+MIN_PSNR, MAX_DISTANCE = 21.0, 11.2
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the encoders make of a set of photos."""
+    """Measures of a set of photos."""
 
     psnr: float
     """Of the VAE's reconstruction at 64 px, in dB: about 27 for drawn scenes."""
@@ -44,8 +44,8 @@ class Evidence:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether both are what drawn subjects reach."""
-        return self.psnr >= LEAST_PSNR and self.distance <= MOST_DISTANCE
+        """Whether both measures are within the range of drawn subjects."""
+        return self.psnr >= MIN_PSNR and self.distance <= MAX_DISTANCE
 
 
 class Recognizer:
@@ -61,9 +61,10 @@ class Recognizer:
 
     @torch.no_grad()
     def measure(self, pictures: Sequence[Image.Image]) -> Evidence:
-        """Return the evidence of a set of RGB pictures."""
+        """Return the evidence of a set of pictures, each measure as a mean."""
         embeddings = torch.stack([self.vision.encode_image(picture) for picture in pictures])
         centred = embeddings - self.mean
+        # Rounding in float32 can make a small squared distance negative.
         distances = ((centred @ self.precision) * centred).sum(1).clamp_min(0).sqrt()
         return Evidence(
             psnr=float(np.mean([self.measure_psnr(picture) for picture in pictures])), distance=float(distances.mean())
@@ -71,7 +72,7 @@ class Recognizer:
 
     @torch.no_grad()
     def measure_psnr(self, picture: Image.Image) -> float:
-        """Return how well the VAE reconstructs a picture, in dB (its range is 2)."""
+        """Return the PSNR of the VAE's reconstruction of a picture in dB; values span 2, so the squared peak is 4."""
         small = picture.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1).float()[None] / 127.5 - 1
         again = self.vae.decode(self.vae.encode(pixels).latent_dist.mean).sample
@@ -80,18 +81,19 @@ class Recognizer:
     def fit(self) -> tuple[Tensor, Tensor]:
         """Return mean `(D,)` and inverse covariance `(D, D)` of drawn subjects' embeddings."""
         rows = torch.stack([self.vision.encode_image(picture) for picture in draw_many(NUM_FITTED, seed=FIT_SEED)])
+        # In float64, with a ridge: the inverse would amplify rounding along directions of little variance.
         covariance = torch.cov(rows.double().T) + RIDGE * torch.eye(rows.shape[1], dtype=torch.float64)
         return rows.mean(0), torch.linalg.inv(covariance).float()
 
 
 def draw_many(num: int, *, seed: int) -> Iterator[Image.Image]:
-    """Yield photos of many subjects, one each, of all nouns alike."""
+    """Yield one photo each of many subjects, with class nouns in turn."""
     for i in range(num):
         yield draw_scene(sample_subject_scene(CLASS_NOUNS[i % len(CLASS_NOUNS)], seed=seed + i, index=i), size=128)
 
 
 def draw_set(number: int, *, num_photos: int = 3, size: int = 256, quality: int | None = None) -> list[Image.Image]:
-    """Return photos of one held-out subject, as they are or through JPEG."""
+    """Return photos of one held-out subject, compressed as JPEG where `quality` is given."""
     pictures = []
     for index in range(num_photos):
         scene = sample_subject_scene(CLASS_NOUNS[number % len(CLASS_NOUNS)], seed=number, index=index)

@@ -1,4 +1,4 @@
-"""Draw class images from the frozen base model: one seed each, lossless, kept one by one."""
+"""Generate class images with the frozen base model: one seed each, stored individually as lossless PNG."""
 
 from collections.abc import Callable, Iterator
 
@@ -18,12 +18,12 @@ Draw = Callable[[list[int]], Iterator[tuple[int, Image.Image]]]
 def generate_class_images(
     folder: StageFolder, config: PriorConfig, *, draw: Draw, on_progress: Callable[[int, int], None]
 ) -> tuple[ClassImage, ...]:
-    """Return the class images, drawing only those that an earlier attempt didn't store.
+    """Return the class images by ascending seed; only those that no earlier attempt stored are drawn.
 
-    `draw` yields each seed with its picture, in any order.
+    `draw` yields (seed, image) in any order.
 
     Raises:
-        ConfigError: the base model draws flat pictures.
+        ConfigError: an image is nearly uniform.
 
     """
     done: dict[int, ClassImage] = {}
@@ -36,16 +36,17 @@ def generate_class_images(
     on_progress(len(done), config.num_class_images)
     for seed, picture in draw(missing) if missing else ():
         check_picture(picture, seed=seed)
+        # Stored one by one: an interrupted run loses a batch at most.
         ref = folder.put_resumable(name_of(seed), encode_png(picture))
         done[seed] = ClassImage(image=ref, seed=seed)
         on_progress(len(done), config.num_class_images)
     return tuple(done[seed] for seed in seeds)
 
 
-def draw_pictures(
+def generate_images(
     model: DiffusionModel, config: PriorConfig, *, class_prompt: str, seeds: list[int]
 ) -> Iterator[tuple[int, Image.Image]]:
-    """Yield each seed with its picture, drawn in batches."""
+    """Yield (seed, image), drawn in batches of `batch_size`; an image doesn't depend on its batch."""
     for chunk in chunks(seeds, config.batch_size):
         pictures = model.sample(
             [SamplingRequest(prompt=class_prompt, seed=seed) for seed in chunk],
@@ -61,12 +62,12 @@ def name_of(seed: int) -> str:
 
 
 def chunks(seeds: list[int], size: int) -> Iterator[list[int]]:
-    """Cut a list into batches."""
+    """Split a list into batches of at most `size`."""
     for start in range(0, len(seeds), size):
         yield seeds[start : start + size]
 
 
 def check_picture(picture: Image.Image, *, seed: int) -> None:
-    """Refuse a flat picture: a broken model or number format draws black or gray."""
+    """Refuse a nearly uniform image: a broken model or an overflow in half precision gives black or gray."""
     if max(ImageStat.Stat(picture).stddev) < 2.0:
         raise ConfigError(f"class image of seed {seed} is flat; the base model or diffusion.precision is broken")

@@ -1,4 +1,4 @@
-"""Draw class images on several devices at once: one process each, every image from its own seed."""
+"""Generate class images on several devices: one process per device, each image from its own seed."""
 
 import os
 import subprocess
@@ -28,13 +28,13 @@ class Shard(Section):
     folder: str
 
 
-def draw_on_devices(
+def generate_on_devices(
     diffusion: DiffusionConfig, config: PriorConfig, *, class_prompt: str, seeds: list[int]
 ) -> Iterator[tuple[int, Image.Image]]:
-    """Yield each seed with its picture as the processes finish them.
+    """Yield (seed, image) as the processes finish them, so that each is stored at once.
 
     Raises:
-        ConfigError: a process failed; names the device and its last words.
+        ConfigError: a process failed; names the device and the last line of its log.
 
     """
     with tempfile.TemporaryDirectory() as name:
@@ -42,6 +42,7 @@ def draw_on_devices(
         processes = [
             start(Shard(
                 diffusion=diffusion, prior=config, class_prompt=class_prompt,
+                # Strided, so that devices get equal shares.
                 seeds=tuple(seeds[device :: config.num_devices]), folder=str(out),
             ), device)
             for device in range(min(config.num_devices, len(seeds)))
@@ -51,19 +52,19 @@ def draw_on_devices(
             while waiting:
                 for seed in sorted(waiting):
                     path = out / f"{seed}.png"
-                    if path.exists():
+                    if path.exists():  # renamed into place by the worker, so complete
                         waiting.remove(seed)
                         yield seed, Image.open(path)
                 check(processes, out, is_done=not waiting)
                 time.sleep(POLL_SECONDS if waiting else 0)
-        finally:
+        finally:  # also where the consumer closes the generator early
             for process in processes:
                 process.kill()
                 process.wait()
 
 
 def start(shard: Shard, device: int) -> "subprocess.Popen[bytes]":
-    """Start one process that sees one device."""
+    """Start one process with a single visible device."""
     out = Path(shard.folder)
     spec = out / f"shard-{device}.json"
     spec.write_text(shard.model_dump_json())
@@ -73,7 +74,7 @@ def start(shard: Shard, device: int) -> "subprocess.Popen[bytes]":
 
 
 def pick_device(device: int) -> str:
-    """Return what the n-th process may see, of the devices that this one sees."""
+    """Return `CUDA_VISIBLE_DEVICES` of the n-th process, within the devices visible to this one."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return str(device)
@@ -82,8 +83,8 @@ def pick_device(device: int) -> str:
 
 
 def check(processes: "list[subprocess.Popen[bytes]]", out: Path, *, is_done: bool) -> None:
-    """Raise ConfigError where a process ended badly before its pictures were there."""
+    """Raise ConfigError where a process failed before all images were written."""
     for device, process in enumerate(processes):
         if process.poll() and not is_done:
             words = (out / f"shard-{device}.log").read_text().strip().splitlines() or ["it said nothing"]
-            raise ConfigError(f"drawing class images on device {device} failed: {words[-1]}; see prior.batch_size")
+            raise ConfigError(f"generating class images on device {device} failed: {words[-1]}; see prior.batch_size")

@@ -25,7 +25,7 @@ STAGE_VERSION = 2
 
 @dataclass(frozen=True)
 class PriorInputs:
-    """What class images depend on; nothing of the subject but its class."""
+    """What class images depend on: of the subject, only its class."""
 
     config: PriorConfig
     diffusion: DiffusionConfig
@@ -38,8 +38,9 @@ class PriorInputs:
         return write_class_prompt(self.config.class_prompt, class_noun=self.class_noun)
 
     def stage(self) -> Stage[ClassImageSet]:
-        """Return the stage that makes them."""
+        """Return the stage with its cache key."""
         sampling = self.diffusion.model_dump(mode="json", include={"family", "resolution", "sampler", "precision"})
+        # Each image depends on its own seed alone, so batch size and number of devices are no part of the key.
         settings = self.config.model_dump(mode="json", exclude={"batch_size", "class_prompt", "num_devices"})
         return Stage(
             "prior",
@@ -52,24 +53,24 @@ class PriorInputs:
 
 @task(name="prior", persist_result=False)
 def generate_class_images(inputs: PriorInputs, runtime: Runtime) -> State[ClassImageSet]:
-    """Draw class images, or take the cached ones: they serve every subject of the class."""
+    """Generate class images, or return the cached ones, which all subjects of the class share."""
     manifest = runtime.run_stage(inputs.stage(), lambda folder: compute_prior(folder, inputs, runtime))
     return finished(manifest, runtime)
 
 
 def compute_prior(folder: StageFolder, inputs: PriorInputs, runtime: Runtime) -> ClassImageSet:
-    """Draw what is missing and write the manifest."""
+    """Generate the missing class images and write the manifest."""
     from tasks.diffusion.adapter import release_memory
     from tasks.diffusion.registry import open_model
-    from tasks.prior.generation import draw_pictures, generate_class_images
-    from tasks.prior.sharding import draw_on_devices
+    from tasks.prior.generation import generate_class_images, generate_images
+    from tasks.prior.sharding import generate_on_devices
 
     config, diffusion, class_prompt = inputs.config, inputs.diffusion, inputs.class_prompt
 
     def draw(seeds: list[int]) -> "Iterator[tuple[int, Image]]":
         if config.num_devices > 1:
-            return draw_on_devices(diffusion, config, class_prompt=class_prompt, seeds=seeds)
-        return draw_pictures(open_model(diffusion), config, class_prompt=class_prompt, seeds=seeds)
+            return generate_on_devices(diffusion, config, class_prompt=class_prompt, seeds=seeds)
+        return generate_images(open_model(diffusion), config, class_prompt=class_prompt, seeds=seeds)
 
     images = generate_class_images(folder, config, draw=draw, on_progress=runtime.show("class images"))
     release_memory()

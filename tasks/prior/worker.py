@@ -5,17 +5,17 @@ import sys
 from pathlib import Path
 
 from tasks.diffusion.registry import open_model
-from tasks.prior.generation import draw_pictures
+from tasks.prior.generation import generate_images
 from tasks.prior.sharding import Shard
 
 
 def main(argv: list[str]) -> None:
-    """Draw a shard's pictures, each written beside its place and renamed."""
+    """Draw a shard's images; each is written to a temporary name and renamed."""
     shard = Shard.model_validate_json(Path(argv[0]).read_text())
     out = Path(shard.folder)
     model = open_model(shard.diffusion)
     seeds = list(shard.seeds)
-    for seed, picture in draw_pictures(model, shard.prior, class_prompt=shard.class_prompt, seeds=seeds):
+    for seed, picture in generate_images(model, shard.prior, class_prompt=shard.class_prompt, seeds=seeds):
         staged = out / f".{seed}.png"
         picture.save(staged, format="PNG")
         os.replace(staged, out / f"{seed}.png")

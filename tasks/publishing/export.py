@@ -62,7 +62,7 @@ pipeline.load_textual_inversion(
 
 
 def write_loading(tuned: TunedModel, identifier_token: str) -> str:
-    """Return the lines of Python that load what a method learned."""
+    """Return the model card's Python lines that load the tuned model with diffusers."""
     if tuned.method.endswith("full"):
         return WHOLE
     base = tuned.base_model
@@ -71,6 +71,7 @@ def write_loading(tuned: TunedModel, identifier_token: str) -> str:
     if tuned.method.startswith("textual_inversion") and tuned.family == "stable_diffusion_3":
         lines.append("# diffusers' pipeline of this family loads no textual inversion: use `likeness generate`")
     elif tuned.method.startswith("textual_inversion"):
+        # Only CLIP encoders learn tokens, and Flux has one of them beside T5.
         has_one_encoder = tuned.family in ("stable_diffusion", "flux")
         lines.append((ONE_ENCODER if has_one_encoder else TWO_ENCODERS).format(token=identifier_token))
     if tuned.method.endswith("lora"):
@@ -79,11 +80,11 @@ def write_loading(tuned: TunedModel, identifier_token: str) -> str:
 
 
 def export_model(folder: StageFolder, run: RunManifests, *, title: str, local: Path) -> tuple[ObjectRef, ...]:
-    """Store the tuned model beside its card and lineage; `local` holds the same files."""
+    """Store the tuned model with model card and lineage; `local` receives the same files."""
     subject, tuned, evaluation = run.subject, run.training, run.evaluation
     spoken = subject.identifier_token
     if tuned.method.startswith("textual_inversion"):
-        spoken = f"<{spoken}>"  # diffusers spells out all of its vectors itself
+        spoken = f"<{spoken}>"  # diffusers expands the first placeholder to all vectors
     card = CARD.format(
         title=title,
         loading=write_loading(tuned, subject.identifier_token),
@@ -115,13 +116,13 @@ def export_model(folder: StageFolder, run: RunManifests, *, title: str, local: P
 
 
 def read_losses(store: Store, tuned: TunedModel) -> list[LossRow]:
-    """Return the loss log without skipped steps."""
+    """Return the loss log without skipped steps, whose values are None."""
     rows = parse_losses(read_verified(store, tuned.find("losses.jsonl")).decode())
     return [row for row in rows if None not in row.model_dump(exclude_unset=True).values()]
 
 
 def headline_metrics(evaluation: Evaluation, scores: Scorecard) -> dict[str, float]:
-    """Return every figure of a run by a flat name."""
+    """Return all metrics of a run by flat names such as `tuned/dino`, for the tracking server."""
     figures: dict[str, float] = {}
     for side, metrics in evaluation.metrics.items():
         figures.update({f"{side}/{name}": value for name, value in metrics.model_dump().items()})
@@ -139,7 +140,10 @@ def headline_metrics(evaluation: Evaluation, scores: Scorecard) -> dict[str, flo
 
 
 def sum_llm_costs(manifests: Sequence[Manifest]) -> tuple[dict[str, float], str]:
-    """Return calls and money that the stages took, by a flat name, and the money in words."""
+    """Return LLM calls and cost (USD) of the stages by flat name, and the cost as text.
+
+    The cost is unknown as a whole where it is for one stage.
+    """
     costs = [manifest.cost_usd for manifest in manifests]
     figures = {"llm/calls": float(sum(manifest.counts.get("llm_calls", 0) for manifest in manifests))}
     if None in costs:

@@ -1,4 +1,4 @@
-"""Log a run to the tracking server: parameters, losses, metrics, samples, the model."""
+"""Log a run to the tracking server: parameters, losses, metrics, report, samples, model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class TrackedRun:
         return self.losses[-1].step if self.losses else 0
 
     def loss_rows(self) -> list[tuple[str, float, int]]:
-        """Return name, value and step of every finite number of the loss log."""
+        """Return (name, value, step) of every finite value of the loss log."""
         return [
             (f"train/{name}", float(value), row.step)
             for row in self.losses
@@ -43,15 +43,16 @@ class TrackedRun:
 
 
 def track_run(tracker: Tracker, run: TrackedRun, *, live: LiveRun | None = None) -> tuple[str | None, str | None]:
-    """Log everything and register the model; return tracking run id and model version.
+    """Log a run and register its model; return the tracking run id and model version.
 
-    A run that was opened while training, `live`, is completed and closed.
+    `live`, a tracking run opened during training, is completed and closed.
     """
     if live is not None:
         tracker = live.take_over()
+    # A repeated publication replaces its earlier tracking run instead of adding a duplicate.
     tracker.forget(tag=PUBLICATION_TAG, value=run.publication_key)
     tags = {**run.tags, PUBLICATION_TAG: run.publication_key}
-    is_failed = True
+    is_failed = True  # until the end is reached, so that an exception marks the tracking run as failed
     logged: set[tuple[str, int]] = set()
     try:
         if live is not None and live.is_open:
@@ -60,6 +61,7 @@ def track_run(tracker: Tracker, run: TrackedRun, *, live: LiveRun | None = None)
                 tracker.set_tag(tag, value)
         else:
             run_id = tracker.start(name=run.name, params=dict(run.params), tags={**(live.tags if live else {}), **tags})
+        # A live run has logged some of the losses already.
         tracker.log_metrics(row for row in run.loss_rows() if (row[0], row[2]) not in logged)
         tracker.log_metrics((name, value, run.last_step) for name, value in run.figures.items())
         tracker.log_folder(run.folder / "report", path="report")

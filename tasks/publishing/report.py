@@ -1,4 +1,4 @@
-"""The report: one HTML file with every picture and figure of a run inside it."""
+"""The report: one self-contained HTML file with all images and figures of a run."""
 
 import base64
 from collections.abc import Sequence
@@ -37,6 +37,7 @@ class ReportInputs:
 
 def render_report(store: Store, inputs: ReportInputs) -> str:
     """Return the report as one self-contained HTML page."""
+    # Names, captions and evidence are untrusted text: everything is escaped.
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE_FOLDER), autoescape=select_autoescape(default=True), trim_blocks=True
     )
@@ -70,12 +71,13 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
 
 
 def list_metrics(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Return a row per metric: values, ceiling, and the share of the way to it."""
+    """Return a row per metric: base, tuned, ceiling, and the fraction of the gap between base and ceiling closed."""
     rows = []
     for key, metric in ((key, METRICS[key]) for key in FIDELITY):
         base, tuned = (getattr(evaluation.metrics[side], key) for side in ("base", "tuned"))
         ceiling = getattr(evaluation.ceiling, key)
         gap = ceiling - base
+        # None for CLIP-T, where real photos are no upper bound, and without a gap.
         share = (tuned - base) / gap if key != "clip_t" and gap > 1e-6 else None
         rows.append(
             {"name": metric.name, "metric": metric, "base": base, "tuned": tuned, "ceiling": ceiling, "share": share}
@@ -84,7 +86,7 @@ def list_metrics(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def list_drift(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Return a row per measure of the class that was taken: values of both sides."""
+    """Return a row per drift metric that was measured on both sides."""
     rows = []
     for key in ("pres", "div", "dino_div"):
         base, tuned = (getattr(evaluation.drift[side], key) for side in ("base", "tuned"))
@@ -94,7 +96,10 @@ def list_drift(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def list_checkpoints(evaluation: Evaluation, scores: Scorecard) -> list[dict[str, Any]]:
-    """Return a row per step whose weights were compared, with the means of the samples that were."""
+    """Return a row per ranked checkpoint with its mean DINO and CLIP-T.
+
+    Published weights have more samples than the others; only the draws that all have are averaged.
+    """
     drawn = [s for s in evaluation.samples if s.kind == "candidate"]
     draws = {(sample.prompt, sample.seed) for sample in drawn}
     drawn += [
@@ -126,7 +131,7 @@ def list_samples(samples: Sequence[Sample], graded: dict[str, Judgement]) -> lis
 
 
 def to_data_url(store: Store, ref: ObjectRef) -> str:
-    """Return a stored picture inline, at most 256 px a side."""
+    """Return a stored image as a PNG data URL, at most 256 px a side."""
     data = read_verified(store, ref)
     picture = decode_png(data)
     if max(picture.size) > PICTURE_SIDE:
@@ -136,13 +141,14 @@ def to_data_url(store: Store, ref: ObjectRef) -> str:
 
 
 def draw_sample_grid(store: Store, evaluation: Evaluation, *, side: int = 128) -> bytes:
-    """Return one picture: the base model's samples above, the tuned model's below."""
+    """Return a PNG grid: base samples in the first row, tuned ones in the second."""
     rows = [[s for s in evaluation.samples if s.side == name and s.kind == "subject"] for name in ("base", "tuned")]
     width = max(len(row) for row in rows)
     grid = Image.new("RGB", (width * side, len(rows) * side), "white")
     for y, row in enumerate(rows):
         for x, sample in enumerate(row):
             picture = decode_png(read_verified(store, sample.image))
+            # Upscaled, a small image keeps its pixels visible.
             resample = Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
             grid.paste(picture.resize((side, side), resample), (x * side, y * side))
     return encode_png(grid)
@@ -159,13 +165,14 @@ def draw_curves(losses: Sequence[LossRow], *, width: int = 640, height: int = 18
     curves = []
     for name, values in smooth.items():
         step = width / max(1, len(values) - 1)
+        # SVG's y axis points down; 8 px are left above the maximum.
         points = " ".join(f"{i * step:.1f},{height - v / top * (height - 8):.1f}" for i, v in enumerate(values))
         curves.append({"name": name.replace("_", " "), "points": points, "first": values[0], "last": values[-1]})
     return curves
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Return a running mean: losses of single steps jump with their timesteps."""
+    """Return a centered running mean, thinned to at most 400 points; single losses vary with their timesteps."""
     window = max(1, len(values) // 12)
     result = []
     for i in range(len(values)):

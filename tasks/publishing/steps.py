@@ -23,7 +23,7 @@ STAGE_VERSION = 3
 
 @dataclass(frozen=True)
 class PublishingInputs:
-    """What a publication depends on."""
+    """Everything that a publication depends on."""
 
     config: PublishingConfig
     tracking: TrackingConfig
@@ -32,7 +32,7 @@ class PublishingInputs:
     """The run's configuration as it is shown: dotted names and values. Not part of the key."""
 
     def stage(self) -> Stage[Publication]:
-        """Return the stage that publishes."""
+        """Return the stage with its cache key."""
         return Stage(
             "publishing",
             Publication,
@@ -50,7 +50,7 @@ class PublishingInputs:
 
 @task(name="publishing", persist_result=False, retries=1, retry_delay_seconds=3, retry_condition_fn=should_retry)
 def publish(inputs: PublishingInputs, runtime: Runtime) -> State[Publication]:
-    """Publish model and report, or take what is published."""
+    """Publish model and report, or return the cached publication if its effects still exist."""
     manifest = runtime.run_stage(
         inputs.stage(),
         lambda folder: compute_publication(folder, inputs, runtime),
@@ -60,7 +60,7 @@ def publish(inputs: PublishingInputs, runtime: Runtime) -> State[Publication]:
 
 
 def find_missing_effect(publication: Publication, tracker: Tracker) -> str:
-    """Return what of a publication the tracking server no longer has, or nothing."""
+    """Return what the tracking server has lost of a cached publication, or an empty string."""
     if publication.tracking_run_id is None:
         return ""
     model = publication.registered_model, publication.registered_version
@@ -89,7 +89,7 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
     )  # fmt: skip
     losses = read_losses(runtime.store, tuned)
     runtime.show("publishing")(0, 3)
-    # Below the output folder, where files of the store are linked instead of copied.
+    # In the output folder: on the store's file system, files are hard-linked instead of copied.
     runtime.work_folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runtime.work_folder, prefix=PART_PREFIX) as name:
         local = Path(name)

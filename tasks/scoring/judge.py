@@ -8,7 +8,7 @@ from tasks.errors import ReplyInvalid
 from tasks.scoring.config import ScoringConfig
 from tasks.scoring.judge_requests import JudgeContext, JudgeRequest, list_judge_requests, list_second_judge_requests
 from tasks.scoring.scores import Judged, collect_grades
-from tasks.scoring.tie_break import break_ties, find_disputed, read_settled
+from tasks.scoring.tie_break import break_ties, find_disputed, read_tie_breaks
 from tasks.services.llm.batch.jobs import BatchOptions, ask_many
 from tasks.services.llm.executor import Answers, AskOptions, Specs
 from tasks.services.llm.service import LlmService
@@ -18,7 +18,7 @@ Show = Callable[[str], Callable[[int, int], None]]
 
 
 @dataclass
-class Grading:
+class JudgeRun:
     """Requests and answers, before any score is computed."""
 
     questions: list[JudgeRequest]
@@ -38,7 +38,7 @@ class Grading:
 
     @property
     def given(self) -> Answers:
-        """All answers of the first judge."""
+        """All answers of the first judge, tie-breaks included."""
         return {**self.answers, **self.settled}
 
     def reasoning(self) -> dict[str, str]:
@@ -49,8 +49,8 @@ class Grading:
 
 def grade(
     config: ScoringConfig, material: JudgeContext, *, llm: LlmService, folder: StageFolder, show: Show
-) -> Grading:
-    """Send every request to the judges.
+) -> JudgeRun:
+    """Send all requests to the judge, then to the second judge, then the tie-breaks.
 
     Raises:
         ReplyInvalid: more requests failed than `scoring.max_failed_share` allows.
@@ -63,19 +63,20 @@ def grade(
         return ask_judge(llm, specs, config, folder=folder, options=options)
 
     questions = list_judge_requests(config, material)
-    grading = Grading(questions, *ask(questions, "judge"))
+    grading = JudgeRun(questions, *ask(questions, "judge"))
     if llm.config.fallback_chain("second_judge"):
         others = list_second_judge_requests(config, material)
+        # A second judge only measures agreement, so its failures don't fail the samples.
         grading.second, _ = ask(others, "second_judge")
         grading.second_grades = collect_grades(Judged(others, grading.second))
     disputed = find_disputed(config, material.samples, grading.judged, second=grading.second_grades)
     grading.settled = break_ties(disputed, llm=llm, on_progress=show("disputed grades"))
-    grading.decided = read_settled(disputed, grading.settled)
+    grading.decided = read_tie_breaks(disputed, grading.settled)
     return grading
 
 
 def batch_options(config: ScoringConfig, *, state_prefix: str) -> BatchOptions | None:
-    """Return how a judge's batch job is waited for; None where requests go by calls."""
+    """Return the polling options of a judge's batch job; None with `executor=sync`."""
     if config.executor != "batch":
         return None
     return BatchOptions(
@@ -89,7 +90,7 @@ def batch_options(config: ScoringConfig, *, state_prefix: str) -> BatchOptions |
 def ask_judge(
     llm: LlmService, specs: Specs, config: ScoringConfig, *, folder: StageFolder, options: AskOptions
 ) -> tuple[Answers, dict[str, str]]:
-    """Return answers and failures by the requests' names.
+    """Return answers and failure reasons by request name.
 
     Raises:
         ReplyInvalid: more requests failed than `scoring.max_failed_share` allows.
@@ -97,9 +98,10 @@ def ask_judge(
     """
     options.on_progress(0, len(specs))
     batch = batch_options(config, state_prefix=f"{folder.prefix}/batches/{options.role}")
+    # Stops a failing run early, before it has paid for all requests.
     limited = replace(options, max_failures=math.floor(config.max_failed_share * len(specs)))
     answers, failures = ask_many(llm, specs, limited, batch=batch)
     if len(failures) > config.max_failed_share * len(specs):
         example = next(iter(failures.values()))
-        raise ReplyInvalid(f"{len(failures)} of {len(specs)} questions got no grade: {example}; run again to ask anew")
+        raise ReplyInvalid(f"{len(failures)} of {len(specs)} judge requests failed: {example}; run again to retry them")
     return answers, failures

@@ -1,4 +1,4 @@
-"""Every question that a judge is asked: samples, repeats, controls and pairs, each with a name."""
+"""All requests to the judges: samples, repeats, controls and pairs, each with a unique name."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ class JudgeRequest:
 
     @property
     def name(self) -> str:
-        """A name that no other question has."""
+        """A unique name; answers are keyed by it."""
         return f"{self.kind}/{self.axis}/{self.key}/{self.repeat}{'/swapped' if self.is_swapped else ''}"
 
 
@@ -57,19 +57,20 @@ class JudgeContext:
 
 
 def list_judge_requests(config: ScoringConfig, material: JudgeContext) -> list[JudgeRequest]:
-    """Return all questions for the first judge: those whose beginnings are the same stand together."""
-    questions = [q for sample in material.samples for q in ask_axes(material, sample, repeat=0)]
-    for sample in spread_out(material.samples, config.num_repeated):
+    """Return all requests for the first judge, without duplicates; requests with a common prefix are adjacent."""
+    questions = [q for sample in material.samples for q in axis_requests(material, sample, repeat=0)]
+    for sample in sample_evenly(material.samples, config.num_repeated):
         for repeat in range(1, config.num_repeats):
-            questions += ask_axes(material, sample, repeat=repeat)
+            questions += axis_requests(material, sample, repeat=repeat)
     questions += list(list_controls(config, material))
     questions += list(list_pairs(config, material))
-    questions += list(list_contests(config, material))
+    questions += list(list_checkpoint_pairs(config, material))
+    # Samples may be drawn by several lists; a name occurs once.
     return list({question.name: question for question in questions}.values())
 
 
-def ask_axes(material: JudgeContext, sample: Sample, *, repeat: int) -> list[JudgeRequest]:
-    """Return one question per axis about a sample."""
+def axis_requests(material: JudgeContext, sample: Sample, *, repeat: int) -> list[JudgeRequest]:
+    """Return one request per axis for a sample; separate, so that no axis influences another."""
     picture = material.read(sample)
     concept = concept_spec(material.references, picture, class_noun=material.class_noun, repeat=repeat)
     specs: tuple[RequestSpec[Any], ...] = (
@@ -83,9 +84,14 @@ def ask_axes(material: JudgeContext, sample: Sample, *, repeat: int) -> list[Jud
 
 
 def list_controls(config: ScoringConfig, material: JudgeContext) -> Iterator[JudgeRequest]:
-    """Yield questions whose answers are known: they look like any other to the judge."""
+    """Yield requests with known outcomes, indistinguishable from others to the judge.
+
+    Positive control: a photo against the other photos. Negative control: another subject of the class. Shuffled: a
+    wrong prompt. Blurred: a degraded sample.
+    """
     concept, prompt, quality = AXES
     references, noun = material.references, material.class_noun
+    # Leave-one-out, so the graded photo is never among its references.
     for number in range(min(config.num_controls, len(references)) if len(references) > 1 else 0):
         rest = references[:number] + references[number + 1 :]
         spec = concept_spec(rest, references[number], class_noun=noun, repeat=0)
@@ -102,7 +108,10 @@ def list_controls(config: ScoringConfig, material: JudgeContext) -> Iterator[Jud
 
 
 def choose_for_controls(config: ScoringConfig, material: JudgeContext) -> list[Sample]:
-    """Return samples of the base model, which follows prompts best, one for each of the longest prompts."""
+    """Return one base sample for each of the `num_controls` longest prompts.
+
+    Of the base model, which follows prompts best: a wrong prompt can lower only a grade that is high.
+    """
     by_prompt: dict[str, Sample] = {}
     for sample in material.samples:
         if sample.side == "base":
@@ -111,13 +120,13 @@ def choose_for_controls(config: ScoringConfig, material: JudgeContext) -> list[S
 
 
 def find_other_prompt(sample: Sample, samples: list[Sample]) -> str:
-    """Return the longest of the other prompts: it says most that the sample doesn't show."""
+    """Return the longest of the other prompts, which the sample contradicts most; '' where there is none."""
     others = {other.class_prompt for other in samples if other.class_prompt != sample.class_prompt}
     return max(others, key=lambda prompt: (len(prompt), prompt), default="")
 
 
 def blur(png: bytes) -> bytes:
-    """Return a picture that nobody would call clean."""
+    """Return a heavily blurred copy as PNG; the radius scales with the image."""
     with Image.open(io.BytesIO(png)) as opened:
         picture = opened.convert("RGB")
     return encode_png(picture.filter(ImageFilter.GaussianBlur(max(2.0, max(picture.size) * BLUR_SHARE))))
@@ -127,34 +136,35 @@ def list_pairs(config: ScoringConfig, material: JudgeContext) -> Iterator[JudgeR
     """Yield base against tuned on the same prompt and seed, each pair in both orders."""
     by_draw = {(sample.prompt, sample.seed, sample.side): sample for sample in material.samples}
     tuned = [sample for sample in material.samples if sample.side == "tuned"]
-    for sample in spread_out(tuned, config.num_pairs):
+    for sample in sample_evenly(tuned, config.num_pairs):
         base = by_draw.get((sample.prompt, sample.seed, "base"))
         if base is None:
             continue
-        yield from ask_both_ways(material, "pair", base, other=sample, candidates=("base", "tuned"))
+        yield from pair_requests(material, "pair", base, other=sample, candidates=("base", "tuned"))
 
 
-def list_contests(config: ScoringConfig, material: JudgeContext) -> Iterator[JudgeRequest]:
-    """Yield every two of the kept weights on the same prompt and seed, each pair in both orders."""
+def list_checkpoint_pairs(config: ScoringConfig, material: JudgeContext) -> Iterator[JudgeRequest]:
+    """Yield all pairs of retained checkpoints on the same prompt and seed, each in both orders."""
     published = [sample for sample in material.samples if sample.side == "tuned"]
     steps = sorted({sample.step for sample in material.candidates if sample.step is not None})
     by_draw: dict[tuple[str, int], dict[int, Sample]] = {}
     for sample in [*published, *material.candidates]:
         step = material.published_step if sample.step is None else sample.step
         by_draw.setdefault((sample.prompt, sample.seed), {})[step] = sample
+    # Only draws that all steps have: else steps would be compared on different prompts.
     whole = [drawn for drawn in by_draw.values() if steps and len(drawn) == len(steps) + 1]
     for drawn in whole[: config.num_checkpoint_pairs]:
         for first, second in combinations(sorted(drawn), 2):
             candidates = (str(first), str(second))
-            yield from ask_both_ways(
+            yield from pair_requests(
                 material, "checkpoint_pair", drawn[first], other=drawn[second], candidates=candidates
             )
 
 
-def ask_both_ways(
+def pair_requests(
     material: JudgeContext, kind: Kind, one: Sample, *, other: Sample, candidates: tuple[str, str]
 ) -> Iterator[JudgeRequest]:
-    """Yield a pair in both orders."""
+    """Yield a pair in both presentation orders, which cancels position bias."""
     for is_swapped in (False, True):
         first, second = (other, one) if is_swapped else (one, other)
         spec = pair_spec(
@@ -165,13 +175,13 @@ def ask_both_ways(
 
 
 def list_second_judge_requests(config: ScoringConfig, material: JudgeContext) -> list[JudgeRequest]:
-    """Return the questions for the second judge."""
+    """Return the second judge's requests: all axes, once, on a fraction of the samples."""
     num = round(config.second_judge_fraction * len(material.samples))
-    return [q for sample in spread_out(material.samples, num) for q in ask_axes(material, sample, repeat=0)]
+    return [q for sample in sample_evenly(material.samples, num) for q in axis_requests(material, sample, repeat=0)]
 
 
-def spread_out(samples: list[Sample], num: int) -> list[Sample]:
-    """Return up to `num` samples, evenly spread over all of them."""
+def sample_evenly(samples: list[Sample], num: int) -> list[Sample]:
+    """Return up to `num` samples at even distances, deterministically."""
     if num >= len(samples):
         return samples
     return [samples[i * len(samples) // num] for i in range(num)]

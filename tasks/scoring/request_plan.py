@@ -11,7 +11,7 @@ from tasks.services.llm.config import LlmConfig
 
 
 def plan_requests(config: ScoringConfig, llm: LlmConfig, context: JudgeContext) -> list[PlannedRequests]:
-    """Return every request to the judges about the samples of a context."""
+    """Return the worst-case requests to the judges for the samples of a context."""
     wants_batch = batch_options(config, state_prefix="") is not None
     judged = [request.spec for request in list_judge_requests(config, context)]
     plan = [PlannedRequests("judge", judged, is_batch=wants_batch and can_batch(llm, "judge"))]

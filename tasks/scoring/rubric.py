@@ -1,7 +1,7 @@
-"""What the judge is asked: one axis a question, 0 to 4 with anchors, evidence before the grade.
+"""The rubric: one axis per request, grades 0 to 4 with anchors, evidence before the grade.
 
-After DreamBench++ (arXiv 2406.16855): likeness is judged with the prompt hidden, because judges believe
-words over pixels; the prompt without the references; the picture's quality alone.
+Follows DreamBench++ (arXiv 2406.16855): concept preservation is judged without the prompt, since judges trust
+text over pixels; prompt following without the references; image quality from the image alone.
 """
 
 from typing import Literal
@@ -75,7 +75,8 @@ class PairChoice(BaseModel):
 
 
 def concept_spec(references: list[bytes], sample: bytes, *, class_noun: str, repeat: int) -> RequestSpec[ConceptGrade]:
-    """Return the question for likeness, references rotated by the repeat; the prompt is not told."""
+    """Return the request for concept preservation, without the prompt."""
+    # Another order of references in each repeat, so that repeats reveal a dependence on it.
     turn = repeat % len(references)
     ordered = references[turn:] + references[:turn]
     parts: list[str | bytes] = [f"Reference photos of the subject, a kind of {class_noun} ({len(ordered)}):", *ordered]
@@ -83,23 +84,23 @@ def concept_spec(references: list[bytes], sample: bytes, *, class_noun: str, rep
 
 
 def prompt_spec(sample: bytes, *, class_prompt: str, repeat: int) -> RequestSpec[PromptGrade]:
-    """Return the question for the prompt; the references are not shown."""
+    """Return the request for prompt following, without the references."""
     parts = (f"Prompt: {class_prompt}", "Sample:", sample, "Grade the sample.")
     return RequestSpec(PROMPT, parts, PromptGrade, repeat=repeat)
 
 
 def quality_spec(sample: bytes, *, repeat: int) -> RequestSpec[QualityGrade]:
-    """Return the question for the picture alone."""
+    """Return the request for image quality, with the image alone."""
     return RequestSpec(QUALITY, ("Picture:", sample, "Grade the picture."), QualityGrade, repeat=repeat)
 
 
 def pair_spec(references: list[bytes], first: bytes, second: bytes, *, class_noun: str) -> RequestSpec[PairChoice]:
-    """Return the question which of two is nearer the subject."""
+    """Return the request for a pairwise comparison by likeness to the subject."""
     parts: list[str | bytes] = [f"Photos of the subject, a kind of {class_noun} ({len(references)}):", *references]
     return RequestSpec(PAIR, (*parts, "First picture:", first, "Second picture:", second), PairChoice)
 
 
 def digest_rubric() -> str:
-    """Return the digest of everything that a judge is asked: other words are another stage key."""
+    """Return the digest of prompts and reply schemas, part of the stage's cache key."""
     shapes = [reply.model_json_schema() for reply in (ConceptGrade, PromptGrade, QualityGrade, PairChoice)]
     return digest([CONCEPT, PROMPT, QUALITY, PAIR, shapes])

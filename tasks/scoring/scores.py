@@ -1,4 +1,4 @@
-"""From the judge's answers to scores, and to how reliable the judge is."""
+"""Scores from the judge's answers, and statistics of the judge's reliability."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,22 +30,22 @@ from tasks.services.llm.executor import Answers
 
 SIDES: tuple[Side, ...] = ("base", "tuned")
 POSITIVE_LIMIT, NEGATIVE_LIMIT = 3.0, 1.0
-MEANINGFUL = 0.05
+MIN_GRADE_DROP = 0.05
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Requests with the answers that were given, by name."""
+    """Requests of one judge and its answers by request name; unanswered requests have none."""
 
     requests: Sequence[JudgeRequest]
     answers: Answers
 
     def answered(self, *kinds: Kind) -> list[JudgeRequest]:
-        """Return the requests of some kinds that have an answer."""
+        """Return the answered requests of the given kinds, in request order."""
         return [request for request in self.requests if request.kind in kinds and request.name in self.answers]
 
     def grades_of(self, sample: Sample, axis: str) -> list[int]:
-        """Return a sample's grades on an axis, one per repeat."""
+        """Return a sample's grades (0 to 4) on an axis, one per answered repeat."""
         return [
             self.grade(request)
             for request in self.answered("sample")
@@ -53,7 +53,7 @@ class Judged:
         ]
 
     def grade(self, request: JudgeRequest) -> int:
-        """Return the grade that a request got on its axis."""
+        """Return the grade (0 to 4) of an answered request on its axis."""
         return int(getattr(self.answers[request.name].reply, request.axis))
 
 
@@ -62,12 +62,14 @@ def to_judgements(
     judged: Judged,
     settled: Mapping[tuple[str, str], int] = MappingProxyType({}),
 ) -> tuple[Judgement, ...]:
-    """Join grades with their samples; a sample without a grade on some axis is left out.
+    """Aggregate grades by sample: tie-break grade where there is one, else the median over repeats.
+
+    A sample without a grade on some axis is left out.
 
     Args:
-        samples: what was judged.
+        samples: the judged samples.
         judged: the judge's requests and answers.
-        settled: grades that decide where others disagree, by sample key and axis.
+        settled: tie-break grades by (sample key, axis).
 
     """
     judgements = []
@@ -92,7 +94,7 @@ def to_judgements(
 
 
 def average(judgements: Sequence[Judgement]) -> dict[Side, SideScores]:
-    """Return mean grades per side."""
+    """Return the mean grade per side and axis; sides without judgements are left out."""
     scores: dict[Side, SideScores] = {}
     for side in SIDES:
         rows = [judgement for judgement in judgements if judgement.side == side]
@@ -102,7 +104,7 @@ def average(judgements: Sequence[Judgement]) -> dict[Side, SideScores]:
 
 
 def find_intervals(judgements: Sequence[Judgement]) -> dict[Side, dict[str, tuple[float, float]]]:
-    """Return bootstrap intervals of the mean grades."""
+    """Return 95 % bootstrap intervals of the mean grades."""
     found: dict[Side, dict[str, tuple[float, float]]] = {}
     for side in SIDES:
         rows = [judgement for judgement in judgements if judgement.side == side]
@@ -111,7 +113,7 @@ def find_intervals(judgements: Sequence[Judgement]) -> dict[Side, dict[str, tupl
     return found
 
 
-def examine_judge(
+def assess_judge(
     samples: Sequence[Sample],
     judged: Judged,
     *,
@@ -119,8 +121,12 @@ def examine_judge(
     others: tuple[Agreement, ...] = (),
     measured: Mapping[str, SubjectMetrics] = MappingProxyType({}),
 ) -> JudgeReliability:
-    """Return what controls and repeats say of the judge."""
+    """Return the judge's reliability: controls, agreement of repeats, other raters, correlation with metrics.
+
+    Reliable means that there are controls, all pass, and the answers are comparable.
+    """
     controls = check_controls(judged)
+    # Repeats cover all axes, so the first tells which samples have them.
     repeated = [s for s in samples if len(judged.grades_of(s, AXES[0])) > 1]
     return JudgeReliability(
         controls=controls,
@@ -134,7 +140,7 @@ def examine_judge(
 
 
 def correlate(judgements: Sequence[Judgement], measured: Mapping[str, SubjectMetrics]) -> dict[str, float | None]:
-    """Return how grades rank with what was measured of the same samples; empty where nothing was."""
+    """Return Spearman correlations of grades with DINO and CLIP-T of the same samples; empty without metrics."""
     rows = [(judgement, measured[judgement.sample.key]) for judgement in judgements if judgement.sample.key in measured]
     if not rows:
         return {}
@@ -145,11 +151,12 @@ def correlate(judgements: Sequence[Judgement], measured: Mapping[str, SubjectMet
 
 
 def check_controls(judged: Judged) -> tuple[ControlResult, ...]:
-    """Compare the grades of controls with what they must be."""
+    """Compare the grades of controls with their known outcomes; kinds without an answer are left out."""
     concept, prompt, quality = AXES
     results = []
 
     def grades(kind: Kind, axis: str, keys: set[str] | None = None) -> list[int]:
+        # Controls are graded once, so samples are compared by their first grade.
         found = [request for request in judged.answered(kind) if request.axis == axis and request.repeat == 0]
         return [judged.grade(request) for request in found if keys is None or request.key in keys]
 
@@ -182,28 +189,30 @@ def check_controls(judged: Judged) -> tuple[ControlResult, ...]:
     )
     for kind, axis, name, text in spoiled_kinds:
         spoiled = grades(kind, axis)
+        # Paired: degraded samples are compared with their own originals, not with all samples.
         keys = {request.key for request in judged.requests if request.kind == kind}
         plain = grades("sample", axis, keys)
         if spoiled and plain:
             value, limit = sum(spoiled) / len(spoiled), sum(plain) / len(plain)
-            add(name, text, value=value, limit=limit, is_passed=value < limit - MEANINGFUL)
+            add(name, text, value=value, limit=limit, is_passed=value < limit - MIN_GRADE_DROP)
     return tuple(results)
 
 
 @dataclass(frozen=True)
 class ComparedPair:
-    """Two candidates and the winner in each order of showing them; `equal` is a winner too."""
+    """Two candidates and the winner, or `equal`, in each of the two presentation orders."""
 
     candidates: tuple[str, str]
     winners: tuple[str, ...]
 
 
 def read_pairs(judged: Judged, kind: Kind) -> list[ComparedPair]:
-    """Return every pair that was answered in both orders."""
+    """Return the pairs that were answered in both orders; others can't be checked for position bias."""
     winners: dict[str, list[str]] = {}
     candidates: dict[str, tuple[str, str]] = {}
     for request in judged.answered(kind):
         one, other = request.candidates
+        # From positions back to candidates.
         first, second = (other, one) if request.is_swapped else (one, other)
         better = judged.answers[request.name].reply.better
         winners.setdefault(request.key, []).append({"first": first, "second": second, "equal": "equal"}[better])
@@ -212,7 +221,7 @@ def read_pairs(judged: Judged, kind: Kind) -> list[ComparedPair]:
 
 
 def rank_candidates(pairs: Sequence[ComparedPair]) -> dict[str, float]:
-    """Return Bradley-Terry strengths; only a win in both orders counts as one, all else is half a win each."""
+    """Return Bradley-Terry strengths that sum to 1; a pair without a winner in both orders is half a win each."""
     wins: dict[tuple[str, str], float] = {}
     for pair in pairs:
         for winner, loser in (pair.candidates, pair.candidates[::-1]):
@@ -223,11 +232,12 @@ def rank_candidates(pairs: Sequence[ComparedPair]) -> dict[str, float]:
 
 
 def count_pairs(judged: Judged) -> PairResult | None:
-    """Return who won which pair; an answer that changes with the order is no win."""
+    """Return wins of base and tuned; a preference that flips with the order is inconsistent, not a win."""
     pairs = read_pairs(judged, "pair")
     if not pairs:
         return None
     wins = {side: sum(pair.winners == (side, side) for pair in pairs) for side in SIDES}
+    # Each side won once: the answer followed the position. A win beside an `equal` counts as a tie.
     inconsistent = sum(set(pair.winners) == set(SIDES) for pair in pairs)
     return PairResult(
         num_pairs=len(pairs),
@@ -240,12 +250,13 @@ def count_pairs(judged: Judged) -> PairResult | None:
 
 
 def rank_checkpoints(judged: Judged, *, published_step: int) -> tuple[CheckpointRank, ...]:
-    """Return how the kept weights did against each other, the strongest first."""
+    """Rank the retained checkpoints by pairwise comparison, strongest first."""
     pairs = read_pairs(judged, "checkpoint_pair")
     ranks = []
     for step, strength in rank_candidates(pairs).items():
         met = [pair.winners for pair in pairs if step in pair.candidates]
         wins = sum(winners == (step, step) for winners in met)
+        # A loss is a win of the opponent in both orders.
         losses = sum(winners[0] == winners[1] not in (step, "equal") for winners in met)
         ranks.append(
             CheckpointRank(
@@ -263,7 +274,10 @@ def rank_checkpoints(judged: Judged, *, published_step: int) -> tuple[Checkpoint
 def compare_raters(
     rater: str, grades: Mapping[str, Mapping[str, int]], judgements: Sequence[Judgement]
 ) -> Agreement | None:
-    """Return how another rater's grades, by sample and axis, agree with the judge's."""
+    """Return another rater's agreement with the judge; None without common samples.
+
+    `grades` are by sample key and axis.
+    """
     shared = [judgement for judgement in judgements if judgement.sample.key in grades]
     if not shared:
         return None
@@ -271,16 +285,17 @@ def compare_raters(
     for axis in AXES:
         rows = [row for row in shared if axis in grades[row.sample.key]]
         theirs = [grades[row.sample.key][axis] for row in rows]
+        # Kappa needs levels; a median over repeats may be half a grade.
         ours = [round(getattr(row, axis)) for row in rows]
         kappa[axis], spearman[axis] = compute_kappa(ours, theirs), compute_spearman(ours, theirs)
     return Agreement(rater=rater, num_samples=len(shared), kappa=kappa, spearman=spearman)
 
 
 def read_labels(path: Path, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """Return a person's grades by sample key; the CSV names samples by the end of their keys.
+    """Return human grades by sample key and axis; the CSV names samples by an unambiguous suffix of their keys.
 
     Raises:
-        ConfigError: the file can't be read, or names a sample or grade that isn't there.
+        ConfigError: the file can't be read, a name matches no or several samples, or a grade is invalid.
 
     """
     grades: dict[str, dict[str, int]] = {}
@@ -296,12 +311,12 @@ def read_labels(path: Path, samples: Sequence[Sample]) -> dict[str, dict[str, in
 def read_grade(text: str, path: Path, number: int) -> int:
     """Return a grade of 0 to 4. Raises ConfigError."""
     if text.strip() not in ("0", "1", "2", "3", "4"):
-        raise ConfigError(f"{path}, line {number}: {text!r} is no grade; write 0 to 4")
+        raise ConfigError(f"{path}, line {number}: {text!r} is not a grade; write 0 to 4")
     return int(text)
 
 
 def collect_grades(judged: Judged) -> dict[str, dict[str, int]]:
-    """Return another judge's grades by sample and axis."""
+    """Return a judge's grades by sample key and axis."""
     grades: dict[str, dict[str, int]] = {}
     for request in judged.requests:
         if request.name in judged.answers:

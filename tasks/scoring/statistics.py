@@ -1,4 +1,4 @@
-"""How far grades can be trusted: agreement, rank correlation, intervals, and strength from comparisons."""
+"""Statistics of grades: agreement, rank correlation, bootstrap intervals, Bradley-Terry strengths."""
 
 from collections.abc import Sequence
 from itertools import permutations
@@ -10,12 +10,13 @@ NUM_RESAMPLES = 2000
 
 
 def compute_alpha(units: Sequence[Sequence[int]], *, num_levels: int = 5) -> float | None:
-    """Return Krippendorff's alpha for ordinal grades 0..num_levels-1; 1 is perfect, 0 is chance.
+    """Return Krippendorff's alpha for ordinal grades 0..num_levels-1: 1 is perfect agreement, 0 is chance.
 
-    `units` holds the repeated grades of each thing graded (Krippendorff 2011, "Computing Krippendorff's
-    Alpha-Reliability"). None where fewer than two things were graded twice, or all grades are the same:
-    then chance can't be told from agreement.
+    `units` holds the repeated grades of each item (Krippendorff 2011, "Computing Krippendorff's
+    Alpha-Reliability"). None where fewer than two items were graded twice, or all grades are equal: expected
+    disagreement is then zero.
     """
+    # Coincidence matrix: every ordered pair of a unit's grades, weighted so that a unit counts by its size.
     counts = np.zeros((num_levels, num_levels))
     paired = [unit for unit in units if len(unit) > 1]
     for unit in paired:
@@ -24,6 +25,7 @@ def compute_alpha(units: Sequence[Sequence[int]], *, num_levels: int = 5) -> flo
     totals = counts.sum(1)
     if len(paired) < 2 or (totals > 0).sum() < 2:
         return None
+    # Squared ordinal distance: the grades between two levels, each end level counting half.
     between = np.zeros_like(counts)
     for low in range(num_levels):
         for high in range(low, num_levels):
@@ -34,7 +36,7 @@ def compute_alpha(units: Sequence[Sequence[int]], *, num_levels: int = 5) -> flo
 
 
 def compute_kappa(first: Sequence[int], second: Sequence[int], *, num_levels: int = 5) -> float | None:
-    """Return Cohen's kappa with quadratic weights; None where a rater gave one grade throughout."""
+    """Return Cohen's kappa with quadratic weights; None for fewer than 2 grades or a constant rater."""
     observed = np.zeros((num_levels, num_levels))
     for one, other in zip(first, second, strict=True):
         observed[one, other] += 1
@@ -48,14 +50,14 @@ def compute_kappa(first: Sequence[int], second: Sequence[int], *, num_levels: in
 
 
 def compute_spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Return the rank correlation; None where one side doesn't vary."""
+    """Return Spearman's rank correlation; None for fewer than 3 values or a constant side."""
     if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
         return None
     return float(stats.spearmanr(first, second).statistic)
 
 
 def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % percentile interval of a mean, over resampled values."""
+    """Return the 95 % percentile bootstrap interval of a mean."""
     rows = np.asarray(values, float)
     draws = np.random.default_rng(seed).integers(len(rows), size=(NUM_RESAMPLES, len(rows)))
     low, high = np.percentile(rows[draws].mean(1), [2.5, 97.5])
@@ -65,8 +67,8 @@ def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> tuple[float, fl
 def compute_strengths(candidates: Sequence[str], wins: dict[tuple[str, str], float]) -> dict[str, float]:
     """Return Bradley-Terry strengths that sum to one, from wins by (winner, loser); a tie is half a win each.
 
-    Half a win either way is added to every pair that met, so that who never lost keeps a finite strength
-    (Hunter 2004, "MM algorithms for generalized Bradley-Terry models").
+    Half a win either way is added to every compared pair as a prior: an undefeated candidate would else have infinite
+    strength. Fitted by the MM algorithm (Hunter 2004, "MM algorithms for generalized Bradley-Terry models").
     """
     index = {candidate: i for i, candidate in enumerate(candidates)}
     won = np.zeros((len(candidates), len(candidates)))
@@ -77,6 +79,7 @@ def compute_strengths(candidates: Sequence[str], wins: dict[tuple[str, str], flo
     games = won + won.T
     strengths = np.ones(len(candidates)) / len(candidates)
     for _ in range(1000):
+        # p_i <- wins_i / sum_j games_ij / (p_i + p_j), then normalize: the scale of p is arbitrary.
         shared = games / (strengths[:, None] + strengths[None])
         updated = np.where(shared.sum(1) > 0, won.sum(1) / np.maximum(shared.sum(1), 1e-12), strengths)
         updated /= updated.sum()

@@ -20,7 +20,7 @@ from tasks.stage.context import Runtime
 from tasks.stage.states import finished
 
 if TYPE_CHECKING:
-    from tasks.scoring.judge import Grading
+    from tasks.scoring.judge import JudgeRun
     from tasks.scoring.judge_requests import JudgeContext
 
 STAGE_VERSION = 4
@@ -28,7 +28,7 @@ STAGE_VERSION = 4
 
 @dataclass(frozen=True)
 class ScoringInputs:
-    """What scores depend on."""
+    """Everything that scores depend on."""
 
     config: ScoringConfig
     llm: LlmConfig
@@ -36,7 +36,7 @@ class ScoringInputs:
     subject: SubjectSet
 
     def stage(self) -> Stage[Scorecard]:
-        """Return the stage that makes them."""
+        """Return the stage with its cache key."""
         from tasks.scoring.rubric import digest_rubric
 
         judges = [digest_rubric(), self.llm.identity("judge"), self.llm.identity("second_judge")]
@@ -63,10 +63,11 @@ def score_samples(inputs: ScoringInputs, runtime: Runtime) -> State[Scorecard]:
 
 
 def compute_scores(folder: StageFolder, inputs: ScoringInputs, runtime: Runtime) -> Scorecard:
-    """Send every request to the judge and write the manifest."""
+    """Have the samples judged, compute scores and reliability, and write the manifest."""
     from tasks.scoring import scores
     from tasks.scoring.judge import grade
 
+    # The ledger spans the run; this stage's rows start here.
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
     grading = grade(inputs.config, make_context(inputs, runtime), llm=runtime.llm, folder=folder, show=runtime.show)
     given, samples = grading.given, inputs.samples
@@ -89,7 +90,7 @@ def compute_scores(folder: StageFolder, inputs: ScoringInputs, runtime: Runtime)
             failed=tuple(f"{name}: {reason}" for name, reason in grading.failures.items()),
             scores=scores.average(judgements),
             intervals=scores.find_intervals(judgements),
-            health=scores.examine_judge(
+            health=scores.assess_judge(
                 samples,
                 grading.judged,
                 is_comparable=all(runtime.llm.is_comparable(answer) for answer in given.values()),
@@ -104,7 +105,7 @@ def compute_scores(folder: StageFolder, inputs: ScoringInputs, runtime: Runtime)
 
 
 def make_context(inputs: ScoringInputs, runtime: Runtime) -> "JudgeContext":
-    """Return what the judge's requests are made of."""
+    """Return the material of the judge's requests, images shrunk to `max_side`."""
     from tasks.images import shrink_png
     from tasks.scoring.judge_requests import JudgeContext
 
@@ -125,9 +126,9 @@ def make_context(inputs: ScoringInputs, runtime: Runtime) -> "JudgeContext":
 
 
 def compare_others(
-    inputs: ScoringInputs, grading: "Grading", judgements: Sequence[Judgement], *, runtime: Runtime
+    inputs: ScoringInputs, grading: "JudgeRun", judgements: Sequence[Judgement], *, runtime: Runtime
 ) -> tuple[Agreement, ...]:
-    """Return how a second judge and a person agree with the judge, where there are such."""
+    """Return the agreement of second judge and human labels with the judge, where configured."""
     from tasks.scoring import scores
 
     raters: list[tuple[str, Mapping[str, Mapping[str, int]]]] = []

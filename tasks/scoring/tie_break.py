@@ -1,4 +1,4 @@
-"""Tie-break: where grades of one sample disagree, the next profile decides, with reasoning."""
+"""Tie-break: where grades of a sample disagree, the next profile of the fallback chain decides, with reasoning."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,13 +10,16 @@ from tasks.scoring.scores import Judged
 from tasks.services.llm.executor import Answers, AskOptions, ask_each
 from tasks.services.llm.service import LlmService
 
-TIE_BREAK_REPEAT = 1_000  # a repeat that no plain question has
+TIE_BREAK_REPEAT = 1_000  # beyond any ordinary repeat: the request must not hit its cached reply
 
 
 def find_disputed(
     config: ScoringConfig, samples: Sequence[Sample], judged: Judged, *, second: Mapping[str, Mapping[str, int]]
 ) -> list[JudgeRequest]:
-    """Return a question for every sample and axis on which repeats, or the second judge, differ much."""
+    """Return a tie-break request per sample and axis whose grades differ by `disagreement_threshold` or more.
+
+    `second` are the second judge's grades by sample key and axis.
+    """
     disputed = []
     for sample in samples if config.disagreement_threshold else ():
         for axis in AXES:
@@ -36,14 +39,14 @@ def find_disputed(
 def break_ties(
     disputed: Sequence[JudgeRequest], *, llm: LlmService, on_progress: Callable[[int, int], None]
 ) -> Answers:
-    """Return the deciding answers, by question; one that nobody gives leaves the median as it was."""
+    """Return the tie-break answers by request name; where one fails, the median stands."""
     if not disputed:
         return {}
     specs = {question.name: question.spec for question in disputed}
     return ask_each(llm, specs, AskOptions("judge", on_progress=on_progress, first_fallback=1))[0]
 
 
-def read_settled(disputed: Sequence[JudgeRequest], answers: Answers) -> dict[tuple[str, str], int]:
-    """Return the deciding grades by sample key and axis."""
+def read_tie_breaks(disputed: Sequence[JudgeRequest], answers: Answers) -> dict[tuple[str, str], int]:
+    """Return the tie-break grades by (sample key, axis)."""
     given = [question for question in disputed if question.name in answers]
     return {(q.key, q.axis): int(getattr(answers[q.name].reply, q.axis)) for q in given}

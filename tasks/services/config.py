@@ -26,7 +26,7 @@ TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
 
 
 def check_tracking_uri(uri: str) -> str:
-    """Refuse what would not be a database file or a server, and addresses with secrets."""
+    """Return a tracking URI. Raises ValueError for other schemes, and for URIs that may hold secrets."""
     check_url(uri)
     scheme = uri.partition(":")[0].partition("+")[0]
     if uri and (scheme not in TRACKING_SCHEMES or "://" not in uri):
@@ -41,7 +41,7 @@ class TrackingConfig(Section):
 
     kind: Literal["mlflow", "none"] = Field(description="mlflow, or no tracking")
     also: tuple[Literal["tensorboard", "wandb"], ...] = Field(description="loggers beside it")
-    wandb_mode: Annotated[Literal["offline", "online"], OPERATOR_ONLY] = Field(description="online wants WANDB_API_KEY")
+    wandb_mode: Annotated[Literal["offline", "online"], OPERATOR_ONLY] = Field(description="online needs WANDB_API_KEY")
     uri: OperatorText = Field(description="tracking URI; empty is an SQLite file in output_dir")
     check_uri = field_validator("uri")(check_tracking_uri)
     experiment: PlainText = Field(description="experiment name")

@@ -1,1 +1,1 @@
-"""What every stage stands on: digests, verified records, atomic files, worker processes."""
+"""Shared by all stages: digests, verified records, atomic files, worker processes."""

@@ -1,6 +1,7 @@
-"""The stage contract: keys by content, objects first, manifest last, digests checked on reading.
+"""The stage contract: keys by content, objects first, manifest last, digests verified on reading.
 
-A stage's folder is `<prefix>/<stage_key>/` in the store, for example `02-prior/1f3a.../`.
+A stage's folder is `<prefix>/<stage_key>/` in the store, for example `02-prior/1f3a.../`. A folder without a manifest
+is incomplete, so a crash at any point leaves either a complete stage or one that is computed again.
 """
 
 import hashlib
@@ -38,7 +39,7 @@ VERIFIED_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Stage(Generic[M]):
-    """A stage with its inputs: everything that decides what it makes, and so under which key that lies."""
+    """A stage with its inputs: everything that decides its output, and so the key of that output."""
 
     name: str
     manifest: type[M]
@@ -58,7 +59,7 @@ class Stage(Generic[M]):
 
 
 class ManifestHead(TypedDict):
-    """What every manifest begins with."""
+    """The fields that every manifest has in common."""
 
     stage: str
     stage_key: str
@@ -70,12 +71,13 @@ class ManifestHead(TypedDict):
 
 
 def compute_schema_digest(kind: type[BaseModel]) -> str:
-    """Return the digest of a record's shape, without its documentation."""
+    """Return the digest of a model's schema; editing a docstring or description does not change it."""
     return digest(without_documentation(kind.model_json_schema()))
 
 
 def without_documentation(node: Any) -> Any:
-    """Return a JSON schema without titles and descriptions; properties may have these names."""
+    """Return a JSON schema without titles and descriptions."""
+    # Keys below `properties` and `$defs` are names, of which one may be `title` or `description`.
     if isinstance(node, list):
         return [without_documentation(child) for child in node]
     if not isinstance(node, dict):
@@ -101,7 +103,7 @@ class StageFolder:
         self.refs: dict[str, ObjectRef] = {}
 
     def put(self, name: str, data: bytes) -> ObjectRef:
-        """Store one object of this stage; the manifest will name it."""
+        """Store one object of this stage; `finish` lists it in the manifest."""
         key = f"{self.prefix}/{name}"
         self.store.put_bytes(key, data)
         ref = ObjectRef(key=key, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
@@ -117,14 +119,14 @@ class StageFolder:
         return ref
 
     def keep(self, ref: ObjectRef) -> ObjectRef:
-        """Name an object of this folder that an earlier attempt already stored."""
+        """List an object in the manifest that an earlier attempt stored in this folder."""
         self.refs[ref.key] = ref
         return ref
 
     def reuse(self, name: str) -> ObjectRef | None:
-        """Return an object that an earlier attempt stored, where it is what its note says.
+        """Return an object that an earlier attempt stored with `put_resumable`, if it verifies.
 
-        The note `<name>.ref` is written after the object, so a torn object has none.
+        The note `<name>.ref` is written after the object, so an incomplete object has none.
         """
         note = self.store.find_bytes(f"{self.prefix}/{name}.ref")
         if note is None:
@@ -134,12 +136,12 @@ class StageFolder:
             verify(self.store, ref)
         except ArtifactCorrupt:
             return None
-        if ref.key != f"{self.prefix}/{name}":
+        if ref.key != f"{self.prefix}/{name}":  # a valid note, copied from another object
             return None
         return self.keep(ref)
 
     def put_resumable(self, name: str, data: bytes) -> ObjectRef:
-        """Store an object and the note by which a later attempt will trust it."""
+        """Store an object and a note of its digest, so that a later attempt of this stage can reuse it."""
         ref = self.put(name, data)
         self.store.put_bytes(f"{self.prefix}/{name}.ref", dump_signed(ref))
         return ref
@@ -157,7 +159,7 @@ class StageFolder:
         }
 
     def finish(self, manifest: M) -> M:
-        """Write the manifest with every object of this folder: from here on the stage is complete."""
+        """Write the manifest, with duration and all objects; this last write makes the stage complete."""
         finished = manifest.model_copy(
             update={
                 "seconds": round(time.monotonic() - self.started, 3),
@@ -184,6 +186,7 @@ def find_manifest(store: Store, kind: type[M], *, stage: str, key: str) -> M | N
         verify_all(store, manifest.objects)
     except ArtifactCorrupt as error:
         log.warning("%s %s is damaged and will be computed again: %s", stage, key[:8], error)
+        # Copied before it is deleted: a crash in between finds the damaged manifest again.
         store.put_bytes(f"{name}.quarantined", data)
         store.delete(name)
         return None
@@ -191,20 +194,21 @@ def find_manifest(store: Store, kind: type[M], *, stage: str, key: str) -> M | N
 
 
 def check_manifest(manifest: Manifest, stage: str, stage_key: str) -> None:
-    """Refuse a manifest of another stage, or one that uses objects it doesn't list. Raises ArtifactCorrupt."""
+    """Raise ArtifactCorrupt for a manifest of another stage, or one that refers to objects it doesn't list."""
     if (manifest.stage, manifest.stage_key) != (stage, stage_key):
         raise ArtifactCorrupt(f"the manifest is that of {manifest.stage} {manifest.stage_key[:8]}")
     prefix = f"{PREFIXES[stage]}/{stage_key}/"
     listed = {ref.key: ref for ref in manifest.objects}
     if any(not key.startswith(prefix) for key in listed):
         raise ArtifactCorrupt("the manifest lists objects of another folder")
+    # Only listed objects are verified. References into other folders are covered by those stages' manifests.
     for ref in iter_refs(manifest):
         if ref.key.startswith(prefix) and listed.get(ref.key) != ref:
             raise ArtifactCorrupt(f"the manifest uses {ref.key}, which it doesn't list")
 
 
 def iter_refs(value: Any) -> Iterator[ObjectRef]:
-    """Yield every object reference in a record, however deep."""
+    """Yield every object reference in a record, at any depth."""
     if isinstance(value, ObjectRef):
         yield value
     elif isinstance(value, BaseModel):
@@ -219,14 +223,14 @@ def iter_refs(value: Any) -> Iterator[ObjectRef]:
 
 
 def verify_all(store: Store, refs: Sequence[ObjectRef]) -> None:
-    """Check many objects at once: in a bucket each one is a request. Raises ArtifactCorrupt."""
+    """Verify objects concurrently, since each is a request to a bucket. Raises ArtifactCorrupt."""
     with ThreadPoolExecutor(VERIFIED_AT_ONCE) as pool:
         for _ in pool.map(lambda ref: verify(store, ref), refs):
             pass
 
 
 def verify(store: Store, ref: ObjectRef) -> None:
-    """Check an object's digest without keeping it. Raises ArtifactCorrupt."""
+    """Check an object's digest. Raises ArtifactCorrupt."""
     actual = store.compute_sha256(ref.key)
     if actual != ref.sha256:
         state = "is missing" if actual is None else "has changed"
@@ -234,7 +238,7 @@ def verify(store: Store, ref: ObjectRef) -> None:
 
 
 def read_verified(store: Store, ref: ObjectRef) -> bytes:
-    """Return an object's bytes. Raises ArtifactCorrupt if they are not what was stored."""
+    """Return an object's bytes. Raises ArtifactCorrupt if they don't have the digest of the reference."""
     data = store.find_bytes(ref.key)
     if data is None or hashlib.sha256(data).hexdigest() != ref.sha256:
         state = "is missing" if data is None else "has changed"
@@ -243,20 +247,21 @@ def read_verified(store: Store, ref: ObjectRef) -> bytes:
 
 
 def store_reasoning(folder: StageFolder, reasoning: dict[str, str]) -> ObjectRef | None:
-    """Store the models' reasoning by item; nothing where no provider returned any."""
+    """Store the models' reasoning by item; return None where no provider returned any."""
     given = {name: text for name, text in reasoning.items() if text}
     return folder.put("reasoning.json", json.dumps(given, indent=1).encode()) if given else None
 
 
 def fetch_folder(store: Store, refs: Iterable[ObjectRef], *, below: str, folder: Path) -> Path:
-    """Copy objects to a local folder, with the part of their keys after `below`; verify each."""
+    """Copy objects to a local folder, under the part of their keys after `/<below>/`; verify each."""
     for ref in refs:
         path = folder / ref.key.split(f"/{below}/", 1)[1]
+        # A retry after a failure keeps the files that arrived whole.
         if path.exists() and digest_file(path) == ref.sha256:
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         store.get_file(ref.key, path)
         if digest_file(path) != ref.sha256:
-            path.unlink()
+            path.unlink()  # may be a hard link to the damaged object; only this name goes
             raise ArtifactCorrupt(f"{ref.key} has changed; run again to rebuild it")
     return folder

@@ -1,4 +1,4 @@
-"""What a run holds while it runs: services, progress, the record of its stages."""
+"""The runtime of one run: services, progress and stage records."""
 
 import logging
 import threading
@@ -24,7 +24,7 @@ M = TypeVar("M", bound=Manifest)
 
 @dataclass
 class StageRecord:
-    """What a stage did in this invocation."""
+    """Outcome and timing of a stage in this invocation."""
 
     key: str
     is_cached: bool = False
@@ -58,9 +58,10 @@ class Runtime:
     first_training_step: int = 0
 
     def show(self, name: str) -> Callable[[int, int], None]:
-        """Return a callback that moves one progress bar and ends a stage when the run stops."""
+        """Return a callback that updates one progress bar and raises LikenessError once the run is stopping."""
 
         def update(done: int, total: int) -> None:
+            # A stage in another thread can't be interrupted, but it calls this at every item.
             if self.stopping.is_set():
                 raise LikenessError("the run is stopping")
             self.progress.update(name, done, total)
@@ -79,7 +80,7 @@ class Runtime:
         Args:
             stage: the stage with its inputs.
             compute: fills the folder and writes the manifest.
-            find_missing_effect: names what the stage had left outside the store and is gone, or nothing.
+            find_missing_effect: returns which side effect outside the store is missing, or an empty string.
 
         """
         with self.recorded(stage.name, stage.key) as record:
@@ -100,9 +101,10 @@ class Runtime:
 
     @contextmanager
     def recorded(self, stage: str, key: str) -> Iterator[StageRecord]:
-        """Measure a stage."""
+        """Record a stage's start and duration, and announce its key."""
         record = StageRecord(key, started=time.monotonic())
-        with self.lock:  # stages may run side by side
+        # Announced at the start, so that the record of a killed run names its last stage. Stages may run concurrently.
+        with self.lock:
             self.records[stage] = record
             self.on_stage({name: other.key for name, other in self.records.items()})
         try:
@@ -112,7 +114,8 @@ class Runtime:
             record.seconds = round(record.ended - record.started, 3)
 
     def measure_overhead(self, started: float) -> float:
-        """Return the seconds since `started` in which no stage was at work; stages may run side by side."""
+        """Return the seconds since `started`, on the monotonic clock, in which no stage was running."""
+        # Sweep over stages by start time; `covered` is the end of the union of intervals so far.
         now, covered = time.monotonic(), started
         overhead = 0.0
         for record in sorted(self.records.values(), key=lambda record: record.started):

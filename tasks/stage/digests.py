@@ -1,7 +1,7 @@
-"""Digests of values and files, and JSON records that carry their own.
+"""Digests of values and files, and JSON records that carry their own digest.
 
-Nothing that was written earlier is trusted when it is read back: a record is loaded only if its
-content still has the digest that was written with it. A flipped byte and a cut tail look the same.
+A record is loaded only if its content still has the digest written with it, which detects flipped bytes and truncated
+files alike. The digest is no signature: it proves integrity, not origin.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ def verify_signed(value: Any) -> dict[str, Any]:
         raise ArtifactCorrupt(f"the record has no {DIGEST_FIELD}")
     try:
         found = digest(plain)
-    except (ValueError, RecursionError) as error:  # what we write has no NaN and is shallow
+    except (ValueError, RecursionError) as error:  # NaN, or nesting deeper than any record of ours
         raise ArtifactCorrupt("the record holds what no record of ours can hold") from error
     if value[DIGEST_FIELD] != found:
         raise ArtifactCorrupt(f"the record differs from its {DIGEST_FIELD}")
@@ -70,15 +70,15 @@ def verify_signed(value: Any) -> dict[str, Any]:
 
 
 def parse_json(data: bytes) -> Any:
-    """Return parsed JSON. Raises ArtifactCorrupt for anything else; deep nesting and infinite numbers too."""
+    """Return parsed JSON. Raises ArtifactCorrupt for anything else, and for deep nesting and non-finite numbers."""
     try:
         return json.loads(data, parse_float=parse_finite, parse_constant=parse_finite)
-    except (ValueError, RecursionError) as error:  # a decoding error is a ValueError too
+    except (ValueError, RecursionError) as error:  # ValueError includes JSONDecodeError and UnicodeDecodeError
         raise ArtifactCorrupt("the record is not JSON") from error
 
 
 def parse_finite(text: str) -> float:
-    """Return a number. Raises ValueError for one that is infinite or none."""
+    """Return a number. Raises ValueError for infinity and NaN, also where a literal such as 1e999 overflows."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text[:20]} is not finite")
@@ -86,7 +86,7 @@ def parse_finite(text: str) -> float:
 
 
 def dump_signed(record: BaseModel, *, indent: int | None = None) -> bytes:
-    """Return a record as JSON that carries its own digest."""
+    """Return a record as JSON with its own digest, which is of the canonical form, whatever the indentation."""
     return json.dumps(sign(record.model_dump(mode="json")), indent=indent).encode()
 
 
@@ -107,7 +107,7 @@ def dump_line(row: dict[str, Any]) -> str:
 
 
 def load_lines(data: bytes) -> Iterator[dict[str, Any] | None]:
-    """Yield the rows of a log of signed rows, None for each that is torn or was changed."""
+    """Yield the rows of a log of signed rows, None for each that is torn or fails verification."""
     for line in data.split(b"\n"):
         if line.strip():
             try:

@@ -1,4 +1,4 @@
-"""Files that exist whole or not at all."""
+"""Atomic file writes."""
 
 import errno
 import os
@@ -14,12 +14,12 @@ PART_PREFIX = ".part-"
 
 @contextmanager
 def staged_file(target: Path, *, size_bytes: int | None = None) -> Iterator[Path]:
-    """Yield a temporary file beside the target; sync it and rename it into place at the end.
+    """Yield a temporary file beside the target; fsync it and rename it into place at the end.
 
-    Staged in the destination's own folder: a rename across mounts would be a copy, which can be cut off.
+    Staged in the target's own folder, since a rename works within one file system only.
 
     Raises:
-        StorageFull: there is no room; names the path and the missing size. Nothing is left behind.
+        StorageFull: there is no room; names the path and the needed size. No partial file is left behind.
 
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -29,11 +29,13 @@ def staged_file(target: Path, *, size_bytes: int | None = None) -> Iterator[Path
     try:
         with explain_full_disk(target, size_bytes=size_bytes):
             yield staged
-            staged.chmod(0o644)  # mkstemp makes files that only their owner reads
+            staged.chmod(0o644)  # mkstemp creates files with mode 0600
+            # Content before name, so that a power cut never leaves the name of an empty file. The folder is not
+            # synced: the rename itself may be lost, which leaves the old file.
             sync(staged)
             os.replace(staged, target)
     finally:
-        staged.unlink(missing_ok=True)
+        staged.unlink(missing_ok=True)  # gone already where the rename succeeded
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -54,7 +56,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def explain_full_disk(path: Path, *, size_bytes: int | None = None) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" into one line that names path and needed size."""
+    """Map ENOSPC, EDQUOT and EFBIG to StorageFull, which names the path and the needed size."""
     try:
         yield
     except OSError as error:
@@ -69,9 +71,9 @@ def explain_full_disk(path: Path, *, size_bytes: int | None = None) -> Iterator[
 
 
 def quarantine(path: Path) -> Path:
-    """Move a damaged file aside, so that it is kept for inspection and never read again."""
+    """Rename a damaged file or folder to `<name>.quarantined`, kept for inspection, and return the new path."""
     aside = path.with_name(f"{path.name}.quarantined")
-    while aside.is_dir():  # only a file can be replaced
+    while aside.is_dir():  # os.replace overwrites a file, but not a folder
         aside = aside.with_name(f"{aside.name}.quarantined")
     os.replace(path, aside)
     return aside

@@ -1,10 +1,10 @@
-"""Run a module in a process that ends with the one that started it, from its first instruction on.
+"""Run a module in a process that ends with its parent, from its first instruction on.
 
     python -m tasks.stage.guard MODULE [ARGUMENT ...]
 
-The environment names a pipe whose writing end the parent holds. When the parent is gone, however it ended, reading
-finds the pipe's end. A check of the parent's process id could only begin after the imports, which take ten seconds
-on a loaded machine; this module imports nothing but the standard library.
+The environment names a FIFO whose write end the parent holds open. However the parent ends, the kernel closes that
+end, and reads return EOF. A check inside the module could only begin after its imports, which take ten seconds on a
+loaded machine; this module imports nothing but the standard library.
 """
 
 import os
@@ -21,41 +21,42 @@ GRACE_SECONDS = 3.0
 
 
 def has_parent(descriptor: int) -> bool:
-    """Whether somebody holds the writing end."""
+    """Whether the write end is open."""
     try:
-        return os.read(descriptor, 1) != b""
+        return os.read(descriptor, 1) != b""  # empty: EOF, no writer is left
     except BlockingIOError:
-        return True
+        return True  # EAGAIN: a writer is there, but there is no data
 
 
 def leave() -> None:
-    """End politely, then at once."""
+    """Send SIGTERM to this process, then exit after GRACE_SECONDS if it is still running."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_SECONDS)
     os._exit(ORPHANED_EXIT_CODE)
 
 
 def watch(descriptor: int) -> None:
-    """Wait for the end of the pipe."""
+    """Block until the parent is gone, then end this process."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     while has_parent(descriptor):
-        poll.poll(1000)  # wakes at once when the last writer goes
+        poll.poll(1000)  # returns at once when the last writer closes (POLLHUP)
     leave()
 
 
 def main() -> None:
-    """Watch the lifeline, then become the module."""
+    """Start the watcher thread, then run the module as `__main__` in this process."""
     path = os.environ.get(LIFELINE)
     if path:
         try:
+            # Non-blocking: opening a FIFO for reading would otherwise wait for a writer, who may be gone already.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        except OSError:
+        except OSError:  # the parent removed its FIFO at exit
             os._exit(ORPHANED_EXIT_CODE)
         if not has_parent(descriptor):
             os._exit(ORPHANED_EXIT_CODE)
         threading.Thread(target=watch, args=(descriptor,), name="lifeline", daemon=True).start()
-    sys.argv = sys.argv[1:]
+    sys.argv = sys.argv[1:]  # the module's own command line
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 

@@ -1,4 +1,4 @@
-"""Live progress of long stages: bars on a terminal, lines elsewhere."""
+"""Progress of long stages: bars on a terminal, lines elsewhere."""
 
 import sys
 import threading
@@ -12,13 +12,13 @@ LINE_EVERY_SECONDS = 10.0
 
 
 class ProgressView(Protocol):
-    """Shows how far the parts of a run are."""
+    """Shows the progress of a run's parts; called from several threads."""
 
     def update(self, name: str, done: int, total: int, *, detail: str = "") -> None:
-        """Say that `done` of `total` items of a part are finished."""
+        """Report that `done` of `total` items of a part are finished."""
 
     def note(self, text: str) -> None:
-        """Say one thing."""
+        """Print one line of text."""
 
     def close(self) -> None:
         """Stop showing."""
@@ -40,6 +40,7 @@ class LineProgress:
                 return
             if last is not None and last == float("inf"):
                 return
+            # Infinity marks a part as finished, so that repeated last updates print one line.
             self.said[name] = float("inf") if done >= total else now
         self.note(f"{name}: {done}/{total}{'  ' + detail if detail else ''}")
 
@@ -52,7 +53,7 @@ class LineProgress:
 
 
 class BarProgress:
-    """A bar per part."""
+    """One bar per part."""
 
     def __init__(self) -> None:
         self.view = Progress(
@@ -68,7 +69,7 @@ class BarProgress:
         self.view.start()
 
     def update(self, name: str, done: int, total: int, *, detail: str = "") -> None:
-        """Move a part's bar, which appears with its first update."""
+        """Update a part's bar, which is added with its first update."""
         with self.lock:
             if name not in self.tasks:
                 self.tasks[name] = self.view.add_task(name, total=total, detail="")
@@ -76,7 +77,7 @@ class BarProgress:
 
     def note(self, text: str) -> None:
         """Print a line above the bars."""
-        self.view.console.print(text, highlight=False, markup=False)
+        self.view.console.print(text, highlight=False, markup=False)  # brackets in messages are not rich's tags
 
     def close(self) -> None:
         """Leave the bars as they are."""

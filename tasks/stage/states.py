@@ -22,7 +22,7 @@ def finished(manifest: M, runtime: Runtime) -> State[M]:
 
 
 def should_retry(task: Any, run: Any, state: State[Any]) -> bool:
-    """Tell Prefect whether a failed step is tried again: only where waiting can help."""
+    """Return whether Prefect retries a failed step: only for errors that waiting can resolve."""
     error = state.data
     try:
         state.result(raise_on_failure=True)
@@ -34,7 +34,7 @@ def should_retry(task: Any, run: Any, state: State[Any]) -> bool:
 
 
 def result_of(state: State[M]) -> M:
-    """Return the manifest of a finished step; raise what made it fail.
+    """Return the manifest of a finished step; raise the error of a failed one.
 
     Prefect types a task that returns a state by that state, but unwraps it when the task is called.
     """
@@ -42,5 +42,5 @@ def result_of(state: State[M]) -> M:
 
 
 def wait_for(future: "PrefectFuture[State[M]]") -> M:
-    """Wait for a submitted step and return its manifest; raise what made it fail."""
+    """Wait for a submitted step and return its manifest; raise the error of a failed one."""
     return result_of(future.result())

@@ -1,4 +1,4 @@
-"""Safetensors files that exist whole or not at all."""
+"""Atomic writes of safetensors files."""
 
 import os
 import re
@@ -30,15 +30,15 @@ def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, *, metadata: Mappi
 
 
 def count_bytes(tensors: Mapping[str, "Tensor"]) -> int:
-    """Return about how large a file of tensors is."""
+    """Return an upper estimate of a safetensors file's size in bytes."""
     return sum(tensor.nbytes + HEADER_BYTES for tensor in tensors.values())
 
 
 @contextmanager
 def explain_full_tensors(path: Path, *, size_bytes: int) -> Iterator[None]:
-    """Turn a full disk into StorageFull, safetensors' own kind of error included.
+    """Map a full disk to StorageFull, also where safetensors reports it.
 
-    The library words the system's error, whose number it ends with, instead of raising it.
+    The library raises SafetensorError, with the errno only in its message, instead of OSError.
     """
     from safetensors import SafetensorError
 

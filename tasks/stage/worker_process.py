@@ -1,4 +1,4 @@
-"""Start child processes that can't outlive this one."""
+"""Start child processes that end with this one."""
 
 import atexit
 import os
@@ -23,14 +23,14 @@ def guarded(module: str, *arguments: str) -> list[str]:
 
 
 def child_environment(**changes: str) -> dict[str, str]:
-    """Return this process's environment with what a guarded child needs: the lifeline, and where the code lies."""
-    with OPENING:
+    """Return this process's environment, with the lifeline and the import path that a guarded child needs."""
+    with OPENING:  # lru_cache alone would let two threads create a FIFO each, of which one is never closed
         lifeline = open_lifeline()
     paths: Sequence[str] = [str(SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
-        "PYTHONSAFEPATH": "1",  # a folder named tasks where a person happens to be is not imported
+        "PYTHONSAFEPATH": "1",  # keeps the working directory, which may hold a folder named `tasks`, off sys.path
         LIFELINE: lifeline,
         **changes,
     }
@@ -38,14 +38,15 @@ def child_environment(**changes: str) -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def open_lifeline() -> str:
-    """Make this process's pipe and hold its writing end until the process ends; return its path.
+    """Create this process's FIFO and hold its write end open until the process ends; return its path.
 
-    A pipe with a name, since ranks are started by a launcher that hands no descriptors on.
+    A FIFO rather than a pipe, since torchrun starts the ranks without passing on descriptors.
     """
     folder = tempfile.mkdtemp(prefix="likeness-")
     path = os.path.join(folder, "lifeline")
     os.mkfifo(path, 0o600)
-    # Read and write, so that opening waits for nobody; children don't inherit it.
+    # O_RDWR, since opening for writing alone blocks until there is a reader. O_CLOEXEC, since a child that inherited
+    # the descriptor would keep its own lifeline open. It is never closed explicitly: process exit closes it.
     os.open(path, os.O_RDWR | os.O_CLOEXEC)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return path

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tasks.config_base import CHECKED, MOST_WAIT, Domains, LocalPath, PhotoSource, PlainText, Section
+from tasks.config_base import CHECKED, MAX_WAIT, Domains, LocalPath, PhotoSource, PlainText, Section
 
 
 class WebLookupSettings(Section):
@@ -23,7 +23,7 @@ class SubjectConfig(Section):
         min_length=1,
         max_length=60,
         pattern=r"^[A-Za-z][A-Za-z -]*$",
-        description="what the subject is, for example dog; a wrong noun is the costliest mistake",
+        description="what the subject is, for example dog; a wrong noun costs the most quality",
     )
     identifier_token: Annotated[str, CHECKED] = Field(
         min_length=1,
@@ -35,15 +35,13 @@ class SubjectConfig(Section):
         description="llm: inspected and captioned by the LLM; template: no LLM at all"
     )
     captions: LocalPath = Field(description="CSV of your own captions: photo,surroundings,view; needs no model")
-    batch_threshold: int = Field(
-        ge=2, le=1_000_000, description="photos from which on captions are asked for in a batch job"
-    )
+    batch_threshold: int = Field(ge=2, le=1_000_000, description="number of photos from which captions use a batch job")
     max_wait_seconds: float = Field(
         gt=0,
-        le=MOST_WAIT,
-        description="suspend the run when that job takes longer; `likeness pending` goes on with it",
+        le=MAX_WAIT,
+        description="suspend the run when that job takes longer; `likeness pending` resumes it",
     )
-    is_profiled: bool = Field(description="have the LLM look at all photos at once: one subject? right noun?")
+    is_profiled: bool = Field(description="have the LLM profile all photos together: one subject? right noun?")
     web_lookup: WebLookupSettings
     max_leak_share: float = Field(
         ge=0, le=1, description="share of captions that may tell what never changes; 1 trains all the same"
@@ -51,16 +49,16 @@ class SubjectConfig(Section):
     allow_unknown: bool = Field(
         description="train the drawn-world model on photos that are not of its world; the report says so"
     )
-    min_images: int = Field(ge=1, le=1000, description="fewest good photos to go on with")
-    max_images: int = Field(ge=1, le=1000, description="most photos to read")
+    min_images: int = Field(ge=1, le=1000, description="minimum number of accepted photos")
+    max_images: int = Field(ge=1, le=1000, description="maximum number of photos")
     max_trained: int | None = Field(
-        ge=1, le=1000, description="most photos to train on: the best and most varied ones; null: all good ones"
+        ge=1, le=1000, description="train on the best and most varied photos up to this number; null: all accepted ones"
     )
     min_side: int = Field(ge=16, le=8192, description="smallest side of a photo, pixels")
     max_aspect: float = Field(
         ge=1,
         le=100,
-        description="longest shape of a photo, long side over short side; panoramas lose their subject",
+        description="maximum aspect ratio, long side over short side",
     )
     max_pixels: int = Field(ge=4096, le=178_000_000, description="largest photo, pixels")
     working_side: int | None = Field(
@@ -70,11 +68,11 @@ class SubjectConfig(Section):
         "null: 1.5 x diffusion.resolution, at least 768",
     )
     min_sharpness: float = Field(
-        ge=0, le=1e6, description="least variance of the Laplacian (luma 0..255 at 256 px); 0 turns it off"
+        ge=0, le=1e6, description="minimum variance of the Laplacian (luma 0..255 at 256 px); 0 disables the check"
     )
-    min_brightness: float = Field(ge=0, le=1, description="least mean luma, 0..1")
-    max_brightness: float = Field(ge=0, le=1, description="most mean luma, 0..1")
-    min_contrast: float = Field(ge=0, le=1, description="least standard deviation of luma, 0..1")
+    min_brightness: float = Field(ge=0, le=1, description="minimum mean luma, 0..1")
+    max_brightness: float = Field(ge=0, le=1, description="maximum mean luma, 0..1")
+    min_contrast: float = Field(ge=0, le=1, description="minimum standard deviation of luma, 0..1")
     duplicate_distance: int = Field(
-        ge=0, le=64, description="photos whose 64-bit perceptual hashes differ by this or less are one"
+        ge=0, le=64, description="maximum Hamming distance of 64-bit perceptual hashes between duplicates"
     )

@@ -1,4 +1,4 @@
-"""Look a subject's names up on the web, where that is wished: text only, and never a photo or caption."""
+"""Optional web lookup of the subject's names: sends text only, never photos or captions."""
 
 import logging
 
@@ -30,19 +30,19 @@ class NameFinding(BaseModel):
 
 
 def find_name(config: SubjectConfig) -> str:
-    """Return what is looked up."""
+    """Return the query, by default the class noun."""
     return clean_phrase(config.web_lookup.query) or config.class_noun
 
 
 def look_up_spec(config: SubjectConfig) -> RequestSpec[NameFinding]:
-    """Return the request."""
+    """Return the lookup request, which contains three names and nothing else of the subject."""
     name = find_name(config)
     text = f"Name: {name}. Class noun in use: {config.class_noun}. Identifier token: {config.identifier_token}."
     return RequestSpec(LOOK_UP, (text,), NameFinding)
 
 
 def look_up_names(config: SubjectConfig, *, llm: LlmService) -> tuple[list[str], tuple[str, ...]]:
-    """Return warnings about class noun and identifier token, and the pages they rest on."""
+    """Return warnings about class noun and identifier token, and the cited pages; a failed lookup returns neither."""
     if not config.web_lookup.enabled:
         return [], ()
     name = find_name(config)

@@ -4,7 +4,7 @@ from PIL import Image
 
 from tasks.images import encode_png
 from tasks.manifests.subject import ImageMeasures
-from tasks.services.llm.agents.tools import MOST_PICTURES
+from tasks.services.llm.agents.tools import MAX_PICTURES
 from tasks.services.llm.batch.jobs import can_batch
 from tasks.services.llm.budget.cost_estimate import PlannedRequests
 from tasks.services.llm.chat.request import RequestSpec
@@ -20,18 +20,18 @@ UNKNOWN_NUM_PHOTOS = 5
 
 
 def count_asked_photos(config: SubjectConfig) -> int:
-    """Return how many photos a run would ask about; 5 where that is unknown without reading them."""
+    """Return the number of photos a run would send; 5 where it is unknown without reading the source."""
     return min(config.max_images, count_photos(config.source) or UNKNOWN_NUM_PHOTOS)
 
 
 def make_blank_photo(side: int) -> Photo:
-    """Return a photo of `side` px without content."""
+    """Return a black photo of `side` px: image tokens depend on the size alone."""
     measures = ImageMeasures(width=1, height=1, sharpness=0, brightness=0, contrast=0, perceptual_hash="")
     return Photo(name="", sha256="", png=encode_png(Image.new("RGB", (side, side))), measures=measures)
 
 
 def plan_requests(config: SubjectConfig, llm: LlmConfig, *, side: int) -> list[PlannedRequests]:
-    """Return every request about photos of `side` px, with blank pictures."""
+    """Return the worst-case requests for photos of `side` px, with blank images."""
     num, photo = count_asked_photos(config), make_blank_photo(side)
     plan: list[PlannedRequests] = []
     if config.captioning == "llm":
@@ -48,7 +48,7 @@ def plan_requests(config: SubjectConfig, llm: LlmConfig, *, side: int) -> list[P
 
 
 def plan_adjudication() -> list[RequestSpec[Adjudication]]:
-    """Return the longest exchange about one photo: each round shows as many pictures as tools may return."""
+    """Return the longest exchange about one photo: every round returns the maximal number of images."""
     picture = encode_png(Image.new("RGB", (SHOWN_SIDE, SHOWN_SIDE)))
-    shown = [[picture] * (1 + MOST_PICTURES * number) for number in range(MAX_ROUNDS + 1)]
+    shown = [[picture] * (1 + MAX_PICTURES * number) for number in range(MAX_ROUNDS + 1)]
     return [RequestSpec(EXAMINE, ("x" * 1000, *pictures), Adjudication, is_reasoning=True) for pictures in shown]

@@ -1,4 +1,4 @@
-"""Which photos are trained on, with which prompts; and which are left out or set aside."""
+"""Select the photos to train on and write their prompts; reject or quarantine the others."""
 
 import logging
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from tasks.subject.subject_profile import Overview, ask_profile, find_warnings
 
 log = logging.getLogger(__name__)
 
-USUAL_LEAK_SHARE = 0.5  # a run that may train on more leaks than that says so
+USUAL_LEAK_SHARE = 0.5  # above it, a run that `max_leak_share` permits warns
 
 
 @dataclass
 class Selection:
-    """The outcome of the subject stage before it is written down."""
+    """The outcome of the subject stage before its manifest is written."""
 
     images: list[InstanceImage] = field(default_factory=list)
     rejected: list[RejectedImage] = field(default_factory=list)
@@ -32,7 +32,7 @@ class Selection:
 
 
 def profile_subject(photos: CheckedPhotos, config: SubjectConfig, *, llm: LlmService) -> Overview | None:
-    """Return the profile of all photos, or None where it isn't wanted or no reply could be used: it is advice."""
+    """Return the profile of all photos, or None where it is disabled or fails: it is advisory."""
     if not config.is_profiled:
         return None
     try:
@@ -50,7 +50,7 @@ def select_photos(
     config: SubjectConfig,
     overview: Overview | None,
 ) -> Selection:
-    """Turn photos and what is said of them into instance images, rejects and quarantine."""
+    """Sort photos by their annotations into instance images, rejects (unfit) and quarantine (no usable reply)."""
     outcome = Selection()
     if overview is not None:
         outcome.traits = [clean_phrase(trait) for trait in overview.profile.invariant_traits[:20]]
@@ -70,7 +70,7 @@ def select_photos(
             (outcome.quarantined if found.problem else outcome.rejected).append(aside)
             continue
         caption = found.caption
-        if caption is not None and found.inspection is not None:  # a person's words are not linted
+        if caption is not None and found.inspection is not None:  # human captions have no inspection; not linted
             caption, leaks, foreign = lint_caption(caption, trait_words, config)
             if leaks:
                 outcome.leaks.append(f"{photo.name}: {', '.join(leaks)}")
@@ -90,6 +90,7 @@ def select_photos(
                 view=clean_phrase(caption.view) if caption else "",
                 instance_prompt=write_instance_prompt(caption, config),
                 mask=folder.put(f"masks/{photo.sha256[:16]}.png", photo.mask_png) if photo.mask_png else None,
+                # Training centers its crops here where there is no mask.
                 focus=found.inspection.subject_box.find_center() if found.inspection else None,
             )
         )
@@ -98,7 +99,7 @@ def select_photos(
 
 
 def select_top_images(outcome: Selection, config: SubjectConfig, *, best: Sequence[str]) -> None:
-    """Keep at most `subject.max_trained` images: those that the profiler named, then the sharpest."""
+    """Keep at most `subject.max_trained` images: the profiler's choice in its order, then the sharpest."""
     if config.max_trained is None or len(outcome.images) <= config.max_trained:
         return
     ranks = {sha256: rank for rank, sha256 in enumerate(best)}
@@ -117,11 +118,12 @@ def select_top_images(outcome: Selection, config: SubjectConfig, *, best: Sequen
                     thumbnail=image.image,
                 )
             )
+    # In their original order: training refers to images by index.
     outcome.images = [image for image in outcome.images if image.source_sha256 in kept]
 
 
 def note_inspection(found: PhotoAnnotation) -> dict[str, str | bool]:
-    """Return what inspector and adjudicator said, for people to read."""
+    """Return the findings of inspector and adjudicator for the manifest."""
     told: dict[str, str | bool] = found.inspection.model_dump(exclude={"subject_box"}) if found.inspection else {}
     if found.adjudication is not None:
         told["adjudication"] = clean_phrase(found.adjudication.evidence, max_words=40)
@@ -129,15 +131,15 @@ def note_inspection(found: PhotoAnnotation) -> dict[str, str | bool]:
 
 
 def check_leaks(outcome: Selection, config: SubjectConfig) -> None:
-    """Refuse to train where too many captions told what never changes: such a captioner wasn't understood."""
+    """Refuse to train where too many captions name invariant traits: the captioner did not follow its instructions."""
     share = len(outcome.leaks) / max(1, len(outcome.images))
     if share > config.max_leak_share:
         raise SubjectRejected(
-            f"{len(outcome.leaks)} of {len(outcome.images)} captions tell what never changes ({outcome.leaks[0]}); "
+            f"{len(outcome.leaks)} of {len(outcome.images)} captions name invariant traits ({outcome.leaks[0]}); "
             "choose another captioner, or set subject.captioning=template, or subject.max_leak_share=1"
         )
     if share > USUAL_LEAK_SHARE:
         outcome.warnings.append(
-            f"{len(outcome.leaks)} of {len(outcome.images)} captions told what never changes; trained all the same, "
+            f"{len(outcome.leaks)} of {len(outcome.images)} captions name invariant traits; trained anyway, "
             f"as subject.max_leak_share={config.max_leak_share:g} says"
         )

@@ -26,18 +26,19 @@ ROLES = ("inspector", "captioner", "profiler", "adjudicator")
 
 @dataclass(frozen=True)
 class SubjectInputs:
-    """What a subject set depends on."""
+    """Everything that a subject set depends on."""
 
     config: SubjectConfig
     llm: LlmConfig
     photos: "CheckedPhotos"
 
     def stage(self) -> Stage[SubjectSet]:
-        """Return the stage that makes it."""
+        """Return the stage with its cache key."""
         from tasks.subject.captions.captioning import digest_prompts
 
         config = self.config
         captions = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest() if config.captions else ""
+        # Without the LLM, neither prompts nor models affect the result.
         models = [digest_prompts(), *(self.llm.identity(role) for role in ROLES)] if config.captioning == "llm" else []
         settings = config.model_dump(mode="json", exclude=NOT_RESULT)
         return Stage(
@@ -51,10 +52,10 @@ class SubjectInputs:
 
 @task(name="check photos", persist_result=False)
 def check_photos(config: SubjectConfig, runtime: Runtime, *, is_drawn_world: bool) -> "CheckedPhotos":
-    """Decode, measure and compare the photos before anything is paid for or computed.
+    """Decode, measure and deduplicate the photos before any LLM request or GPU work.
 
     Raises:
-        SubjectRejected: too few good ones, or they are not of the only world that the base model knows.
+        SubjectRejected: too few good photos, or photos outside the domain of the shipped model.
 
     """
     from tasks.subject.photos import ingest
@@ -78,13 +79,14 @@ def prepare_subject(inputs: SubjectInputs, runtime: Runtime) -> State[SubjectSet
 
 
 def compute_subject(folder: StageFolder, inputs: SubjectInputs, runtime: Runtime) -> SubjectSet:
-    """Ask the LLM about the photos, select, and write the manifest. Raises SubjectRejected."""
+    """Inspect, caption and select the photos, and write the manifest. Raises SubjectRejected."""
     from tasks.subject.captions.captioning import describe_photos
     from tasks.subject.name_lookup import look_up_names
     from tasks.subject.photos.ingest import require_enough
     from tasks.subject.selection import check_leaks, profile_subject, select_photos
 
     config, photos = inputs.config, inputs.photos
+    # The ledger spans the run; this stage's rows start here.
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
     described = describe_photos(
         photos,
@@ -129,7 +131,7 @@ def compute_subject(folder: StageFolder, inputs: SubjectInputs, runtime: Runtime
 
 
 def store_reject(folder: StageFolder, reject: "Reject") -> RejectedImage:
-    """Keep a rejected photo's reason, and a small picture where it could be decoded."""
+    """Record a rejected photo with its reason, and a thumbnail where it could be decoded."""
     name = f"rejected/{reject.sha256[:16]}.png"
     return RejectedImage(
         source_name=reject.name,

@@ -1,4 +1,4 @@
-"""All photos at once: whether they show one subject of the named class, and what of it never changes."""
+"""Profile all photos in one request: whether they show one subject of the class, and its invariant traits."""
 
 from dataclasses import dataclass
 
@@ -48,23 +48,25 @@ class Overview:
 
 
 def ask_profile(photos: list[Photo], config: SubjectConfig, *, llm: LlmService) -> Overview:
-    """Return the profile of as many of the sharpest photos as the model's context holds."""
+    """Profile as many of the sharpest photos as fit the model's context."""
     profile = llm.profile("profiler")
     chosen = sorted(photos, key=lambda photo: -photo.measures.sharpness)
     while len(chosen) > 1:
         body = profile_spec(chosen, config).body(profile, "json_schema")
         if sum(count_body_tokens(body, profile)) <= CONTEXT_SHARE * profile.capabilities.context_tokens:
             break
-        chosen.pop()
+        chosen.pop()  # the least sharp
+    # The chosen photos in their given order: the reply refers to them by number, from 1.
     kept = {photo.sha256 for photo in chosen}
     ordered = [photo for photo in photos if photo.sha256 in kept]
     reply = llm.ask(profile_spec(ordered, config), role="profiler").reply
+    # The model may repeat numbers or invent some.
     named = dict.fromkeys(number for number in reply.best_photos if 1 <= number <= len(ordered))
     return Overview(reply, tuple(ordered[number - 1].sha256 for number in named))
 
 
 def find_warnings(profile: SubjectProfile, config: SubjectConfig) -> list[str]:
-    """Return what a person should look at before training: advice, never a veto."""
+    """Return warnings about class noun and subject; advisory, they never stop a run."""
     warnings = []
     noun = clean_phrase(profile.class_noun, max_words=3)
     if not profile.is_class_noun_right and noun.lower() != config.class_noun.lower():

@@ -1,7 +1,7 @@
-"""Checkpoints that can be trusted: safetensors and JSON, digests in a manifest, renamed last.
+"""Verified checkpoints: safetensors and JSON with their digests in a manifest, made visible by an atomic rename.
 
-A checkpoint is the folder `step-00000100/`. It is written beside its place, synced and renamed, so
-it exists whole or not at all; loading verifies every digest and falls back to the one before.
+A checkpoint is the folder `step-00000100/`. It is written to a staging folder, synced and renamed, so it
+exists completely or not at all. Loading verifies every digest and falls back to the previous checkpoint.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class CheckpointManifest(Section):
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint holds."""
+    """The contents of a checkpoint: tensors on the CPU, by parameter name; `optimizer_state` by `name|key`."""
 
     step: int
     weights: dict[str, Tensor]
@@ -61,11 +61,11 @@ class TrainingState:
 
 
 def save_checkpoint(folder: Path, state: TrainingState, *, fingerprint: dict[str, str], num_kept: int) -> Path:
-    """Write a checkpoint, then drop all but the newest `num_kept`.
+    """Write a checkpoint, then delete all but the newest `num_kept`.
 
     Raises:
-        TrainingFailed: a weight isn't finite, or the folder can't be written; nothing is.
-        StorageFull: there is no room; those before are kept.
+        TrainingFailed: a weight isn't finite, or the folder can't be written. Earlier checkpoints are kept.
+        StorageFull: the disk is full. Earlier checkpoints are kept.
 
     """
     for name, tensor in state.weights.items():
@@ -77,6 +77,7 @@ def save_checkpoint(folder: Path, state: TrainingState, *, fingerprint: dict[str
     try:
         with explain_full_tensors(target, size_bytes=size_bytes):
             write_checkpoint(staged, state, fingerprint=fingerprint)
+            # A folder can't replace a non-empty one. Best weights of a step that is trained again after a resume exist.
             shutil.rmtree(target, ignore_errors=True)
             os.replace(staged, target)
             sync(folder)
@@ -84,6 +85,7 @@ def save_checkpoint(folder: Path, state: TrainingState, *, fingerprint: dict[str
         raise TrainingFailed(f"cannot save step {state.step} in {folder}: {error}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+    # Only now: at no moment are there fewer valid checkpoints than before.
     for old in list_checkpoints(folder)[num_kept:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -101,17 +103,18 @@ def write_checkpoint(staged: Path, state: TrainingState, *, fingerprint: dict[st
     files = {path.name: digest_file(path) for path in sorted(staged.iterdir())}
     manifest = CheckpointManifest(schema_version=SCHEMA_VERSION, step=state.step, fingerprint=fingerprint, files=files)
     (staged / MANIFEST).write_bytes(dump_signed(manifest, indent=1))
+    # Contents reach the disk before the caller's rename does, or a power loss could leave a complete-looking folder.
     for path in staged.iterdir():
         sync(path)
     sync(staged)
 
 
 def load_newest(folder: Path, *, fingerprint: dict[str, str]) -> TrainingState | None:
-    """Return the newest checkpoint that verifies, or None where there is none at all.
+    """Return the newest checkpoint that verifies, or None if there are no checkpoints.
 
     Raises:
-        TrainingFailed: a checkpoint belongs to another configuration, data or base model; or there
-            are some and none verifies.
+        TrainingFailed: a checkpoint belongs to another configuration, data or base model; or
+            checkpoints exist and none verifies.
 
     """
     found = list_checkpoints(folder)
@@ -123,17 +126,18 @@ def load_newest(folder: Path, *, fingerprint: dict[str, str]) -> TrainingState |
             with contextlib.suppress(OSError):  # another rank may have moved it already
                 shutil.rmtree(folder / f".bad-{path.name}", ignore_errors=True)
                 os.replace(path, folder / f".bad-{path.name}")
+    # Damaged checkpoints, even those an earlier attempt found, never lead to a silent restart from step 0.
     if found or list(folder.glob(".bad-*")):
         raise TrainingFailed(f"no checkpoint in {folder} verifies; delete that folder to start over")
     return None
 
 
 def load_checkpoint(path: Path, *, fingerprint: dict[str, str]) -> TrainingState:
-    """Read one checkpoint.
+    """Read and verify one checkpoint.
 
     Raises:
-        ArtifactCorrupt: something differs from its digest.
-        TrainingFailed: it is another run's.
+        ArtifactCorrupt: a file differs from its digest.
+        TrainingFailed: the schema or the fingerprint differs from this run's.
 
     """
     manifest = load_signed(CheckpointManifest, (path / MANIFEST).read_bytes())
@@ -142,6 +146,7 @@ def load_checkpoint(path: Path, *, fingerprint: dict[str, str]) -> TrainingState
     changed = [name for name, value in fingerprint.items() if manifest.fingerprint.get(name) != value]
     if changed:
         raise TrainingFailed(f"{path} belongs to another run: {', '.join(changed)} changed; delete it to start over")
+    # Before anything is parsed.
     for name, expected in manifest.files.items():
         if digest_file(path / name) != expected:
             raise ArtifactCorrupt(f"{name} differs from its manifest")
@@ -165,7 +170,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class LiveState:
-    """What is saved of a running training: tensors on their devices, in slices where they are sharded."""
+    """References to the state of a running training: tensors on their devices, DTensors where sharded."""
 
     step: int
     parameters: Mapping[str, nn.Parameter]
@@ -176,13 +181,14 @@ class LiveState:
 
 
 def collect_state(live: LiveState, *, is_writer: bool = True) -> TrainingState:
-    """Copy weights, average and optimizer state to the CPU, by parameter name.
+    """Copy weights, EMA and optimizer state to the CPU, by parameter name.
 
-    Where they lie in slices every rank has to take part, but only the writer keeps what it gets.
+    With sharded state this is a collective: every rank calls it, and only the writer keeps the result.
     """
     weights = copy_all(live.parameters, is_kept=is_writer)
     optimizer_state: dict[str, Tensor] = {}
     for name, parameter in live.parameters.items():
+        # Keyed by parameter name, where `Optimizer.state_dict` has indices.
         values = live.optimizer.state.get(parameter, {})
         state = {f"{name}|{key}": torch.as_tensor(value) for key, value in values.items()}
         optimizer_state |= copy_all(state, is_kept=is_writer)
@@ -193,6 +199,7 @@ def collect_state(live: LiveState, *, is_writer: bool = True) -> TrainingState:
         ema=copy_all(live.ema, is_kept=is_writer),
         losses=list(live.losses),
         groups=[
+            # Numbers alone: `params` are the parameters, and betas are constants.
             {key: value for key, value in group.items() if isinstance(value, int | float)}
             for group in live.optimizer.param_groups
         ],
@@ -201,11 +208,11 @@ def collect_state(live: LiveState, *, is_writer: bool = True) -> TrainingState:
 
 
 def copy_all(tensors: Mapping[str, Tensor], *, is_kept: bool = True) -> dict[str, Tensor]:
-    """Return whole, contiguous copies on the CPU, gathered from all ranks where they lie in slices."""
+    """Return full, contiguous copies on the CPU; DTensors are gathered from all ranks."""
     copies = {}
     for name, tensor in tensors.items():
         whole = unshard(tensor.detach())
-        if is_kept:
+        if is_kept:  # safetensors needs contiguous tensors; `clone`, since on the CPU `cpu()` aliases the parameter
             copies[name] = whole.cpu().contiguous().clone()
     return copies
 
@@ -214,7 +221,7 @@ def copy_all(tensors: Mapping[str, Tensor], *, is_kept: bool = True) -> dict[str
 def restore_state(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: TrainingState
 ) -> None:
-    """Put a checkpoint's weights and optimizer state in place. Raises KeyError where one is missing."""
+    """Load a checkpoint's weights and optimizer state in place. Raises KeyError where a weight is missing."""
     per_parameter: dict[str, dict[str, Tensor]] = {}
     for joined, value in state.optimizer_state.items():
         name, key = joined.rsplit("|", 1)
@@ -224,6 +231,7 @@ def restore_state(
     for name, parameter in parameters.items():
         parameter.copy_(shard_like(state.weights[name], like=parameter))
         optimizer_state = per_parameter.get(name, {})
+        # Not `load_state_dict`, which casts state to the parameter's dtype; parameters without a step have none.
         if optimizer_state:
             optimizer.state[parameter] = {
                 key: shard_like(value, like=parameter) for key, value in optimizer_state.items()

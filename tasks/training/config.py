@@ -17,7 +17,7 @@ class LoraSettings(Section):
     rank: int = Field(ge=1, le=512, description="width of the adapters; size and memory grow with it")
     lora_alpha: float = Field(gt=0, le=100_000, description="the update is scaled by lora_alpha / rank")
     lora_dropout: float = Field(ge=0, lt=1, description="dropout before the adapters")
-    use_dora: bool = Field(description="learn magnitudes apart (arXiv 2402.09353); slower")
+    use_dora: bool = Field(description="decompose into magnitude and direction (DoRA, arXiv 2402.09353); slower")
     target_modules: PlainNames = Field(description="layers of the denoiser; empty: as the family says")
     save_precision: Literal["fp16", "bf16", "fp32"] = Field(
         description="number format of the saved adapter; fp32 doubles the file"
@@ -29,7 +29,7 @@ class TextualInversionSettings(Section):
 
     num_vectors: int = Field(ge=1, le=32, description="embedding vectors of the token")
     learning_rate: float = Field(gt=0, le=1, description="AdamW learning rate of the vectors")
-    initializer_token: PlainText = Field(description="words to begin from; empty: the class noun")
+    initializer_token: PlainText = Field(description="words that initialize the embedding; empty: the class noun")
     switch_step: int = Field(
         ge=0,
         le=1_000_000,
@@ -41,9 +41,9 @@ class ValidationSettings(Section):
     """A loss without chance in it: fixed photos, noise and timesteps; of held-out photos where there are some."""
 
     validation_steps: int = Field(ge=0, le=1_000_000, description="steps between validations; 0: none")
-    keep: Literal["last", "best"] = Field(description="which weights are published: the last, or the best")
+    keep: Literal["last", "best"] = Field(description="published weights: of the last step, or the best")
     metric: Literal["loss", "similarity"] = Field(
-        description="what is best: validation loss, or DINO x CLIP-T of samples, which costs drawing them"
+        description="metric that selects the best checkpoint: validation loss, or DINO x CLIP-T of samples"
     )
     num_holdout: int | None = Field(
         ge=0,
@@ -51,22 +51,22 @@ class ValidationSettings(Section):
         description="photos held out of training for the loss; null: one in five where keep=best goes by loss and "
         "there are at least 6, else none, and similarity decides",
     )
-    save_top_k: int = Field(ge=1, le=20, description="best weights kept with the tuned model, the published included")
+    save_top_k: int = Field(ge=1, le=20, description="best checkpoints retained, the published one included")
     early_stopping: bool = Field(
-        description="stop where the loss has settled (DVAR, arXiv 2302.04841); changes the number of steps"
+        description="stop once the loss has converged (DVAR, arXiv 2302.04841); changes the number of steps"
     )
-    window: int = Field(ge=2, le=1000, description="validations that have to be settled")
-    threshold: float = Field(gt=0, lt=1, description="settled: variance in the window over that of all")
+    window: int = Field(ge=2, le=1000, description="validations in the convergence window")
+    threshold: float = Field(gt=0, lt=1, description="converged: variance in the window over that of all validations")
     sample_steps: int = Field(ge=0, le=1_000_000, description="steps between sample grids; 0: none")
     sample_prompts: SubjectTemplates = Field(description="templates of the sample grids")
-    sample_num_inference_steps: int = Field(ge=1, le=1000, description="denoising steps of their pictures")
+    sample_num_inference_steps: int = Field(ge=1, le=1000, description="denoising steps of these samples")
 
 
 class TrainingConfig(Section):
     """How the weights are fine-tuned."""
 
     method: Literal["full", "lora", "textual_inversion", "textual_inversion+lora", "textual_inversion+full"] = Field(
-        description="what is learned: all weights, adapters, a token, or a token and one of these"
+        description="what is trained: all weights, adapters, a token, or a token and one of these"
     )
     lora: LoraSettings
     textual_inversion: TextualInversionSettings
@@ -102,21 +102,19 @@ class TrainingConfig(Section):
         ge=0, le=1, description="share of instance prompts left empty; keeps guidance working in long runs"
     )
     ema_decay: float = Field(
-        ge=0, lt=1, description="publish averaged weights, 0.999 for long runs; costs one copy of what is trained"
+        ge=0, lt=1, description="EMA decay, 0.999 for long runs, 0: off; costs one copy of the trained weights"
     )
     gradient_checkpointing: bool = Field(
         description="recompute activations backward: much less memory, about a third slower, same mathematics"
     )
-    num_crop_variants: int = Field(
-        ge=0, le=64, description="random crops kept per photo; 0: the centre alone, 4 approximates free cropping"
-    )
+    num_crop_variants: int = Field(ge=0, le=64, description="cached random crops per photo; 0: the center crop alone")
     aspect_ratio_bucketing: bool = Field(
-        description="train photos in their own shape, at about resolution squared; for SDXL and later"
+        description="train photos at their own aspect ratio, about resolution squared pixels; for SDXL and later"
     )
     background_loss_weight: float = Field(
         ge=0, le=1, description="weight of a cut-out photo's transparent parts in the loss; 1: as the rest"
     )
-    flip_probability: float = Field(ge=0, le=1, description="share of mirrored instance images")
+    flip_probability: float = Field(ge=0, le=1, description="probability of flipping an instance image")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         description="bf16, fp16: autocast over fp32 weights; fp16 scales the loss"
     )
@@ -130,38 +128,38 @@ class TrainingConfig(Section):
     max_skipped_steps: int = Field(
         ge=0,
         le=1_000_000,
-        description="steps in a row with a loss or gradient that isn't finite, left out before training stops",
+        description="consecutive steps with a non-finite loss or gradient that are skipped before training fails",
     )
     checkpointing_steps: int = Field(ge=1, le=1_000_000, description="steps between checkpoints")
     checkpoints_total_limit: int = Field(ge=2, le=1000, description="valid checkpoints kept while training")
     log_every_n_steps: int = Field(ge=1, le=1_000_000, description="steps between log lines")
     num_devices: int = Field(ge=0, le=64, description="processes on a machine, one per device; 0: all its GPUs")
-    fsdp: bool = Field(description="spread what is trained over all devices (FSDP), for models that don't fit on one")
+    fsdp: bool = Field(description="shard trained parameters over all devices (FSDP), for models that don't fit on one")
     num_nodes: int = Field(ge=1, le=1024, description="machines; above 1 they share output_dir")
     rdzv_endpoint: OperatorText = Field(description="HOST:PORT of the first machine, where there are several")
     num_threads: int = Field(ge=0, le=1024, description="CPU threads per process; 0: all cores")
     stall_seconds: float = Field(
         gt=0,
         le=604_800,
-        description="time without a forward on some rank after which the run is ended as stuck",
+        description="seconds without a forward pass on some rank after which the run fails as stalled",
     )
-    grace_seconds: float = Field(gt=0, le=86_400, description="time to save after a request to stop")
+    grace_seconds: float = Field(gt=0, le=86_400, description="time to save a checkpoint after a request to stop")
 
     @property
     def world_size(self) -> int:
-        """Processes in all."""
+        """The total number of processes."""
         return self.num_devices * self.num_nodes
 
     @model_validator(mode="after")
     def check_rendezvous(self) -> "TrainingConfig":
-        """Refuse several machines without a place to meet."""
+        """Require a rendezvous endpoint for several nodes."""
         if self.num_nodes > 1 and ":" not in self.rdzv_endpoint:
             raise ValueError("num_nodes is above 1: set training.rdzv_endpoint to HOST:PORT of the first machine")
         return self
 
     @model_validator(mode="after")
     def check_sharding(self) -> "TrainingConfig":
-        """Refuse what sharded training doesn't do."""
+        """Refuse options that sharded training doesn't support."""
         if not self.fsdp:
             return self
         if self.method.startswith("textual_inversion"):
@@ -174,14 +172,14 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def check_schedule(self) -> "TrainingConfig":
-        """Refuse a warm-up that the schedule leaves out."""
+        """Refuse warm-up steps with a schedule that ignores them, as diffusers would silently do."""
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise ValueError("lr_scheduler=constant has no warm-up: set lr_scheduler=constant_with_warmup")
         return self
 
     @model_validator(mode="after")
     def check_precisions(self) -> "TrainingConfig":
-        """Refuse frozen weights in a format that the forward doesn't run in."""
+        """Require frozen half-precision weights to match the autocast dtype."""
         if self.weight_dtype not in ("fp32", self.mixed_precision):
             raise ValueError(
                 f"weight_dtype={self.weight_dtype} needs mixed_precision={self.weight_dtype}, "
@@ -190,7 +188,7 @@ class TrainingConfig(Section):
         return self
 
     def result_fields(self) -> dict[str, object]:
-        """Return the fields that change the result: the ones that a stage key covers."""
+        """Return the fields that affect the result, which the stage's cache key covers."""
         unchanged = {
             "checkpointing_steps", "checkpoints_total_limit", "log_every_n_steps",
             "num_threads", "rdzv_endpoint", "grace_seconds", "stall_seconds", "max_skipped_steps",

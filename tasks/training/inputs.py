@@ -1,4 +1,4 @@
-"""What a tuned model depends on."""
+"""Inputs of the training stage and its cache key."""
 
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ STAGE_VERSION = 3
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What a tuned model depends on."""
+    """Everything that the tuned model depends on."""
 
     config: TrainingConfig
     diffusion: DiffusionConfig
@@ -29,7 +29,7 @@ class TrainingInputs:
     prior: ClassImageSet
 
     def with_config(self, config: TrainingConfig) -> "TrainingInputs":
-        """Return the same inputs under another configuration."""
+        """Return a copy with another configuration."""
         return replace(self, config=config)
 
     @property
@@ -41,7 +41,9 @@ class TrainingInputs:
         """Return the stage that trains it."""
         config = self.config
         is_measured = config.validation.metric != "loss"
+        # Encoders change the weights only where similarity selects the best checkpoint.
         measuring = [self.encoders.model_dump(), identify_encoders(self.encoders)] if is_measured else []
+        # Sampler and sampling precision don't affect training, so changing them keeps the cached model.
         resolution = self.diffusion.model_dump(mode="json", include={"family", "resolution"})
         versions = [diffusion_code.VERSION, encoders_code.VERSION]
         return Stage(

@@ -26,26 +26,29 @@ def prior_preservation_loss(
     weights: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> PriorPreservationLoss:
-    """Weigh the subject's error against drift of its class (arXiv 2208.12242).
+    """Return instance loss + `prior_loss_weight` x class loss (prior preservation, arXiv 2208.12242).
 
-    The batch is `[instance | class]` along dim 0, so both halves share one forward; with weight 0
-    it holds instances alone.
+    The batch is `[instance | class]` along dim 0, so both halves share one forward. With weight 0 it holds
+    instance images alone.
 
     Args:
-        noise_pred: `(2B, C, h, w)`, compared in float32 (half precision underflows late in training).
+        noise_pred: `(2B, C, h, w)`, any float dtype; the error is computed in float32, since squares of small
+            errors underflow in fp16.
         target: noise, velocity or flow; same shape.
         prior_loss_weight: 0 keeps only the instance half.
-        weights: `(2B,)`, one per example, for both halves alike.
-        mask: `(2B, 1, h, w)`, what each place counts; errors are means by it.
+        weights: `(2B,)`, one per example, applied to both halves.
+        mask: `(2B, 1, h, w)` in [0, 1], the weight of each latent position in an example's mean.
 
     Raises:
         ValueError: the batch can't be split into two equal halves.
 
     """
+    # (2B, C, h, w) -> one mean per example, (2B,): weights apply before examples are averaged.
     squares = (noise_pred.float() - target.float()).square()
     if mask is None:
         errors = squares.flatten(1).mean(1)
     else:
+        # Normalized by the mask's own sum: a small subject counts as much as a large one.
         errors = (squares * mask).flatten(1).sum(1) / mask.expand_as(squares).flatten(1).sum(1).clamp_min(1e-6)
     if weights is not None:
         errors = errors * weights
@@ -59,11 +62,12 @@ def prior_preservation_loss(
 
 
 def min_snr_weights(noise: NoiseProcess, timesteps: Tensor, *, snr_gamma: float) -> Tensor:
-    """Return one weight `(B,)` per example that caps the SNR at `snr_gamma` (arXiv 2303.09556).
+    """Return the min-SNR weight `(B,)` of each example (arXiv 2303.09556).
 
-    The paper weighs errors of the clean latents by min(SNR, gamma); an error of the prediction counts
-    by the share of clean error that it causes: min(SNR, gamma) / SNR for noise, / (SNR + 1) for
-    velocity, x sigma squared for rectified flow.
+    The paper weights the error of the clean latents by min(SNR, gamma). In terms of the prediction's error this is
+    min(SNR, gamma) / SNR for noise, min(SNR, gamma) / (SNR + 1) for velocity, and min(SNR, gamma) x sigma^2
+    for rectified flow.
     """
     capped = noise.compute_snr(timesteps).clamp_max(snr_gamma)
+    # 0 / 0 where the SNR is 0 (zero terminal SNR) and noise is predicted: its limit is 1.
     return torch.nan_to_num(capped * noise.x0_error_scale(timesteps), nan=1.0).float()

@@ -1,4 +1,4 @@
-"""What is learned: all weights, low-rank adapters, a new token, or a token and one of these."""
+"""Training methods: full fine-tuning, LoRA, textual inversion, or the latter with one of the others."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,12 +15,12 @@ from tasks.training.config import LoraSettings
 from tasks.training.process.worker_spec import TrainingSpec
 
 if TYPE_CHECKING:
-    from tasks.diffusion.lora.adapters import LoraShape
+    from tasks.diffusion.lora.adapters import LoraHyperparameters
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a learning rate, and the steps in which they are trained."""
+    """Parameters that share a learning rate, trained in the steps `first_step <= step < end_step`."""
 
     name: str
     parameters: list[nn.Parameter]
@@ -35,27 +35,27 @@ class ParameterGroup:
 
 @dataclass
 class Trainable:
-    """The components of a model that hold what is learned."""
+    """The modules that contain trained parameters, and these parameters by learning rate."""
 
     modules: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     groups: list[ParameterGroup] = field(default_factory=list)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield what is trained, by name."""
+        """Yield trained parameters with names `<component>.<path>`, in a stable order."""
         for name, parameter in self.modules.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
 
 
 def prepare(model: DiffusionModel, spec: TrainingSpec) -> Trainable:
-    """Make trainable what the configured method learns; everything else stays frozen.
+    """Make the configured method's parameters trainable and freeze all others; may cast frozen weights.
 
     Raises:
         ConfigError: nothing would be trained.
 
     """
     training = spec.training
-    torch.manual_seed(spec.seed)  # the adapters' random half
+    torch.manual_seed(spec.seed)  # PEFT initializes lora_A at random
     trainable = Trainable()
     components = names_of_components(model, spec)
     switch = training.textual_inversion.switch_step if training.method.startswith("textual_inversion") else 0
@@ -63,13 +63,15 @@ def prepare(model: DiffusionModel, spec: TrainingSpec) -> Trainable:
         add_full(model, spec, trainable, components=components, first_step=switch)
     if training.method.endswith("lora"):
         add_adapters(model, spec, trainable, components=components, first_step=switch)
+    # After the others: it moves the embedding table out of their parameter groups.
     if training.method.startswith("textual_inversion"):
         add_token(model, spec, trainable)
     if not any(group.parameters for group in trainable.groups):
         raise ConfigError("nothing would be trained: set training.train_denoiser or training.train_text_encoder")
+    # Last, when `requires_grad` is final: trained parameters stay in float32.
     if training.weight_dtype != "fp32":
         for name, part in model.components.items():
-            if isinstance(part, nn.Module) and name != "vae":  # it is used once, before training
+            if isinstance(part, nn.Module) and name != "vae":  # runs once, before training; SDXL's overflows in fp16
                 cast_frozen(part, DTYPES[training.weight_dtype])
     return trainable
 
@@ -98,7 +100,7 @@ def add_full(
 def add_adapters(
     model: DiffusionModel, spec: TrainingSpec, trainable: Trainable, *, components: list[str], first_step: int
 ) -> None:
-    """Train low-rank adapters in the components."""
+    """Add LoRA layers to the components and train them."""
     from tasks.diffusion.lora.adapters import add_lora
 
     lora = spec.training.lora
@@ -111,11 +113,11 @@ def add_adapters(
         trainable.groups.append(ParameterGroup(name, parameters, rate or lora.learning_rate, first_step))
 
 
-def lora_shape(lora: LoraSettings) -> "LoraShape":
-    """Return how the configured adapters are built."""
-    from tasks.diffusion.lora.adapters import LoraShape
+def lora_shape(lora: LoraSettings) -> "LoraHyperparameters":
+    """Return the configured LoRA hyper-parameters."""
+    from tasks.diffusion.lora.adapters import LoraHyperparameters
 
-    return LoraShape(
+    return LoraHyperparameters(
         rank=lora.rank,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
@@ -125,7 +127,12 @@ def lora_shape(lora: LoraSettings) -> "LoraShape":
 
 
 def add_token(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable) -> None:
-    """Train the vectors of a new token in every CLIP text encoder."""
+    """Add placeholder tokens to every CLIP text encoder and train their embeddings.
+
+    Raises:
+        ConfigError: there is no CLIP text encoder, or the token is in its vocabulary.
+
+    """
     token = spec.training.textual_inversion
     words = token.initializer_token or spec.class_noun
     names = [n for n in model.trainable_modules(train_text_encoder=True) if n != model.denoiser_name]
@@ -140,7 +147,9 @@ def add_token(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable) -
         raise ConfigError(f"the base model already knows <{spec.identifier_token}>; set subject.identifier_token")
     for name, learned in model.add_placeholder_tokens(spec.identifier_token, vectors).items():
         learned.to(model.device).train()
+        # Full training of the text encoder has unfrozen the table; only the new rows are trained.
         learned.table.requires_grad_(False)
+        # A trained text encoder already contains it as its input embedding: no parameter is registered twice.
         if name not in trainable.modules:
             trainable.modules[f"{name}_token"] = learned
         group = ParameterGroup(f"{name}_token", [learned.vectors], token.learning_rate, 0, end)
@@ -149,21 +158,21 @@ def add_token(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable) -
 
 
 def drop_from(group: ParameterGroup, *parameters: torch.Tensor) -> ParameterGroup:
-    """Return the group without some parameters."""
+    """Return the group without some parameters, compared by identity."""
     ids = {id(parameter) for parameter in parameters}
     kept = [parameter for parameter in group.parameters if id(parameter) not in ids]
     return ParameterGroup(group.name, kept, group.learning_rate, group.first_step, group.end_step)
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
-    """Store frozen weights in half precision; what is trained stays in float32."""
+    """Cast frozen floating-point parameters in place; trained ones stay in float32."""
     for parameter in module.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 
 
 def save_learned(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable, *, folder: Path) -> None:
-    """Write what was learned: a whole diffusers folder for full methods, adapters and token else."""
+    """Write the result: a diffusers folder for full methods, else LoRA weights and learned embeddings."""
     training = spec.training
     vectors = {name: learned.vectors for name, learned in model.learned.items()}
     if vectors:
@@ -178,5 +187,6 @@ def save_learned(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable
         )
         save_lora(model, folder, names, export=export)
     if training.method.endswith("full"):
+        # `from_pretrained` knows ordinary embedding tables only.
         model.merge_token_embeddings()
         model.save(folder)

@@ -1,4 +1,4 @@
-"""Optimizers by name, and the kernels that a step runs on."""
+"""Optimizers by name, and the backend settings of torch."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torc
             raise ConfigError(
                 "training.optimizer=prodigy needs the package prodigyopt; pip install prodigyopt"
             ) from error
-        # It finds one rate for all groups, and takes no other number than 1 from them.
+        # Prodigy (arXiv 2306.06101) estimates one step size for all groups and expects equal `lr`, usually 1.
         fastest = max(group["lr"] for group in groups)
         groups = [{**group, "lr": 1.0, "base_lr": 1.0, "relative_rate": group["lr"] / fastest} for group in groups]
         optimizer: torch.optim.Optimizer = Prodigy(groups, safeguard_warmup=True, use_bias_correction=True)
@@ -37,10 +37,11 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torc
 
 
 def keep_relative_rates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Let groups go only their `relative_rate` of each step: what a smaller learning rate would do."""
+    """Scale each group's update by its `relative_rate`, as a smaller learning rate would."""
     before: list[tuple[torch.Tensor, torch.Tensor, float]] = []
 
     def remember(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # Groups at the full rate need no copy.
         before.clear()
         for group in optimizer.param_groups:
             if group["relative_rate"] != 1.0:
@@ -57,24 +58,25 @@ def keep_relative_rates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimiz
     return optimizer
 
 
-def has_fused_skip(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step can be left out on the device, without asking the host."""
+def supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer reads `found_inf` on the device, so that skipping a step needs no synchronization."""
     return isinstance(optimizer, torch.optim.AdamW)
 
 
 def set_up_kernels(model: DiffusionModel, config: TrainingConfig) -> None:
-    """Choose matrix precision, memory format and compilation. Raises ConfigError where torch can't compile."""
+    """Set TF32, memory format and compilation. Raises ConfigError where torch can't compile."""
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if config.channels_last and model.denoiser_name == "unet":
         model.denoiser.to(memory_format=torch.channels_last)
     if config.compile:
         check_compiler(model.device)
+        # Regional compilation: one graph serves all blocks of a kind, so start-up takes a minute instead of many.
         model.denoiser.compile_repeated_blocks()
 
 
 def check_compiler(device: torch.device, folder: Path = Path(torch.__file__).parent) -> None:
-    """Refuse to compile where torch can't: it does not quote its own folder when it calls g++."""
+    """Refuse `compile` on a CPU where torch's path holds a space, which Inductor doesn't quote for g++."""
     if device.type == "cpu" and " " in str(folder):
         raise ConfigError(
             f"training.compile: torch can't compile for CPUs from a folder with a space in its name ({folder}); "

@@ -1,6 +1,6 @@
 """Weights, gradients and optimizer state sharded over all devices (FSDP, arXiv 2304.11277), for large models.
 
-What is trained lies in slices, one per device, and is put together layer by layer when it is needed.
+Trained parameters are DTensors, one shard per device, gathered block by block for forward and backward.
 """
 
 from dataclasses import replace
@@ -16,13 +16,13 @@ from tasks.training.methods import Trainable
 
 
 def init_process_group(device: torch.device) -> None:
-    """Let the processes meet; Lightning would do it only after the weights have to be sharded."""
+    """Initialize torch.distributed: the result of a finished run is written without the Trainer that would do it."""
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def shard(trainable: Trainable, device: torch.device) -> None:
-    """Shard the trained modules, block by block, and name their new parameters in the groups."""
+    """Apply `fully_shard` to the trained modules block by block, and update the parameter groups."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     names = {id(parameter): name for name, parameter in trainable.modules.named_parameters()}
     for module in trainable.modules.values():
@@ -30,8 +30,9 @@ def shard(trainable: Trainable, device: torch.device) -> None:
         for block in reversed(list(module.modules())):  # inner blocks first
             if block is not module and type(block).__name__ in kinds and has_parameters(block):
                 fully_shard(block, mesh=mesh)
-        # By default a root stays whole after its forward, and then its parameters aren't those of the optimizer.
+        # By default the root stays unsharded after its forward; its parameters then aren't those of the optimizer.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    # `fully_shard` replaces every Parameter by a new DTensor one of the same name.
     sharded_parameters = dict(trainable.modules.named_parameters())
     trainable.groups = [
         replace(group, parameters=[sharded_parameters[names[id(parameter)]] for parameter in group.parameters])
@@ -40,20 +41,21 @@ def shard(trainable: Trainable, device: torch.device) -> None:
 
 
 def has_parameters(block: nn.Module) -> bool:
-    """Whether there is anything to shard."""
+    """Whether there is any parameter to shard."""
     return next(block.parameters(), None) is not None
 
 
 def unshard(tensor: Tensor) -> Tensor:
-    """Return a whole tensor from its slices; every rank has to ask. Others are returned as they are."""
+    """Return the full tensor of a DTensor, a collective over all ranks; return other tensors unchanged."""
     whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole
 
 
 def shard_like(tensor: Tensor, *, like: Tensor) -> Tensor:
-    """Return a tensor on the device of another one, and in slices where that one is."""
+    """Return a tensor on the device of another one, sharded like it."""
     tensor = tensor.to(like.device)
+    # Scalars of the optimizer, such as AdamW's `step`, stay unsharded.
     if isinstance(like, DTensor) and tensor.shape == like.shape:
-        # Every rank has read the same file, so nothing needs to be sent.
+        # Every rank has read the same file, so no broadcast is needed.
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return tensor

@@ -1,4 +1,4 @@
-"""The training stage: a supervised worker turns photos and class images into a tuned model."""
+"""The training stage: a supervised worker process fine-tunes the base model."""
 
 import shutil
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from tasks.stage.cache import PREFIXES, StageFolder, fetch_folder, find_manifest
 from tasks.stage.context import Runtime
 from tasks.stage.states import finished
 from tasks.training.config import TrainingConfig
-from tasks.training.data.holdout import settle_validation, split_photos
+from tasks.training.data.holdout import resolve_validation, split_photos
 from tasks.training.inputs import STAGE_VERSION, TrainingInputs
 
 if TYPE_CHECKING:
@@ -29,18 +29,18 @@ TRAINING_TAG = "likeness.training"
 
 @task(name="training", persist_result=False)
 def fine_tune(inputs: TrainingInputs, runtime: Runtime) -> State[TunedModel]:
-    """Fine-tune, resuming from a checkpoint where an earlier attempt left one.
+    """Fine-tune, resuming from the checkpoint of an earlier attempt.
 
-    Called directly in the flow: signals reach only the main thread.
+    Called, not submitted, by the flow: only the main thread receives signals.
     """
-    config = settle_validation(count_devices(inputs.config), len(inputs.subject.images), runtime.progress.note)
+    config = resolve_validation(count_devices(inputs.config), len(inputs.subject.images), runtime.progress.note)
     inputs = inputs.with_config(config)
     manifest = runtime.run_stage(inputs.stage(), lambda folder: compute_training(folder, inputs, runtime))
     return finished(manifest, runtime)
 
 
 def count_devices(config: TrainingConfig) -> TrainingConfig:
-    """Return the configuration with the number of devices that `all` stands for here."""
+    """Resolve `num_devices=0` to the number of local GPUs, at least 1."""
     if config.num_devices:
         return config
     import torch
@@ -49,12 +49,13 @@ def count_devices(config: TrainingConfig) -> TrainingConfig:
 
 
 def compute_training(folder: StageFolder, inputs: TrainingInputs, runtime: Runtime) -> TunedModel:
-    """Run the worker to its end and move its result into the store, one run at a time."""
-    from tasks.training.data.latent_cache import fetch_latents, keep_latents
+    """Run the worker and move its result into the store, under an exclusive lock per stage key."""
+    from tasks.training.data.latent_cache import fetch_latents, store_latents
     from tasks.training.process.supervisor import locked, run_worker
 
     work = runtime.work_folder / "training" / folder.stage_key
     with locked(work.with_suffix(".lock")) as lock_descriptor:
+        # Checked under the lock: another process may have trained this model while we waited.
         finished_meanwhile = find_manifest(runtime.store, TunedModel, stage="training", key=folder.stage_key)
         if finished_meanwhile is not None:
             return finished_meanwhile
@@ -69,13 +70,14 @@ def compute_training(folder: StageFolder, inputs: TrainingInputs, runtime: Runti
             spec, on_event=lambda event: show_event(event, inputs.config, runtime), inherited=(lock_descriptor,)
         )
         manifest = store_result(folder, inputs, spec, result=result)
-        keep_latents(runtime.store, spec)
+        store_latents(runtime.store, spec)
+        # Last: until the manifest is stored, checkpoints and result are needed to resume.
         shutil.rmtree(work)
     return manifest
 
 
 def make_spec(inputs: TrainingInputs, runtime: Runtime, *, stage_key: str, work: Path) -> "TrainingSpec":
-    """Return the worker's order, with every image as a local file below `work`."""
+    """Return the worker's spec, with all images as local files below `work`."""
     from tasks.diffusion.hub import find_folder
     from tasks.training.process.worker_spec import TrainingSpec
 
@@ -103,14 +105,14 @@ def make_spec(inputs: TrainingInputs, runtime: Runtime, *, stage_key: str, work:
 
 
 class LocalImages:
-    """Copies of stored images as local files."""
+    """Downloads stored images, verified, to a local folder."""
 
     def __init__(self, store: Store, folder: Path) -> None:
         self.store = store
         self.folder = folder
 
     def fetch_photo(self, photo: InstanceImage) -> "TrainingImage":
-        """Copy a photo and its mask, with its prompt and original size."""
+        """Download a photo and its mask."""
         mask = {"mask_path": self.copy(photo.mask), "mask_sha256": photo.mask.sha256} if photo.mask else {}
         return self.fetch(
             photo.image,
@@ -122,7 +124,7 @@ class LocalImages:
         )
 
     def fetch(self, ref: ObjectRef, *, prompt: str, **fields: Any) -> "TrainingImage":
-        """Copy an image and measure it."""
+        """Download an image and read its size."""
         from PIL import Image
 
         from tasks.training.process.worker_spec import TrainingImage
@@ -133,13 +135,14 @@ class LocalImages:
         return TrainingImage(path=path, width=width, height=height, sha256=ref.sha256, prompt=prompt, **fields)
 
     def copy(self, ref: ObjectRef) -> str:
-        """Copy one object and return its file."""
+        """Download one object and return its local path."""
+        # Keys are `<prefix>/<stage key>/<path>`; `below` is the stage key.
         fetch_folder(self.store, [ref], below=ref.key.split("/")[1], folder=self.folder)
         return str(self.folder / ref.key.split("/", 2)[2])
 
 
 def describe_datasets(subject: SubjectSet, prior: ClassImageSet) -> list[DatasetInfo]:
-    """Return photos and class images as a tracking server names data."""
+    """Return photos and class images as datasets of the tracking server."""
     return [
         DatasetInfo(
             name=manifest.stage,
@@ -152,7 +155,7 @@ def describe_datasets(subject: SubjectSet, prior: ClassImageSet) -> list[Dataset
 
 
 def show_event(event: dict[str, Any], config: TrainingConfig, runtime: Runtime) -> None:
-    """Turn the worker's events into progress and count the steps of this run."""
+    """Translate a worker event into progress and live metrics, and count the steps of this run."""
     if event["event"] == "started":
         runtime.first_training_step = event["step"]
         if event["step"]:
@@ -174,7 +177,7 @@ def show_event(event: dict[str, Any], config: TrainingConfig, runtime: Runtime) 
 def store_result(
     folder: StageFolder, inputs: TrainingInputs, spec: "TrainingSpec", *, result: "WorkerResult"
 ) -> TunedModel:
-    """Store weights, candidates, samples and loss log, and write the manifest."""
+    """Store weights, candidates, samples and loss log, then write the manifest."""
     from tasks.training.process.worker_spec import RunFolder
 
     run, micro = RunFolder(spec.path), result.micro_batch_size
@@ -209,5 +212,5 @@ def store_result(
 
 
 def list_files(paths: Iterable[Path]) -> list[Path]:
-    """Return those that are files, sorted."""
+    """Return the regular files among the paths, sorted."""
     return sorted(path for path in paths if path.is_file())

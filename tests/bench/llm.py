@@ -181,7 +181,7 @@ def judge(
     specs = {question.name: question.spec for question in questions}
     answers, _ = ask_each(llm, specs, AskOptions("judge"))
     judgements = scores.to_judgements(material.samples, Judged(questions, answers))
-    health = scores.examine_judge(material.samples, Judged(questions, answers), is_comparable=True)
+    health = scores.assess_judge(material.samples, Judged(questions, answers), is_comparable=True)
     photos = encoders.encode_dino([decode_png(png) for png in material.references])
     drawn = encoders.encode_dino([decode_png(material.read(sample)) for sample in material.samples])
     grades += [judgement.concept_preservation for judgement in judgements]

@@ -16,7 +16,7 @@ from tests.support.llm_server import ScriptedServer, completion, scripted_server
 from tests.support.tiny import draw_photos
 
 
-class Grading(ScriptedServer):
+class JudgeRun(ScriptedServer):
     """Gives every sample the same grades."""
 
     def answer_row(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def test_a_vision_server_killed_mid_run_is_one_line_and_no_answer_is_asked_twice
 def test_a_run_is_parked_while_its_batch_job_runs_and_goes_on_with_the_same_job(
     first_run: dict[str, Any], sandbox: CliSandbox
 ) -> None:
-    with scripted_server(Grading()) as server:
+    with scripted_server(JudgeRun()) as server:
         words = [
             f"llm.profiles.remote.base_url={server.url}", "llm.profiles.remote.model=asked-model", "llm.judge=remote",
             "llm.profiles.remote.capabilities.structure=json_schema", "llm.profiles.remote.capabilities.batch=openai",
@@ -134,7 +134,7 @@ def test_a_run_is_parked_while_its_batch_job_runs_and_goes_on_with_the_same_job(
 def test_a_run_killed_while_its_batch_job_runs_is_pending_and_costs_are_those_of_all_its_runs(
     first_run: dict[str, Any], sandbox: CliSandbox
 ) -> None:
-    with scripted_server(Grading()) as server:
+    with scripted_server(JudgeRun()) as server:
         words = [
             f"llm.profiles.remote.base_url={server.url}", "llm.profiles.remote.model=asked-model", "llm.judge=remote",
             "llm.profiles.remote.capabilities.structure=json_schema", "llm.profiles.remote.capabilities.batch=openai",

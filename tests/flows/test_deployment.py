@@ -34,6 +34,7 @@ class Service:
                 with urllib.request.urlopen(request, timeout=60) as response:
                     return json.loads(response.read())
             except urllib.error.HTTPError as error:
+                error.close()  # it holds the connection
                 # Prefect answers 503 while SQLite is locked by another write; its own client tries again too.
                 if error.code != 503 or time.monotonic() > deadline:
                     raise

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from flows.run_records import list_summaries
 from tests.support.cli_sandbox import CliSandbox
 
 
@@ -18,9 +19,8 @@ def changed(sandbox: CliSandbox, first_run: dict[str, Any]) -> dict[str, Any]:
         "publishing.title=Our own title", "tracking.experiment=a study", "tracking.registered_model=our-model",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    [path] = (sandbox.folder / "elsewhere").glob("*/summary.json")
-    summary: dict[str, Any] = json.loads(path.read_text())
-    return summary
+    [summary] = list_summaries(sandbox.folder / "elsewhere")
+    return summary.model_dump(mode="json")
 
 
 def read_manifest(summary: dict[str, Any], stage: str) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def test_kept_weights_meet_and_can_be_drawn_with(watched: dict[str, Any], sandbo
     assert sum(rank["strength"] for rank in ranks) == pytest.approx(1)
     [other] = [rank["step"] for rank in ranks if not rank["is_published"]]
     report = (sandbox.output / summary["run_id"] / "report.html").read_text()
-    assert "Weights of several steps" in report
+    assert "Checkpoint comparison" in report
     words = ["generate", summary["run_id"], "a photo of sks fish", "--candidate", str(other), "--steps", "2"]
     done = sandbox.likeness(*words)
     assert done.returncode == 0, done.stderr

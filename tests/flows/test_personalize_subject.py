@@ -37,7 +37,7 @@ def test_the_report_holds_everything_inside_itself(first_run: dict[str, Any]) ->
     assert html.count("data:image/png;base64,") >= 5 + 4 + 4 + 4
     assert "http://" not in html
     assert "https://" not in html
-    for text in ("DINO", "CLIP-T", "PRES", "sks fish", "loss", "Time and money"):
+    for text in ("DINO", "CLIP-T", "PRES", "sks fish", "loss", "Runtime and cost"):
         assert text in html
 
 
@@ -69,7 +69,8 @@ def test_a_picture_is_drawn_with_the_tuned_model(first_run: dict[str, Any], sand
     done = sandbox.likeness(*words, "--out", "new folder/one.png")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "new folder/one.png  seed 4"
-    assert Image.open(sandbox.folder / "new folder" / "one.png").size == (64, 64)
+    with Image.open(sandbox.folder / "new folder" / "one.png") as picture:
+        assert picture.size == (64, 64)
 
 
 def test_runs_and_reports_are_listed(first_run: dict[str, Any], sandbox: CliSandbox) -> None:

@@ -68,7 +68,7 @@ def test_objectives_are_read_from_the_summary() -> None:
     [
         ({"evil\x1b[31m key": [1]}, "is not a dotted name of a setting"),
         ({"training.prompt": ["x" * 10_000]}, "10,000 characters, at most 4,000"),
-        ({"training.prompt": ["a\x1b[31m"]}, "control characters are not taken"),
+        ({"training.prompt": ["a\x1b[31m"]}, "control characters are not accepted"),
         ({"seed": []}, "0 values to try"),
         ({f"a{number}": list(range(100)) for number in range(4)}, "100,000,000 combinations, at most 1,000"),
     ],

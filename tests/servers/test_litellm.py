@@ -84,7 +84,7 @@ def test_a_reply_that_the_proxy_makes_up_is_a_reply(url: str, tmp_path: Path) ->
 
 
 def test_a_reply_that_minds_no_schema_is_told_of(url: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="canned at .* gives no JSON by any way"):
+    with pytest.raises(ConfigError, match="canned at .* supports no response format"):
         ask_color(make_llm(url, "canned", tmp_path, api_key_variable="GOOD_KEY"), "red")
 
 

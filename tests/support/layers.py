@@ -1,6 +1,9 @@
 """Layers of tests by folder, and which tests stay together where several processes share them."""
 
+import re
+from functools import cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 
@@ -26,8 +29,9 @@ LAYERS = {
     "browser": "browser",
 }
 """The layer of each folder; the nearest one counts."""
-SHARED = {"sandbox", "first_run"}
-"""Fixtures of a session that take half a minute: tests that need them run in one process."""
+WHOLE_RUNS = "whole runs"
+SHARED = ("sandbox", "first_run")
+"""Fixtures of a session that take half a minute: files that name them run in one process."""
 LONGEST = ("tasks/training/process/", "faults/", "tasks/training/", "tasks/subject/photos/")
 """Begun right after the whole runs, so that no process is left alone with one of them at the end."""
 
@@ -42,13 +46,34 @@ def find_layer(path: Path) -> str:
 
 
 def assign(items: list[pytest.Item]) -> None:
-    """Mark tests with their layer and the group that stays together; order groups by length."""
+    """Mark tests with their layer; order files by length, whole runs first."""
     order: dict[pytest.Item, int] = {}
     for item in items:
         relative = item.path.relative_to(TESTS).as_posix()
-        is_shared = bool(SHARED & set(getattr(item, "fixturenames", ())))
+        is_shared = find_group(f"tests/{relative}") == WHOLE_RUNS
         item.add_marker(find_layer(item.path))
-        item.add_marker(pytest.mark.xdist_group("whole runs" if is_shared else relative))
         ranks = [rank for rank, prefix in enumerate(LONGEST, 1) if relative.startswith(prefix)]
         order[item] = 0 if is_shared else min(ranks, default=len(LONGEST) + 1)
     items.sort(key=order.__getitem__)
+
+
+@cache
+def find_group(path: str) -> str:
+    """Return the group that a file's tests run in: its own, or the one of all whole runs."""
+    text = (TESTS.parent / path).read_text()
+    return WHOLE_RUNS if re.search(rf"\b({'|'.join(SHARED)})\b", text) else path
+
+
+def make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return a scheduler of pytest-xdist that keeps groups together, in the order of `assign`.
+
+    Its own `--dist loadgroup` writes groups into node ids, which pytest 9.2 ignores: every test would go alone.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return find_group(nodeid.split("::", 1)[0])
+
+    config.option.loadscopereorder = False
+    return GroupScheduling(config, log)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from tasks.mini.vision_server.batch_api import DeskError, InMemoryBatchApi
+from tasks.mini.vision_server.batch_api import BatchApiError, InMemoryBatchApi
 
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -80,7 +80,7 @@ class ScriptedServer:
         self.counts["row"] += 1
         status, _, data = self.next_answer()
         if status != 200:
-            raise DeskError(status, "scripted failure")
+            raise BatchApiError(status, "scripted failure")
         loaded: dict[str, Any] = json.loads(data)
         return loaded
 
@@ -142,7 +142,7 @@ def make_handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:
             elif self.path == "/v1/batches":
                 try:
                     self.send(server.desk.create(json.loads(data)))
-                except DeskError as error:
+                except BatchApiError as error:
                     self.reply(error.status, {}, json.dumps({"error": {"message": error.message}}).encode())
 
         def do_GET(self) -> None:

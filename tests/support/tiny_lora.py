@@ -3,7 +3,7 @@
 import torch
 
 from tasks.diffusion.adapter import DiffusionModel
-from tasks.diffusion.lora.adapters import LoraExport, LoraShape, add_lora
+from tasks.diffusion.lora.adapters import LoraExport, LoraHyperparameters, add_lora
 
 UNET_TARGETS = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
@@ -37,7 +37,9 @@ def adapt(model: DiffusionModel, targets: tuple[str, ...] = (), *, use_dora: boo
     """Add adapters that change something, as training would leave them."""
     names = list(model.trainable_modules(train_text_encoder=True))
     torch.manual_seed(1)
-    add_lora(model, names, LoraShape(rank=3, lora_alpha=EXPORT.alpha, use_dora=use_dora, target_modules=targets))
+    add_lora(
+        model, names, LoraHyperparameters(rank=3, lora_alpha=EXPORT.alpha, use_dora=use_dora, target_modules=targets)
+    )
     with torch.no_grad():
         for name in names:
             for key, parameter in model.components[name].named_parameters():

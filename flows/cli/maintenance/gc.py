@@ -16,7 +16,7 @@ from tasks.stage.files import PART_PREFIX
 
 HOUR, DAY = 3_600.0, 86_400.0
 PART_AGE = HOUR
-MOST_DAYS = 36_500
+MAX_DAYS = 36_500
 # Copies and latents: made again when they are missing.
 CACHES = ("models", "published", "candidates", "latents")
 
@@ -30,7 +30,7 @@ class Item:
     size_bytes: int
     path: Path | None = None
     keys: tuple[str, ...] = ()
-    """Objects in the store, where it is no path."""
+    """Objects in the store, where it is not a path."""
 
 
 def collect_garbage(output: Path, *, days: float, is_deleting: bool) -> list[Item]:
@@ -45,12 +45,13 @@ def collect_garbage(output: Path, *, days: float, is_deleting: bool) -> list[Ite
     folders = list_run_folders(output)
     if not folders:
         raise ConfigError(f"no runs in {output}; name the folder of your runs with --output-dir")
-    if not 0 <= days <= MOST_DAYS:
-        raise ConfigError(f"--days {days:g}: must be between 0 and {MOST_DAYS:,}")
+    if not 0 <= days <= MAX_DAYS:
+        raise ConfigError(f"--days {days:g}: must be between 0 and {MAX_DAYS:,}")
     if any(read_summary(folder).status == "running" for folder in folders):
         days = max(days, 1.0)  # what a running run has written so far is younger
     store = find_store(folders)
     limit = time.time() - days * DAY
+    # Stages are removed only where every reference to them is known; leftovers are safe in any case.
     stages = () if explain_kept_stages(output) else list_stages(store, list_referenced(folders), limit)
     items = [
         *stages,
@@ -112,6 +113,7 @@ def list_stages(store: Store, referenced: set[str], limit: float) -> Iterator[It
         for name, objects in groups.items():
             if any("/batches/" in key for key, _, _ in objects):
                 continue  # a batch job's state: its replies may be paid for and not yet read
+            # The newest object decides: a stage that is being written has old and new ones.
             if name not in referenced and max(modified for _, _, modified in objects) < limit:
                 keys = tuple(key for key, _, _ in objects)
                 yield Item(f"{stage} that no run refers to", name, sum(size for _, size, _ in objects), keys=keys)
@@ -159,6 +161,7 @@ def newest(folder: Path) -> float:
 
 def measure_size(path: Path) -> int:
     """Return the bytes that removing it frees; a file with other names frees none."""
+    # Local copies are hard links of the store's objects where the file system allows; removing one name frees nothing.
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     return sum(file.stat().st_size for file in files if file.stat().st_nlink == 1)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.app import RESULTS, app
-from flows.cli.arguments import MOST_INTEGER, OUTPUT, OutputDir, RunName
+from flows.cli.arguments import MAX_INTEGER, OUTPUT, OutputDir, RunName
 from tasks.errors import ConfigError
 
 
@@ -55,12 +55,12 @@ def generate(  # noqa: PLR0913, PLR0917 - a command's options
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", help='For example "a photo of sks fish in the snow".', show_default=False)
     ],
-    seed: Annotated[int | None, typer.Option(min=0, max=MOST_INTEGER, help="Random unless given.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_INTEGER, help="Random unless given.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="PNG", help="Output file; default: in the run's folder.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps; default: evaluation's.")] = None,
     guidance: Annotated[float | None, typer.Option(min=1, max=30, help="Default: evaluation's.")] = None,
     candidate: Annotated[
-        int | None, typer.Option(min=0, max=MOST_INTEGER, metavar="STEP", help="Use the weights retained of this step.")
+        int | None, typer.Option(min=0, max=MAX_INTEGER, metavar="STEP", help="Use the weights retained of this step.")
     ] = None,
     output_dir: OutputDir = OUTPUT,
 ) -> int:

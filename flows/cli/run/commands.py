@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.app import RUN, ConfigCommand, app
-from flows.cli.arguments import MOST_INTEGER, OUTPUT, OutputDir, Settings, complete_setting
+from flows.cli.arguments import MAX_INTEGER, OUTPUT, OutputDir, Settings, complete_setting
 
 
 @app.command("run", rich_help_panel=RUN, cls=ConfigCommand)
@@ -45,7 +45,7 @@ def sweep(
         ),
     ],
     trials: Annotated[
-        int, typer.Option(min=0, max=MOST_INTEGER, help="Number of trials; 0: every combination.", metavar="NUMBER")
+        int, typer.Option(min=0, max=MAX_INTEGER, help="Number of trials; 0: every combination.", metavar="NUMBER")
     ] = 0,
     study: Annotated[str, typer.Option(metavar="NAME", help="Study to resume.", show_default=False)] = "",
 ) -> int:

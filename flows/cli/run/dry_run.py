@@ -10,7 +10,7 @@ from flows.run_context import flatten
 from flows.run_records import StoredRequest
 from tasks.redaction import MASK, SECRET_NAME, clean_text, redact
 
-MOST_CHARACTERS = 200
+MAX_CHARACTERS = 200
 # Words of prompts, which the pattern of secrets' names takes for tokens of access.
 PUBLIC = ("identifier_token", "initializer_token")
 
@@ -36,7 +36,7 @@ def list_changes(config: RunConfig, default: RunConfig) -> list[tuple[str, str, 
 def show(value: str) -> str:
     """Return a value on one line of bounded length."""
     text = clean_text(value.replace("\n", " ")) or '""'
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}..."
 
 
 def mask_settings(config: RunConfig) -> dict[str, object]:

@@ -29,6 +29,7 @@ def run_in_terminal(stored: StoredRequest) -> int:
         from flows.personalize_subject import personalize_subject
         from flows.run_context import progress_of_run, trust_of_run
 
+        # Context variables instead of parameters: Prefect validates and stores a flow's parameters.
         tokens = progress_of_run.set(progress), trust_of_run.set(stored.is_trusted)
         started = time.monotonic()
         try:
@@ -85,13 +86,16 @@ def ready_for_flows(
     config = compile_request(request, roots=None if is_trusted else allowed_roots())
     # At once: the next words come after seconds of imports.
     print(describe_start(config), flush=True)
+    # Before the server starts, so that an early SIGTERM also stops it in the `finally` below.
     signal.signal(signal.SIGTERM, raise_interrupt)
     server = EmbeddedServer(Path(config.output_dir)) if needs_server() else None
     prepare_environment(is_embedded=server is not None)
     try:
         if server is not None:
+            # Started first and awaited last: the checks run while it starts.
             server.start()
         check_early(config)
+        # Imports of torch and Prefect take seconds; they overlap the server's start.
         importlib.import_module("flows.personalize_subject")
         if server is not None:
             server.wait()

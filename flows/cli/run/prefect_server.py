@@ -35,6 +35,8 @@ class EmbeddedServer:
 
     def start(self) -> None:
         """Start the server without waiting; it ends with this process."""
+        # The port is free again once the probe closes. Another process could take it in between;
+        # the server then fails to bind and `wait` reports its log.
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -87,6 +89,7 @@ def needs_server() -> bool:
     """Whether no Prefect server is configured, in the environment or in the active profile."""
     if os.environ.get("PREFECT_API_URL"):
         return False
+    # Read without importing Prefect, which takes over a second.
     home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
     try:
         profiles = tomllib.loads((home / "profiles.toml").read_text())

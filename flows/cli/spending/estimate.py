@@ -10,7 +10,7 @@ from conf.overrides import parse_overrides
 from conf.schema import RunConfig
 from flows.cli.console import show_usd
 from tasks.training.config import TrainingConfig
-from tasks.training.memory.table import CARDS, MemoryEstimate, look_up
+from tasks.training.memory.table import GPU_MEMORY_GB, MemoryEstimate, look_up
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +44,7 @@ def print_estimates(words: Iterable[str]) -> None:
     for method, estimate in found.items():
         table.add_row(method, *describe(estimate), style="bold" if method == training.method else "")
     console.print(table)
-    for card in CARDS:
+    for card in GPU_MEMORY_GB:
         fitting = [method for method, estimate in found.items() if estimate.total <= card * GIB]
         console.print(f"{card} GB: {', '.join(fitting) or 'none'}")
     console.print("bold: as configured; fused attention assumed\n")
@@ -81,12 +81,12 @@ def estimate_all(config: RunConfig) -> dict[str, MemoryEstimate]:
 def describe(found: MemoryEstimate) -> list[str]:
     """Return the cells of a method's row."""
     sizes = (found.weights, found.gradients, found.optimizer_state, found.activations, found.total)
-    card = found.find_card()
+    card = found.find_smallest_gpu()
     return [
         f"{found.trainable_parameters / 1e6:,.2f} M",
         f"{found.total_parameters / 1e6:,.1f} M",
         *(f"{size / GIB:.2f} GiB" for size in sizes),
-        f"{card} GB" if card else f"over {CARDS[-1]} GB",
+        f"{card} GB" if card else f"over {GPU_MEMORY_GB[-1]} GB",
     ]
 
 

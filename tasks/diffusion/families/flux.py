@@ -1,4 +1,4 @@
-"""Flux.1: rectified flow in a transformer over packed latents, with guidance distilled into it."""
+"""Flux.1: a rectified-flow transformer over packed latents, with distilled guidance."""
 
 from typing import Any, ClassVar
 
@@ -13,10 +13,10 @@ from tasks.diffusion.noise_schedulers import RectifiedFlow
 from tasks.diffusion.types import Conditioning
 
 T5_LENGTH = 512
-# Photos are the plain distribution, not the one that guidance sharpens; class images are drawn with it too.
+# Photos follow the data distribution, which the distilled guidance models at scale 1.
 TRAINING_GUIDANCE = 1.0
 DOUBLE, SINGLE = ("transformer_blocks.{n}", "double_blocks.{n}"), ("single_transformer_blocks.{n}", "single_blocks.{n}")
-# Layers of the checkpoint that Black Forest Labs published.
+# Layers of the original Black Forest Labs checkpoint, whose names kohya's format uses.
 ORIGINAL_LAYERS = (
     OriginalLayer(f"{DOUBLE[1]}.img_attn.qkv", tuple(f"{DOUBLE[0]}.attn.to_{x}" for x in "qkv")),
     OriginalLayer(f"{DOUBLE[1]}.txt_attn.qkv", tuple(f"{DOUBLE[0]}.attn.add_{x}_proj" for x in "qkv")),
@@ -69,11 +69,11 @@ class Flux(DiffusionModel):
 
     @property
     def architecture(self) -> str:
-        """ModelSpec's name: only the dev model takes a guidance scale."""
+        """ModelSpec's name; only the dev model has guidance embeddings."""
         return "flux-1-dev" if self.denoiser.config.guidance_embeds else "flux-1-schnell"
 
     def encode_prompts(self, input_ids: Tensor) -> Conditioning:
-        """Return T5's states and CLIP's pooled text."""
+        """Return T5's states `(B, 512, D)` and CLIP's pooled embeddings `(B, P)`."""
         ids = self.split_ids(input_ids)
         pooled = self.components["text_encoder"](ids["text_encoder"]).pooler_output
         return Conditioning(self.components["text_encoder_2"](ids["text_encoder_2"]).last_hidden_state, pooled)
@@ -81,7 +81,7 @@ class Flux(DiffusionModel):
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, *, time_ids: Tensor
     ) -> Tensor:
-        """Return the transformer's prediction, packed 2x2 on the way in and unpacked on the way out."""
+        """Return the transformer's flow; its input and output are packed in 2x2 patches."""
         rows, channels, height, width = noisy_latents.shape
         guidance = None
         if self.denoiser.config.guidance_embeds:
@@ -89,10 +89,12 @@ class Flux(DiffusionModel):
         states = conditioning.encoder_hidden_states
         packed: Tensor = self.denoiser(
             hidden_states=pack(noisy_latents),
+            # sigma in [0, 1]: the transformer itself multiplies by 1000.
             timestep=timesteps / self.noise_scheduler.num_train_timesteps,
             guidance=guidance,
             pooled_projections=conditioning.pooled_prompt_embeds,
             encoder_hidden_states=states,
+            # Rotary positions: (0, row, column) for patches, all zeros for text.
             txt_ids=torch.zeros(states.shape[1], 3, device=noisy_latents.device),
             img_ids=make_image_ids(height // 2, width // 2).to(noisy_latents.device),
             return_dict=False,
@@ -100,16 +102,16 @@ class Flux(DiffusionModel):
         return unpack(packed, (rows, channels, height, width))
 
     def unpack_latents(self, latents: Tensor) -> Tensor:
-        """Return the pipeline's latents as `(B, C, h, w)`."""
+        """Unpack the pipeline's `(B, h/2 * w/2, 4C)` to `(B, C, h, w)`."""
         side = self.config.resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
         return unpack(latents, (len(latents), latents.shape[-1] // 4, side, side))
 
     def make_sampler(self) -> Any:
-        """Return the flow's Euler steps, the only method that the family is used with."""
+        """Return the flow-matching Euler scheduler; `diffusion.sampler` doesn't apply."""
         return FlowMatchEulerDiscreteScheduler.from_config(self.noise_scheduler.scheduler.config)
 
     def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
-        """Return encoded prompts; guidance is a number for the transformer, no second forward."""
+        """Return prompt embeddings; distilled guidance needs no negative prompt and no second forward."""
         conditioning = self.encode_prompts(self.tokenize(prompts))
         return {
             "prompt_embeds": conditioning.encoder_hidden_states,
@@ -118,21 +120,21 @@ class Flux(DiffusionModel):
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Return `(B, h/2 * w/2, 4C)` from `(B, C, h, w)`."""
+    """Pack `(B, C, h, w)` into 2x2 patches, `(B, h/2 * w/2, 4C)`."""
     rows, channels, height, width = latents.shape
     patches = latents.view(rows, channels, height // 2, 2, width // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(rows, (height // 2) * (width // 2), channels * 4)
 
 
 def unpack(packed: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """Return `(B, C, h, w)` from `(B, h/2 * w/2, 4C)`."""
+    """Invert `pack`: `(B, h/2 * w/2, 4C)` to `shape` `(B, C, h, w)`."""
     rows, channels, height, width = shape
     patches = packed.view(rows, height // 2, width // 2, channels, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(shape)
 
 
 def make_image_ids(height: int, width: int) -> Tensor:
-    """Return the positions `(h * w, 3)` that the transformer's rotary embedding reads."""
+    """Return rotary positions `(h * w, 3)` of patches: zero, row, column."""
     ids = torch.zeros(height, width, 3)
     ids[..., 1] = torch.arange(height)[:, None]
     ids[..., 2] = torch.arange(width)[None]

@@ -37,7 +37,7 @@ class StableDiffusion(DiffusionModel):
 
     @property
     def architecture(self) -> str:
-        """ModelSpec's name: the second generation has a wider text encoder."""
+        """ModelSpec's name; 2.x is recognized by OpenCLIP's width of 1024."""
         if self.denoiser.config.cross_attention_dim != 1024:
             return "stable-diffusion-v1"
         return (
@@ -53,7 +53,7 @@ class StableDiffusion(DiffusionModel):
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, *, time_ids: Tensor
     ) -> Tensor:
-        """Return the UNet's prediction."""
+        """Return the UNet's noise or velocity; `time_ids` are unused."""
         states = conditioning.encoder_hidden_states
         prediction: Tensor = self.denoiser(noisy_latents, timesteps, states, return_dict=False)[0]
         return prediction
@@ -62,36 +62,39 @@ class StableDiffusion(DiffusionModel):
     def sample(
         self, requests: Sequence[SamplingRequest], *, num_inference_steps: int, guidance_scale: float
     ) -> list[Image.Image]:
-        """Draw one picture per request, both halves of the guidance in one forward.
+        """Draw one image per request, with both halves of classifier-free guidance in one forward.
 
-        Diffusers' pipeline draws the same picture, but importing it takes seconds of every start.
+        Equals `StableDiffusionPipeline`, whose import takes seconds.
         """
         with self.autocast():
             prompts = [request.prompt for request in requests]
+            # Unconditional half first, as the split of the prediction expects.
             states = self.encode_prompts(self.tokenize([*([""] * len(prompts)), *prompts]))
             sampler = self.make_sampler()
             sampler.set_timesteps(num_inference_steps, device=self.device)
+            # Euler starts from noise of a standard deviation near sigma_max, the others from unit noise.
             latents = self.draw_latents(requests) * sampler.init_noise_sigma
             for timestep in sampler.timesteps:
                 doubled = sampler.scale_model_input(torch.cat([latents, latents]), timestep)
+                # float32 before the scheduler step: its arithmetic would lose precision in half.
                 plain, prompted = self.predict(doubled, timestep, states, time_ids=torch.empty(0)).float().chunk(2)
                 guided = plain + guidance_scale * (prompted - plain)
                 latents = sampler.step(guided, timestep, latents, return_dict=False)[0]
         return self.decode(latents)
 
     def draw_latents(self, requests: Sequence[SamplingRequest]) -> Tensor:
-        """Return start noise `(B, C, h, w)`; each row depends on its own seed alone."""
+        """Return unit start noise `(B, C, h, w)`; a row depends on its own seed alone."""
         side = self.config.resolution // (2 ** (len(self.vae.config.block_out_channels) - 1))
         shape = (self.denoiser.config.in_channels, side, side)
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)) for request in requests]
         return torch.stack(rows).to(self.device)
 
     def make_sampler(self) -> Any:
-        """Return the configured denoising method on the model's own schedule."""
+        """Return the configured scheduler, with the base model's betas and prediction type."""
         return SAMPLERS[self.config.sampler].from_config(self.noise_scheduler.scheduler.config)
 
     def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
-        """Return encoded prompts and the encoded empty prompt."""
+        """Return embeddings of the prompts and of the empty negative prompt."""
         prompt_embeds, negative_prompt_embeds = (
             self.encode_prompts(self.tokenize(texts)) for texts in (prompts, [""] * len(prompts))
         )
@@ -101,5 +104,5 @@ class StableDiffusion(DiffusionModel):
         }
 
     def saved_scheduler(self) -> Any:
-        """Return DDIM, which every tool reads."""
+        """Return DDIM, the most widely supported."""
         return DDIMScheduler.from_config(self.noise_scheduler.scheduler.config)

@@ -16,7 +16,7 @@ from tasks.diffusion.types import Conditioning
 CLIP_LENGTH = 77
 T5_LENGTH = 256
 BLOCK, ORIGINAL = "transformer_blocks.{n}", "joint_blocks.{n}"
-# Layers of the checkpoint that Stability AI published; the X of `attn2` is Stable Diffusion 3.5 Medium's.
+# Layers of the original Stability AI checkpoint; `attn2` is the dual attention (MMDiT-X) of 3.5 Medium.
 ORIGINAL_LAYERS = (
     *(OriginalLayer(f"{ORIGINAL}.x_block.{attn}.qkv", tuple(f"{BLOCK}.{attn}.to_{x}" for x in "qkv"))
       for attn in ("attn", "attn2")),
@@ -69,16 +69,17 @@ class StableDiffusion3(DiffusionModel):
 
     @property
     def architecture(self) -> str:
-        """ModelSpec's name, by size: 3.5 Medium attends twice, 3.5 Large has 38 blocks."""
+        """ModelSpec's name: 3.5 Medium has dual attention layers, 3.5 Large has 38 blocks."""
         config = self.denoiser.config
         if getattr(config, "dual_attention_layers", ()):
             return "stable-diffusion-3-5-medium"
         return "stable-diffusion-3-5-large" if config.num_layers >= 38 else "stable-diffusion-3-m"
 
     def encode_prompts(self, input_ids: Tensor) -> Conditioning:
-        """Return CLIP's states side by side, T5's behind them, and CLIP's pooled texts.
+        """Return states `(B, 77 + 256, D)` and pooled embeddings `(B, P)`.
 
-        A text encoder that is missing leaves zeros in its place, as it did now and then in training.
+        Both CLIPs are concatenated along channels and zero-padded to T5's width; T5 follows along the sequence.
+        A missing text encoder contributes zeros, as encoders dropped in training do (arXiv 2403.03206).
         """
         ids = self.split_ids(input_ids)
         sizes = self.transformer_sizes()
@@ -93,7 +94,7 @@ class StableDiffusion3(DiffusionModel):
         return Conditioning(torch.cat([states, long.to(states)], 1), pooled)
 
     def encode_clip(self, name: str, ids: Tensor | None, num: int) -> tuple[Tensor, Tensor]:
-        """Return states `(B, 77, D)` and pooled text `(B, D)` of one CLIP, or zeros of its width."""
+        """Return penultimate states `(B, 77, D)` and the pooled projection `(B, P)` of one CLIP, or zeros."""
         if ids is None:
             width = self.missing_width(name)
             return (
@@ -104,22 +105,23 @@ class StableDiffusion3(DiffusionModel):
         return out.hidden_states[-2], out.text_embeds
 
     def missing_width(self, name: str) -> int:
-        """Return the width of a missing CLIP: what the other one leaves of the pooled text."""
+        """Return the width of a missing CLIP: the pooled width less the other CLIP's."""
         pooled = self.transformer_sizes()["pooled"]
         others = [n for n in self.text_encoder_names[:2] if n != name and n in self.components]
         if others:
             return pooled - int(self.components[others[0]].config.projection_dim)
+        # Both are missing: the split between them is irrelevant, only the sum counts.
         return pooled if name == "text_encoder" else 0
 
     def transformer_sizes(self) -> dict[str, int]:
-        """Return the widths that the transformer expects."""
+        """Return the channel widths of states and pooled embeddings that the transformer expects."""
         config = self.denoiser.config
         return {"states": int(config.joint_attention_dim), "pooled": int(config.pooled_projection_dim)}
 
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, *, time_ids: Tensor
     ) -> Tensor:
-        """Return the transformer's prediction."""
+        """Return the transformer's flow; `time_ids` are unused."""
         prediction: Tensor = self.denoiser(
             hidden_states=noisy_latents,
             timestep=timesteps,
@@ -130,11 +132,11 @@ class StableDiffusion3(DiffusionModel):
         return prediction
 
     def make_sampler(self) -> Any:
-        """Return the flow's Euler steps, the only method that the family is used with."""
+        """Return the flow-matching Euler scheduler; `diffusion.sampler` doesn't apply."""
         return FlowMatchEulerDiscreteScheduler.from_config(self.noise_scheduler.scheduler.config)
 
     def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
-        """Return encoded prompts and the encoded empty prompt."""
+        """Return embeddings of the prompts and of the empty negative prompt."""
         prompt_embeds = self.encode_prompts(self.tokenize(prompts))
         negative_prompt_embeds = self.encode_prompts(self.tokenize([""] * len(prompts)))
         return {

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (arXiv 2307.01952): two CLIP text encoders, time_ids as a condition, a larger UNet."""
+"""Stable Diffusion XL (arXiv 2307.01952): two CLIP text encoders, micro-conditioning by `time_ids`, a larger UNet."""
 
 from typing import Any, ClassVar
 
@@ -31,17 +31,17 @@ class StableDiffusionXl(DiffusionModel):
     noise_scheduler: GaussianDiffusion
 
     def encode_prompts(self, input_ids: Tensor) -> Conditioning:
-        """Return both encoders' last states but one, side by side, and the second one's pooled text."""
+        """Return both encoders' penultimate states, concatenated along channels, and the second one's pooled text."""
         states, pooled = [], None
         for name, ids in self.split_ids(input_ids).items():
             out = self.components[name](ids, output_hidden_states=True)
             states.append(out.hidden_states[-2])
-            pooled = out[0]
+            pooled = out[0]  # `text_embeds` of the second encoder, whose turn is last
         assert pooled is not None
         joined = torch.cat(states, -1)
         if not self.settings.get("force_zeros_for_empty_prompt", True):
             return Conditioning(joined, pooled)
-        # The empty prompt is encoded as zeros, in training as in sampling.
+        # As in the pipeline, which zeroes the embeddings of the empty negative prompt; dropped captions match it.
         empty = self.tokenize([""]).to(input_ids.device)
         is_nonempty = (input_ids != empty).any(1).to(self.device)
         return Conditioning(joined * is_nonempty[:, None, None], pooled * is_nonempty[:, None])
@@ -49,7 +49,7 @@ class StableDiffusionXl(DiffusionModel):
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, *, time_ids: Tensor
     ) -> Tensor:
-        """Return the UNet's prediction, conditioned on original size, crop and target size."""
+        """Return the UNet's noise or velocity, conditioned on original size, crop and target size."""
         added = {"text_embeds": conditioning.pooled_prompt_embeds, "time_ids": time_ids.to(noisy_latents)}
         states = conditioning.encoder_hidden_states
         prediction: Tensor = self.denoiser(
@@ -58,15 +58,15 @@ class StableDiffusionXl(DiffusionModel):
         return prediction
 
     def make_sampler(self) -> Any:
-        """Return the configured denoising method on the model's own schedule."""
+        """Return the configured scheduler, with the base model's betas and prediction type."""
         return SAMPLERS[self.config.sampler].from_config(self.noise_scheduler.scheduler.config)
 
     def saved_scheduler(self) -> Any:
-        """Return Euler, as the base model has."""
+        """Return Euler, the base model's default."""
         return EulerDiscreteScheduler.from_config(self.noise_scheduler.scheduler.config)
 
     def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
-        """Return encoded prompts and the encoded empty prompt."""
+        """Return embeddings of the prompts and of the empty negative prompt."""
         conditioning = self.encode_prompts(self.tokenize(prompts))
         negative = self.encode_prompts(self.tokenize([""] * len(prompts)))
         return {

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) on a loaded model: add it, write it in the formats that tools read, check, fuse."""
+"""LoRA (arXiv 2106.09685) on a loaded model: add, save for diffusers and kohya tools, verify, fuse."""
 
 import json
 import warnings
@@ -21,15 +21,16 @@ from tasks.stage.tensor_files import save_tensors
 
 KOHYA_FILE = "lora_kohya.safetensors"
 CHECK_ADAPTER = "saved"
-# A prediction with the saved adapter may differ by this share of what the trained one changes, and by this
-# share of its size: half-precision weights round by 2^-11 (fp16) or 2^-8 (bf16), and errors add up over layers.
+# Tolerated difference between predictions with the saved and the trained adapter: a fraction of the adapter's own
+# effect, plus a fraction of the prediction's norm. Unit roundoff is 2^-11 in fp16 and 2^-8 in bf16, and errors
+# accumulate over layers.
 CHECK_TOLERANCE = 0.1
 ROUNDING = {"fp32": 1e-4, "fp16": 2**-8, "bf16": 2**-5}
 
 
 @dataclass(frozen=True)
 class LoraExport:
-    """How an adapter is written."""
+    """How an adapter is exported."""
 
     alpha: float
     save_precision: str
@@ -38,8 +39,8 @@ class LoraExport:
 
 
 @dataclass(frozen=True)
-class LoraShape:
-    """How adapters are built; named as in PEFT's `LoraConfig`."""
+class LoraHyperparameters:
+    """Hyper-parameters of the adapters, named as in PEFT's `LoraConfig`."""
 
     rank: int
     lora_alpha: float
@@ -49,13 +50,13 @@ class LoraShape:
     """Layers of the denoiser; empty: the family's."""
 
 
-def add_lora(model: DiffusionModel, parts: Sequence[str], shape: LoraShape) -> dict[str, nn.Module]:
-    """Put LoRA layers into the named parts and return those; all else stays frozen.
+def add_lora(model: DiffusionModel, parts: Sequence[str], shape: LoraHyperparameters) -> dict[str, nn.Module]:
+    """Inject LoRA layers into the named components and return these; base weights stay frozen.
 
-    The layers begin as zero changes; their random half comes from torch's generator.
+    lora_B starts at zero, so the model is unchanged; lora_A is drawn from torch's global generator.
 
     Raises:
-        ConfigError: a target is no layer of the denoiser, or one that LoRA can't adapt.
+        ConfigError: a target is not a layer of the denoiser, or one that LoRA can't adapt.
 
     """
     adapted = {}
@@ -76,30 +77,31 @@ def add_lora(model: DiffusionModel, parts: Sequence[str], shape: LoraShape) -> d
         model.components[name].add_adapter(settings)
         for parameter in model.components[name].parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.float()  # small updates vanish in half precision
+                parameter.data = parameter.data.float()  # half precision would round small updates away
         adapted[name] = model.components[name]
     return adapted
 
 
 def check_targets(module: nn.Module, targets: tuple[str, ...]) -> None:
-    """Refuse names that no layer ends with, and layers without a matrix or kernel."""
+    """Refuse targets that match no layer, or layers other than Linear and Conv2d. Raises ConfigError."""
+    # PEFT matches `target_modules` by suffix as well, but ignores a name without match if another one matches.
     for target in targets:
         found = [layer for path, layer in module.named_modules() if path == target or path.endswith(f".{target}")]
         if not found:
-            raise ConfigError(f"training.lora.target_modules: {target} is no layer of {type(module).__name__}")
+            raise ConfigError(f"training.lora.target_modules: {target} is not a layer of {type(module).__name__}")
         if wrong := [layer for layer in found if not isinstance(layer, nn.Linear | nn.Conv2d)]:
             kind = type(wrong[0]).__name__
             raise ConfigError(f"training.lora.target_modules: {target} is a {kind}; LoRA adapts Linear and Conv2d")
 
 
 def save_lora(model: DiffusionModel, folder: Path, names: list[str], *, export: LoraExport) -> None:
-    """Write the adapter for diffusers and, beside it, in kohya's naming; then load it back and compare.
+    """Write the adapter in diffusers' and in kohya's format; then load the former and compare.
 
-    In diffusers' file the scale alpha / rank is folded into the weights, so that readers which know no alpha
-    and readers of the metadata agree; kohya's file has alpha as tensors.
+    In diffusers' file the scale alpha / rank is folded into lora_B and the metadata says alpha = rank, so that loaders
+    with and without support for the metadata agree. kohya's file has alpha as tensors.
 
     Raises:
-        AdapterSaveFailed: what was written doesn't load as what was trained.
+        AdapterSaveFailed: the written file doesn't load as the trained adapter.
 
     """
     tensors: dict[str, Tensor] = {}
@@ -110,6 +112,7 @@ def save_lora(model: DiffusionModel, folder: Path, names: list[str], *, export: 
         state = read_adapter(model, name)
         settings = {**part.peft_config["default"].to_dict(), "base_model_name_or_path": None}
         rank = settings["r"]
+        # PEFT keeps the targets as a set; sorted, equal runs write equal files.
         settings |= {"target_modules": sorted(settings["target_modules"]), "lora_alpha": rank}
         config |= {f"{name}.{key}": value for key, value in settings.items()}
         tensors |= {
@@ -119,6 +122,7 @@ def save_lora(model: DiffusionModel, folder: Path, names: list[str], *, export: 
         is_denoiser = name == model.denoiser_name
         prefix = "lora_unet" if is_denoiser else kohya_prefix(model, name)
         layers = model.original_layers if is_denoiser else ()
+        # Text encoders have no fused layers, so no base layer is looked up in `source`.
         source = part if is_denoiser else nn.Module()
         kohya |= to_kohya(state, source, prefix=prefix, alpha=export.alpha, layers=layers)
     metadata = describe(model, export)
@@ -131,13 +135,13 @@ def save_lora(model: DiffusionModel, folder: Path, names: list[str], *, export: 
 
 
 def read_adapter(model: DiffusionModel, name: str, adapter: str = "default") -> dict[str, Tensor]:
-    """Return what one part's adapter holds, by PEFT's names, in float32 on the CPU; nothing for what wasn't loaded."""
+    """Return one component's adapter by PEFT's names, in float32 on the CPU; empty where it is not loaded."""
     if adapter not in getattr(model.components[name], "peft_config", {}):
         return {}
     state = get_peft_model_state_dict(model.components[name], adapter_name=adapter)
     if name in model.text_encoders:
-        # transformers 5 flattened this class; every tool knows its layers by their older names. Its own loader
-        # passes over DoRA's magnitudes unless their keys end like those of other weights.
+        # transformers 5 removed the `text_model.` level of CLIPTextModel, but tools expect the older names. Its own
+        # loader ignores DoRA magnitudes unless their keys end in `.weight`.
         prefix = "" if hasattr(model.components[name], "text_model") else "text_model."
         state = {f"{prefix}{key}.weight" if key.endswith("lora_magnitude_vector") else f"{prefix}{key}": value
                  for key, value in state.items()}  # fmt: skip
@@ -145,21 +149,21 @@ def read_adapter(model: DiffusionModel, name: str, adapter: str = "default") -> 
 
 
 def kohya_prefix(model: DiffusionModel, name: str) -> str:
-    """Return kohya's name of a text encoder; encoders are numbered only where there are several."""
+    """Return kohya's prefix of a text encoder: `lora_te`, or `lora_te1` and so on where there are several."""
     if len(model.text_encoder_names) == 1:
         return "lora_te"
     return f"lora_te{model.text_encoder_names.index(name) + 1}"
 
 
 def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return tensors as they are stored: alpha and DoRA's magnitudes, which scale whole rows, stay in float32."""
+    """Cast tensors to the storage dtype; alpha and DoRA magnitudes, which scale whole rows, stay in float32."""
     whole = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "dora_scale", "alpha")
     return {key: value.to(torch.float32 if key.endswith(whole) else dtype).contiguous()
             for key, value in tensors.items()}  # fmt: skip
 
 
 def describe(model: DiffusionModel, export: LoraExport) -> dict[str, str]:
-    """Return the metadata of the ModelSpec standard, version 1.0.1; no date, so that equal runs give equal files."""
+    """Return ModelSpec 1.0.1 metadata, without a date: equal runs write equal files."""
     side = model.config.resolution
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(getattr(model.noise_scheduler, "prediction_type", ""))
     return {
@@ -176,29 +180,30 @@ def describe(model: DiffusionModel, export: LoraExport) -> dict[str, str]:
 
 
 def check_saved_lora(model: DiffusionModel, folder: Path, names: list[str], *, export: LoraExport) -> None:
-    """Load the file as other programs do, beside the trained adapter, and compare keys, weights and a prediction.
+    """Load the file through diffusers as a second adapter and compare keys, weights and a prediction.
 
     Raises:
-        AdapterSaveFailed: names the file and what differs.
+        AdapterSaveFailed: names the file and the difference.
 
     """
-    load_beside(model, folder, CHECK_ADAPTER)
+    load_as_adapter(model, folder, CHECK_ADAPTER)
     try:
         for name in names:
             compare_weights(model, name, folder / LORA_FILE, export=export)
         compare_predictions(model, names, folder / LORA_FILE, export=export)
     finally:
+        # The trained adapter is active again even after a failure.
         for name in names:
             part = model.components[name]
             part.enable_adapters()
             part.set_adapter("default")
             if CHECK_ADAPTER in part.peft_config:
-                # diffusers and transformers spell it differently
+                # diffusers has `delete_adapters`, transformers `delete_adapter`.
                 (part.delete_adapters if name == model.denoiser_name else part.delete_adapter)(CHECK_ADAPTER)
 
 
-def load_beside(model: DiffusionModel, folder: Path, adapter: str) -> None:
-    """Load a file through diffusers' own loader. Raises AdapterSaveFailed where the loader refuses it."""
+def load_as_adapter(model: DiffusionModel, folder: Path, adapter: str) -> None:
+    """Load a LoRA file as a named adapter through `load_lora_weights`. Raises AdapterSaveFailed where that fails."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`", category=UserWarning)
@@ -209,29 +214,40 @@ def load_beside(model: DiffusionModel, folder: Path, adapter: str) -> None:
 
 
 def compare_weights(model: DiffusionModel, name: str, path: Path, *, export: LoraExport) -> None:
-    """Compare one part's loaded adapter with the trained one, tensor by tensor, as rounded by the file's format."""
+    """Compare a component's loaded adapter with the trained one, up to the rounding of the file's dtype.
+
+    Raises:
+        AdapterSaveFailed: a tensor is missing or differs.
+
+    """
     trained, loaded = read_adapter(model, name), read_adapter(model, name, CHECK_ADAPTER)
     if missing := sorted(set(trained) - set(loaded)):
         raise AdapterSaveFailed(
             f"{path}: {len(missing)} of {len(trained)} tensors of {name} don't load (first {missing[0]}); "
             "choose other training.lora.target_modules"
         )
+    # The two adapters scale lora_B by their own alpha / r: compare products, not raw tensors.
     scales = [model.components[name].peft_config[key] for key in ("default", CHECK_ADAPTER)]
     factor = scales[0].lora_alpha / scales[0].r / (scales[1].lora_alpha / scales[1].r)
     expected = {key: value * factor if ".lora_B." in key else value for key, value in trained.items()}
     for key, value in cast(expected, DTYPES[export.save_precision]).items():
-        # The factor is applied in float32 here as there; both sides were then rounded once.
+        # The factor is applied in float32 on both sides, and each is rounded once.
         if not torch.allclose(loaded[key], value.float(), rtol=2**-7, atol=1e-6):
-            raise AdapterSaveFailed(f"{path}: {name}.{key} loads with other weights than were trained")
+            raise AdapterSaveFailed(f"{path}: {name}.{key} loads with weights that differ from the trained ones")
 
 
 @torch.no_grad()
 def compare_predictions(model: DiffusionModel, names: list[str], path: Path, *, export: LoraExport) -> None:
-    """Compare what the denoiser predicts with either adapter, on one fixed noisy latent."""
+    """Compare the denoiser's predictions with both adapters on one fixed noisy latent.
+
+    Raises:
+        AdapterSaveFailed: they differ by more than rounding explains.
+
+    """
     parts = [model.components[name] for name in names]
     modes = [part.training for part in parts]
     for part in parts:
-        part.eval()
+        part.eval()  # LoRA dropout would differ between the predictions
     predictions = {}
     for adapter in ("default", CHECK_ADAPTER, None):
         for part in parts:
@@ -241,20 +257,22 @@ def compare_predictions(model: DiffusionModel, names: list[str], path: Path, *, 
         part.enable_adapters()
         part.train(mode)
     trained, saved, plain = predictions.values()
+    # The coarser of the file's dtype and those that the components compute in.
     precision = max((export.save_precision, *precisions(parts)), key=lambda name: ROUNDING[name])
     allowed = CHECK_TOLERANCE * (trained - plain).norm() + ROUNDING[precision] * trained.norm()
-    if not (saved - trained).norm() <= allowed:  # also where one isn't finite
-        raise AdapterSaveFailed(f"{path} predicts something else than the adapter that was trained")
+    if not (saved - trained).norm() <= allowed:  # negated, so that NaN fails
+        raise AdapterSaveFailed(f"{path} gives other predictions than the trained adapter")
 
 
 def precisions(parts: list[nn.Module]) -> set[str]:
-    """Return the number formats that modules compute in."""
+    """Return the dtypes of modules' parameters, by their configuration names."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     return {names[p.dtype] for part in parts for p in part.parameters() if p.dtype in names}
 
 
 def predict_once(model: DiffusionModel) -> Tensor:
-    """Return one prediction, in float32, of small fixed latents."""
+    """Return one prediction in float32 `(1, C, h, w)`, h and w at most 16, for fixed noise and prompt."""
+    # The dtype of the frozen weights: adapters themselves are in float32.
     weight = next(p for p in model.denoiser.parameters() if not p.requires_grad)
     full = model.config.resolution // 2 ** (len(model.vae.config.block_out_channels) - 1)
     side = min(16, full)
@@ -268,16 +286,17 @@ def predict_once(model: DiffusionModel) -> Tensor:
 
 @torch.no_grad()
 def fuse_lora(model: DiffusionModel, folder: Path) -> None:
-    """Add a saved adapter to the weights, through diffusers' own loader.
+    """Merge a saved adapter into the weights, through diffusers' loader.
 
     Raises:
-        AdapterSaveFailed: a part of the file isn't loaded.
+        AdapterSaveFailed: the loader ignores tensors of the file.
 
     """
     stored = load_file(folder / LORA_FILE)
     names = sorted({key.split(".")[0] for key in stored})
-    load_beside(model, folder, CHECK_ADAPTER)
+    load_as_adapter(model, folder, CHECK_ADAPTER)
     for name in names:
+        # diffusers skips keys that it doesn't know without an error, so every tensor is compared.
         held = {key: value for key, value in stored.items() if key.startswith(f"{name}.")}
         loaded = read_adapter(model, name, CHECK_ADAPTER)
         found = [key for key, value in held.items()
@@ -286,7 +305,7 @@ def fuse_lora(model: DiffusionModel, folder: Path) -> None:
             raise AdapterSaveFailed(f"{folder / LORA_FILE}: {len(found)} of {len(held)} tensors of {name} load")
         for key, parameter in model.components[name].named_parameters():
             if ".lora_" in key:
-                parameter.data = parameter.data.float()  # products of half-precision factors would be rounded twice
+                parameter.data = parameter.data.float()  # else lora_B @ lora_A is rounded before it is added
     pipeline = model.make_pipeline()
-    pipeline.fuse_lora(components=names)  # Flux would leave its text encoder out
+    pipeline.fuse_lora(components=names)  # Flux's default omits the text encoder
     pipeline.unload_lora_weights()

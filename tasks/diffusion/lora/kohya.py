@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class OriginalLayer:
-    """A layer of the original checkpoint: `{n}` stands for a block's number.
+    """A layer of the original checkpoint; `{n}` in `path` and `parts` is the block's number.
 
-    `parts` are diffusers' layers that it is made of, in order along the output.
+    `parts` are the diffusers layers that it fuses, in order along the output dimension.
     """
 
     path: str
@@ -29,7 +29,7 @@ class OriginalLayer:
 
 @dataclass
 class LayerAdapter:
-    """What one layer learned: `down` `(r, in, ...)`, `up` `(out, r, ...)`, `magnitude` `(out, 1, ...)` for DoRA."""
+    """One layer's adapter: `down` `(r, in, ...)`, `up` `(out, r, ...)`, and for DoRA `magnitude` `(out, 1, ...)`."""
 
     down: Tensor
     up: Tensor
@@ -37,7 +37,7 @@ class LayerAdapter:
     magnitude: Tensor | None = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the leaves of the layer by name."""
+        """Yield the layer's tensors by their kohya leaf name."""
         yield "lora_down.weight", self.down
         yield "lora_up.weight", self.up
         yield "alpha", torch.tensor(self.alpha)
@@ -47,7 +47,7 @@ class LayerAdapter:
 
 @dataclass
 class FusedAdapter:
-    """Adapters of the diffusers layers that make up one original layer, by position."""
+    """Adapters of the diffusers layers that one original layer fuses, by index in its `parts`."""
 
     layer: OriginalLayer
     number: str
@@ -56,14 +56,14 @@ class FusedAdapter:
 
 def to_kohya(state: dict[str, Tensor], module: nn.Module, *, prefix: str, alpha: float,
              layers: tuple[OriginalLayer, ...] = ()) -> dict[str, Tensor]:  # fmt: skip
-    """Return the adapter of one model part by kohya's names.
+    """Return one component's adapter under kohya's names.
 
     Args:
-        state: what PEFT calls the tensors, `<layer>.lora_A.weight` and so on.
-        module: the part that holds the adapter.
+        state: tensors by PEFT's names, `<layer>.lora_A.weight` and so on.
+        module: the component that holds the adapter; unused where `layers` is empty.
         prefix: `lora_unet`, `lora_te`, `lora_te1` or `lora_te2`.
-        alpha: the adapter's alpha, before it is multiplied where adapters are joined.
-        layers: the original checkpoint's layers; none where it has diffusers' names.
+        alpha: alpha of each diffusers layer; a fused layer gets the sum over its parts.
+        layers: the original checkpoint's layers; empty where kohya uses diffusers' own names.
 
     """
     places = {part: (layer, index) for layer in layers for index, part in enumerate(layer.parts)}
@@ -71,6 +71,7 @@ def to_kohya(state: dict[str, Tensor], module: nn.Module, *, prefix: str, alpha:
     fused: dict[str, FusedAdapter] = {}
     for path, adapter in group_by_layer(state, alpha=alpha).items():
         number = re.search(r"blocks\.(\d+)\.", path)
+        # `transformer_blocks.3.attn.to_q` -> `transformer_blocks.{n}.attn.to_q`
         template = re.sub(r"blocks\.\d+\.", "blocks.{n}.", path, count=1)
         if not layers:
             found[path] = adapter
@@ -88,7 +89,7 @@ def to_kohya(state: dict[str, Tensor], module: nn.Module, *, prefix: str, alpha:
 
 
 def group_by_layer(state: dict[str, Tensor], *, alpha: float) -> dict[str, LayerAdapter]:
-    """Return the adapters of a PEFT state by layer."""
+    """Group the tensors of a PEFT state dict by layer path."""
     leaves: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in state.items():
         path, leaf = key.split(".lora_", 1)
@@ -97,19 +98,20 @@ def group_by_layer(state: dict[str, Tensor], *, alpha: float) -> dict[str, Layer
     for path, found in leaves.items():
         up, magnitude = found["B"], found.get("magnitude_vector")
         if magnitude is not None:
+            # (out,) -> (out, 1) for Linear, (out, 1, 1, 1) for Conv2d
             magnitude = magnitude.reshape(-1, *[1] * (up.ndim - 1))
         adapters[path] = LayerAdapter(found["A"], up, alpha, magnitude)
     return adapters
 
 
 def is_swapped(module: nn.Module, path: str) -> bool:
-    """Whether the original layer gives shift and scale where diffusers gives scale and shift."""
+    """Whether the original layer outputs (shift, scale) where diffusers' outputs (scale, shift)."""
     parent = module.get_submodule(path.rpartition(".")[0])
     return type(parent).__name__ == "AdaLayerNormContinuous"
 
 
 def swap_halves(adapter: LayerAdapter) -> LayerAdapter:
-    """Return the adapter with the halves of its output exchanged."""
+    """Return the adapter with the two halves of its output swapped; `down` is unaffected."""
 
     def swap(tensor: Tensor) -> Tensor:
         return torch.cat(tensor.chunk(2)[::-1])
@@ -119,17 +121,22 @@ def swap_halves(adapter: LayerAdapter) -> LayerAdapter:
 
 
 def fuse(group: FusedAdapter, module: nn.Module) -> LayerAdapter:
-    """Return one adapter for an original layer; parts of it that aren't adapted stay as they are."""
+    """Join the adapters of a fused layer block-diagonally; parts without an adapter get zero rows.
+
+    `down` is `(sum r, in)`, `up` `(sum out, sum r)`.
+    """
     if len(group.layer.parts) == 1:
         return group.adapters[0]
     bases = [base_layer(module, part.replace("{n}", group.number)) for part in group.layer.parts]
     sizes = [int(base.weight.shape[0]) for base in bases]
     present = sorted(group.adapters.items())
     like = present[0][1]
+    # All parts read the same input, so their down projections stack; up is block-diagonal, which keeps each part's
+    # output independent of the other parts' ranks.
     down = torch.cat([adapter.down for _, adapter in present])
     up = like.up.new_zeros(sum(sizes), len(down))
     magnitude = None
-    if like.magnitude is not None:  # an unchanged row keeps the length that it has
+    if like.magnitude is not None:  # rows without an adapter keep the norm of their base weight
         magnitude = torch.cat([base.weight.detach().float().cpu().norm(dim=1, keepdim=True) for base in bases])
     column = 0
     for index, adapter in present:
@@ -138,10 +145,11 @@ def fuse(group: FusedAdapter, module: nn.Module) -> LayerAdapter:
         column += rank
         if magnitude is not None and adapter.magnitude is not None:
             magnitude[row : row + sizes[index]] = adapter.magnitude
+    # Readers scale by alpha / rank. With equal ranks, summing both keeps the ratio of each part.
     return LayerAdapter(down, up, sum(adapter.alpha for _, adapter in present), magnitude)
 
 
 def base_layer(module: nn.Module, path: str) -> Any:
-    """Return a layer without its adapter."""
+    """Return the layer that an adapter wraps, or the layer itself."""
     layer: Any = module.get_submodule(path)
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer

@@ -1,4 +1,4 @@
-"""Rendered scenes on disk for pretraining: a memory-mapped array beside their seeds."""
+"""Rendered scenes on disk for pretraining: a memory-mapped array; labels are recomputed from seed and index."""
 
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -18,16 +18,17 @@ from tasks.mini.world.scenes import (
 )
 
 CHUNK = 500
-HELD_OUT_SEED = 7_777  # scenes of this seed are only ever used to measure
+HELD_OUT_SEED = 7_777  # scenes of this seed are used for evaluation only
 
 
 def scene_of(seed: int, index: int) -> Scene:
-    """Return the scene that (seed, index) stands for."""
+    """Return the scene of (seed, index)."""
     return sample_scene(np.random.default_rng([seed, index]))
 
 
 def view_of(seed: int, index: int, *, num_views: int) -> Scene:
-    """Return one of several views of the same object: another place and pose each time."""
+    """Return one of `num_views` views of the same object, with a place and pose of its own."""
+    # More marked objects than in `sample_scene`: the encoder has to tell objects apart by their markings.
     scene = sample_scene(np.random.default_rng([seed, index // num_views]), marked_share=0.6)
     rng = np.random.default_rng([seed, index, 1])
     place = str(rng.choice(PLACES))
@@ -47,14 +48,15 @@ def render(  # noqa: PLR0917 - called by a process pool
 
 
 def load_or_render(path: Path, *, seed: int, num: int, num_views: int = 0) -> np.ndarray:
-    """Return the scenes of a seed, drawn once and then mapped from disk."""
+    """Return scenes as uint8 ``(num, 64, 64, 3)``, rendered once and then memory-mapped."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         starts = range(0, num, CHUNK)
         job = partial(render, seed, num_views=num_views)
+        # Scenes depend on (seed, index) alone, so the array is the same for any number of processes.
         with ProcessPoolExecutor() as pool:
             chunks = list(pool.map(job, starts, [min(CHUNK, num - s) for s in starts]))
-        temporary = path.with_suffix(".part.npy")
+        temporary = path.with_suffix(".part.npy")  # keeps the suffix .npy, which np.save would append
         np.save(temporary, np.concatenate(chunks))
         temporary.rename(path)
     images: np.ndarray = np.load(path, mmap_mode="r")

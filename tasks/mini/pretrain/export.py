@@ -1,4 +1,4 @@
-"""Write the pretrained parts as the folders that the pipeline loads, with digests."""
+"""Export the pretrained parts to the folders that the pipeline loads, with digests."""
 
 import json
 from pathlib import Path
@@ -20,12 +20,12 @@ CLASSIFIER_FILE = "classifier.safetensors"
 
 
 def export_models(trainer: "Pretrainer", out: Path) -> None:
-    """Write base model, encoders and classifier in half precision."""
+    """Write base model, encoders and classifier in float16."""
     tokenizer, clip = trainer.tokenizer(), trainer.clip_vision()
     vae, unet = trainer.vae_decoder(), trainer.unet()
     _, scaling_factor = trainer.latents(vae)
     vae.register_to_config(scaling_factor=round(scaling_factor, 6))
-    unet.set_default_attn_processor()
+    unet.set_default_attn_processor()  # pretraining on a CPU has replaced it
     text_encoder = CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict())
     pipeline = StableDiffusionPipeline(
@@ -50,7 +50,7 @@ def export_models(trainer: "Pretrainer", out: Path) -> None:
 
 
 def write_digests(out: Path) -> None:
-    """Write the digest of every weight and configuration file."""
+    """Write the SHA-256 of every exported file to `digests.json`, except of itself and the model card."""
     paths = [p for p in sorted(out.rglob("*")) if p.is_file() and p.name not in ("digests.json", "README.md")]
     digests = {str(path.relative_to(out)): digest_file(path) for path in paths}
     (out / "digests.json").write_text(json.dumps(digests, indent=1) + "\n")

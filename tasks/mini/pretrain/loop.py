@@ -1,6 +1,6 @@
-"""A resumable training loop with weight averaging, for the mini models.
+"""A resumable training loop with EMA weights, for the mini models.
 
-Batches are drawn from (seed, step), so a run that was stopped goes on as if it never had been.
+Batches are drawn from (seed, step), so a resumed run takes the same steps as an uninterrupted one.
 """
 
 import json
@@ -18,7 +18,7 @@ SAVE_EVERY_SECONDS = 120.0
 
 
 class PretrainLoop:
-    """Trains one module to a step count, saving weights, averages and moments as it goes."""
+    """Trains one module up to a step count, saving weights, EMA weights and optimizer state every two minutes."""
 
     def __init__(  # noqa: PLR0913 - hyper-parameters
         self,
@@ -46,11 +46,11 @@ class PretrainLoop:
 
     @property
     def state_path(self) -> Path:
-        """Where the state of this part lies."""
+        """The file of this part's state."""
         return self.folder / "state.safetensors"
 
     def load(self) -> None:
-        """Go on from the saved state, if there is one."""
+        """Resume from the saved state, if there is one."""
         if not self.state_path.exists():
             return
         state = load_file(self.state_path, device=str(self.device))
@@ -65,7 +65,7 @@ class PretrainLoop:
                     }
 
     def save(self) -> None:
-        """Write the state beside its place, then rename it."""
+        """Write the state to a temporary file, then rename it over the previous one."""
         tensors: dict[str, Tensor] = {"step": torch.tensor(self.step)}
         for name, parameter in self.parameters.items():
             tensors[f"model.{name}"] = parameter.detach()
@@ -74,11 +74,12 @@ class PretrainLoop:
                 tensors[f"{key}.{name}"] = value
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.state_path.with_suffix(".part")
+        # safetensors rejects tensors that share memory or are not contiguous.
         save_file({k: v.contiguous().clone() for k, v in tensors.items()}, part)
         os.replace(part, self.state_path)
 
     def run(self, compute_loss: Callable[[int], Tensor]) -> nn.Module:
-        """Train to the last step and return the module with averaged weights."""
+        """Train to the last step and return the module with EMA weights; `compute_loss` takes the step."""
         self.load()
         self.module.train()
         log = self.folder.with_suffix(".jsonl")
@@ -94,7 +95,7 @@ class PretrainLoop:
             self.optimizer.step()
             self.step += 1
             self.update_average()
-            losses.append(loss.detach())
+            losses.append(loss.detach())  # read below, every 50 steps: `item` waits for the GPU
             if self.step % 50 == 0 or self.step == self.num_steps:
                 seconds = (time.monotonic() - started) / (self.step - first)
                 row = {
@@ -112,7 +113,7 @@ class PretrainLoop:
         return self.averaged()
 
     def set_learning_rate(self) -> None:
-        """Warm up over 100 steps, then fall along a cosine to a twentieth."""
+        """Warm up over 100 steps, then decay along a cosine to 5 % of the peak."""
         progress = self.step / max(1, self.num_steps)
         cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
         rate = self.learning_rate * min(1.0, (self.step + 1) / 100) * cosine
@@ -121,14 +122,14 @@ class PretrainLoop:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Move the averaged weights toward the trained ones, faster in the beginning."""
+        """Update the EMA weights; the decay warms up, so that they soon forget the initialization."""
         decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
         averages = list(self.ema.values())
         torch._foreach_lerp_(averages, list(self.parameters.values()), 1 - decay)
 
     @torch.no_grad()
     def averaged(self) -> nn.Module:
-        """Return the module, holding the averaged weights, ready to use."""
+        """Return the module with EMA weights, in eval mode and frozen; the saved state keeps the trained weights."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self.ema[name])
         return self.module.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Architectures of the mini models: each in the format of the library that loads it."""
+"""Architectures of the mini models, each in the format of the library that loads it."""
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -15,7 +15,7 @@ from transformers import (
 from tasks.mini.pretrain.tokens import MAX_LENGTH
 from tasks.mini.world.scenes import CLASS_NOUNS, COLORS, IMAGE_SIZE, PLACES
 
-LATENT_SIZE = IMAGE_SIZE // 4
+LATENT_SIZE = IMAGE_SIZE // 4  # three VAE blocks, of which the last does not downsample
 HIDDEN_SIZE = 128
 HEADS = {"class_noun": CLASS_NOUNS, "color": tuple(COLORS), "place": PLACES}
 
@@ -36,7 +36,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Return the denoiser; text enters at 8x8 and 4x4, where attention is cheap on a CPU."""
+    """Return the denoiser of 4x16x16 latents; cross-attention at 8x8 and 4x4 only, where it is cheap on a CPU."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=4,
@@ -52,7 +52,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_noise_scheduler() -> DDIMScheduler:
-    """Return Stable Diffusion's noise schedule, with velocity as the prediction."""
+    """Return Stable Diffusion's noise schedule with v-prediction."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -77,6 +77,8 @@ def build_clip(vocabulary_size: int) -> CLIPModel:
         **shared,
         vocab_size=vocabulary_size,
         max_position_embeddings=MAX_LENGTH,
+        # The tokenizer appends its two special tokens last. Padding repeats the end token, as in OpenAI's CLIP; the
+        # pooled state is that of the first end token.
         bos_token_id=vocabulary_size - 2,
         eos_token_id=vocabulary_size - 1,
         pad_token_id=vocabulary_size - 1,
@@ -89,7 +91,7 @@ def build_clip(vocabulary_size: int) -> CLIPModel:
             projection_dim=HIDDEN_SIZE,
         )
     )
-    model.set_attn_implementation("eager")  # differentiates faster than sdpa in bf16 on a CPU
+    model.set_attn_implementation("eager")  # faster backward pass than sdpa in bfloat16 on a CPU
     return model
 
 
@@ -111,7 +113,7 @@ def build_dino() -> ViTModel:
 
 
 class SceneClassifier(nn.Module):
-    """Names class noun, color and place of a picture; made only to examine the base model."""
+    """Classifies class noun, color and place of a picture; used only to evaluate the base model."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -125,6 +127,7 @@ class SceneClassifier(nn.Module):
                 nn.MaxPool2d(2),
             ]
             channels = out_channels
+        # Four poolings: 64x64 to 4x4, hence 16 positions per channel.
         self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * 16, 96), nn.SiLU())
         self.heads = nn.ModuleDict({name: nn.Linear(96, len(v)) for name, v in HEADS.items()})
 

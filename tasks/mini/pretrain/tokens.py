@@ -1,4 +1,4 @@
-"""The mini world's CLIP tokenizer: byte-level pairs for its words and spare rare tokens."""
+"""The mini world's CLIP tokenizer: byte-level BPE with one token per word, and spare rare tokens."""
 
 import json
 from collections.abc import Iterable
@@ -10,13 +10,13 @@ from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.trainers import BpeTrainer
 
 MAX_LENGTH = 32
-# Identifier tokens: whole words that no caption of the world contains.
+# Identifier tokens: words with a token of their own that occur in no caption of the world.
 RARE_TOKENS = ("sks", "zwx", "ohwx", "qyv", "xjy", "vkz", "bnha", "olis")
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
 def build_vocabulary(words: Iterable[str]) -> tuple[dict[str, int], list[str]]:
-    """Return the vocabulary and merges that spell every given word as one token.
+    """Return a vocabulary and merges that encode every given word as one token.
 
     Every byte is a token too, so that any text can be encoded.
     """
@@ -24,6 +24,7 @@ def build_vocabulary(words: Iterable[str]) -> tuple[dict[str, int], list[str]]:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = WhitespaceSplit()
     alphabet = sorted(ByteLevel.alphabet())
+    # The limit is never reached and one occurrence suffices, so merging continues until every word is one token.
     trainer = BpeTrainer(
         vocab_size=100_000,
         min_frequency=1,

@@ -2,8 +2,8 @@
 
     python -m tasks.mini.pretrain --work build/mini --out tasks/mini/weights
 
-Each part goes on where it was stopped. `clip_vision` and `vae_decoder` go on alone with halves that
-nothing else depends on, so they can run beside or after `unet`.
+Each part resumes from its saved state. `clip_vision` and `vae_decoder` continue training of halves that no other part
+depends on, so they can run beside or after `unet`.
 """
 
 import argparse
@@ -34,7 +34,7 @@ PARTS = ("classifier", "clip", "dino", "vae", "unet", "clip_vision", "vae_decode
 
 @dataclass(frozen=True)
 class PartSettings:
-    """How long and how fast one part trains."""
+    """Hyper-parameters of one part."""
 
     num_steps: int
     batch_size: int
@@ -54,7 +54,7 @@ SETTINGS = {
 
 
 class Pretrainer:
-    """Holds the data and trains the parts in order."""
+    """Holds the rendered scenes and trains the parts; a part that another depends on is loaded or trained first."""
 
     def __init__(self, work: Path, device: torch.device) -> None:
         self.work = work
@@ -74,7 +74,9 @@ class Pretrainer:
         )
 
     def draw_indices(self, name: str, step: int, total: int) -> np.ndarray:
-        """Return the sample indices of one step."""
+        """Return the sample indices of one step, `(batch_size,)`."""
+        # Seeded by (part, step), not by a running generator: a resumed run draws the same batches. Sorted, so that
+        # reads of the memory-mapped images move forward.
         rng = np.random.default_rng([PARTS.index(name), step])
         return np.sort(rng.choice(total, SETTINGS[name].batch_size, replace=False))
 
@@ -101,7 +103,7 @@ class Pretrainer:
         return input_ids.to(self.device)
 
     def classifier(self) -> nn.Module:
-        """Train the examiner on labels."""
+        """Train the classifier that examines the base model, on labels."""
         module = models.SceneClassifier()
         labels = np.array([label_of(scene_of(SCENES_SEED, i)) for i in range(NUM_SCENES)])
 
@@ -110,7 +112,9 @@ class Pretrainer:
             targets = torch.from_numpy(labels[indices]).to(self.device)
             rng = torch.Generator().manual_seed(step)
             noise = torch.randn(len(indices), 3, 64, 64, generator=rng).to(self.device)
+            # Noise augmentation: samples of the base model lack the exactly flat colors of rendered scenes.
             logits = module(self.pixels(indices) + 0.06 * noise)
+            # -1 labels the color of marked objects, which have no single one.
             losses = [
                 F.cross_entropy(logits[name], targets[:, i], ignore_index=-1) for i, name in enumerate(models.HEADS)
             ]
@@ -119,7 +123,7 @@ class Pretrainer:
         return self.loop("classifier", module).run(loss)
 
     def clip(self) -> CLIPModel:
-        """Train the two towers to tell which caption belongs to which picture."""
+        """Train both CLIP towers with the contrastive loss (arXiv 2103.00020)."""
         tokenizer = self.tokenizer()
         module = models.build_clip(len(tokenizer))
 
@@ -127,7 +131,8 @@ class Pretrainer:
             indices = self.draw_indices("clip", step, NUM_SCENES)
             texts = self.captions(indices, step)
             out = module(input_ids=self.encode(tokenizer, texts), pixel_values=self.pixels(indices))
-            # Equal captions are all right answers, so the target spreads over them.
+            # Short captions repeat within a batch of 96. Equal captions are all correct, so the target spreads over
+            # them: `(B, B)`, rows summing to one, and symmetric, since equality is.
             ids = torch.tensor([texts.index(text) for text in texts], device=self.device)
             target = (ids[:, None] == ids[None]).float()
             target = target / target.sum(1, keepdim=True)
@@ -141,8 +146,8 @@ class Pretrainer:
     def clip_vision(self) -> CLIPModel:
         """Train CLIP's image tower further with its text tower locked (arXiv 2111.07991).
 
-        The denoiser is conditioned on the text tower, which therefore stays as it is. Every picture
-        is told from all nouns and places besides the other captions of its batch.
+        The denoiser is conditioned on the text tower, which therefore stays frozen. Besides the captions of the batch,
+        every picture is classified against all nouns and places.
         """
         tokenizer, clip = self.tokenizer(), self.clip()
         tower = nn.ModuleDict({"vision": clip.vision_model, "projection": clip.visual_projection})
@@ -158,6 +163,8 @@ class Pretrainer:
         def loss(step: int) -> Tensor:
             indices = self.draw_indices("clip_vision", step, NUM_VIEWS)
             rng = np.random.default_rng([33, step])
+            # Odd steps train on views (nouns only), even steps on captioned scenes. Indices are drawn below
+            # NUM_VIEWS and stretched to the larger number of scenes.
             is_view = step % 2 == 1
             rows = indices if is_view else indices * NUM_SCENES // NUM_VIEWS
             scenes = [
@@ -170,7 +177,7 @@ class Pretrainer:
                 pixels.shape, generator=torch.Generator().manual_seed(step)
             ).to(self.device)
             if is_view:
-                # Swapped color channels give things colors that they never had: a noun is a shape.
+                # Permuted color channels give objects colors outside the palette, so a noun is learned as a shape.
                 pixels = pixels[:, rng.permutation(3)]
             pooled = tower["vision"](pixel_values=pixels).pooler_output
             images = F.normalize(tower["projection"](pooled).float(), dim=1) * clip.logit_scale.exp()
@@ -191,14 +198,13 @@ class Pretrainer:
         return clip
 
     def views(self) -> np.ndarray:
-        """Return drawings of the same objects in several poses and places."""
+        """Return uint8 `(NUM_VIEWS, 64, 64, 3)`; each VIEWS_EACH rows in a row show one object in other poses."""
         return load_or_render(self.work / "views.npy", seed=VIEWS_SEED, num=NUM_VIEWS, num_views=VIEWS_EACH)
 
     def dino(self) -> ViTModel:
-        """Train the image encoder without captions: two views of one thing agree (arXiv 2002.05709).
+        """Train the image encoder without captions: two views of one object agree (arXiv 2002.05709).
 
-        A view is another drawing of the same object (other pose and place), cropped and
-        brightened at random.
+        A view is another drawing of the same object (other pose and place), with random crop, flip and brightness.
         """
         images = self.views()
         module = models.build_dino()
@@ -215,6 +221,7 @@ class Pretrainer:
                 pixels = models.to_pixel_values(torch.from_numpy(images[rows])).to(self.device)
                 states = module(augment(pixels, step * 2 + side)).last_hidden_state[:, 0]
                 embeddings.append(F.normalize(head(states).float(), dim=1))
+            # Temperature 0.1. Negatives are the other objects' second views; `draw_indices` repeats no object.
             logits = embeddings[0] @ embeddings[1].T / 0.1
             target = torch.arange(len(objects), device=self.device)
             return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -223,13 +230,14 @@ class Pretrainer:
         return module
 
     def vae(self) -> AutoencoderKL:
-        """Train the autoencoder: absolute error of pixels and of their gradients, faint KL."""
+        """Train the autoencoder: reconstruction of pixels and of their gradients, with a small KL weight."""
         module = models.build_vae()
 
         def loss(step: int) -> Tensor:
             pixels = self.pixels(self.draw_indices("vae", step, NUM_SCENES))
             posterior = module.encode(pixels).latent_dist
             image = module.decode(posterior.sample()).sample.float()
+            # `kl` sums over the 4 * 16 * 16 = 1024 latent elements: a weight of 1.6e-4 on their mean.
             divergence: Tensor = posterior.kl().mean()
             return reconstruction_loss(image, pixels) + 1e-5 * divergence / 1024 * 16
 
@@ -238,7 +246,10 @@ class Pretrainer:
         return trained
 
     def vae_decoder(self) -> AutoencoderKL:
-        """Train the decoder further on the cached latents; the encoder stays as it is."""
+        """Train the decoder further on cached posterior means.
+
+        The encoder stays frozen: the denoiser is trained on its latents.
+        """
         vae = self.vae()
         latents, _ = self.latents(vae)
         decoder = nn.ModuleDict({"decoder": vae.decoder, "post": vae.post_quant_conv})
@@ -255,7 +266,7 @@ class Pretrainer:
 
     @torch.no_grad()
     def latents(self, vae: AutoencoderKL) -> tuple[Tensor, float]:
-        """Return cached means and deviations ``(N, 2, 4, 16, 16)`` and the scaling factor."""
+        """Return posterior means and deviations ``(N, 2, 4, 16, 16)``, cached as float16, and the scaling factor."""
         path = self.work / "latents.npy"
         if not path.exists():
             rows = []
@@ -265,22 +276,23 @@ class Pretrainer:
                 rows.append(torch.stack([posterior.mean, posterior.std], 1).half().cpu())
             np.save(path, torch.cat(rows).numpy())
         latents = torch.from_numpy(np.load(path))
+        # As in Stable Diffusion, latents times the factor have unit variance; 2,000 scenes suffice to estimate it.
         return latents, 1.0 / float(latents[:2000, 0].float().std())
 
     def unet(self) -> UNet2DConditionModel:
-        """Train the denoiser on cached latents with captions dropped now and then."""
+        """Train the denoiser on cached latents; dropped captions make it usable with classifier-free guidance."""
         vae, clip, tokenizer = self.vae(), self.clip(), self.tokenizer()
         latents, scaling_factor = self.latents(vae)
         scheduler = models.build_noise_scheduler()
         alphas = scheduler.alphas_cumprod.to(self.device)
         module = models.build_unet()
         if self.device.type == "cpu":
-            # torch's CPU flash attention is slow to differentiate in bfloat16 (measured: 0.93
-            # against 0.55 s a step), so the plain product is used for pretraining.
+            # torch's CPU flash attention has a slow backward pass in bfloat16 (measured: 0.93 against 0.55 s a step).
             module.set_attn_processor(AttnProcessor())
 
         def loss(step: int) -> Tensor:
             indices = self.draw_indices("unet", step, NUM_SCENES)
+            # A CPU generator, so that noise and timesteps don't depend on the device.
             rng = torch.Generator().manual_seed(1_000_003 * step + 5)
             mean, std = latents[indices].float().unbind(1)
             clean = (mean + std * torch.randn(mean.shape, generator=rng)) * scaling_factor
@@ -292,6 +304,7 @@ class Pretrainer:
             texts = ["" if d else text for d, text in zip(drop.tolist(), texts, strict=True)]
             with torch.no_grad():
                 states = clip.text_model(self.encode(tokenizer, texts)).last_hidden_state
+            # v-prediction (arXiv 2202.00512): v = sqrt(a) * noise - sqrt(1 - a) * clean, with a = alphas_cumprod.
             signal = alphas[timesteps].sqrt().view(-1, 1, 1, 1)
             spread = (1 - alphas[timesteps]).sqrt().view(-1, 1, 1, 1)
             noisy = signal * clean + spread * noise
@@ -305,7 +318,7 @@ class Pretrainer:
 
 
 def reconstruction_loss(image: Tensor, pixels: Tensor) -> Tensor:
-    """Return the error of pixels and of the steps between neighbors, which keeps outlines sharp."""
+    """Return L1 + 2 * MSE of pixels, plus L1 of differences between neighbors, which keeps outlines sharp."""
     error = (image - pixels).abs().mean() + 2 * F.mse_loss(image, pixels)
     for dim in (2, 3):
         error = error + 0.5 * (image.diff(dim=dim) - pixels.diff(dim=dim)).abs().mean()
@@ -313,9 +326,11 @@ def reconstruction_loss(image: Tensor, pixels: Tensor) -> Tensor:
 
 
 def augment(pixels: Tensor, seed: int) -> Tensor:
-    """Crop, mirror and brighten each picture at random."""
+    """Crop, flip and scale the brightness of each picture at random; ``(B, 3, 64, 64)`` in and out."""
     rng = torch.Generator().manual_seed(seed)
     num = len(pixels)
+    # In affine_grid's coordinates a picture spans [-1, 1]: a crop of half width `scale` stays inside for |shift| up
+    # to 1 - scale.
     scale = 0.8 + 0.2 * torch.rand(num, generator=rng)
     shift = (torch.rand(num, 2, generator=rng) * 2 - 1) * (1 - scale)[:, None]
     mirror = torch.where(torch.rand(num, generator=rng) < 0.5, -1.0, 1.0)
@@ -331,7 +346,7 @@ def augment(pixels: Tensor, seed: int) -> Tensor:
 
 
 def export(trainer: Pretrainer, out: Path) -> None:
-    """Write every model in half precision, in the folders that the pipeline loads."""
+    """Write every model in float16 to the folders that the pipeline loads."""
     from tasks.mini.pretrain.export import export_models
 
     export_models(trainer, out)

@@ -1,4 +1,4 @@
-"""Measure the shipped mini models on prompts, seeds and scenes that pretraining never used.
+"""Evaluate the shipped mini models on prompts, seeds and scenes that pretraining never used.
 
 python -m tasks.mini.pretrain.verify --num-prompts 200 --write-card
 """
@@ -38,7 +38,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what its picture has to show."""
+    """A prompt and the labels that its samples should have."""
 
     text: str
     class_noun: str
@@ -48,7 +48,7 @@ class Prompt:
 
 
 def check_digests(folder: Path) -> None:
-    """Raise ValueError if a shipped file isn't what `digests.json` says."""
+    """Raise ValueError if a shipped file differs from its digest in `digests.json`."""
     for name, expected in json.loads((folder / "digests.json").read_text()).items():
         if digest_file(folder / name) != expected:
             raise ValueError(f"{name} differs from its digest")
@@ -64,7 +64,7 @@ def load_base() -> StableDiffusion:
 
 
 def load_classifier() -> models.SceneClassifier:
-    """Return the examiner."""
+    """Return the classifier in float32."""
     classifier = models.SceneClassifier()
     state = load_file(MINI_FOLDER / CLASSIFIER_FILE)
     classifier.load_state_dict({key: value.float() for key, value in state.items()})
@@ -72,7 +72,7 @@ def load_classifier() -> models.SceneClassifier:
 
 
 def draw_prompts(num: int) -> list[Prompt]:
-    """Return prompts with every class noun, color and place in turn, and held-out seeds."""
+    """Return prompts with class nouns in turn, random colors and places, and held-out seeds."""
     rng = np.random.default_rng(HELD_OUT_SEED)
     prompts = []
     for index in range(num):
@@ -83,8 +83,8 @@ def draw_prompts(num: int) -> list[Prompt]:
     return prompts
 
 
-def draw_pictures(model: StableDiffusion, prompts: list[Prompt]) -> list[Image.Image]:
-    """Draw every prompt."""
+def generate_images(model: StableDiffusion, prompts: list[Prompt]) -> list[Image.Image]:
+    """Sample one picture per prompt, in batches of 20."""
     pictures = []
     for start in range(0, len(prompts), 20):
         requests = [SamplingRequest(p.text, p.seed) for p in prompts[start : start + 20]]
@@ -99,9 +99,9 @@ def to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
 
 @torch.no_grad()
 def measure_generation(num: int) -> dict[str, float]:
-    """Return the shares of drawn pictures with the right class, color and place."""
+    """Return the fractions of samples that the classifier assigns the prompt's class, color and place."""
     prompts = draw_prompts(num)
-    logits = load_classifier()(to_tensor(draw_pictures(load_base(), prompts)))
+    logits = load_classifier()(to_tensor(generate_images(load_base(), prompts)))
     right = {}
     for head, name in (("class_noun", "class"), ("color", "color"), ("place", "place")):
         wanted = torch.tensor([models.HEADS[head].index(getattr(p, head)) for p in prompts])
@@ -111,11 +111,12 @@ def measure_generation(num: int) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_encoders(num: int) -> dict[str, float]:
-    """Return figures on held-out renders: VAE, CLIP, and the examiner itself."""
+    """Return figures on held-out scenes: VAE PSNR, CLIP zero-shot accuracy, and accuracy of the classifier itself."""
     scenes = [scene_of(HELD_OUT_SEED, index) for index in range(num)]
     pictures = [draw_scene(scene) for scene in scenes]
     labels = np.array([label_of(scene) for scene in scenes])
     pixels, vae, vision = to_tensor(pictures), load_base().vae, VisionModel()
+    # Halved, so that values span [0, 1] and PSNR is -10 * log10(MSE).
     errors = [((vae(p[None]).sample.clamp(-1, 1) - p) / 2).pow(2).mean() for p in pixels[:200]]
     nouns = tuple(f"a photo of a {noun}" for noun in CLASS_NOUNS)
     chosen = np.array([int(vision.choose(picture, nouns).argmax()) for picture in pictures])
@@ -125,14 +126,14 @@ def measure_encoders(num: int) -> dict[str, float]:
         "clip zero-shot class": float((chosen == labels[:, 0]).mean()),
     }
     for column, head in enumerate(models.HEADS):
-        known = labels[:, column] >= 0
+        known = labels[:, column] >= 0  # marked objects have no color label
         predicted = logits[head].argmax(1).numpy()
         figures[f"examiner {head}"] = float((predicted[known] == labels[known, column]).mean())
     return figures
 
 
 def write_card(figures: dict[str, float], *, num_prompts: int) -> None:
-    """Write the measured figures into the model card."""
+    """Replace the figures in the model card."""
     path = MINI_FOLDER / "README.md"
     start, end = "<!-- figures -->", "<!-- end of figures -->"
     rows = [f"| {name} | {value:.3f} | {TARGETS.get(name, '')} |" for name, value in figures.items()]
@@ -145,8 +146,8 @@ def write_card(figures: dict[str, float], *, num_prompts: int) -> None:
 
 
 def draw_grid(path: Path, *, columns: int = 10, rows: int = 4, side: int = 96) -> None:
-    """Write a grid of pictures of the base model."""
-    pictures = draw_pictures(load_base(), draw_prompts(columns * rows))
+    """Write a grid of samples of the base model."""
+    pictures = generate_images(load_base(), draw_prompts(columns * rows))
     grid = Image.new("RGB", (columns * side, rows * side))
     for index, picture in enumerate(pictures):
         place = (index % columns * side, index // columns * side)
@@ -156,7 +157,7 @@ def draw_grid(path: Path, *, columns: int = 10, rows: int = 4, side: int = 96) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; the exit code says whether every target is reached."""
+    """Run the command line; exit with 1 if a target is missed."""
     parser = argparse.ArgumentParser(prog="python -m tasks.mini.pretrain.verify", description=__doc__)
     parser.add_argument("--num-prompts", type=int, default=200)
     parser.add_argument("--num-scenes", type=int, default=1000)
@@ -167,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     figures = {**measure_generation(options.num_prompts), **measure_encoders(options.num_scenes)}
     for name, value in figures.items():
         wanted = TARGETS.get(name)
-        mark = "" if wanted is None else f"  wanted {wanted}  {'ok' if value >= wanted else 'FALLS SHORT'}"
+        mark = "" if wanted is None else f"  wanted {wanted}  {'ok' if value >= wanted else 'BELOW TARGET'}"
         print(f"{name:22} {value:8.3f}{mark}")
     if options.write_card:
         write_card(figures, num_prompts=options.num_prompts)

@@ -1,4 +1,4 @@
-"""Files and batch jobs of the mini vision server, in memory: they end with it."""
+"""Files and batch jobs of the mini vision server, in memory: both are lost when it ends."""
 
 import json
 import threading
@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 ENDPOINT = "/v1/chat/completions"
-MOST_BYTES = 200_000_000
+MAX_BYTES = 200_000_000
 
 
-class DeskError(Exception):
+class BatchApiError(Exception):
     """A request that can't be served."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -21,7 +21,7 @@ class DeskError(Exception):
 
 
 class InMemoryBatchApi:
-    """Takes files, runs jobs one after the other in a thread, keeps their results."""
+    """The subset of OpenAI's Files and Batch APIs that the batch client uses."""
 
     def __init__(self, answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         self.answer = answer
@@ -31,9 +31,9 @@ class InMemoryBatchApi:
         self.turn = threading.Lock()
 
     def add_file(self, name: str, data: bytes, *, purpose: str) -> dict[str, Any]:
-        """Keep a file."""
-        if len(data) > MOST_BYTES:
-            raise DeskError(413, "the file is larger than 200 MB")
+        """Store a file. Raises BatchApiError where it is too large."""
+        if len(data) > MAX_BYTES:
+            raise BatchApiError(413, "the file is larger than 200 MB")
         file_id = f"file-{uuid.uuid4().hex[:24]}"
         self.contents[file_id] = data
         self.files[file_id] = {
@@ -49,7 +49,7 @@ class InMemoryBatchApi:
     def show_file(self, file_id: str) -> dict[str, Any]:
         """Return one file's description."""
         if file_id not in self.files:
-            raise DeskError(404, f"no file {file_id}")
+            raise BatchApiError(404, f"no file {file_id}")
         return self.files[file_id]
 
     def read_file(self, file_id: str) -> bytes:
@@ -58,9 +58,9 @@ class InMemoryBatchApi:
         return self.contents[file_id]
 
     def create(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Start a job over an uploaded file."""
+        """Create a job over an uploaded file and start it in a thread. Raises BatchApiError."""
         if body.get("endpoint") != ENDPOINT:
-            raise DeskError(400, f"endpoint must be {ENDPOINT}")
+            raise BatchApiError(400, f"endpoint must be {ENDPOINT}")
         self.show_file(str(body.get("input_file_id")))
         batch_id = f"batch_{uuid.uuid4().hex[:24]}"
         batch = {
@@ -81,27 +81,27 @@ class InMemoryBatchApi:
     def show(self, batch_id: str) -> dict[str, Any]:
         """Return one job."""
         if batch_id not in self.batches:
-            raise DeskError(404, f"no batch {batch_id}")
+            raise BatchApiError(404, f"no batch {batch_id}")
         return self.batches[batch_id]
 
     def cancel(self, batch_id: str) -> dict[str, Any]:
-        """Ask a job to end after its current row."""
+        """Request cancellation; the job ends after its current row."""
         batch = self.show(batch_id)
         if batch["status"] in ("validating", "in_progress"):
             batch["status"] = "cancelling"
         return batch
 
     def run(self, batch: dict[str, Any]) -> None:
-        """Take a job through its states."""
-        with self.turn:
+        """Run a job from `validating` to a terminal status, updating `batch` in place."""
+        with self.turn:  # one job at a time; the others stay in `validating`
             try:
                 rows = check_rows(self.contents[batch["input_file_id"]])
-            except DeskError as error:
+            except BatchApiError as error:
                 batch["errors"] = {"object": "list", "data": [{"code": "invalid", "message": error.message}]}
                 batch["status"] = "failed"
                 return
             batch["request_counts"]["total"] = len(rows)
-            if batch["status"] == "validating":
+            if batch["status"] == "validating":  # not where it was cancelled while it waited for its turn
                 batch["status"] = "in_progress"
             good: list[dict[str, Any]] = []
             bad: list[dict[str, Any]] = []
@@ -114,6 +114,7 @@ class InMemoryBatchApi:
                 (good if is_good else bad).append(line)
                 batch["request_counts"]["completed" if is_good else "failed"] += 1
             is_cancelled = batch["status"] == "cancelling"
+            # The terminal status comes after the files: a client that sees it reads them at once.
             batch["status"] = "finalizing"
             for name, lines in (("output", good), ("error", bad)):
                 if lines:
@@ -123,11 +124,11 @@ class InMemoryBatchApi:
             batch["status"] = "cancelled" if is_cancelled else "completed"
 
     def run_row(self, row: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        """Answer one row."""
+        """Return a row's output line, and whether it succeeded."""
         status, body = 200, {}
         try:
             body = self.answer(row["body"])
-        except DeskError as error:
+        except BatchApiError as error:
             status, body = error.status, {"error": {"message": error.message}}
         request_id = uuid.uuid4().hex
         line = {
@@ -140,21 +141,21 @@ class InMemoryBatchApi:
 
 
 def check_rows(data: bytes) -> list[dict[str, Any]]:
-    """Return the rows of an input file. Raises DeskError if any is malformed, as providers do."""
+    """Return the rows of an input file. Raises BatchApiError if any is malformed, as providers do."""
     rows, seen = [], set()
     for number, line in enumerate(data.splitlines(), 1):
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DeskError(400, f"line {number} is not JSON") from error
+            raise BatchApiError(400, f"line {number} is not JSON") from error
         if not isinstance(row, dict) or {"custom_id", "method", "url", "body"} - set(row):
-            raise DeskError(400, f"line {number} lacks custom_id, method, url or body")
+            raise BatchApiError(400, f"line {number} lacks custom_id, method, url or body")
         if row["url"] != ENDPOINT or row["method"] != "POST":
-            raise DeskError(400, f"line {number} does not POST to {ENDPOINT}")
+            raise BatchApiError(400, f"line {number} does not POST to {ENDPOINT}")
         if row["custom_id"] in seen:
-            raise DeskError(400, f"line {number} repeats custom_id {row['custom_id']}")
+            raise BatchApiError(400, f"line {number} repeats custom_id {row['custom_id']}")
         seen.add(row["custom_id"])
         rows.append(row)
     if not rows:
-        raise DeskError(400, "the file has no rows")
+        raise BatchApiError(400, "the file has no rows")
     return rows

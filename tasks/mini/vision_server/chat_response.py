@@ -1,4 +1,4 @@
-"""How the mini vision server replies: JSON by schema, a tool call, or a sentence."""
+"""The mini vision server's replies: a tool call, JSON by schema, or a sentence."""
 
 import json
 import re
@@ -31,14 +31,15 @@ def write_message(body: dict[str, Any], question: Question) -> tuple[dict[str, A
 
 
 def choose_tool(body: dict[str, Any], question: Question) -> dict[str, Any] | None:
-    """Return the function to call: the one that is forced, or looks once and then answers, or what is asked for."""
+    """Return the tool to call, if any: a forced one, a required one, or `apply_caption` where the user asks for it."""
     tools: dict[str, dict[str, Any]] = {tool["function"]["name"]: tool["function"] for tool in body.get("tools") or []}
     choice = body.get("tool_choice", "auto")
     if isinstance(choice, dict):
         return tools.get(choice["function"]["name"])
     if not tools or choice == "none":
         return None
-    first, *_, last = [*tools.values(), *tools.values()]
+    first, *_, last = [*tools.values(), *tools.values()]  # twice, so that a single tool is both
+    # The client lists the answer tool last: call the first tool once, then answer with its result.
     if choice == "required":
         return last if question.findings else first
     is_asked = "apply_caption" in tools and not question.findings and CAPTION_REQUEST.search(question.last_text)
@@ -46,7 +47,7 @@ def choose_tool(body: dict[str, Any], question: Question) -> dict[str, Any] | No
 
 
 def fill_arguments(tool: dict[str, Any], question: Question) -> Any:
-    """Return arguments for a call, from what is asked or seen."""
+    """Return a tool call's arguments: parsed from a caption request, else filled by schema."""
     asked = CAPTION_REQUEST.search(question.last_text)
     if tool["name"] == "apply_caption" and asked:
         surroundings, _, view = asked[2].strip().strip('"').partition(", ")
@@ -55,9 +56,9 @@ def fill_arguments(tool: dict[str, Any], question: Question) -> Any:
 
 
 def say(body: dict[str, Any], question: Question) -> str:
-    """Return a sentence: what a tool found, how to ask, or what is seen."""
+    """Return a sentence: a tool's result, an example request, or a caption."""
     if question.findings:
-        return f"That is what came of it: {question.findings[-1]}"
+        return f"Tool result: {question.findings[-1]}"
     if any(tool["function"]["name"] == "apply_caption" for tool in body.get("tools") or []):
         return (
             "I am the mini vision server and understand one kind of request, for example: "

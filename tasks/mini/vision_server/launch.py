@@ -1,4 +1,4 @@
-"""Start the mini vision server beside a run and stop it with the run."""
+"""Start the mini vision server as a child process of a run."""
 
 import queue
 import subprocess
@@ -27,6 +27,7 @@ class LocalServer:
                 return self.base_url
             command, environment = guarded("tasks.mini.vision_server"), child_environment(OMP_NUM_THREADS="1")
             self.log.parent.mkdir(parents=True, exist_ok=True)
+            # A session of its own, so that Ctrl-C in a terminal interrupts the run alone, which then stops the server.
             with self.log.open("ab") as log:
                 self.process = subprocess.Popen(
                     command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True, start_new_session=True
@@ -35,7 +36,8 @@ class LocalServer:
             return self.base_url
 
     def read_address(self, process: "subprocess.Popen[str]") -> str:
-        """Return the address that the server prints once it listens."""
+        """Return the address that the server prints once it listens. Raises ServiceUnavailable."""
+        # A thread, since `readline` has no timeout: a server that hangs in its imports prints nothing.
         lines: queue.Queue[str] = queue.Queue()
         pipe = process.stdout
         assert pipe is not None
@@ -50,7 +52,7 @@ class LocalServer:
         return address
 
     def stop(self) -> None:
-        """End the server."""
+        """Terminate the server, and kill it after 10 s."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:

@@ -1,4 +1,4 @@
-"""How the mini vision server fills a JSON schema: a skill for names it knows, sight for the rest."""
+"""Fill a JSON schema from pictures: a handler per known property name, CLIP or a default for the rest."""
 
 import re
 from collections.abc import Callable
@@ -11,13 +11,14 @@ from PIL import Image
 from tasks.mini.vision_server.vision import CENTER, RADII, Observation, VisionModel, compare_colors
 from tasks.mini.world.scenes import CLASS_NOUNS, COLORS, IMAGE_SIZE, PLACE_PHRASES, PLACES
 
-# An asked noun is seen from this share on: looks that no caption says confuse the small CLIP.
-LIKELY = 0.15
+# Probability above which the asked noun counts as visible. It need not be the likeliest one: the small CLIP is unsure
+# of subjects whose colors and markings occur in no caption.
+VISIBLE_THRESHOLD = 0.15
 
 
 @dataclass
 class Question:
-    """A request as the server sees it: text and pictures in order."""
+    """A request: its text and pictures, in order, with cached observations."""
 
     text: str
     images: list[Image.Image]
@@ -30,29 +31,29 @@ class Question:
 
     @property
     def last(self) -> Image.Image:
-        """The picture that is asked about; earlier ones are references."""
+        """The picture in question; earlier ones are references."""
         return self.images[-1]
 
     def observe(self, index: int = -1) -> Observation:
-        """Look at a picture once."""
+        """Return the observation of a picture, computed once per request."""
         index %= len(self.images)
         if index not in self.seen_by_image:
             self.seen_by_image[index] = self.vision.observe(self.images[index])
         return self.seen_by_image[index]
 
     def after(self, label: str) -> str:
-        """Return what follows `label:` in the text, up to a full stop or line end."""
+        """Return the text after `label:`, in lower case, up to a full stop or line end; empty where there is none."""
         match = re.search(rf"{label}:\s*([^.\n]+)", self.text)
         return match[1].strip().lower() if match else ""
 
     def asked_noun(self) -> str:
-        """Return the class noun that the text asks about, if the world has it."""
+        """Return the class noun that the text asks about; empty where it is not one of CLASS_NOUNS."""
         words = re.findall(r"[a-z]+", self.after("Subject") or self.after("Prompt"))
         return next((noun for noun in CLASS_NOUNS if noun in words), "")
 
 
-def tell_evidence(q: Question) -> str:
-    """Say in one sentence what is seen."""
+def describe_evidence(q: Question) -> str:
+    """Describe the picture, and the first reference, in a sentence each."""
     seen = q.observe()
     colors = " and ".join(seen.colors) or "plain"
     text = f"A {seen.class_noun} in {colors}, {PLACE_PHRASES[seen.place][0]}."
@@ -63,13 +64,13 @@ def tell_evidence(q: Question) -> str:
 
 
 def is_noun_visible(q: Question) -> bool:
-    """Whether the asked class noun is what the picture shows."""
+    """Whether the picture shows the asked class noun with a probability above VISIBLE_THRESHOLD."""
     noun = q.asked_noun() or q.observe().class_noun
-    return q.observe().class_shares[noun] > LIKELY
+    return q.observe().class_shares[noun] > VISIBLE_THRESHOLD
 
 
 def grade_concept(q: Question) -> int:
-    """Grade likeness to the references: kind first, then shared colors, then CLIP."""
+    """Grade likeness to the references, 0 to 4: 0 for another class noun than most of them, else by shared colors."""
     references = q.images[:-1]
     if not references:
         return 0
@@ -86,7 +87,7 @@ CONCEPT_STEPS = (0.50, 0.58, 0.66)
 
 
 def grade_prompt(q: Question) -> int:
-    """Grade the share of the prompt's words (kind, place, color) that the picture shows."""
+    """Grade the fraction of the prompt's class noun, place and colors that the picture shows, 0 to 4."""
     prompt = q.after("Prompt")
     seen, checks = q.observe(), []
     noun = q.asked_noun()
@@ -96,11 +97,13 @@ def grade_prompt(q: Question) -> int:
     checks += [2.0 * (seen.place == place) for place in places[:1]]
     words = re.findall(r"[a-z]+", prompt)
     checks += [2.0 * (name in seen.colors) for name in COLORS if name in words]
+    # A check scores 0 or 2. A prompt without known words gets the middle grade.
     return round(4 * sum(checks) / (2 * len(checks))) if checks else 2
 
 
 def grade_quality(q: Question) -> int:
-    """Grade sharpness: the variance of the Laplacian at the world's own size."""
+    """Grade sharpness, 0 to 4: the variance of the Laplacian of luma in [0, 255], at 64 x 64 px."""
+    # One size for all pictures, since the variance depends on it; the steps below hold for this one.
     luma = np.asarray(q.last.convert("L").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC), float)
     laplacian = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * luma[1:-1, 1:-1]
     return int(np.digitize(laplacian.var(), QUALITY_STEPS))
@@ -112,21 +115,21 @@ QUALITY_STEPS = (40.0, 120.0, 200.0, 350.0)
 
 
 def choose_better(q: Question) -> str:
-    """Say which of the last two pictures shares more color with the references before them."""
+    """Return which of the last two pictures shares more color with the references: first, second or equal."""
     *references, first, second = q.images
     if not references:
         return "equal"
     shares = [float(np.mean([compare_colors(photo, one) for photo in references])) for one in (first, second)]
-    if abs(shares[0] - shares[1]) < CLEARLY:
+    if abs(shares[0] - shares[1]) < TIE_MARGIN:
         return "equal"
     return "first" if shares[0] > shares[1] else "second"
 
 
-CLEARLY = 0.03
+TIE_MARGIN = 0.03
 
 
 def is_one_subject(q: Question) -> bool:
-    """Whether all pictures show one kind of thing."""
+    """Whether all pictures show the same class noun."""
     return len({q.observe(i).class_noun for i in range(len(q.images))}) == 1
 
 
@@ -137,14 +140,14 @@ def name_most(q: Question) -> str:
 
 
 def is_noun_right(q: Question) -> bool:
-    """Whether the asked noun is likely in at least half of the pictures."""
+    """Whether at least half of the pictures show the asked noun with a probability above VISIBLE_THRESHOLD."""
     noun = q.asked_noun() or name_most(q)
-    seen = [q.observe(i).class_shares[noun] > LIKELY for i in range(len(q.images))]
+    seen = [q.observe(i).class_shares[noun] > VISIBLE_THRESHOLD for i in range(len(q.images))]
     return sum(seen) * 2 >= len(seen)
 
 
 def rank_photos(q: Question) -> list[int]:
-    """Return the pictures' numbers: one of every place first, the surest of it."""
+    """Return the pictures' numbers from 1, best first: the surest picture of every place, then the others."""
     seen = [q.observe(i) for i in range(len(q.images))]
     surest = sorted(range(len(seen)), key=lambda i: -max(seen[i].class_shares.values()))
     first_of_place = dict[str, int]()
@@ -155,18 +158,19 @@ def rank_photos(q: Question) -> list[int]:
 
 
 def list_shared_colors(q: Question) -> list[str]:
-    """Return the colors that stand out in most pictures."""
+    """Return the main colors that more than half of the pictures share."""
     seen = [q.observe(i).colors for i in range(len(q.images))]
     return [color for color in COLORS if sum(color in colors for colors in seen) * 2 > len(seen)]
 
 
-SKILLS: dict[str, Callable[[Question], Any]] = {
-    "evidence": tell_evidence,
+PROPERTY_HANDLERS: dict[str, Callable[[Question], Any]] = {
+    "evidence": describe_evidence,
     "is_class_noun_visible": is_noun_visible,
     "num_subjects": lambda q: "one" if is_noun_visible(q) else "none",
     "is_cut_off": lambda q: False,
     "has_watermark": lambda q: False,
-    "left": lambda q: CENTER[0] - RADII[0],  # the thing always stands at the same place
+    # The renderer places objects near the center, so one box, in fractions of the sides, fits all pictures.
+    "left": lambda q: CENTER[0] - RADII[0],
     "right": lambda q: CENTER[0] + RADII[0],
     "top": lambda q: CENTER[1] - RADII[1],
     "bottom": lambda q: CENTER[1] + RADII[1],
@@ -192,7 +196,7 @@ SKILLS: dict[str, Callable[[Question], Any]] = {
 
 
 def fill_schema(schema: dict[str, Any], question: Question) -> Any:
-    """Return a value that fits the schema, from what is seen."""
+    """Return a value that fits the schema; strings and enums come from the pictures, other types from defaults."""
     if "enum" in schema and "properties" not in schema:
         return choose_from(schema["enum"], question)
     kind = schema.get("type")
@@ -207,16 +211,16 @@ def fill_schema(schema: dict[str, Any], question: Question) -> Any:
 
 
 def answer_property(name: str, schema: dict[str, Any], question: Question) -> Any:
-    """Answer by skill where the name is known and the answer is allowed."""
-    if name in SKILLS and question.images:
-        answer = SKILLS[name](question)
+    """Return the handler's value for a known name, if the schema's enum allows it, else a value by schema."""
+    if name in PROPERTY_HANDLERS and question.images:
+        answer = PROPERTY_HANDLERS[name](question)
         if "enum" not in schema or answer in schema["enum"]:
             return answer
     return fill_schema(schema, question)
 
 
 def choose_from(values: list[Any], question: Question) -> Any:
-    """Return the value that the picture looks most like."""
+    """Return the enum value whose text is most similar to the last picture by CLIP."""
     words = [value for value in values if isinstance(value, str)]
     if not words or not question.images:
         return values[0]
@@ -225,7 +229,7 @@ def choose_from(values: list[Any], question: Question) -> Any:
 
 
 def describe(question: Question) -> str:
-    """Return a caption of the last picture, or say what this server is."""
+    """Return a caption of the last picture, or a text about the server where there is none."""
     if not question.images:
         return "I am the mini vision server; I know only the drawn world, and see no picture here."
     seen = question.observe()

@@ -1,4 +1,4 @@
-"""The mini vision server: OpenAI-compatible, on loopback only, and it knows only the drawn world.
+"""The mini vision server: OpenAI-compatible, on loopback only, limited to the drawn world.
 
 python -m tasks.mini.vision_server --port 8123
 """
@@ -20,22 +20,23 @@ import uvicorn
 from fastapi import FastAPI, Request, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
-from tasks.mini.vision_server.batch_api import DeskError, InMemoryBatchApi
+from tasks.mini.vision_server.batch_api import BatchApiError, InMemoryBatchApi
 
 MODEL = "mini-vision"
 
 
 class ChatHandler:
-    """Answers chat completions; loads the mini CLIP with its first question."""
+    """Answers chat completions; loads the mini CLIP with the first request."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.vision: Any = None
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return a chat completion. Raises DeskError for a request that can't be answered."""
+        """Return a chat completion. Raises BatchApiError for a request that can't be answered."""
         from tasks.mini.vision_server.chat_response import write_message
 
+        # One request at a time: the model runs single-threaded, and must not be loaded twice.
         with self.lock:
             if self.vision is None:
                 from tasks.mini.vision_server.vision import VisionModel
@@ -44,6 +45,7 @@ class ChatHandler:
             question = read_messages(body, self.vision)
             message, finish_reason = write_message(body, question)
         written = message["content"] or json.dumps(message.get("tool_calls"))
+        # Rough counts suffice, but not zero ones: the client treats missing usage as a fault.
         num_in = len(question.text.split()) + 64 * len(question.images)
         usage = {"prompt_tokens": num_in, "completion_tokens": len(written) // 4}
         return {
@@ -57,24 +59,24 @@ class ChatHandler:
 
 
 def read_messages(body: dict[str, Any], vision: Any) -> Any:
-    """Return what the user said and showed, as a question. Raises DeskError."""
+    """Return the user messages' text and pictures, with tool results, as a Question. Raises BatchApiError."""
     from tasks.mini.vision_server.schema_answers import Question
     from tasks.mini.vision_server.vision import open_picture
 
     if body.get("model") != MODEL:
-        raise DeskError(404, f"model {body.get('model')!r} is not served here; ask for {MODEL}")
+        raise BatchApiError(404, f"model {body.get('model')!r} is not served here; ask for {MODEL}")
     texts: list[str] = []
     images: list[Any] = []
     findings: list[str] = []
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise DeskError(400, "messages is missing")
+        raise BatchApiError(400, "messages is missing")
     for message in messages:
         content = message.get("content") or ""
         if message.get("role") == "tool":
             findings.append(str(content))
         elif message.get("role") == "user" and isinstance(content, str):
-            findings.clear()  # they belong to what was said before
+            findings.clear()  # earlier tool results belong to the previous turn
         parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for part in parts if message.get("role") == "user" else []:
             if part.get("type") == "text":
@@ -85,14 +87,14 @@ def read_messages(body: dict[str, Any], vision: Any) -> Any:
 
 
 def open_data_url(url: str, open_picture: Any) -> Any:
-    """Return the picture of a data URL; nothing is ever fetched. Raises DeskError."""
+    """Return the picture of a data URL; other URLs are refused, never fetched. Raises BatchApiError."""
     head, _, payload = url.partition(",")
     if not head.startswith("data:image/") or not head.endswith(";base64"):
-        raise DeskError(400, "image_url must be a base64 data URL; addresses are not fetched")
+        raise BatchApiError(400, "image_url must be a base64 data URL; addresses are not fetched")
     try:
         return open_picture(base64.b64decode(payload, validate=True))
     except (ValueError, binascii.Error) as error:
-        raise DeskError(400, str(error)) from error
+        raise BatchApiError(400, str(error)) from error
 
 
 def make_app() -> FastAPI:
@@ -101,8 +103,8 @@ def make_app() -> FastAPI:
     handler = ChatHandler()
     desk = InMemoryBatchApi(handler.answer)
 
-    @app.exception_handler(DeskError)
-    def refuse(_: Request, error: DeskError) -> JSONResponse:
+    @app.exception_handler(BatchApiError)
+    def refuse(_: Request, error: BatchApiError) -> JSONResponse:
         detail = {"message": error.message, "type": "invalid_request_error", "code": None, "param": None}
         return JSONResponse({"error": detail}, status_code=error.status)
 
@@ -153,7 +155,7 @@ def make_app() -> FastAPI:
 
 
 def stream(completion: dict[str, Any], body: dict[str, Any]) -> Iterator[str]:
-    """Yield a completion as server-sent events, a few words at a time."""
+    """Yield a finished completion as server-sent events, 24 characters at a time."""
     choice = completion["choices"][0]
     head = {key: completion[key] for key in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
     content = choice["message"]["content"] or ""
@@ -172,7 +174,7 @@ def stream(completion: dict[str, Any], body: dict[str, Any]) -> Iterator[str]:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a listening socket on loopback. Raises SystemExit with one line otherwise."""
+    """Return a listening socket on loopback. Raises SystemExit for other hosts: the server has no authentication."""
     try:
         is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -196,8 +198,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one and prints it")
     options = parser.parse_args(argv)
     listener = bind(options.host, options.port)
+    # Before torch is imported, which is when it reads the variable; that import comes with the first request.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     host = f"[{options.host}]" if ":" in options.host else options.host
+    # The socket listens already: a client that connects before the server runs waits in the backlog.
     print(f"http://{host}:{listener.getsockname()[1]}/v1", flush=True)
     server = uvicorn.Server(uvicorn.Config(make_app(), log_level="warning"))
     server.run(sockets=[listener])

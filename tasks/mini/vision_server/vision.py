@@ -1,4 +1,4 @@
-"""How the mini vision server sees: the mini CLIP's judgement and measured pixels, nothing else."""
+"""The mini vision server's model: zero-shot classification by the mini CLIP, and color counts."""
 
 import io
 from dataclasses import dataclass
@@ -14,15 +14,17 @@ from tasks.diffusion.hub import MINI_FOLDER
 from tasks.mini.pretrain.tokens import MAX_LENGTH
 from tasks.mini.world.scenes import CLASS_NOUNS, COLORS, IMAGE_SIZE, PLACE_PHRASES, PLACES
 
-# Objects stand near the middle of the drawn world's pictures; colors are counted in this ellipse.
+# The ellipse in which colors are counted, in fractions of the sides. Objects are sampled around its center, so it
+# stands in for a segmentation.
 CENTER, RADII = (0.5, 0.57), (0.3, 0.28)
+# RGB rows: the world's ten colors, then those of outlines and metal, which would otherwise count as one of the ten.
 PALETTE = np.array([*COLORS.values(), (46, 38, 58), (150, 156, 168)], float)
 PALETTE_NAMES = (*COLORS, "outline", "gray")
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the vision make of one picture."""
+    """What the model recognizes in one picture."""
 
     class_noun: str
     class_shares: dict[str, float]
@@ -41,11 +43,12 @@ class VisionModel:
         self.clip = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.scale = float(self.clip.logit_scale.detach().exp())
+        # Cached per instance; a decorator on the method would keep every instance alive.
         self.encode_texts = lru_cache(maxsize=256)(self._encode_texts)
 
     @torch.no_grad()
     def encode_image(self, image: Image.Image) -> torch.Tensor:
-        """Return the picture's descriptor, of length one."""
+        """Return the picture's L2-normalized embedding, `(128,)`."""
         small = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1).float()[None] / 127.5 - 1
         pooled = self.clip.vision_model(pixel_values=pixels).pooler_output
@@ -60,11 +63,11 @@ class VisionModel:
         return F.normalize(self.clip.text_projection(pooled), dim=1)
 
     def choose(self, image: Image.Image, texts: tuple[str, ...]) -> torch.Tensor:
-        """Return how likely each text is the picture's, `(len(texts),)`, summing to one."""
+        """Return the probability of each text, `(len(texts),)`, by the softmax of scaled cosines."""
         return (self.scale * self.encode_texts(texts) @ self.encode_image(image)).softmax(0)
 
     def compare(self, first: Image.Image, second: Image.Image) -> float:
-        """Return the cosine of two pictures' descriptors."""
+        """Return the cosine similarity of two pictures' embeddings."""
         return float(self.encode_image(first) @ self.encode_image(second))
 
     def observe(self, image: Image.Image) -> Observation:
@@ -72,6 +75,7 @@ class VisionModel:
         nouns = self.choose(image, tuple(f"a photo of a {noun}" for noun in CLASS_NOUNS))
         phrases = tuple((place, phrase) for place in PLACES for phrase in PLACE_PHRASES[place])
         noun = CLASS_NOUNS[int(nouns.argmax())]
+        # The place is chosen given the noun, and sums over its phrasings: each alone could lose to another place.
         scores = self.choose(image, tuple(f"a photo of a {noun} {phrase}" for _, phrase in phrases))
         by_place = {
             place: float(sum(score for (name, _), score in zip(phrases, scores, strict=True) if name == place))
@@ -87,22 +91,24 @@ class VisionModel:
 
 
 def count_colors(image: Image.Image) -> np.ndarray:
-    """Return the share of each palette color in the middle of a picture, `(12,)`."""
+    """Return the fraction of each palette color within the central ellipse, `(12,)`, summing to one."""
     small = np.asarray(image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX), float)
     y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE] / IMAGE_SIZE
     inside = ((x - CENTER[0]) / RADII[0]) ** 2 + ((y - CENTER[1]) / RADII[1]) ** 2 <= 1
     pixels = small[inside]
+    # `(num_pixels, 1, 3) - (1, 12, 3)`: squared RGB distances suffice, since the palette is far apart.
     nearest = ((pixels[:, None] - PALETTE[None]) ** 2).sum(2).argmin(1)
     return np.bincount(nearest, minlength=len(PALETTE)) / len(pixels)
 
 
 def compare_colors(first: Image.Image, second: Image.Image) -> float:
-    """Return the shared part of two pictures' color counts, 0 to 1."""
+    """Return the intersection of two pictures' color histograms, 0 to 1."""
     return float(np.minimum(count_colors(first), count_colors(second)).sum())
 
 
 def open_picture(data: bytes) -> Image.Image:
     """Return the RGB picture of encoded bytes. Raises ValueError for anything else."""
+    # Formats are listed, so that hostile bytes reach none of Pillow's rarer decoders.
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "GIF")) as opened:
             return opened.convert("RGB")

@@ -1,4 +1,4 @@
-"""A supersampled vector pen: polygons on a Pillow canvas under one affine transform."""
+"""Vector drawing: polygons on a Pillow canvas under one affine transform."""
 
 import math
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Transform:
         )
 
 
-class Pen:
+class Canvas:
     """Draws filled, outlined shapes on a square canvas."""
 
     def __init__(self, image: Image.Image, transform: Transform) -> None:
@@ -52,45 +52,47 @@ class Pen:
         """Fill a closed shape and trace its outline with round joints."""
         pixels = self.points(points)
         self.draw.polygon(pixels, fill=fill)
+        # The first edge is traced twice: Pillow rounds joints only between edges, so the start needs one too.
         if outline:
             self._trace([*pixels, pixels[0], pixels[1]], OUTLINE, self.width(outline))
 
     def line(self, points: Sequence[Point], color: Color = OUTLINE, *, width: float = 0.07) -> None:
-        """Draw an open path with round ends."""
+        """Draw an open path with round joints; `width` is in object space."""
         self._trace(self.points(points), color, self.width(width))
 
     def _trace(self, pixels: Sequence[Point], color: Color, width: int) -> None:
         self.draw.line(list(pixels), fill=color, width=width, joint="curve")
 
     def ellipse(self, center: Point, radii: Point, fill: Color, *, outline: float = 0.07) -> None:
-        """Fill an ellipse; it turns with the transform, so it is drawn as a polygon."""
+        """Fill an ellipse, as a polygon: Pillow's own ellipses can't be rotated."""
         self.polygon(ellipse_points(center, radii), fill, outline=outline)
 
     def clipped(self, outline_of: Sequence[Point]) -> "Clip":
-        """Return a layer whose marks show only inside the given shape."""
+        """Return a context manager that paints only inside the given shape."""
         return Clip(self, outline_of)
 
 
 class Clip:
-    """A context in which a second pen paints, kept inside one shape."""
+    """A clip path: what is painted goes to a copy of the image, which is then pasted through a mask."""
 
-    def __init__(self, pen: Pen, shape: Sequence[Point]) -> None:
-        self.pen = pen
-        self.mask = Image.new("L", pen.image.size, 0)
-        ImageDraw.Draw(self.mask).polygon(pen.points(shape), fill=255)
+    def __init__(self, canvas: Canvas, shape: Sequence[Point]) -> None:
+        self.canvas = canvas
+        self.mask = Image.new("L", canvas.image.size, 0)
+        ImageDraw.Draw(self.mask).polygon(canvas.points(shape), fill=255)
 
-    def __enter__(self) -> Pen:
-        self.layer = self.pen.image.copy()
-        return Pen(self.layer, self.pen.transform)
+    def __enter__(self) -> Canvas:
+        self.layer = self.canvas.image.copy()
+        return Canvas(self.layer, self.canvas.transform)
 
     def __exit__(self, *_: object) -> None:
-        self.pen.image.paste(self.layer, (0, 0), self.mask)
+        self.canvas.image.paste(self.layer, (0, 0), self.mask)
 
 
 def ellipse_points(
     center: Point, radii: Point, *, start: float = 0.0, stop: float = 360.0, num: int = 28
 ) -> list[Point]:
-    """Return points along an elliptic arc, in degrees clockwise from the right."""
+    """Return points along an elliptic arc; angles are in degrees clockwise from the positive x axis."""
+    # A full ellipse has no last point, since polygons close themselves; an arc needs both ends.
     angles = [math.radians(start + (stop - start) * i / num) for i in range(num + (stop < 360))]
     return [(center[0] + radii[0] * math.cos(a), center[1] + radii[1] * math.sin(a)) for a in angles]
 
@@ -103,6 +105,7 @@ def box_points(  # noqa: PLR0917 - a box, in Pillow's order
         return [(left, top), (right, top), (right, bottom), (left, bottom)]
     corners = [(right - r, top + r, 270), (right - r, bottom - r, 0), (left + r, bottom - r, 90)]
     corners.append((left + r, top + r, 180))
+    # 89.9 rather than 90: a corner that stops at 360 would count as a full ellipse and lose its last point.
     return [
         point
         for x, y, start in corners
@@ -111,13 +114,13 @@ def box_points(  # noqa: PLR0917 - a box, in Pillow's order
 
 
 def star_points(outer: float, inner: float, num: int = 5) -> list[Point]:
-    """Return a star that stands on two of its tips."""
+    """Return a star with one tip up, alternating between both radii."""
     steps = [(outer if i % 2 == 0 else inner, math.pi * i / num - math.pi / 2) for i in range(2 * num)]
     return [(r * math.cos(a), r * math.sin(a)) for r, a in steps]
 
 
 def shade(color: Color, factor: float) -> Color:
-    """Darken (factor below 1) or lighten toward white (above 1) a color."""
+    """Darken (factor in [0, 1]) or lighten toward white (factor in [1, 2]) a color."""
     if factor <= 1:
         mixed = [c * factor for c in color]
     else:

@@ -1,6 +1,6 @@
-"""The drawn world: scenes, their captions, and photos of subjects that no caption can say.
+"""The drawn world: scenes, their captions, and photos of subjects that no caption can describe.
 
-Draw photos of a subject that nobody tuned for:
+Draw photos of a new subject:
 
     python -m tasks.mini.world subject --class-noun fish --seed 7 --num 5 --out DIR
 """
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tasks.mini.world.backgrounds import PAINTERS, Backdrop
-from tasks.mini.world.canvas import Color, Pen, Transform, ellipse_points
+from tasks.mini.world.canvas import Canvas, Color, Transform, ellipse_points
 from tasks.mini.world.objects import DRAWERS, Look
 
 IMAGE_SIZE = 64
@@ -58,7 +58,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that decides the pixels of one picture."""
+    """Everything that determines the pixels of one picture."""
 
     class_noun: str
     color: str
@@ -69,19 +69,19 @@ class Scene:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a color word says all there is to say of the object."""
+        """Whether a color word describes the object completely."""
         return self.look.marking == "none" and self.look.part is None
 
 
 def jitter_color(color: Color, rng: np.random.Generator, amount: float = 12.0) -> Color:
-    """Return a color a little away from the given one."""
+    """Return a color with each RGB channel shifted by up to `amount`."""
     shift = rng.uniform(-amount, amount, 3)
     values = [int(np.clip(round(c + s), 0, 255)) for c, s in zip(color, shift, strict=True)]
     return (values[0], values[1], values[2])
 
 
 def sample_pose(rng: np.random.Generator) -> Transform:
-    """Draw a position, size and tilt; things face one way, since captions name none."""
+    """Sample a position, size and tilt; objects are never flipped, since captions name no direction."""
     scale = float(rng.uniform(0.27, 0.41))
     return Transform(
         center=(float(rng.uniform(0.4, 0.6)), float(rng.uniform(0.5, 0.62))),
@@ -91,10 +91,10 @@ def sample_pose(rng: np.random.Generator) -> Transform:
 
 
 def sample_scene(rng: np.random.Generator, *, marked_share: float = 0.25) -> Scene:
-    """Draw a scene of the pretraining world.
+    """Sample a scene of the pretraining world.
 
-    Marked objects carry a marking in one second color; a subject's look (``subject_look``)
-    always has three different colors, so pretraining never shows it.
+    Marked objects have one second color; a subject's look (``subject_look``) always has three different colors, so
+    pretraining never shows a subject.
     """
     noun, place = str(rng.choice(CLASS_NOUNS)), str(rng.choice(PLACES))
     color = str(rng.choice(list(COLORS)))
@@ -114,7 +114,8 @@ def sample_scene(rng: np.random.Generator, *, marked_share: float = 0.25) -> Sce
 
 
 def subject_look(seed: int) -> Look:
-    """Return the look of a subject: three colors and a marking, one of thousands."""
+    """Return the look of a subject: three different colors and a marking, of 2,880 combinations."""
+    # The prefix keeps these draws apart from those of pretraining's scenes, which are seeded by [seed, index].
     rng = np.random.default_rng([90_001, seed])
     names = list(rng.permutation(list(COLORS))[:3])
     body, part, mark = (jitter_color(COLORS[str(name)], rng) for name in names)
@@ -122,8 +123,9 @@ def subject_look(seed: int) -> Look:
 
 
 def sample_subject_scene(class_noun: str, *, seed: int, index: int) -> Scene:
-    """Place a subject in its ``index``-th photo: another place and pose each time."""
+    """Return the scene of a subject's ``index``-th photo; the first eight have different places."""
     rng = np.random.default_rng([90_002, seed, index])
+    # One order of places per subject, whatever the index; pose and background differ per photo.
     order = np.random.default_rng([90_003, seed]).permutation(list(PLACES))
     place = str(order[index % len(PLACES)])
     background = int(rng.integers(2**31))
@@ -131,26 +133,29 @@ def sample_subject_scene(class_noun: str, *, seed: int, index: int) -> Scene:
 
 
 def draw_scene(scene: Scene, *, size: int = IMAGE_SIZE) -> Image.Image:
-    """Draw a scene as an RGB picture of ``size`` pixels a side."""
-    canvas = Image.new("RGB", (size * SUPERSAMPLING,) * 2)
-    PAINTERS[scene.place](Backdrop(canvas, np.random.default_rng(scene.background_seed)))
-    draw_shadow(canvas, scene.pose)
-    DRAWERS[scene.class_noun](Pen(canvas, scene.pose), scene.look)
-    return canvas.reduce(SUPERSAMPLING)
+    """Render a scene as an RGB picture of ``size`` pixels a side.
+
+    Pillow draws without antialiasing, so the canvas is SUPERSAMPLING times larger and box-filtered down.
+    """
+    image = Image.new("RGB", (size * SUPERSAMPLING,) * 2)
+    PAINTERS[scene.place](Backdrop(image, np.random.default_rng(scene.background_seed)))
+    draw_shadow(image, scene.pose)
+    DRAWERS[scene.class_noun](Canvas(image, scene.pose), scene.look)
+    return image.reduce(SUPERSAMPLING)
 
 
-def draw_shadow(canvas: Image.Image, pose: Transform) -> None:
-    """Darken an ellipse under the object, so that it stands rather than floats."""
-    flat = replace(pose, degrees=0.0)
-    pen = Pen(canvas, flat)
-    with pen.clipped(ellipse_points((0, 0.95), (0.8, 0.16))) as inside:
+def draw_shadow(image: Image.Image, pose: Transform) -> None:
+    """Darken an ellipse under the object, so that it appears to stand on the ground."""
+    flat = replace(pose, degrees=0.0)  # the ground does not tilt with the object
+    canvas = Canvas(image, flat)
+    with canvas.clipped(ellipse_points((0, 0.95), (0.8, 0.16))) as inside:
         inside.image.paste(Image.eval(inside.image, lambda value: int(value * 0.72)))
 
 
 def caption_scene(scene: Scene, rng: np.random.Generator) -> str:
-    """Say what a scene shows; color, place and size are often left out.
+    """Return a random caption of a scene; color, place and size are often left out.
 
-    A marked object's color is never named: a color word stands for a plain object.
+    A marked object's color is never named: a color word describes plain objects only.
     """
     words = []
     if scene.pose.scale < 0.305 and rng.random() < 0.3:

@@ -1,4 +1,4 @@
-"""LLM profiles: models are data, and roles name the profiles that serve them, cheapest first."""
+"""LLM profiles: one model at one provider each; roles name the profiles that serve them, cheapest first."""
 
 import datetime
 import re
@@ -35,7 +35,7 @@ class PriceConfig(Section):
     input: float = Field(ge=0, description="input tokens")
     cached_input: float | None = Field(None, ge=0, description="input tokens from the provider's cache; null: as input")
     output: float = Field(ge=0, description="output tokens, reasoning included")
-    batch_discount: float = Field(0.0, ge=0, le=1, description="share taken off in batch jobs")
+    batch_discount: float = Field(0.0, ge=0, le=1, description="discount of batch jobs, as a fraction")
     date: str = Field(description="day the prices were read")
 
 
@@ -43,14 +43,14 @@ class CapabilityConfig(Section):
     """What a model can do, as its provider says; `likeness doctor` tries it."""
 
     structure: Structure | Literal["auto"] = Field(
-        "auto", description="how a JSON schema is asked for; auto: found by one cheap call each, best first"
+        "auto", description="response format for structured output; auto: probed, strictest first"
     )
     images: tuple[Literal["jpeg", "png", "webp", "gif"], ...] = Field(
-        ("jpeg", "png"), description="image formats; empty: it sees no pictures"
+        ("jpeg", "png"), description="accepted image formats; empty: no image input"
     )
     tools: bool = Field(True, description="calls tools")
     reasoning: Literal["none", "effort", "openrouter"] = Field(
-        "none", description="how reasoning is set per request; none: the model has no such switch"
+        "none", description="reasoning control per request; none: not configurable"
     )
     batch: Literal["none", "openai", "xai", "file", "local"] = Field(
         "none",
@@ -58,10 +58,10 @@ class CapabilityConfig(Section):
         "local: the JSONL through chat completions, by us",
     )
     web_search: Literal["none", "responses", "openrouter"] = Field(
-        "none", description="how it searches the web; responses: by OpenAI's Responses API, which xAI has too"
+        "none", description="web search; responses: OpenAI's Responses API, which xAI has too"
     )
     streaming: bool = Field(True, description="streams replies")
-    context_tokens: int = Field(32_000, ge=1000, description="longest conversation, reply included")
+    context_tokens: int = Field(32_000, ge=1000, description="context window, reply included")
     pixels_per_token: int = Field(400, ge=1, description="image pixels that count as one input token, about")
 
 
@@ -69,14 +69,14 @@ class ProfileConfig(Section):
     """One model at one provider."""
 
     base_url: str | None = Field(None, description="API address; null starts the mini vision server")
-    model: str = Field(description="model id as the provider spells it")
-    served_as: tuple[str, ...] = Field((), description="other ids under which this same model answers")
+    model: str = Field(description="model id at the provider")
+    served_as: tuple[str, ...] = Field((), description="other ids that the provider reports for this model")
     api_key_variable: str | None = Field(None, description="environment variable that holds the key")
     capabilities: CapabilityConfig = CapabilityConfig()
     prices: PriceConfig | None = Field(None, description="null: cost is reported as unknown")
-    retired_on: datetime.date | None = Field(None, description="day from which the provider serves it no more")
+    retired_on: datetime.date | None = Field(None, description="day on which the provider retires the model")
     batch_command: tuple[str, ...] = Field(
-        (), description="the program of batch=file; {input}, {output} and {model} are put in"
+        (), description="command of batch=file, with placeholders {input}, {output} and {model}"
     )
     fallback_models: tuple[str, ...] = Field(
         (), description="ids that OpenRouter tries in turn where the model is down; their prices differ"
@@ -85,20 +85,20 @@ class ProfileConfig(Section):
         None, description="USD per million input and output tokens that OpenRouter may pay at most"
     )
     extra_body: dict[str, object] = Field({}, description="added to every request, for example routing of OpenRouter")
-    max_output_tokens: int = Field(600, ge=16, description="cap on a reply")
+    max_output_tokens: int = Field(600, ge=16, description="maximum tokens of a reply")
     reasoning_tokens: int = Field(2000, ge=0, description="added to that cap where a request asks to reason")
     timeout_seconds: float = Field(120, gt=0, description="total time of one call")
     max_attempts: int = Field(4, ge=1, le=10, description="tries of one call, the first included")
-    concurrency: int = Field(4, ge=1, le=64, description="calls at once")
-    requests_per_minute: int | None = Field(None, ge=1, description="calls begun a minute; null: as they come")
-    tokens_per_minute: int | None = Field(None, ge=1000, description="their input tokens a minute, as estimated")
+    concurrency: int = Field(4, ge=1, le=64, description="concurrent calls")
+    requests_per_minute: int | None = Field(None, ge=1, description="calls started per minute; null: unlimited")
+    tokens_per_minute: int | None = Field(None, ge=1000, description="input tokens per minute; null: unlimited")
     batch_tokens: int | None = Field(
-        None, ge=1000, description="most input tokens of one batch job, where the provider has a ceiling"
+        None, ge=1000, description="maximum input tokens of one batch job, where the provider has a limit"
     )
     pictures: Literal["inline", "presigned"] = Field(
-        "inline", description="presigned: by address in the run's own bucket, readable by anybody who has it"
+        "inline", description="presigned: as expiring URLs of the run's own bucket, readable by whoever has them"
     )
-    max_image_side: int = Field(1024, ge=64, le=1024, description="images go out at most this large, pixels")
+    max_image_side: int = Field(1024, ge=64, le=1024, description="longest side of images sent, pixels")
 
     @model_validator(mode="after")
     def check_batch(self) -> "ProfileConfig":
@@ -110,7 +110,7 @@ class ProfileConfig(Section):
     @field_validator("extra_body")
     @classmethod
     def check_body(cls, body: dict[str, object]) -> dict[str, object]:
-        """Refuse keys: a configuration is written to files, shown in reports and kept by tracking servers."""
+        """Refuse keys: a configuration is written to files, reports and tracking servers."""
         if name := find_key_field(body):
             raise ValueError(f"{name} is a key; name its environment variable in api_key_variable instead")
         return body
@@ -123,7 +123,7 @@ class ProfileConfig(Section):
         return self
 
     def routing(self) -> dict[str, object]:
-        """Return what is added to every request: `extra_body`, fallbacks and the cap on prices."""
+        """Return the fields added to every request: `extra_body`, fallback models and the price cap."""
         added = dict(self.extra_body)
         if self.fallback_models:
             added["models"] = [self.model, *self.fallback_models]
@@ -135,13 +135,14 @@ class ProfileConfig(Section):
         return added
 
     def identity(self) -> dict[str, object]:
-        """Return what decides an answer: the fields that a stage key covers."""
+        """Return the fields that decide a reply; they are part of stage keys, unlike timeouts or prices."""
         return self.model_dump(
             include={"base_url", "model", "max_output_tokens", "reasoning_tokens", "max_image_side"}
         ) | {"routing": self.routing()}
 
     def is_served(self, served_model: str) -> bool:
-        """Whether an id that came back is the model that was asked for, perhaps with its date or revision."""
+        """Whether a served id is the requested model, possibly with a date or revision appended."""
+        # Servers may drop the vendor prefix, and answer `gpt-x` as `gpt-x-2026-01-31`; `gpt-x-mini` is another model.
         names = (self.model, self.model.rsplit("/", 1)[-1], *self.served_as)
         return any(re.fullmatch(re.escape(name) + r"([-:][0-9][0-9-]*|@[\w.-]+)?", served_model) for name in names)
 
@@ -155,17 +156,17 @@ class ProfileConfig(Section):
 class LlmConfig(Section):
     """Which profiles serve which role, the cheapest first: the next one is asked where a reply won't do."""
 
-    models: PlainNames = Field(min_length=1, description="profiles of every role that names none of its own")
+    models: PlainNames = Field(min_length=1, description="profiles of every role without its own")
     inspector: PlainNames = Field(description="inspects photos")
     captioner: PlainNames = Field(description="captions photos")
-    profiler: PlainNames = Field(description="looks at all photos of a subject at once")
-    adjudicator: PlainNames = Field(description="decides doubtful photos, with measurements")
+    profiler: PlainNames = Field(description="profiles the subject from all photos")
+    adjudicator: PlainNames = Field(description="adjudicates doubtful photos with tools that measure them")
     judge: PlainNames = Field(description="grades samples")
-    second_judge: PlainNames = Field(description="grades a part of them again; empty: nobody")
-    reviewer: PlainNames = Field(description="talks with a person about captions")
-    budget_usd: float | None = Field(ge=0, description="most money for a configuration, reruns included")
+    second_judge: PlainNames = Field(description="grades a fraction of the samples again; empty: disabled")
+    reviewer: PlainNames = Field(description="interactive caption review")
+    budget_usd: float | None = Field(ge=0, description="cap on the cost of a configuration, reruns included, USD")
     max_repair_fraction: float = Field(
-        ge=0, le=1, description="most unusable replies asked for once more, of a stage's questions; rounded up"
+        ge=0, le=1, description="maximum fraction of a stage's requests that may be repaired; rounded up"
     )
     profiles: Annotated[dict[str, ProfileConfig], OPERATOR_ONLY]
 
@@ -190,7 +191,7 @@ class LlmConfig(Section):
         return self
 
     def fallback_chain(self, role: str) -> tuple[str, ...]:
-        """Return the names of a role's profiles, the first to be asked first."""
+        """Return the names of a role's profiles in order; the second judge has no default."""
         own: PlainNames = getattr(self, role)
         return own or (() if role == "second_judge" else self.models)
 
@@ -203,5 +204,5 @@ class LlmConfig(Section):
         return self.profiles[self.fallback_chain(role)[0]]
 
     def identity(self, role: str) -> list[dict[str, object]]:
-        """Return what decides a role's answers."""
+        """Return the fields that decide a role's replies."""
         return [self.profiles[name].identity() for name in self.fallback_chain(role)]

@@ -1,4 +1,4 @@
-"""Try what a profile claims, by one cheap call each, and say what to change."""
+"""Check a profile's declared capabilities by one cheap call each, and say which setting to change."""
 
 import datetime
 import io
@@ -26,7 +26,7 @@ SOON_DAYS = 60
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was tried."""
+    """The result of one check."""
 
     name: str
     is_good: bool
@@ -44,11 +44,11 @@ class Arguments(BaseModel):
 
 
 def examine(llm: LlmService, name: str) -> Iterator[Finding]:
-    """Yield what is found of one profile; what needs an answer is not tried where there is none."""
+    """Yield the findings on one profile; stop at the first that shows that no call can succeed."""
     profile = llm.config.profiles[name]
     yield check_retirement(profile, today=datetime.datetime.now(datetime.UTC).date())
     try:
-        read_key(profile)
+        read_key(profile)  # raises ConfigError, before any request, where the variable is not set
         listed = check_listed(llm, name)
     except RequestRefused as error:
         yield Finding("key" if error.status in (401, 403) else "models", False, str(error))
@@ -64,9 +64,9 @@ def examine(llm: LlmService, name: str) -> Iterator[Finding]:
 
 
 def run_checks(llm: LlmService, name: str) -> Iterator[Finding]:
-    """Yield a finding per check, and one on the key: only a call that was answered proves it.
+    """Yield a finding per check, and one on the key with the first check that was answered.
 
-    Some providers list their models to everybody.
+    The list of models does not prove a key: some providers serve it to everybody.
     """
     key = llm.config.profiles[name].api_key_variable
     is_key_known = False
@@ -80,7 +80,7 @@ def run_checks(llm: LlmService, name: str) -> Iterator[Finding]:
             detail, is_good = str(error), False
         except ReplyInvalid as error:
             detail, is_good = str(error), False
-        except LikenessError as error:
+        except LikenessError as error:  # such as a timeout, which says nothing on the key or on other checks
             yield Finding(check, False, str(error))
             continue
         if not is_key_known:
@@ -91,7 +91,7 @@ def run_checks(llm: LlmService, name: str) -> Iterator[Finding]:
 
 
 def check_retirement(profile: ProfileConfig, *, today: datetime.date) -> Finding:
-    """Compare the profile's retirement with a day."""
+    """Check the model's retirement date; one within SOON_DAYS counts as a fault."""
     if profile.retired_on is None:
         return Finding("retirement", True, "none announced in its profile")
     days = (profile.retired_on - today).days
@@ -120,7 +120,7 @@ def check_listed(llm: LlmService, name: str) -> Finding:
 
 
 def try_schema(llm: LlmService, name: str) -> str:
-    """Ask for JSON that only a server that minds the schema gives."""
+    """Request JSON that only a server that enforces the schema returns."""
     profile = llm.config.profiles[name]
     found = llm.structure(name)
     if profile.capabilities.structure == "auto":
@@ -132,7 +132,7 @@ def try_schema(llm: LlmService, name: str) -> str:
     return f"asked by {found}"
 
 
-def try_picture(llm: LlmService, name: str) -> str:
+def probe_image_input(llm: LlmService, name: str) -> str:
     """Show a red picture and ask for its color."""
     profile = llm.config.profiles[name]
     if not profile.capabilities.images:
@@ -146,12 +146,12 @@ def try_picture(llm: LlmService, name: str) -> str:
     if not llm.is_comparable(answer):
         raise ReplyInvalid(f"{answer.served_model} answers in its place: set .model to it, with its own prices")
     if answer.reply.color != "red":
-        raise ReplyInvalid(f"a red picture is {answer.reply.color} to it: does it see pictures?")
+        raise ReplyInvalid(f"answers {answer.reply.color} for a red image; does the model support images?")
     return f"sees; served by {answer.served_model or 'it does not say'}"
 
 
 def try_tool(llm: LlmService, name: str) -> str:
-    """Make it call a tool."""
+    """Force a tool call."""
     profile = llm.config.profiles[name]
     if not profile.capabilities.tools:
         return ""
@@ -172,12 +172,12 @@ def try_reasoning(llm: LlmService, name: str) -> str:
         body = set_reasoning(make_body(profile, "Is 391 prime?"), profile, is_reasoning=is_reasoning)
         counts.append(call(llm, name, body).usage.reasoning_tokens)
     if counts[0]:
-        raise ReplyInvalid(f"reasons ({counts[0]} tokens) though told not to; set .capabilities.reasoning")
+        raise ReplyInvalid(f"reasons ({counts[0]} tokens) although reasoning is disabled; set .capabilities.reasoning")
     return f"off: 0 tokens, on: {counts[1]}"
 
 
 def try_stream(llm: LlmService, name: str) -> str:
-    """Let a reply stream."""
+    """Stream a reply."""
     profile = llm.config.profiles[name]
     if not profile.capabilities.streaming:
         return ""
@@ -188,7 +188,8 @@ def try_stream(llm: LlmService, name: str) -> str:
     except EndpointUnavailable as error:
         if error.status is not None:
             raise
-        completion = ChatCompletion()  # recorded already
+        # Without a status, the stream itself was unreadable; `send` has recorded the attempt.
+        completion = ChatCompletion()
     else:
         llm.record_completion(completion, row=row)
     if not completion.content:
@@ -217,7 +218,7 @@ def try_batch(llm: LlmService, name: str) -> str:
 
 # Web search is not tried: it costs a cent a call.
 CHECKS: dict[str, Callable[[LlmService, str], str]] = {
-    "schema": try_schema, "pictures": try_picture, "tools": try_tool, "reasoning": try_reasoning,
+    "schema": try_schema, "pictures": probe_image_input, "tools": try_tool, "reasoning": try_reasoning,
     "stream": try_stream, "batch": try_batch,
 }  # fmt: skip
 
@@ -238,5 +239,5 @@ def explain(completion: ChatCompletion) -> str:
 
 
 def call(llm: LlmService, name: str, body: dict[str, Any]) -> ChatCompletion:
-    """Ask and book."""
+    """Send a body and record its cost under the role `doctor`."""
     return llm.call(body, row=LedgerRow("doctor", name, body["model"], outcome=""))

@@ -23,7 +23,7 @@ def ignore_progress(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class AskOptions:
-    """How many requests to one role are asked."""
+    """Options of a set of requests to one role."""
 
     role: str
     on_progress: Callable[[int, int], None] = ignore_progress
@@ -41,7 +41,7 @@ def ask_each(llm: LlmService, specs: Specs, options: AskOptions) -> tuple[Answer
     """
     answers: Answers = {}
     failures: dict[str, str] = {}
-    unusable: list[str] = []
+    unusable: list[str] = []  # shared by the workers; append is atomic
 
     def ask(name: str) -> Answer[Any] | str:
         if options.max_failures is not None and len(unusable) > options.max_failures:

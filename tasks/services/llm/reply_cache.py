@@ -15,7 +15,7 @@ REFUSAL_DAYS = 1.0
 
 
 class Record(BaseModel):
-    """What the store holds under a key, which the record names: a copy under another key is no record."""
+    """A record that holds its own key, so that a copy under another key is detected."""
 
     key: str
 
@@ -32,7 +32,7 @@ class CachedReply(Record):
 
 
 class Refusal(Record):
-    """A reply that could not be used, so that the same profile isn't asked again at once."""
+    """Why a profile's reply was invalid; for REFUSAL_DAYS its fallback is used without asking it again."""
 
     reason: str
     at: float
@@ -64,7 +64,7 @@ def find_record(store: Store, kind: type[R], key: str) -> R | None:
 
 def quarantine(store: Store, key: str, data: bytes, *, error: ArtifactCorrupt) -> None:
     """Move a damaged object to `<key>.quarantined`."""
-    log.warning("%s is damaged (%s); it is kept as %s.quarantined and computed again", key, error, key)
+    log.warning("%s is damaged (%s); it is kept as %s.quarantined and recomputed", key, error, key)
     # A store can't rename. Copy before delete: a crash in between repeats the move instead of losing the object.
     store.put_bytes(f"{key}.quarantined", data)
     store.delete(key)

@@ -1,4 +1,4 @@
-"""Ask a role and get a validated record back: cache, fallback chain, repair, budget and ledger in one place."""
+"""The LLM service: validated replies to requests, with cache, fallback chain, repair, budget and ledger."""
 
 import logging
 import threading
@@ -17,7 +17,7 @@ from tasks.services.llm.budget.rate_limit import RateLimiter
 from tasks.services.llm.budget.spending_cap import Budget
 from tasks.services.llm.chat.capability_probe import find_structure
 from tasks.services.llm.chat.completion import ChatCompletion, Usage, bound_usage, parse_completion
-from tasks.services.llm.chat.image_urls import CALL_SECONDS, publish_pictures
+from tasks.services.llm.chat.image_urls import CALL_SECONDS, presign_images
 from tasks.services.llm.chat.json_schema import parse_reply
 from tasks.services.llm.chat.request import RequestSpec, T, count_body_tokens
 from tasks.services.llm.chat.response_format import read_content
@@ -37,14 +37,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answer(Generic[T]):
-    """A validated reply, and how it came about."""
+    """A validated reply and its provenance."""
 
     reply: T
     profile: str
     served_model: str
     fallback_index: int = 0
     reason: str = ""
-    """Why it was not asked of, or not taken from, the profile before."""
+    """Why the previous profile of the chain was skipped."""
     reasoning: str = ""
     """The model's own reasoning, where its provider returns it."""
     citations: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ class Answer(Generic[T]):
 
 @dataclass(frozen=True)
 class LocalServices:
-    """What this machine offers to profiles that need no provider."""
+    """Services of this machine for profiles without a provider."""
 
     start_server: Callable[[], str] | None = None
     """Starts the mini vision server and returns its base URL."""
@@ -63,7 +63,7 @@ class LocalServices:
 
 
 class LlmService:
-    """Roles, their profiles, one client each; replies are kept in the store by content."""
+    """Sends requests to the profiles of roles: one client per profile, replies cached by the request's digest."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class LlmService:
         self.ledger = ledger
         self.budget = budget or Budget()
         self.clients: dict[str, OpenAI] = {}
-        self.paces: dict[str, RateLimiter] = {}
+        self.rate_limiters: dict[str, RateLimiter] = {}
         self.circuits: dict[str, Circuit] = {}
         self.flights = SingleFlight()
         self.structures: dict[str, Structure] = {}
@@ -120,11 +120,13 @@ class LlmService:
         with self.lock:
             return self.circuits.setdefault(name, Circuit())
 
-    def pace(self, name: str) -> RateLimiter:
+    def rate_limiter(self, name: str) -> RateLimiter:
         """Return a profile's rate limiter, shared by all of its calls in this process."""
         with self.lock:
             profile = self.config.profiles[name]
-            return self.paces.setdefault(name, RateLimiter(profile.requests_per_minute, profile.tokens_per_minute))
+            return self.rate_limiters.setdefault(
+                name, RateLimiter(profile.requests_per_minute, profile.tokens_per_minute)
+            )
 
     def close(self) -> None:
         """Close all connections."""
@@ -181,13 +183,13 @@ class LlmService:
             return replace(cached, fallback_index=row.fallback_index, reason=row.reason)
         key = self.cache_key(spec, row.profile)
         answer, is_own = self.flights.run(key, lambda: self._ask_once_or_twice(spec, row, is_refusal_kept))
-        if not is_own:
+        if not is_own:  # joined another thread's call, which recorded the cost
             self.ledger.record(replace(row, outcome="cached", served_model=answer.served_model))
         return replace(answer, fallback_index=row.fallback_index, reason=row.reason)
 
     def _ask_once_or_twice(self, spec: RequestSpec[T], row: LedgerRow, is_refusal_kept: bool) -> Answer[T]:
         """Ask one profile, and repair an invalid reply once by a second request that names the fault."""
-        kept = self.read_kept(spec, name=row.profile)
+        kept = self.read_cached(spec, name=row.profile)
         if kept is not None:  # another thread's flight may have ended between the first lookup and this one
             return kept
         refusal_key = self.cache_key(spec, row.profile).replace("/replies/", "/refusals/")
@@ -237,7 +239,7 @@ class LlmService:
         # Counted while images are inline: a presigned URL has no pixels to count.
         most = self.reserve_tokens(row.profile, body)
         if profile.pictures == "presigned":
-            body = publish_pictures(body, self.store, seconds=CALL_SECONDS)
+            body = presign_images(body, self.store, seconds=CALL_SECONDS)
 
         def attempt(timeout: float) -> ChatCompletion:
             client = self.client(row.profile)
@@ -249,7 +251,7 @@ class LlmService:
                 return finish(raw)
 
         # Waits before the call's timeout starts. Retries don't wait here: they follow the provider's Retry-After.
-        self.pace(row.profile).wait(most.input_tokens)
+        self.rate_limiter(row.profile).wait(most.input_tokens)
         attempts = 1 if on_text is not None else profile.max_attempts
         return call_with_retries(attempt, profile, circuit=self.circuit(row.profile), max_attempts=attempts)
 
@@ -327,7 +329,7 @@ class LlmService:
         return replace(make_answer(parsed, kept, row.profile), fallback_index=row.fallback_index, reason=row.reason)
 
     def fill_row(self, completion: ChatCompletion, row: LedgerRow) -> LedgerRow:
-        """Return a ledger row with what a completion used and cost."""
+        """Return a ledger row with a completion's usage and cost."""
         cost, date = self.price(row.profile, completion, is_batch=row.is_batch)
         return replace(
             row, served_model=completion.model, usage=completion.usage, usage_fault=completion.usage_fault,
@@ -336,13 +338,13 @@ class LlmService:
 
     def find_cached(self, spec: RequestSpec[T], *, name: str, role: str) -> Answer[T] | None:
         """Return a cached reply, and record that nothing was paid."""
-        found = self.read_kept(spec, name=name)
+        found = self.read_cached(spec, name=name)
         if found is not None:
             model = self.config.profiles[name].model
             self.ledger.record(LedgerRow(role, name, model, outcome="cached", served_model=found.served_model))
         return found
 
-    def read_kept(self, spec: RequestSpec[T], *, name: str) -> Answer[T] | None:
+    def read_cached(self, spec: RequestSpec[T], *, name: str) -> Answer[T] | None:
         """Return the cached reply of a request; None where there is none, or it no longer validates."""
         kept = find_record(self.store, CachedReply, self.cache_key(spec, name))
         if kept is None:
@@ -354,17 +356,17 @@ class LlmService:
             return None
 
     def cache_key(self, spec: RequestSpec[BaseModel], name: str) -> str:
-        """Return where a profile's reply to a request is kept."""
+        """Return the store key of a profile's reply to a request."""
         return f"llm/replies/{spec.compute_key(self.config.profiles[name])}.json"
 
     def price(self, name: str, completion: ChatCompletion, *, is_batch: bool) -> tuple[float | None, str]:
-        """Return what a completion cost, at the prices of the model that served it."""
+        """Return a completion's cost in USD at the prices of the model that served it, and the price's source."""
         profile, served = self.config.profiles[name], completion.model
         prices = profile.prices
         if served and not profile.is_served(served):
             if (name, served) not in self.substitutes:
                 self.substitutes.add((name, served))
-                log.warning("%s was asked for and %s answered: its grades don't compare", profile.model, served)
+                log.warning("requested %s, served by %s: its grades are not comparable", profile.model, served)
             # A substitute has its own price: that of a profile for it, else unknown, except on the local mini server.
             others = [other.prices for other in self.config.profiles.values() if other.is_served(served)]
             prices = others[0] if others else (prices if profile.base_url is None else None)

@@ -12,7 +12,7 @@ from tasks.errors import ConfigError
 
 @dataclass(frozen=True)
 class StoredObject:
-    """One object as a listing has it."""
+    """One object in a listing."""
 
     key: str
     size_bytes: int
@@ -21,13 +21,13 @@ class StoredObject:
 
 
 class Store(Protocol):
-    """What the pipeline asks of an object store."""
+    """The interface of object stores."""
 
     def put_bytes(self, key: str, data: bytes) -> None:
         """Store an object, replacing any older one."""
 
     def put_new(self, key: str, data: bytes) -> bool:
-        """Store an object only where there is none; say whether it was stored."""
+        """Store an object only where there is none, atomically; return whether it was stored."""
 
     def put_file(self, key: str, path: Path) -> None:
         """Store a file's content."""
@@ -36,10 +36,10 @@ class Store(Protocol):
         """Return an object's content, or None."""
 
     def get_file(self, key: str, path: Path) -> None:
-        """Copy an object to a file."""
+        """Copy or hard-link an object to a file, which must not be modified. Raises ServiceUnavailable if missing."""
 
     def compute_sha256(self, key: str) -> str | None:
-        """Return the digest of what is stored now, or None."""
+        """Return the SHA-256 of the stored object, or None where there is none."""
 
     def list_keys(self, prefix: str) -> list[str]:
         """Return all keys below a prefix, sorted."""
@@ -51,14 +51,14 @@ class Store(Protocol):
         """Remove an object; removing none is not an error."""
 
     def presign(self, key: str, *, seconds: int) -> str:
-        """Return an address under which anybody can read an object for a while. Raises ConfigError."""
+        """Return a URL by which anybody can read an object for `seconds`. Raises ConfigError if unsupported."""
 
     def describe(self, key: str) -> str:
-        """Return an address that a person can open."""
+        """Return an object's path or URI for messages."""
 
 
 def check_key(key: str) -> str:
-    """Refuse keys that could leave the store's root."""
+    """Return a key. Raises ConfigError for one that could leave the store's root."""
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts or not key or "\\" in key:
         raise ConfigError(f"object key {key!r} is not a plain relative path")

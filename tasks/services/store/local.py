@@ -11,7 +11,7 @@ from tasks.services.store.base import StoredObject, check_key
 from tasks.stage.digests import digest_file
 from tasks.stage.files import PART_PREFIX, explain_full_disk, quarantine, staged_file, write_atomic
 
-READ_ONLY = 0o444  # a file may have several names: a person who edits one of them in place must not change the others
+READ_ONLY = 0o444  # a file may have several hard links: an edit in place of one would change the others
 
 
 class LocalStore:
@@ -33,7 +33,7 @@ class LocalStore:
         return self.root / check_key(key)
 
     def free_path(self, key: str) -> Path:
-        """Return the file of a key to be written; a folder that somebody put in its place is moved aside."""
+        """Return the file of a key to be written; a folder in its place is quarantined."""
         path = self.path(key)
         if path.is_dir() and not path.is_symlink():
             quarantine(path)
@@ -51,7 +51,7 @@ class LocalStore:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(name, target)  # atomic, and fails where the object exists
+            os.link(name, target)  # atomic create-if-absent: unlike a rename, it fails where the object exists
         except FileExistsError:
             return False
         finally:
@@ -82,7 +82,8 @@ class LocalStore:
         try:
             status = path.stat()
             mark = (status.st_size, status.st_mtime_ns, status.st_ino)
-            if self.hashed.get(key, ((), ""))[0] != mark:  # read once per run, then known by size and time
+            # Hashed once per process, then trusted while size, mtime and inode stay the same.
+            if self.hashed.get(key, ((), ""))[0] != mark:
                 self.hashed[key] = (mark, digest_file(path))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
@@ -99,7 +100,7 @@ class LocalStore:
     def list_objects(self, prefix: str) -> list[StoredObject]:
         found = []
         for key in self.list_keys(prefix):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
                 status = self.path(key).stat()
                 found.append(StoredObject(key, status.st_size, status.st_mtime))
         return found
@@ -115,14 +116,14 @@ class LocalStore:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name where both lie on one disk: a model of gigabytes stands there once.
+    """Hard-link a file where both paths are on one file system, else copy it; models of gigabytes exist once.
 
-    Objects are replaced, never written into, so that two names can't change each other.
+    Objects are replaced, never modified in place, so the two names can't change each other.
     """
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
-    except FileNotFoundError:
+    except FileNotFoundError:  # an OSError too, but a missing source can't be copied either
         raise
-    except OSError:  # another disk, or a file system without links
+    except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)

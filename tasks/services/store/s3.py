@@ -15,7 +15,7 @@ SHA256_METADATA = "sha256"
 
 
 class S3Store:
-    """Objects in an S3 bucket; credentials come from boto3's usual places."""
+    """Objects in an S3 bucket; credentials come from boto3's default chain."""
 
     def __init__(self, config: StoreConfig) -> None:
         import boto3
@@ -26,7 +26,7 @@ class S3Store:
         self.bucket = config.bucket
         self.prefix = config.prefix.strip("/")
         self.has_checksums = config.request_checksums == "when_supported"
-        # Timeouts and attempts are explicit: boto3's own wait a minute per read.
+        # Explicit timeouts and attempts: boto3's default read timeout is 60 s.
         self.client: Any = boto3.client(
             "s3",
             endpoint_url=config.endpoint_url,
@@ -39,6 +39,7 @@ class S3Store:
                 response_checksum_validation=config.request_checksums,
             ),
         )
+        # Wrong credentials or bucket names fail here, not at the first write after an expensive stage.
         with _translated(f"bucket {self.bucket}"):
             self.client.head_bucket(Bucket=self.bucket)
 
@@ -58,6 +59,7 @@ class S3Store:
                 self.client.put_object(**self._name(key), Body=data, IfNoneMatch="*", **self._checksum(data))
         except ServiceUnavailable as error:
             cause = error.__cause__
+            # 412: the object exists; 409: a concurrent conditional write succeeded first.
             if isinstance(cause, ClientError) and _status(cause) in (409, 412):
                 return False
             raise
@@ -65,6 +67,7 @@ class S3Store:
 
     def put_file(self, key: str, path: Path) -> None:
         with _translated(key):
+            # `upload_file` splits large files into parts; the digest of the whole goes into the metadata.
             extra = {"Metadata": {SHA256_METADATA: digest_file(path)}}
             self.client.upload_file(str(path), **self._name(key), ExtraArgs=extra)
 
@@ -72,7 +75,7 @@ class S3Store:
         with _translated(key):
             data: bytes = self.client.get_object(**self._name(key))["Body"].read()
             return data
-        return None
+        return None  # reached where _translated suppressed a missing object
 
     def get_file(self, key: str, path: Path) -> None:
         with _translated(key):
@@ -85,14 +88,14 @@ class S3Store:
             stored = self._find_stored_sha256(key)
             if stored:
                 return stored
-            hasher = hashlib.sha256()  # somebody else's object: only reading it tells
+            hasher = hashlib.sha256()  # written by another tool without a digest, so it has to be read
             for chunk in self.client.get_object(**self._name(key))["Body"].iter_chunks(1 << 20):
                 hasher.update(chunk)
             return hasher.hexdigest()
         return None
 
     def _checksum(self, data: bytes) -> dict[str, Any]:
-        """Return the arguments by which the bucket checks what arrives and keeps its digest."""
+        """Return arguments that store the digest, and make S3 verify the upload where it supports checksums."""
         sha256 = hashlib.sha256(data)
         arguments: dict[str, Any] = {"Metadata": {SHA256_METADATA: sha256.hexdigest()}}
         if self.has_checksums:
@@ -100,13 +103,13 @@ class S3Store:
         return arguments
 
     def _find_stored_sha256(self, key: str) -> str:
-        """Return the digest that the bucket keeps of an object, without reading it; nothing where it keeps none."""
+        """Return an object's SHA-256 from its metadata, without reading it; empty where there is none."""
         mode = {"ChecksumMode": "ENABLED"} if self.has_checksums else {}
         head = self.client.head_object(**self._name(key), **mode)
         checksum = head.get("ChecksumSHA256")
         if checksum and head.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT" and "-" not in checksum:
             return base64.b64decode(checksum).hex()
-        # Several parts have a digest of digests; the object's own was noted when it was written.
+        # A multipart upload has a checksum of part checksums; the object's own digest is in its metadata.
         return str(head.get("Metadata", {}).get(SHA256_METADATA, ""))
 
     def list_keys(self, prefix: str) -> list[str]:
@@ -138,7 +141,7 @@ class S3Store:
 
 
 class _translated:  # noqa: N801 - reads as a statement
-    """Turn boto3's errors into ours; a missing object ends the block quietly."""
+    """Map boto3's errors to ours; a missing object ends the block without an error."""
 
     def __init__(self, what: str) -> None:
         self.what = what

@@ -1,4 +1,4 @@
-"""What the pipeline asks of a tracking server, and the tracker that keeps nothing."""
+"""The protocol of tracking servers, and a tracker that discards everything."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Data that a run was made of, by content."""
+    """An input of a run, identified by its content digest."""
 
     name: str
     digest: str
@@ -19,25 +19,25 @@ class DatasetInfo:
 
 
 class Tracker(Protocol):
-    """What the pipeline asks of a tracking server."""
+    """The interface of tracking servers."""
 
     def check(self) -> None:
-        """Find out within seconds whether the server can be used. Raises ServiceUnavailable."""
+        """Check within seconds that the server is reachable. Raises ServiceUnavailable or ConfigError."""
 
     def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
         """Open a tracking run and return its id."""
 
     def forget(self, *, tag: str, value: str) -> None:
-        """Remove runs with a tag, and model versions made of them: an attempt that was cut off."""
+        """Delete the runs with a tag, and their model versions: the traces of an interrupted attempt."""
 
     def close_stale(self, *, tag: str, value: str) -> None:
-        """Mark runs with a tag as killed that are still said to be running: their process is gone."""
+        """Mark runs with a tag as killed that are still marked as running: their process is gone."""
 
     def set_tag(self, name: str, value: str) -> None:
         """Set a tag of the open run."""
 
     def log_datasets(self, datasets: Sequence[DatasetInfo]) -> None:
-        """Name the data that the open run is made of."""
+        """Log the inputs of the open run."""
 
     def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
         """Log (name, value, step) rows in batches."""
@@ -59,7 +59,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """Keeps nothing."""
+    """Discards everything."""
 
     def check(self) -> None:
         """There is no server."""
@@ -91,7 +91,7 @@ class NoTracker:
         return None
 
     def has_artifacts(self, run_id: str, paths: Sequence[str]) -> bool:
-        """Nothing is kept, so nothing can be gone."""
+        """Nothing is stored, so nothing can be missing."""
         return True
 
     def has_version(self, name: str, version: str) -> bool:

@@ -1,4 +1,4 @@
-"""A tracking run that is fed while a stage is at work, from a thread of its own: a slow server holds up nothing."""
+"""Live tracking: metrics are sent from a thread of their own while a stage runs, so a slow server delays nothing."""
 
 import logging
 import queue
@@ -44,6 +44,7 @@ class LiveRun:
 
         def open_run() -> None:
             self.tracker.close_stale(tag=stale_tag, value=tags[stale_tag])
+            # The call may return after `drain` has given up. Such a run is closed by `_work`, never published to.
             run_id = self.tracker.start(name=self.name, params=self.params, tags={**self.tags, **tags})
             with self.lock:
                 if self.closed:
@@ -56,7 +57,7 @@ class LiveRun:
         self.thread.start()
 
     def log_metrics(self, rows: Iterable[Row]) -> None:
-        """Send metrics as they come; what can't be sent now is sent when the run is published."""
+        """Queue metrics for sending; rows missing from `logged` are sent when the run is published."""
         if self.thread is None or self.closed:
             return
         kept = list(rows)
@@ -64,15 +65,17 @@ class LiveRun:
         def send() -> None:
             if self.is_open:
                 self.tracker.log_metrics(kept)
+                # After the call, so that rows of a failed one are sent again with the publication.
                 self.logged.update((name, step) for name, _, step in kept)
 
         self.pending.put(send)
 
     def drain(self, *, seconds: float | None = None) -> bool:
-        """Wait until everything was sent or has failed; return whether the tracker is the caller's from here on."""
+        """Wait until the queue is empty; return whether the thread has ended, so that the caller owns the tracker."""
         if self.thread is not None and self.thread.is_alive() and not self.closed:
             self.pending.put(None)
             self.thread.join(LONGEST_WAIT_SECONDS if seconds is None else seconds)
+        # Under the lock that `_work` sets `ended` with: exactly one of caller and thread closes the run.
         with self.lock:
             self.closed = self.closed or (self.thread is not None and not self.ended)
             if self.closed:
@@ -80,14 +83,15 @@ class LiveRun:
         return not self.closed
 
     def take_over(self) -> Tracker:
-        """Drain and return the tracker to go on with: another one where the thread still uses this one."""
+        """Drain and return a tracker for the caller: another one where the thread still blocks in this one."""
         if self.drain():
             return self.tracker
-        log.warning("the tracking server is slow: the curves are sent to a run of their own")
+        log.warning("the tracking server is slow: metrics go to a separate run")
         return self.reopen() if self.reopen is not None else NoTracker()
 
     def abandon(self) -> None:
-        """Close a run that will not be published; what was not sent yet is dropped."""
+        """Close a run that will not be published as failed; unsent metrics are dropped."""
+        # Emptied first, so that `drain` waits only for the call in progress.
         with suppress(queue.Empty):
             while True:
                 self.pending.get_nowait()
@@ -102,11 +106,11 @@ class LiveRun:
         while (job := self.pending.get()) is not None and not self.closed:
             try:
                 job()
-            except Exception as error:  # training must not end because a server does
-                log.warning("tracking is behind: %s", error)
+            except Exception as error:  # a failure of the tracking server must not end the training
+                log.warning("tracking lags: %s", error)
         with self.lock:
             self.ended = True
-        if self.closed:  # nobody else closes what this thread opened too late
+        if self.closed:  # `drain` gave this thread up, so it closes the run that it opened
             try:
                 self.tracker.finish(is_failed=True)
             except Exception as error:

@@ -25,7 +25,7 @@ class TensorboardLogger(NoTracker):
         self.writer: Any = None
 
     def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
-        """Open the run's folder and note its parameters as a table."""
+        """Open the run's folder and write its parameters as a table."""
         self.writer = self.open(str(self.folder / name))
         rows = "\n".join(f"| {key} | {value[:200]} |" for key, value in params.items())
         self.writer.add_text("parameters", f"| name | value |\n|---|---|\n{rows}")
@@ -53,7 +53,7 @@ class TensorboardLogger(NoTracker):
 
 
 class WandbLogger(NoTracker):
-    """A run of Weights & Biases below `wandb/` in the output folder; offline unless asked otherwise."""
+    """A Weights & Biases run below `wandb/` in the output folder; offline by default."""
 
     def __init__(self, config: TrackingConfig, *, folder: Path) -> None:
         try:
@@ -66,7 +66,7 @@ class WandbLogger(NoTracker):
         self.run: Any = None
 
     def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
-        """Open a run in the project that is named as the experiment."""
+        """Open a run in the project named after the experiment."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self.run = self.wandb.init(
@@ -84,7 +84,7 @@ class WandbLogger(NoTracker):
         return str(self.run.id)
 
     def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
-        """Add points; each carries its own step, since W&B takes steps only in rising order."""
+        """Log points with `step` as a metric of its own: W&B drops values of its built-in step that don't increase."""
         by_step: dict[int, dict[str, float]] = {}
         for name, value, step in rows:
             by_step.setdefault(step, {})[name] = value
@@ -105,7 +105,7 @@ class WandbLogger(NoTracker):
 
 
 class Trackers:
-    """Tells several trackers the same; the first one keeps runs and models."""
+    """Forwards to several trackers; queries, tags and the model registry use the first alone."""
 
     def __init__(self, first: Tracker, others: list[Tracker]) -> None:
         self.first = first
@@ -117,29 +117,29 @@ class Trackers:
         return run_ids[0]
 
     def check(self) -> None:
-        """Ask each."""
+        """Check each tracker."""
         for tracker in self.all:
             tracker.check()
 
     def close_stale(self, *, tag: str, value: str) -> None:
-        """Tell the first."""
+        """Forward to the first tracker."""
         self.first.close_stale(tag=tag, value=value)
 
     def set_tag(self, name: str, value: str) -> None:
-        """Tell the first."""
+        """Forward to the first tracker."""
         self.first.set_tag(name, value)
 
     def log_datasets(self, datasets: Sequence[DatasetInfo]) -> None:
-        """Tell the first."""
+        """Forward to the first tracker."""
         self.first.log_datasets(datasets)
 
     def forget(self, *, tag: str, value: str) -> None:
-        """Remove what an attempt that was cut off left in the first."""
+        """Forward to the first tracker."""
         self.first.forget(tag=tag, value=value)
 
     def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
-        """Log in each."""
-        kept = list(rows)
+        """Log to each tracker."""
+        kept = list(rows)  # an iterator would be exhausted by the first tracker
         for tracker in self.all:
             tracker.log_metrics(kept)
 
@@ -161,7 +161,7 @@ class Trackers:
         return self.first.has_version(name, version)
 
     def finish(self, *, is_failed: bool) -> None:
-        """Close each, whatever another does."""
+        """Close every tracker, even if one fails, then raise the first error."""
         errors = []
         for tracker in self.all:
             try:

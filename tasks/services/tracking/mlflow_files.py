@@ -1,4 +1,4 @@
-"""MLflow's own SQLite file below `output_dir`: made once whoever comes first, and at home wherever its folder lies."""
+"""MLflow's SQLite file below `output_dir`: created by one process at a time, and relocatable with its folder."""
 
 import fcntl
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-# MLflow stores where artifacts lie as absolute addresses (mlflow/store/tracking/dbmodels/models.py).
+# MLflow stores artifact locations as absolute URIs (mlflow/store/tracking/dbmodels/models.py).
 LOCATED = {
     "experiments": ("artifact_location",),
     "runs": ("artifact_uri",),
@@ -18,7 +18,7 @@ LOCATED = {
 
 @contextmanager
 def first_use(folder: Path) -> Iterator[None]:
-    """Let one process at a time open the database: two that create its tables at once would both fail."""
+    """Serialize opening the database across processes: two that create its tables concurrently would both fail."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".mlflow.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -41,6 +41,7 @@ def relocate_artifacts(database: Path, artifacts: Path) -> None:
         for (location,) in rows:
             if is_own(location) and location != here and not is_same(location, artifacts):
                 for table, column in columns:
+                    # `substr` rather than LIKE, to which `_` and `%` in a path are wildcards.
                     connection.execute(
                         f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608 - names of our own
                         f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
@@ -49,19 +50,19 @@ def relocate_artifacts(database: Path, artifacts: Path) -> None:
 
 
 def list_columns(connection: sqlite3.Connection) -> Iterator[tuple[str, str]]:
-    """Yield those of the columns with addresses that this version of MLflow has."""
+    """Yield the columns of LOCATED that exist in this version's schema."""
     for table, names in LOCATED.items():
         there = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
         yield from ((table, name) for name in names if name in there)
 
 
 def is_own(location: object) -> bool:
-    """Whether an address is one that this package gave to an experiment."""
+    """Whether a location has the form that `MlflowTracker` gives to its experiments."""
     return isinstance(location, str) and location.startswith("file://") and location.endswith("/artifacts")
 
 
 def is_same(location: str, artifacts: Path) -> bool:
-    """Whether an address leads to the same folder by another way, such as a link."""
+    """Whether a location is the same folder by another path, such as a symbolic link."""
     from urllib.parse import unquote, urlparse
 
     path = unquote(urlparse(location).path)

@@ -1,4 +1,4 @@
-"""Tracking of metrics and artifacts: MLflow, or nothing."""
+"""Tracking of metrics, artifacts and model versions with MLflow."""
 
 import http.client
 import logging
@@ -26,7 +26,7 @@ MISSING_CODES = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
 
 
 class MlflowTracker:
-    """Talks to MLflow through its client, on SQLite and a local folder by default."""
+    """MLflow through its client; by default on SQLite and a local artifact folder."""
 
     def __init__(self, config: TrackingConfig, *, folder: Path) -> None:
         self.config = config
@@ -57,7 +57,7 @@ class MlflowTracker:
         try:
             self.reach()
         except urllib.error.HTTPError:
-            return  # it answers; what it minds is said when it is used
+            return  # the server answers; a refusal of the health check is not one of the API
         except sqlite3.Error as error:
             raise ConfigError(
                 f"tracking at {self.uri}: {error}; move the file away, set tracking.uri, or set tracking=none"
@@ -73,7 +73,7 @@ class MlflowTracker:
             ) from error
 
     def reach(self) -> None:
-        """Open and close a connection to the server, or look at the head of the file."""
+        """Open and close a connection to the server or database, or read the schema of an SQLite file."""
         address = urlsplit(self.config.uri)
         if address.scheme in ("http", "https"):
             health = f"{self.config.uri.rstrip('/')}/health"
@@ -84,6 +84,7 @@ class MlflowTracker:
         elif address.scheme in ("", "sqlite"):
             database = Path(self.uri.removeprefix("sqlite:///"))
             if database.is_file():
+                # Read-only: a check must neither create nor change the database.
                 with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as connection:
                     connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
@@ -100,10 +101,11 @@ class MlflowTracker:
         return self.run_id
 
     def forget(self, *, tag: str, value: str) -> None:
-        """Remove what an attempt that was cut off left behind."""
+        """Delete the runs with a tag, and the model versions made from them."""
         with translated(self.uri):
             runs = self.client.search_runs([self.find_experiment()], f"tags.`{tag}` = '{value}'")
             for run in runs:
+                # Versions first: a deleted run is not found by the next search, and its versions would stay.
                 versions = self.client.search_model_versions(f"run_id='{run.info.run_id}'")
                 for version in versions:
                     self.client.delete_model_version(version.name, version.version)
@@ -114,6 +116,7 @@ class MlflowTracker:
         found = self.client.get_experiment_by_name(self.config.experiment)
         if found is not None:
             return str(found.experiment_id)
+        # A server chooses the artifact location itself.
         location = None if self.config.uri else (self.folder / "artifacts").as_uri()
         with first_use(self.folder):
             found = self.client.get_experiment_by_name(self.config.experiment)
@@ -122,7 +125,7 @@ class MlflowTracker:
             return str(self.client.create_experiment(self.config.experiment, artifact_location=location))
 
     def close_stale(self, *, tag: str, value: str) -> None:
-        """Mark what a process that is gone left open."""
+        """Mark runs with a tag as KILLED that are still RUNNING: their process is gone."""
         with translated(self.uri):
             wanted = f"tags.`{tag}` = '{value}' and attributes.status = 'RUNNING'"
             for run in self.client.search_runs([self.find_experiment()], wanted):
@@ -141,9 +144,9 @@ class MlflowTracker:
             DatasetInput(
                 dataset=Dataset(
                     name=info.name,
-                    digest=info.digest[:36],
+                    digest=info.digest[:36],  # MLflow's limit
                     source_type="likeness",
-                    source=info.source,  # its limit
+                    source=info.source,
                 ),
                 tags=[InputTag("mlflow.data.context", info.context)],
             )
@@ -161,10 +164,10 @@ class MlflowTracker:
             self.client.log_batch(self.run_id, params=items[start : start + 100])
 
     def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
-        """Log metrics in batches: one call each would take 20 ms."""
+        """Log metrics in batches of BATCH_SIZE: a call per value takes about 20 ms each."""
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
+        now = int(time.time() * 1000)  # milliseconds
         metrics = [Metric(name, value, now, step) for name, value, step in rows]
         with translated(self.uri):
             for start in range(0, len(metrics), BATCH_SIZE):
@@ -176,14 +179,14 @@ class MlflowTracker:
             self.client.log_artifacts(self.run_id, str(folder), artifact_path=path)
 
     def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
-        """Register what lies below an artifact path; the alias `latest-tuned` moves to it."""
+        """Register the artifacts below a path as a new model version and move the alias `latest-tuned` to it."""
         from mlflow.exceptions import MlflowException
 
         with translated(self.uri):
             try:
                 self.client.create_registered_model(name)
             except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # an earlier run has registered the model
                     raise
             run = self.client.get_run(self.run_id)
             source = f"{run.info.artifact_uri}/{path}"
@@ -194,7 +197,7 @@ class MlflowTracker:
         return str(version.version)
 
     def has_artifacts(self, run_id: str, paths: Sequence[str]) -> bool:
-        """Whether a run is there, not deleted, and has artifacts below each path."""
+        """Whether a run exists, is not deleted, and has artifacts below each path."""
         from mlflow.exceptions import MlflowException
 
         with translated(self.uri):
@@ -228,7 +231,7 @@ class MlflowTracker:
 
 
 class translated:  # noqa: N801 - reads as a statement
-    """Turn MLflow's errors into ours."""
+    """Map every error inside the block, of MLflow or its transport, to ServiceUnavailable."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri

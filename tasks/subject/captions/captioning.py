@@ -1,4 +1,4 @@
-"""Inspect and caption photos through the LLM; code puts the subject's name into the prompts."""
+"""Inspect and caption photos with the LLM; the subject's name is inserted by code, never by the model."""
 
 import re
 import unicodedata
@@ -73,7 +73,7 @@ def caption_spec(photo: Photo, config: SubjectConfig) -> RequestSpec[Caption]:
 
 @dataclass(frozen=True)
 class PhotoAnnotation:
-    """What is known of one photo: from the LLM, from a person, or nothing and why."""
+    """Annotations of one photo by the LLM or a person, or the reason why there are none."""
 
     inspection: ImageInspection | None = None
     caption: Caption | None = None
@@ -85,7 +85,7 @@ class PhotoAnnotation:
     """What the adjudicator thought aloud."""
 
     def find_objection(self, config: SubjectConfig) -> str | None:
-        """Return why the photo is left out, or None: the adjudicator overrules the inspector."""
+        """Return the reason to reject the photo, or None; the adjudicator overrules the inspector."""
         if self.inspection is None or (self.adjudication and self.adjudication.verdict == "accept"):
             return None
         return find_objection(self.inspection, config)
@@ -99,10 +99,14 @@ def describe_photos(
     on_progress: Callable[[int, int], None],
     state_prefix: str = "subject/batches",
 ) -> dict[str, PhotoAnnotation]:
-    """Return what is said of every accepted photo by its digest; a person's captions need no model.
+    """Return annotations of all accepted photos by digest; photos with human captions are not sent to the LLM.
 
     Args:
-        state_prefix: key prefix in the store for the state of batch jobs, where there are many photos.
+        photos: the checked photos.
+        config: the stage's settings.
+        llm: the LLM service.
+        on_progress: receives done and total requests, inspections and captions together.
+        state_prefix: key prefix in the store for the state of batch jobs.
 
     """
     names = {photo.name for photo in photos.accepted} | {reject.name for reject in photos.rejected}
@@ -111,6 +115,7 @@ def describe_photos(
         return {photo.sha256: PhotoAnnotation(caption=written.get(photo.name)) for photo in photos.accepted}
     described = {photo.sha256: PhotoAnnotation(caption=written.get(photo.name)) for photo in photos.accepted}
     unwritten = [photo for photo in photos.accepted if photo.name not in written]
+    # An inspection and a caption each; photos that need no caption are skipped in the count later.
     total = 2 * len(unwritten)
     on_progress(0, total)
 
@@ -123,10 +128,12 @@ def describe_photos(
         concurrency=llm.profile("inspector").concurrency,
         num_repairs=count_repairs(llm, len(unwritten)),
     )
+    # Closed on any exception, so that the pool sends no further request.
     with closing(inspected):
         for done, (photo, found) in enumerate(zip(unwritten, inspected, strict=True), 1):
             described[photo.sha256] = found
             on_progress(done, total)
+    # Rejected photos need no caption.
     wanted = {
         photo.sha256: caption_spec(photo, config)
         for photo in unwritten
@@ -146,7 +153,7 @@ def describe_photos(
 
 
 def inspect_photo(photo: Photo, photos: Sequence[Photo], config: SubjectConfig, *, llm: LlmService) -> PhotoAnnotation:
-    """Return what inspector and, where that objects, adjudicator say of a photo."""
+    """Inspect a photo and, where the inspector objects, adjudicate."""
     try:
         inspection = llm.ask(
             inspect_spec(photo, config),
@@ -164,7 +171,7 @@ def inspect_photo(photo: Photo, photos: Sequence[Photo], config: SubjectConfig, 
 
 
 def batch_options(num_photos: int, config: SubjectConfig, *, state_prefix: str) -> BatchOptions | None:
-    """Return how the batch job of captions is waited for; None for few photos, which are asked by calls."""
+    """Return the polling options of the captions' batch job; None below `batch_threshold`, where calls are used."""
     if num_photos < config.batch_threshold:
         return None
     return BatchOptions(state_prefix, poll_seconds=5.0, max_wait_seconds=config.max_wait_seconds)
@@ -192,7 +199,10 @@ def read_captions(config: SubjectConfig, names: set[str]) -> dict[str, Caption]:
 def lint_caption(
     caption: Caption, trait_words: set[str], config: SubjectConfig
 ) -> tuple[Caption, list[str], list[str]]:
-    """Return a caption without phrases that tell a fixed trait or another subject, and the words that did."""
+    """Drop phrases that name an invariant trait or another subject.
+
+    Returns the caption, the trait words (leaks) and the foreign nouns found.
+    """
     leaks: list[str] = []
     foreign: list[str] = []
     kept = {}
@@ -202,12 +212,13 @@ def lint_caption(
         others = find_foreign_nouns(phrase, class_noun=config.class_noun)
         leaks += found
         foreign += others
+        # The whole phrase: without the word alone it would seldom be grammatical.
         kept[name] = "" if found or others else phrase
     return Caption(**kept), leaks, foreign
 
 
 def digest_prompts() -> str:
-    """Return the digest of everything that the models are asked: other words are another stage key."""
+    """Return the digest of prompts and reply schemas, part of the stage's cache key."""
     from tasks.subject.name_lookup import LOOK_UP, NameFinding
     from tasks.subject.subject_profile import PROFILE, SubjectProfile
 
@@ -216,14 +227,14 @@ def digest_prompts() -> str:
 
 
 def should_escalate_inspection(inspection: ImageInspection, config: SubjectConfig) -> str | None:
-    """Return why the next profile should look too: a photo that measures well isn't dropped on one cheap word."""
+    """Return the reason to escalate to the next profile, or None; a cheap model's objection alone rejects no photo."""
     if inspection.confidence == "low":
         return "the inspector isn't sure"
     return find_objection(inspection, config)
 
 
 def find_objection(inspection: ImageInspection, config: SubjectConfig) -> str | None:
-    """Return why the inspector would leave a photo out, or None."""
+    """Return the inspector's reason to reject a photo, or None."""
     seen = clean_phrase(inspection.evidence, max_words=24)
     if not inspection.is_class_noun_visible or inspection.num_subjects == "none":
         return f"no {config.class_noun} seen ({seen})"
@@ -235,12 +246,12 @@ def find_objection(inspection: ImageInspection, config: SubjectConfig) -> str | 
 
 
 def write_caption(caption: Caption, config: SubjectConfig) -> str:
-    """Return what the captioner saw, for people to read."""
+    """Return the plain caption `a <class noun> <surroundings>, <view>`, without the identifier token."""
     return join_phrases(f"{choose_article(config.class_noun)} {config.class_noun}", caption)
 
 
 def write_instance_prompt(caption: Caption | None, config: SubjectConfig) -> str:
-    """Return the prompt to train with; identifier token and class noun stand in it exactly once."""
+    """Return the instance prompt, which contains identifier token and class noun exactly once."""
     name = name_subject(identifier_token=config.identifier_token, class_noun=config.class_noun)
     if caption is None:
         return f"a photo of {name}"
@@ -249,13 +260,13 @@ def write_instance_prompt(caption: Caption | None, config: SubjectConfig) -> str
 
 
 def join_phrases(start: str, caption: Caption) -> str:
-    """Append the caption's phrases to a beginning."""
+    """Append the caption's phrases, where not empty, to a beginning."""
     surroundings, view = clean_phrase(caption.surroundings), clean_phrase(caption.view)
     return start + (f" {surroundings}" if surroundings else "") + (f", {view}" if view else "")
 
 
 def without_name(phrase: str, config: SubjectConfig) -> str:
-    """Drop class noun, its plurals and the identifier token from a model's phrase."""
+    """Remove class noun, its plurals and the identifier token, with their article, from a phrase."""
     forms = [*list_forms(config.class_noun), config.identifier_token]
     names = "|".join(re.escape(form) for form in forms)
     plain = unicodedata.normalize("NFKC", phrase)

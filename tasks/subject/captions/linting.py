@@ -1,7 +1,7 @@
-"""What may stand in a caption: a short plain phrase that says nothing of what never changes.
+"""Caption linting: short plain phrases that name no invariant trait of the subject.
 
-Captions that repeat a subject's fixed traits bind them to the words instead of the identifier token:
-the model then draws a stranger unless the traits are spelled out.
+Captions that repeat invariant traits bind them to these words instead of the identifier token: prompts would then
+have to spell them out.
 """
 
 import re
@@ -17,11 +17,11 @@ COMMON = frozenset(
 )  # fmt: skip
 
 
-# Tokens that tutorials and scripts bind subjects to: in a caption they would bind this one to somebody else's.
+# Identifier tokens of popular tutorials and scripts: in a caption they would compete with the configured one.
 RARE_TOKENS = frozenset(
     ("sks", "ohwx", "zwx", "zwz", "xyz", "shs", "olis", "pdx", "uhj", "ukj", "cjw", "hta", "bnha", "rkx", "xjy", "wlm")
 )  # fmt: skip
-# Subjects of their own: a caption that names one tells of another subject, or calls this one something else.
+# Nouns that are subjects themselves: a caption with one describes another subject, or renames this one.
 SUBJECT_NOUNS = frozenset(
     ("animal", "baby", "bear", "bird", "boy", "bunny", "calf", "cat", "chicken", "child", "cow", "dog", "duck",
      "elephant", "figurine", "fish", "fox", "frog", "girl", "goat", "goose", "hamster", "horse", "kitten", "lamb",
@@ -32,16 +32,18 @@ IRREGULAR = {
     "calves": "calf", "children": "child", "geese": "goose", "men": "man", "mice": "mouse", "people": "person",
     "wolves": "wolf", "women": "woman",
 }  # fmt: skip
-MOST_CHARACTERS_PER_WORD = 12
+MAX_CHARACTERS_PER_WORD = 12
 
 
 def clean_phrase(text: str, *, max_words: int = 12) -> str:
-    """Return a model's text as a plain short phrase: data that can't act as anything else.
+    """Return a model's text as a plain short phrase, safe to insert into prompts, logs and HTML.
 
-    NFKC-normalized, without invisible characters, at most `max_words` words and 12 characters for each.
+    NFKC-normalized, letters, digits, spaces and `,.'-` only, at most `max_words` words and 12 x `max_words` characters.
     """
-    limit = MOST_CHARACTERS_PER_WORD * max_words
+    limit = MAX_CHARACTERS_PER_WORD * max_words
+    # Cut first: normalization of an unbounded reply is expensive.
     plain = unicodedata.normalize("NFKC", text[: 20 * limit])
+    # Format characters (Cf): zero-width and bidirectional controls, removed without a gap.
     plain = "".join(c for c in plain if unicodedata.category(c) != "Cf")
     kept = "".join(c if unicodedata.category(c)[0] in "LNZ" or c in " ,.'-" else " " for c in plain)
     words = kept.split()[:max_words]
@@ -51,17 +53,17 @@ def clean_phrase(text: str, *, max_words: int = 12) -> str:
 
 
 def clean_caption(text: str, *, identifier_token: str) -> str:
-    """Return a captioner's phrase without identifier tokens of other subjects and words of mixed scripts."""
+    """Return a captioner's phrase without foreign identifier tokens and words of mixed scripts."""
     words = clean_phrase(text).split()
     kept = [word for word in words if not is_foreign_token(word, identifier_token) and not is_mixed(word)]
     return " ".join(kept).strip(" .,")
 
 
 def is_foreign_token(word: str, identifier_token: str) -> bool:
-    """Whether a word looks like another subject's identifier token: a known one, or no pronounceable word."""
+    """Whether a word looks like another subject's identifier token: known, with inner digits, or unpronounceable."""
     bare = word.strip(".,'-").lower()
     if bare == identifier_token.lower():
-        return False  # where the subject's own name stands, the prompt decides
+        return False  # `without_name` removes the subject's own token
     if bare in RARE_TOKENS:
         return True
     letters = re.sub(r"[^a-z]", "", bare)
@@ -73,20 +75,20 @@ def is_foreign_token(word: str, identifier_token: str) -> bool:
 
 
 def is_mixed(word: str) -> bool:
-    """Whether a word's letters are of several scripts, as look-alikes of Latin words are."""
+    """Whether a word mixes scripts, as homoglyph spoofs of Latin words do."""
     scripts = {unicodedata.name(char, "?").split()[0] for char in word if char.isalpha()}
     return len(scripts & {"LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE"}) > 1
 
 
 def find_foreign_nouns(phrase: str, *, class_noun: str) -> list[str]:
-    """Return the subjects that a phrase names beside the one that is shown, plural forms included."""
+    """Return the subject nouns in a phrase, singular, other than the class noun's own."""
     own = {to_singular(word) for word in re.findall(r"[a-z]+", class_noun.lower())}
     said = {to_singular(word) for word in re.findall(r"[a-z]+", phrase.lower())}
     return sorted((said & SUBJECT_NOUNS) - own)
 
 
 def to_singular(word: str) -> str:
-    """Return an English noun's singular, for comparison."""
+    """Return an approximate English singular; both sides of a comparison go through it."""
     if word in IRREGULAR:
         return IRREGULAR[word]
     if word.endswith("ies") and len(word) > 4:
@@ -97,7 +99,7 @@ def to_singular(word: str) -> str:
 
 
 def list_forms(noun: str) -> list[str]:
-    """Return a noun with its plural forms, longest first."""
+    """Return a noun with its possible plurals, longest first, so that a regex alternation prefers them."""
     plurals = [noun + "s", noun + "es", *(plural for plural, single in IRREGULAR.items() if single == noun.lower())]
     if noun.endswith("y"):
         plurals.append(noun[:-1] + "ies")
@@ -105,12 +107,12 @@ def list_forms(noun: str) -> list[str]:
 
 
 def list_trait_words(traits: Iterable[str], *, class_noun: str) -> set[str]:
-    """Return the words that captions must not say: those of the traits, less common ones and the class noun."""
+    """Return the words that captions must not contain: those of the traits, less common words and the class noun."""
     words = {word for trait in traits for word in re.findall(r"[a-z]{3,}", trait.lower())}
     return words - COMMON - set(re.findall(r"[a-z]+", class_noun.lower()))
 
 
 def find_leaks(phrase: str, trait_words: set[str]) -> list[str]:
-    """Return the trait words in a phrase, plurals included."""
+    """Return the words of a phrase that are trait words or their plurals."""
     said = re.findall(r"[a-z]+", phrase.lower())
     return sorted({word for word in said if word in trait_words or word.removesuffix("s") in trait_words})

@@ -1,4 +1,4 @@
-"""From the bytes of a photo to upright RGB pixels: header first, memory bounded, one reason for whatever goes wrong."""
+"""Decode untrusted photo bytes to upright RGB: header checks first, bounded memory, one reason per failure."""
 
 import io
 import warnings
@@ -10,21 +10,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tasks.redaction import clean_text, shorten
 from tasks.subject.config import SubjectConfig
 
-# As JPEG also come the MPOs that phones write: the same picture, with a second view or a depth map behind it.
+# Pillow opens the MPO files of phones through its JPEG plugin: a JPEG followed by a second view or a depth map.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "HEIF")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".avif", ".heic", ".heif", ".hif")
-ORIENTATION, FIRST_TURNED = 0x0112, 5  # EXIF: from 5 on width and height change places
-ORIENTATIONS = range(1, 9)  # anything else that stands there means nothing: upright
+ORIENTATION, FIRST_TURNED = 0x0112, 5  # EXIF orientations from 5 on swap width and height
+ORIENTATIONS = range(1, 9)  # other values are invalid and count as upright
 READABLE = "JPEG, PNG, WebP, GIF, AVIF or HEIC"
 
 
 class Unfit(Exception):
-    """Why a photo can't be used."""
+    """The reason why a photo can't be used."""
 
 
 @dataclass(frozen=True)
 class DecodedPhoto:
-    """Upright RGB pixels, and what was known before they were made smaller."""
+    """Upright RGB pixels, the opacity mask, and the original size."""
 
     image: Image.Image
     mask: Image.Image | None
@@ -37,7 +37,7 @@ def decode(data: bytes, config: SubjectConfig) -> DecodedPhoto:
     """Return a decoded photo.
 
     Raises:
-        Unfit: with the reason; whatever a decoder does, it costs this photo and nothing else.
+        Unfit: the photo is unsuitable or damaged; no other exception escapes from a decoder.
 
     """
     if not data:
@@ -48,7 +48,7 @@ def decode(data: bytes, config: SubjectConfig) -> DecodedPhoto:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
                 check_header(opened, config)
-                width, height = opened.size
+                width, height = opened.size  # before `draft` changes it
                 orientation = opened.getexif().get(ORIENTATION, 1)
                 is_known = orientation in ORIENTATIONS
                 bound_memory(opened, config)
@@ -63,8 +63,8 @@ def decode(data: bytes, config: SubjectConfig) -> DecodedPhoto:
         raise Unfit("too large to decode (subject.max_pixels)") from error
     except MemoryError as error:
         raise Unfit("too large for this machine's memory") from error
-    # Pillow and its decoders answer damaged files and metadata with many kinds of errors: OSError, SyntaxError,
-    # ValueError, TypeError, OverflowError, struct.error, ZeroDivisionError, KeyError, RuntimeError, ...
+    # Pillow and its plugins raise many types for damaged files and metadata: OSError, SyntaxError, ValueError,
+    # TypeError, OverflowError, struct.error, ZeroDivisionError, KeyError, RuntimeError, ...
     except Exception as error:
         raise Unfit(
             f"damaged: {shorten(clean_text(str(error), keep=''), limit=120) or type(error).__name__}"
@@ -72,7 +72,7 @@ def decode(data: bytes, config: SubjectConfig) -> DecodedPhoto:
 
 
 def register_heif() -> None:
-    """Let Pillow read HEIC: decoders alone, without the encoder that is under the GPL (see CONTRIBUTING.md)."""
+    """Register HEIC decoding; pi-heif ships without the GPL encoder (see CONTRIBUTING.md)."""
     from pi_heif import register_heif_opener
 
     if "HEIF" not in Image.OPEN:
@@ -80,20 +80,21 @@ def register_heif() -> None:
 
 
 def check_header(opened: Image.Image, config: SubjectConfig) -> None:
-    """Refuse by what the header says, before a pixel is decoded. Raises Unfit."""
+    """Reject by the header, before any pixel is decoded. Raises Unfit."""
     width, height = opened.size
     if width * height > config.max_pixels:
         raise Unfit(f"too large: {width}x{height} px (subject.max_pixels)")
     if min(width, height) < config.min_side:
         raise Unfit(f"too small: {width}x{height} px, at least {config.min_side} a side (subject.min_side)")
     if max(width, height) > config.max_aspect * min(width, height):
-        raise Unfit(f"too long and thin: {width}x{height} px, at most {config.max_aspect:g} to 1 (subject.max_aspect)")
+        raise Unfit(f"aspect ratio too high: {width}x{height} px, at most {config.max_aspect:g}:1 (subject.max_aspect)")
     if getattr(opened, "is_animated", False) and opened.format in ("GIF", "PNG", "WEBP"):
         raise Unfit("animated")  # the further frames of an MPO, HEIC or AVIF are other views of the photo
 
 
 def bound_memory(opened: Image.Image, config: SubjectConfig) -> None:
-    """Let a JPEG that is far larger than needed be decoded at a half, a quarter or an eighth of its size."""
+    """Let libjpeg decode an oversized JPEG at 1/2, 1/4 or 1/8 of its size; other formats ignore `draft`."""
+    # Twice the working side, so that the final resize still has pixels to average.
     needed = 2 * (config.working_side or max(opened.size))
     factor = needed / min(opened.size)
     if factor < 1:
@@ -101,7 +102,7 @@ def bound_memory(opened: Image.Image, config: SubjectConfig) -> None:
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
-    """Return a gray picture of 16 bits with 8, its transparent colour as opacity; any other as it is."""
+    """Convert 16-bit grayscale to 8 bits, with its transparent color as alpha; return other images unchanged."""
     if not image.mode.startswith("I;16"):
         return image
     gray = image.point(lambda value: value / 256).convert("L")
@@ -114,7 +115,7 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """Return RGB pixels over white, rebuilt so that no metadata goes along."""
+    """Composite over white and return RGB, rebuilt from raw bytes so that no metadata survives."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         base = Image.new("RGBA", layer.size, (255, 255, 255, 255))
@@ -124,7 +125,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def find_mask(image: Image.Image) -> Image.Image | None:
-    """Return the opacity of a photo that was cut out, or None where all or nothing is opaque."""
+    """Return the alpha channel (L, 0..255) of a cut-out photo; None where it is all opaque or all transparent."""
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return None
     alpha = image.convert("RGBA").getchannel("A")

@@ -1,4 +1,4 @@
-"""Read photos: decode fully, apply orientation, drop metadata, measure, find duplicates."""
+"""Ingest photos: decode, apply orientation, strip metadata, measure, drop near-duplicates."""
 
 import hashlib
 import math
@@ -19,8 +19,8 @@ from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.decoding import READABLE, SUFFIXES, Unfit, decode
 from tasks.subject.photos.quality import count_different_bits, find_fault, measure
 
-MOST_BYTES = 64_000_000
-MOST_PIXELS_IN_ALL = 2_000_000_000  # of all kept photos, which are in memory together; 6 GB at the worst
+MAX_BYTES = 64_000_000
+MAX_PIXELS_IN_ALL = 2_000_000_000  # accepted photos are in memory together; up to 6 GB of RGB
 THUMBNAIL_SIDE = 160
 SHARPER = 1.5
 SHOWN_SIDE = 1024
@@ -42,13 +42,13 @@ class Photo:
 
     @cached_property
     def shown_png(self) -> bytes:
-        """The photo as models are shown it: larger pictures cost more and tell them no more."""
+        """The photo as sent to LLMs, at most 1024 px a side: more pixels cost more without adding information."""
         return shrink_png(self.png, max_side=SHOWN_SIDE)
 
 
 @dataclass(frozen=True)
 class Reject:
-    """One photo that is left out."""
+    """A rejected photo."""
 
     name: str
     sha256: str
@@ -58,7 +58,7 @@ class Reject:
 
 @dataclass(frozen=True)
 class CheckedPhotos:
-    """All photos of a source, sorted out."""
+    """The photos of a source, by outcome."""
 
     accepted: tuple[Photo, ...]
     rejected: tuple[Reject, ...]
@@ -68,15 +68,15 @@ class CheckedPhotos:
     """What speaks against these photos being of the world that the base model knows; trained all the same."""
 
     def digests(self) -> list[str]:
-        """Return the content digests of everything that was read."""
+        """Return the SHA-256 of every photo that was read, rejected ones included."""
         return [photo.sha256 for photo in self.accepted] + [reject.sha256 for reject in self.rejected]
 
 
 def check_photos(config: SubjectConfig, store: Store) -> CheckedPhotos:
-    """Read and check every photo of the source.
+    """Read and check all photos of the source.
 
     Raises:
-        SubjectRejected: too few good photos; names each reject with its reason.
+        SubjectRejected: too few good photos, with the reasons, or too many pixels in total.
         ConfigError: the source does not exist.
 
     """
@@ -88,9 +88,10 @@ def check_photos(config: SubjectConfig, store: Store) -> CheckedPhotos:
         outcome = check_photo(name, read(), config)
         (good if isinstance(outcome, Photo) else rejected).append(outcome)  # type: ignore[arg-type]
         num_pixels += outcome.num_pixels if isinstance(outcome, Photo) else 0
-        if num_pixels > MOST_PIXELS_IN_ALL:
+        # In the loop, before memory runs out.
+        if num_pixels > MAX_PIXELS_IN_ALL:
             raise SubjectRejected(
-                f"the photos in {config.source} are more than {MOST_PIXELS_IN_ALL / 1e6:,.0f} megapixels as they are "
+                f"the photos in {config.source} are more than {MAX_PIXELS_IN_ALL / 1e6:,.0f} megapixels as they are "
                 "kept: choose fewer, or lower subject.working_side"
             )
     accepted, duplicates = drop_duplicates(good, config)
@@ -101,7 +102,7 @@ def check_photos(config: SubjectConfig, store: Store) -> CheckedPhotos:
 
 
 def require_enough(num_good: int, config: SubjectConfig, rejected: list[tuple[str, str]]) -> None:
-    """Raise SubjectRejected where there are fewer good photos than needed."""
+    """Raise SubjectRejected where fewer than `min_images` are good; names up to six rejects."""
     if num_good >= config.min_images:
         return
     reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected[:6])
@@ -113,14 +114,14 @@ def require_enough(num_good: int, config: SubjectConfig, rejected: list[tuple[st
 
 @dataclass(frozen=True)
 class PhotoSource:
-    """The files of a source: those to read, each with a function that reads it, and those that are passed over."""
+    """The files of a source: (name, read function) of photos, (name, reason) of skipped entries."""
 
     files: Sequence[tuple[str, Callable[[], bytes]]]
     skipped: list[tuple[str, str]]
 
 
 def list_source(config: SubjectConfig, store: Store) -> PhotoSource:
-    """Return the files of the configured source; every one that is passed over has a reason. Raises ConfigError."""
+    """List the configured source without reading it. Raises ConfigError where it is no readable folder."""
     if config.source.startswith("store:"):
         keys = store.list_keys(config.source.removeprefix("store:"))
         wanted = [key for key in keys if key.lower().endswith(SUFFIXES)]
@@ -145,9 +146,9 @@ NO_PHOTO = f"not a photo by its name; {READABLE} are read"
 
 
 def find_skip_reason(path: Path, folder: Path) -> str:
-    """Return why an entry of the folder isn't read, or nothing."""
+    """Return the reason to skip a folder entry, or an empty string."""
     if path.is_symlink():
-        # A link could lead anywhere; one that stays in the folder is a second name of a photo.
+        # A link to outside could expose any file of the machine; one within the folder is an alias of a photo.
         try:
             target = path.resolve(strict=True)
         except (OSError, RuntimeError):
@@ -157,32 +158,32 @@ def find_skip_reason(path: Path, folder: Path) -> str:
     if path.is_dir():
         return "a folder; photos lie in one folder"
     if not path.is_file():
-        return "no regular file"  # a pipe would be waited for without end
+        return "no regular file"  # opening a FIFO would block
     return "" if path.suffix.lower() in SUFFIXES else NO_PHOTO
 
 
 def read_object(store: Store, key: str) -> bytes:
-    """Return an object's content, nothing where it is too large or gone."""
+    """Return an object's content; empty where it is too large or gone, which `decode` reports."""
     data = store.find_bytes(key) or b""
-    return data if len(data) <= MOST_BYTES else b""
+    return data if len(data) <= MAX_BYTES else b""
 
 
 def read_file(path: Path) -> bytes:
-    """Return a file's content, nothing where it is too large or can't be read."""
+    """Return a file's content; empty where it is too large or unreadable, which `decode` reports."""
     try:
-        return path.read_bytes() if path.stat().st_size <= MOST_BYTES else b""
+        return path.read_bytes() if path.stat().st_size <= MAX_BYTES else b""
     except OSError:
         return b""
 
 
 def count_photos(source: str) -> int:
-    """Return how many files of a folder claim to be photos; 0 where it can't be told without reading."""
+    """Return the number of photos in a folder by file suffix; 0 for a source in the store."""
     folder = DEMO_FOLDER if source == "demo" else Path(source)
     return sum(path.suffix.lower() in SUFFIXES for path in folder.iterdir()) if folder.is_dir() else 0
 
 
 def check_number(num_files: int, config: SubjectConfig) -> None:
-    """Refuse a source with more photos than will be read."""
+    """Raise SubjectRejected for more than `max_images` photos."""
     if num_files > config.max_images:
         raise SubjectRejected(
             f"{num_files} photos in {config.source}, at most {config.max_images} are read: "
@@ -191,13 +192,14 @@ def check_number(num_files: int, config: SubjectConfig) -> None:
 
 
 def check_photo(name: str, data: bytes, config: SubjectConfig) -> Photo | Reject:
-    """Decode and measure one photo."""
+    """Decode, measure and shrink one photo; a `Reject` carries the reason."""
     sha256 = hashlib.sha256(data).hexdigest()
     try:
         decoded = decode(data, config)
     except Unfit as error:
         return Reject(name, sha256, str(error), None)
     width, height = decoded.size
+    # Measured before shrinking, with the original size, which SDXL's micro-conditioning uses.
     measures = measure(decoded.image).model_copy(update={"width": width, "height": height})
     fault = find_fault(measures, config)
     image = shrink(decoded.image, short_side=config.working_side or min(decoded.image.size))
@@ -210,12 +212,16 @@ def check_photo(name: str, data: bytes, config: SubjectConfig) -> Photo | Reject
 
 def rank_quality(photo: Photo) -> tuple[int, int]:
     """Return a key that sorts the better photo first: the larger, then the clearly sharper."""
+    # A rounded logarithm: near-equal sharpness doesn't decide.
     sharpness = max(photo.measures.sharpness, 1e-3)
     return -min(photo.measures.width, photo.measures.height), -round(math.log(sharpness, SHARPER))
 
 
 def drop_duplicates(photos: Sequence[Photo], config: SubjectConfig) -> tuple[list[Photo], list[Reject]]:
-    """Return the photos without near-duplicates, of which the better one stays: the larger, then the sharper."""
+    """Split off near-duplicates by perceptual hash; the larger, then the sharper photo is kept.
+
+    Returns the kept photos in their given order, and the rejects.
+    """
     kept: list[Photo] = []
     rejected: list[Reject] = []
     for photo in sorted(photos, key=rank_quality):
@@ -233,7 +239,7 @@ def drop_duplicates(photos: Sequence[Photo], config: SubjectConfig) -> tuple[lis
 
 
 def shrink(image: Image.Image, *, short_side: int) -> Image.Image:
-    """Return a picture whose short side is at most this, its aspect kept: training crops along the long one."""
+    """Downscale to a short side of at most `short_side`, preserving the aspect ratio; never upscale."""
     factor = short_side / min(image.size)
     if factor >= 1:
         return image
@@ -242,9 +248,9 @@ def shrink(image: Image.Image, *, short_side: int) -> Image.Image:
 
 
 def clean_name(name: str) -> str:
-    """Return a file name that is safe to print: no control or direction marks, at most 60 letters.
+    """Return a printable file name of at most 60 characters, without control and bidirectional characters.
 
-    What is cut off is told apart by a digest.
+    Truncated names end in a digest, so that they stay distinct.
     """
     kept = "".join(c if unicodedata.category(c)[0] not in "CZ" or c == " " else "?" for c in name)
     if len(kept) <= 60:

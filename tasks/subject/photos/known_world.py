@@ -1,6 +1,6 @@
-"""Whether photos are of the world that the shipped base model knows: else it would tune on what it can't draw.
+"""Check that photos are from the domain of the shipped base model, which can only draw its synthetic world.
 
-The drawn-world model makes something of any photos, and says nothing: a cat became "a tree in the desert".
+Fine-tuning on other photos succeeds without an error and yields unrelated images.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.ingest import Photo
 
 VERSION = 1  # of the measures and their limits
-WAYS_ON = (
+REMEDIES = (
     "draw a subject of it (python -m tasks.mini.world subject --help), or take a base model of the real world on a "
     "GPU (diffusion=sd15) with a hosted LLM (llm=openai), or set subject.allow_unknown=true"
 )
@@ -32,7 +32,7 @@ class Verdict(BaseModel):
 
 
 def check_class_noun(config: SubjectConfig) -> str:
-    """Return what speaks against the class noun, or nothing; where it isn't allowed, raise SubjectRejected."""
+    """Return why the class noun is unknown, or an empty string. Raises SubjectRejected unless `allow_unknown`."""
     from tasks.mini.world.scenes import CLASS_NOUNS
 
     if config.class_noun.lower() in CLASS_NOUNS:
@@ -42,7 +42,7 @@ def check_class_noun(config: SubjectConfig) -> str:
 
 
 def check_known_world(photos: Sequence[Photo], config: SubjectConfig, store: Store) -> str:
-    """Return what speaks against photos and class noun, or nothing; where it isn't allowed, raise SubjectRejected."""
+    """Return why photos or noun are unknown, or an empty string. Raises SubjectRejected unless `allow_unknown`."""
     reason = check_class_noun(config)
     verdict = find_verdict(photos, store)
     if verdict.is_drawn:
@@ -55,14 +55,14 @@ def check_known_world(photos: Sequence[Photo], config: SubjectConfig, store: Sto
 
 
 def refuse(reason: str, config: SubjectConfig) -> str:
-    """Return the reason where photos of another world are allowed. Raises SubjectRejected."""
+    """Return the reason under `allow_unknown`. Raises SubjectRejected otherwise."""
     if config.allow_unknown:
         return reason
-    raise SubjectRejected(f"{reason}: {WAYS_ON}")
+    raise SubjectRejected(f"{reason}: {REMEDIES}")
 
 
 def find_verdict(photos: Sequence[Photo], store: Store) -> Verdict:
-    """Return the verdict on a set of photos, from the store where it is known."""
+    """Return the verdict on a set of photos, cached in the store by their digests."""
     name = digest([VERSION, sorted(photo.sha256 for photo in photos)])
     key = f"known-world/{name[:32]}.json"
     data = store.find_bytes(key)
@@ -72,7 +72,7 @@ def find_verdict(photos: Sequence[Photo], store: Store) -> Verdict:
             if known.photos == name:
                 return known
         except ArtifactCorrupt:
-            pass  # it is replaced
+            pass  # recomputed and replaced below
     from tasks.mini.recognition import Recognizer
 
     evidence = Recognizer().measure([decode_png(photo.png) for photo in photos])

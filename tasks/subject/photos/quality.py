@@ -1,4 +1,4 @@
-"""What can be measured of a photo without any model, and what follows from it."""
+"""Image statistics of photos without any model, and the quality limits on them."""
 
 import imagehash
 import numpy as np
@@ -10,7 +10,7 @@ from tasks.manifests.subject import ImageMeasures
 from tasks.subject.config import SubjectConfig
 
 MEASURED_SIDE = 256
-LEAST_BOX = 0.02
+MIN_BOX = 0.02
 SALIENCY_SIDE = 64
 
 
@@ -24,22 +24,26 @@ class Box(BaseModel):
 
     @property
     def area(self) -> float:
-        """Share of the photo."""
+        """Area as a fraction of the photo."""
         return (self.right - self.left) * (self.bottom - self.top)
 
     def find_center(self) -> tuple[float, float] | None:
-        """Return the middle as shares of width and height, or None for what is no believable box."""
+        """Return the center (x, y) as fractions, or None for a box outside the photo, inverted or tiny."""
         is_inside = 0 <= self.left < self.right <= 1 and 0 <= self.top < self.bottom <= 1
-        if not is_inside or self.area < LEAST_BOX:
+        if not is_inside or self.area < MIN_BOX:
             return None
         return round((self.left + self.right) / 2, 4), round((self.top + self.bottom) / 2, 4)
 
 
 def measure(image: Image.Image) -> ImageMeasures:
-    """Measure sharpness, light and likeness of an RGB photo at a common size."""
+    """Return size, sharpness, brightness, contrast and perceptual hash of an RGB photo.
+
+    Luma is measured at a short side of 256 px, so that limits hold for photos of any size.
+    """
     scale = MEASURED_SIDE / min(image.size)
     size = (max(3, round(image.width * scale)), max(3, round(image.height * scale)))
     luma = np.asarray(image.convert("L").resize(size, Image.Resampling.BICUBIC), np.float64)
+    # 4-neighbour Laplacian on luma 0..255; its variance is the sharpness.
     laplacian = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * luma[1:-1, 1:-1]
     return ImageMeasures(
         width=image.width,
@@ -47,18 +51,20 @@ def measure(image: Image.Image) -> ImageMeasures:
         sharpness=round(float(laplacian.var()), 3),
         brightness=round(float(luma.mean() / 255), 4),
         contrast=round(float(luma.std() / 255), 4),
+        # 64 bits, of the whole photo at its own size.
         perceptual_hash=str(imagehash.phash(image)),
     )
 
 
 def find_salient_box(image: Image.Image) -> Box:
-    """Return the box of what stands out of a photo, by its spectral residual (Hou & Zhang, CVPR 2007).
+    """Return the bounding box of the salient region by spectral residual (Hou & Zhang, CVPR 2007).
 
-    It names no thing: what stands out may be something else than the subject.
+    Class-agnostic: the region may be something other than the subject. The whole photo where nothing is salient.
     """
     luma = np.asarray(image.convert("L").resize((SALIENCY_SIDE, SALIENCY_SIDE), Image.Resampling.BOX), np.float64)
     spectrum = np.fft.fft2(luma)
     logs = np.log(np.abs(spectrum) + 1e-8)
+    # The log spectrum less its local average, recombined with the original phase.
     residual = np.exp(logs - uniform_filter(logs, 3, mode="wrap"))
     saliency = gaussian_filter(np.abs(np.fft.ifft2(residual * np.exp(1j * np.angle(spectrum)))) ** 2, 2.5)
     rows, columns = np.nonzero(saliency > 3 * saliency.mean())
@@ -70,7 +76,7 @@ def find_salient_box(image: Image.Image) -> Box:
 
 
 def find_fault(measures: ImageMeasures, config: SubjectConfig) -> str | None:
-    """Return why a photo is not good enough, or None."""
+    """Return the first violated quality limit, or None."""
     side = min(measures.width, measures.height)
     if side < config.min_side:
         return f"too small: {side} px, at least {config.min_side} (subject.min_side)"

@@ -41,7 +41,7 @@ class BestCheckpoints(StepCallback):
         if settings.keep != "best" or not is_due(module.step, settings.validation_steps):
             return
         is_good = module.step in rank_steps(self.loss_log.rows, settings)[: settings.save_top_k]
-        # Ranks may round differently; they must agree, since gathering sharded weights is a collective.
+        # All ranks must agree: gathering sharded weights is a collective.
         if not trainer.strategy.reduce_boolean_decision(is_good, all=False):
             return
         if trainer.is_global_zero or module.is_sharded:
@@ -50,6 +50,7 @@ class BestCheckpoints(StepCallback):
             # Weights alone, with the average applied: enough to publish, not to resume.
             state = TrainingState(module.step, weights, {}, {}, [])
             save_checkpoint(self.run.best, state, fingerprint=self.fingerprint, num_kept=ALL)
+            # Saved first, then pruned: an interruption leaves one checkpoint too many, never one too few.
             best = rank_steps(self.loss_log.rows, settings)[: settings.save_top_k]
             for path in list_checkpoints(self.run.best):
                 if step_of(path) not in best:

@@ -47,7 +47,7 @@ class LossLog(StepCallback):
         """Rewrite the loss log up to the resumed step, check that ranks agree on it, and start the clock."""
         module = as_dreambooth(pl_module)
         self.restart_clock()
-        # A rank that resumed elsewhere would train on other samples; on it, the mean differs from its own step.
+        # Ranks that resumed at different steps would train on inconsistent samples; the mean reveals them.
         step = torch.tensor(float(module.step))
         if float(trainer.strategy.reduce(step.to(module.device), reduce_op="mean")) != step:
             raise TrainingFailed("ranks found different checkpoints; is the run folder the same for all of them?")

@@ -14,7 +14,7 @@ SAMPLE_SEED, SAMPLE_GUIDANCE, SAMPLES_PER_PROMPT = 7, 3.0, 2
 
 
 class SampleGrids(StepCallback):
-    """Draws a grid every `sample_steps`; random state and weights of training are unaffected."""
+    """Draws a grid every `sample_steps`, between two optimizer steps."""
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run

@@ -13,25 +13,26 @@ class StepCallback(pl.Callback):
     def on_train_batch_end(  # noqa: PLR0917 - Lightning's hook
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Skip the forwards of an unfinished step."""
+        """Call `on_step_end` after the last micro-batch of a step."""
+        # By batch index, not `global_step`: the data loader never ends, so accumulation never stops early.
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.on_step_end(trainer, as_dreambooth(pl_module))
 
     def on_step_end(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
-        """Act; the module's `step` counts this step already."""
+        """Act after a step; `module.step` includes it."""
 
 
 def as_dreambooth(pl_module: pl.LightningModule) -> DreamBoothModule:
-    """Return the module by its own type; Lightning's hooks know only the base class."""
+    """Narrow the type: Lightning's hooks are declared with the base class."""
     assert isinstance(pl_module, DreamBoothModule)
     return pl_module
 
 
 def is_last_step(module: DreamBoothModule) -> bool:
-    """Whether no step follows by plan."""
+    """Whether this is the last planned step."""
     return module.step >= module.spec.training.max_train_steps
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens at this one; 0 means never."""
+    """Whether a periodic action is due at a step; a period of 0 means never."""
     return every > 0 and step % every == 0

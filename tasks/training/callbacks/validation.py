@@ -15,7 +15,7 @@ from tasks.training.module import DreamBoothModule
 from tasks.training.process.worker_spec import TrainingSpec
 
 MAX_PHOTOS = 8
-NOISE_SHARES = (0.1, 0.35, 0.6, 0.85)
+TIMESTEP_FRACTIONS = (0.1, 0.35, 0.6, 0.85)
 
 
 class Validation(StepCallback):
@@ -69,14 +69,19 @@ def compute_validation_loss(module: DreamBoothModule, batches: BatchFactory) -> 
         eps = rng.draw_normal(shape, seed=0, purpose="validation", indices=[index]).to(module.device)
         # The posterior's mean of the first crop variant, without sampling: (1, C, h, w).
         latents, time_ids = images.mean[row, :1].to(module.device), images.time_ids[row, :1].to(module.device)
-        for share in NOISE_SHARES:
+        for share in TIMESTEP_FRACTIONS:
             timesteps = model.noise_scheduler.sample_timesteps(torch.tensor([share], dtype=torch.float64)).to(
                 module.device
             )
             noisy = model.noise_scheduler.add_noise(latents, eps, timesteps)
             target = model.noise_scheduler.compute_target(latents, eps, timesteps)
             losses.append(
-                (model.predict(module.fit_dtype(noisy), timesteps, conditioning, time_ids=time_ids).float() - target)
+                (
+                    model.predict(
+                        module.cast_to_weight_dtype(noisy), timesteps, conditioning, time_ids=time_ids
+                    ).float()
+                    - target
+                )
                 .square()
                 .mean()
             )

@@ -1,4 +1,4 @@
-"""Batches drawn by counter: the same samples at the same step, whatever was run before."""
+"""Batches as a function of global sample indices: the same samples at the same step after any resume."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,11 @@ from tasks.training.process.worker_spec import TrainingSpec
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """One forward: `[instance | class]` along dim 0; token ids stay on the CPU, the rest is on the device."""
+    """One forward of 2B samples, `[instance | class]` along dim 0.
+
+    `latents` and `noise` `(2B, C, h, w)`, `timesteps` `(2B,)`, `time_ids` `(2B, 6)`, `input_ids` `(2B, L)`, and `mask`
+    `(2B, 1, h, w)`, loss weights in [0, 1]. Token ids are on the CPU, all else on the device.
+    """
 
     latents: Tensor
     noise: Tensor
@@ -28,7 +32,7 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The samples of one training step of one rank: one forward per size among them."""
+    """One micro-batch of one rank: one forward per aspect-ratio bucket among its samples."""
 
     indices: list[int]
     """Global sample indices."""
@@ -37,20 +41,20 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Instance images of one size, by their number among all, and the class images cut to it."""
+    """Instance images of one size, with their indices among all, and all class images cropped to it."""
 
     indices: list[int]
     sets: dict[str, LatentDataset]
 
 
 class BatchFactory:
-    """Builds the batches that a list of global sample indices stands for."""
+    """Maps global sample indices to batches."""
 
     def __init__(self, model: DiffusionModel, spec: TrainingSpec) -> None:
         self.spec = spec
         self.noise_scheduler = model.noise_scheduler
         self.buckets = []
-        for size, indices in spec.sort_into_buckets().items():
+        for size, indices in spec.assign_buckets().items():
             sets = {
                 "instance": load_latents(
                     model, spec, "instance", size=size, variants=[plan_crops(spec, i) for i in indices]
@@ -63,18 +67,19 @@ class BatchFactory:
             self.buckets.append(Bucket(indices, sets))
         self.holdout = [
             load_latents(model, spec, "holdout", size=size, variants=[[CropFlip()]] * len(indices))
-            for size, indices in spec.sort_into_buckets("holdout").items()
+            for size, indices in spec.assign_buckets("holdout").items()
         ]
         self.empty_ids = model.tokenize([""])[0]
 
     def make(self, indices: list[int], device: torch.device) -> list[TrainingBatch]:
-        """Return one batch per size among the samples; the halves draw from streams of their own.
+        """Return one batch per bucket among the samples; instance and class halves use separate random streams.
 
-        A class image is cut to the size of the instance image beside it, so both share one forward.
+        A class image is cropped to the bucket of its paired instance image, so both share one forward.
         """
         chosen = self.choose_items("instance", len(self.spec.instance_images), indices)
         batches = []
         for bucket in self.buckets:
+            # (global sample index, row of its image within the bucket)
             pairs = [(i, bucket.indices.index(item)) for i, item in zip(indices, chosen, strict=True)
                      if item in bucket.indices]  # fmt: skip
             if pairs:
@@ -85,7 +90,10 @@ class BatchFactory:
     def make_batch(
         self, bucket: Bucket, indices: list[int], items: list[int], *, share: float, device: torch.device
     ) -> TrainingBatch:
-        """Return the batch of samples that show instance images of one bucket."""
+        """Return the batch of the samples whose instance images are in one bucket.
+
+        `items` are rows of the bucket's instance images, `share` the batch's part of the rank's samples.
+        """
         halves = [self.make_half("instance", bucket.sets["instance"], indices, items=items)]
         if "class" in bucket.sets:
             others = bucket.sets["class"]
@@ -97,7 +105,7 @@ class BatchFactory:
         return TrainingBatch(latents, noise, timesteps, time_ids, mask, input_ids, share)
 
     def choose_items(self, kind: str, num: int, indices: list[int]) -> list[int]:
-        """Return which picture each sample shows."""
+        """Return the image index of each sample."""
         return rng.choose_items(num, seed=self.spec.seed, purpose=f"{kind}/item", indices=indices)
 
     def make_half(
@@ -106,10 +114,12 @@ class BatchFactory:
         """Return latents, noise, timesteps, time_ids, mask and token ids of one half."""
         seed = self.spec.seed
         variants = self.choose_variants(kind, indices)
+        # (C, h, w) of the (N, V, C, h, w) cache.
         shape = tuple(images.mean.shape[2:])
         posterior = rng.draw_normal(shape, seed=seed, purpose=f"{kind}/posterior", indices=indices)
         noise = rng.draw_normal(shape, seed=seed, purpose=f"{kind}/noise", indices=indices)
         uniform = rng.draw_uniform(seed=seed, purpose=f"{kind}/timestep", indices=indices)
+        # A new sample of the VAE posterior at every step, from cached moments; both are already scaled.
         latents = images.mean[items, variants] + images.std[items, variants] * posterior
         input_ids = images.input_ids[items]
         if kind == "instance" and self.spec.training.proportion_empty_prompts > 0:
@@ -117,12 +127,14 @@ class BatchFactory:
             dropped = rng.draw_flags(share, seed=seed, purpose="instance/caption", indices=indices)
             input_ids = torch.where(dropped[:, None], self.empty_ids, input_ids)
         background = self.spec.training.background_loss_weight
+        # Map opacity 0..1 to loss weights background..1.
         mask = background + (1 - background) * images.mask[items, variants]
+        # A timestep depends on its sample alone, so batch size and ranks don't change it.
         timesteps = self.noise_scheduler.sample_timesteps(uniform)
         return latents, noise, timesteps, images.time_ids[items, variants], mask, input_ids
 
     def choose_variants(self, kind: str, indices: list[int]) -> Tensor:
-        """Return which variant of its picture each sample shows."""
+        """Return the crop/flip variant of each sample: an index into `plan_crops`, `flipped * num_crops + crop`."""
         training, seed = self.spec.training, self.spec.seed
         num_crops = max(1, training.num_crop_variants)
         if kind != "instance":
@@ -135,7 +147,7 @@ class BatchFactory:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor to the device; from pinned memory, since a plain copy would wait for the step before."""
+    """Move a tensor to the device; from pinned memory, as a pageable copy would synchronize with the previous step."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

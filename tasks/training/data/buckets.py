@@ -1,4 +1,4 @@
-"""Aspect buckets: sizes of about the same area, so that a photo is trained nearly as it was framed."""
+"""Aspect-ratio buckets: sizes of about equal area, so that photos are trained with little cropping."""
 
 import math
 from typing import NamedTuple
@@ -14,10 +14,10 @@ class Size(NamedTuple):
 
 
 def list_buckets(resolution: int) -> list[Size]:
-    """Return sizes with no more pixels than the square of `resolution`, at most twice as long as wide.
+    """Return sizes of at most `resolution`^2 pixels and an aspect ratio of at most 2.
 
-    Sides are multiples of 64 px, which every denoiser halves evenly (SDXL, arXiv 2307.01952, appendix I);
-    of 8 px below 512 px, for small models.
+    Sides are multiples of 64 px, so that every downsampling of VAE and denoiser divides them evenly (SDXL,
+    arXiv 2307.01952, appendix I); of 8 px below 512 px, for small models.
     """
     step = 64 if resolution >= 512 else 8
     sizes = {Size(resolution, resolution)}
@@ -29,7 +29,8 @@ def list_buckets(resolution: int) -> list[Size]:
 
 
 def choose_bucket(picture: tuple[int, int], resolution: int) -> Size:
-    """Return the bucket whose shape is nearest to a picture's width and height; of equals, the largest."""
+    """Return the bucket of the nearest aspect ratio to an image of (width, height); of equals, the largest."""
+    # Log ratios treat portrait and landscape alike; rounding lets the area decide between numerically equal ones.
     aspect = math.log(picture[0] / picture[1])
     return min(
         list_buckets(resolution),

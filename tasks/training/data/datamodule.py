@@ -14,7 +14,7 @@ from tasks.training.process.worker_spec import TrainingSpec
 
 
 class DreamBoothDataModule(pl.LightningDataModule):
-    """Yields the batches of every forward from a given optimizer step on."""
+    """Yields the micro-batches from a given optimizer step on."""
 
     batches: BatchFactory
 
@@ -25,9 +25,9 @@ class DreamBoothDataModule(pl.LightningDataModule):
         self.start_step = start_step
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Encode the images, which needs the module's placeholder tokens, and return the rank's sample indices.
+        """Encode images and prompts, and return a loader of this rank's sample indices.
 
-        Lightning calls `setup` before the module's hooks, but this after all of them.
+        Not in `setup`, which Lightning calls before the module's hooks: it calls this one after them.
         """
         trainer = self.trainer
         assert trainer is not None
@@ -35,16 +35,17 @@ class DreamBoothDataModule(pl.LightningDataModule):
         indices = SampleIndices(
             self.spec, start_step=self.start_step, rank=trainer.global_rank, world_size=trainer.world_size
         )
+        # The dataset yields whole batches of indices; without workers, batches are built in this process.
         return DataLoader(indices, batch_size=None)
 
     def make_batches(self) -> BatchFactory:
-        """Return the factory of batches; the VAE leaves the device when it has encoded all images."""
+        """Return the batch factory, and move the VAE to the CPU once all images are encoded."""
         batches = BatchFactory(self.model, self.spec)
         self.model.vae.cpu()
         return batches
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> StepBatch:
-        """Turn sample indices into batches: random numbers are drawn on the CPU, where they are alike everywhere."""
+        """Turn sample indices into batches on the device."""
         indices = batch.tolist()
         return StepBatch(indices, self.batches.make(indices, device))
 
@@ -55,6 +56,8 @@ class SampleIndices(IterableDataset[Tensor]):
     def __init__(self, spec: TrainingSpec, *, start_step: int, rank: int, world_size: int) -> None:
         super().__init__()
         self.batch_size = spec.training.train_batch_size
+        # Micro-batch m of step s on rank r starts at sample ((s * accumulation + m) * world_size + r) * batch_size:
+        # the samples of a step don't change when the batch is halved and the accumulation doubled.
         self.stride = world_size * self.batch_size
         self.start = start_step * spec.training.gradient_accumulation_steps * self.stride
         self.offset = rank * self.batch_size

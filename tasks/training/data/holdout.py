@@ -1,4 +1,4 @@
-"""Photos that are kept out of training, so that a loss can tell learning from overfitting."""
+"""Held-out photos, whose validation loss detects overfitting."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -6,26 +6,26 @@ from typing import TypeVar
 from tasks.errors import ConfigError
 from tasks.training.config import TrainingConfig
 
-LEAST_PHOTOS = 6  # with fewer, each one that isn't trained on is missed more than validation gains
+MIN_PHOTOS = 6  # with fewer, a photo is worth more in training than in validation
 HOLDOUT_SHARE = 5  # one in so many
 T = TypeVar("T")
 
 
-def settle_validation(config: TrainingConfig, num_photos: int, note: Callable[[str], None]) -> TrainingConfig:
-    """Return the configuration with the number of held-out photos, and a metric that they allow.
+def resolve_validation(config: TrainingConfig, num_photos: int, note: Callable[[str], None]) -> TrainingConfig:
+    """Resolve the number of held-out photos, and the metric that selects the best weights.
 
-    The loss on photos that are trained on falls as they are learned by heart, so it can't choose the best
-    weights: where none can be held out, similarity of samples does.
+    The loss on training photos keeps falling as they are memorized, so it can't select the best weights. Where no
+    photo is held out, the similarity of samples selects them.
 
     Raises:
-        ConfigError: as many photos would be held out as there are.
+        ConfigError: no photo would be left to train on.
 
     """
     validation = config.validation
     is_by_loss = validation.keep == "best" and validation.metric == "loss"
     num, metric = validation.num_holdout, validation.metric
     if num is None:
-        num = num_photos // HOLDOUT_SHARE if is_by_loss and num_photos >= LEAST_PHOTOS else 0
+        num = num_photos // HOLDOUT_SHARE if is_by_loss and num_photos >= MIN_PHOTOS else 0
     if num >= num_photos:
         raise ConfigError(f"training.validation.num_holdout={num} of {num_photos} photos leaves none to train on")
     if num:
@@ -41,6 +41,7 @@ def settle_validation(config: TrainingConfig, num_photos: int, note: Callable[[s
 
 
 def split_photos(photos: Sequence[T], num_holdout: int, *, key: Callable[[T], str]) -> tuple[list[T], list[T]]:
-    """Return the photos to train on, in order, and those held out: the first by their digests."""
+    """Return the training photos and the held-out ones, both in the given order."""
+    # Chosen by digest: pseudo-random, yet independent of file names and of the order of the photos.
     held = {key(photo) for photo in sorted(photos, key=key)[:num_holdout]}
     return [p for p in photos if key(p) not in held], [p for p in photos if key(p) in held]

@@ -1,4 +1,4 @@
-"""From a photo's file to pixels of the training size: scaled, cropped, flipped, with its mask."""
+"""Preprocess image files to the training size: scale, crop and flip, together with the mask."""
 
 import hashlib
 import io
@@ -18,10 +18,9 @@ from tasks.training.process.worker_spec import TrainingImage, TrainingSpec
 
 @dataclass(frozen=True)
 class CropFlip:
-    """How a picture is cut: the crop's place in the free room `[0, 1]`, and mirroring.
+    """Crop position, as a fraction [0, 1] of the slack between scaled image and crop, and horizontal flip.
 
-    Without a place the crop lies around the subject where a mask or the inspector says where that is,
-    else in the middle.
+    None centers the crop on the subject where a mask or the inspection locates it, else on the image.
     """
 
     left: float | None = None
@@ -31,10 +30,10 @@ class CropFlip:
 
 @dataclass(frozen=True)
 class PreprocessedImage:
-    """A picture cut to size: pixels `(3, H, W)` in [-1, 1], mask `(1, H, W)` in [0, 1], six time_ids.
+    """A preprocessed image: pixels `(3, H, W)` in [-1, 1], mask `(1, H, W)` in [0, 1], six `time_ids`.
 
-    The time_ids are original height and width, top and left of the crop, and its height and width, in pixels
-    (those of Stable Diffusion XL, arXiv 2307.01952).
+    `time_ids` are the original height and width, the crop's top and left, and its height and width, in pixels
+    (micro-conditioning of SDXL, arXiv 2307.01952).
     """
 
     pixels: Tensor
@@ -43,10 +42,10 @@ class PreprocessedImage:
 
 
 def preprocess_image(image: TrainingImage, *, size: Size, variant: CropFlip = CropFlip()) -> PreprocessedImage:
-    """Scale a picture until it covers the size, its aspect kept, and crop what is over.
+    """Scale an image to cover the size, preserving its aspect ratio, and crop the excess.
 
     Raises:
-        ArtifactCorrupt: the file isn't the one that was inspected.
+        ArtifactCorrupt: a file differs from its digest in the spec.
 
     """
     with Image.open(io.BytesIO(check_digest(Path(image.path), image.sha256))) as opened:
@@ -56,22 +55,26 @@ def preprocess_image(image: TrainingImage, *, size: Size, variant: CropFlip = Cr
         with Image.open(io.BytesIO(check_digest(Path(image.mask_path), image.mask_sha256))) as opened:
             mask = opened.convert("L")
     factor = max(size.width / picture.width, size.height / picture.height)
+    # `max`, since rounding could leave the covering side a pixel short.
     width, height = max(size.width, round(picture.width * factor)), max(size.height, round(picture.height * factor))
     focus = find_focus(image, mask)
     left = place_crop(variant.left, width, size.width, focus=focus[0])
     top = place_crop(variant.top, height, size.height, focus=focus[1])
     crop = (left, top, left + size.width, top + size.height)
     picture = picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0).crop(crop)
+    # BOX averages; LANCZOS would overshoot along the mask's edges.
     mask = mask.resize((width, height), Image.Resampling.BOX).crop(crop)
+    # HWC uint8 -> CHW float32; `copy`, since Pillow's array is read-only.
     pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1.0
     opacity = torch.from_numpy(np.asarray(mask).copy())[None].float() / 255
     if variant.is_flipped:
+        # The flipped crop's left edge, as if the whole image had been flipped first.
         pixels, opacity, left = pixels.flip(-1), opacity.flip(-1), width - size.width - left
     return PreprocessedImage(pixels, opacity, [*image.original_size(), top, left, size.height, size.width])
 
 
 def find_focus(image: TrainingImage, mask: Image.Image) -> tuple[float, float]:
-    """Return what a crop should lie around, in shares of width and height."""
+    """Return the point (x, y) to center a crop on, as fractions of width and height."""
     if image.focus is not None and not image.mask_path:
         return image.focus
     box = mask.point(lambda value: 255 * (value > 127)).getbbox() or (0, 0, *mask.size)
@@ -79,7 +82,7 @@ def find_focus(image: TrainingImage, mask: Image.Image) -> tuple[float, float]:
 
 
 def place_crop(share: float | None, length: int, side: int, *, focus: float) -> int:
-    """Return where a crop begins: at a share of the free room, or around a point of the picture."""
+    """Return the crop's first pixel along one axis: at a fraction of the slack, or centered on `focus` and clamped."""
     free = length - side
     if share is not None:
         return round(free * share)
@@ -87,7 +90,10 @@ def place_crop(share: float | None, length: int, side: int, *, focus: float) -> 
 
 
 def plan_crops(spec: TrainingSpec, index: int) -> list[CropFlip]:
-    """Return the variants of an instance image; random crops are a function of seed, image and number."""
+    """Return the variants of an instance image, unflipped ones first.
+
+    Random crops are a function of the seed, the image's index and the crop's number.
+    """
     num = spec.training.num_crop_variants
     if num == 0:
         places: list[tuple[float | None, float | None]] = [(None, None)]
@@ -101,8 +107,8 @@ def plan_crops(spec: TrainingSpec, index: int) -> list[CropFlip]:
 
 
 def check_digest(path: Path, sha256: str) -> bytes:
-    """Return a file's bytes. Raises ArtifactCorrupt if it isn't the one that was inspected."""
+    """Return a file's bytes. Raises ArtifactCorrupt if they differ from the digest."""
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise ArtifactCorrupt(f"{path} changed after it was checked; run again to fetch it anew")
+        raise ArtifactCorrupt(f"{path} changed after it was checked; run again to fetch it")
     return data

@@ -1,7 +1,7 @@
-"""Counter-based randomness: every draw is a function of (seed, purpose, global sample index).
+"""Counter-based random numbers: every draw is a function of (seed, purpose, global sample index).
 
-So rng differ between ranks, don't depend on how many there are, and resuming needs no stored
-generator state.
+Draws differ between ranks, don't depend on the number of ranks, and need no generator state in checkpoints.
+All are made on the CPU, so they don't depend on the device.
 """
 
 import hashlib
@@ -11,29 +11,30 @@ from torch import Tensor
 
 
 def make_seed(seed: int, purpose: str, index: int) -> int:
-    """Return a number that stands for one purpose of one sample."""
+    """Return the generator seed of one purpose of one sample, in [0, 2^63)."""
     text = f"{seed}/{purpose}/{index}".encode()
+    # A hash, not a sum: neighbouring seeds and indices get unrelated streams. 63 bits, since seeds are signed.
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
 def make_generator(seed: int, purpose: str, index: int) -> torch.Generator:
-    """Return a generator of its own for one purpose of one sample."""
+    """Return a CPU generator for one purpose of one sample."""
     return torch.Generator().manual_seed(make_seed(seed, purpose, index))
 
 
 def draw_normal(shape: tuple[int, ...], *, seed: int, purpose: str, indices: list[int]) -> Tensor:
-    """Return one standard normal `shape` per sample index: `(len(indices), *shape)`."""
+    """Return standard normal float32 values, `(len(indices), *shape)`."""
     return torch.stack([torch.randn(shape, generator=make_generator(seed, purpose, i)) for i in indices])
 
 
 def draw_uniform(*, seed: int, purpose: str, indices: list[int]) -> Tensor:
-    """Return one number in `[0, 1)` per sample index."""
+    """Return one float64 number in [0, 1) per sample index."""
     rows = [torch.rand((), generator=make_generator(seed, purpose, i), dtype=torch.float64) for i in indices]
     return torch.stack(rows)
 
 
 def draw_integers(high: int, *, seed: int, purpose: str, indices: list[int]) -> Tensor:
-    """Return one integer in `[0, high)` per sample index."""
+    """Return one integer in [0, high) per sample index."""
     rows = [torch.randint(high, (), generator=make_generator(seed, purpose, i)) for i in indices]
     return torch.stack(rows)
 
@@ -45,7 +46,7 @@ def draw_flags(probability: float, *, seed: int, purpose: str, indices: list[int
 
 
 def choose_items(num_items: int, *, seed: int, purpose: str, indices: list[int]) -> list[int]:
-    """Return which item each sample shows: every item once per round, each round shuffled anew."""
+    """Return the item of each sample: every item once per round, each round with a new permutation."""
     chosen = []
     for index in indices:
         round_index, place = divmod(index, num_items)

@@ -1,7 +1,7 @@
-"""Predict the peak memory of training before anything is loaded: shapes alone, on torch's meta device.
+"""Predict the peak memory of training from shapes alone, on torch's meta device, without loading weights.
 
-Weights, gradients, optimizer state and averages are counted exactly; activations are those that a
-forward would keep for the backward, found by running one without numbers.
+Weights, gradients, optimizer state and EMA are counted exactly. Activations are the tensors that autograd saves in a
+forward on the meta device.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,8 +29,8 @@ META = torch.device("meta")
 def estimate_methods(
     folder: Path, diffusion: DiffusionConfig, training: TrainingConfig, *, methods: Sequence[str]
 ) -> dict[str, MemoryEstimate]:
-    """Return what each method would take; the model is built once, and adapted last, since adapters stay."""
-    model = build_empty(folder, diffusion)
+    """Estimate several methods on one model; LoRA methods come last, since adapters stay in the model."""
+    model = build_meta_model(folder, diffusion)
     found = {}
     for method in sorted(methods, key=lambda name: name.endswith("lora")):
         found[method] = estimate_built(model, training.model_copy(update={"method": method}))
@@ -41,13 +41,13 @@ def estimate_methods(
 
 
 def estimate_memory(folder: Path, diffusion: DiffusionConfig, training: TrainingConfig) -> MemoryEstimate:
-    """Return what training would take, from the configuration files in a model's folder alone."""
-    return estimate_built(build_empty(folder, diffusion), training)
+    """Estimate training from the configuration files of a model folder; no weights are needed."""
+    return estimate_built(build_meta_model(folder, diffusion), training)
 
 
 def estimate_built(model: DiffusionModel, training: TrainingConfig) -> MemoryEstimate:
-    """Return what training a model of shapes would take."""
-    trained = choose_trained(model, training)
+    """Estimate training of a model on the meta device, in bytes per device."""
+    trained = mark_trainable(model, training)
     trainable = sum(p.numel() for p in trained)
     ids = {id(p) for p in trained}
     total = weights = 0
@@ -61,7 +61,7 @@ def estimate_built(model: DiffusionModel, training: TrainingConfig) -> MemoryEst
             if name != "vae":  # it leaves the device once the latents are cached
                 weights += parameter.numel() * (4 if id(parameter) in ids else frozen_size) // num_shards
     if training.mixed_precision != "no" and shards == 1:
-        weights += trainable * 2  # autocast keeps a copy of the weights in half precision
+        weights += trainable * 2  # autograd saves autocast's half-precision copies of trained weights
     moment_size = MOMENT_BYTES.get(training.optimizer, 8)
     return MemoryEstimate(
         weights=weights,
@@ -74,8 +74,8 @@ def estimate_built(model: DiffusionModel, training: TrainingConfig) -> MemoryEst
     )
 
 
-def build_empty(folder: Path, config: DiffusionConfig) -> DiffusionModel:
-    """Return the family's model with shapes and without numbers."""
+def build_meta_model(folder: Path, config: DiffusionConfig) -> DiffusionModel:
+    """Return the family's model on the meta device, without tokenizers."""
     family = find_family(config.family)
     names = (*family.text_encoder_names, family.denoiser_name, "vae")
     components: dict[str, Any] = {}
@@ -85,13 +85,13 @@ def build_empty(folder: Path, config: DiffusionConfig) -> DiffusionModel:
                 components[name] = part_class(part_class.config_class.from_pretrained(folder / name))
             else:
                 components[name] = part_class.from_config(part_class.load_config(folder / name))
-    empty: Any = type(f"Empty{family.__name__}", (WithoutTokenizers, family), {})
+    empty: Any = type(f"Empty{family.__name__}", (NoTokenizers, family), {})
     model: DiffusionModel = empty(components, family.load_noise(folder), config, device=META)
     return model
 
 
-def choose_trained(model: DiffusionModel, training: TrainingConfig) -> list[nn.Parameter]:
-    """Make trainable what the method learns, and return it."""
+def mark_trainable(model: DiffusionModel, training: TrainingConfig) -> list[nn.Parameter]:
+    """Mark the method's parameters as trainable and return them; mirrors `methods.prepare` without tokenizers."""
     from tasks.diffusion.lora.adapters import add_lora
 
     trained: list[nn.Parameter] = []
@@ -111,7 +111,8 @@ def choose_trained(model: DiffusionModel, training: TrainingConfig) -> list[nn.P
     if training.method.startswith("textual_inversion"):
         able = model.trainable_modules(train_text_encoder=True)
         for table in (model.components[name].get_input_embeddings() for name in model.text_encoders if name in able):
-            table.requires_grad_(True)  # the gradient passes through the whole encoder
+            # Gradients of the token flow through the whole encoder, which therefore saves its activations.
+            table.requires_grad_(True)
             vectors = torch.empty(training.textual_inversion.num_vectors, table.weight.shape[1], device=META)
             trained = [parameter for parameter in trained if parameter is not table.weight]
             trained.append(nn.Parameter(vectors))
@@ -119,18 +120,20 @@ def choose_trained(model: DiffusionModel, training: TrainingConfig) -> list[nn.P
 
 
 def count_activations(model: DiffusionModel, training: TrainingConfig) -> int:
-    """Return the bytes that one forward keeps for the backward."""
+    """Return the bytes that autograd saves in one forward for the backward."""
     rows = count_rows(training)
     if training.gradient_checkpointing:
         model.denoiser.train()
         model.denoiser.enable_gradient_checkpointing()
+    # One spatial halving per VAE level but the first: h = H / 2^(levels - 1).
     channels = int(model.vae.config.latent_channels)
     side = model.config.resolution // 2 ** (len(model.vae.config.block_out_channels) - 1)
     latents = torch.zeros(rows, channels, side, side, device=META)
     timesteps = torch.zeros(rows, device=META)
     modules = [part for part in model.components.values() if isinstance(part, nn.Module)]
+    # By storage, so that views count once; saved weights are counted elsewhere.
     weights = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+    kept: dict[int, torch.UntypedStorage] = {}  # references keep the addresses from being reused
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -146,7 +149,7 @@ def count_activations(model: DiffusionModel, training: TrainingConfig) -> int:
 
 
 class FlashAttention(torch.autograd.Function):
-    """What a fused attention kernel keeps: its inputs and its output, no matrix of weights."""
+    """Saves what a fused attention kernel saves: inputs and output, but no attention matrix."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: PLR0917 - autograd's hook
@@ -157,13 +160,13 @@ class FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        """Refuse: shapes without numbers are only ever run forward."""
+        """Raise RuntimeError: meta tensors are only run forward."""
         raise RuntimeError("an estimate has no numbers to run backward with")
 
 
 @contextmanager
 def flash_attention() -> Iterator[None]:
-    """Let attention keep what fused kernels do; on the meta device torch would take the plain ones."""
+    """Patch attention to save what fused kernels save; on the meta device torch dispatches to the unfused one."""
     plain = F.scaled_dot_product_attention
 
     def fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -177,19 +180,19 @@ def flash_attention() -> Iterator[None]:
 
 
 def encode_empty(model: DiffusionModel, rows: int) -> Conditioning:
-    """Return the conditioning of prompts without words."""
+    """Return the conditioning of placeholder token ids, which have the right shape alone."""
     length = sum(model.max_length(name) for name in model.text_encoders)
     return model.encode_prompts(torch.zeros(rows, length, dtype=torch.long, device=META))
 
 
-class WithoutTokenizers:
-    """Token limits for models that are only shapes."""
+class NoTokenizers:
+    """Token limits for meta-device models, which have no tokenizers."""
 
     max_lengths: dict[str, int]
     components: dict[str, Any]
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Return ids that no prompt has."""
+        """Return ids of -1, which equal no prompt's: SDXL compares prompts with the empty one."""
         length = sum(self.max_length(name) for name in self.components if name.startswith("text_encoder"))
         return torch.full((len(prompts), length), -1, device=META)
 

@@ -1,6 +1,6 @@
-"""Predicted memory of the presets as they are, computed beforehand: an answer without importing torch.
+"""Precomputed memory estimates of the presets, available without importing torch.
 
-`python -m tests.bench.memory_table` computes the table anew; a test compares parts of it.
+`python -m tests.bench.memory_table` recomputes the table; a test compares parts of it.
 """
 
 import json
@@ -14,13 +14,13 @@ from tasks.training.config import TrainingConfig
 
 TABLE = Path(__file__).parent / "table.json"
 TABLE_VERSION = 2  # of the prediction
-TABLE_ROWS = 2  # images of a forward that the table's activations are of
-MOMENT_BYTES = {"adamw8bit": 2, "prodigy": 16}  # of a trained parameter; else two in float32
-# What the allocator and the kernels' workspaces take besides, as a share of all else and in bytes.
+TABLE_ROWS = 2  # images per forward of the table's activations
+MOMENT_BYTES = {"adamw8bit": 2, "prodigy": 16}  # per trained parameter; else 8, two float32 moments
+# Overhead of the allocator and of kernel workspaces: a fraction of the rest, and bytes.
 OVERHEAD_SHARE, OVERHEAD_BYTES = 0.05, 600 * 2**20
-CARDS = (8, 16, 24, 80)  # GB, as cards are sold
-# The other settings scale what is in the table.
-MATTERS = {
+GPU_MEMORY_GB = (8, 16, 24, 80)  # GB, as cards are sold
+# Settings that are part of a row's key; others scale a row linearly, or don't change memory.
+KEY_FIELDS = {
     "lora", "textual_inversion", "train_denoiser", "train_text_encoder", "gradient_checkpointing", "mixed_precision",
     "weight_dtype",
 }  # fmt: skip
@@ -40,38 +40,38 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of it, with the allocator's share."""
+        """The sum in bytes, with allocator and workspace overhead."""
         plain = self.weights + self.gradients + self.optimizer_state + self.ema + self.activations
         return int(plain * (1 + OVERHEAD_SHARE)) + OVERHEAD_BYTES
 
-    def find_card(self) -> int | None:
-        """Return the smallest usual card that it fits on, in GB; None where it fits on none."""
-        return next((card for card in CARDS if self.total <= card * 2**30), None)
+    def find_smallest_gpu(self) -> int | None:
+        """Return the memory of the smallest common GPU that it fits on, in GB; None where it fits on none."""
+        return next((card for card in GPU_MEMORY_GB if self.total <= card * 2**30), None)
 
 
 def count_rows(training: TrainingConfig) -> int:
-    """Return the images of one forward."""
+    """Return the images per forward, instance and class images together."""
     return training.train_batch_size * (2 if training.prior_loss_weight > 0 else 1)
 
 
-def describe_key(diffusion: DiffusionConfig, training: TrainingConfig) -> str:
-    """Return the digest of all settings that change the prediction in other ways than by scaling it."""
+def describe_table_key(diffusion: DiffusionConfig, training: TrainingConfig) -> str:
+    """Return the table's key: a digest of all settings whose effect is not a mere scaling."""
     where = [diffusion.family, diffusion.pretrained_model_name_or_path, diffusion.resolution]
-    return digest([TABLE_VERSION, where, training.model_dump(mode="json", include=MATTERS)])[:32]
+    return digest([TABLE_VERSION, where, training.model_dump(mode="json", include=KEY_FIELDS)])[:32]
 
 
 def look_up(
     diffusion: DiffusionConfig, training: TrainingConfig, methods: Sequence[str]
 ) -> dict[str, MemoryEstimate] | None:
-    """Return the estimates of a preset, for any batch size and optimizer; None for what isn't in the table."""
-    rows = json.loads(TABLE.read_text()).get(describe_key(diffusion, training))
+    """Return the estimates of a preset for any batch size and optimizer; None where it isn't in the table."""
+    rows = json.loads(TABLE.read_text()).get(describe_table_key(diffusion, training))
     if rows is None or training.fsdp:
         return None
     return {method: scale(MemoryEstimate(**rows[method]), training) for method in methods}
 
 
 def scale(found: MemoryEstimate, training: TrainingConfig) -> MemoryEstimate:
-    """Return a table's estimate for the configured optimizer, averages and images of a forward."""
+    """Adapt a row of the table to the configured optimizer, EMA and batch size."""
     trainable = found.trainable_parameters
     return replace(
         found,

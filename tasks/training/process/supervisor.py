@@ -67,7 +67,7 @@ def run_worker(
     if result is not None:
         return result
     if tail.last_event == "stopped":
-        raise TrainingStopped(f"training stopped at step {tail.last_step} and is saved; run again to go on")
+        raise TrainingStopped(f"training stopped at step {tail.last_step} and is saved; run again to resume")
     failure = read_failure(run)
     if failure is not None and failure.kind == StorageFull.__name__:
         raise StorageFull(failure.message)
@@ -122,7 +122,7 @@ def check_alive(
         # A heartbeat file of an earlier attempt is older than this start.
         seen = max(started, path.stat().st_mtime) if path.exists() else started
         if time.time() - seen > limit:
-            end_all(process)
+            kill_all(process)
             raise TrainingFailed(
                 f"rank {rank} did no forward for {limit:.0f} s after step {step}; all ranks were ended; see {run.log}"
             )
@@ -137,10 +137,10 @@ def stop(process: "subprocess.Popen[bytes]", run: RunFolder, *, grace_seconds: f
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(POLL_SECONDS)
     if process.poll() is None:
-        end_all(process)
+        kill_all(process)
 
 
-def end_all(process: "subprocess.Popen[bytes]") -> None:
+def kill_all(process: "subprocess.Popen[bytes]") -> None:
     """Kill the launcher and every rank. torchrun gives each rank its own session, so a process group isn't enough."""
     with contextlib.suppress(psutil.NoSuchProcess):
         # Listed first: once the launcher is dead its children belong to init.
@@ -172,7 +172,7 @@ class EventTail:
         self.position += end
         for event in load_lines(data[:end]):
             if event is None:
-                log.warning("an event of the training worker is damaged and left out; see %s", self.path)
+                log.warning("an event of the training worker is damaged and skipped; see %s", self.path)
                 continue
             self.last_step = int(event.get("step", self.last_step))
             self.last_event = str(event["event"])
@@ -189,7 +189,7 @@ def read_result(run: RunFolder) -> WorkerResult | None:
             if digest_file(run.folder / name) != sha256:
                 raise ArtifactCorrupt(f"{name} differs from its digest")
     except (OSError, ArtifactCorrupt) as error:
-        log.warning("the result of training is damaged (%s) and made again; see %s", error, quarantine(run.result))
+        log.warning("the result of training is damaged (%s) and trained again; see %s", error, quarantine(run.result))
         return None
     return result
 

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
 
 
 def report_failure(run: RunFolder, error: Exception) -> None:
-    """Write why this rank failed. Only the first rank to fail is recorded: later failures are lost connections to it."""
+    """Write why this rank failed. Only the first rank to fail is recorded: the others lose their connection to it."""
     failure = WorkerFailure(
         kind=type(error).__name__,
         message=shorten(clean_text(redact(str(error)), keep=" ").strip() or "no message", limit=1000),
@@ -93,7 +93,7 @@ def read_spec(path: Path) -> TrainingSpec:
     try:
         return load_signed(TrainingSpec, path.read_bytes())
     except ArtifactCorrupt as error:
-        raise ArtifactCorrupt(f"{path}: {error}; run again to write it anew") from error
+        raise ArtifactCorrupt(f"{path}: {error}; run again to write it again") from error
 
 
 def set_up_process(spec: TrainingSpec) -> None:
@@ -287,7 +287,7 @@ def write_result(
     spec = module.spec
     with explain_full_disk(run.losses):
         run.losses.write_text(dump_losses(losses))
-    # Not `module.step`: an early-stopped run that is only written here has no Trainer.
+    # Not `module.step`: where no step was left to train, the module has no Trainer.
     num_steps = losses[-1].step
     with explain_full_tensors(run.model, size_bytes=count_model_bytes(module)):
         published = write_best(run, spec, losses, fingerprint=fingerprint)

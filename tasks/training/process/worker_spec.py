@@ -65,7 +65,7 @@ class TrainingSpec(Section):
         """The run folder."""
         return Path(self.folder)
 
-    def sort_into_buckets(self, kind: str = "instance") -> dict[Size, list[int]]:
+    def assign_buckets(self, kind: str = "instance") -> dict[Size, list[int]]:
         """Return image indices by bucket size; without bucketing all are in one square of `resolution`."""
         resolution, buckets = self.diffusion.resolution, dict[Size, list[int]]()
         for index, image in enumerate(self.holdout_images if kind == "holdout" else self.instance_images):
@@ -81,23 +81,24 @@ class TrainingSpec(Section):
         if kind == "class":
             return self.class_images
         images = self.holdout_images if kind == "holdout" else self.instance_images
-        return tuple(images[index] for index in self.sort_into_buckets(kind)[size])
+        return tuple(images[index] for index in self.assign_buckets(kind)[size])
 
     def latents_paths(self) -> list[Path]:
         """Return the latent cache files of instance, class and held-out images."""
-        paths = [self.latents_path("holdout", size) for size in self.sort_into_buckets("holdout")]
+        paths = [self.latents_path("holdout", size) for size in self.assign_buckets("holdout")]
         kinds = ("instance", "class") if self.class_images else ("instance",)
-        return [self.latents_path(kind, size) for kind in kinds for size in self.sort_into_buckets()] + paths
+        return [self.latents_path(kind, size) for kind in kinds for size in self.assign_buckets()] + paths
 
     def latents_path(self, kind: str, size: Size) -> Path:
-        """Return the latent cache file of one set in one bucket, named by a digest of all that its latents depend on."""
+        """Return the latent cache file of one set in one bucket, named by a digest of its inputs."""
         images, crops = self.images_of(kind, size), [0, False, 0]
         if kind == "instance":
             training = self.training
+            # Without random crops, runs with other seeds share the latents.
             seed = self.seed if training.num_crop_variants else 0
             crops = [training.num_crop_variants, training.flip_probability > 0, seed]
             if training.num_crop_variants:  # random crops are seeded by the image's index
-                crops += self.sort_into_buckets()[size]
+                crops += self.assign_buckets()[size]
         # Device and TF32 change the VAE's rounding: latents of one would break bit-equal resume on the other.
         how = [LATENTS_VERSION, self.diffusion.device, self.training.allow_tf32, list(size)]
         content = [how, self.base_model_sha256, [image.content() for image in images], crops]

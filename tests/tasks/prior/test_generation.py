@@ -10,8 +10,8 @@ from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.registry import open_model
 from tasks.errors import ConfigError
 from tasks.prior.config import PriorConfig
-from tasks.prior.generation import check_picture, draw_pictures, generate_class_images
-from tasks.prior.sharding import draw_on_devices
+from tasks.prior.generation import check_picture, generate_class_images, generate_images
+from tasks.prior.sharding import generate_on_devices
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config
@@ -29,7 +29,7 @@ def generate(store: LocalStore, model: DiffusionModel, **options: object) -> tup
     return generate_class_images(
         StageFolder(store, "prior", "k"),
         options.get("config", CONFIG),  # type: ignore[arg-type]
-        draw=options.get("draw", lambda seeds: draw_pictures(model, CONFIG, class_prompt=PROMPT, seeds=seeds)),  # type: ignore[arg-type]
+        draw=options.get("draw", lambda seeds: generate_images(model, CONFIG, class_prompt=PROMPT, seeds=seeds)),  # type: ignore[arg-type]
         on_progress=options.get("on_progress", lambda done, total: None),  # type: ignore[arg-type]
     )
 
@@ -78,7 +78,7 @@ def test_the_set_does_not_depend_on_the_number_of_devices(tmp_path: Path, tiny_m
     config = CONFIG.model_copy(update={"num_devices": 2})
 
     def draw(seeds: list[int]) -> object:
-        return draw_on_devices(diffusion, config, class_prompt=PROMPT, seeds=seeds)
+        return generate_on_devices(diffusion, config, class_prompt=PROMPT, seeds=seeds)
 
     one = generate(LocalStore(tmp_path / "one"), model)
     two = generate(LocalStore(tmp_path / "two"), model, config=config, draw=draw)
@@ -93,6 +93,6 @@ def test_the_set_does_not_depend_on_the_number_of_devices(tmp_path: Path, tiny_m
 
 def test_a_device_that_fails_is_named(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"num_devices": 2})
-    drawing = draw_on_devices(tiny_diffusion_config(tmp_path), config, class_prompt=PROMPT, seeds=[1, 2])
+    drawing = generate_on_devices(tiny_diffusion_config(tmp_path), config, class_prompt=PROMPT, seeds=[1, 2])
     with pytest.raises(ConfigError, match=r"on device \d failed: .*no model_index.json"):
         list(drawing)

@@ -15,7 +15,7 @@ from tasks.diffusion.types import SamplingRequest
 from tasks.errors import ConfigError
 from tasks.manifests.base import ModelRef
 from tasks.prior.config import PriorConfig
-from tasks.prior.generation import draw_pictures, generate_class_images
+from tasks.prior.generation import generate_class_images, generate_images
 from tasks.prior.steps import PriorInputs, compute_prior
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
@@ -46,7 +46,7 @@ def draw(folder: Path, model: Path, **changes: Any) -> tuple[dict[int, np.ndarra
     images = generate_class_images(
         StageFolder(store, "prior", "k"),
         config,
-        draw=lambda seeds: draw_pictures(counted, config, class_prompt=PROMPT, seeds=seeds),  # type: ignore[arg-type]
+        draw=lambda seeds: generate_images(counted, config, class_prompt=PROMPT, seeds=seeds),  # type: ignore[arg-type]
         on_progress=lambda done, total: None,
     )
     found = {image.seed: np.asarray(Image.open(folder / image.image.key), int) for image in images}

@@ -26,7 +26,7 @@ from tasks.scoring.judge_requests import (
 )
 from tasks.scoring.rubric import ConceptGrade, QualityGrade, concept_spec, pair_spec, prompt_spec, quality_spec
 from tasks.scoring.scores import Judged
-from tasks.scoring.tie_break import break_ties, find_disputed, read_settled
+from tasks.scoring.tie_break import break_ties, find_disputed, read_tie_breaks
 from tasks.services.llm.executor import Answers, AskOptions
 from tasks.services.llm.service import Answer
 from tasks.services.store.local import LocalStore
@@ -69,7 +69,7 @@ def test_grades_of_one_executor_serve_the_other(tmp_path: Path) -> None:
 def test_too_many_failures_are_an_error_not_a_score(tmp_path: Path, executor: str) -> None:
     with scripted_server() as server:
         server.script('{"evidence": "x", "image_quality": 9}')
-        with pytest.raises(ReplyInvalid, match="4 of 4 questions got no grade"):
+        with pytest.raises(ReplyInvalid, match="4 of 4 judge requests failed"):
             ask(tmp_path, server, executor)
 
 
@@ -125,7 +125,7 @@ def fair_judge(question: JudgeRequest) -> Any:
 
 def examine(material: JudgeContext, judge: Callable[[JudgeRequest], Any], **changes: Any) -> JudgeReliability:
     questions = list_judge_requests(make_config(ScoringConfig, **changes), material)
-    return scores.examine_judge(material.samples, Judged(questions, answer_all(questions, judge)), is_comparable=True)
+    return scores.assess_judge(material.samples, Judged(questions, answer_all(questions, judge)), is_comparable=True)
 
 
 def test_every_sample_is_asked_about_on_every_axis_and_some_several_times(material: JudgeContext) -> None:
@@ -201,7 +201,7 @@ def test_without_controls_or_from_another_model_grades_are_not_called_reliable(m
     assert not examine(material, fair_judge, num_controls=0).is_reliable
     questions = list_judge_requests(make_config(ScoringConfig), material)
     answers = answer_all(questions, fair_judge)
-    assert not scores.examine_judge(material.samples, Judged(questions, answers), is_comparable=False).is_reliable
+    assert not scores.assess_judge(material.samples, Judged(questions, answers), is_comparable=False).is_reliable
 
 
 def test_only_wins_in_both_orders_count(material: JudgeContext) -> None:
@@ -286,7 +286,7 @@ def test_grades_that_differ_much_are_settled_by_the_next_profile_with_reasoning(
         settled = break_ties([disputed], llm=cheap_llm, on_progress=lambda done, total: None)
         assert not cheap.counts
         assert strong.bodies[0]["reasoning_effort"] == "medium"
-    decided = read_settled([disputed], settled)
+    decided = read_tie_breaks([disputed], settled)
     before = scores.to_judgements(material.samples, Judged(questions, answers))[0]
     after = scores.to_judgements(material.samples, Judged(questions, answers), decided)[0]
     assert (before.concept_preservation, after.concept_preservation) == (0, 3)
@@ -341,7 +341,7 @@ def test_a_second_judge_and_a_person_are_compared_with_the_first(material: Judge
 
 @pytest.mark.parametrize(
     ("row", "message"),
-    [("nobody.png,3,3", "'nobody.png' names 0 samples"), ("base-subject-1.png,5,", "'5' is no grade")],
+    [("nobody.png,3,3", "'nobody.png' names 0 samples"), ("base-subject-1.png,5,", "'5' is not a grade")],
 )
 def test_labels_that_fit_nothing_are_named(material: JudgeContext, tmp_path: Path, row: str, message: str) -> None:
     path = tmp_path / "labels.csv"
@@ -355,7 +355,7 @@ def test_labels_that_fit_nothing_are_named(material: JudgeContext, tmp_path: Pat
     [
         (
             "sample,concept_preservation,prompt_following\nbase-subject-1.png,\xfc,\n".encode("latin1"),
-            "line 2: this is no UTF-8; save",
+            "line 2: this is not UTF-8; save",
         ),
         (b"sample,prompt_folowing\n", "line 1: there is no column"),
         (b"prompt_following\n", "line 1: no column"),

@@ -15,7 +15,7 @@ from tasks.manifests.base import ObjectRef
 from tasks.manifests.evaluation import Evaluation, Sample
 from tasks.manifests.subject import SubjectSet
 from tasks.scoring.config import ScoringConfig
-from tasks.scoring.judge import Grading, ask_judge
+from tasks.scoring.judge import JudgeRun, ask_judge
 from tasks.scoring.judge_requests import JudgeContext, list_judge_requests
 from tasks.scoring.rubric import quality_spec
 from tasks.scoring.steps import ScoringInputs, compare_others, compute_scores
@@ -142,7 +142,7 @@ def test_as_many_questions_are_asked_as_configured() -> None:
 def compare(config: ScoringConfig) -> Any:
     evaluation = Evaluation.model_construct(samples=(), published_step=1)
     inputs = ScoringInputs(config, LlmConfig.model_construct(), evaluation, SubjectSet.model_construct())
-    return compare_others(inputs, Grading([], {}, {}), (), runtime=SimpleNamespace())  # type: ignore[arg-type]
+    return compare_others(inputs, JudgeRun([], {}, {}), (), runtime=SimpleNamespace())  # type: ignore[arg-type]
 
 
 def test_a_persons_labels_are_read_where_they_are_configured(tmp_path: Path) -> None:

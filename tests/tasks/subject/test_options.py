@@ -40,7 +40,7 @@ def shade(low: float, high: float, *, size: tuple[int, int] = (128, 128)) -> byt
     ("data", "changes", "fault"),
     [
         (shade(0.0, 1.0), {"min_side": 200}, "too small"),
-        (shade(0.0, 1.0, size=(384, 128)), {"max_aspect": 2.0}, "too long and thin"),
+        (shade(0.0, 1.0, size=(384, 128)), {"max_aspect": 2.0}, "aspect ratio too high"),
         (shade(0.0, 1.0), {"max_pixels": 5000}, "too large"),
         (shade(0.0, 1.0), {"min_brightness": 0.7}, "too dark"),
         (shade(0.0, 1.0), {"max_brightness": 0.3}, "too bright"),

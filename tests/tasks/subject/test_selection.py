@@ -83,10 +83,10 @@ def test_leaks_are_cut_counted_and_too_many_of_them_stop_the_run(photos: Checked
     )
     assert [image.instance_prompt for image in outcome.images][:1] == ["a photo of sks fish on the beach"]
     assert outcome.leaks[0].endswith(": blue, stripes")
-    with pytest.raises(SubjectRejected, match=r"3 of 4 captions tell what never changes .*photo-0.png: blue, stripes"):
+    with pytest.raises(SubjectRejected, match=r"3 of 4 captions name invariant traits .*photo-0.png: blue, stripes"):
         check_leaks(outcome, config)
     check_leaks(outcome, config_of(photos, max_leak_share=1.0))
-    assert "trained all the same, as subject.max_leak_share=1 says" in outcome.warnings[-1]
+    assert "trained anyway, as subject.max_leak_share=1 says" in outcome.warnings[-1]
     check_leaks(Selection(), config)
 
 

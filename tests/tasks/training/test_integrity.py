@@ -14,7 +14,7 @@ from tasks.errors import ArtifactCorrupt, StorageFull
 from tasks.services.store.local import LocalStore
 from tasks.stage.digests import dump_line
 from tasks.training.checkpoint_io import MANIFEST, TrainingState, list_checkpoints, load_newest, save_checkpoint
-from tasks.training.data.latent_cache import fetch_latents, is_whole, keep_latents, note_of
+from tasks.training.data.latent_cache import digest_path_of, fetch_latents, is_whole, store_latents
 from tasks.training.process import worker
 from tasks.training.process.supervisor import EventTail, read_result, run_worker
 from tasks.training.process.worker_spec import RunFolder, TrainingSpec
@@ -95,12 +95,12 @@ def test_damaged_latents_are_encoded_again(
 ) -> None:
     spec, _ = trained
     store = LocalStore(tmp_path / "store")
-    keep_latents(store, spec)
+    store_latents(store, spec)
     moved = spec.model_copy(update={"latent_folder": str(tmp_path / "latents")})
     fetch_latents(store, moved)
     path = moved.latents_paths()[0]
     whole = path.read_bytes()
-    damage(note_of(path) if is_note else path, how)
+    damage(digest_path_of(path) if is_note else path, how)
     assert not is_whole(path)
     train_here(tmp_path, Path(spec.model_folder), spec=moved.model_copy(update={"folder": str(tmp_path / "run")}))
     assert is_whole(path)
@@ -113,7 +113,7 @@ def test_latents_of_other_photos_do_not_pass_under_another_name(
     path = trained[0].latents_paths()[0]
     other = tmp_path / f"other{path.suffix}"
     shutil.copy(path, other)
-    shutil.copy(note_of(path), note_of(other))
+    shutil.copy(digest_path_of(path), digest_path_of(other))
     assert is_whole(path)
     assert not is_whole(other)
 

@@ -201,8 +201,10 @@ def test_activations_are_recomputed_where_it_is_configured(
     opened = open_model(spec.diffusion)
     assert isinstance(opened, DiffusionModel)
     DreamBoothModule(opened, spec).configure_model()
-    parts = [opened.denoiser, *opened.text_encoders.values()]
-    assert [bool(part.is_gradient_checkpointing) for part in parts] == [is_on] * len(parts)
+    for part in (opened.denoiser, *opened.text_encoders.values()):
+        # The flag of the layers: transformers renames that of the whole model in v6.
+        flags = {m.gradient_checkpointing for m in part.modules() if hasattr(m, "gradient_checkpointing")}
+        assert flags == {is_on}
 
 
 def read_grids(run: RunFolder) -> dict[str, tuple[tuple[int, int], bytes]]:
@@ -259,7 +261,7 @@ def test_a_worker_without_grace_is_ended_before_it_saves(tmp_path: Path, tiny_mo
 
     def interrupt(event: dict[str, Any]) -> None:
         if event["event"] == "started":
-            [worker] = psutil.Process().children()
+            [worker] = [p for p in psutil.Process().children() if "tasks.training.process.worker" in p.cmdline()]
             worker.suspend()  # it could save five seconds from now, had it that long
             waking.append(threading.Timer(5, lambda: worker.resume() if worker.is_running() else None))
             waking[0].start()

@@ -1,4 +1,4 @@
-"""A conversation with history: replies stream, tools act, and what no longer fits is summarized."""
+"""A conversation with history: streamed replies, tool calls, and a summary of turns that no longer fit."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from tasks.services.llm.chat.completion import ChatCompletion
 from tasks.services.llm.chat.request import count_body_tokens
 from tasks.services.llm.service import LlmService
 
-CONTEXT_SHARE = 0.8
+CONTEXT_SHARE = 0.8  # of the context window; token counts are estimates
 KEPT_TURNS = 4
 MAX_ROUNDS = 6
 SUMMARIZE = "Sum up this conversation in at most 120 words: what was decided, what was changed, what is open."
@@ -23,7 +23,7 @@ Message = dict[str, object]
 
 
 class History(BaseModel):
-    """What was said: a summary of what lies far back, and the last turns word by word."""
+    """The conversation so far: a summary of old turns, and the recent ones verbatim."""
 
     summary: str = ""
     turns: list[list[Message]] = []
@@ -32,7 +32,7 @@ class History(BaseModel):
 
 @dataclass
 class Conversation:
-    """A role that is talked to."""
+    """A multi-turn conversation with the first profile of a role."""
 
     llm: LlmService
     role: str
@@ -46,22 +46,22 @@ class Conversation:
         return self.llm.config.fallback_chain(self.role)[0]
 
     def say(self, text: str, *, on_text: Callable[[str], None]) -> str:
-        """Return the reply to a person's words, shown piece by piece; tools are called in between.
+        """Return the reply to a user message, streamed to `on_text`; tools are called in between.
 
-        An interrupt leaves the history as it was before.
+        The history grows only after the last reply, so an interrupted or failed turn leaves no half of itself in it.
 
         Raises:
-            ServiceUnavailable: no whole reply came.
+            ServiceUnavailable: the reply did not arrive completely.
             ReplyInvalid: it can't be read.
             BudgetExceeded: the next call could pass the cap.
 
         """
         turn: list[Message] = [{"role": "user", "content": text}]
-        self.make_room(turn)
+        self.fit_context(turn)
         by_name = {tool.name: tool for tool in self.tools}
         for number in range(MAX_ROUNDS):
             body = self.body([*self.history.turns, turn])
-            if self.tools and number < MAX_ROUNDS - 1:
+            if self.tools and number < MAX_ROUNDS - 1:  # the last round offers no tools, so it has to end with text
                 body["tools"] = [tool.describe() for tool in self.tools]
             completion = self._send(body, on_text)
             if not completion.tool_calls:
@@ -71,7 +71,7 @@ class Conversation:
             turn.append({"role": "assistant", "content": completion.content, "tool_calls": calls})
             max_side = self.llm.config.profiles[self.name].max_image_side
             turn += run_calls(completion.tool_calls, by_name, [], max_side=max_side)
-        self.history.turns.append([without_pictures(message) for message in turn])
+        self.history.turns.append([without_images(message) for message in turn])
         return str(turn[-1].get("content") or "")
 
     def body(self, turns: Sequence[Sequence[Message]]) -> dict[str, Any]:
@@ -100,11 +100,12 @@ class Conversation:
             on_text(clean_text(completion.content))
         return completion
 
-    def make_room(self, turn: list[Message]) -> None:
-        """Sum up or drop old turns until the next request fits the model's context."""
+    def fit_context(self, turn: list[Message]) -> None:
+        """Summarize or drop old turns until the next request fits the model's context."""
         while self.history.turns and not self.fits(turn):
             num = max(1, len(self.history.turns) - KEPT_TURNS)
             old, self.history.turns = self.history.turns[:num], self.history.turns[num:]
+            # Without a new summary the turns are dropped all the same: the conversation has to fit.
             self.history.summary = self.summarize(old) or self.history.summary
 
     def fits(self, turn: list[Message]) -> bool:
@@ -115,7 +116,7 @@ class Conversation:
         return used <= CONTEXT_SHARE * profile.capabilities.context_tokens
 
     def summarize(self, turns: list[list[Message]]) -> str:
-        """Return a summary of turns that are to go, or nothing where none could be had."""
+        """Return a summary of turns to be dropped; an empty string where the call fails."""
         told = [f"{message['role']}: {message['content']}" for turn in turns for message in turn if message["content"]]
         words = f"Before that: {self.history.summary}\n" if self.history.summary else ""
         ask = {"role": "user", "content": f"{words}{chr(10).join(told)}\n\n{SUMMARIZE}"}
@@ -128,8 +129,8 @@ class Conversation:
         return completion.content or ""
 
 
-def without_pictures(message: Message) -> Message:
-    """Return a message for the history: pictures were looked at once and would fill it."""
+def without_images(message: Message) -> Message:
+    """Return a message for the history, with images as placeholders: each would be sent again with every turn."""
     content = message.get("content")
     if not isinstance(content, list):
         return message

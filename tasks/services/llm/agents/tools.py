@@ -1,4 +1,4 @@
-"""Let a model call local functions before it answers: a typed registry, validated arguments, bounded rounds."""
+"""Tool use: a model calls local functions before it answers; arguments are validated, rounds bounded."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -15,12 +15,12 @@ from tasks.services.llm.chat.request import RequestSpec, T, encode_image
 from tasks.services.llm.chat.response_format import TOOL, ask_for
 from tasks.services.llm.service import Answer, LlmService
 
-MOST_PICTURES = 4  # that one round of tools shows
+MAX_PICTURES = 4  # that one round of tools shows
 
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a tool found: plain values, and perhaps a picture to look at."""
+    """A tool's result: JSON values, and optionally an encoded image."""
 
     values: dict[str, object]
     picture: bytes | None = None
@@ -28,7 +28,7 @@ class ToolResult:
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that only looks; the description is what the model reads."""
+    """A local function that a model may call; it chooses by the description."""
 
     name: str
     description: str
@@ -36,7 +36,7 @@ class Tool:
     run: Callable[[Any], ToolResult]
 
     def describe(self) -> dict[str, object]:
-        """Return the tool as a chat completion takes it."""
+        """Return the tool as an entry of a chat completion's `tools`."""
         function = {
             "name": self.name, "description": self.description,
             "parameters": strict_schema(self.arguments), "strict": True,
@@ -44,7 +44,7 @@ class Tool:
         return {"type": "function", "function": function}
 
     def call(self, arguments: str) -> ToolResult:
-        """Run with a model's arguments; what doesn't fit is told to it, not raised."""
+        """Run with a model's arguments; a validation error is returned to the model, which may correct the call."""
         try:
             return self.run(self.arguments.model_validate_json(arguments))
         except ValidationError as error:
@@ -55,10 +55,10 @@ class Tool:
 def ask_with_tools(
     llm: LlmService, spec: RequestSpec[T], tools: Sequence[Tool], *, role: str, max_rounds: int
 ) -> Answer[T]:
-    """Return a reply that was given through the `answer` tool, after at most `max_rounds` rounds of others.
+    """Return a reply given through the `answer` tool, after at most `max_rounds` rounds of other tools.
 
     Raises:
-        ReplyInvalid: no answer that fits came, not even when nothing else could be called.
+        ReplyInvalid: no valid answer, not even in the last round, which forces the `answer` tool.
 
     """
     name = llm.config.fallback_chain(role)[0]
@@ -75,13 +75,14 @@ def ask_with_tools(
             body["tool_choice"] = forced["tool_choice"]
         row = LedgerRow(role, name, profile.model, outcome="")
         completion = llm.send(body, row=row)
+        # Other calls beside an answer are ignored: `accept` reads the first tool call.
         answers = tuple(call for call in completion.tool_calls if call.name == TOOL)
         if answers:
             answered = replace(completion, tool_calls=answers, finish_reason="stop")
             return llm.accept(spec, answered, row=row, structure="tool", called=tuple(called))
         if not completion.tool_calls:
             return llm.accept(spec, completion, row=row, called=tuple(called))
-        llm.record_completion(completion, row=row)
+        llm.record_completion(completion, row=row)  # each round is billed; `accept` records only the last
         calls = [call.to_wire() for call in completion.tool_calls]
         body["messages"] = [*body["messages"], {"role": "assistant", "content": None, "tool_calls": calls}]
         body["messages"] += run_calls(completion.tool_calls, by_name, called, max_side=profile.max_image_side)
@@ -91,7 +92,7 @@ def ask_with_tools(
 def run_calls(
     calls: Sequence[ToolCall], by_name: dict[str, Tool], called: list[str], *, max_side: int
 ) -> list[dict[str, object]]:
-    """Run what was called and return the messages that tell what came of it; pictures follow as a user's."""
+    """Run tool calls and return their result messages; images follow in a user message."""
     messages: list[dict[str, object]] = []
     pictures: list[dict[str, object]] = []
     for call in calls:
@@ -100,7 +101,8 @@ def run_calls(
             result = by_name[call.name].call(call.arguments)
             called.append(call.name)
         messages.append({"role": "tool", "tool_call_id": call.call_id, "content": json.dumps(result.values)})
-        if result.picture is not None and len(pictures) < MOST_PICTURES:  # tools answer in text alone
+        # The API takes text alone in tool messages. Every call needs one, else the next request is refused.
+        if result.picture is not None and len(pictures) < MAX_PICTURES:
             url = encode_image(result.picture, max_side=max_side)
             pictures.append({"type": "image_url", "image_url": {"url": url}})
     if pictures:

@@ -1,6 +1,6 @@
-"""Let a model search the web before it answers: text only, with the pages that it cites.
+"""Web search before an answer: text only, with citations.
 
-OpenAI and xAI search in their Responses APIs, OpenRouter by a server tool of chat completions.
+OpenAI and xAI search through their Responses APIs, OpenRouter through a server tool of chat completions.
 """
 
 import time
@@ -19,22 +19,24 @@ if TYPE_CHECKING:
     from openai import OpenAI
     from openai.types.responses import ResponseFormatTextJSONSchemaConfigParam
 
-MOST_DOMAINS = 5
+MAX_DOMAINS = 5
 
 
 @dataclass(frozen=True)
-class Found(Generic[T]):
+class SearchAnswer(Generic[T]):
     """An answer and the addresses it cites."""
 
     answer: Answer[T]
     citations: tuple[str, ...]
 
 
-def ask_with_search(llm: LlmService, spec: RequestSpec[T], *, role: str, domains: Sequence[str] = ()) -> Found[T]:
-    """Return a validated reply of a role's first profile that can search; pictures never go along.
+def ask_with_search(
+    llm: LlmService, spec: RequestSpec[T], *, role: str, domains: Sequence[str] = ()
+) -> SearchAnswer[T]:
+    """Return a validated reply of a role's first profile that can search the web.
 
     Raises:
-        ConfigError: no profile of the role searches, or the request has pictures.
+        ConfigError: no profile of the role searches, or the request has images, which must not reach a search engine.
         ReplyInvalid: the reply doesn't fit.
 
     """
@@ -49,27 +51,27 @@ def ask_with_search(llm: LlmService, spec: RequestSpec[T], *, role: str, domains
     profile = llm.config.profiles[name]
     kept = llm.find_cached(spec, name=name, role=role)
     if kept is not None:
-        return Found(kept, kept.citations)
+        return SearchAnswer(kept, kept.citations)
     row = LedgerRow(role, name, profile.model, outcome="", reason="web search")
     started = time.monotonic()
     if profile.capabilities.web_search == "openrouter":
         tool = {"type": "openrouter:web_search", "parameters": {"allowed_domains": list(domains)} if domains else {}}
         completion = llm.send({**spec.body(profile, "json_schema"), "tools": [tool]}, row=row)
     else:
-        filters = {"filters": {"allowed_domains": list(domains[:MOST_DOMAINS])}} if domains else {}
+        filters = {"filters": {"allowed_domains": list(domains[:MAX_DOMAINS])}} if domains else {}
         body = {**spec.plain_body(profile), "tools": [{"type": "web_search", **filters}]}
         completion = llm.send(body, row=row, create=lambda client, body, timeout_seconds: respond(
             client, body, spec, timeout_seconds=timeout_seconds
         ))  # fmt: skip
     row = replace(row, seconds=time.monotonic() - started)
     answer = llm.accept(spec, completion, row=row, structure="text")
-    return Found(answer, answer.citations)
+    return SearchAnswer(answer, answer.citations)
 
 
 def respond(
     client: "OpenAI", body: dict[str, Any], spec: RequestSpec[T], *, timeout_seconds: float
 ) -> dict[str, object]:
-    """Ask by the Responses API, and return its reply in the shape of a chat completion."""
+    """Send a request to the Responses API and return the reply as a chat completion; the provider stores neither."""
     text = "\n".join(part for part in spec.parts if isinstance(part, str))
     shape: ResponseFormatTextJSONSchemaConfigParam = {
         "type": "json_schema", "name": spec.reply.__name__, "strict": True, "schema": strict_schema(spec.reply),
@@ -83,7 +85,10 @@ def respond(
 
 
 def to_chat(response: dict[str, object]) -> dict[str, object]:
-    """Return a reply of the Responses API in the shape of a chat completion; odd parts go along as they are."""
+    """Return a reply of the Responses API as a chat completion.
+
+    Parts of an unexpected shape are passed through, so that `parse_completion` reports them as any server's.
+    """
     whole: dict[str, object] = {"model": response.get("model"), "usage": to_chat_usage(response.get("usage"))}
     output = response.get("output")
     if not isinstance(output, list):
@@ -98,12 +103,13 @@ def to_chat(response: dict[str, object]) -> dict[str, object]:
     notes = [part.get("annotations") for part in parts if isinstance(part, dict)]
     flat = [note for listed in notes if isinstance(listed, list) for note in listed]
     message = {"content": parts, "annotations": flat}
+    # `incomplete` means a token limit or a content filter; both are refused as a truncated reply.
     is_whole = response.get("status") == "completed"
     return {**whole, "choices": [{"message": message, "finish_reason": "stop" if is_whole else "length"}]}
 
 
 def to_chat_usage(usage: object) -> Any:
-    """Return the Responses API's usage in the words of chat completions."""
+    """Return the Responses API's usage under the field names of chat completions."""
     if not isinstance(usage, dict):
         return usage
     return {

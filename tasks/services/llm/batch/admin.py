@@ -17,7 +17,7 @@ from tasks.stage.digests import dump_signed
 
 @dataclass(frozen=True)
 class JobHandle:
-    """A batch job and where its state lies."""
+    """A batch job and the key of its state."""
 
     llm: LlmService
     state: BatchState
@@ -30,57 +30,58 @@ class JobHandle:
         return self.state.batch_id or self.state.file_name.removesuffix(".json")
 
     def provider(self) -> BatchProvider:
-        """Return the profile's way of running batch jobs."""
+        """Return the batch API of the job's profile."""
         name = self.state.profile
         if name not in self.llm.config.profiles:
             raise ConfigError(f"job {self.job_id} is of profile {name!r}, which its run's configuration lacks")
         return open_provider(self.llm, name, role=self.state.role)
 
     def save(self, **changes: Any) -> None:
-        """Store the state with changes."""
+        """Store the state with changes; nothing for a job without a state."""
         if self.state_key:
             self.llm.store.put_bytes(self.state_key, dump_signed(self.state.model_copy(update=changes)))
 
 
 def retrieve(job: JobHandle) -> RemoteJob:
-    """Return a job as its provider sees it. Raises ConfigError where there is none yet."""
+    """Return a job as its provider reports it. Raises ConfigError where it is not submitted yet."""
     if not job.state.batch_id:
         raise ConfigError(f"job {job.job_id} is {job.state.status}: the provider doesn't have it yet; run again")
     return job.provider().poll(job.state.batch_id)
 
 
 def cancel(job: JobHandle) -> None:
-    """Cancel a job; the next run keeps what it answered and asks the rest by calls."""
+    """Cancel a job; the next run keeps its replies and sends the other rows as calls."""
     remote = retrieve(job)
-    with attended(job):
+    with leased(job):
         job.save(is_cancelled=True)
         if remote.status not in TERMINAL:
             job.provider().cancel(job.state.batch_id)
 
 
 def discard(job: JobHandle) -> float:
-    """Forget a job: its rows are asked anew. Return the money that stays reserved, because it may be billed."""
-    with attended(job):
+    """Mark a job as collected without its results; return the USD that stay reserved, since it may be billed."""
+    with leased(job):
         job.save(is_collected=True, is_cancelled=True)
     return job.state.reserved_usd
 
 
 def adopt(job: JobHandle) -> tuple[int, float | None]:
-    """Keep an ended job's replies, so that no run pays for them again; return their number and cost.
+    """Cache an ended job's replies, so that no run pays for them again; return their number and cost in USD.
 
     They are validated when a run reads them. Raises StillPending where the job has not ended.
     """
     remote = retrieve(job)
     if remote.status not in TERMINAL:
         raise StillPending(f"batch job {job.job_id} is {remote.status}; adopt it when it has ended")
-    with attended(job):
+    with leased(job):
+        # Read again under the lease: a run may have collected the job meanwhile, and recorded its cost.
         state = find_state(job.llm.store, job.state_key) if job.state_key else None
         if state is not None and state.is_collected:
             return 0, 0.0
         count, costs = 0, list[float | None]()
         for custom_id, outcome in job.provider().results(remote):
             if outcome.completion is not None and is_ours(job.state, custom_id):
-                costs.append(keep_reply(job, custom_id, outcome.completion))
+                costs.append(store_reply(job, custom_id, outcome.completion))
                 count += 1
         spent = None if None in costs else sum(cost for cost in costs if cost is not None)
         if job.state.reservation:
@@ -90,33 +91,34 @@ def adopt(job: JobHandle) -> tuple[int, float | None]:
 
 
 def is_ours(state: BatchState, custom_id: str) -> bool:
-    """Whether a row is one of the job's; of a job without a state, whether its id is a digest as ours are."""
+    """Whether a row belongs to the job; without a state, whether its id looks like one of our request digests."""
     if state.custom_ids:
         return custom_id in state.custom_ids
     return len(custom_id) == 40 and set(custom_id) <= set("0123456789abcdef")
 
 
-def keep_reply(job: JobHandle, custom_id: str, completion: ChatCompletion) -> float | None:
-    """Store one row's reply and book it; return its cost."""
+def store_reply(job: JobHandle, custom_id: str, completion: ChatCompletion) -> float | None:
+    """Store one row's reply and record it in the ledger; return its cost in USD."""
     llm, name = job.llm, job.state.profile
     profile = llm.config.profiles[name]
     key = f"llm/replies/{custom_id}.json"
     share = job.state.reserved_usd / max(1, len(job.state.custom_ids))
     most = Usage(output_tokens=profile.max_output_tokens + profile.reasoning_tokens, input_tokens=10**6)
-    # The request itself is not at hand: a row's share of the job's reservation stands for its worst case.
+    # The request is not available here, so an equal share of the job's reservation stands in for its worst case.
     completion = bound_usage(completion, most, worst_usd=share or None)
-    if completion.usage_fault:
+    if completion.usage_fault:  # the ledger shows the share alone, not the million tokens of `most`
         completion = replace(completion, usage=Usage(reported_usd=share))
     row = llm.fill_row(completion, LedgerRow(job.state.role, name, profile.model, outcome="ok", is_batch=True))
     is_usable = not completion.problem and not completion.refusal and completion.finish_reason != "length"
     content = read_content(completion, llm.structure(name)) if is_usable else None
+    # A reply that a run has stored is kept: it was validated, and this one is not.
     if content and find_record(llm.store, CachedReply, key) is None:
         put_record(llm.store, CachedReply(key=key, content=content, served_model=completion.model))
     llm.ledger.record(row if content else replace(row, outcome="invalid"))
     return row.cost_usd
 
 
-def attended(job: JobHandle) -> Any:
-    """Hold the job's lease. Raises StillPending where a running process has it."""
+def leased(job: JobHandle) -> Any:
+    """Hold the job's lease without waiting. Raises StillPending where a running process holds it."""
     name = job.state.file_name.removesuffix(".json") if job.state_key else job.job_id
     return hold_lease(job.llm.store, name, max_wait_seconds=0.0, poll_seconds=0.1, on_wait=lambda: None)

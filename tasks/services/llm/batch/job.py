@@ -1,6 +1,6 @@
-"""One remote batch job: its state in the store, created once, waited for, and read row by row.
+"""One remote batch job: its state in the store, submitted once, polled, and collected row by row.
 
-planned -> submitting (steps) -> submitted (batch id) -> terminal -> collected row by row
+planned -> submitting (steps) -> submitted (batch id) -> terminal -> collected
 """
 
 import json
@@ -27,7 +27,7 @@ from tasks.services.llm.batch.xai_api import XaiBatches
 from tasks.services.llm.budget.journal import append_line
 from tasks.services.llm.budget.ledger import LedgerRow, compute_cost
 from tasks.services.llm.chat.completion import Usage, bound_usage
-from tasks.services.llm.chat.image_urls import publish_line
+from tasks.services.llm.chat.image_urls import presign_line
 from tasks.services.llm.chat.request import RequestSpec
 from tasks.services.llm.chat.retries import call_with_retries
 from tasks.services.llm.config import ProfileConfig
@@ -37,7 +37,7 @@ from tasks.services.store.base import Store
 from tasks.stage.digests import dump_line, dump_signed, load_signed
 
 log = logging.getLogger(__name__)
-# Providers end a job within 24 hours; one whose status is still unknown then has no answer to wait for.
+# Providers end a job within 24 hours; one whose status is still unreadable after 36 is given up.
 UNKNOWN_DEADLINE_SECONDS = 36 * 3600.0
 JOB_LOG = "jobs.jsonl"
 
@@ -57,7 +57,7 @@ class BatchState(BaseModel):
     created_at: float = 0.0
     """When the provider took it, in seconds since 1970."""
     is_cancelled: bool = False
-    """Whether we have given it up: what it lacks is asked one by one."""
+    """Whether this client cancelled it; its unanswered rows are sent as single requests."""
     reservation: str = ""
     reserved_usd: float = 0.0
     """What is set aside of the budget until the job is collected."""
@@ -78,7 +78,7 @@ class BatchState(BaseModel):
 
 
 def find_state(store: Store, key: str) -> BatchState | None:
-    """Return a verified state; a damaged one is moved aside, and its remote job is found by its idempotency key."""
+    """Return a verified state; a damaged one is quarantined, and its remote job is found by its idempotency key."""
     data = store.find_bytes(key)
     if data is None:
         return None
@@ -99,7 +99,7 @@ def list_states(store: Store, prefix: str) -> list[BatchState]:
 
 
 class BatchJob:
-    """One remote job, found again by the digest of its input."""
+    """One remote job, identified by the digest of its input and the attempt."""
 
     def __init__(self, llm: LlmService, lines: dict[str, bytes], state: BatchState, *, state_prefix: str) -> None:
         self.llm = llm
@@ -115,29 +115,30 @@ class BatchJob:
 
     @property
     def is_local(self) -> bool:
-        """Whether rows are chat completions of ours, each paid for by itself."""
+        """Whether rows are sent as chat completions, each of which reserves and reports its own cost."""
         return self.profile.capabilities.batch == "local"
 
     def save(self, **changes: Any) -> None:
-        """Store the state with changes."""
+        """Change the state and store it."""
         self.state = self.state.model_copy(update=changes)
         self.llm.store.put_bytes(self.state_key, dump_signed(self.state))
 
     def reload(self) -> None:
-        """Take the state that another process has stored meanwhile."""
+        """Take over the state that another process may have stored meanwhile; call with the lease held."""
         self.state = find_state(self.llm.store, self.state_key) or self.state
 
     def log_use(self) -> None:
-        """Record beside the ledger that this run waits for this job: a killed run is found by it."""
+        """Record beside the ledger that this run waits for this job, by which the job of a killed run is found."""
         row = {"state_key": self.state_key, "profile": self.name, "role": self.state.role}
         append_line(self.llm.ledger.path.with_name(JOB_LOG), dump_line(row).encode())
 
     def ensure_submitted(self) -> None:
         """Submit the job, unless an earlier attempt did and the provider still has it."""
         if self.state.batch_id and self.provider.poll(self.state.batch_id).status == LOST:
+            # The reservation stays, so `_reserve` does not reserve the same rows twice.
             self.save(batch_id="", status="planned", steps={})
         if not self.state.batch_id:
-            self.save()
+            self.save()  # before the provider is called: a killed run leaves a state to resume from
             submission = Submission(
                 self.state.idempotency_key,
                 steps=self.state.steps,
@@ -148,19 +149,22 @@ class BatchJob:
             self.save(batch_id=job.job_id, status=job.status, created_at=time.time())
 
     def _reserve(self) -> None:
-        """Reserve the worst-case cost of all rows; calls of ours reserve their own."""
+        """Reserve the worst-case cost of all rows, once per job; local rows reserve their own."""
         if not self.state.reservation and not self.is_local:
             worst = sum(self.price_row(custom_id)[1] or 0.0 for custom_id in self.lines)
             self.save(reservation=self.llm.budget.reserve(worst), reserved_usd=worst)
 
     def _published_lines(self) -> dict[str, bytes]:
-        """Return the lines as they are sent; a job's name goes by those with the pictures inside."""
+        """Return the lines as they are sent.
+
+        The input digest covers the lines with inline images, since presigned URLs differ at every submission.
+        """
         if self.profile.pictures == "inline":
             return self.lines
-        return {custom_id: publish_line(line, self.llm.store) for custom_id, line in self.lines.items()}
+        return {custom_id: presign_line(line, self.llm.store) for custom_id, line in self.lines.items()}
 
     def price_row(self, custom_id: str) -> tuple[Usage, float | None]:
-        """Return the most tokens that a row can use, and their price."""
+        """Return an upper estimate of a row's tokens, and their price in USD."""
         most = self.llm.reserve_tokens(self.name, json.loads(self.lines[custom_id])["body"])
         return most, compute_cost(self.profile.prices, most, is_batch=not self.is_local)[0]
 
@@ -172,8 +176,14 @@ class BatchJob:
         deadline_seconds: float | None,
         on_progress: Callable[[int], None],
     ) -> None:
-        """Look at the job until it ends, with pauses that grow to `poll_seconds`. Raises StillPending."""
-        self.log_use()
+        """Poll the job until it ends, at intervals that grow to `poll_seconds`.
+
+        Raises:
+            StillPending: it has not ended after `max_wait_seconds`.
+            ServiceUnavailable: the provider does not know it any more.
+
+        """
+        self.log_use()  # before submission, so that a run killed right after it can be found
         self.ensure_submitted()
         deadline = time.monotonic() + max_wait_seconds
         pause = min(0.2, poll_seconds)
@@ -186,10 +196,10 @@ class BatchJob:
                 self.job = job
                 return
             if job.status == LOST:
-                raise ServiceUnavailable(f"the provider lost batch job {job.job_id}; run again to submit it anew")
+                raise ServiceUnavailable(f"the provider lost batch job {job.job_id}; run again to submit it again")
             if self._is_late(job, deadline_seconds) and not self.is_cancel_sent and job.status != "cancelling":
                 self.cancel(job)
-                if job.status == UNKNOWN:  # nor will its end be told: what can be read is read now
+                if job.status == UNKNOWN:  # its end would be unreadable too, so what there is is collected now
                     self.job = job
                     return
             if time.monotonic() > deadline:
@@ -206,19 +216,20 @@ class BatchJob:
         return deadline_seconds is not None and time.time() > self.state.created_at + deadline_seconds
 
     def cancel(self, job: RemoteJob) -> None:
-        """Give the job up; noted first, so that a run that ends in between sends it again."""
+        """Cancel a late job. Stored before it is sent: after a crash in between, a resumed run sends it again."""
         self.save(is_cancelled=True)
         try:
             self.provider.cancel(job.job_id)
-        except (ConfigError, ServiceUnavailable) as error:  # perhaps it has just ended: the next look will tell
-            log.warning("batch job %s is late and can't be cancelled: %s", job.job_id, error)
+        except (ConfigError, ServiceUnavailable) as error:  # it may have ended just now; the next poll tells
+            log.warning("batch job %s is past its deadline and can't be cancelled: %s", job.job_id, error)
             return
         self.is_cancel_sent = True
-        log.warning("batch job %s is late and cancelled; its unanswered rows are asked by calls", job.job_id)
+        log.warning("batch job %s is past its deadline and cancelled; single requests replace its rows", job.job_id)
 
     def collect_results(self) -> dict[str, BatchReply]:
-        """Return one outcome per row, matched by custom id; rows without any are named too."""
+        """Return one outcome for every row, matched by custom id; rows missing from the results get a reason."""
         outcomes: dict[str, BatchReply] = {}
+        # Results are in any order and may hold unknown or repeated ids; the first outcome of a row counts.
         for custom_id, outcome in self.provider.results(self.job):
             if custom_id in self.lines:
                 outcomes.setdefault(custom_id, self.bound(custom_id, outcome))
@@ -227,34 +238,34 @@ class BatchJob:
         return outcomes
 
     def bound(self, custom_id: str, outcome: BatchReply) -> BatchReply:
-        """Return an outcome whose usage is possible."""
-        if outcome.completion is None or self.is_local:  # of local rows the call has seen to it
+        """Return an outcome whose usage is bounded by the row's reservation."""
+        if outcome.completion is None or self.is_local:  # local rows were bounded when they were sent
             return outcome
         most, worst = self.price_row(custom_id)
         return BatchReply(bound_usage(outcome.completion, most, worst_usd=worst))
 
     def explain_missing(self) -> BatchReply:
-        """Return the outcome of a row that the provider's files don't name."""
+        """Return the outcome of a row that is missing from the results, and whether it may have been billed."""
         status, num_files = self.job.status, len(self.job.output_files)
         if self.job.error:
             return BatchReply(None, f"batch job {status}: {self.job.error}")
-        lost = f"batch job ended as {status} without this row in its {num_files} output file(s); run again to ask anew"
+        lost = f"batch job ended as {status} without this row in its {num_files} output file(s); run again to retry it"
         return BatchReply(None, lost, is_billable=status in ("completed", UNKNOWN))
 
     def keep(self, rows: Mapping[str, RequestSpec[BaseModel]], *, role: str) -> dict[str, str]:
-        """Store every reply, and return why the others can't be, by custom id."""
+        """Store every usable reply; return the reasons for all other rows, by custom id."""
         outcomes = self.collect_results()
         reasons = {
-            custom_id: self.keep_row(rows[custom_id], outcome, role=role) for custom_id, outcome in outcomes.items()
+            custom_id: self.store_row(rows[custom_id], outcome, role=role) for custom_id, outcome in outcomes.items()
         }
-        self.mark_collected(outcomes)
-        if self.state.is_cancelled:  # by us: what it didn't come to is asked otherwise
+        self.mark_collected(outcomes)  # only after every row is stored: a crash before repeats the collection
+        if self.state.is_cancelled:  # by us: the rows that it did not reach are sent as calls
             self.unanswered = {custom_id for custom_id, outcome in outcomes.items() if outcome.completion is None}
         return {custom_id: reason for custom_id, reason in reasons.items() if reason}
 
-    def keep_row(self, spec: RequestSpec[BaseModel], outcome: BatchReply, *, role: str) -> str:
-        """Store one row's reply, unless an earlier attempt did; return why it can't be, or nothing."""
-        if self.llm.read_kept(spec, name=self.name) is not None:
+    def store_row(self, spec: RequestSpec[BaseModel], outcome: BatchReply, *, role: str) -> str:
+        """Store one row's reply, unless an earlier collection did; return why it is unusable, or an empty string."""
+        if self.llm.read_cached(spec, name=self.name) is not None:
             return ""
         row = LedgerRow(role, self.name, self.profile.model, outcome="", is_batch=not self.is_local)
         try:
@@ -266,22 +277,23 @@ class BatchJob:
         return ""
 
     def mark_collected(self, outcomes: dict[str, BatchReply]) -> None:
-        """Note that every row's outcome is stored, and give back what of the budget was not needed."""
+        """Settle the reservation and mark the job as collected."""
         costs = [self.cost_of(custom_id, outcome) for custom_id, outcome in outcomes.items()]
         spent = None if None in costs else sum(cost for cost in costs if cost is not None)
+        # Settled first: settling again after a crash changes nothing, whereas a collected job is never settled again.
         if self.state.reservation:
             self.llm.budget.settle(self.state.reservation, spent=self.state.reserved_usd if spent is None else spent)
         self.save(is_collected=True, spent_usd=spent)
 
     def cost_of(self, custom_id: str, outcome: BatchReply) -> float | None:
-        """Return what a row cost: the reservation where it was answered and can't be read."""
+        """Return a row's cost in USD: its reservation where it was answered but is unreadable; None if unknown."""
         if outcome.completion is not None:
             return self.llm.price(self.name, outcome.completion, is_batch=not self.is_local)[0]
         return self.price_row(custom_id)[1] if outcome.is_billable else 0.0
 
 
 def open_provider(llm: LlmService, name: str, *, role: str) -> BatchProvider:
-    """Return a profile's way of running batch jobs."""
+    """Return the batch API of a profile."""
     profile: ProfileConfig = llm.config.profiles[name]
     row = LedgerRow(role, name, profile.model, outcome="")
 

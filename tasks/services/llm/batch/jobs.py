@@ -1,7 +1,7 @@
-"""Batch jobs that survive: planned by content, persisted before each step, adopted, collected.
+"""Resumable batch jobs: planned by content, persisted before each step, run under a lease, collected.
 
-A job is one JSONL file. Its state lies in the store, so a run that was killed at any point resumes
-with the same remote job instead of paying for another; a lease keeps two processes from making it twice.
+A job is one JSONL file. Its state is in the store, so a run killed at any point resumes with the same remote job
+instead of paying for another; a lease keeps two processes from submitting it twice.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from tasks.services.llm.executor import Answers, AskOptions, Specs, ask_each
 from tasks.services.llm.service import LlmService
 
 log = logging.getLogger(__name__)
-MOST_ROWS, MOST_BYTES = 50_000, 190_000_000  # providers' published limits, with a margin
+MAX_ROWS, MAX_BYTES = 50_000, 190_000_000  # OpenAI's limits per file: 50,000 rows and 200 MB, with a margin
 LONGEST_PAUSE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """Where the state of jobs lies, and how long they are waited for."""
+    """Where the state of jobs is stored, and how long a run waits for them."""
 
     state_prefix: str
     """Key prefix in the store."""
@@ -43,7 +43,7 @@ class BatchOptions:
 
 @dataclass
 class BatchOutcome:
-    """What came of the jobs, by custom id."""
+    """Reasons for rows without a reply, by custom id."""
 
     failures: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
@@ -58,13 +58,13 @@ def can_batch(config: LlmConfig, role: str) -> bool:
 def ask_many(
     llm: LlmService, specs: Specs, options: AskOptions, *, batch: BatchOptions | None
 ) -> tuple[Answers, dict[str, str]]:
-    """Answer many requests: by a batch job where one is wanted and the role's profile has them, else by calls.
+    """Answer many requests: by batch jobs where these are enabled and the role's profile has them, else by calls.
 
     Args:
         llm: the service.
-        specs: requests by names of the caller's.
-        options: how they are asked.
-        batch: how a batch job is waited for; None: no batch job is wanted.
+        specs: requests by the caller's names.
+        options: role and progress of the requests.
+        batch: where batch jobs are stored and how long they may take; None: calls only.
 
     Returns:
         Validated replies, and reasons for the rest, both by name.
@@ -81,6 +81,7 @@ def ask_batch(
     """Answer many requests through the batch API of a role's first profile; see `ask_many`."""
     role = options.role
     profile = llm.config.fallback_chain(role)[0]
+    # Equal requests under several names share one row: providers reject a file that repeats a custom id.
     names: dict[str, list[str]] = {}
     for name, spec in specs.items():
         names.setdefault(spec.compute_key(llm.config.profiles[profile]), []).append(name)
@@ -97,9 +98,9 @@ def ask_batch(
     asked, failed = ask_each(llm, left, AskOptions(role))
     for name, spec in specs.items():
         if name not in {**failures, **failed, **answers, **asked}:
-            kept = llm.read_kept(spec, name=profile)
+            kept = llm.read_cached(spec, name=profile)
             if kept is None:
-                failures[name] = "no reply was kept for this row; run again to ask anew"
+                failures[name] = "no reply was kept for this row; run again to retry them"
             else:
                 answers[name] = kept
     options.on_progress(len(specs), len(specs))
@@ -114,10 +115,10 @@ def run_jobs(
     options: BatchOptions,
     on_progress: Callable[[int], None],
 ) -> BatchOutcome:
-    """Run jobs one after the other; one that is over the provider's limit on enqueued tokens is split.
+    """Run jobs one after the other; a job over the provider's limit on enqueued tokens is split.
 
     Raises:
-        StillPending: a job, or the wait for room in the provider's queue, takes longer than it may.
+        StillPending: a job, or the wait for room in the provider's queue, exceeds `max_wait_seconds`.
 
     """
     outcome, done = BatchOutcome(), 0
@@ -133,8 +134,9 @@ def run_jobs(
             poll_seconds=options.poll_seconds,
             on_wait=lambda: on_progress(done),  # noqa: B023
         ):
+            # Planned without the lease, so the stored state may be newer than the planned one.
             job.reload()
-            if job.state.is_collected:  # by the process that held the lease before
+            if job.state.is_collected:  # by the previous holder of the lease
                 done += len(job.lines)
                 continue
             job.wait(
@@ -145,6 +147,7 @@ def run_jobs(
             )
             reasons = job.keep(rows, role=job.state.role)
         if job.job.is_over_limit and reasons:
+            # Halves are tried at once; a single row can only wait until the queue drains.
             pause = min(LONGEST_PAUSE_SECONDS, options.poll_seconds * 2**num_waits) if len(job.lines) == 1 else 0.0
             if time.monotonic() + pause - started > options.max_wait_seconds:
                 raise StillPending(
@@ -162,7 +165,7 @@ def run_jobs(
 
 
 def plan_smaller(llm: LlmService, job: BatchJob, options: BatchOptions) -> list[BatchJob]:
-    """Return jobs in place of one that was over the limit on enqueued tokens: its halves, or a row once more."""
+    """Return the jobs that replace one over the limit on enqueued tokens: its halves, or its single row again."""
     custom_ids = list(job.lines)
     middle = len(custom_ids) // 2
     if middle:
@@ -181,7 +184,8 @@ def plan_smaller(llm: LlmService, job: BatchJob, options: BatchOptions) -> list[
 def new_job(
     llm: LlmService, lines: dict[str, bytes], states: list[BatchState], *, like: BatchState, prefix: str
 ) -> BatchJob:
-    """Return a planned job; the attempt counts those of the same input."""
+    """Return a planned job; its attempt is the number of stored jobs of the same input."""
+    # A new attempt has a new idempotency key, so the provider's earlier job of this input is not found instead.
     sha256 = hashlib.sha256(b"".join(lines.values())).hexdigest()
     attempt = sum(state.input_sha256 == sha256 for state in states)
     state = BatchState(
@@ -193,11 +197,12 @@ def new_job(
 def plan_jobs(
     llm: LlmService, rows: Mapping[str, RequestSpec[BaseModel]], *, profile: str, role: str, state_prefix: str
 ) -> list[BatchJob]:
-    """Return the jobs that earlier attempts left unfinished, then new ones for rows in none of them."""
+    """Return the unfinished jobs of earlier runs, then new jobs for the rows in none of them."""
     states = list_states(llm.store, state_prefix)
     jobs: list[BatchJob] = []
     covered: set[str] = set()
     for state in states:
+        # A job can be resumed only if all of its rows are requested again: its lines are rebuilt from them.
         is_ours = state.profile == profile and set(state.custom_ids) <= set(rows)
         if not state.is_collected and is_ours and not covered & set(state.custom_ids):
             lines = make_lines(llm, {custom_id: rows[custom_id] for custom_id in state.custom_ids}, name=profile)
@@ -206,7 +211,7 @@ def plan_jobs(
     missing = {
         custom_id: spec
         for custom_id, spec in rows.items()
-        if custom_id not in covered and llm.read_kept(spec, name=profile) is None
+        if custom_id not in covered and llm.read_cached(spec, name=profile) is None
     }
     like = BatchState(input_sha256="", attempt=0, custom_ids=(), profile=profile, role=role)
     for lines in split_lines(make_lines(llm, missing, name=profile), llm.config.profiles[profile]):
@@ -215,7 +220,7 @@ def plan_jobs(
 
 
 def make_lines(llm: LlmService, rows: Mapping[str, RequestSpec[BaseModel]], *, name: str) -> dict[str, bytes]:
-    """Return one JSONL line per custom id, in order of id."""
+    """Return one JSONL line per custom id. Sorted ids and keys make the file's digest reproducible."""
     if not rows:
         return {}
     profile, structure = llm.config.profiles[name], llm.structure(name)
@@ -235,13 +240,14 @@ def make_lines(llm: LlmService, rows: Mapping[str, RequestSpec[BaseModel]], *, n
 
 
 def split_lines(lines: dict[str, bytes], profile: ProfileConfig) -> list[dict[str, bytes]]:
-    """Cut lines into files within the providers' limits on rows and bytes, and the profile's on tokens."""
+    """Split lines into files within the limits on rows and bytes, and the profile's limit on input tokens."""
     chunks: list[dict[str, bytes]] = []
     size = tokens = 0
     for custom_id, line in lines.items():
         count = count_body_tokens(json.loads(line)["body"], profile)[0] if profile.batch_tokens else 0
-        is_over = size + len(line) > MOST_BYTES or tokens + count > (profile.batch_tokens or 0)
-        if not chunks or is_over or len(chunks[-1]) >= MOST_ROWS:
+        # Without batch_tokens, both sides of the second comparison are 0.
+        is_over = size + len(line) > MAX_BYTES or tokens + count > (profile.batch_tokens or 0)
+        if not chunks or is_over or len(chunks[-1]) >= MAX_ROWS:
             chunks.append({})
             size = tokens = 0
         chunks[-1][custom_id] = line

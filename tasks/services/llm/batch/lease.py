@@ -1,7 +1,6 @@
-"""Leases in the store: one holder per name, found dead by its process or its missing heartbeat.
+"""Leases in the store: one holder per name, considered dead when its process or its heartbeat is gone.
 
-A stale lease is taken over under the next number, created only where it doesn't exist: of several that
-try, one gets it.
+A stale lease is taken over by creating the next number with a conditional put, which succeeds for one contender only.
 """
 
 import logging
@@ -21,7 +20,7 @@ from tasks.services.store.base import Store
 from tasks.stage.digests import dump_signed, load_signed
 
 log = logging.getLogger(__name__)
-HEARTBEAT_SECONDS, EXPIRY_SECONDS = 20.0, 120.0
+HEARTBEAT_SECONDS, EXPIRY_SECONDS = 20.0, 120.0  # five heartbeats may fail; also absorbs clock skew between hosts
 
 
 class Lease(BaseModel):
@@ -34,14 +33,14 @@ class Lease(BaseModel):
     expires_at: float
 
     def is_stale(self) -> bool:
-        """Whether its holder is gone: a dead process on this host, or one without a heartbeat."""
+        """Whether its holder is gone: no heartbeat in time, or, on this host, no such process."""
         if time.time() > self.expires_at:
             return True
         return self.host == socket.gethostname() and find_start(self.pid) != self.process_started
 
 
 def find_start(pid: int) -> float:
-    """Return when a process started, 0 where there is none; numbers of processes are used again."""
+    """Return a process's start time, 0 where there is none; with the pid it survives pid reuse."""
     try:
         process = psutil.Process(pid)
         return 0.0 if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
@@ -53,7 +52,7 @@ def find_start(pid: int) -> float:
 def hold_lease(
     store: Store, name: str, *, max_wait_seconds: float, poll_seconds: float, on_wait: Callable[[], None]
 ) -> Iterator[None]:
-    """Hold a name while the block runs; wait for another holder first.
+    """Hold a lease while the block runs, after waiting for another holder to end.
 
     Raises:
         StillPending: the other holder still runs after `max_wait_seconds`.
@@ -75,24 +74,24 @@ def hold_lease(
         yield
     finally:
         ended.set()
-        beat.join()
+        beat.join()  # else a last heartbeat could write the lease again after it is deleted
         if is_own(store, key, owner):
             store.delete(key)
 
 
 def try_acquire(store: Store, name: str, owner: str) -> str | None:
-    """Return the key of a lease that was acquired, or None where somebody holds it."""
+    """Return the key of the acquired lease, or None where another process holds the name."""
     holder = find_holder(store, name)
     if holder is not None and not holder[1].is_stale():
         return None
-    # The number follows from the lease that was found stale: a newer one, of somebody faster, is in its place.
+    # The number follows from the lease found stale: if a faster contender took it over, this key exists already.
     key = f"{prefix_of(name)}{(read_number(holder[0]) if holder else 0) + 1:06d}.json"
     if not store.put_new(key, dump_signed(make_lease(owner))):
         return None
     for other in list_leases(store, name):
         if other != key:
             found = read_lease(store, other)
-            if found is not None and not found.is_stale():  # both began at once: neither has it
+            if found is not None and not found.is_stale():  # acquired concurrently: both back off and try again
                 store.delete(key)
                 return None
             store.delete(other)
@@ -109,7 +108,7 @@ def find_holder(store: Store, name: str) -> tuple[str, Lease] | None:
 
 
 def read_lease(store: Store, key: str) -> Lease | None:
-    """Return a lease; a damaged one is stale."""
+    """Return a lease; a damaged one is returned as expired."""
     data = store.find_bytes(key)
     if data is None:
         return None
@@ -120,19 +119,21 @@ def read_lease(store: Store, key: str) -> Lease | None:
 
 
 def keep_alive(store: Store, key: str, *, owner: str, ended: threading.Event) -> None:
-    """Renew a lease until its holder ends, or somebody took it over while this process slept."""
+    """Renew a lease until its holder ends, or another process took it over, for example after a suspend."""
     while not ended.wait(HEARTBEAT_SECONDS):
         try:
             if not is_own(store, key, owner):
                 log.warning("lease %s was taken over by another process, which now runs the same job", key)
                 return
+            # Check and write are not atomic. A take-over in between has a higher number, which `is_own` then sees.
             store.put_bytes(key, dump_signed(make_lease(owner)))
-        except (LikenessError, OSError) as error:  # the next beat may get through before it expires
+        except (LikenessError, OSError) as error:  # the next heartbeat may succeed before the lease expires
             log.warning("lease %s was not renewed: %s", key, error)
 
 
 def is_own(store: Store, key: str, owner: str) -> bool:
-    """Whether a lease is still its owner's: there, under its token, and the newest of its name."""
+    """Whether a lease is still its owner's: present, with its token, and the newest of its name."""
+    # The token decides, not the key: numbers start again at 1 once all leases of a name are deleted.
     found = read_lease(store, key)
     if found is None or found.owner != owner:
         return False

@@ -1,4 +1,4 @@
-"""Batch jobs on this machine: the same JSONL through a program (vllm run-batch), or through chat completions."""
+"""Batch jobs on this machine: the same JSONL through a program (vllm run-batch) or through chat completions."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from tasks.services.llm.errors import RequestRefused
 from tasks.stage.digests import digest_file, dump_line, dump_signed, load_lines, load_signed
 from tasks.stage.files import write_atomic
 
-ROW_STATUSES = (400, 413, 422)  # what says that a row is wrong, not the profile
+ROW_STATUSES = (400, 413, 422)  # the row is at fault, not key, model or address
 
 
 class OutputNote(BaseModel):
@@ -39,8 +39,8 @@ class FileBatches:
         self.folder = folder
 
     def submit(self, lines: Mapping[str, bytes], submission: Submission) -> RemoteJob:
-        """Run the job to its end, unless its output is there, whole."""
-        job_id = submission.key.replace("/", "-")
+        """Run the job to its end, unless its complete output exists."""
+        job_id = submission.key.replace("/", "-")  # a file name
         job = self.poll(job_id)
         if job.status != LOST:
             return job
@@ -49,9 +49,10 @@ class FileBatches:
         output.parent.mkdir(parents=True, exist_ok=True)
         staged = output.with_suffix(".part")
         self.run(lines, staged)
-        note = OutputNote(sha256=digest_file(staged))
+        # The note comes first: a crash before the rename leaves the staged rows, from which the next run resumes.
+        # A note without its output counts as lost, and an output that differs from its note too.
+        write_atomic(self.note(job_id), dump_signed(OutputNote(sha256=digest_file(staged))))
         os.replace(staged, output)
-        write_atomic(self.note(job_id), dump_signed(note))
         return self.poll(job_id)
 
     def run(self, lines: Mapping[str, bytes], staged: Path) -> None:
@@ -70,7 +71,7 @@ class FileBatches:
             raise ServiceUnavailable(f"{command[0]} ended with {done.returncode}; see {log}, and run again")
 
     def poll(self, job_id: str) -> RemoteJob:
-        """Return the job: it has ended, or its output is gone or damaged."""
+        """Return the job as completed, or as LOST where its output is missing or damaged; it never is in progress."""
         output = self.output(job_id)
         try:
             note = load_signed(OutputNote, self.note(job_id).read_bytes())
@@ -88,16 +89,16 @@ class FileBatches:
             yield from read_lines(Path(path).read_bytes())
 
     def output(self, job_id: str) -> Path:
-        """Return where the program's result goes."""
+        """Return the path of a job's output."""
         return self.folder / f"{job_id}.out.jsonl"
 
     def note(self, job_id: str) -> Path:
-        """Return where the digest of its result goes."""
+        """Return the path of the output's digest."""
         return self.folder / f"{job_id}.out.digest.json"
 
 
 class LocalBatches(FileBatches):
-    """Rows through chat completions, several at once, each written down as it comes: any server can be batched."""
+    """Sends rows as concurrent chat completions and appends each outcome at once, so any server can run a batch."""
 
     def __init__(
         self, profile: ProfileConfig, folder: Path, ask: Callable[[dict[str, object]], ChatCompletion]
@@ -108,23 +109,24 @@ class LocalBatches(FileBatches):
         self.writing = threading.Lock()
 
     def run(self, lines: Mapping[str, bytes], staged: Path) -> None:
-        """Ask what an earlier attempt did not; a row that can't be answered is one that failed."""
+        """Send the rows that an earlier attempt did not; a failed row is recorded with its error."""
         staged.touch()
+        # Signed lines: a line torn by a crash fails verification, and its row is sent again.
         done = {custom_id for custom_id, _ in read_signed_lines(staged.read_bytes())}
         left = [json.loads(line) for custom_id, line in lines.items() if custom_id not in done]
         list(map_in_pool(lambda row: self.answer(row, staged), left, concurrency=self.concurrency))
 
     def answer(self, row: dict[str, Any], staged: Path) -> None:
-        """Answer one row and append it. Raises what no other row would fare better with.
+        """Answer one row and append the outcome; an error that is not this row's alone is raised too.
 
-        A row that ends the job is noted too: with the next run it must not end it again.
+        A row whose error ends the job is recorded as well, so that it can't end the next run again.
         """
         outcome: dict[str, object] = {"custom_id": row["custom_id"], "response": None, "error": None}
         try:
             response = {"status_code": 200, "body": drop_infinite(self.ask(row["body"]).raw)}
-            dump_line(response)
+            dump_line(response)  # raises RecursionError here, while the row can still be recorded as failed
             outcome["response"] = response
-        except RecursionError:  # this row fails alone
+        except RecursionError:
             outcome["error"] = {"message": "the reply nests too deeply"}
         except (ServiceUnavailable, RequestRefused) as error:
             if isinstance(error, RequestRefused) and error.status not in ROW_STATUSES:
@@ -137,13 +139,13 @@ class LocalBatches(FileBatches):
                     append_line(staged, dump_line(outcome).encode())
 
     def results(self, job: RemoteJob) -> Iterator[tuple[str, BatchReply]]:
-        """Read the output file; a line that was changed is none."""
+        """Yield the rows of the output file whose lines verify."""
         for path in job.output_files:
             yield from read_signed_lines(Path(path).read_bytes())
 
 
 def drop_infinite(value: object) -> Any:
-    """Return a JSON value without NaN and infinity, which are no JSON."""
+    """Return a JSON value with NaN and infinity replaced by null: a signed line can't hold them."""
     if isinstance(value, dict):
         return {key: drop_infinite(child) for key, child in value.items()}
     if isinstance(value, list):
@@ -152,7 +154,7 @@ def drop_infinite(value: object) -> Any:
 
 
 def read_signed_lines(data: bytes) -> Iterator[tuple[str, BatchReply]]:
-    """Yield custom ids and outcomes of lines that are what was written."""
+    """Yield custom ids and outcomes of the lines that verify."""
     for row in load_lines(data):
         if row is not None:
             yield parse_row(row)

@@ -1,4 +1,4 @@
-"""Batch jobs by OpenAI's protocol: files in, files out (platform.openai.com/docs/api-reference/batch)."""
+"""OpenAI's Batch API: files in, files out (platform.openai.com/docs/api-reference/batch)."""
 
 import io
 import logging
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from tasks.services.llm.batch.provider import (
     ENDPOINT,
-    MOST_LISTED,
+    MAX_LISTED,
     STATUSES,
     UNKNOWN,
     BatchReply,
@@ -26,19 +26,20 @@ LIMIT_CODES = ("token_limit_exceeded", "enqueued_token_limit_exceeded")
 
 
 class OpenAiBatches:
-    """One input file per job; the job is found again by its metadata."""
+    """One input file per job; `metadata` holds the idempotency key, by which the job is found again."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
 
     def submit(self, lines: Mapping[str, bytes], submission: Submission) -> RemoteJob:
-        """Upload the file, then create the job; a file of an earlier attempt is used while the provider has it."""
+        """Upload the file, then create the job; a file uploaded by an earlier attempt is reused while it exists."""
+        # A run killed between `create` and the next save has a job whose id it never stored: adopt it.
         found = self.find(submission.key)
         if found is not None:
             return found
         earlier = submission.steps.get("file_id", "")
         file_id = earlier or self.upload(lines, submission)
-        submission.reserve()
+        submission.reserve()  # after the upload, which is free, and before the job, which is billed
         try:
             return self.create(file_id, submission.key)
         except RequestRefused as error:
@@ -47,7 +48,7 @@ class OpenAiBatches:
             return self.create(self.upload(lines, submission), submission.key)  # the earlier file has expired
 
     def find(self, key: str) -> RemoteJob | None:
-        """Look through the newest jobs for our metadata."""
+        """Return the job with this idempotency key among the MAX_LISTED newest, or None."""
         for batch in self.list_newest():
             metadata = batch.get("metadata")
             if isinstance(metadata, dict) and metadata.get("likeness_input") == key and batch.get("id"):
@@ -55,9 +56,9 @@ class OpenAiBatches:
         return None
 
     def list_newest(self) -> Iterator[dict[str, object]]:
-        """Yield the newest jobs as the provider describes them."""
+        """Yield the newest jobs, at most MAX_LISTED."""
         after: dict[str, str] = {}
-        for _ in range(MOST_LISTED // 100):
+        for _ in range(MAX_LISTED // 100):
             page = read_response(
                 self.call(
                     lambda client, timeout: client.batches.with_raw_response.list(limit=100, timeout=timeout, **after)  # noqa: B023
@@ -67,6 +68,7 @@ class OpenAiBatches:
             batches = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
             yield from batches
             last = batches[-1].get("id") if batches else None
+            # A server that ignores `after` repeats its first page.
             if not page.get("has_more") or not isinstance(last, str) or after.get("after") == last:
                 return
             after = {"after": last}
@@ -86,7 +88,10 @@ class OpenAiBatches:
         return file_id
 
     def create(self, file_id: str, key: str) -> RemoteJob:
-        """Create the job of a file, in one attempt: after an unclear answer the next run looks for it by its key."""
+        """Create the job in one attempt: a retry after a lost response would create a second, billed job.
+
+        After such a failure, the next run finds the job by its key.
+        """
         batch = read_response(
             self.call(
                 lambda client, timeout: client.batches.with_raw_response.create(
@@ -114,11 +119,11 @@ class OpenAiBatches:
         return poll_or_lost(job_id, retrieve)
 
     def cancel(self, job_id: str) -> None:
-        """Cancel the job; it may take minutes until it says so."""
+        """Request cancellation; the job may stay `cancelling` for minutes."""
         self.call(lambda client, timeout: client.batches.with_raw_response.cancel(job_id, timeout=timeout))
 
     def results(self, job: RemoteJob) -> Iterator[tuple[str, BatchReply]]:
-        """Read output and error file alike; the rows of a file that is gone are without an outcome."""
+        """Yield the rows of output and error file; a deleted or expired file yields none."""
         for file_id in job.output_files:
             try:
                 content = self.call(
@@ -127,13 +132,13 @@ class OpenAiBatches:
             except RequestRefused as error:
                 if error.status not in (404, 410):
                     raise
-                log.warning("output file %s of batch job %s is gone; its rows are asked anew", file_id, job.job_id)
+                log.warning("output file %s of batch job %s is gone; its rows are submitted again", file_id, job.job_id)
                 continue
             yield from read_lines(content.content)
 
 
 def read_id(value: object, what: str) -> str:
-    """Return the id of what a provider made. Raises EndpointUnavailable where it names none."""
+    """Return the id of a created object. Raises EndpointUnavailable where it has none."""
     found = value.get("id") if isinstance(value, dict) else None
     if not isinstance(found, str) or not found:
         raise EndpointUnavailable(f"the provider made a {what} without an id; run again to resume")
@@ -141,7 +146,7 @@ def read_id(value: object, what: str) -> str:
 
 
 def describe(batch: object, *, job_id: str = "") -> RemoteJob:
-    """Return a job as ours, whatever its shape: what can't be read has an unknown status."""
+    """Return a provider's job, of any shape, as a RemoteJob; an unreadable status is UNKNOWN, not an error."""
     if not isinstance(batch, dict):
         return RemoteJob(job_id, UNKNOWN)
     counts, errors = batch.get("request_counts"), batch.get("errors")

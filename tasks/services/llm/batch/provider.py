@@ -1,4 +1,4 @@
-"""The protocol of batch providers, and their answers in one shape."""
+"""The protocol of batch providers, and their responses as common types."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -25,11 +25,11 @@ STATUSES = (*TERMINAL, "validating", "in_progress", "finalizing", "cancelling")
 UNKNOWN = "unknown"
 LOST = "lost"
 """The provider says that it has no such job."""
-MOST_LISTED = 2_000
+MAX_LISTED = 2_000
 
 
 class Call(Protocol):
-    """Runs something with a client and a timeout, with retries and our errors."""
+    """Runs a function of (client, timeout in seconds) with retries and mapped errors."""
 
     def __call__(self, ask: Callable[[Any, float], Any], *, max_attempts: int = 0) -> Any:
         """Return what `ask` returns; 0 attempts mean as many as the profile allows."""
@@ -47,7 +47,7 @@ class BatchReply:
 
 @dataclass(frozen=True)
 class RemoteJob:
-    """A job as its provider sees it."""
+    """A job as its provider reports it."""
 
     job_id: str
     status: str
@@ -63,7 +63,7 @@ class RemoteJob:
 
 @dataclass(frozen=True)
 class Submission:
-    """A job that is being submitted: what survives if the process ends between two steps of a provider's protocol."""
+    """A job being submitted, with the steps that are persisted so that a killed process can resume between them."""
 
     key: str
     """The idempotency key, by which the provider's job is found again."""
@@ -76,7 +76,7 @@ class Submission:
 
 
 class BatchProvider(Protocol):
-    """One way of running a batch job."""
+    """A batch API."""
 
     def submit(self, lines: Mapping[str, bytes], submission: Submission) -> RemoteJob:
         """Return the job of these rows, JSONL by custom id: an existing one of this key, else a new one.
@@ -85,13 +85,13 @@ class BatchProvider(Protocol):
         """
 
     def poll(self, job_id: str) -> RemoteJob:
-        """Return how far a job is; LOST where the provider does not know it."""
+        """Return a job's status and counters; LOST where the provider does not know it."""
 
     def results(self, job: RemoteJob) -> Iterator[tuple[str, BatchReply]]:
-        """Yield custom ids and outcomes of an ended job."""
+        """Yield custom ids and outcomes of an ended job, in any order; an empty id belongs to no row."""
 
     def cancel(self, job_id: str) -> None:
-        """Ask the provider to stop; finished rows remain."""
+        """Request cancellation; finished rows remain available and billed."""
 
 
 def poll_or_lost(job_id: str, retrieve: Callable[[], RemoteJob]) -> RemoteJob:
@@ -110,20 +110,21 @@ def read_response(response: "HttpxBinaryResponseContent") -> Any:
 
 
 def read_count(value: object) -> int:
-    """Return a counter; what is none counts as 0."""
+    """Return a counter; anything but a non-negative number counts as 0."""
     return int(value) if is_finite(value) and value >= 0 else 0
 
 
 def read_lines(data: bytes) -> Iterator[tuple[str, BatchReply]]:
     """Yield custom ids and outcomes of an output or error file."""
-    # Not splitlines: it would also cut at line separators inside a reply's text.
+    # Not str.splitlines, which also splits at U+2028 and the like inside a reply's text.
     for line in data.split(b"\n"):
         if line.strip():
             yield read_row(line)
 
 
 def read_row(line: bytes) -> tuple[str, BatchReply]:
-    """Parse one line of an output or error file; without a custom id it belongs to no row."""
+    """Parse one line of an output or error file."""
+    # An unreadable line may hold a paid reply, hence `is_billable`.
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -142,6 +143,7 @@ def parse_row(row: object) -> tuple[str, BatchReply]:
     if not isinstance(response, dict):
         return custom_id, BatchReply(None, f"the row's response is {name_type(response)}", is_billable=True)
     status, body = response.get("status_code"), response.get("body")
+    # Rows with an error or another status are not billed; an unreadable response may be.
     if status == 200:
         return custom_id, BatchReply(parse_completion(body))
     detail = body.get("error") if isinstance(body, dict) else body

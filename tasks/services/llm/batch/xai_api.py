@@ -1,11 +1,11 @@
-"""Batch jobs by xAI's protocol (docs.x.ai, Batch API): filled in pieces, counted, read in pages."""
+"""xAI's Batch API (docs.x.ai): a container that is filled in chunks and read in pages."""
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.services.llm.batch.provider import (
-    MOST_LISTED,
+    MAX_LISTED,
     UNKNOWN,
     BatchReply,
     Call,
@@ -17,23 +17,26 @@ from tasks.services.llm.batch.provider import (
 from tasks.services.llm.chat.completion import clean_line, name_type, parse_completion, read_error
 from tasks.services.llm.errors import EndpointUnavailable
 
+if TYPE_CHECKING:
+    from openai import OpenAI
+
 XAI_PAGE = 1000
-XAI_MOST_BYTES = 20_000_000  # of one request that adds rows: 25 MB, with a margin
+XAI_MAX_BYTES = 20_000_000  # per request that adds rows; the limit is 25 MB
 
 
 class XaiBatches:
-    """A container with a name of ours: created empty, filled in pieces, read in pages; no status but counters."""
+    """A named container: created empty, filled in chunks, read in pages. It has counters but no status."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
 
     def submit(self, lines: Mapping[str, bytes], submission: Submission) -> RemoteJob:
-        """Create the container, then add the rows that it lacks."""
+        """Create or find the container, then add the rows that it lacks."""
         job_id = submission.steps.get("job_id", "")
         if not job_id:
             found = self.find(submission.key)
             if found is None:
-                submission.reserve()
+                submission.reserve()  # before there is anything that could be billed
                 found = self.create(submission.key)
             job_id = found.job_id
             submission.save({"job_id": job_id})
@@ -41,9 +44,9 @@ class XaiBatches:
         return self.retrieve(job_id)
 
     def find(self, key: str) -> RemoteJob | None:
-        """Look through all containers for our name."""
+        """Return the container with this key in its name among the first MAX_LISTED, or None."""
         token = ""
-        for _ in range(MOST_LISTED // 100):
+        for _ in range(MAX_LISTED // 100):
             page = self.get("/batches", {"limit": 100, **({"pagination_token": token} if token else {})})
             for batch in list_dicts(page.get("batches") or page.get("data")):
                 if batch.get("name") == f"likeness-{key}":
@@ -54,7 +57,7 @@ class XaiBatches:
         return None
 
     def create(self, key: str) -> RemoteJob:
-        """Create the empty container, in one attempt: after an unclear answer the next run looks for its name."""
+        """Create the empty container in one attempt: after a lost response, the next run finds it by its name."""
         body = {"name": f"likeness-{key}"}
         job = describe(self.call(lambda client, _: client.post("/batches", body=body, cast_to=object), max_attempts=1))
         if not job.job_id:
@@ -62,20 +65,36 @@ class XaiBatches:
         return job
 
     def add_requests(self, job_id: str, lines: Mapping[str, bytes]) -> None:
-        """Add the missing rows, in pieces. Rows keep their order, so the count tells which are there."""
+        """Add the missing rows in chunks. Lines have a fixed order, so the container's count is the resume index."""
         rows = list(lines.values())
         start = self.retrieve(job_id).num_rows
         while start < len(rows):
             end, size = start, 0
-            while end < len(rows) and (end == start or size + len(rows[end]) <= XAI_MOST_BYTES):
+            # At least one row per request: a row over the limit is sent alone, else the loop would not advance.
+            while end < len(rows) and (end == start or size + len(rows[end]) <= XAI_MAX_BYTES):
                 size += len(rows[end])
                 end += 1
             body = {"batch_requests": [to_xai(json.loads(row)) for row in rows[start:end]]}
-            self.call(lambda client, _: client.post(f"/batches/{job_id}/requests", body=body, cast_to=object))  # noqa: B023
-            counted = self.retrieve(job_id).num_rows
+            counted = self.add_chunk(job_id, body, end)
             if counted < end:
                 raise EndpointUnavailable(f"batch job {job_id} has {counted} rows of {end}; run again to resume")
             start = end
+
+    def add_chunk(self, job_id: str, body: Mapping[str, object], end: int) -> int:
+        """Add one chunk, after which the container holds `end` rows; return how many it does."""
+        attempts = 0
+
+        def post(client: "OpenAI", _: float) -> None:
+            nonlocal attempts
+            attempts += 1
+            # A response may be lost after the rows were added. Posted again, they would be billed twice.
+            path = f"/batches/{job_id}"
+            if attempts > 1 and describe(client.get(path, cast_to=object)).num_rows >= end:
+                return
+            client.post(f"{path}/requests", body=body, cast_to=object)
+
+        self.call(post)
+        return self.retrieve(job_id).num_rows
 
     def poll(self, job_id: str) -> RemoteJob:
         """Retrieve the counters."""
@@ -86,11 +105,11 @@ class XaiBatches:
         return describe(self.get(f"/batches/{job_id}", {}), job_id=job_id)
 
     def cancel(self, job_id: str) -> None:
-        """Cancel what is pending."""
+        """Cancel the pending rows."""
         self.call(lambda client, _: client.post(f"/batches/{job_id}:cancel", cast_to=object))
 
     def results(self, job: RemoteJob) -> Iterator[tuple[str, BatchReply]]:
-        """Read page after page; a provider that repeats one has no more."""
+        """Yield the rows of all pages; a repeated page token ends them, so that the loop terminates."""
         token, seen = "", set[str]()
         while token not in seen:
             seen.add(token)
@@ -104,22 +123,23 @@ class XaiBatches:
                 return
 
     def get(self, path: str, query: dict[str, object]) -> dict[str, object]:
-        """Return what the provider says; nothing where it is no object."""
+        """Return a JSON object, empty where the response is none."""
         page = self.call(lambda client, _: client.get(path, cast_to=object, options={"params": query} if query else {}))
         return page if isinstance(page, dict) else {}
 
 
 def describe(batch: object, *, job_id: str = "") -> RemoteJob:
-    """Return counters as a status: an empty or unfinished container is still to be waited for."""
+    """Return a container as a RemoteJob, with a status derived from its counters."""
     batch = batch if isinstance(batch, dict) else {}
     state = batch.get("state")
     names = ("requests", "pending", "success", "error", "cancelled")
     counts = {name: read_count(state.get(f"num_{name}")) if isinstance(state, dict) else 0 for name in names}
     reason = clean_line(batch.get("cancel_by_xai_message"), limit=200)
+    # An empty container has nothing pending either, but is still being filled.
     status = "in_progress" if counts["pending"] or not counts["requests"] else "completed"
     if not isinstance(state, dict):
         status = UNKNOWN
-    if reason:
+    if reason:  # ended by xAI itself
         status = "failed"
     elif batch.get("cancel_time") and not counts["pending"]:
         status = "cancelled"
@@ -138,7 +158,7 @@ def list_dicts(value: object) -> list[dict[str, object]]:
 
 
 def read_token(page: dict[str, object]) -> str:
-    """Return where the next page begins, or nothing."""
+    """Return the token of the next page, or an empty string."""
     token = page.get("pagination_token")
     return token if isinstance(token, str) else ""
 

@@ -1,4 +1,4 @@
-"""What requests would cost, before any is sent: as expected, and at most."""
+"""Expected and worst-case cost of requests, before any is sent."""
 
 import json
 import math
@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 
 from pydantic import BaseModel
 
-from tasks.services.llm.batch.jobs import MOST_BYTES
+from tasks.services.llm.batch.jobs import MAX_BYTES
 from tasks.services.llm.budget.ledger import compute_cost
 from tasks.services.llm.chat.completion import Usage
 from tasks.services.llm.chat.request import RequestSpec, count_body_tokens
 from tasks.services.llm.config import STRUCTURES, LlmConfig, ProfileConfig
 
 SHORT_REPLY_TOKENS = 120
-REPAIR_TOKENS = 700  # the note that goes along when a reply is asked for once more
+REPAIR_TOKENS = 700  # upper bound of a repair note, and of a capability probe's prompt
 
 
 @dataclass(frozen=True)
 class CallEstimate:
-    """What a role would take."""
+    """Calls, tokens and cost of one role."""
 
     role: str
     profile: str
@@ -60,7 +60,7 @@ class PlannedRequests:
 
 
 def estimate_calls(config: LlmConfig, planned: PlannedRequests) -> CallEstimate:
-    """Return what a role's profiles would take for these requests."""
+    """Return calls, tokens and cost of a role's requests over its fallback chain."""
     role, requests, is_batch = planned.role, planned.specs, planned.is_batch
     names = config.fallback_chain(role)
     names = names[min(planned.first_fallback, len(names) - 1) :]
@@ -73,7 +73,7 @@ def estimate_calls(config: LlmConfig, planned: PlannedRequests) -> CallEstimate:
         calls, usd = count_worst(config, name, totals[name].most, num=len(requests))
         worst_calls += calls
         worst_usd.append(usd)
-    if is_batch:  # a job that is cancelled late is billed, and its rows are asked by calls
+    if is_batch:  # worst case: a job cancelled past its deadline is billed, and its rows are asked again by calls
         worst_calls += len(requests)
         worst_usd.append(compute_cost(first.prices, most, is_batch=True)[0])
     return CallEstimate(
@@ -85,14 +85,15 @@ def estimate_calls(config: LlmConfig, planned: PlannedRequests) -> CallEstimate:
         expected_usd=0.0 if planned.is_follow_up else compute_cost(first.prices, short, is_batch=is_batch)[0],
         worst_usd=None if None in worst_usd else sum(usd for usd in worst_usd if usd is not None),
         is_batch=is_batch,
-        largest_file_bytes=min(totals[names[0]].num_bytes, MOST_BYTES),
+        largest_file_bytes=min(totals[names[0]].num_bytes, MAX_BYTES),
     )
 
 
 def count_all(profile: ProfileConfig, requests: Sequence[RequestSpec[BaseModel]]) -> Totals:
-    """Return the tokens that requests send and may get back from one profile."""
+    """Return the input tokens, the cap on output tokens and the bytes of all requests to one profile."""
     structure = profile.capabilities.structure
     tokens_in = tokens_out = size = 0
+    # Each distinct object is encoded once: building a body scales and compresses its images.
     counted = Counter(id(request) for request in requests)
     for request in {id(request): request for request in requests}.values():
         num = counted[id(request)]
@@ -104,11 +105,17 @@ def count_all(profile: ProfileConfig, requests: Sequence[RequestSpec[BaseModel]]
 
 
 def count_worst(config: LlmConfig, name: str, most: Usage, *, num: int) -> tuple[int, float | None]:
-    """Return the most calls of one profile for so many questions, and their price if every attempt is billed."""
+    """Return the most calls of one profile for `num` requests, and their price if every attempt is billed.
+
+    Args:
+        most: tokens of all `num` requests together, each sent once.
+
+    """
     profile = config.profiles[name]
     if not num:
         return 0, 0.0
     repairs = math.ceil(config.max_repair_fraction * num)
+    # Every request and repair takes all of its attempts, at the average size of the requests.
     factor = profile.max_attempts * (num + repairs)
     usage = Usage(
         input_tokens=math.ceil(factor * most.input_tokens / num) + profile.max_attempts * repairs * REPAIR_TOKENS,

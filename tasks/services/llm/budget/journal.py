@@ -1,11 +1,11 @@
-"""Append-only files of lines."""
+"""Append-only files of lines, synced line by line."""
 
 import os
 from pathlib import Path
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append one line and sync it; a line that a crash tore before doesn't take it along."""
+    """Append one line and fsync it. A torn last line of an earlier crash is ended first, so it costs only itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         size = file.seek(0, os.SEEK_END)

@@ -1,4 +1,4 @@
-"""What was asked of providers and what it cost: one signed line per attempt, appended."""
+"""The ledger of provider calls and their cost: an append-only file, one signed line per attempt."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from tasks.services.llm.chat.completion import Usage
 from tasks.services.llm.config import PriceConfig
 from tasks.stage.digests import dump_line, load_lines
 
-MOST_CHARACTERS = 500
+MAX_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LedgerRow:
 
 
 class Ledger:
-    """Appends rows to a file and keeps this process's totals."""
+    """Appends rows to a file and holds this process's rows for its totals."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -50,7 +50,8 @@ class Ledger:
         self.lock = threading.Lock()
 
     def record(self, row: LedgerRow) -> None:
-        """Write down one attempt."""
+        """Append one attempt to the file and to this process's rows."""
+        # These three quote servers, so they may hold secrets, control characters or megabytes.
         row = replace(
             row,
             reason=show(row.reason),
@@ -63,33 +64,33 @@ class Ledger:
             append_line(self.path, line)
 
     def count_calls(self, *, since: int = 0) -> int:
-        """Return how many attempts reached a provider."""
+        """Return the number of attempts, cache hits apart; `since` is an index into this process's rows."""
         return sum(row.outcome != "cached" for row in self.rows[since:])
 
     def sum_cost(self, *, since: int = 0) -> float | None:
-        """Return the money spent; None if any price is unknown."""
+        """Return the cost in USD since a row index; None if any price is unknown."""
         costs = [row.cost_usd for row in self.rows[since:] if row.outcome != "cached"]
         return None if any(cost is None for cost in costs) else sum(c for c in costs if c is not None)
 
 
 def show(text: str) -> str:
-    """Return a text as a ledger may hold it."""
-    return shorten(clean_text(redact(text)), limit=MOST_CHARACTERS)
+    """Return a text redacted, cleaned and shortened to MAX_CHARACTERS."""
+    return shorten(clean_text(redact(text)), limit=MAX_CHARACTERS)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, object] | None]:
-    """Yield a ledger's rows, None for each line that is torn or was changed."""
+    """Yield a ledger's rows, None for each line that is torn or fails verification."""
     yield from load_lines(path.read_bytes())
 
 
 def compute_cost(prices: PriceConfig | None, usage: Usage, *, is_batch: bool) -> tuple[float | None, str]:
-    """Return USD and where the figure is from; None where neither provider nor profile says."""
+    """Return the cost in USD and its source: `reported`, or the price table's date; None where no price is known."""
     if usage.reported_usd is not None:
         return usage.reported_usd, "reported"
-    if prices is None:
+    if prices is None:  # nothing was used: the cost is 0 at any price
         return (None if usage.input_tokens + usage.output_tokens else 0.0), ""
     share = 1 - prices.batch_discount if is_batch else 1.0
     cached_price = prices.input if prices.cached_input is None else prices.cached_input
     fresh = usage.input_tokens - usage.cached_tokens
     total = fresh * prices.input + usage.cached_tokens * cached_price + usage.output_tokens * prices.output
-    return share * total / 1e6, prices.date
+    return share * total / 1e6, prices.date  # prices are per million tokens

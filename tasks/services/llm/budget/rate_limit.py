@@ -1,4 +1,4 @@
-"""Keep within a provider's requests and tokens a minute, instead of finding its limits by being refused."""
+"""Client-side rate limiting, so that a provider's limits are kept rather than found through 429 responses."""
 
 import threading
 import time
@@ -9,9 +9,9 @@ WINDOW_SECONDS = 60.0
 
 
 class RateLimiter:
-    """Lets calls begin so that no minute holds more of them, or of their tokens, than is allowed.
+    """Sliding-window limiter of requests and input tokens per minute.
 
-    It knows the calls of this process only; the provider's own answers still rule.
+    It counts the calls of this process only; 429 responses to other processes' load are left to the retries.
     """
 
     def __init__(
@@ -30,13 +30,17 @@ class RateLimiter:
         self.begun: deque[tuple[float, int]] = deque()
 
     def wait(self, tokens: int) -> None:
-        """Return when a call of so many tokens may begin; one that is over the limit alone goes alone."""
+        """Block until a call of `tokens` input tokens may start.
+
+        A call larger than the whole limit starts once the window is empty, since it would otherwise wait forever.
+        """
         while True:
             with self.lock:
                 pause = self._find_pause(tokens)
                 if pause <= 0:
                     self.begun.append((self.clock(), tokens))
                     return
+            # Outside the lock, then checked again: another thread may have taken the room meanwhile.
             self.sleep(pause)
 
     def _find_pause(self, tokens: int) -> float:

@@ -1,4 +1,4 @@
-"""A cap on money that holds over all processes and restarts."""
+"""A spending cap that holds across processes and restarts."""
 
 import fcntl
 import uuid
@@ -14,7 +14,7 @@ from tasks.stage.files import write_atomic
 
 
 class BudgetState(BaseModel):
-    """What is spent, and what is reserved by name."""
+    """USD spent, and USD reserved by reservation."""
 
     spent_usd: float = Field(0.0, ge=0, allow_inf_nan=False)
     reserved: dict[str, float] = {}
@@ -28,9 +28,9 @@ class BudgetState(BaseModel):
 class Budget:
     """Worst-case cost is reserved before each attempt, then reconciled.
 
-    Money is counted without a cap too, so that one that is set later knows what was spent before.
-    What a process reserved and never settled, because it was killed, counts as spent: it may have been.
-    A damaged file frees no money: nothing is reserved until a person has looked at it.
+    Spending is counted without a cap too, so that a cap set later includes it. A reservation that is never settled,
+    because its process was killed, keeps counting as spent: the call may have been billed. With a cap, a damaged
+    file blocks all reservations until a person has dealt with it.
     """
 
     def __init__(self, path: Path | None = None, cap_usd: float | None = None) -> None:
@@ -38,7 +38,7 @@ class Budget:
         self.cap_usd = cap_usd
 
     def reserve(self, usd: float) -> str:
-        """Reserve money and return the reservation's name.
+        """Reserve an amount in USD and return the reservation's name.
 
         Raises:
             BudgetExceeded: it would pass the cap, or the file is damaged.
@@ -48,6 +48,7 @@ class Budget:
         if self.path is None or (self.cap_usd is None and usd <= 0):
             return name  # nothing to count: most calls go to local models
         with self._locked() as state:
+            # The tolerance absorbs rounding of summed floats where a cap is used up exactly.
             if self.cap_usd is not None and state.total + usd > self.cap_usd + 1e-12:
                 raise BudgetExceeded(
                     f"{state.total:.4f} of {self.cap_usd:.4f} USD are spent or reserved and the next call may cost "
@@ -57,7 +58,7 @@ class Budget:
         return name
 
     def settle(self, name: str, *, spent: float) -> None:
-        """Replace a reservation by what was spent; one that is settled already stays as it is."""
+        """Replace a reservation by the actual cost. Idempotent: an unknown or settled name changes nothing."""
         if self.path is not None and self.path.exists():
             with self._locked() as state:
                 if state.reserved.pop(name, None) is not None:
@@ -65,9 +66,10 @@ class Budget:
 
     @contextmanager
     def _locked(self) -> Iterator[BudgetState]:
-        """Yield the state to be changed, and write it at the end."""
+        """Yield the state under an exclusive lock, and write it back unless the block raises."""
         assert self.path is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # A lock file of its own: `write_atomic` replaces the state's inode, and a lock on the old one excludes nobody.
         with self.path.with_suffix(".lock").open("a+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             state = self._read()
@@ -76,7 +78,7 @@ class Budget:
                 write_atomic(self.path, dump_signed(state))
 
     def _read(self) -> BudgetState | None:
-        """Return the state; None for a damaged file where there is no cap, which stays for the one that sets it."""
+        """Return the state; None for a damaged file without a cap, which is left in place for a later cap to find."""
         assert self.path is not None
         try:
             return load_signed(BudgetState, self.path.read_bytes())

@@ -1,1 +1,1 @@
-"""One chat completion: what is sent, how it travels, what comes back."""
+"""One chat completion: request, transport, reply."""

@@ -1,4 +1,4 @@
-"""Find out how a server takes a JSON schema: the best way whose reply fits, kept for later runs."""
+"""Probe which response format a server supports: the strictest whose reply fits, cached for later runs."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ class Probe(BaseModel):
 
 
 class Probed(Record):
-    """What was found out about a server."""
+    """The probed response format of a model at an address."""
 
     structure: Structure
 
@@ -32,10 +32,10 @@ class Probed(Record):
 def find_structure(
     profile: ProfileConfig, *, store: Store, call: Callable[[dict[str, object]], ChatCompletion]
 ) -> Structure:
-    """Return the first structure of the ladder that works, from the store where it is known.
+    """Return the strictest response format that works, cached per address and model.
 
     Raises:
-        ConfigError: none does.
+        ConfigError: none works.
 
     """
     identity = json.dumps([profile.base_url, profile.model])
@@ -50,13 +50,14 @@ def find_structure(
             put_record(store, Probed(key=key, structure=cast(Structure, structure)))
             return cast(Structure, structure)
         reasons.append(f"{structure}: {reason}")
-    raise ConfigError(f"{profile.model} at {profile.base_url} gives no JSON by any way: {'; '.join(reasons)[:400]}")
+    raise ConfigError(f"{profile.model} at {profile.base_url} supports no response format: {'; '.join(reasons)[:400]}")
 
 
 def try_structure(
     profile: ProfileConfig, structure: Structure, *, call: Callable[[dict[str, object]], ChatCompletion]
 ) -> str:
-    """Return why one way of asking doesn't work, or nothing."""
+    """Return why one response format doesn't work, or an empty string."""
+    # Neither color is the natural answer to the question: only an enforced enum gives one of the two reliably.
     body = {
         "model": profile.model,
         "messages": [
@@ -70,11 +71,11 @@ def try_structure(
         completion = call(ask_for(body, Probe, structure))
         parse_reply(Probe, read_content(completion, structure), completion)
     except RequestRefused as error:
-        if error.status in (401, 403, 404):
+        if error.status in (401, 403, 404):  # key, address or model: no other format would help
             raise
         return str(error)
     except EndpointUnavailable as error:
-        # Some servers answer a schema that they don't know with status 500; a dead one ends the search.
+        # Some servers answer an unsupported schema with status 500; one that does not answer ends the probe.
         if error.status is None or error.status < 500:
             raise
         return str(error)

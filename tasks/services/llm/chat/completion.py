@@ -1,7 +1,7 @@
-"""Chat completions as a type of our own: parsed in one place, whatever shape a server sends.
+"""Chat completions as a type of our own, parsed in one place from whatever a server sends.
 
-Nothing here raises: what can't be read becomes the completion's `problem`, so that a reply that was
-paid for is recorded before it is refused. Text that a server supplies is redacted here, once.
+`parse_completion` does not raise: an unreadable reply becomes a completion with a `problem`, so that it is recorded
+as paid before it is refused. Text from a server is redacted here, once.
 """
 
 import json
@@ -12,15 +12,16 @@ from typing import Any, TypeGuard
 from tasks.redaction import clean_text, redact, shorten, show_value
 
 XAI_TICKS_PER_USD = 1e10
-MOST_TOKENS = 10**9
-MOST_TOOL_CALLS = 16
-# Estimates of input tokens err by what a provider counts for an image: up to ten times between models.
+MAX_TOKENS = 10**9
+MAX_TOOL_CALLS = 16
+# Factors over the reservation beyond which a report is false, not just larger than estimated: what models count for
+# one image differs up to tenfold.
 ABSURD_INPUT, ABSURD_OUTPUT, ABSURD_USD = 32, 4, 100
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one reply; cached and image ones are among the input, reasoning among the output."""
+    """Tokens of one reply; cached and image tokens are part of the input, reasoning tokens of the output."""
 
     input_tokens: int = 0
     cached_tokens: int = 0
@@ -40,7 +41,7 @@ class ToolCall:
     call_id: str
 
     def to_wire(self) -> dict[str, object]:
-        """Return the call as a chat message holds it."""
+        """Return the call as an entry of an assistant message's `tool_calls`."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": self.call_id, "type": "function", "function": function}
 
@@ -73,6 +74,7 @@ def parse_completion(value: object) -> ChatCompletion:
     """Return a reply of any shape as a completion."""
     if not isinstance(value, dict):
         return ChatCompletion(problem=f"the reply is {name_type(value)}, not an object", raw=value)
+    # Usage before choices: a reply whose choices can't be read is still charged by its usage.
     usage, fault = parse_usage(value.get("usage"))
     model = clean_line(value.get("model"), limit=200)
     plain = ChatCompletion(model=model, usage=usage, usage_fault=fault, raw=value)
@@ -85,8 +87,8 @@ def parse_completion(value: object) -> ChatCompletion:
 
 
 def parse_choice(value: dict[str, object], plain: ChatCompletion) -> ChatCompletion:
-    """Return a completion with what its first choice holds. Raises ShapeError."""
-    if value.get("error") and not value.get("choices"):
+    """Return a completion with the fields of its first choice. Raises ShapeError."""
+    if value.get("error") and not value.get("choices"):  # an error reported with status 200
         raise ShapeError(f"the provider reports an error: {read_error(value['error'])}")
     choices = value.get("choices")
     if choices is None or choices == []:
@@ -108,7 +110,7 @@ def parse_choice(value: dict[str, object], plain: ChatCompletion) -> ChatComplet
 
 
 def parse_content(value: object) -> tuple[str | None, str]:
-    """Return the text of a message and of refusals in it: content is a string or a list of parts."""
+    """Return a message's text and its refusals' text; content is a string or a list of parts."""
     if value is None or isinstance(value, str):
         return (None if value is None else clean_string(value)), ""
     texts, refusals = [], []
@@ -125,9 +127,9 @@ def parse_content(value: object) -> tuple[str | None, str]:
 
 
 def parse_tool_calls(value: object) -> tuple[ToolCall, ...]:
-    """Return the functions to call, the first MOST_TOOL_CALLS of them. Raises ShapeError."""
+    """Return the first MAX_TOOL_CALLS tool calls. Raises ShapeError."""
     calls = []
-    for number, call in enumerate(expect(value or [], list, "tool_calls")[:MOST_TOOL_CALLS]):
+    for number, call in enumerate(expect(value or [], list, "tool_calls")[:MAX_TOOL_CALLS]):
         function = expect(expect(call, dict, "a tool call").get("function"), dict, "function")
         arguments = function.get("arguments") or ""
         if isinstance(arguments, dict):  # some servers send the object itself
@@ -137,6 +139,7 @@ def parse_tool_calls(value: object) -> tuple[ToolCall, ...]:
             ToolCall(
                 name=clean_line(expect(function.get("name"), str, "function.name"), limit=100),
                 arguments=clean_string(expect(arguments, str, "function.arguments")),
+                # Some servers omit ids, which the following tool messages refer to.
                 call_id=call_id if isinstance(call_id, str) and call_id else f"call_{number}",
             )
         )
@@ -144,10 +147,11 @@ def parse_tool_calls(value: object) -> tuple[ToolCall, ...]:
 
 
 def parse_citations(value: object) -> tuple[str, ...]:
-    """Return the addresses that a reply cites, in order, each once."""
+    """Return the distinct http(s) URLs that a reply cites, in order."""
     urls = []
     for note in value if isinstance(value, list) else []:
         if isinstance(note, dict) and note.get("type") == "url_citation":
+            # Chat completions nest the URL; annotations of the Responses API have it at the top level.
             inner = note.get("url_citation")
             urls.append((inner if isinstance(inner, dict) else note).get("url"))
     found = [clean_line(url, limit=2000) for url in urls if isinstance(url, str)]
@@ -155,7 +159,7 @@ def parse_citations(value: object) -> tuple[str, ...]:
 
 
 def parse_usage(value: object) -> tuple[Usage, str]:
-    """Return the usage that a reply reports, in any provider's words, and why it can't be trusted, or nothing."""
+    """Return the reported usage, in any provider's field names, and why it can't be read, or an empty string."""
     if value is None or value == {}:
         return Usage(), "no usage was reported"
     try:
@@ -180,19 +184,21 @@ def parse_usage(value: object) -> tuple[Usage, str]:
 
 
 def bound_usage(completion: ChatCompletion, most: Usage, *, worst_usd: float | None) -> ChatCompletion:
-    """Return a completion whose usage is the reservation where it reports none, or an impossible one.
+    """Return a completion whose usage is the reservation where the reported one is missing or implausible.
 
     Args:
         most: the tokens that were reserved.
-        worst_usd: their price; None where it is unknown.
+        worst_usd: their price in USD; None where it is unknown.
 
     """
     usage = completion.usage
     fault = completion.usage_fault
+    # Token counts of zero would make calls free of charge to the budget, unless the provider reports a price.
     if not fault and usage.reported_usd is None and not usage.input_tokens:
         fault = "no input tokens were reported"
     if not fault and usage.reported_usd is None and not usage.output_tokens and (completion.content or "").strip():
         fault = "no output tokens were reported for a reply with text"
+    # The price of uncached input, input - cached, would be negative.
     if not fault and usage.cached_tokens > usage.input_tokens:
         fault = f"{usage.cached_tokens} cached tokens of {usage.input_tokens}"
     for name, count, limit in (
@@ -207,16 +213,17 @@ def bound_usage(completion: ChatCompletion, most: Usage, *, worst_usd: float | N
 
 
 def read_count(value: object, name: str) -> int:
-    """Return a number of tokens, 0 where there is none. Raises ShapeError."""
+    """Return a token count in [0, MAX_TOKENS], 0 for null. Raises ShapeError."""
     if value is None:
         return 0
-    if not is_finite(value) or value != int(value) or not 0 <= value <= MOST_TOKENS:
+    # A whole float such as 3.0 is accepted: JSON does not distinguish the two.
+    if not is_finite(value) or value != int(value) or not 0 <= value <= MAX_TOKENS:
         raise ShapeError(f"{name} is {show_value(value, limit=60)}")
     return int(value)
 
 
 def read_usd(value: object, name: str) -> float | None:
-    """Return money, None where there is none. Raises ShapeError."""
+    """Return a non-negative amount of money, None for null. Raises ShapeError."""
     if value is None:
         return None
     if not is_finite(value) or value < 0:
@@ -225,7 +232,7 @@ def read_usd(value: object, name: str) -> float | None:
 
 
 def is_finite(value: object) -> TypeGuard[float]:
-    """Whether a value is a number that a float can hold; true and false are none."""
+    """Whether a value is a number that a finite float can hold; booleans are not numbers."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # a whole number of hundreds of digits
@@ -233,8 +240,8 @@ def is_finite(value: object) -> TypeGuard[float]:
 
 
 def read_error(value: object) -> str:
-    """Return what a server says is wrong, on one line: each puts it elsewhere."""
-    for _ in range(3):
+    """Return a server's error message on one line, from whichever field holds it."""
+    for _ in range(3):  # levels of nesting, such as {"error": {"message": ...}}
         if not isinstance(value, dict):
             break
         value = value.get("message") or value.get("detail") or value.get("error") or str(value)
@@ -255,7 +262,7 @@ def name_type(value: object) -> str:
 
 
 def clean_string(value: object) -> str:
-    """Return a server's text with secrets masked and half surrogate pairs replaced; other types are empty."""
+    """Return a server's text with secrets masked and lone surrogates replaced; empty for other types."""
     if not isinstance(value, str):
         return ""
     return redact(value.encode("utf-8", "replace").decode())

@@ -1,4 +1,4 @@
-"""Show pictures by address instead of inside the request: presigned, of our own bucket, by explicit choice."""
+"""Send images as presigned URLs of our own bucket instead of inline; opt-in, since anybody with a URL can read it."""
 
 import base64
 import hashlib
@@ -8,39 +8,39 @@ from typing import Any
 from tasks.services.store.base import Store
 
 CALL_SECONDS = 3600
-BATCH_SECONDS = 3 * 86_400  # a batch job may begin a day late, and is looked at once more after a failure
+BATCH_SECONDS = 3 * 86_400  # providers fetch images up to the end of a job's 24 h window; the rest is margin
 
 
-def publish_pictures(body: dict[str, Any], store: Store, *, seconds: int) -> dict[str, Any]:
-    """Return a body whose data URLs are addresses in the store that work for a while.
+def presign_images(body: dict[str, Any], store: Store, *, seconds: int) -> dict[str, Any]:
+    """Return a body whose data URLs are replaced by presigned URLs, valid for `seconds`.
 
     Raises:
-        ConfigError: the store can't sign addresses.
+        ConfigError: the store can't presign URLs.
 
     """
     messages = []
     for message in body["messages"]:
         content = message.get("content")
         if isinstance(content, list):
-            content = [publish_part(part, store, seconds) for part in content]
+            content = [presign_part(part, store, seconds) for part in content]
         messages.append({**message, "content": content})
     return {**body, "messages": messages}
 
 
-def publish_part(part: dict[str, Any], store: Store, seconds: int) -> dict[str, object]:
-    """Return a part of a message with its picture in the store."""
+def presign_part(part: dict[str, Any], store: Store, seconds: int) -> dict[str, object]:
+    """Return a part of a message with its inline image replaced by a URL."""
     url = part.get("image_url", {}).get("url", "")
     if not url.startswith("data:"):
         return part
     head, _, payload = url.partition(",")
     data, kind = base64.b64decode(payload), head.removeprefix("data:image/").partition(";")[0]
     key = f"llm/pictures/{hashlib.sha256(data).hexdigest()[:40]}.{kind}"
-    store.put_new(key, data)
+    store.put_new(key, data)  # content-addressed: an existing object is this image
     return {**part, "image_url": {"url": store.presign(key, seconds=seconds)}}
 
 
-def publish_line(line: bytes, store: Store) -> bytes:
-    """Return a batch file's line with its pictures in the store."""
+def presign_line(line: bytes, store: Store) -> bytes:
+    """Return a batch file's line with its inline images replaced by URLs."""
     row = json.loads(line)
-    body = publish_pictures(row["body"], store, seconds=BATCH_SECONDS)
+    body = presign_images(row["body"], store, seconds=BATCH_SECONDS)
     return json.dumps({**row, "body": body}, sort_keys=True).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""JSON schemas that every provider's strict mode takes."""
+"""JSON schemas within the subset that every provider's strict mode supports."""
 
 import json
 from typing import Any, TypeVar
@@ -10,7 +10,8 @@ from tasks.redaction import shorten, show_value
 from tasks.services.llm.chat.completion import ChatCompletion
 
 T = TypeVar("T", bound=BaseModel)
-# Providers disagree on bounds, formats and defaults; what they all enforce is types, enums and keys.
+# Strict modes differ in bounds, formats and defaults; all enforce types, enums and keys. pydantic checks the rest.
+# Descriptions stay: a reply model's docstring and field descriptions are part of the prompt and of the cache key.
 UNSUPPORTED = (
     "default", "title", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
     "minLength", "maxLength", "pattern", "format", "minItems", "maxItems", "multipleOf",
@@ -27,16 +28,17 @@ def strict_schema(model: type[BaseModel]) -> dict[str, object]:
 
 
 def close(node: object, definitions: dict[str, object]) -> Any:
-    """Inline references, close objects and drop what strict modes refuse."""
+    """Inline references, forbid additional properties and drop unsupported keywords."""
     if isinstance(node, list):
         return [close(item, definitions) for item in node]
     if not isinstance(node, dict):
         return node
-    if "$ref" in node:
+    if "$ref" in node:  # siblings of a reference are dropped; recursive models are not supported
         return close(definitions[node["$ref"].rsplit("/", 1)[-1]], definitions)
     if "const" in node:
         node = {**node, "enum": [node["const"]]}
         del node["const"]
+    # Properties apart: their names may equal keywords, such as a field named `title` or `format`.
     properties = node.get("properties")
     kept = {
         key: close(value, definitions) for key, value in node.items() if key not in UNSUPPORTED and key != "properties"
@@ -52,12 +54,12 @@ def parse_reply(model: type[T], content: str | None, completion: ChatCompletion 
     """Return the validated reply.
 
     Args:
-        content: the text in which its JSON should stand.
-        completion: what it came with; None for a reply that was accepted before.
+        content: JSON text.
+        completion: its completion, which is checked for refusal and truncation; None for a cached reply.
 
     Raises:
-        ReplyInvalid: it is a refusal, empty, cut off, or does not fit the schema. A cut reply is
-            never repaired: a shorter valid object would be a wrong one.
+        ReplyInvalid: it is a refusal, empty, cut off, or does not fit the schema. Truncated JSON is never
+            completed: a shorter valid object would be a wrong one.
 
     """
     if completion is not None:
@@ -75,7 +77,7 @@ def parse_reply(model: type[T], content: str | None, completion: ChatCompletion 
 
 
 def refuse_constant(name: str) -> None:
-    """Raise ValueError for NaN and Infinity, which are no JSON."""
+    """Raise ValueError for NaN and Infinity, which `json` accepts though JSON has no such constants."""
     raise ValueError(name)
 
 

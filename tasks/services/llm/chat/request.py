@@ -1,4 +1,4 @@
-"""One request as plain data: what the sync client sends and what a batch file holds."""
+"""One request as plain data, for synchronous calls and for the lines of a batch file."""
 
 import base64
 import hashlib
@@ -14,8 +14,8 @@ from tasks.services.llm.chat.json_schema import strict_schema
 from tasks.services.llm.chat.response_format import ask_for, set_reasoning
 from tasks.services.llm.config import ProfileConfig, Structure
 
-CHARACTERS_PER_TOKEN = 3  # fewer than English has, so that estimates err upward
-TOKENS_PER_REQUEST = 50
+CHARACTERS_PER_TOKEN = 3  # English has about 4, so estimates err upward
+TOKENS_PER_REQUEST = 50  # roles and delimiters
 
 
 T = TypeVar("T", bound=BaseModel)
@@ -24,10 +24,10 @@ T_co = TypeVar("T_co", bound=BaseModel, covariant=True)
 
 @dataclass(frozen=True)
 class RequestSpec(Generic[T_co]):
-    """A question with pictures and the shape of its answer.
+    """A prompt with images and the type of its reply.
 
-    `parts` alternate freely: text, and PNG or JPEG bytes. `repeat` tells apart requests that are asked
-    several times over on purpose.
+    `parts` are text, and PNG or JPEG bytes, in any order. `repeat` distinguishes deliberate repetitions of one
+    request, which would otherwise share a cached reply.
     """
 
     system: str
@@ -39,7 +39,7 @@ class RequestSpec(Generic[T_co]):
     """Names of the tools that may be called before the answer."""
 
     def plain_body(self, profile: ProfileConfig) -> dict[str, Any]:
-        """Return the body of a chat completion without the shape of its answer."""
+        """Return the body of a chat completion without a response format."""
         content: list[dict[str, object]] = []
         for part in self.parts:
             if isinstance(part, str):
@@ -60,13 +60,14 @@ class RequestSpec(Generic[T_co]):
         return ask_for(self.plain_body(profile), self.reply, structure)
 
     def compute_key(self, profile: ProfileConfig) -> str:
-        """Return a digest of everything that decides the answer; the batch `custom_id` too."""
+        """Return a digest of everything that decides the reply; it is also the batch `custom_id`."""
+        # The plain body, so that another response format (after a new probe) finds the same cached replies.
         whole = [profile.base_url, self.plain_body(profile), strict_schema(self.reply), self.repeat, *self.tools]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:40]
 
 
 def count_body_tokens(body: dict[str, Any], profile: ProfileConfig) -> tuple[int, int]:
-    """Return about how many tokens a body sends, at most, and how many may come back."""
+    """Return an upper estimate of a body's input tokens, and the cap on its output tokens."""
     characters, pixels = len(json.dumps(body.get("response_format") or body.get("tools") or "")), 0
     for message in body["messages"]:
         content = message.get("content") or json.dumps(message.get("tool_calls") or "")
@@ -87,7 +88,10 @@ def count_pixels(url: str) -> int:
 
 
 def encode_image(data: bytes, *, max_side: int) -> str:
-    """Return a data URL of the pixels alone: no metadata, at most `max_side` pixels a side."""
+    """Return a data URL of the pixels alone, at most `max_side` pixels a side.
+
+    EXIF data, GPS position and thumbnails of a photo are not sent to providers.
+    """
     with Image.open(io.BytesIO(data)) as opened:
         image = opened.convert("RGB")
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)

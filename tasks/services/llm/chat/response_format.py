@@ -1,7 +1,7 @@
-"""How one question is asked of servers that speak differently, and where its answer stands in the reply.
+"""Response formats: how structured output is requested from different servers, and read from their replies.
 
-A ladder, best first: strict JSON schema; JSON object with the schema beside it (llama.cpp); a forced
-tool call; JSON mode with the schema in words; plain text, from which the first JSON object is taken.
+Strictest first: strict JSON schema; JSON object with a schema beside it (llama.cpp); a forced tool call; JSON mode
+with the schema in the prompt; plain text, from which the first JSON object is taken.
 """
 
 import json
@@ -17,8 +17,9 @@ TOOL = "answer"
 
 
 def ask_for(body: dict[str, Any], reply: type[BaseModel], structure: Structure) -> dict[str, Any]:
-    """Return the body of a chat completion that asks for a reply of the given shape."""
+    """Return a chat completion's body that requests a reply of the given type."""
     schema = strict_schema(reply)
+    # The list is copied: callers append to it, and a caller's body must not change.
     body = {**body, "messages": list(body["messages"])}
     if structure == "json_schema":
         body["response_format"] = {
@@ -40,7 +41,7 @@ def ask_for(body: dict[str, Any], reply: type[BaseModel], structure: Structure) 
 
 
 def read_content(completion: ChatCompletion, structure: Structure) -> str | None:
-    """Return the text of a reply in which its JSON should stand."""
+    """Return the part of a reply that should be JSON."""
     if structure == "tool":
         return completion.tool_calls[0].arguments if completion.tool_calls else None
     content = completion.content
@@ -50,7 +51,7 @@ def read_content(completion: ChatCompletion, structure: Structure) -> str | None
 
 
 def find_object(text: str) -> str | None:
-    """Return the first whole JSON object in a text; what is cut off is not completed."""
+    """Return the first complete JSON object in a text, for example inside a Markdown code fence."""
     decoder = json.JSONDecoder()
     start = text.find("{")
     while start >= 0:
@@ -66,7 +67,7 @@ def find_object(text: str) -> str | None:
 
 
 def set_reasoning(body: dict[str, Any], profile: ProfileConfig, *, is_reasoning: bool) -> dict[str, Any]:
-    """Return the body with reasoning switched, and room for it where the model counts it as output."""
+    """Return the body with reasoning switched on or off; its tokens count as output, so the cap is raised."""
     kind = profile.capabilities.reasoning
     if kind == "none":
         return body

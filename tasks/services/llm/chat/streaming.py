@@ -1,14 +1,14 @@
-"""Read a streamed reply: server-sent events in, one completion out, text cleaned on its way to a terminal."""
+"""Read a streamed reply: server-sent events in, one completion out; text is cleaned before a terminal shows it."""
 
 import json
 from collections.abc import Callable
 from typing import Any
 
 from tasks.redaction import clean_text, redact
-from tasks.services.llm.chat.completion import MOST_TOOL_CALLS, read_error
+from tasks.services.llm.chat.completion import MAX_TOOL_CALLS, read_error
 from tasks.services.llm.errors import EndpointUnavailable
 
-MOST_HELD = 400
+MAX_HELD = 400  # characters without white space
 
 
 class StreamReader:
@@ -32,11 +32,12 @@ class StreamReader:
         try:
             chunk = json.loads(payload)
         except (ValueError, RecursionError) as error:
-            raise EndpointUnavailable("the answer is no stream of JSON; ask again") from error
+            raise EndpointUnavailable("the response is not a stream of JSON; ask again") from error
         if not isinstance(chunk, dict):
-            raise EndpointUnavailable("the answer is no stream of JSON objects; ask again")
+            raise EndpointUnavailable("the response is not a stream of JSON objects; ask again")
         if chunk.get("error"):
             raise EndpointUnavailable(f"the provider reports an error: {read_error(chunk['error'])}; ask again")
+        # With `include_usage` the last chunk has the usage and an empty list of choices.
         for name in ("model", "usage"):
             if chunk.get(name) is not None:
                 self.whole[name] = chunk[name]
@@ -44,7 +45,7 @@ class StreamReader:
             for choice in chunk.get("choices") or []:
                 self.add(choice)
         except (AttributeError, TypeError, ValueError, IndexError) as error:
-            raise EndpointUnavailable("a piece of the streamed answer has an unexpected shape; ask again") from error
+            raise EndpointUnavailable("a chunk of the streamed response has an unexpected shape; ask again") from error
 
     def add(self, choice: dict[str, Any]) -> None:
         """Add one choice's delta."""
@@ -52,24 +53,25 @@ class StreamReader:
         delta = choice.get("delta") or {}
         for name, texts in (("content", self.texts), ("refusal", self.refusals)):
             if delta.get(name):
-                texts.append("" + delta[name])
+                texts.append("" + delta[name])  # raises TypeError unless it is a string; `feed` reports that
         if delta.get("content"):
             self.on_text(delta["content"])
         for part in delta.get("tool_calls") or []:
             index = part.get("index", 0)
-            if not 0 <= index < MOST_TOOL_CALLS:
+            # The list below grows up to this index, so a hostile one could exhaust memory.
+            if not 0 <= index < MAX_TOOL_CALLS:
                 raise IndexError(index)
             while len(self.calls) <= index:
                 self.calls.append({"id": "", "name": "", "arguments": ""})
             call, function = self.calls[index], part.get("function") or {}
-            call["id"] = part.get("id") or call["id"]
+            call["id"] = part.get("id") or call["id"]  # comes whole; name and arguments come in fragments
             call["name"] += function.get("name") or ""
             call["arguments"] += function.get("arguments") or ""
 
     def finish(self) -> dict[str, object]:
         """Return the whole completion. Raises EndpointUnavailable where the stream ended early."""
         if self.finish_reason is None:
-            raise EndpointUnavailable("the answer broke off; ask again")
+            raise EndpointUnavailable("the response ended early; ask again")
         calls = [
             {"id": call["id"], "function": {"name": call["name"], "arguments": call["arguments"]}}
             for call in self.calls
@@ -79,9 +81,9 @@ class StreamReader:
 
 
 class TextCleaner:
-    """Passes text on without control characters and secrets, though they may be split between pieces.
+    """Forwards text without control characters and secrets, even where these are split between pieces.
 
-    The last word is held back until white space follows: a secret has none inside.
+    The last word is held back until white space follows it, since a secret contains none.
     """
 
     def __init__(self, on_text: Callable[[str], None]) -> None:
@@ -89,22 +91,23 @@ class TextCleaner:
         self.held = ""
 
     def feed(self, piece: str) -> None:
-        """Take one piece."""
+        """Forward as much text as is complete with this piece."""
         self.held += piece
         end = max(self.held.rfind(" "), self.held.rfind("\n")) + 1
-        if not end and len(self.held) > MOST_HELD:  # some scripts have no spaces
-            end = len(self.held) - MOST_HELD // 2
+        if not end and len(self.held) > MAX_HELD:
+            # Some scripts have no spaces. Half stays held, since a secret may span the cut.
+            end = len(self.held) - MAX_HELD // 2
         if end:
             self.emit(self.held[:end])
             self.held = self.held[end:]
 
     def flush(self) -> None:
-        """Pass on what was held back."""
+        """Forward the held text."""
         self.emit(self.held)
         self.held = ""
 
     def emit(self, text: str) -> None:
-        """Clean and pass on."""
+        """Forward cleaned text."""
         cleaned = clean_text(redact(text))
         if cleaned:
             self.on_text(cleaned)

@@ -1,4 +1,4 @@
-"""Talk to a provider through the `openai` package: bounded reads, one deadline, our errors."""
+"""HTTP transport through the `openai` package: bounded reads, one deadline per call, errors mapped to ours."""
 
 import json
 import os
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import httpx2
     from openai import OpenAI
 
-MOST_BYTES = 16_000_000  # of a reply: more is no chat completion
-# Words by which providers say that money, not pace, is the limit: waiting would not help.
+MAX_BYTES = 16_000_000  # of one reply; bounds the memory that a hostile server can claim
+# Words in a 429 that mean an exhausted balance rather than a rate limit: waiting would not help.
 QUOTA_WORDS = ("insufficient_quota", "quota", "credit", "billing", "spending limit")
 
 
@@ -31,7 +31,7 @@ class ByteStream(Protocol):
 
 
 def make_client(profile: ProfileConfig, *, start_local: Callable[[], str] | None) -> "OpenAI":
-    """Return an openai client. Raises ConfigError where the key is not in the environment."""
+    """Return an OpenAI client. Raises ConfigError where the key is not in the environment."""
     import openai
 
     base_url = profile.base_url
@@ -39,12 +39,12 @@ def make_client(profile: ProfileConfig, *, start_local: Callable[[], str] | None
         if start_local is None:
             raise ConfigError("this profile needs the mini vision server, which is not running here")
         base_url = start_local()
-    # Retries belong to one layer, ours: the SDK would post a batch twice without a way to tell.
+    # Retries belong to one layer, chat/retries.py: the SDK would silently post a batch job twice.
     return openai.OpenAI(base_url=base_url, api_key=read_key(profile), max_retries=0)
 
 
 def read_key(profile: ProfileConfig) -> str:
-    """Return the profile's key, masked from now on. Raises ConfigError where it is not in the environment."""
+    """Return the profile's key and register it for redaction. Raises ConfigError where it is not set."""
     if not profile.api_key_variable:
         return "local"
     key = os.environ.get(profile.api_key_variable, "")
@@ -64,18 +64,18 @@ def complete(client: "OpenAI", body: dict[str, Any], *, timeout_seconds: float) 
 def read_object(response: "ByteStream", *, deadline: float, seconds: float) -> dict[str, object]:
     """Return a response's JSON object. Raises EndpointUnavailable for anything else.
 
-    The SDK's own timeout is between two bytes, so it would wait for a server that sends one now and then.
+    The SDK's timeout bounds the gap between two reads, so a server that trickles bytes would never exceed it.
     """
     data = bytearray()
     for chunk in response.iter_bytes():
         data += chunk
         if time.monotonic() > deadline:
-            raise EndpointUnavailable(f"the answer was not whole after {seconds:.0f} s; run again to resume")
-        if len(data) > MOST_BYTES:
-            raise EndpointUnavailable(f"the answer is longer than {MOST_BYTES / 1e6:.0f} MB; run again to resume")
+            raise EndpointUnavailable(f"the response was incomplete after {seconds:.0f} s; run again to resume")
+        if len(data) > MAX_BYTES:
+            raise EndpointUnavailable(f"the response is longer than {MAX_BYTES / 1e6:.0f} MB; run again to resume")
     value = parse_body(bytes(data))
     if not isinstance(value, dict):
-        raise EndpointUnavailable(f"the answer is no JSON object: {show_value(bytes(data[:60]))}; run again to resume")
+        raise EndpointUnavailable(f"the response is not a JSON object: {show_value(bytes(data[:60]))}; run again")
     return value
 
 
@@ -84,36 +84,40 @@ def parse_body(data: bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise EndpointUnavailable(f"the answer is no JSON: {show_value(data[:60])}; run again to resume") from error
+        raise EndpointUnavailable(f"the response is not JSON: {show_value(data[:60])}; run again to resume") from error
 
 
 def complete_streaming(
     client: "OpenAI", body: dict[str, Any], *, timeout_seconds: float, on_text: Callable[[str], None]
 ) -> dict[str, object]:
-    """Show a reply as it comes and return it whole, as `complete` would.
+    """Stream a reply to `on_text` and return the whole completion, as `complete` would.
 
-    An interrupt closes the connection, by which providers stop generating.
+    An interrupt closes the connection, upon which providers stop generating.
     """
     deadline = time.monotonic() + timeout_seconds
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     cleaner = TextCleaner(on_text)
     reader = StreamReader(cleaner.feed)
     create = client.chat.completions.with_streaming_response.create
-    size = 0
+    size, pending = 0, b""
     with create(**openai_arguments(body), timeout=timeout_seconds) as response:
-        for line in response.iter_lines():
-            size += len(line)
+        # Bytes, not the SDK's lines: those are buffered without limit until a line ends.
+        for chunk in response.iter_bytes():
+            size += len(chunk)
             if time.monotonic() > deadline:
-                raise EndpointUnavailable(f"the answer was not whole after {timeout_seconds:.0f} s; ask again")
-            if size > MOST_BYTES:
-                raise EndpointUnavailable(f"the answer is longer than {MOST_BYTES / 1e6:.0f} MB; ask again")
-            reader.feed(line)
+                raise EndpointUnavailable(f"the response was incomplete after {timeout_seconds:.0f} s; ask again")
+            if size > MAX_BYTES:
+                raise EndpointUnavailable(f"the response is longer than {MAX_BYTES / 1e6:.0f} MB; ask again")
+            *lines, pending = (pending + chunk).split(b"\n")
+            for line in lines:
+                reader.feed(line.decode("utf-8", "replace").rstrip("\r"))
+        reader.feed(pending.decode("utf-8", "replace"))
     whole = reader.finish()
     cleaner.flush()
     return whole
 
 
-# What the SDK has arguments for; anything else a provider understands goes beside them.
+# Named arguments of the SDK's `create`; any other field of a body goes through `extra_body`.
 KNOWN_ARGUMENTS = frozenset(
     {"model", "messages", "max_completion_tokens", "response_format", "tools", "tool_choice", "reasoning_effort",
      "stream", "stream_options", "temperature", "seed"}
@@ -121,7 +125,7 @@ KNOWN_ARGUMENTS = frozenset(
 
 
 def openai_arguments(body: dict[str, Any]) -> dict[str, Any]:
-    """Return a body as arguments of the SDK's call."""
+    """Return a request body as keyword arguments of the SDK's `create`."""
     known = {key: value for key, value in body.items() if key in KNOWN_ARGUMENTS}
     others = {key: value for key, value in body.items() if key not in KNOWN_ARGUMENTS}
     return {**known, **({"extra_body": others} if others else {})}
@@ -129,7 +133,7 @@ def openai_arguments(body: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def translated(profile: ProfileConfig) -> Iterator[None]:
-    """Turn the SDK's errors into ours."""
+    """Map the SDK's errors to ours, with whether the attempt may be billed."""
     import httpx2
     import openai
 
@@ -137,8 +141,9 @@ def translated(profile: ProfileConfig) -> Iterator[None]:
     try:
         yield
     except httpx2.HTTPError as error:  # while the body is read; before that the SDK has errors of its own
-        raise EndpointUnavailable(f"{where} broke off its answer: {error}; run again to resume") from error
+        raise EndpointUnavailable(f"{where} sent an incomplete response: {error}; run again to resume") from error
     except openai.APIConnectionError as error:
+        # Only an attempt that failed before the request was sent is certainly free.
         cause = error.__cause__
         was_sent = not isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.UnsupportedProtocol)
         reason = f"{error} ({cause})" if cause and str(cause) else str(error)
@@ -153,7 +158,7 @@ def translated(profile: ProfileConfig) -> Iterator[None]:
 
 
 def map_http_error(error: Any, profile: ProfileConfig, where: str) -> LikenessError:
-    """Return our error for an HTTP status: what the operator should do."""
+    """Return our error for an HTTP status; its message says what the operator should do."""
     status, reason = int(error.status_code), read_error(error.body or error.message)
     whole = f"{error} {error.body}".lower()  # the SDK keeps codes such as insufficient_quota out of its message
     is_quota = status == 429 and any(word in whole for word in QUOTA_WORDS)
@@ -177,7 +182,7 @@ def map_http_error(error: Any, profile: ProfileConfig, where: str) -> LikenessEr
             f"{where} {asked} (rate limit): {reason}; run again later, or set requests_per_minute of the LLM profile",
             status=status, is_billable=False, retry_after=wait,
         )  # fmt: skip
-    if status < 500 and status != 408:
+    if status < 500 and status != 408:  # 408 is a timeout, worth a retry like 5xx
         return RequestRefused(
             f"{where} refuses the request: {reason}; check the LLM profile with `likeness doctor`", status=status
         )
@@ -188,7 +193,7 @@ def map_http_error(error: Any, profile: ProfileConfig, where: str) -> LikenessEr
 
 
 def explain_refused_key(profile: ProfileConfig, where: str, *, status: int, reason: str) -> str:
-    """Return what to do about status 401 or 403."""
+    """Return the message for status 401 or 403."""
     variable = profile.api_key_variable
     if variable is None:
         return f"{where} asks for a key ({status}): {reason}; set api_key_variable of the LLM profile"
@@ -198,9 +203,9 @@ def explain_refused_key(profile: ProfileConfig, where: str, *, status: int, reas
 
 
 def read_retry_after(response: "httpx2.Response") -> float | None:
-    """Return the seconds that a provider asks to wait; None where it names none that make sense."""
+    """Return Retry-After in seconds; None where it is absent, an HTTP date, negative or not finite."""
     try:
         seconds = float(response.headers.get("retry-after", ""))
     except ValueError:
         return None
-    return seconds if 0 <= seconds < float("inf") else None  # nan and negative numbers are no answer
+    return seconds if 0 <= seconds < float("inf") else None  # the comparison is false for nan too

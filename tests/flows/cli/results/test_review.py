@@ -16,7 +16,8 @@ def test_a_person_talks_a_caption_over(first_run: dict[str, Any], sandbox: CliSa
     assert "on a red table, seen from above" in done.stdout.rsplit("you>", 2)[1]
     path = Path(done.stdout.strip().rsplit("subject.captions=", 1)[1])
     assert (sandbox.folder / path).read_text().splitlines()[1] == "fish-7-01.jpg,on a red table,seen from above"
-    rows = [json.loads(line) for line in (sandbox.output / first_run["run_id"] / "ledger.jsonl").open()]
+    ledger = sandbox.output / first_run["run_id"] / "ledger.jsonl"
+    rows = [json.loads(line) for line in ledger.read_text().splitlines()]
     assert [row["role"] for row in rows[-3:]] == ["reviewer"] * 3
     again = sandbox.likeness("review", first_run["run_id"], typed="")
     assert "resumes after 2 turns" in again.stdout

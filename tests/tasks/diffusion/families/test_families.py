@@ -114,7 +114,7 @@ def test_what_a_repository_may_not_hold_is_refused_by_name(folders: dict[str, Pa
         (folder / "model_index.json").write_text(json.dumps({**index, "unet": value}))
     for folder, message in (
         (pickled, "holds diffusion_pytorch_model.bin, a pickle; only safetensors"),
-        (scripted, r"brings code of its own \(unet/my_unet.py\)"),
+        (scripted, r"contains custom code \(unet/my_unet.py\)"),
         (adapted, r"holds text_encoder/adapter_config.json, an adapter of another model"),
         (nameless, "text_encoder has no config.json"),
         (foreign, "unet is a my_code.MyUNet"),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tasks.diffusion.adapter import DiffusionModel
-from tasks.diffusion.lora.adapters import LoraShape, add_lora, check_saved_lora, save_lora
+from tasks.diffusion.lora.adapters import LoraHyperparameters, add_lora, check_saved_lora, save_lora
 from tasks.diffusion.registry import open_model
 from tasks.diffusion.types import LORA_FILE
 from tasks.errors import AdapterSaveFailed, ConfigError
@@ -124,4 +124,4 @@ def test_layers_that_are_not_there_are_refused_by_the_settings_name(folders: dic
     model = open_family("stable_diffusion", folders["stable_diffusion"])
     for targets in (("no_such_layer",), ("norm1",)):
         with pytest.raises(ConfigError, match="training.lora.target_modules"):
-            add_lora(model, ["unet"], LoraShape(rank=2, lora_alpha=2.0, target_modules=targets))
+            add_lora(model, ["unet"], LoraHyperparameters(rank=2, lora_alpha=2.0, target_modules=targets))

@@ -125,7 +125,7 @@ def test_a_flag_that_does_not_hold_is_named_with_what_to_change(tmp_path: Path) 
     assert found["schema"].is_good
     told = {name: found[name].detail for name in ("tools", "reasoning", "stream") if not found[name].is_good}
     assert told["tools"] == "calls no tool; set .capabilities.tools=false"
-    assert told["reasoning"] == "reasons (7 tokens) though told not to; set .capabilities.reasoning"
+    assert told["reasoning"] == "reasons (7 tokens) although reasoning is disabled; set .capabilities.reasoning"
     assert told["stream"] == "no text was streamed; set .capabilities.streaming=false"
 
 

@@ -142,7 +142,7 @@ def test_a_server_without_any_way_is_named(tmp_path: Path) -> None:
         profile = ProfileConfig(base_url=server.url, model="asked-model", max_attempts=1)
         config = make_llm_config(models=("p",), profiles={"p": profile})
         llm = LlmService(config, store=LocalStore(tmp_path / "store"), ledger=Ledger(tmp_path / "ledger.jsonl"))
-        with pytest.raises(ConfigError, match="asked-model at .* gives no JSON by any way: json_schema: .*500"):
+        with pytest.raises(ConfigError, match="asked-model at .* supports no response format: json_schema: .*500"):
             llm.ask(SPEC, role="judge")
 
 
@@ -186,7 +186,7 @@ def test_cost_counts_cached_tokens_batches_and_prefers_what_the_provider_says() 
 
 def test_eight_workers_with_money_for_three_calls_make_three(cheap: ScriptedServer, tmp_path: Path) -> None:
     fixed = CapabilityConfig(structure="json_schema")
-    # Nothing goes in for money, so that the worst case is the cap on a reply alone: 600 tokens.
+    # Nothing goes in for money, so that the worst case is the maximum tokens of a reply alone: 600 tokens.
     prices = PriceConfig(input=0.0, output=1000.0, date="d")
     profile = ProfileConfig(base_url=cheap.url, model="asked-model", capabilities=fixed, prices=prices, max_attempts=1)
     config = make_llm_config(models=("p",), profiles={"p": profile}, budget_usd=1.8)

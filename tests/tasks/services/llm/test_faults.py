@@ -156,7 +156,7 @@ def test_a_server_that_drips_is_left_in_time(tmp_path: Path) -> None:
 
     with raw_server(drip) as server:
         started = time.monotonic()
-        with pytest.raises(ServiceUnavailable, match="was not whole after 1 s"):
+        with pytest.raises(ServiceUnavailable, match="was incomplete after 1 s"):
             ask(make_llm(server, tmp_path, timeout_seconds=1, max_attempts=1))
         assert time.monotonic() - started < 10
         assert server.counts[CHAT] == 1

@@ -1,5 +1,6 @@
 """TensorBoard and Weights & Biases, for real and offline."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,13 @@ def test_wandb_keeps_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     publish(WandbLogger(make_config(TrackingConfig), folder=tmp_path), tmp_path)
     run = next((tmp_path / "wandb").glob("offline-run-*"))
-    stored = next(run.glob("*.wandb")).read_bytes()
-    for word in (b"train/loss", b"tuned/dino", b"step-00000002"):
-        assert word in stored
+    words = (b"train/loss", b"tuned/dino", b"step-00000002")
+    stored, deadline = b"", time.monotonic() + 60
+    # W&B's service process writes the file, on a busy machine after `finish` has returned.
+    while not all(word in stored for word in words) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        stored = next(run.glob("*.wandb")).read_bytes()
+    assert [word for word in words if word not in stored] == []
     assert list(run.glob("files/media/images/**/*.png"))
 
 

@@ -112,13 +112,13 @@ def test_a_person_is_told_what_a_caption_gives_away(subject: SubjectSet, store: 
     person = Person(False)
     words = {"photo": "photo-0.png", "surroundings": "on blue; rm -rf {path}", "view": ""}
     call(subject, CaptionVersions(tmp_path, {}), store, person, "apply_caption", **words)
-    assert "(tells what never changes: blue)" in person.asked[0]
+    assert "(names invariant traits: blue)" in person.asked[0]
     assert "{" not in person.asked[0]
 
 
 def test_photos_are_shown_and_named_in_the_briefing(subject: SubjectSet, store: LocalStore, tmp_path: Path) -> None:
     versions = CaptionVersions(tmp_path, {})
-    assert call(subject, versions, store, Person(True), "look_at_photo", photo="photo-3.png")["picture"]
+    assert call(subject, versions, store, Person(True), "view_photo", photo="photo-3.png")["picture"]
     text = write_briefing(subject, versions)
     assert "photo-0.png | caption: at sea | sharpness" in text
     assert "blue fins with white stripes" in text

@@ -111,9 +111,9 @@ def test_a_phrase_is_short_whatever_comes(text: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("photo,surroundings,view\na.jpg,\xfc,\n".encode("latin1"), "line 2: this is no UTF-8; save"),
-        (b"photo,surroundings,view\n\na.jpg," + b"y" * 200_000 + b",\n", r"line 3: this is no CSV \(field larger"),
-        (b'photo,surroundings,view\na.jpg,"y\n', r"line 2: this is no CSV \(unexpected end"),
+        ("photo,surroundings,view\na.jpg,\xfc,\n".encode("latin1"), "line 2: this is not UTF-8; save"),
+        (b"photo,surroundings,view\n\na.jpg," + b"y" * 200_000 + b",\n", r"line 3: this is not CSV \(field larger"),
+        (b'photo,surroundings,view\na.jpg,"y\n', r"line 2: this is not CSV \(unexpected end"),
         (b"photo;surroundings;view\n", "line 1: there is no column"),
         (b"surroundings,view\n", "line 1: no column"),
         (b"photo,surroundings,view\na.jpg,,,w\n", "line 2: 4 fields, not 3; quote"),

@@ -204,7 +204,7 @@ def claim(width: int, height: int) -> bytes:
         (thin(1, 5_000), "too small: 1x5000 px"),
         (claim(1, 50_000_000), "too small: 1x50000000 px"),
         (claim(50_000_000, 1), "too small"),
-        (claim(64, 900_000), "too long and thin: 64x900000 px, at most 6 to 1"),
+        (claim(64, 900_000), "aspect ratio too high: 64x900000 px, at most 6:1"),
         (claim(2**31 - 1, 2**31 - 1), "too large"),
     ],
 )
@@ -371,7 +371,7 @@ def test_what_all_photos_take_together_is_bounded(
     tmp_path: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw_photos(tmp_path / "in", num=4, size=128)
-    monkeypatch.setattr("tasks.subject.photos.ingest.MOST_PIXELS_IN_ALL", 3 * 128 * 128)
+    monkeypatch.setattr("tasks.subject.photos.ingest.MAX_PIXELS_IN_ALL", 3 * 128 * 128)
     with pytest.raises(SubjectRejected, match=r"more than .* megapixels .*subject.working_side"):
         check(tmp_path / "in", store)
 

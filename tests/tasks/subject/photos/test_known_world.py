@@ -7,7 +7,7 @@ import skimage
 from PIL import Image
 
 from tasks.errors import SubjectRejected
-from tasks.mini.recognition import LEAST_PSNR, MOST_DISTANCE, Recognizer, draw_set
+from tasks.mini.recognition import MAX_DISTANCE, MIN_PSNR, Recognizer, draw_set
 from tasks.mini.world.scenes import CLASS_NOUNS
 from tasks.services.store.local import LocalStore
 from tasks.subject.photos.ingest import check_photos
@@ -46,8 +46,8 @@ def test_no_drawn_subject_of_two_hundred_is_refused(recognizer: Recognizer) -> N
     ]
     assert [number for number, evidence in enumerate(found) if not evidence.is_drawn] == []
     # Not by a hair: another CPU's kernels round otherwise.
-    assert min(evidence.psnr for evidence in found) > LEAST_PSNR + 0.2
-    assert max(evidence.distance for evidence in found) < MOST_DISTANCE - 0.3
+    assert min(evidence.psnr for evidence in found) > MIN_PSNR + 0.2
+    assert max(evidence.distance for evidence in found) < MAX_DISTANCE - 0.3
 
 
 def test_a_cat_is_refused_with_three_ways_on_and_known_afterwards(tmp_path: Path, store: LocalStore) -> None:

@@ -20,7 +20,7 @@ from tasks.training.callbacks.stop import has_converged
 from tasks.training.callbacks.validation import compute_validation_loss
 from tasks.training.config import TrainingConfig, ValidationSettings
 from tasks.training.data.datamodule import DreamBoothDataModule
-from tasks.training.data.holdout import settle_validation
+from tasks.training.data.holdout import resolve_validation
 from tasks.training.module import DreamBoothModule
 from tasks.training.process.worker_spec import RunFolder
 from tests.support.config import make_config
@@ -130,7 +130,7 @@ def test_settled_is_what_lies_below_the_threshold(threshold: float, is_settled: 
 def settled(num_photos: int, **validation: object) -> tuple[TrainingConfig, str]:
     notes: list[str] = []
     config = make_config(TrainingConfig, validation={"validation_steps": 2, "keep": "best", **validation})
-    return settle_validation(config, num_photos, notes.append), " ".join(notes)
+    return resolve_validation(config, num_photos, notes.append), " ".join(notes)
 
 
 @pytest.mark.parametrize(("num_photos", "expected"), [(6, 1), (10, 2), (20, 4)])

@@ -15,7 +15,7 @@ from tasks.training.data import rng
 from tasks.training.data.batches import BatchFactory
 from tasks.training.data.buckets import Size
 from tasks.training.data.datamodule import SampleIndices
-from tasks.training.data.latent_cache import fetch_latents, is_whole, keep_latents
+from tasks.training.data.latent_cache import fetch_latents, is_whole, store_latents
 from tasks.training.data.latents import tokenize_prompts
 from tasks.training.data.preprocessing import CropFlip, preprocess_image
 from tests.support.tiny import describe_image, make_spec, train_here
@@ -146,7 +146,7 @@ def test_latents_are_encoded_once_for_all_runs(
     spec = make_spec(tmp_path / "first", tiny_model_folder)
     model = open_model(spec.diffusion)
     [first] = BatchFactory(model, spec).make([0, 1, 2], CPU)
-    keep_latents(store, spec)
+    store_latents(store, spec)
     again = spec.model_copy(update={"latent_folder": str(tmp_path / "elsewhere"), "seed": spec.seed})
     fetch_latents(store, again)
     monkeypatch.setattr(type(model), "encode_images", None)  # calling it would be an error
@@ -160,7 +160,7 @@ def test_latents_are_encoded_once_for_all_runs(
 def test_damaged_latents_of_the_store_are_not_used(tmp_path: Path, tiny_model_folder: Path, store: LocalStore) -> None:
     spec = make_spec(tmp_path / "first", tiny_model_folder)
     BatchFactory(open_model(spec.diffusion), spec)
-    keep_latents(store, spec)
+    store_latents(store, spec)
     name = spec.latents_path("instance", SQUARE).name
     store.put_bytes(f"latents/{name}", b"x" * spec.latents_path("instance", SQUARE).stat().st_size)
     again = spec.model_copy(update={"latent_folder": str(tmp_path / "elsewhere")})
@@ -169,7 +169,7 @@ def test_damaged_latents_of_the_store_are_not_used(tmp_path: Path, tiny_model_fo
     assert is_whole(again.latents_path("class", SQUARE))
     BatchFactory(open_model(spec.diffusion), again)
     assert again.latents_path("instance", SQUARE).read_bytes() == spec.latents_path("instance", SQUARE).read_bytes()
-    keep_latents(store, again)
+    store_latents(store, again)
     assert store.find_bytes(f"latents/{name}") == spec.latents_path("instance", SQUARE).read_bytes()
 
 

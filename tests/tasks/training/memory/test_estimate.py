@@ -15,7 +15,7 @@ from tasks.diffusion.hub import find_description
 from tasks.diffusion.registry import open_model
 from tasks.training.data.batches import BatchFactory, StepBatch
 from tasks.training.data.datamodule import DreamBoothDataModule
-from tasks.training.memory.estimate import build_empty, estimate_memory, estimate_methods
+from tasks.training.memory.estimate import build_meta_model, estimate_memory, estimate_methods
 from tasks.training.memory.table import MemoryEstimate, look_up
 from tasks.training.module import DreamBoothModule
 from tasks.training.process.worker_spec import TrainingSpec
@@ -99,7 +99,7 @@ def preset_config(name: str, *words: str) -> RunConfig:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_shipped_architectures_have_the_published_numbers_of_parameters(name: str) -> None:
     config = preset_config(name).diffusion
-    parts = build_empty(find_description(config), config).components
+    parts = build_meta_model(find_description(config), config).components
     assert {part: sum(p.numel() for p in parts[part].parameters()) for part in PARAMETERS[name]} == PARAMETERS[name]
 
 
@@ -144,6 +144,6 @@ def test_a_model_built_once_gives_each_method_what_one_of_its_own_does(tiny_mode
 
 def test_the_smallest_card_that_fits_is_named() -> None:
     def card(gib: float) -> int | None:
-        return MemoryEstimate(int(gib * 2**30), 0, 0, 0, 0, 0, 0).find_card()
+        return MemoryEstimate(int(gib * 2**30), 0, 0, 0, 0, 0, 0).find_smallest_gpu()
 
     assert [card(gib) for gib in (1, 7, 12, 20, 60, 90)] == [8, 8, 16, 24, 80, None]

@@ -78,7 +78,7 @@ def test_a_reply_that_breaks_off_is_no_reply_and_is_not_asked_for_again_by_itsel
     with scripted_server() as server:
         server.script(stream({"content": "Hel"}, reason=None))
         talked = talk(server, tmp_path)
-        with pytest.raises(ServiceUnavailable, match="broke off"):
+        with pytest.raises(ServiceUnavailable, match="ended early"):
             talked.say("hi", on_text=lambda piece: None)
         assert server.counts[CHAT] == 1
     assert talked.history.turns == []
@@ -87,7 +87,16 @@ def test_a_reply_that_breaks_off_is_no_reply_and_is_not_asked_for_again_by_itsel
 def test_a_stream_that_is_no_json_is_the_service_being_unavailable(tmp_path: Path) -> None:
     with scripted_server() as server:
         server.script((200, EVENTS, b"data: {malformed\n\n"))
-        with pytest.raises(ServiceUnavailable, match="no stream of JSON"):
+        with pytest.raises(ServiceUnavailable, match="not a stream of JSON"):
+            talk(server, tmp_path).say("hi", on_text=lambda piece: None)
+
+
+@pytest.mark.parametrize("data", [b"\n" * 20_000, b"data: " + b"x" * 20_000], ids=["empty lines", "one endless line"])
+def test_a_stream_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr("tasks.services.llm.chat.transport.MAX_BYTES", 10_000)
+    with scripted_server() as server:
+        server.script((200, EVENTS, data))
+        with pytest.raises(ServiceUnavailable, match="longer than"):
             talk(server, tmp_path).say("hi", on_text=lambda piece: None)
 
 

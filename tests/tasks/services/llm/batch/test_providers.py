@@ -48,7 +48,7 @@ def test_xais_container_is_filled_and_read_page_by_page(server: XaiServer, tmp_p
 def test_rows_of_xais_that_are_too_many_for_one_request_go_in_pieces(
     server: XaiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_xai, "XAI_MOST_BYTES", 1500)
+    monkeypatch.setattr(batch_xai, "XAI_MAX_BYTES", 1500)
     answers, _ = ask_in_batch(make_batching(server, tmp_path, "xai"))
     assert len(answers) == 4
     assert (server.counts["create"], server.counts["row"]) == (1, 4)
@@ -69,7 +69,7 @@ def test_xais_job_that_was_cut_off_anywhere_is_gone_on_with(server: XaiServer, t
 def test_xais_container_that_was_made_but_only_half_filled_is_filled(
     server: XaiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_xai, "XAI_MOST_BYTES", 1)
+    monkeypatch.setattr(batch_xai, "XAI_MAX_BYTES", 1)
     add = server.add
 
     def add_and_die(batch_id: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -144,6 +144,37 @@ def test_our_own_runner_goes_on_after_a_cut_and_asks_no_row_twice(tmp_path: Path
         answers, failures = ask_in_batch(make_batching(server, tmp_path, "local", concurrency=1))
         assert (len(answers), failures) == (4, {})
         assert server.counts[CHAT] == 5
+
+
+def test_a_crash_before_the_output_is_renamed_sends_no_row_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with scripted_server() as server:
+        server.script(GOOD)
+        with monkeypatch.context() as patched:
+            patched.setattr("tasks.services.llm.batch.local.os.replace", crash)
+            llm = make_batching(server, tmp_path, "local")
+            with pytest.raises(KeyboardInterrupt):
+                ask_in_batch(llm)
+        answers, failures = ask_in_batch(make_batching(server, tmp_path, "local"))
+        assert (len(answers), failures, server.counts[CHAT]) == (4, {}, 4)
+
+
+def test_rows_whose_response_was_lost_are_not_added_twice(server: XaiServer, tmp_path: Path) -> None:
+    add = server.add
+
+    def lose(batch_id: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        add(batch_id, rows)
+        if server.counts["add"] == 1:
+            raise ConnectionError("the rows are added, the response is lost")
+        return {}
+
+    server.add = lose  # type: ignore[method-assign]
+    answers, failures = ask_in_batch(make_batching(server, tmp_path, "xai"))
+    assert (len(answers), failures, server.counts["row"]) == (4, {}, 4)
 
 
 def test_a_late_job_at_xai_is_cancelled_and_finished_by_calls(server: XaiServer, tmp_path: Path) -> None:

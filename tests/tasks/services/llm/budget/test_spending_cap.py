@@ -14,7 +14,7 @@ from tasks.services.llm.service import LlmService, LocalServices
 from tests.support.llm import CHAT, GOOD, SPEC, WHOLE, ask, make_llm
 from tests.support.llm_server import ScriptedServer, completion
 
-# Input is free, so that one attempt's worst case is the cap on a reply alone: 600 tokens.
+# Input is free, so that one attempt's worst case is the maximum tokens of a reply alone: 600 tokens.
 PRICES = {"input": 0.0, "output": 1000.0, "date": "2026-11-22"}
 ATTEMPT = 0.6
 

@@ -14,6 +14,7 @@ from tasks.scoring.config import ScoringConfig
 from tasks.scoring.judge import ask_judge
 from tasks.services.llm.config import CapabilityConfig
 from tasks.services.llm.executor import AskOptions, ask_each
+from tasks.stage.cache import StageFolder
 from tests.support.config import make_config
 from tests.support.llm import CHAT, GOOD, SPEC, ask, make_llm
 from tests.support.llm_batch import ask_in_batch, make_batching
@@ -102,8 +103,9 @@ def test_a_judge_that_answers_nonsense_is_not_asked_to_the_end(server: ScriptedS
     server.script('{"grade": 9}')
     config = make_config(ScoringConfig, executor="sync", max_failed_share=0.1)
     llm = make_llm(server, tmp_path, concurrency=1)
-    with pytest.raises(ReplyInvalid, match="21 of 21 questions got no grade"):
-        ask_judge(llm, QUESTIONS, config, folder=None, options=AskOptions("judge"))  # type: ignore[arg-type]
+    folder = StageFolder(llm.store, "scoring", "k")
+    with pytest.raises(ReplyInvalid, match="21 of 21 judge requests failed"):
+        ask_judge(llm, QUESTIONS, config, folder=folder, options=AskOptions("judge"))
     assert server.counts[CHAT] == 3 * 2  # a third failure is too many; each was asked once more
 
 

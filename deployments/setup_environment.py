@@ -252,16 +252,16 @@ def install(installer: Installer, title: str, *arguments: str) -> Installer:
         return ", ".join(f"{name.lower()} {count}" for name, count in counts.items() if count)
 
     with phase(f"installing {title} with {installer.name}", describe):
-        process = installer.start(*arguments)
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            word = line.split(maxsplit=1)[0] if line.strip() else ""
-            if word in counts:
-                counts[word] += 1
-            elif word in ("Resolved", "Prepared", "Installed"):  # uv's own phases
-                say(f"  {line.strip()}")
-        code = process.wait()
+        with installer.start(*arguments) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line.rstrip())
+                word = line.split(maxsplit=1)[0] if line.strip() else ""
+                if word in counts:
+                    counts[word] += 1
+                elif word in ("Resolved", "Prepared", "Installed"):  # uv's own phases
+                    say(f"  {line.strip()}")
+        code = process.returncode
     if code == 0:
         return installer
     errors = [line for line in lines if line.lower().lstrip(" ×").startswith("error")]

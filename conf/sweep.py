@@ -52,7 +52,7 @@ class SweepRequest(BaseModel):
 
     @property
     def study_name(self) -> str:
-        """Return the study's name: the same request goes on with the same study."""
+        """Return the study's name: the same request resumes the same study."""
         return self.study or f"sweep-{digest([self.base, self.space, self.objective])[:10]}"
 
     @property

@@ -274,7 +274,7 @@ def install(installer: Installer, title: str, *arguments: str) -> Installer:
 
 @contextmanager
 def phase(title: str, describe: Callable[[], str] = str) -> Iterator[None]:
-    """Print what begins, every ten seconds that it goes on, and how long it took."""
+    """Print a phase's title, a heartbeat while it runs, and how long it took."""
     say(title)
     started, done = time.monotonic(), threading.Event()
 

@@ -9,7 +9,7 @@
     |-- ArtifactCorrupt       rebuild: the stored object is not what its manifest says
     |-- StorageFull           free disk space
     |-- TrainingFailed        see the log it names
-    |   |-- TrainingStopped   run again: it goes on from its checkpoint
+    |   |-- TrainingStopped   run again: it resumes from its checkpoint
     |   `-- AdapterSaveFailed choose other training.lora.target_modules: the saved LoRA file doesn't load back
     `-- BudgetExceeded        raise the cap
 

@@ -68,7 +68,7 @@ class CheckpointRank(Record):
 
 
 class Agreement(Record):
-    """How another rater's grades agree with the judge's, by axis; None where it can't be told."""
+    """How another rater's grades agree with the judge's, by axis; None where it is undefined."""
 
     rater: str
     num_samples: int
@@ -107,4 +107,4 @@ class Scorecard(Manifest):
     checkpoints: tuple[CheckpointRank, ...] = ()
     """Best first; empty where one step's weights were kept."""
     reasoning: ObjectRef | None = None
-    """What judges thought aloud, by question, where their provider tells."""
+    """The judges' reasoning by request, where the provider returns it."""

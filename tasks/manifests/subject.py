@@ -66,4 +66,4 @@ class SubjectSet(Manifest):
     sources: tuple[str, ...] = ()
     """Pages that the warnings about names rest on."""
     reasoning: ObjectRef | None = None
-    """What the adjudicator thought aloud, by photo, where its provider tells."""
+    """The adjudicator's reasoning by photo, where the provider returns it."""

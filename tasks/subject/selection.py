@@ -124,10 +124,10 @@ def select_top_images(outcome: Selection, config: SubjectConfig, *, best: Sequen
 
 def note_inspection(found: PhotoAnnotation) -> dict[str, str | bool]:
     """Return the findings of inspector and adjudicator for the manifest."""
-    told: dict[str, str | bool] = found.inspection.model_dump(exclude={"subject_box"}) if found.inspection else {}
+    facts: dict[str, str | bool] = found.inspection.model_dump(exclude={"subject_box"}) if found.inspection else {}
     if found.adjudication is not None:
-        told["adjudication"] = clean_phrase(found.adjudication.evidence, max_words=40)
-    return told
+        facts["adjudication"] = clean_phrase(found.adjudication.evidence, max_words=40)
+    return facts
 
 
 def check_leaks(outcome: Selection, config: SubjectConfig) -> None:

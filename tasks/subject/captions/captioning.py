@@ -82,7 +82,7 @@ class PhotoAnnotation:
     problem: str = ""
     """Why no reply could be used; such a photo is set aside."""
     reasoning: str = ""
-    """What the adjudicator thought aloud."""
+    """The adjudicator's reasoning."""
 
     def find_objection(self, config: SubjectConfig) -> str | None:
         """Return the reason to reject the photo, or None; the adjudicator overrules the inspector."""

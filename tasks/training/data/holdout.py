@@ -36,8 +36,8 @@ def resolve_validation(config: TrainingConfig, num_photos: int, note: Callable[[
             f"the best weights are chosen by similarity of samples, not by loss: of {num_photos} photos none is held "
             "out; add photos, or set training.validation.num_holdout"
         )
-    settled = validation.model_copy(update={"num_holdout": num, "metric": metric})
-    return config.model_copy(update={"validation": settled})
+    resolved = validation.model_copy(update={"num_holdout": num, "metric": metric})
+    return config.model_copy(update={"validation": resolved})
 
 
 def split_photos(photos: Sequence[T], num_holdout: int, *, key: Callable[[T], str]) -> tuple[list[T], list[T]]:

@@ -150,8 +150,8 @@ def halve_batch(spec: TrainingSpec) -> TrainingSpec:
     RunFolder(spec.path).emit_event(
         {
             "event": "note",
-            "text": f"out of memory: going on with {smaller.train_batch_size} instance images at a time, "
-            f"{smaller.gradient_accumulation_steps} times a step",
+            "text": f"out of memory: retrying with train_batch_size={smaller.train_batch_size}, "
+            f"gradient_accumulation_steps={smaller.gradient_accumulation_steps}",
         },
     )
     return spec.model_copy(update={"training": smaller})

@@ -117,9 +117,9 @@ class Conversation:
 
     def summarize(self, turns: list[list[Message]]) -> str:
         """Return a summary of turns to be dropped; an empty string where the call fails."""
-        told = [f"{message['role']}: {message['content']}" for turn in turns for message in turn if message["content"]]
+        lines = [f"{message['role']}: {message['content']}" for turn in turns for message in turn if message["content"]]
         words = f"Before that: {self.history.summary}\n" if self.history.summary else ""
-        ask = {"role": "user", "content": f"{words}{chr(10).join(told)}\n\n{SUMMARIZE}"}
+        ask = {"role": "user", "content": f"{words}{chr(10).join(lines)}\n\n{SUMMARIZE}"}
         row = LedgerRow(self.role, self.name, self.llm.config.profiles[self.name].model, outcome="", reason="summary")
         body = {**self.body([]), "messages": [{"role": "system", "content": self.system}, ask]}
         try:

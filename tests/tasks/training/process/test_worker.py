@@ -179,7 +179,7 @@ def test_out_of_memory_halves_the_images_at_a_time_and_keeps_the_samples(
     spec = make_spec(tmp_path / "halved", tiny_model_folder, train_batch_size=4, max_train_steps=3)
     halved = in_process(spec, memory_for=2)
     assert json.loads(halved.result.read_text())["micro_batch_size"] == 2
-    assert "going on with 2 instance images at a time, 2 times a step" in halved.events.read_text()
+    assert "retrying with train_batch_size=2, gradient_accumulation_steps=2" in halved.events.read_text()
     first, second = ([json.loads(line) for line in r.losses.read_text().splitlines()] for r in (whole, halved))
     for one, other in zip(first, second, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)

@@ -10,14 +10,14 @@
 set -euo pipefail
 cd "${LIKENESS_HOME:?the checkout}"
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-meeting="$head:29500"
+rdzv_endpoint="$head:29500"
 work="${LIKENESS_OUTPUT:-runs}/work/training"
 mkdir -p "$work"
 marker=$(mktemp -p "${LIKENESS_OUTPUT:-runs}" .slurm-XXXXXX)
 
 srun --nodes=1 --ntasks=1 --nodelist="$head" .venv/bin/likeness run training/devices=nodes \
   training.num_nodes="$SLURM_NNODES" training.num_devices="$SLURM_GPUS_ON_NODE" \
-  training.rdzv_endpoint="$meeting" "output_dir=${LIKENESS_OUTPUT:-runs}" "$@" &
+  training.rdzv_endpoint="$rdzv_endpoint" "output_dir=${LIKENESS_OUTPUT:-runs}" "$@" &
 main=$!
 # Slurm tells this script before the time is up; training then saves and ends.
 trap 'kill -TERM "$main"; wait "$main"' TERM
@@ -31,7 +31,7 @@ done
 if [ -n "$spec" ]; then
   srun --nodes=$((SLURM_NNODES - 1)) --ntasks-per-node=1 --exclude="$head" .venv/bin/python -m torch.distributed.run \
     --nnodes="$SLURM_NNODES" --nproc-per-node="$SLURM_GPUS_ON_NODE" --rdzv-backend=c10d \
-    --rdzv-endpoint="$meeting" --rdzv-id="$(basename "$(dirname "$spec")")" -m tasks.training.process.worker "$spec" &
+    --rdzv-endpoint="$rdzv_endpoint" --rdzv-id="$(basename "$(dirname "$spec")")" -m tasks.training.process.worker "$spec" &
 fi
 rm -f "$marker"
 wait "$main"

@@ -19,8 +19,8 @@ class Judgement(Record):
     num_repeats: int = 1
     spread: int = 0
     """Largest less smallest of repeated grades, on the axis where they differ most."""
-    settled: tuple[str, ...] = ()
-    """Axes on which grades differed much, so that one more look, with reasoning, decided."""
+    tie_breaks: tuple[str, ...] = ()
+    """Axes whose grade comes from a tie-break request with reasoning, because grades differed too much."""
 
 
 class SideScores(Record):

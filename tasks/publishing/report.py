@@ -54,7 +54,7 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         intervals=run.scoring.intervals,
         health=run.scoring.health,
         pairs=run.scoring.pairs,
-        num_settled=sum(bool(judgement.settled) for judgement in run.scoring.judgements),
+        num_tie_breaks=sum(bool(judgement.tie_breaks) for judgement in run.scoring.judgements),
         checkpoints=list_checkpoints(run.evaluation, run.scoring),
         judge=run.scoring.served_model,
         metric_rows=list_metrics(run.evaluation),

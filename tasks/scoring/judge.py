@@ -27,9 +27,9 @@ class JudgeRun:
     second: Answers = field(default_factory=dict)
     second_grades: dict[str, dict[str, int]] = field(default_factory=dict)
     """By sample key and axis."""
-    settled: Answers = field(default_factory=dict)
-    decided: dict[tuple[str, str], int] = field(default_factory=dict)
-    """Grades that settle a dispute, by sample key and axis."""
+    tie_breaks: Answers = field(default_factory=dict)
+    tie_break_grades: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Grades of tie-break requests, by sample key and axis."""
 
     @property
     def judged(self) -> Judged:
@@ -39,7 +39,7 @@ class JudgeRun:
     @property
     def given(self) -> Answers:
         """All answers of the first judge, tie-breaks included."""
-        return {**self.answers, **self.settled}
+        return {**self.answers, **self.tie_breaks}
 
     def reasoning(self) -> dict[str, str]:
         """Return the judges' reasoning, by request."""
@@ -70,8 +70,8 @@ def grade(
         grading.second, _ = ask(others, "second_judge")
         grading.second_grades = collect_grades(Judged(others, grading.second))
     disputed = find_disputed(config, material.samples, grading.judged, second=grading.second_grades)
-    grading.settled = break_ties(disputed, llm=llm, on_progress=show("disputed grades"))
-    grading.decided = read_tie_breaks(disputed, grading.settled)
+    grading.tie_breaks = break_ties(disputed, llm=llm, on_progress=show("disputed grades"))
+    grading.tie_break_grades = read_tie_breaks(disputed, grading.tie_breaks)
     return grading
 
 

@@ -17,7 +17,7 @@ from tasks.services.llm.chat.request import RequestSpec
 AXES = ("concept_preservation", "prompt_following", "image_quality")
 BLUR_SHARE = 1 / 32
 Kind = Literal[
-    "sample", "positive_control", "negative_control", "shuffled", "blurred", "pair", "checkpoint_pair", "settled"
+    "sample", "positive_control", "negative_control", "shuffled", "blurred", "pair", "checkpoint_pair", "tie_break"
 ]
 
 

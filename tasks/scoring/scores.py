@@ -60,7 +60,7 @@ class Judged:
 def to_judgements(
     samples: Sequence[Sample],
     judged: Judged,
-    settled: Mapping[tuple[str, str], int] = MappingProxyType({}),
+    tie_breaks: Mapping[tuple[str, str], int] = MappingProxyType({}),
 ) -> tuple[Judgement, ...]:
     """Aggregate grades by sample: tie-break grade where there is one, else the median over repeats.
 
@@ -69,7 +69,7 @@ def to_judgements(
     Args:
         samples: the judged samples.
         judged: the judge's requests and answers.
-        settled: tie-break grades by (sample key, axis).
+        tie_breaks: tie-break grades by (sample key, axis).
 
     """
     judgements = []
@@ -84,8 +84,8 @@ def to_judgements(
                 side=sample.side,
                 prompt=sample.prompt,
                 evidence=judged.answers[first.name].reply.evidence[:500],
-                **{axis: float(settled.get((sample.image.key, axis), median(grades[axis]))) for axis in AXES},
-                settled=tuple(axis for axis in AXES if (sample.image.key, axis) in settled),
+                **{axis: float(tie_breaks.get((sample.image.key, axis), median(grades[axis]))) for axis in AXES},
+                tie_breaks=tuple(axis for axis in AXES if (sample.image.key, axis) in tie_breaks),
                 num_repeats=max(map(len, grades.values())),
                 spread=max(max(values) - min(values) for values in grades.values()),
             )

@@ -71,7 +71,7 @@ def compute_scores(folder: StageFolder, inputs: ScoringInputs, runtime: Runtime)
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
     grading = grade(inputs.config, make_context(inputs, runtime), llm=runtime.llm, folder=folder, show=runtime.show)
     given, samples = grading.given, inputs.samples
-    judgements = scores.to_judgements(samples, grading.judged, grading.decided)
+    judgements = scores.to_judgements(samples, grading.judged, grading.tie_break_grades)
     undecided = scores.to_judgements(samples, grading.judged)  # raters are compared before any tie-break
     return folder.finish(
         Scorecard(
@@ -81,7 +81,7 @@ def compute_scores(folder: StageFolder, inputs: ScoringInputs, runtime: Runtime)
                 counts={
                     "judged": len(judgements),
                     "failed": len(grading.failures),
-                    "settled": len(grading.settled),
+                    "tie_breaks": len(grading.tie_breaks),
                     "llm_calls": ledger.count_calls(since=first_row),
                 },
             ),

@@ -32,7 +32,7 @@ def find_disputed(
                     q for q in judged.requests if (q.kind, q.axis, q.key) == ("sample", axis, sample.image.key)
                 )
                 spec = replace(first.spec, is_reasoning=True, repeat=TIE_BREAK_REPEAT)
-                disputed.append(replace(first, spec=spec, kind="settled", repeat=TIE_BREAK_REPEAT))
+                disputed.append(replace(first, spec=spec, kind="tie_break", repeat=TIE_BREAK_REPEAT))
     return disputed
 
 

@@ -283,14 +283,14 @@ def test_grades_that_differ_much_are_settled_by_the_next_profile_with_reasoning(
         able = profile.capabilities.model_copy(update={"reasoning": "effort"})
         other = profile.model_copy(update={"base_url": strong.url, "capabilities": able})
         cheap_llm.config = make_llm_config(models=("p", "strong"), profiles={"p": profile, "strong": other})
-        settled = break_ties([disputed], llm=cheap_llm, on_progress=lambda done, total: None)
+        answered = break_ties([disputed], llm=cheap_llm, on_progress=lambda done, total: None)
         assert not cheap.counts
         assert strong.bodies[0]["reasoning_effort"] == "medium"
-    decided = read_tie_breaks([disputed], settled)
+    decided = read_tie_breaks([disputed], answered)
     before = scores.to_judgements(material.samples, Judged(questions, answers))[0]
     after = scores.to_judgements(material.samples, Judged(questions, answers), decided)[0]
     assert (before.concept_preservation, after.concept_preservation) == (0, 3)
-    assert (before.settled, after.settled) == ((), ("concept_preservation",))
+    assert (before.tie_breaks, after.tie_breaks) == ((), ("concept_preservation",))
     assert break_ties([], llm=cheap_llm, on_progress=lambda done, total: None) == {}
 
 

@@ -127,7 +127,7 @@ def test_settled_is_what_lies_below_the_threshold(threshold: float, is_settled: 
     assert has_converged(rows, make_config(ValidationSettings, window=3, threshold=threshold)) is is_settled
 
 
-def settled(num_photos: int, **validation: object) -> tuple[TrainingConfig, str]:
+def resolve(num_photos: int, **validation: object) -> tuple[TrainingConfig, str]:
     notes: list[str] = []
     config = make_config(TrainingConfig, validation={"validation_steps": 2, "keep": "best", **validation})
     return resolve_validation(config, num_photos, notes.append), " ".join(notes)
@@ -135,25 +135,25 @@ def settled(num_photos: int, **validation: object) -> tuple[TrainingConfig, str]
 
 @pytest.mark.parametrize(("num_photos", "expected"), [(6, 1), (10, 2), (20, 4)])
 def test_best_by_loss_holds_out_photos_where_there_are_enough(num_photos: int, expected: int) -> None:
-    config, note = settled(num_photos)
+    config, note = resolve(num_photos)
     assert (config.validation.metric, config.validation.num_holdout) == ("loss", expected)
     assert f"{expected} of {num_photos} photos" in note
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_holdout": 0}])
 def test_best_by_loss_of_few_photos_is_by_similarity_and_says_so(changes: dict[str, int]) -> None:
-    config, note = settled(5, **changes)
+    config, note = resolve(5, **changes)
     assert (config.validation.metric, config.validation.num_holdout) == ("similarity", 0)
     assert "similarity" in note
     assert "training.validation.num_holdout" in note
 
 
 def test_what_is_asked_for_is_held_out_and_all_photos_cannot_be() -> None:
-    assert settled(4, num_holdout=1)[0].validation.num_holdout == 1
-    assert settled(9, metric="similarity")[0].validation.num_holdout == 0
-    assert settled(9, keep="last", num_holdout=2)[0].validation.num_holdout == 2
+    assert resolve(4, num_holdout=1)[0].validation.num_holdout == 1
+    assert resolve(9, metric="similarity")[0].validation.num_holdout == 0
+    assert resolve(9, keep="last", num_holdout=2)[0].validation.num_holdout == 2
     with pytest.raises(ConfigError, match="training.validation.num_holdout=4 of 4 photos"):
-        settled(4, num_holdout=4)
+        resolve(4, num_holdout=4)
 
 
 def test_held_out_photos_are_validated_on_and_never_trained_on(tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Tiny real parts: a random Stable Diffusion, photos, a spec to train with."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.config import DiffusionConfig
+from tasks.diffusion.types import SamplingRequest
 from tasks.mini.pretrain.tokens import write_tokenizer
 from tasks.mini.world.scenes import draw_scene, sample_subject_scene
 from tasks.stage.digests import digest_file, digest_folder
@@ -136,3 +139,15 @@ def train_here(folder: Path, model_folder: Path, *, spec: TrainingSpec | None = 
 def read_unet(run: RunFolder) -> dict[str, torch.Tensor]:
     """Return the tuned UNet's weights."""
     return load_file(run.model / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+class CountingModel:
+    """A model that remembers how many images each call drew."""
+
+    def __init__(self, model: DiffusionModel) -> None:
+        self.model = model
+        self.sizes: list[int] = []
+
+    def sample(self, requests: Sequence[SamplingRequest], **options: Any) -> list[Image.Image]:
+        self.sizes.append(len(requests))
+        return self.model.sample(list(requests), **options)

@@ -1,38 +1,22 @@
 """Options of the evaluation stage: without its option a test here fails."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
-from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.registry import open_model
-from tasks.diffusion.types import SamplingRequest
 from tasks.evaluation.config import EvaluationConfig
 from tasks.evaluation.sampling import draw_samples, plan_samples
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config
-from tests.support.tiny import tiny_diffusion_config
+from tests.support.tiny import CountingModel, tiny_diffusion_config
 
 SMALL = {
     "prompts": ("a photo of {subject}",), "num_images_per_prompt": 2, "num_class_images": 2, "num_inference_steps": 2,
     "batch_size": 2,
 }  # fmt: skip
-
-
-class Counted:
-    """A model that remembers how many images each call drew."""
-
-    def __init__(self, model: DiffusionModel) -> None:
-        self.model = model
-        self.sizes: list[int] = []
-
-    def sample(self, requests: Sequence[SamplingRequest], **options: Any) -> list[Image.Image]:
-        self.sizes.append(len(requests))
-        return self.model.sample(list(requests), **options)
 
 
 def plan(**changes: Any) -> tuple[EvaluationConfig, Any]:
@@ -43,7 +27,7 @@ def plan(**changes: Any) -> tuple[EvaluationConfig, Any]:
 def draw(folder: Path, model: Path, **changes: Any) -> tuple[list[str], list[int]]:
     """Return the samples' digests, and the sizes of the batches that they were drawn in."""
     config, planned = plan(**changes)
-    counted = Counted(open_model(tiny_diffusion_config(model)))  # type: ignore[arg-type]
+    counted = CountingModel(open_model(tiny_diffusion_config(model)))  # type: ignore[arg-type]
     drawn = draw_samples(
         StageFolder(LocalStore(folder), "evaluation", "k"), config, planned,
         load_model=lambda side: counted, on_progress=lambda done, total: None,  # type: ignore[arg-type,return-value]

@@ -1,6 +1,5 @@
 """Options of the prior stage: without its option a test here fails."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.registry import open_model
-from tasks.diffusion.types import SamplingRequest
 from tasks.errors import ConfigError
 from tasks.manifests.base import ModelRef
 from tasks.prior.config import PriorConfig
@@ -20,28 +17,16 @@ from tasks.prior.steps import PriorInputs, compute_prior
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config
-from tests.support.tiny import tiny_diffusion_config
+from tests.support.tiny import CountingModel, tiny_diffusion_config
 
 PROMPT = "a photo of a fish"
-
-
-class Counted:
-    """A model that remembers how many images each call drew."""
-
-    def __init__(self, model: DiffusionModel) -> None:
-        self.model = model
-        self.sizes: list[int] = []
-
-    def sample(self, requests: Sequence[SamplingRequest], **options: Any) -> list[Image.Image]:
-        self.sizes.append(len(requests))
-        return self.model.sample(list(requests), **options)
 
 
 def draw(folder: Path, model: Path, **changes: Any) -> tuple[dict[int, np.ndarray], list[int]]:
     """Return the pictures by seed, and the sizes of the batches that they were drawn in."""
     settings = {"num_class_images": 4, "num_inference_steps": 2, "guidance_scale": 2.0, "batch_size": 4, **changes}
     config = make_config(PriorConfig, **settings)
-    counted = Counted(open_model(tiny_diffusion_config(model)))  # type: ignore[arg-type]
+    counted = CountingModel(open_model(tiny_diffusion_config(model)))  # type: ignore[arg-type]
     store = LocalStore(folder)
     images = generate_class_images(
         StageFolder(store, "prior", "k"),

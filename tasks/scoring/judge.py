@@ -21,7 +21,7 @@ Show = Callable[[str], Callable[[int, int], None]]
 class JudgeRun:
     """Requests and answers, before any score is computed."""
 
-    questions: list[JudgeRequest]
+    requests: list[JudgeRequest]
     answers: Answers
     failures: dict[str, str]
     second: Answers = field(default_factory=dict)
@@ -34,7 +34,7 @@ class JudgeRun:
     @property
     def judged(self) -> Judged:
         """The first judge's requests with their answers, before tie-breaks."""
-        return Judged(self.questions, self.answers)
+        return Judged(self.requests, self.answers)
 
     @property
     def given(self) -> Answers:
@@ -48,7 +48,7 @@ class JudgeRun:
 
 
 def grade(
-    config: ScoringConfig, material: JudgeContext, *, llm: LlmService, folder: StageFolder, show: Show
+    config: ScoringConfig, context: JudgeContext, *, llm: LlmService, folder: StageFolder, show: Show
 ) -> JudgeRun:
     """Send all requests to the judge, then to the second judge, then the tie-breaks.
 
@@ -57,19 +57,19 @@ def grade(
 
     """
 
-    def ask(questions: list[JudgeRequest], role: str) -> tuple[Answers, dict[str, str]]:
-        specs = {question.name: question.spec for question in questions}
+    def ask(requests: list[JudgeRequest], role: str) -> tuple[Answers, dict[str, str]]:
+        specs = {request.name: request.spec for request in requests}
         options = AskOptions(role, on_progress=show(role.replace("_", " ")))
         return ask_judge(llm, specs, config, folder=folder, options=options)
 
-    questions = list_judge_requests(config, material)
-    grading = JudgeRun(questions, *ask(questions, "judge"))
+    requests = list_judge_requests(config, context)
+    grading = JudgeRun(requests, *ask(requests, "judge"))
     if llm.config.fallback_chain("second_judge"):
-        others = list_second_judge_requests(config, material)
+        others = list_second_judge_requests(config, context)
         # A second judge only measures agreement, so its failures don't fail the samples.
         grading.second, _ = ask(others, "second_judge")
         grading.second_grades = collect_grades(Judged(others, grading.second))
-    disputed = find_disputed(config, material.samples, grading.judged, second=grading.second_grades)
+    disputed = find_disputed(config, context.samples, grading.judged, second=grading.second_grades)
     grading.tie_breaks = break_ties(disputed, llm=llm, on_progress=show("disputed grades"))
     grading.tie_break_grades = read_tie_breaks(disputed, grading.tie_breaks)
     return grading

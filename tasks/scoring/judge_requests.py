@@ -43,7 +43,7 @@ class JudgeRequest:
 
 @dataclass(frozen=True)
 class JudgeContext:
-    """What questions are made of; pictures as PNG bytes."""
+    """What requests are made of; pictures as PNG bytes."""
 
     class_noun: str
     references: list[bytes]
@@ -56,23 +56,23 @@ class JudgeContext:
     published_step: int = 0
 
 
-def list_judge_requests(config: ScoringConfig, material: JudgeContext) -> list[JudgeRequest]:
+def list_judge_requests(config: ScoringConfig, context: JudgeContext) -> list[JudgeRequest]:
     """Return all requests for the first judge, without duplicates; requests with a common prefix are adjacent."""
-    questions = [q for sample in material.samples for q in axis_requests(material, sample, repeat=0)]
-    for sample in sample_evenly(material.samples, config.num_repeated):
+    requests = [request for sample in context.samples for request in axis_requests(context, sample, repeat=0)]
+    for sample in sample_evenly(context.samples, config.num_repeated):
         for repeat in range(1, config.num_repeats):
-            questions += axis_requests(material, sample, repeat=repeat)
-    questions += list(list_controls(config, material))
-    questions += list(list_pairs(config, material))
-    questions += list(list_checkpoint_pairs(config, material))
+            requests += axis_requests(context, sample, repeat=repeat)
+    requests += list(list_controls(config, context))
+    requests += list(list_pairs(config, context))
+    requests += list(list_checkpoint_pairs(config, context))
     # Samples may be drawn by several lists; a name occurs once.
-    return list({question.name: question for question in questions}.values())
+    return list({request.name: request for request in requests}.values())
 
 
-def axis_requests(material: JudgeContext, sample: Sample, *, repeat: int) -> list[JudgeRequest]:
+def axis_requests(context: JudgeContext, sample: Sample, *, repeat: int) -> list[JudgeRequest]:
     """Return one request per axis for a sample; separate, so that no axis influences another."""
-    picture = material.read(sample)
-    concept = concept_spec(material.references, picture, class_noun=material.class_noun, repeat=repeat)
+    picture = context.read(sample)
+    concept = concept_spec(context.references, picture, class_noun=context.class_noun, repeat=repeat)
     specs: tuple[RequestSpec[Any], ...] = (
         concept,
         prompt_spec(picture, class_prompt=sample.class_prompt, repeat=repeat),
@@ -83,37 +83,37 @@ def axis_requests(material: JudgeContext, sample: Sample, *, repeat: int) -> lis
     ]
 
 
-def list_controls(config: ScoringConfig, material: JudgeContext) -> Iterator[JudgeRequest]:
+def list_controls(config: ScoringConfig, context: JudgeContext) -> Iterator[JudgeRequest]:
     """Yield requests with known outcomes, indistinguishable from others to the judge.
 
     Positive control: a photo against the other photos. Negative control: another subject of the class. Shuffled: a
     wrong prompt. Blurred: a degraded sample.
     """
     concept, prompt, quality = AXES
-    references, noun = material.references, material.class_noun
+    references, noun = context.references, context.class_noun
     # Leave-one-out, so the graded photo is never among its references.
     for number in range(min(config.num_controls, len(references)) if len(references) > 1 else 0):
         rest = references[:number] + references[number + 1 :]
         spec = concept_spec(rest, references[number], class_noun=noun, repeat=0)
         yield JudgeRequest(spec, "positive_control", concept, str(number))
-    for other in material.others[: config.num_controls]:
-        spec = concept_spec(references, material.read(other), class_noun=noun, repeat=0)
+    for other in context.others[: config.num_controls]:
+        spec = concept_spec(references, context.read(other), class_noun=noun, repeat=0)
         yield JudgeRequest(spec, "negative_control", concept, other.image.key)
-    for sample in choose_for_controls(config, material):
-        wrong = find_other_prompt(sample, material.samples)
+    for sample in choose_for_controls(config, context):
+        wrong = find_other_prompt(sample, context.samples)
         if wrong:
-            spec_prompt = prompt_spec(material.read(sample), class_prompt=wrong, repeat=0)
+            spec_prompt = prompt_spec(context.read(sample), class_prompt=wrong, repeat=0)
             yield JudgeRequest(spec_prompt, "shuffled", prompt, sample.image.key)
-        yield JudgeRequest(quality_spec(blur(material.read(sample)), repeat=0), "blurred", quality, sample.image.key)
+        yield JudgeRequest(quality_spec(blur(context.read(sample)), repeat=0), "blurred", quality, sample.image.key)
 
 
-def choose_for_controls(config: ScoringConfig, material: JudgeContext) -> list[Sample]:
+def choose_for_controls(config: ScoringConfig, context: JudgeContext) -> list[Sample]:
     """Return one base sample for each of the `num_controls` longest prompts.
 
     Of the base model, which follows prompts best: a wrong prompt can lower only a grade that is high.
     """
     by_prompt: dict[str, Sample] = {}
-    for sample in material.samples:
+    for sample in context.samples:
         if sample.side == "base":
             by_prompt.setdefault(sample.class_prompt, sample)
     return sorted(by_prompt.values(), key=lambda sample: -len(sample.class_prompt))[: config.num_controls]
@@ -132,24 +132,24 @@ def blur(png: bytes) -> bytes:
     return encode_png(picture.filter(ImageFilter.GaussianBlur(max(2.0, max(picture.size) * BLUR_SHARE))))
 
 
-def list_pairs(config: ScoringConfig, material: JudgeContext) -> Iterator[JudgeRequest]:
+def list_pairs(config: ScoringConfig, context: JudgeContext) -> Iterator[JudgeRequest]:
     """Yield base against tuned on the same prompt and seed, each pair in both orders."""
-    by_draw = {(sample.prompt, sample.seed, sample.side): sample for sample in material.samples}
-    tuned = [sample for sample in material.samples if sample.side == "tuned"]
+    by_draw = {(sample.prompt, sample.seed, sample.side): sample for sample in context.samples}
+    tuned = [sample for sample in context.samples if sample.side == "tuned"]
     for sample in sample_evenly(tuned, config.num_pairs):
         base = by_draw.get((sample.prompt, sample.seed, "base"))
         if base is None:
             continue
-        yield from pair_requests(material, "pair", base, other=sample, candidates=("base", "tuned"))
+        yield from pair_requests(context, "pair", base, other=sample, candidates=("base", "tuned"))
 
 
-def list_checkpoint_pairs(config: ScoringConfig, material: JudgeContext) -> Iterator[JudgeRequest]:
+def list_checkpoint_pairs(config: ScoringConfig, context: JudgeContext) -> Iterator[JudgeRequest]:
     """Yield all pairs of retained checkpoints on the same prompt and seed, each in both orders."""
-    published = [sample for sample in material.samples if sample.side == "tuned"]
-    steps = sorted({sample.step for sample in material.candidates if sample.step is not None})
+    published = [sample for sample in context.samples if sample.side == "tuned"]
+    steps = sorted({sample.step for sample in context.candidates if sample.step is not None})
     by_draw: dict[tuple[str, int], dict[int, Sample]] = {}
-    for sample in [*published, *material.candidates]:
-        step = material.published_step if sample.step is None else sample.step
+    for sample in [*published, *context.candidates]:
+        step = context.published_step if sample.step is None else sample.step
         by_draw.setdefault((sample.prompt, sample.seed), {})[step] = sample
     # Only draws that all steps have: else steps would be compared on different prompts.
     whole = [drawn for drawn in by_draw.values() if steps and len(drawn) == len(steps) + 1]
@@ -157,27 +157,29 @@ def list_checkpoint_pairs(config: ScoringConfig, material: JudgeContext) -> Iter
         for first, second in combinations(sorted(drawn), 2):
             candidates = (str(first), str(second))
             yield from pair_requests(
-                material, "checkpoint_pair", drawn[first], other=drawn[second], candidates=candidates
+                context, "checkpoint_pair", drawn[first], other=drawn[second], candidates=candidates
             )
 
 
 def pair_requests(
-    material: JudgeContext, kind: Kind, one: Sample, *, other: Sample, candidates: tuple[str, str]
+    context: JudgeContext, kind: Kind, one: Sample, *, other: Sample, candidates: tuple[str, str]
 ) -> Iterator[JudgeRequest]:
     """Yield a pair in both presentation orders, which cancels position bias."""
     for is_swapped in (False, True):
         first, second = (other, one) if is_swapped else (one, other)
-        spec = pair_spec(
-            material.references, material.read(first), material.read(second), class_noun=material.class_noun
-        )
+        spec = pair_spec(context.references, context.read(first), context.read(second), class_noun=context.class_noun)
         key = f"{one.image.key}+{other.image.key}"
         yield JudgeRequest(spec, kind, "pair", key, is_swapped=is_swapped, candidates=candidates)
 
 
-def list_second_judge_requests(config: ScoringConfig, material: JudgeContext) -> list[JudgeRequest]:
+def list_second_judge_requests(config: ScoringConfig, context: JudgeContext) -> list[JudgeRequest]:
     """Return the second judge's requests: all axes, once, on a fraction of the samples."""
-    num = round(config.second_judge_fraction * len(material.samples))
-    return [q for sample in sample_evenly(material.samples, num) for q in axis_requests(material, sample, repeat=0)]
+    num = round(config.second_judge_fraction * len(context.samples))
+    return [
+        request
+        for sample in sample_evenly(context.samples, num)
+        for request in axis_requests(context, sample, repeat=0)
+    ]
 
 
 def sample_evenly(samples: list[Sample], num: int) -> list[Sample]:

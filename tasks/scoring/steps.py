@@ -105,7 +105,7 @@ def compute_scores(folder: StageFolder, inputs: ScoringInputs, runtime: Runtime)
 
 
 def make_context(inputs: ScoringInputs, runtime: Runtime) -> "JudgeContext":
-    """Return the material of the judge's requests, images shrunk to `max_side`."""
+    """Return what the judge's requests are made of, images shrunk to `max_side`."""
     from tasks.images import shrink_png
     from tasks.scoring.judge_requests import JudgeContext
 

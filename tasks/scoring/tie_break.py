@@ -29,7 +29,9 @@ def find_disputed(
                 grades = [*grades, other]
             if len(grades) > 1 and max(grades) - min(grades) >= config.disagreement_threshold:
                 first = next(
-                    q for q in judged.requests if (q.kind, q.axis, q.key) == ("sample", axis, sample.image.key)
+                    request
+                    for request in judged.requests
+                    if (request.kind, request.axis, request.key) == ("sample", axis, sample.image.key)
                 )
                 spec = replace(first.spec, is_reasoning=True, repeat=TIE_BREAK_REPEAT)
                 disputed.append(replace(first, spec=spec, kind="tie_break", repeat=TIE_BREAK_REPEAT))
@@ -42,11 +44,11 @@ def break_ties(
     """Return the tie-break answers by request name; where one fails, the median stands."""
     if not disputed:
         return {}
-    specs = {question.name: question.spec for question in disputed}
+    specs = {request.name: request.spec for request in disputed}
     return ask_each(llm, specs, AskOptions("judge", on_progress=on_progress, first_fallback=1))[0]
 
 
 def read_tie_breaks(disputed: Sequence[JudgeRequest], answers: Answers) -> dict[tuple[str, str], int]:
     """Return the tie-break grades by (sample key, axis)."""
-    given = [question for question in disputed if question.name in answers]
-    return {(q.key, q.axis): int(getattr(answers[q.name].reply, q.axis)) for q in given}
+    given = [request for request in disputed if request.name in answers]
+    return {(request.key, request.axis): int(getattr(answers[request.name].reply, request.axis)) for request in given}

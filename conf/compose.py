@@ -8,7 +8,6 @@ import difflib
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -17,19 +16,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from conf.groups import FOLDER, GROUPS, extra_folder
+from conf.groups import CONFIG_DIR, GROUPS, extra_config_dir
 from conf.request import RunRequest, Value
 from conf.schema import RunConfig
 from conf.trust import check_budget, check_request, check_source, list_rules
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, first_line
 from tasks.redaction import redact_url, show_value
 from tasks.stage.digests import digest
 
+Tree = dict[str, object]
+"""Values of a configuration by name, nested, before they are validated."""
 COMPOSING = threading.Lock()  # GlobalHydra is one per process
 
 
 def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = None) -> RunConfig:
-    """Return the configuration that a request stands for.
+    """Return the configuration that a request resolves to.
 
     Args:
         request: what to run.
@@ -55,7 +56,8 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
     # The request's choices are names of options, validated by RunRequest; only its settings are free values.
     plain = compose_groups(choices)
     operators_cap = find_cap(plain, choices) if roots is not None else None
-    operators_folders = (plain["output_dir"], plain["store"]["folder"])
+    # Before the overlay: as the operator has set them, whatever the request says.
+    operators_folders = (str(lookup(plain, "output_dir")), str(lookup(plain, "store.folder")))
     # OmegaConf's mark for a mandatory value; checked after the overlay, which may supply it.
     missing = {dotted for dotted, child in walk(plain) if child == "???"}
     overlay(plain, settings)
@@ -74,26 +76,28 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
     return config
 
 
-def find_cap(plain: dict[str, Any], choices: dict[str, str]) -> float | None:
-    """Return the operator's cap on money: the smallest, so that no choice of a request lifts it."""
+def find_cap(plain: Tree, choices: dict[str, str]) -> float | None:
+    """Return the operator's spending cap: the smallest, so that no option of a request raises it."""
     defaults = {group: str(RunRequest.model_fields[field].default) for field, group in GROUPS.items()}
     # An experiment or preset may raise the cap for its operator, but not for whoever requests it.
     composed = [plain, compose_groups({**choices, "experiment": "none"}), compose_groups(defaults)]
-    caps = [found["llm"]["budget_usd"] for found in composed]
-    return min((cap for cap in caps if cap is not None), default=None)
+    caps = [lookup(found, "llm.budget_usd") for found in composed]
+    return min((float(cap) for cap in caps if isinstance(cap, int | float)), default=None)
 
 
-def compose_groups(choices: dict[str, str]) -> dict[str, Any]:
-    """Return what group options give, resolved, as a plain dict. Raises ConfigError."""
+def compose_groups(choices: dict[str, str]) -> Tree:
+    """Return the composition of group options, resolved, as a plain dict. Raises ConfigError."""
     overrides = [f"{group}={option}" for group, option in sorted(choices.items())]
-    extra = extra_folder()
+    extra = extra_config_dir()
     if extra is not None:
+        # Escaped for Hydra's override grammar: the path may hold quotes or backslashes.
         escaped = str(extra).replace("\\", "\\\\").replace('"', '\\"')
         overrides.append(f'hydra.searchpath=["file://{escaped}"]')
     with COMPOSING:
+        # Hydra refuses to initialize twice in a process.
         GlobalHydra.instance().clear()
         try:
-            with initialize_config_dir(config_dir=str(FOLDER), version_base="1.3"):
+            with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
                 composed = compose("run", overrides=overrides)
             # Interpolations are resolved here, before any value of a request is present.
             plain = OmegaConf.to_container(composed, resolve=True)
@@ -103,26 +107,20 @@ def compose_groups(choices: dict[str, str]) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def overlay(plain: dict[str, Any], settings: dict[str, Value]) -> None:
-    """Put plain values into a nested dict by dotted name. Raises ConfigError for names that it doesn't have."""
+def overlay(plain: Tree, settings: dict[str, Value]) -> None:
+    """Set plain values in a nested dict by dotted name. Raises ConfigError for unknown names."""
     known = {dotted for dotted, _ in walk(plain)}
     for key, value in settings.items():
+        # Profiles are a mapping with free names: below it, validation finds unknown fields.
         if key not in known and not key.startswith("llm.profiles."):
             raise ConfigError(f"unknown setting {key!r}{suggest(key, known)}")
-        *parents, last = key.split(".")
-        place = plain
-        for name in parents:
-            child = place.get(name)
-            if not isinstance(child, dict):
-                child = place[name] = {}
-            place = child
-        if isinstance(place.get(last), dict) and not isinstance(value, dict):
+        if isinstance(lookup(plain, key), dict) and not isinstance(value, dict):
             raise ConfigError(f"{key}: give single values, for example {key}.name=value")
-        place[last] = value
+        assign(plain, key, value)
 
 
-def expand_paths(plain: dict[str, Any]) -> None:
-    """Expand `~` in paths, and fill in what follows from others."""
+def expand_paths(plain: Tree) -> None:
+    """Expand `~` in paths, and derive `store.folder` where it is empty."""
     values = dict(walk(plain))
     for name, rule in list_rules().items():
         value = values.get(name)
@@ -133,13 +131,28 @@ def expand_paths(plain: dict[str, Any]) -> None:
                 expanded = str(Path(value).expanduser())
             except RuntimeError as error:
                 raise ConfigError(f"{name}: {show_value(value)} names no user's home") from error
-            *parents, last = name.split(".")
-            place = plain
-            for parent in parents:
-                place = place[parent]
-            place[last] = expanded
-    if not plain["store"]["folder"]:
-        plain["store"]["folder"] = f"{plain['output_dir']}/store"
+            assign(plain, name, expanded)
+    if not lookup(plain, "store.folder"):
+        assign(plain, "store.folder", f"{plain['output_dir']}/store")
+
+
+def lookup(tree: Tree, dotted: str) -> object:
+    """Return the value of a dotted name; None where there is none."""
+    value: object = tree
+    for name in dotted.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def assign(tree: Tree, dotted: str, value: object) -> None:
+    """Set the value of a dotted name, creating missing sections."""
+    *parents, last = dotted.split(".")
+    for name in parents:
+        child = tree.get(name)
+        if not isinstance(child, dict):
+            child = tree[name] = {}
+        tree = child
+    tree[last] = value
 
 
 def walk(values: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, object]]:
@@ -169,7 +182,7 @@ def compute_config_digest(config: RunConfig) -> str:
 
 
 def describe_invalid(error: ValidationError) -> str:
-    """Return the first thing that is wrong in one line, with the nearest valid names."""
+    """Return the first validation error as one line, with the nearest valid names."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     where = "" if where == "settings" else where  # the message names the setting itself
@@ -193,8 +206,3 @@ def schema_names(model: type[BaseModel]) -> dict[str, object]:
         is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
         names[name] = schema_names(kind) if is_section and isinstance(kind, type) else None
     return names
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text."""
-    return str(error).strip().splitlines()[0]

@@ -4,14 +4,14 @@ from functools import cache
 
 import yaml
 
-from conf.groups import FOLDER
+from conf.groups import CONFIG_DIR
 
 
 @cache
 def read_defaults() -> dict[str, object]:
-    """Return the defaults as nested mappings, without the settings that a run has to name (???)."""
-    values = drop_missing(yaml.safe_load((FOLDER / "run.yaml").read_text()))
-    del values["defaults"]
+    """Return the defaults as nested mappings, without mandatory settings (???)."""
+    values = drop_missing(yaml.safe_load((CONFIG_DIR / "run.yaml").read_text()))
+    del values["defaults"]  # Hydra's defaults list, not a setting
     return values
 
 
@@ -25,7 +25,7 @@ def drop_missing(values: dict[str, object]) -> dict[str, object]:
 
 
 def overlay_values(values: dict[str, object], changes: dict[str, object]) -> dict[str, object]:
-    """Return values with changes put in, key by key where both are mappings."""
+    """Return values with changes merged in, key by key where both are mappings."""
     merged = dict(values)
     for name, change in changes.items():
         old = merged.get(name)

@@ -1,4 +1,4 @@
-"""`key=value` words of the command line, as a request. Values that aren't Hydra syntax are taken literally."""
+"""`key=value` arguments of the command line, as a request. Values that aren't Hydra syntax are taken literally."""
 
 import re
 from collections.abc import Iterable
@@ -9,28 +9,29 @@ from hydra.core.override_parser.types import Override, OverrideType, QuotedStrin
 from hydra.errors import HydraException
 from pydantic import ValidationError
 
-from conf.compose import describe_invalid, first_line
+from conf.compose import describe_invalid
 from conf.groups import FIELDS
 from conf.request import RunRequest, Scalar, Value
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, first_line
 from tasks.redaction import show_value
 
 KEY = re.compile(r"[a-z][a-z0-9_]*(?:[./][A-Za-z0-9][A-Za-z0-9_-]*)*")
 
 
 def parse_overrides(overrides: Iterable[str]) -> RunRequest:
-    """Turn `key=value` words of the command line into a request.
+    """Parse `key=value` arguments of the command line into a request.
 
     Raises:
-        ConfigError: a word is not of that form, or names nothing.
+        ConfigError: an argument is not of that form, or its value is invalid.
 
     """
     fields: dict[str, object] = {}
     settings: dict[str, Value] = {}
-    for word in overrides:
-        key, plain = parse_word(word)
+    for override in overrides:
+        key, plain = parse_override(override)
+        # `tracking=[mlflow,wandb]` names a tracker and the loggers beside it.
         if key == "tracking" and isinstance(plain, list):
-            fields["tracking"], settings["tracking.also"] = split_trackers(plain)
+            fields["tracking"], settings["tracking.loggers"] = split_trackers(plain)
         elif key in FIELDS:
             fields[FIELDS[key]] = plain
         else:
@@ -43,9 +44,10 @@ def parse_overrides(overrides: Iterable[str]) -> RunRequest:
         raise ConfigError(describe_invalid(error)) from error
 
 
-def override_request(base: RunRequest, words: Iterable[str]) -> RunRequest:
-    """Return a request with `key=value` words applied as if they were typed after it. Raises ConfigError."""
-    changes = parse_overrides(words)
+def override_request(base: RunRequest, overrides: Iterable[str]) -> RunRequest:
+    """Return a request with `key=value` arguments applied on top of it. Raises ConfigError."""
+    changes = parse_overrides(overrides)
+    # Only fields that the arguments set: defaults must not replace those of the base.
     fields = {**dict(base), **{name: getattr(changes, name) for name in changes.model_fields_set - {"settings"}}}
     settings = {**base.settings, **changes.settings}
     if "subject.source" not in changes.settings and "subject" in changes.model_fields_set:
@@ -62,37 +64,38 @@ def override_request(base: RunRequest, words: Iterable[str]) -> RunRequest:
     return RunRequest(**{**fields, "settings": settings})
 
 
-def parse_word(word: str) -> tuple[str, Value]:
-    """Return key and plain value of one word. Raises ConfigError."""
-    override = read_override(word)
-    if override is None:
-        key, _, text = word.partition("=")
+def parse_override(override: str) -> tuple[str, Value]:
+    """Return key and plain value of one argument. Raises ConfigError."""
+    parsed = read_override(override)
+    if parsed is None:
+        key, _, text = override.partition("=")
         return key, text
-    return override.key_or_group, read_value(override)
+    return parsed.key_or_group, read_value(parsed)
 
 
-def read_override(word: str) -> Override | None:
-    """Return a word as Hydra reads it; None where its value is plain text that isn't Hydra syntax.
+def read_override(override: str) -> Override | None:
+    """Return an argument as parsed by Hydra; None where its value is plain text that isn't Hydra syntax.
 
     Raises:
         ConfigError: it has no key, or opens a list, mapping or quote and doesn't close it.
 
     """
-    key, sign, text = word.partition("=")
+    key, sign, text = override.partition("=")
     if not sign:
-        raise ConfigError(f"{show_value(word)} is not of the form key=value")
+        raise ConfigError(f"{show_value(override)} is not of the form key=value")
     try:
-        return OverridesParser.create().parse_override(word)
+        return OverridesParser.create().parse_override(override)
     except HydraException as error:
         # Text such as `a&b` is taken literally; an unclosed bracket or quote is a typing error.
         if not KEY.fullmatch(key) or text.lstrip()[:1] in ("[", "{", '"', "'"):
-            raise ConfigError(f"cannot read {show_value(word)}: {first_line(error)}") from error
+            raise ConfigError(f"cannot read {show_value(override)}: {first_line(error)}") from error
         return None
 
 
 def read_value(override: Override) -> Value:
     """Return the one plain value of an override. Raises ConfigError for anything else."""
     line = override.input_line or ""
+    # Hydra's `+key` and `~key` are refused: the schema fixes which names there are.
     if override.type is not OverrideType.CHANGE or override.is_sweep_override():
         raise ConfigError(f"{show_value(line)}: use key=value with one value; quote a text that holds a comma")
     value = override.value()
@@ -103,24 +106,24 @@ def read_value(override: Override) -> Value:
 
 
 def split_trackers(names: list[Scalar]) -> tuple[str, list[Scalar]]:
-    """Return the tracker that keeps runs and models, and the loggers beside it."""
+    """Return the tracker of runs and models, and the additional loggers."""
     kinds = [name for name in names if name in ("mlflow", "none")]
     return (kinds[0] if kinds else "none"), [name for name in names if name not in kinds]
 
 
-def split_sweep(words: Iterable[str]) -> tuple[list[str], dict[str, list[Value]]]:
-    """Sort `key=value` words from those with several values. Raises ConfigError for group options."""
+def split_sweep(overrides: Iterable[str]) -> tuple[list[str], dict[str, list[Value]]]:
+    """Separate arguments with one value from those with several. Raises ConfigError for group options."""
     fixed: list[str] = []
     space: dict[str, list[Value]] = {}
-    for word in words:
-        override = read_override(word)
-        if override is None or not override.is_choice_sweep():
-            fixed.append(word)
+    for override in overrides:
+        parsed = read_override(override)
+        if parsed is None or not parsed.is_choice_sweep():
+            fixed.append(override)
             continue
-        if override.key_or_group in FIELDS:
-            raise ConfigError(f"{show_value(word)}: sweep single settings, not groups of them")
-        choices: Any = override.value()
-        space[override.key_or_group] = [unquote(value) for value in choices.list]
+        if parsed.key_or_group in FIELDS:
+            raise ConfigError(f"{show_value(override)}: sweep single settings, not groups of them")
+        choices: Any = parsed.value()
+        space[parsed.key_or_group] = [unquote(value) for value in choices.list]
     return fixed, space
 
 

@@ -1,6 +1,6 @@
-"""`RunRequest`: what the command line, a deployment's form, a schedule and a sweep all ask with.
+"""`RunRequest`: the common input of command line, deployment form, schedule and sweep.
 
-A request's values are data: plain strings, numbers and lists, which nothing interprets.
+A request's values are data: plain strings, numbers and lists, without interpolation.
 """
 
 import math
@@ -26,7 +26,7 @@ def check_number(name: str, value: float) -> None:
 
 
 def check_string(name: str, value: str) -> None:
-    """Refuse what no setting needs: control characters and huge strings. Raises ValueError."""
+    """Reject control characters and oversized strings. Raises ValueError."""
     if len(value) > MAX_CHARACTERS:
         raise ValueError(f"{name}: {len(value):,} characters, at most {MAX_CHARACTERS:,} are accepted")
     if clean_text(value) != value:

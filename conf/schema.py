@@ -20,7 +20,7 @@ MIN_WORKING_SIDE = 768  # the LLM sees the kept photos
 
 
 def derive_working_side(resolution: int) -> int:
-    """Return the short side that photos are kept with: crops of half as much again lose nothing to the shrinking."""
+    """Return the short side of stored photos, so that a crop of two thirds of it still has the training resolution."""
     return max(MIN_WORKING_SIDE, resolution * 3 // 2)
 
 
@@ -46,14 +46,16 @@ class RunConfig(Section):
         return self.diffusion.pretrained_model_name_or_path == MINI
 
     def count_candidates(self) -> int:
-        """Return how many weights may be kept beside the published ones."""
+        """Return the maximum number of retained checkpoints besides the published one."""
         validation = self.training.validation
+        # The best of the top k is the published one.
         return validation.save_top_k - 1 if validation.keep == "best" and validation.validation_steps else 0
 
+    # Before validation, since sections are frozen afterwards.
     @model_validator(mode="before")
     @classmethod
     def fill_working_side(cls, values: object) -> object:
-        """Let photos be kept as large as training at the configured resolution can use."""
+        """Derive subject.working_side from the resolution where it is null."""
         if not isinstance(values, dict):
             return values
         subject, diffusion = values.get("subject"), values.get("diffusion")
@@ -74,7 +76,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def check_validation(self) -> "RunConfig":
-        """Refuse what needs validations where there are none."""
+        """Reject settings that need validation where it is disabled."""
         validation = self.training.validation
         if validation.validation_steps == 0 and (validation.keep == "best" or validation.early_stopping):
             raise ValueError("training.validation: keep=best and early_stopping need validation_steps above 0")
@@ -82,14 +84,14 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def check_packages(self) -> "RunConfig":
-        """Refuse settings whose optional package is missing, before anything is paid for."""
+        """Reject settings whose optional package is missing, before anything is billed."""
         packages = {
             "prodigy": "prodigyopt",
             "adamw8bit": "bitsandbytes",
             "tensorboard": "tensorboard",
             "wandb": "wandb",
         }
-        for setting in (self.training.optimizer, *self.tracking.also):
+        for setting in (self.training.optimizer, *self.tracking.loggers):
             package = packages.get(setting)
             if package and importlib.util.find_spec(package) is None:
                 raise ValueError(f"{setting} needs the package {package}: pip install {package}")
@@ -97,7 +99,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def check_roles(self) -> "RunConfig":
-        """Refuse the mini vision server for the real world, and batches where there are none."""
+        """Reject the mini vision server with other base models, and profiles that lack a capability that is needed."""
         for name in self.llm.used_profiles():
             if self.llm.profiles[name].base_url is None and not self.is_mini:
                 raise ValueError(
@@ -106,8 +108,8 @@ class RunConfig(Section):
                     "set llm=openai (or xai, openrouter, azure, vllm)"
                 )
         for name in self.llm.used_profiles():
-            if self.llm.profiles[name].pictures == "presigned" and self.store.kind != "s3":
-                raise ValueError(f"llm profile {name}: pictures=presigned needs a bucket; set store=s3")
+            if self.llm.profiles[name].image_urls == "presigned" and self.store.kind != "s3":
+                raise ValueError(f"llm profile {name}: image_urls=presigned needs a bucket; set store=s3")
         if self.subject.web_lookup.enabled and not any(
             self.llm.profiles[name].capabilities.web_search != "none" for name in self.llm.fallback_chain("profiler")
         ):
@@ -121,7 +123,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def check_photos(self) -> "RunConfig":
-        """Refuse bounds on the photos that contradict each other."""
+        """Reject contradictory bounds on photos."""
         if self.subject.min_images > self.subject.max_images:
             raise ValueError("subject.min_images is above subject.max_images")
         if self.subject.min_brightness >= self.subject.max_brightness:

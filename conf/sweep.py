@@ -34,7 +34,7 @@ class SweepRequest(BaseModel):
     @field_validator("space")
     @classmethod
     def check_space(cls, space: dict[str, list[Value]]) -> dict[str, list[Value]]:
-        """Refuse what no trial could set."""
+        """Reject names and values that no trial could set."""
         for key, values in space.items():
             if not values or len(values) > MAX_TRIALS:
                 raise ValueError(f"{key[:200]!r}: {len(values):,} values to try, must be 1 to {MAX_TRIALS:,}")
@@ -44,7 +44,7 @@ class SweepRequest(BaseModel):
 
     @model_validator(mode="after")
     def check_trials(self) -> "SweepRequest":
-        """Refuse more trials than anybody would wait for, before they are listed."""
+        """Reject more than MAX_TRIALS trials, before they are enumerated."""
         count = math.prod(map(len, self.space.values())) if self.is_grid else self.num_trials
         if count > MAX_TRIALS:
             raise ValueError(f"{count:,} combinations, at most {MAX_TRIALS:,} are accepted; try fewer values")
@@ -58,6 +58,7 @@ class SweepRequest(BaseModel):
     @property
     def is_grid(self) -> bool:
         """Whether every combination is tried."""
+        # With at least as many trials as combinations, sampling would repeat some and miss others.
         return self.num_trials == 0 or self.num_trials >= math.prod(map(len, self.space.values()))
 
     def combinations(self) -> list[dict[str, Value]]:
@@ -69,15 +70,16 @@ class SweepRequest(BaseModel):
         return self.base.model_copy(update={"settings": {**self.base.settings, **values}})
 
 
-def parse_sweep(words: Iterable[str], *, num_trials: int = 0, study: str = "") -> SweepRequest:
-    """Turn `key=v1,v2` words into a sweep. Raises ConfigError where a value can't be."""
-    fixed, space = split_sweep(words)
+def parse_sweep(overrides: Iterable[str], *, num_trials: int = 0, study: str = "") -> SweepRequest:
+    """Parse `key=v1,v2` arguments into a sweep. Raises ConfigError for invalid values."""
+    fixed, space = split_sweep(overrides)
     if not space:
         raise ConfigError("no setting has several values; give one, for example training.learning_rate=1e-5,3e-5")
     try:
         request = SweepRequest(base=parse_overrides(fixed), space=space, num_trials=num_trials, study=study)
     except ValidationError as error:
         raise ConfigError(describe_invalid(error)) from error
+    # Each value alone, before the first trial is paid for: the number of combinations multiplies.
     for key, values in space.items():
         for value in values:
             compile_request(request.make_trial({key: value}))

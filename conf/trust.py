@@ -1,7 +1,7 @@
-"""What a request that comes through a deployment may set: an allow-list, read off the types of `RunConfig`.
+"""What a request that comes through a deployment may set: an allow-list, derived from the types of `RunConfig`.
 
 Numbers, booleans and choices are allowed. A string is allowed only where its field's type carries a `RequestRule`
-that says so; anything else, and every field that nobody classified, is set on the worker's machine alone.
+that says so; anything else, and every unclassified field, is set on the worker's machine alone.
 """
 
 import os
@@ -22,7 +22,7 @@ from tasks.stage.cache import PREFIXES
 
 PATH = RequestRule("path")
 HUB_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-WORDS = {
+NON_PATH_VALUES = {
     "subject.source": ("demo",),
     "subject.captions": ("",),
     "scoring.labels": ("",),
@@ -32,7 +32,7 @@ WORDS = {
     "evaluation.encoders.dino": ("mini",),
     "evaluation.encoders.lpips": ("auto", "none"),
 }
-"""Values of path fields that are no paths; nothing at all where a field may be left empty."""
+"""Values of path fields that are no paths; an empty string where a field may be empty."""
 OWN_FOLDERS = frozenset({*PREFIXES.values(), "known-world", "latents", "llm"})
 """Folders at the top of the store that the pipeline writes."""
 WORK_FOLDER = "work"  # in output_dir
@@ -40,7 +40,7 @@ PLAIN = (bool, int, float, type(None))
 
 
 def list_rules() -> dict[str, RequestRule | None]:
-    """Return the rule of every field of `RunConfig` by dotted name; None for one that nobody classified."""
+    """Return the rule of every field of `RunConfig` by dotted name; None for unclassified ones."""
     return dict(walk_rules(RunConfig))
 
 
@@ -55,7 +55,7 @@ def walk_rules(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def find_rule(field: FieldInfo) -> RequestRule | None:
-    """Return a field's rule: its mark, or `checked` for what holds no free text."""
+    """Return a field's rule: its annotation, or `checked` for types without free text."""
     marks = [mark for mark in (*field.metadata, *nested_marks(field.annotation)) if isinstance(mark, RequestRule)]
     if marks:
         return marks[0]
@@ -84,6 +84,7 @@ def check_request(settings: Mapping[str, object], roots: tuple[Path, ...]) -> No
     """Refuse settings that a request may not make. Raises ConfigError naming the setting."""
     rules = list_rules()
     for name, value in settings.items():
+        # A mapping such as `llm.profiles` is one leaf, whose rule covers every name below it.
         owner = next((known for known in rules if name == known or name.startswith(f"{known}.")), None)
         if owner is None:
             continue  # an unknown name, which composing refuses with the nearest valid ones
@@ -97,7 +98,7 @@ def check_request(settings: Mapping[str, object], roots: tuple[Path, ...]) -> No
 
 def check_path(name: str, value: str, roots: tuple[Path, ...], *, rule: RequestRule = PATH) -> None:
     """Refuse a path outside the allowed roots. Raises ConfigError."""
-    if value in WORDS.get(name, ()):
+    if value in NON_PATH_VALUES.get(name, ()):
         return
     if rule.kind == "photos" and value.startswith("store:"):
         check_store_prefix(name, value.removeprefix("store:"))
@@ -111,6 +112,7 @@ def check_path(name: str, value: str, roots: tuple[Path, ...], *, rule: RequestR
     # `owner/name` is a Hub id only where no such folder exists; an existing one is held to the roots.
     if rule.kind == "model" and HUB_REPOSITORY.fullmatch(value) and ".." not in value and not is_local:
         return
+    # By form: `s3://bucket` resolves to a folder below the working directory.
     if "://" in value or not any(path.is_relative_to(root) for root in roots):
         listed = ", ".join(map(str, roots))
         raise ConfigError(
@@ -119,8 +121,9 @@ def check_path(name: str, value: str, roots: tuple[Path, ...], *, rule: RequestR
 
 
 def check_store_prefix(name: str, prefix: str) -> None:
-    """Refuse what stages keep in the store: other people's photos lie there. Raises ConfigError."""
+    """Reject prefixes that stages write to: they hold other users' photos. Raises ConfigError."""
     folder, sign, _ = prefix.partition("/")
+    # Without a slash, a prefix also matches folders whose names merely begin with it.
     if not sign or folder in OWN_FOLDERS:
         raise ConfigError(
             f"{name}: store:{show_value(prefix)[1:-1]} is no folder of uploads; name one, as store:uploads/rex/"
@@ -128,21 +131,22 @@ def check_store_prefix(name: str, prefix: str) -> None:
 
 
 def check_source(config: RunConfig, output_dir: str, folder: str) -> None:
-    """Refuse photos that runs keep in a local store or beside it: other people's. Raises ConfigError.
+    """Reject folders that runs write to, in or beside a local store: they hold other users' photos. Raises ConfigError.
 
     Args:
-        config: what the request stands for.
+        config: the request's resolved configuration.
         output_dir: that of the operator's own options.
         folder: the store's, likewise.
 
     """
     source, outputs = config.subject.source, (config.output_dir, output_dir)
-    if source in WORDS["subject.source"]:
+    if source in NON_PATH_VALUES["subject.source"]:
         return
     stores = [config.store.folder, folder, *(f"{output}/store" for output in outputs)]
     owned = [resolve(store) / name for store in stores if store for name in OWN_FOLDERS]
     owned += [resolve(output) / WORK_FOLDER for output in outputs]
     is_prefix = source.startswith("store:")
+    # A prefix may end within a name, so only its folders can be resolved.
     prefix = source.removeprefix("store:").rpartition("/")[0]
     place = resolve(f"{config.store.folder}/{prefix}") if is_prefix else resolve(source)
     # All that lies below a prefix is read, of a folder only what lies in it.
@@ -159,7 +163,7 @@ def resolve(path: str) -> Path:
 
 
 def check_budget(config: RunConfig, operators: float | None) -> None:
-    """Refuse a request that lifts the operator's own cap on money. Raises ConfigError."""
+    """Reject a request that exceeds the operator's spending cap. Raises ConfigError."""
     wanted = config.llm.budget_usd
     if operators is not None and (wanted is None or wanted > operators):
         raise ConfigError(f"llm.budget_usd: at most {operators} USD are allowed on this machine")

@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "deployments"
 CUDA = re.compile(r"^(nvidia-|cuda-|triton==)")
+# One lock for all platforms and Python versions: markers select entries at installation.
 COMPILE = ["uv", "pip", "compile", "--universal", "--python-version", "3.11", "--generate-hashes"]
 HEADER = "# Written by deployments/refresh_lock.py; do not edit.\n"
 
@@ -22,6 +23,7 @@ HEADER = "# Written by deployments/refresh_lock.py; do not edit.\n"
 def main() -> None:
     """Resolve the development set once, then cut it into the three files."""
     everything = compile_lock("--extra", "dev")
+    # For the names alone: all entries come from one resolution, so the three files agree on versions.
     names = {requirement_name(entry) for entry in compile_lock()}
     cuda = [entry for entry in everything if CUDA.match(entry)]
     runtime = [e for e in everything if requirement_name(e) in names and e not in cuda]

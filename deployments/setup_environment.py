@@ -1,8 +1,8 @@
-"""Make `.venv` and install what the locks say. Needs nothing but Python's standard library.
+"""Create `.venv` and install the locked requirements. Needs nothing but Python's standard library.
 
     python3 deployments/setup_environment.py [--dev]
 
-Installs with uv, from PATH or else from the pinned release in the lock, and with pip where uv can't be had.
+Installs with uv, from PATH or else from the pinned release in the lock, and with pip where uv is unavailable.
 Idempotent: a second call with unchanged locks does nothing. Messages are one line each.
 """
 
@@ -32,6 +32,7 @@ VENV = ROOT / ".venv"
 OLDEST, NEWEST = (3, 11), (3, 13)
 NEEDED_BYTES = 4_000_000_000
 HEARTBEAT_SECONDS = 10.0
+# The locks are complete, see refresh_lock.py, and with hashes it does not matter which index serves a file.
 HASHED = ("--no-deps", "--require-hashes")
 # Settings of pip that change nothing of what is installed here: every entry is pinned and hashed.
 IRRELEVANT = {
@@ -60,11 +61,14 @@ def main() -> None:
         install_torch(python, Path(folder))
         count = sum(count_entries(name) for name in locks)
         installer = install(installer, f"up to {count} locked packages", *HASHED, *list_files(locks))
+        # Only torch's public Linux wheel needs them, and --no-deps has left them out.
         if sys.platform == "linux" and not is_cpu_torch(python):
             check_disk(8_000_000_000)
             title = f"{count_entries(CUDA)} CUDA packages"
             installer = install(installer, title, *HASHED, *list_files([CUDA]))
+        # Built with the locked setuptools: an isolated build would download another one.
         install(installer, "likeness itself", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
+    # Written last, so an interrupted set-up starts again. The second digest serves later calls without --dev.
     stamp.write_text(f"{target}\n{digest_of([RUNTIME, 'pyproject.toml'])}\n")
     say(f"environment ready in {time.monotonic() - started:.0f} s")
 
@@ -89,6 +93,7 @@ def create_venv() -> Path:
     if not has_pip(python):
         with phase(f"creating {VENV}"):
             try:
+                # Cleared where it exists: without a working pip it is an interrupted set-up.
                 venv.create(VENV, with_pip=True, clear=VENV.exists(), symlinks=True)
             except (OSError, subprocess.CalledProcessError) as error:
                 stop(f"cannot create {VENV}: {error}; on Debian: apt install python3-venv")
@@ -116,7 +121,7 @@ class Installer:
         return subprocess.Popen(
             [*self.command, *arguments],
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.STDOUT,  # one pipe: two would need a reader each
             text=True,
             errors="replace",
             env={**os.environ, **self.environment},
@@ -129,7 +134,7 @@ def make_pip(python: Path) -> Installer:
 
 
 def find_installer(python: Path, folder: Path) -> Installer:
-    """Return uv where it can be had and can follow pip's settings, else pip."""
+    """Return uv where it is available and supports pip's settings, else pip."""
     pip = make_pip(python)
     translated = translate_settings(read_pip_settings(python))
     if translated is None:
@@ -143,18 +148,18 @@ def find_installer(python: Path, folder: Path) -> Installer:
         (folder / "uv.txt").write_text(entry)
         # Without retries: where no index answers, pip may still find everything in local folders.
         options = ("-q", "--retries", "0", *HASHED, "--target", str(folder / "uv"), "-r", str(folder / "uv.txt"))
-        with phase("getting uv"):
+        with phase("downloading uv"):
             subprocess.run([*pip.command, *options], check=False, capture_output=True)
         uv = str(folder / "uv" / "bin" / "uv")
         if not is_working(uv):
-            say("uv can't be had; installing with pip")
+            say("uv is unavailable; installing with pip")
             return pip
     command = (uv, "--no-progress", "pip", "install", "--python", str(python), *arguments)
     return Installer(python, "uv", command, environment)
 
 
 def is_working(uv: str) -> bool:
-    """Whether this uv starts and knows the options that are used here."""
+    """Whether this uv runs and supports the options used here."""
     try:
         done = subprocess.run([uv, "pip", "install", "--help"], capture_output=True, text=True, check=False)
     except OSError:
@@ -166,6 +171,7 @@ def read_pip_settings(python: Path) -> dict[str, str]:
     """Return pip's settings for `pip install`, from its files and the environment."""
     done = subprocess.run([str(python), "-m", "pip", "config", "list"], capture_output=True, text=True, check=False)
     rows = re.findall(r"^(:env:|global|install)\.([\w-]+)=(.*)$", done.stdout, re.MULTILINE)
+    # Later entries win: the environment over [install] over [global], as in pip.
     ranks = ("global", "install", ":env:")
     return {name: str(ast.literal_eval(value)) for _, name, value in sorted(rows, key=lambda row: ranks.index(row[0]))}
 

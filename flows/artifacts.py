@@ -23,6 +23,7 @@ def show_artifacts(summary: RunSummary, publication: Publication, runtime: Runti
         return
     assert summary.subject is not None
     assert summary.paths is not None
+    # Prefect's artifact keys hold lowercase letters, digits and dashes only.
     noun, paths = summary.subject.class_noun.replace(" ", "-").lower(), summary.paths
     report = Path(paths.report)
     create_link_artifact(
@@ -30,6 +31,7 @@ def show_artifacts(summary: RunSummary, publication: Publication, runtime: Runti
     )
     create_table_artifact(table=metric_table(summary), key=f"metrics-{noun}", description="Base against tuned")
     create_table_artifact(table=stage_table(summary), key=f"stages-{noun}", description="Stages of this run")
+    # Inline, since Prefect's UI can't read the store.
     grid = base64.b64encode(read_verified(runtime.store, publication.sample_grid)).decode()
     create_image_artifact(
         image_url=f"data:image/png;base64,{grid}", key=f"samples-{noun}", description="Above base, below tuned"

@@ -1,4 +1,4 @@
-"""Pending runs: suspended ones, and interrupted ones whose batch job is still alive."""
+"""Pending runs: suspended ones, and interrupted ones whose batch job is still active."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from tasks.stage.digests import load_lines
 
 JOB_LOG = "jobs.jsonl"
 INTERRUPTED = ("failed", "cancelled", "killed", "damaged")
-"""Statuses of runs that may have left a job behind."""
+"""Statuses of runs that may have an uncollected job."""
 
 
 @dataclass
@@ -30,7 +30,7 @@ class PendingReport:
 
 
 def list_pending(output: Path) -> list[list[Path]]:
-    """Return the folders of pending runs, oldest first; those that asked for the same are one job."""
+    """Return the folders of pending runs, oldest first, grouped by equal requests."""
     groups: dict[str, list[Path]] = {}
     for folder in list_run_folders(output):
         status = read_summary(folder).status
@@ -60,7 +60,7 @@ def list_job_keys(folder: Path) -> list[str]:
 
 
 def has_live_job(folder: Path) -> bool:
-    """Whether a run made a batch job that nobody has collected, and that no running process attends."""
+    """Whether a run made a batch job that is not collected and whose lease no live process holds."""
     from tasks.services.llm.batch.job import find_state
     from tasks.services.llm.batch.lease import find_holder
     from tasks.services.store.open import open_store

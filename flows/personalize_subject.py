@@ -25,6 +25,7 @@ def personalize_subject(request: RunRequest = RunRequest()) -> RunSummary:  # no
     Every stage is looked up by its content first; what is cached is not computed again.
     """
     # A deployment's requests are data from elsewhere: they may set only what conf/trust.py allows.
+    # Prefect passes the id on to subflows, so what `score-pending` resumes in a deployment is restricted too.
     with open_run(request, is_trusted=deployment.id is None) as run:
         config, runtime, diffusion = run.config, run.runtime, run.config.diffusion
         # Checked before class images are submitted: bad photos must not cost a GPU hour.

@@ -19,12 +19,12 @@ from flows.run_records import (
     relate,
     resolve_paths,
     stamp,
+    to_overrides,
     write_end,
     write_request,
     write_stages,
     write_start,
     write_summary,
-    write_words,
 )
 from tasks.errors import ConfigError
 from tasks.manifests.base import ModelRef
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 progress_of_run: contextvars.ContextVar[ProgressView | None] = contextvars.ContextVar("progress", default=None)
 trust_of_run: contextvars.ContextVar[bool] = contextvars.ContextVar("trust", default=True)
-"""False while runs are resumed that a deployment was asked for."""
+"""False while requests of a deployment are resumed."""
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Run:
             run_id=self.run_id,
             status="finished",
             config_digest=compute_config_digest(self.config),
-            started_at=stamp(time.time() - self.elapsed()),
+            started_at=stamp(time.time() - self.elapsed()),  # `started` is on the monotonic clock
             wall_seconds=round(self.elapsed(), 3),
             overhead_seconds=round(runtime.measure_overhead(self.started), 3),
             llm_calls=runtime.llm.ledger.count_calls(),
@@ -129,8 +129,8 @@ def show_config(config: RunConfig) -> list[tuple[str, str]]:
 
 
 def describe_run(config: RunConfig, request: RunRequest) -> dict[str, str]:
-    """Return the tags by which a tracking server's UI shows what a run is."""
-    words = " ".join(["likeness run", *write_words(request)])
+    """Return the tags that describe a run in the tracking server's UI."""
+    words = " ".join(["likeness run", *to_overrides(request)])
     text = f"One {config.subject.class_noun}, tuned from {config.diffusion.pretrained_model_name_or_path}.\n\n`{words}`"
     return {"mlflow.note.content": text, "likeness.config": compute_config_digest(config)}
 
@@ -148,20 +148,20 @@ def summarize_stage(record: StageRecord) -> StageSummary:
 
 def summarize_judge(scores: Scorecard) -> JudgeSummary:
     """Return whether the judge is reliable, and why not."""
-    health = scores.health
-    failed = [control.name for control in health.controls if not control.is_passed]
+    reliability = scores.reliability
+    failed = [control.name for control in reliability.controls if not control.is_passed]
     reason = ""
-    if not health.controls:
+    if not reliability.controls:
         reason = "no controls were judged"
     elif failed:
         reason = f"controls failed: {', '.join(failed)}"
-    elif not health.is_comparable:
+    elif not reliability.is_comparable:
         reason = "another model than the requested one answered"
     return JudgeSummary(
-        is_reliable=health.is_reliable,
+        is_reliable=reliability.is_reliable,
         reason=reason,
-        alpha=health.alpha,
-        spearman=health.spearman,
+        alpha=reliability.alpha,
+        spearman=reliability.spearman,
         pairs=scores.pairs,
     )
 
@@ -186,7 +186,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     from tasks.services.tracking.open import open_tracker
 
     install_log_redaction()
-    is_trusted = is_trusted and trust_of_run.get()
+    is_trusted = is_trusted and trust_of_run.get()  # a deployment's request stays restricted when resumed
     started = time.monotonic()
     config = compile_request(request, roots=None if is_trusted else allowed_roots())
     store = open_store(config.store)
@@ -221,11 +221,11 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
         on_stage=partial(write_stages, folder),
     )
     try:
-        base_model = check_first(config, tracker)
+        base_model = check_first(config, tracker)  # inside the try, so that a refusal is recorded
         with explain_full_disk(output):
             yield Run(run_id, folder, request, config, base_model, runtime, started)
     except BaseException as error:
-        runtime.stopping.set()
+        runtime.stopping.set()  # polled by stages in other threads, which can't be interrupted
         runtime.live.abandon()
         # BaseException: Ctrl-C, SIGTERM and Prefect's cancellation end a run too, and its status must say so.
         write_end(folder, run_id, error)
@@ -238,7 +238,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
 
 
 def check_first(config: RunConfig, tracker: "Tracker") -> ModelRef:
-    """Refuse what must not wait for the end of training; return the base model."""
+    """Check early what would otherwise fail only after training; return the base model."""
     from tasks.diffusion.hub import identify_model
     from tasks.encoders.folders import find_encoders
 
@@ -251,14 +251,14 @@ def check_first(config: RunConfig, tracker: "Tracker") -> ModelRef:
 
 
 def check_files(config: RunConfig) -> None:
-    """Refuse files of a person's that aren't there, before anything is computed."""
+    """Raise ConfigError for user files that do not exist, before anything is computed."""
     for name, path in (("subject.captions", config.subject.captions), ("scoring.labels", config.scoring.labels)):
         if path and not Path(path).is_file():
             raise ConfigError(f"{name}={path} is not a file")
 
 
 def open_budget(config: RunConfig, output: Path) -> "Budget":
-    """Return the cap on what this configuration may cost, whichever runs of it spend it."""
+    """Return the spending cap that all runs of a configuration share."""
     from tasks.services.llm.budget.spending_cap import Budget
 
     # The cap itself is not part of the name: raising it resumes the same account instead of opening a new one.
@@ -270,11 +270,12 @@ def open_budget(config: RunConfig, output: Path) -> "Budget":
 def make_run_id(class_noun: str) -> str:
     """Return a name that sorts by time."""
     noun = re.sub(r"[^a-z0-9]+", "-", class_noun.lower()).strip("-")
+    # The suffix keeps runs apart that start within one second.
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{noun}-{secrets.token_hex(2)}"
 
 
 def make_run_folder(output: Path, config: RunConfig, request: RunRequest, *, is_trusted: bool) -> Path:
-    """Create a run's folder, named by the run's id, and what it holds from the first second on.
+    """Create a run's folder, named after its id, with configuration, request and initial summary.
 
     Raises ConfigError where it can't be written.
     """
@@ -284,6 +285,7 @@ def make_run_folder(output: Path, config: RunConfig, request: RunRequest, *, is_
     except OSError as error:
         raise ConfigError(f"cannot write to {output}: {error.strerror}; set output_dir") from error
     write_atomic(folder / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    # The request makes the folder a run (`list_run_folders`); killed before its first summary, it counts as killed.
     write_request(folder, request, is_trusted=is_trusted)
     write_start(folder, folder.name, compute_config_digest(config))
     return folder

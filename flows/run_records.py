@@ -1,6 +1,6 @@
-"""What a run's folder says of it: `summary.json` from its first second on, and `request.json`.
+"""Records in a run's folder: `summary.json`, written from the start of the run, and `request.json`.
 
-Both carry their own digest. A record that is torn or was changed costs that run's line, never the command.
+Both carry their own digest. A torn or modified record affects its own run only and never fails a command.
 """
 
 import json
@@ -33,23 +33,24 @@ from tasks.stage.digests import digest, dump_signed, load_signed, parse_json, si
 from tasks.stage.files import write_atomic
 
 SUMMARY, REQUEST = "summary.json", "request.json"
+# psutil adds a process's start to the boot time, which shifts when the system clock is adjusted.
 CLOCK_SLACK_SECONDS = 2.0
 
 
 class StoredRequest(BaseModel):
-    """What a run was asked for, and whether it may set what belongs to the operator."""
+    """The request of a run, and whether it may set operator-only fields."""
 
     request: RunRequest
     is_trusted: bool
 
 
 def write_request(folder: Path, request: RunRequest, *, is_trusted: bool) -> None:
-    """Keep a request in its run's folder."""
+    """Write `request.json` to the run's folder."""
     write_atomic(folder / REQUEST, dump_signed(StoredRequest(request=request, is_trusted=is_trusted), indent=1))
 
 
 def read_request(folder: Path) -> StoredRequest:
-    """Return what a run was asked for. Raises ArtifactCorrupt for a damaged or missing file."""
+    """Return a run's request. Raises ArtifactCorrupt for a damaged or missing file."""
     return read_request_file(folder / REQUEST, hint="start the run again by hand")
 
 
@@ -73,7 +74,7 @@ def write_summary(folder: Path, summary: RunSummary) -> None:
 
 
 def write_start(folder: Path, run_id: str, config_digest: str = "") -> None:
-    """Record that a run is being worked on, and by which process."""
+    """Mark a run as running, and record its process."""
     # pid and creation time: a pid alone is reused by other processes.
     started = round(psutil.Process().create_time(), 2)
     summary = make_head(run_id, "running").model_copy(
@@ -87,8 +88,9 @@ def write_start(folder: Path, run_id: str, config_digest: str = "") -> None:
 
 
 def write_stages(folder: Path, keys: dict[str, str]) -> None:
-    """Record the keys of the stages that a run has begun, so that nothing they hold is taken for garbage."""
+    """Record the keys of the stages that a run has begun, so that `likeness gc` keeps their objects."""
     summary = read_summary(folder)
+    # A stage in another thread may begin after the run has ended.
     if summary.status == "running":
         stages = {name: StageSummary(key=key) for name, key in keys.items()}
         write_summary(folder, summary.model_copy(update={"stages": stages}))
@@ -113,7 +115,7 @@ def write_end(folder: Path, run_id: str, error: BaseException) -> None:
 
 
 def find_status(error: BaseException) -> Status:
-    """Return what a run is that ended with an error: a person's stop is no failure."""
+    """Return the status of a run that ended with an error; an interruption by the user is not a failure."""
     if isinstance(error, StillPending):
         return "pending"
     is_stopped = isinstance(error, KeyboardInterrupt | SystemExit | TrainingStopped)
@@ -134,7 +136,7 @@ def read_summary(folder: Path) -> RunSummary:
     """
     try:
         summary = RunSummary.model_validate(verify_signed(parse_json((folder / SUMMARY).read_bytes())))
-    except FileNotFoundError:
+    except FileNotFoundError:  # killed between `write_request` and `write_start`
         return make_head(folder.name, "killed")
     except (ArtifactCorrupt, OSError) as error:
         details = RunError(kind=type(error).__name__, message=str(error))
@@ -147,7 +149,7 @@ def read_summary(folder: Path) -> RunSummary:
 
 
 def is_alive(owner: ProcessOwner | None) -> bool:
-    """Whether the process that works on a run is there; one on another machine is believed to be."""
+    """Whether a run's process is alive; one on another host is assumed to be."""
     if owner is None:
         return False
     # A shared output folder: nothing can be said of another machine's processes, so its runs are not resumed.
@@ -160,7 +162,7 @@ def is_alive(owner: ProcessOwner | None) -> bool:
 
 
 def list_run_folders(output: Path) -> list[Path]:
-    """Return the folders of all runs, oldest first: whatever state they are in."""
+    """Return the folders of all runs, in any status, oldest first."""
     return sorted(path.parent for path in output.glob(f"*/{REQUEST}"))
 
 
@@ -191,23 +193,24 @@ def relate(path: str, folder: Path) -> str:
 
 
 def suggest_next(summary: RunSummary, folder: Path) -> str:
-    """Return what to type next for a run that isn't finished, or nothing."""
+    """Return the command that resumes an unfinished run, or an empty string."""
     status = summary.status
     if status == "pending":
         return "likeness pending"
-    if status in ("finished", "continued", "running"):
+    if status in ("finished", "resumed", "running"):
         return ""
     try:
-        return " ".join(["likeness run", *write_words(relocate(read_request(folder).request, folder))])
+        return " ".join(["likeness run", *to_overrides(relocate(read_request(folder).request, folder))])
     except ArtifactCorrupt:
         return "its request is damaged: start it again by hand"
 
 
-def write_words(request: RunRequest) -> list[str]:
-    """Return the words of the command line that ask for the same."""
+def to_overrides(request: RunRequest) -> list[str]:
+    """Return the command-line arguments equivalent to a request."""
     default, words = RunRequest(), []
     for field, group in GROUPS.items():
         value = getattr(request, field)
+        # `subject.source` below implies the option `folder`.
         if value != getattr(default, field) and (field != "subject" or request.source is None):
             words.append(f"{group}={value}")
     settings = {**request.settings}
@@ -270,7 +273,7 @@ def read_run(folder: Path) -> PastRun:
     summary = read_summary(folder)
     if summary.config_digest not in ("", found):
         raise ConfigError(f"{folder / 'config.json'} was changed after the run; run it again")
-    # As it was where the run was started; its folder knows better.
+    # The stored paths are those of the original location; the run's folder may have moved.
     store = config.store.model_copy(update={"folder": rebase(config.store.folder, config.output_dir, folder)})
     config = config.model_copy(update={"store": store, "output_dir": str(folder.parent)})
     return PastRun(config, summary)
@@ -285,10 +288,11 @@ def rebase(path: str, old_output: str, folder: Path) -> str:
 
 
 def relocate(request: RunRequest, folder: Path) -> RunRequest:
-    """Return a run's request for the folder that the run lies in now, which may be a copy of the one it asked for."""
+    """Return a run's request with paths adjusted to the current folder of the run, which may be a copy."""
     try:
         old = read_run_config((folder / "config.json").read_bytes())[0].output_dir
     except (ValidationError, OSError, ArtifactCorrupt):
+        # Without a readable config.json: what the request says, or the default.
         old = str(request.settings.get("output_dir", "runs"))
     if Path(old).resolve() == folder.parent.resolve():
         return request

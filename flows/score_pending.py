@@ -23,12 +23,13 @@ def score_pending(output_dir: str = "runs") -> PendingReport:
     Safe to run at any time and again: a job that is still running stays pending, and nothing is paid twice.
     """
     if deployment.id is not None:
+        # A deployment's parameter is as untrusted as the settings of a request.
         check_path("output_dir", output_dir, allowed_roots())
     report = PendingReport()
     for folders in list_pending(Path(output_dir)):
         name = folders[-1].name
         try:
-            stored = read_request(folders[0])
+            stored = read_request(folders[0])  # equal for all runs of a group, see list_pending
             token = trust_of_run.set(stored.is_trusted)
             try:
                 summary = personalize_subject(relocate(stored.request, folders[0]))
@@ -43,7 +44,7 @@ def score_pending(output_dir: str = "runs") -> PendingReport:
             report.failed.append(f"{name}: {error.kind}: {error}")
             continue
         for folder in folders:
-            changes = {"status": "continued", "continued_by": summary.run_id}
+            changes = {"status": "resumed", "resumed_by": summary.run_id}
             write_summary(folder, read_summary(folder).model_copy(update=changes))
         report.finished.append(summary)
     return report

@@ -1,6 +1,6 @@
 """Search settings of the main job with Optuna; trials share cached stages.
 
-A study is kept in `<output_dir>/sweeps/<study>.journal`, so a sweep that was stopped resumes.
+A study is stored in `<output_dir>/sweeps/<study>.journal`, so an interrupted sweep resumes.
 """
 
 from collections import Counter
@@ -50,7 +50,7 @@ class SweepOutcome(BaseModel):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A study that is being run."""
+    """A running study."""
 
     study: "Study"
     """Optuna's, which is imported late."""
@@ -62,7 +62,7 @@ class Sweep:
 
 @flow(name="sweep-settings", persist_result=False)
 def sweep_settings(request: SweepRequest) -> SweepOutcome:
-    """Run trials until the study has enough; name the best."""
+    """Run the study's remaining trials and return all results with the best one."""
     roots = None if deployment.id is None else allowed_roots()
     config = compile_request(request.base, roots=roots)
     study = open_study(request, Path(config.output_dir))
@@ -87,16 +87,19 @@ def sweep_settings(request: SweepRequest) -> SweepOutcome:
 
 def run_trial(sweep: Sweep) -> RunSummary | str:
     """Run the main job with a trial's values and report its objective to the study; return what failed instead."""
+    # Takes a queued trial where there is one, and samples otherwise.
     trial = sweep.study.ask()
     # Optuna takes lists as categories too, which its types leave out.
     space: dict[str, Any] = dict(sweep.request.space)
     values: dict[str, Value] = {key: trial.suggest_categorical(key, options) for key, options in space.items()}
     try:
         summary = personalize_subject(sweep.request.make_trial(values))
+    # Anything else ends the sweep; its trial stays RUNNING until `open_study` marks it as failed.
     except LikenessError as error:
         sweep.study.tell(trial, state=trial_state("FAIL"))
         return str(error)
     value = compute_objective(summary, sweep.request.objective)
+    # Before `tell`: a finished trial can't be updated.
     trial.set_user_attr("run_id", summary.run_id)
     sweep.study.tell(trial, value)
     track_trial(sweep, summary, TrialResult(trial=trial.number, values=values, value=value, run_id=summary.run_id))
@@ -127,6 +130,7 @@ def open_study(request: SweepRequest, output: Path) -> "Study":
     if request.is_grid:
         complete = [trial.params for trial in study.get_trials(deepcopy=False, states=(trial_state("COMPLETE"),))]
         waiting = study.get_trials(deepcopy=False, states=(trial_state("WAITING"),))
+        # `enqueue_trial` keeps the values here; a waiting trial has no `params` yet.
         queued = [trial.system_attrs.get("fixed_params") for trial in waiting]
         for values in request.combinations():
             if values not in complete and values not in queued:
@@ -135,15 +139,16 @@ def open_study(request: SweepRequest, output: Path) -> "Study":
 
 
 def trial_state(name: str) -> "TrialState":
-    """Return Optuna's state of a name."""
+    """Return Optuna's trial state by name."""
     from optuna.trial import TrialState
 
     return TrialState[name]
 
 
 def count_left(study: "Study", request: SweepRequest) -> int:
-    """Return how many trials the study still lacks; failed ones are tried again."""
+    """Return the number of remaining trials; failed ones are repeated."""
     if request.is_grid:
+        # `open_study` has queued each combination that is not complete.
         return len(study.get_trials(deepcopy=False, states=(trial_state("WAITING"),)))
     done = len(study.get_trials(deepcopy=False, states=(trial_state("COMPLETE"),)))
     return max(0, request.num_trials - done)

@@ -21,6 +21,7 @@ MAX_WAIT = 30 * 24 * 3600.0  # seconds
 class Section(BaseModel):
     """A frozen section: unknown keys and numbers that are not finite are refused."""
 
+    # Sections of RunConfig have no defaults: conf/run.yaml holds them all, and a test forbids a second place.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 

@@ -31,6 +31,7 @@ def read_rows(path: Path, columns: Sequence[str], *, setting: str) -> list[tuple
         line = data[: getattr(error, "start", 0)].count(b"\n") + 1
         raise ConfigError(f"{path}, line {line}: this is not UTF-8; save the file as CSV in UTF-8") from error
     # newline="" leaves line ends inside quoted fields to the reader, as `csv` requires.
+    # `strict`, since csv otherwise accepts an unclosed quote and reads the rest of the file as one field.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[tuple[int, dict[str, str]]] = []
     header: list[str] | None = None
@@ -48,7 +49,7 @@ def read_rows(path: Path, columns: Sequence[str], *, setting: str) -> list[tuple
     except csv.Error as error:
         raise ConfigError(f"{path}, line {reader.line_num}: this is not CSV ({error}); {way_out}") from error
     if header is None:
-        raise ConfigError(f"{path}, line 1: nothing is there; {way_out}")
+        raise ConfigError(f"{path}, line 1: the file is empty; {way_out}")
     return rows
 
 
@@ -59,6 +60,6 @@ def check_columns(header: list[str], columns: Sequence[str], where: str) -> list
         if name not in columns:
             raise ConfigError(f"{where}: there is no column {show_value(name)}; {way_out}")
     if columns[0] not in header or len(set(header)) < len(header):
-        problem = "no column " + columns[0] if columns[0] not in header else "a column is there twice"
+        problem = "no column " + columns[0] if columns[0] not in header else "duplicate column"
         raise ConfigError(f"{where}: {problem}; {way_out}")
     return header

@@ -21,6 +21,11 @@ from tasks.redaction import clean_text, redact, shorten
 MESSAGE_LIMIT = 2_000
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text; its class where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class LikenessError(Exception):
     """Base of every error that a person can act on.
 
@@ -50,13 +55,13 @@ class ConfigError(LikenessError):
 
 
 class SubjectRejected(LikenessError):
-    """The photos do not make a subject."""
+    """The photos are unsuitable."""
 
     exit_code = 3
 
 
 class ServiceUnavailable(LikenessError):
-    """A service did not answer, or not now."""
+    """A service is unavailable."""
 
     exit_code = 4
     is_retryable = True
@@ -82,7 +87,7 @@ class ArtifactCorrupt(LikenessError):
 
 
 class StorageFull(LikenessError):
-    """A disk has no room for a write."""
+    """There is no disk space for a write."""
 
     exit_code = 10
 

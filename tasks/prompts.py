@@ -49,7 +49,7 @@ def write_plain_prompt(template: str, *, class_noun: str) -> str:
     return template.replace("{subject}", f"{choose_article(class_noun)} {class_noun}")
 
 
-def shorten_prompt(prompt: str, *, fits: Callable[[str], bool]) -> str:
+def truncate_prompt(prompt: str, *, fits: Callable[[str], bool]) -> str:
     """Return a prompt shortened from its end until it fits: by comma-separated phrases, then by words."""
     while not fits(prompt):
         head = prompt.rpartition(", ")[0] or prompt.rpartition(" ")[0]

@@ -83,6 +83,7 @@ def is_maskable(value: str) -> bool:
     return not (value.startswith(("/", "~", ".")) and os.path.exists(os.path.expanduser(value)))
 
 
+# Keyed by the secrets themselves, so a variable that is set later takes effect at once.
 @lru_cache(maxsize=8)
 def make_windows(secrets: frozenset[str]) -> tuple[frozenset[str], tuple[str, ...]]:
     """Return every run of WINDOW characters of the secrets in plain and encoded form, and the short secrets."""
@@ -115,6 +116,7 @@ def redact(text: str) -> str:
             masked[i : i + WINDOW] = b"\1" * WINDOW
     if any(masked):
         text = re.sub("\0+", MASK, "".join("\0" if hidden else char for char, hidden in zip(text, masked, strict=True)))
+    # As whole words only: as substrings, short secrets would mask parts of ordinary words.
     for secret in short:
         text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", MASK, text)
     text = redact_url(text)
@@ -154,6 +156,7 @@ class RedactingRecord(logging.LogRecord):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        # Merged now and without args: a handler would format `msg % args` again, from the unredacted args.
         self.msg, self.args = clean_text(redact(self.getMessage())), ()
         if self.exc_info and self.exc_info[1] is not None:
             lines = traceback.format_exception(self.exc_info[1])
@@ -163,4 +166,5 @@ class RedactingRecord(logging.LogRecord):
 
 def install_log_redaction() -> None:
     """Redact every log record of this process, those of libraries included. Idempotent."""
+    # A record factory rather than a filter, since a logger's filters don't see records of its child loggers.
     logging.setLogRecordFactory(RedactingRecord)

@@ -43,7 +43,7 @@ class CommandGroup(TyperGroup):
 
     def format_epilog(self, ctx: "Context", formatter: "HelpFormatter") -> None:
         with formatter.section("Examples"):
-            # Not as a definition list: a line is there to be copied.
+            # Not as a definition list, so that whole lines can be copied.
             for words, note in EXAMPLES:
                 formatter.write(f"  {words}{f'  # {note}' if note else ''}\n")
         write_config_groups(formatter)

@@ -1,10 +1,10 @@
-"""Cells of terminal tables, and money."""
+"""Formatting of table cells and amounts in USD."""
 
 from tasks.redaction import clean_text, redact
 
 
 def make_cell(text: str) -> str:
-    """Return a text as a table shows it: without secrets and control characters, and not read as markup."""
+    """Return a text for a table cell: without secrets and control characters, with Rich markup escaped."""
     from rich.markup import escape
 
     return escape(clean_text(redact(text)))

@@ -1,4 +1,4 @@
-"""The `likeness` command: parses words, calls a command, turns errors into one line and an exit code."""
+"""The `likeness` command: parses arguments, runs a command, reports errors as one line and an exit code."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from flows.cli.arguments import open_value
 from tasks.errors import ConfigError, LikenessError
 from tasks.redaction import clean_text, redact
 
-INTERRUPTED = 130
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 PIPE_WIDTH = 160
 
 
@@ -21,9 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     quiet_libraries()
     open_value()
     register_commands()
-    # Where nobody looks at it, help text isn't wrapped to a terminal's width.
+    # Piped help text isn't wrapped to a terminal's width.
     width = {} if sys.stdout.isatty() else {"terminal_width": PIPE_WIDTH}
     try:
+        # Not standalone: Typer would print errors itself and call sys.exit.
         code = app(args=argv, prog_name="likeness", standalone_mode=False, **width) or 0
     except LikenessError as error:
         print(f"{error.kind}: {error}", file=sys.stderr)
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def quiet_libraries() -> None:
-    """Keep bars and notes of libraries off the terminal; what is set still wins."""
+    """Silence progress bars and warnings of libraries; environment variables that are set take precedence."""
+    # tokenizers warns when a process forks after using its thread pool.
     for name, value in (
         ("TOKENIZERS_PARALLELISM", "false"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TQDM_DISABLE", "1"),
     ):  # fmt: skip
@@ -53,7 +55,7 @@ def quiet_libraries() -> None:
 
 
 def explain_usage(error: typer.TyperException) -> str:
-    """Return one line for words that the command line doesn't take, without control characters."""
+    """Return one line for a usage error, without control characters."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "likeness"
     reason = ConfigError(error.format_message().rstrip(".").replace("Value error, ", ""))  # cleans the text
@@ -61,7 +63,7 @@ def explain_usage(error: typer.TyperException) -> str:
 
 
 def explain_os_error(error: OSError) -> str:
-    """Return one line for an error of the operating system; a full disk says what to do."""
+    """Return one line for an OSError; for a full disk, with what to do."""
     from tasks.stage.files import explain_full_disk
 
     try:

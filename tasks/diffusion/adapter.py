@@ -20,12 +20,12 @@ from tasks.diffusion.lora.kohya import OriginalLayer
 from tasks.diffusion.noise_schedulers import GaussianDiffusion, NoiseProcess, RectifiedFlow
 from tasks.diffusion.textual_inversion import (
     LearnedEmbedding,
-    add_token,
-    placeholders,
+    add_placeholder_tokens,
+    placeholder_tokens,
     write_prompt,
 )
 from tasks.diffusion.types import Conditioning, Posterior, SamplingRequest
-from tasks.prompts import shorten_prompt
+from tasks.prompts import truncate_prompt
 
 DECODED_PIXELS = 8 * 512**2  # at a time: the VAE's activations are large
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,20 +44,20 @@ class DiffusionModel(ABC):
     noise_class: ClassVar[type[GaussianDiffusion] | type[RectifiedFlow]]
     text_encoder_names: ClassVar[tuple[str, ...]]
     is_any_encoder_optional: ClassVar[bool] = False
-    unused_parts: ClassVar[tuple[str, ...]] = ("feature_extractor", "image_encoder")
-    """Parts that the pipeline's index names and nothing here reads."""
+    unused_components: ClassVar[tuple[str, ...]] = ("feature_extractor", "image_encoder")
+    """Components of the pipeline's index that are not loaded."""
     has_unused_parameters: ClassVar[bool] = True
     """Whether layers get no gradient, as the last of a text encoder whose states are read before it."""
     max_lengths: ClassVar[dict[str, int]] = {}
     """Token limits of tokenizers that name none that suits the family."""
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]
-    """Names of the layers that LoRA adapts, by part."""
+    """Names of the layers that LoRA adapts, by component."""
     original_layers: ClassVar[tuple[OriginalLayer, ...]] = ()
     """The denoiser's layers in the original checkpoint, where they aren't diffusers' own."""
     index_settings: ClassVar[tuple[str, ...]] = ()
     """Settings beside the components in the pipeline's index that change what is computed."""
     fixed_settings: ClassVar[dict[str, Any]] = {}
-    """Settings of the pipeline's index that are always these."""
+    """Pipeline settings with a fixed value."""
     implementation: ClassVar[str] = "diffusers"
     """The code that defines the model, as ModelSpec names it."""
 
@@ -77,10 +77,10 @@ class DiffusionModel(ABC):
         self.identifier_token = ""
         self.learned: dict[str, LearnedEmbedding] = {}
         self.placeholders: dict[str, list[str]] = {}
-        for part in components.values():
-            if isinstance(part, nn.Module):
+        for component in components.values():
+            if isinstance(component, nn.Module):
                 # `eval` disables dropout; training switches on exactly what its method trains.
-                part.to(self.device).eval().requires_grad_(False)
+                component.to(self.device).eval().requires_grad_(False)
 
     @classmethod
     def load(cls, folder: Path, config: DiffusionConfig, *, dtype: torch.dtype = torch.float32) -> Self:
@@ -90,11 +90,12 @@ class DiffusionModel(ABC):
             ConfigError: a component is missing, or the folder is not a safe diffusers folder.
 
         """
-        texts = tuple(part for name in cls.text_encoder_names for part in (name, tokenizer_of(name)))
+        texts = tuple(component for name in cls.text_encoder_names for component in (name, tokenizer_of(name)))
         wanted = (cls.denoiser_name, "vae", *(() if cls.is_any_encoder_optional else texts))
         components = load_components(folder, wanted, optional=texts, denoiser_class=cls.denoiser_class, dtype=dtype)
         model = cls(components, cls.load_noise(folder), config)
         index = json.loads((folder / "model_index.json").read_text())
+        # The constructor knows the fixed settings; those of this checkpoint come from its index.
         model.settings |= {name: index[name] for name in cls.index_settings if name in index}
         return model
 
@@ -107,7 +108,7 @@ class DiffusionModel(ABC):
     def index_names(cls) -> list[str]:
         """Return the component names of the family's `model_index.json`, absent optional ones included."""
         encoders = cls.text_encoder_names
-        return ["scheduler", "vae", cls.denoiser_name, *encoders, *map(tokenizer_of, encoders), *cls.unused_parts]
+        return ["scheduler", "vae", cls.denoiser_name, *encoders, *map(tokenizer_of, encoders), *cls.unused_components]
 
     @property
     @abstractmethod
@@ -145,9 +146,9 @@ class DiffusionModel(ABC):
         """Return a text encoder's context length in tokens, special tokens included."""
         return self.max_lengths.get(name) or int(self.tokenizers[name].model_max_length)
 
-    def shorten(self, prompt: str) -> dict[str, str]:
+    def truncate_prompts(self, prompt: str) -> dict[str, str]:
         """Return the prompt as each text encoder receives it, cut at a phrase boundary to fit its context."""
-        return {name: shorten_prompt(prompt, fits=partial(self.fits_context, name)) for name in self.tokenizers}
+        return {name: truncate_prompt(prompt, fits=partial(self.fits_context, name)) for name in self.tokenizers}
 
     def fits_context(self, name: str, prompt: str) -> bool:
         """Whether a prompt fits a text encoder's context without truncation."""
@@ -160,7 +161,7 @@ class DiffusionModel(ABC):
 
         One tensor per prompt set makes rows comparable and cacheable; `split_ids` undoes the concatenation.
         """
-        given = [self.shorten(prompt) for prompt in prompts]
+        given = [self.truncate_prompts(prompt) for prompt in prompts]
         columns = [
             tokenizer(
                 self.insert_placeholder_tokens([prompt[name] for prompt in given], name),
@@ -187,11 +188,11 @@ class DiffusionModel(ABC):
         """
         self.identifier_token = identifier_token
         for name, rows in vectors.items():
-            names = placeholders(identifier_token, len(rows))
+            names = placeholder_tokens(identifier_token, len(rows))
             tokenizer = self.tokenizers[name]
             # A saved full model has them merged already; only the replacement in prompts is set up.
             if names[0] not in tokenizer.get_vocab():
-                self.learned[name] = add_token(tokenizer, self.components[name], names, vectors=rows)
+                self.learned[name] = add_placeholder_tokens(tokenizer, self.components[name], names, vectors=rows)
             self.placeholders[name] = names
         return self.learned
 
@@ -200,6 +201,7 @@ class DiffusionModel(ABC):
         """Merge learned vectors into ordinary rows of the embedding tables, so that `from_pretrained` can load them."""
         for name, learned in self.learned.items():
             rows = torch.cat([learned.weight, learned.vectors.to(learned.weight)])
+            # `_weight`: no random initialization.
             table = nn.Embedding(rows.shape[0], rows.shape[1], _weight=rows).requires_grad_(False)
             self.components[name].set_input_embeddings(table)
             # `from_pretrained` allocates the table by the configuration.
@@ -215,6 +217,7 @@ class DiffusionModel(ABC):
     def encode_images(self, pixel_values: Tensor) -> Posterior:
         """Encode pixels `(B, 3, H, W)` in [-1, 1]; return the posterior in the denoiser's scale."""
         posterior = self.vae.encode(pixel_values.to(self.device)).latent_dist
+        # `shift_factor` is None for SD 1.x to XL; SD 3 and Flux set it.
         factor, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
         # An affine map (z - shift) * factor: the standard deviation only scales.
         return Posterior(mean=(posterior.mean - shift) * factor, std=posterior.std * factor)
@@ -236,9 +239,9 @@ class DiffusionModel(ABC):
     def sample(
         self, requests: Sequence[SamplingRequest], *, num_inference_steps: int, guidance_scale: float
     ) -> list[Image.Image]:
-        """Draw one image per request through diffusers' pipeline.
+        """Sample one image per request through diffusers' pipeline.
 
-        Each has its own generator, so an image doesn't depend on the batch that it is drawn in.
+        Each has its own generator, so an image doesn't depend on its batch.
         """
         pipeline = self.make_pipeline()
         # CPU generators: the same start noise on every device.
@@ -251,7 +254,7 @@ class DiffusionModel(ABC):
                 guidance_scale=guidance_scale,
                 height=self.config.resolution,
                 width=self.config.resolution,
-                output_type="latent",
+                output_type="latent",  # `decode` below works in float32 and in chunks
             ).images
         return self.decode(self.unpack_latents(latents))
 
@@ -261,6 +264,7 @@ class DiffusionModel(ABC):
         Weights in half precision take precedence: normalization layers don't accept mixed dtypes.
         """
         held = {parameter.dtype for parameter in self.denoiser.parameters()} & {torch.bfloat16, torch.float16}
+        # At most one half precision: `weight_dtype` applies to all frozen weights.
         dtype = next(iter(held), DTYPES[self.config.precision])
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
@@ -280,6 +284,7 @@ class DiffusionModel(ABC):
         with torch.autocast(self.device.type, enabled=False):
             # In chunks of bounded area, whatever the batch size of sampling.
             for rows in torch.split(latents.float(), max(1, DECODED_PIXELS // side**2)):
+                # Inverts the map of `encode_images`.
                 pixels = self.vae.decode(rows / factor + shift, return_dict=False)[0]
                 # [-1, 1] -> 0..255, (B, 3, H, W)
                 levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
@@ -313,12 +318,12 @@ class DiffusionModel(ABC):
         index: dict[str, Any] = {"_class_name": self.pipeline_class, "_diffusers_version": diffusers.__version__}
         # Components that are not loaded, such as a missing T5, stay `[null, null]`, as diffusers writes optional ones.
         index |= {name: [None, None] for name in self.index_names()} | self.settings
-        for name, part in {**self.components, "scheduler": self.saved_scheduler()}.items():
+        for name, component in {**self.components, "scheduler": self.saved_scheduler()}.items():
             if name.startswith("tokenizer"):
-                reset_tokenizer(part)
-            part.save_pretrained(folder / name)
+                reset_tokenizer(component)
+            component.save_pretrained(folder / name)
             library = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"
-            index[name] = [library, type(part).__name__]
+            index[name] = [library, type(component).__name__]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def saved_scheduler(self) -> Any:
@@ -336,7 +341,7 @@ def reset_tokenizer(tokenizer: Any) -> None:
 
 def release_memory() -> None:
     """Return cached device memory to the driver: the next stage may run in another process."""
-    gc.collect()
+    gc.collect()  # first: `empty_cache` returns only blocks that no tensor uses
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

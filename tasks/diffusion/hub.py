@@ -1,15 +1,11 @@
 """Locate the base model: shipped, in a local folder, or in a hub repository."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tasks.diffusion.config import DiffusionConfig
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, first_line
 from tasks.manifests.base import ModelRef
 from tasks.stage.digests import digest, digest_folder
-
-if TYPE_CHECKING:
-    pass
 
 MINI_FOLDER = Path(__file__).resolve().parent.parent / "mini" / "weights"
 ARCHITECTURE_FOLDER = Path(__file__).resolve().parent / "architectures"
@@ -22,12 +18,12 @@ ARCHITECTURES = {
     "black-forest-labs/FLUX.1-dev": "flux-dev",
 }
 # Any other file of a repository could be code, a pickle, or gigabytes of another precision.
-WANTED = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
-DESCRIPTIONS = ("model_index.json", "*/*.json", "*/*.txt")
-UNWANTED = ("*fp16*", "*non_ema*", "safety_checker/*", "feature_extractor/*", "image_encoder/*", "*openvino*")
+ALLOW_PATTERNS = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
+CONFIG_PATTERNS = ("model_index.json", "*/*.json", "*/*.txt")
+IGNORE_PATTERNS = ("*fp16*", "*non_ema*", "safety_checker/*", "feature_extractor/*", "image_encoder/*", "*openvino*")
 
 
-def find_folder(config: DiffusionConfig, *, wanted: tuple[str, ...] = WANTED) -> Path:
+def find_folder(config: DiffusionConfig, *, wanted: tuple[str, ...] = ALLOW_PATTERNS) -> Path:
     """Return the local folder of the base model, downloading a hub repository at its revision.
 
     Raises:
@@ -37,7 +33,7 @@ def find_folder(config: DiffusionConfig, *, wanted: tuple[str, ...] = WANTED) ->
     if config.pretrained_model_name_or_path == "mini":
         return MINI_FOLDER / "base"
     path = Path(config.pretrained_model_name_or_path)
-    if path.is_dir():
+    if path.is_dir():  # a local folder takes precedence over a repository
         if not (path / "model_index.json").is_file():
             raise ConfigError(f"{path} is not a diffusers folder: it has no model_index.json")
         return path
@@ -49,17 +45,17 @@ def find_folder(config: DiffusionConfig, *, wanted: tuple[str, ...] = WANTED) ->
             config.pretrained_model_name_or_path,
             revision=config.revision,
             allow_patterns=list(wanted),
-            ignore_patterns=list(UNWANTED),
+            ignore_patterns=list(IGNORE_PATTERNS),
         )
         return Path(local)
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"no base model at diffusion.pretrained_model_name_or_path={config.pretrained_model_name_or_path}: {reason}"
         ) from error
 
 
-def find_description(config: DiffusionConfig) -> Path:
+def find_config_folder(config: DiffusionConfig) -> Path:
     """Return a folder with the base model's configuration files; weights are not downloaded.
 
     Those of the presets are shipped, so that estimates need no network.
@@ -67,7 +63,7 @@ def find_description(config: DiffusionConfig) -> Path:
     shipped = ARCHITECTURES.get(config.pretrained_model_name_or_path)
     if shipped is not None and not Path(config.pretrained_model_name_or_path).is_dir():
         return ARCHITECTURE_FOLDER / shipped
-    return find_folder(config, wanted=DESCRIPTIONS)
+    return find_folder(config, wanted=CONFIG_PATTERNS)
 
 
 def identify_model(config: DiffusionConfig) -> ModelRef:

@@ -8,18 +8,18 @@ import diffusers
 import torch
 import transformers
 
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, first_line
 from tasks.redaction import show_value
 
 # Classes that `model_index.json` may name, besides the family's denoiser: the file must not choose what code runs.
-KNOWN: dict[str, tuple[str, ...]] = {
+ALLOWED_CLASSES: dict[str, tuple[str, ...]] = {
     "transformers": (
         "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel",
         "CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast",
     ),
     "diffusers": ("AutoencoderKL",),
 }  # fmt: skip
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 def load_components(
@@ -33,7 +33,7 @@ def load_components(
     """Return the named components, the VAE in float32; optional ones that the folder lacks are left out.
 
     Raises:
-        ConfigError: a part is missing, is a pickle, or would need code from the repository.
+        ConfigError: a component is missing, is a pickle, or would need code from the repository.
 
     """
     scripts = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
@@ -47,8 +47,8 @@ def load_components(
     if missing:
         raise ConfigError(f"{folder} has no {missing[0]}")
     return {
-        name: load_component(folder / name, part_class, dtype=torch.float32 if name == "vae" else dtype)
-        for name, part_class in classes.items()
+        name: load_component(folder / name, component_class, dtype=torch.float32 if name == "vae" else dtype)
+        for name, component_class in classes.items()
     }
 
 
@@ -60,26 +60,29 @@ def find_classes(folder: Path, names: tuple[str, ...], *, denoiser_class: str) -
         library, class_name = index.get(name) or ("", None)  # `[null, null]` marks an absent component
         if class_name is None:
             continue
-        if class_name not in KNOWN.get(library, ()) and (library, class_name) != ("diffusers", denoiser_class):
+        if class_name not in ALLOWED_CLASSES.get(library, ()) and (library, class_name) != (
+            "diffusers",
+            denoiser_class,
+        ):
             raise ConfigError(f"{folder}: {name} is a {library}.{class_name}, which this family doesn't load")
         classes[name] = getattr(transformers if library == "transformers" else diffusers, class_name)
     return classes
 
 
-def load_component(folder: Path, part_class: Any, *, dtype: torch.dtype) -> Any:
+def load_component(folder: Path, component_class: Any, *, dtype: torch.dtype) -> Any:
     """Load one component. Raises ConfigError for a pickle or a broken folder."""
-    is_tokenizer = "Tokenizer" in part_class.__name__
+    is_tokenizer = "Tokenizer" in component_class.__name__
     if not is_tokenizer:
         check_weights(folder)
     try:
         if is_tokenizer:
-            return part_class.from_pretrained(folder)
+            return component_class.from_pretrained(folder)
         # transformers has renamed the argument, diffusers has not.
-        key = "dtype" if issubclass(part_class, transformers.PreTrainedModel) else "torch_dtype"
-        return part_class.from_pretrained(folder, use_safetensors=True, **{key: dtype})
+        key = "dtype" if issubclass(component_class, transformers.PreTrainedModel) else "torch_dtype"
+        return component_class.from_pretrained(folder, use_safetensors=True, **{key: dtype})
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{folder} cannot be loaded as {part_class.__name__}: {reason}") from error
+        reason = first_line(error)
+        raise ConfigError(f"{folder} cannot be loaded as {component_class.__name__}: {reason}") from error
 
 
 def check_weights(folder: Path) -> None:
@@ -91,7 +94,7 @@ def check_weights(folder: Path) -> None:
     check_shards(folder)
     if any(folder.glob("*.safetensors")):
         return
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise ConfigError(f"{folder} holds {pickles[0]}, a pickle; only safetensors are loaded")
     raise ConfigError(f"{folder} holds no weights")
@@ -105,6 +108,7 @@ def check_shards(folder: Path) -> None:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{index} names no weights; download the model again") from error
         for shard in shards:
+            # A path could lead out of the folder, and another format could be a pickle.
             if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
                 raise ConfigError(f"{index} names {show_value(shard)}, which is not a safetensors file of its folder")
 
@@ -114,5 +118,5 @@ def load_scheduler(folder: Path, scheduler_class: Any) -> Any:
     try:
         return scheduler_class.from_pretrained(folder / "scheduler")
     except (OSError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"{folder}/scheduler cannot be loaded as {scheduler_class.__name__}: {reason}") from error

@@ -45,7 +45,7 @@ class GaussianDiffusion:
         self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
         # Signal power is alpha_bar, noise power 1 - alpha_bar.
         alphas = scheduler.alphas_cumprod
-        self.snr = alphas / (1 - alphas)
+        self.snr = alphas / (1 - alphas)  # (num_train_timesteps,), float32; 0 at the end for zero terminal SNR
 
     def sample_timesteps(self, uniform: Tensor) -> Tensor:
         """Return int64 timesteps, uniform over the schedule."""
@@ -89,10 +89,12 @@ class RectifiedFlow:
     def __init__(self, scheduler: FlowMatchEulerDiscreteScheduler) -> None:
         self.scheduler = scheduler
         self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
+        # A resolution-dependent shift (Flux) is left out: the scheduler applies it in sampling only.
         self.timesteps = scheduler.timesteps.float()  # descending, with the scheduler's static shift applied
 
     def sample_timesteps(self, uniform: Tensor) -> Tensor:
         """Return float32 timesteps; their position in the schedule is logit-normal with mean 0 and scale 1."""
+        # `ndtri` is infinite at 0 and 1.
         inside = uniform.double().clamp(1e-6, 1 - 1e-6)
         # The normal's quantile function turns a uniform draw into a normal one; float64 keeps the tails.
         position = torch.sigmoid(torch.special.ndtri(inside))

@@ -33,7 +33,7 @@ def find_family(name: str) -> "type[DiffusionModel]":
     raise ValueError(f"no model family {name!r}")
 
 
-def open_model(
+def load_model(
     config: DiffusionConfig, *, folder: Path | None = None, precision: str | None = None
 ) -> "DiffusionModel":
     """Load the configured base model, or the tuned one in a folder: a whole model, or adapters for the base model.
@@ -48,6 +48,7 @@ def open_model(
     import torch
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    # A folder without an index holds adapters, which are applied to the base model.
     is_whole = folder is not None and (folder / "model_index.json").is_file()
     source = folder if folder is not None and is_whole else find_folder(config)
     model = find_family(config.family).load(source, config, dtype=dtypes[precision or config.precision])

@@ -43,15 +43,15 @@ class LearnedEmbedding(nn.Module):
         # Both lookups see all ids, clamped into range, and `where` selects: no data-dependent shapes.
         known: Tensor = self.table(input_ids.clamp_max(first - 1))
         learned = self.vectors[(input_ids - first).clamp_min(0)].to(known.dtype)
-        return torch.where((input_ids >= first)[..., None], learned, known)
+        return torch.where((input_ids >= first)[..., None], learned, known)  # (..., L, 1) against (..., L, D)
 
 
-def placeholders(identifier_token: str, num_vectors: int) -> list[str]:
+def placeholder_tokens(identifier_token: str, num_vectors: int) -> list[str]:
     """Return the placeholder tokens of an identifier token, one per vector."""
     return [f"<{identifier_token}>", *(f"<{identifier_token}>_{i}" for i in range(1, num_vectors))]
 
 
-def add_token(tokenizer: Any, text_encoder: Any, names: list[str], *, vectors: Tensor) -> LearnedEmbedding:
+def add_placeholder_tokens(tokenizer: Any, text_encoder: Any, names: list[str], *, vectors: Tensor) -> LearnedEmbedding:
     """Add tokens with the embeddings `(V, D)` to a tokenizer and its text encoder.
 
     Raises:
@@ -94,6 +94,7 @@ def initial_vectors(tokenizer: Any, text_encoder: Any, words: str, *, num_vector
 
 def write_prompt(prompt: str, identifier_token: str, names: list[str]) -> str:
     """Replace the identifier token by its placeholders, at word boundaries only."""
+    # `\b` would not match beside an identifier that begins or ends with a symbol.
     return re.sub(rf"(?<!\w){re.escape(identifier_token)}(?!\w)", " ".join(names), prompt)
 
 
@@ -117,5 +118,6 @@ def load_tokens(path: Path) -> tuple[str, dict[str, Tensor]]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    # The only tensor of a model with one text encoder is keyed by the token itself.
     by_long_name = {long: name for name, long in EMBEDS_KEYS.items()}
     return metadata["identifier_token"], {by_long_name.get(key, "text_encoder"): t for key, t in tensors.items()}

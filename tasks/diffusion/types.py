@@ -36,7 +36,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """One picture to draw."""
+    """One image to sample."""
 
     prompt: str
     seed: int

@@ -1,4 +1,4 @@
-"""Encoders that measure: CLIP and DINO."""
+"""Encoders of the metrics: CLIP and DINO."""
 
 VERSION = 1
-"""Covered by the keys of every stage that measures: bump it where a change here alters what they compute."""
+"""Part of the cache key of every stage that computes metrics: bump it where a change here alters them."""

@@ -1,4 +1,4 @@
-"""Which encoders measure."""
+"""Settings of the metric encoders."""
 
 from pydantic import Field
 
@@ -6,7 +6,7 @@ from tasks.config_base import LocalPath, ModelName, PlainName, Section
 
 
 class EncoderConfig(Section):
-    """The image encoders that measure; a local folder or a hub repository at a revision."""
+    """The encoders of the metrics; each a local folder, or a hub repository at a revision."""
 
     clip: ModelName = Field(description="CLIP model: CLIP-I and CLIP-T")
     clip_revision: PlainName | None = Field(description="pinned commit of the CLIP model")

@@ -54,10 +54,13 @@ class Preprocessor:
             picture = picture.resize((self.size["width"], self.size["height"]), self.resample)
         if self.crop:
             width, height = self.crop
+            # Negative where the image is smaller.
             left, top = (picture.width - width) // 2, (picture.height - height) // 2
             # Pillow pads with black where the image is smaller than the crop, as transformers does.
             picture = picture.crop((left, top, left + width, top + height))
+        # A bytearray, since `frombuffer` warns about read-only buffers.
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        # HWC uint8 -> CHW float32.
         values = pixels.view(picture.height, picture.width, 3).permute(2, 0, 1).float() * self.factor
         return (values - self.mean) / self.std
 
@@ -68,9 +71,11 @@ class Encoders:
     def __init__(self, config: EncoderConfig, device: torch.device) -> None:
         self.device = device
         clip, dino = find_encoders(config)
+        # float32 whatever the checkpoint stores; the mini encoders are float16.
         self.clip = CLIPModel.from_pretrained(clip, dtype=torch.float32, weights_only=True).to(device).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(clip)
         self.clip_preprocess = Preprocessor(clip)
+        # DINO checkpoints have no pooler, which transformers would initialize at random.
         self.dino = ViTModel.from_pretrained(dino, dtype=torch.float32, weights_only=True, add_pooling_layer=False)
         self.dino = self.dino.to(device).eval()
         self.dino_preprocess = Preprocessor(dino, resize=config.dino_resize)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tasks.diffusion.hub import MINI_FOLDER
 from tasks.encoders.config import EncoderConfig
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, first_line
 from tasks.stage.digests import digest_file, digest_folder
 
 # The papers' encoders are published as pickles only; they are loaded with `weights_only=True`, which runs no code.
@@ -68,7 +68,7 @@ def read_preprocessor(folder: Path) -> dict[str, Any]:
         if not is_size(default if value is None and name != "size" else value, needs_edge=name == "size"):
             raise ConfigError(f"{path}: {name} is not a size of 1 to {MAX_SIDE} pixels")
     if settings.get("do_normalize", True):
-        for name, least in (("image_mean", -math.inf), ("image_std", 0.0)):
+        for name, least in (("image_mean", -math.inf), ("image_std", 0.0)):  # a deviation of 0 would divide by 0
             values = settings.get(name)
             if not (isinstance(values, list) and len(values) == 3 and all(is_number(v) and v > least for v in values)):
                 raise ConfigError(f"{path}: {name} is not a list of 3 numbers{' above 0' if least == 0 else ''}")
@@ -91,7 +91,7 @@ def is_size(value: Any, *, needs_edge: bool) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number."""
-    return type(value) in (int, float) and abs(value) < 1e6
+    return type(value) in (int, float) and abs(value) < 1e6  # false for NaN, which `json` parses
 
 
 def fetch_encoder(location: str, revision: str | None) -> Path:
@@ -102,7 +102,7 @@ def fetch_encoder(location: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(location, revision=revision, allow_patterns=["*.json", "*.txt", *WEIGHT_FILES]))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"no encoder at {location}: {reason}; see evaluation.encoders") from error
 
 
@@ -118,6 +118,7 @@ def find_lpips(config: EncoderConfig) -> tuple[Path, Path] | None:
     package = importlib.util.find_spec("lpips")  # located, not imported: it needs torchvision
     places = package.submodule_search_locations or [] if package else []
     linear = [Path(place) / "weights" / "v0.1" / "alex.pth" for place in places]
+    # The folder of `torch.hub`, by the same variables.
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
     cached = Path(os.environ.get("TORCH_HOME", cache)).expanduser() / "hub" / "checkpoints" / ALEXNET
     trunk = cached if config.lpips == "auto" else Path(config.lpips)

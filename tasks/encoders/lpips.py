@@ -37,6 +37,7 @@ class Lpips(nn.Module):
         self.features.load_state_dict(
             {key.removeprefix("features."): value for key, value in trunk.items() if key.startswith("features.")}
         )
+        # Each (1, C, 1, 1).
         self.weights = nn.ParameterList([linear[f"lin{i}.model.1.weight"] for i in range(len(COMPARED))])
         self.register_buffer("shift", torch.tensor(SHIFT).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor(SCALE).view(3, 1, 1))
@@ -45,17 +46,20 @@ class Lpips(nn.Module):
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Return distances `(B,)` of `(B, 3, H, W)` in [-1, 1]."""
         total = first.new_zeros(len(first))
-        for weight, one, other in zip(self.weights, self.describe(first), self.describe(second), strict=True):
+        for weight, one, other in zip(
+            self.weights, self.extract_features(first), self.extract_features(second), strict=True
+        ):
             # (B, C, h, w) -> 1x1 convolution with learned channel weights -> (B, 1, h, w) -> spatial mean (B,)
             total = total + F.conv2d((one - other).square(), weight).mean((1, 2, 3))
         return total
 
-    def describe(self, pictures: Tensor) -> list[Tensor]:
+    def extract_features(self, pictures: Tensor) -> list[Tensor]:
         """Return the compared activations, each `(B, C_l, h_l, w_l)` with unit norm along channels."""
         values, found = (pictures - self.shift) / self.scale, []
         for number, layer in enumerate(self.features):
             values = layer(values)
             if number in COMPARED:
+                # The epsilon is outside the root, as in the reference implementation.
                 found.append(values / (values.square().sum(1, keepdim=True).sqrt() + 1e-10))
         return found
 
@@ -77,10 +81,10 @@ def load_lpips(files: tuple[Path, Path], device: torch.device) -> Lpips:
     return Lpips(trunk, linear).to(device)
 
 
-def mean_distance_within(lpips: Lpips, pictures: Sequence[Image.Image]) -> float:
+def mean_pairwise_distance(lpips: Lpips, pictures: Sequence[Image.Image]) -> float:
     """Return the mean distance over all unordered pairs of at least two images of equal size."""
     device = next(lpips.parameters()).device
     arrays = [np.asarray(picture.convert("RGB"), np.float32) / 127.5 - 1 for picture in pictures]
-    tensors = [torch.from_numpy(array).permute(2, 0, 1)[None].to(device) for array in arrays]
+    tensors = [torch.from_numpy(array).permute(2, 0, 1)[None].to(device) for array in arrays]  # HWC -> (1, 3, H, W)
     distances = [lpips(tensors[i], tensors[j]) for i in range(len(tensors)) for j in range(i)]
     return float(torch.cat(distances).mean())

@@ -7,7 +7,7 @@ from tasks.encoders.config import EncoderConfig
 
 
 class EvaluationConfig(Section):
-    """What is sampled and how it is measured."""
+    """Prompts, seeds and sampling of the evaluation, and its encoders."""
 
     prompts: SubjectTemplates = Field(
         min_length=1, description="templates; {subject} becomes identifier token and class noun"

@@ -23,7 +23,7 @@ class Features:
     texts: Tensor
 
 
-def describe(encoders: Encoders, images: Sequence[Image.Image], prompts: Sequence[str]) -> Features:
+def extract_features(encoders: Encoders, images: Sequence[Image.Image], prompts: Sequence[str]) -> Features:
     """Encode images and their prompts, paired by index."""
     pictures = list(images)
     return Features(
@@ -33,15 +33,16 @@ def describe(encoders: Encoders, images: Sequence[Image.Image], prompts: Sequenc
 
 def mean_similarity(first: Tensor, second: Tensor) -> float:
     """Return the mean cosine over all pairs of two sets."""
-    return float((first @ second.T).mean())
+    return float((first @ second.T).mean())  # (N, D) @ (D, M) -> (N, M)
 
 
-def mean_similarity_within(rows: Tensor) -> float:
+def mean_pairwise_similarity(rows: Tensor) -> float:
     """Return the mean cosine over pairs of different rows; 1 for a single row."""
     # Without the diagonal, whose cosines of 1 would inflate the mean of small sets.
     num = len(rows)
     if num < 2:
         return 1.0
+    # Sum over all N^2 pairs less the N on the diagonal: N (N - 1) ordered pairs of different rows.
     total = float((rows @ rows.T).sum()) - float((rows * rows).sum())
     return total / (num * (num - 1))
 
@@ -67,8 +68,8 @@ def measure_each(samples: Features, photos: Features) -> list[SubjectMetrics]:
 def measure_ceiling(photos: Features) -> CeilingMetrics:
     """Return the same metrics among the real photos: what a perfect model could reach."""
     return CeilingMetrics(
-        dino=mean_similarity_within(photos.dino),
-        clip_i=mean_similarity_within(photos.clip),
+        dino=mean_pairwise_similarity(photos.dino),
+        clip_i=mean_pairwise_similarity(photos.clip),
         clip_t=float((photos.clip * photos.texts).sum(1).mean()),
     )
 
@@ -77,7 +78,7 @@ def measure_drift(class_samples: Features, photos: Features, *, div: float | Non
     """Return PRES (lower is better) and the given DIV of the paper, and DINO distance among class samples."""
     return DriftMetrics(
         pres=mean_similarity(class_samples.dino, photos.dino),
-        dino_div=1.0 - mean_similarity_within(class_samples.dino),
+        dino_div=1.0 - mean_pairwise_similarity(class_samples.dino),
         div=div,
     )
 
@@ -85,7 +86,7 @@ def measure_drift(class_samples: Features, photos: Features, *, div: float | Non
 def measure_div(prompts: Sequence[Sequence[Image.Image]], distance: Callable[[Sequence[Image.Image]], float]) -> float:
     """Return DIV: the mean distance among samples of a prompt, averaged over prompts with several samples."""
     values = [distance(pictures) for pictures in prompts if len(pictures) > 1]
-    return sum(values) / len(values)
+    return sum(values) / len(values)  # not empty: the caller requires two samples per prompt
 
 
 @dataclass(frozen=True)

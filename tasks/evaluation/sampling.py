@@ -1,4 +1,4 @@
-"""Draw evaluation samples with the same prompts and seeds from base and tuned model."""
+"""Generate evaluation samples with the same prompts and seeds from base and tuned model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from tasks.diffusion.adapter import DiffusionModel
 
 Source = Side | int
-"""Base or published weights, or those kept of a step."""
+"""Base or published weights, or the retained weights of a step."""
 
 
 @dataclass(frozen=True)
 class PlannedSample:
-    """One sample to draw."""
+    """One sample to generate."""
 
     side: Side
     kind: SampleKind
@@ -32,7 +32,7 @@ class PlannedSample:
 
     @property
     def source(self) -> "Source":
-        """The weights that draw it: a side, or a retained step."""
+        """The weights that generate it: a side, or a retained step."""
         return self.side if self.step is None else self.step
 
 
@@ -57,6 +57,7 @@ def plan_samples(
                 planned.append(PlannedSample(side, "subject", prompt, plain, config.seed + i, name))
         for i in range(config.num_class_images):
             name = f"{side}/class-{i:03d}.png"
+            # Without the identifier token: these samples measure prior drift.
             planned.append(PlannedSample(side, "class", class_prompt, class_prompt, config.seed + i, name))
     published = [plan for plan in planned if plan.side == "tuned" and plan.kind == "subject"]
     by_seed = sorted(published, key=lambda plan: plan.seed)  # each prompt once before any is repeated
@@ -67,7 +68,7 @@ def plan_samples(
     return planned
 
 
-def draw_samples(
+def generate_samples(
     folder: StageFolder,
     config: EvaluationConfig,
     planned: Sequence[PlannedSample],
@@ -75,13 +76,14 @@ def draw_samples(
     load_model: "Callable[[Source], DiffusionModel]",
     on_progress: Callable[[int, int], None],
 ) -> tuple[Sample, ...]:
-    """Return all samples in planned order; only those that no earlier attempt stored are drawn."""
+    """Return all samples in planned order; only those that no earlier attempt stored are generated."""
     done: dict[str, Sample] = {}
     for plan in planned:
         ref = folder.reuse(plan.name)
         if ref is not None:
             done[plan.name] = to_sample(plan, ref)
     on_progress(len(done), len(planned))
+    # Grouped by weights, so that each model is loaded once, and only if a sample of it is missing.
     for source in dict.fromkeys(plan.source for plan in planned):
         missing = [plan for plan in planned if plan.source == source and plan.name not in done]
         model = None  # free the previous weights before the next are loaded

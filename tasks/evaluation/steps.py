@@ -43,6 +43,7 @@ class EvaluationInputs:
 
     def stage(self) -> Stage[Evaluation]:
         """Return the stage with its cache key."""
+        # The base model itself is covered by the digest of the tuned one.
         sampling = self.diffusion.model_dump(mode="json", include={"family", "resolution", "sampler", "precision"})
         return Stage(
             "evaluation",
@@ -62,28 +63,29 @@ class EvaluationInputs:
 
 @task(name="evaluation", persist_result=False)
 def evaluate(inputs: EvaluationInputs, runtime: Runtime) -> State[Evaluation]:
-    """Draw samples and compute metrics, or return the cached evaluation."""
+    """Generate samples and compute metrics, or return the cached evaluation."""
     manifest = runtime.run_stage(inputs.stage(), lambda folder: compute_evaluation(folder, inputs, runtime))
     return finished(manifest, runtime)
 
 
 def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: Runtime) -> Evaluation:
-    """Draw samples of both sides and of retained steps, compute metrics, and write the manifest."""
+    """Generate samples of both sides and of retained steps, compute metrics, and write the manifest."""
     from tasks.diffusion.adapter import release_memory
-    from tasks.diffusion.registry import open_model
-    from tasks.evaluation.sampling import draw_samples, plan_samples
+    from tasks.diffusion.registry import load_model
+    from tasks.evaluation.sampling import generate_samples, plan_samples
 
     config, diffusion, tuned, subject = inputs.config, inputs.diffusion, inputs.tuned, inputs.subject
     candidates = tuned.find_candidates()
 
-    def load_model(source: "Source") -> "DiffusionModel":
+    def load_source(source: "Source") -> "DiffusionModel":
         if source == "base":
-            return open_model(diffusion)
+            return load_model(diffusion)
+        # The part of an object key that precedes the paths within the model folder.
         refs, below = tuned.model, "model"
         if isinstance(source, int):
             refs, below = tuple(candidates[source]), f"candidates/step-{source:08d}"
         local = runtime.work_folder / "models" / tuned.stage_key / below
-        return open_model(diffusion, folder=fetch_folder(runtime.store, refs, below=below, folder=local))
+        return load_model(diffusion, folder=fetch_folder(runtime.store, refs, below=below, folder=local))
 
     planned = plan_samples(
         config,
@@ -92,7 +94,9 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
         class_prompt=write_class_prompt(CLASS_PROMPT, class_noun=subject.class_noun),
         candidates=sorted(candidates),
     )
-    samples = draw_samples(folder, config, planned, load_model=load_model, on_progress=runtime.show("samples"))
+    samples = generate_samples(
+        folder, config, planned, load_model=load_source, on_progress=runtime.progress_callback("samples")
+    )
     measured, sample_metrics = measure_samples(inputs, samples, runtime)
     release_memory()
     return folder.finish(
@@ -114,14 +118,14 @@ def measure_samples(
     """Return the metrics of both sides, and of each sample by its object key."""
     from tasks.diffusion.device import choose_device
     from tasks.encoders.embeddings import Encoders
-    from tasks.evaluation.metrics import describe, measure_all, measure_each
+    from tasks.evaluation.metrics import extract_features, measure_all, measure_each
     from tasks.images import decode_png
 
     subject, encoders = inputs.subject, Encoders(inputs.config.encoders, choose_device(inputs.diffusion))
 
     def encode(rows: list[Sample]) -> "Features":
         pictures = [decode_png(read_verified(runtime.store, row.image)) for row in rows]
-        return describe(encoders, pictures, [row.class_prompt for row in rows])
+        return extract_features(encoders, pictures, [row.class_prompt for row in rows])
 
     def of(side: Side, kind: str) -> "Features":
         return encode([sample for sample in samples if sample.side == side and sample.kind == kind])
@@ -129,7 +133,7 @@ def measure_samples(
     photos = [decode_png(read_verified(runtime.store, image.image)) for image in subject.images]
     plain = write_class_prompt(CLASS_PROMPT, class_noun=subject.class_noun)
     # The ceiling of CLIP-T compares photos with their captions, or with the class prompt.
-    reference = describe(encoders, photos, [image.caption or plain for image in subject.images])
+    reference = extract_features(encoders, photos, [image.caption or plain for image in subject.images])
     measured = measure_all(
         reference,
         {side: of(side, "subject") for side in SIDES},
@@ -144,7 +148,7 @@ def measure_samples(
 def measure_diversity(inputs: EvaluationInputs, samples: Sequence[Sample], runtime: Runtime) -> dict[Side, float]:
     """Return DIV of both sides; empty without LPIPS weights or with one sample per prompt."""
     from tasks.diffusion.device import choose_device
-    from tasks.encoders.lpips import load_lpips, mean_distance_within
+    from tasks.encoders.lpips import load_lpips, mean_pairwise_distance
     from tasks.evaluation.metrics import measure_div
     from tasks.images import decode_png
 
@@ -162,7 +166,8 @@ def measure_diversity(inputs: EvaluationInputs, samples: Sequence[Sample], runti
     found: dict[Side, float] = {}
     for side in SIDES:
         own = [sample for sample in samples if sample.side == side and sample.kind == "subject"]
+        # Grouped by prompt.
         prompts = [[s for s in own if s.prompt == prompt] for prompt in dict.fromkeys(s.prompt for s in own)]
         pictures = [[read(sample) for sample in row] for row in prompts]
-        found[side] = measure_div(pictures, lambda row: mean_distance_within(lpips, row))
+        found[side] = measure_div(pictures, lambda row: mean_pairwise_distance(lpips, row))
     return found

@@ -1,7 +1,7 @@
-"""What stages hand each other: small frozen records of references, digests, counts and settings.
+"""Records that stages exchange: references, digests, counts and settings, all frozen.
 
 A stage's output is a folder of objects in the store plus one of these, written last as
-`manifest.json`: the manifest's existence is completion.
+`manifest.json`: a stage is complete if and only if its manifest exists.
 """
 
 import re
@@ -45,7 +45,7 @@ class ModelRef(Record):
 
 
 class Manifest(Record):
-    """What every stage says of its output."""
+    """The fields that the manifests of all stages have in common."""
 
     stage: str
     stage_key: str
@@ -53,20 +53,21 @@ class Manifest(Record):
     seconds: float
     """Wall time the stage took when it was computed."""
     cost_usd: float | None = 0.0
-    """Money paid for it; None where a price is unknown."""
+    """Cost of computing it; None where a price is unknown."""
     counts: dict[str, int]
     objects: tuple[ObjectRef, ...]
     """Every object of the stage's folder but the manifest itself."""
 
     NOT_RESULT: ClassVar[frozenset[str]] = frozenset({"stage_key", "seconds", "cost_usd", "counts"})
-    """Fields that say how a result came about, not what it is."""
+    """Fields that describe the computation, not its result; the content digest excludes them."""
 
     def compute_content_digest(self) -> str:
-        """Return the digest of what the stage made: its objects and result fields.
+        """Return the digest of the result: the objects and result fields of the stage.
 
-        Stages below are keyed by it: the same result computed again, elsewhere or under another key, invalidates
-        nothing, and another result under the same key invalidates everything below.
+        Downstream stages are keyed by it: the same result computed again, elsewhere or under another key, invalidates
+        nothing, and another result under the same key invalidates everything downstream.
         """
+        # Object references stay: their SHA-256 stands for the content of the files.
         plain = self.model_dump(mode="json", exclude=set(self.NOT_RESULT))
         return digest(without_stage_keys(plain))
 
@@ -75,11 +76,12 @@ class Manifest(Record):
         return next(ref for ref in self.objects if ref.key.endswith("/" + name))
 
 
+# `<prefix>/<stage key>/`, for example `02-prior/1f3a.../`; the prefix is kept.
 STAGE_FOLDER = re.compile(r"^(\d\d-[a-z]+)/[^/]+/")
 
 
 def without_stage_keys(value: Any) -> Any:
-    """Return nested plain data whose object keys don't say in which stage's folder they lie."""
+    """Return nested plain data with the stage key removed from all object keys."""
     if isinstance(value, dict):
         return {without_stage_keys(key): without_stage_keys(child) for key, child in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The evaluation stage's manifest: samples and what was measured of them."""
+"""The evaluation stage's manifest: samples and their metrics."""
 
 from typing import Literal
 
@@ -16,10 +16,10 @@ class Sample(Record):
     kind: SampleKind
     prompt: str
     class_prompt: str
-    """The prompt without the identifier token: what CLIP-T compares with."""
+    """The prompt without the identifier token, used for CLIP-T."""
     seed: int
     step: int | None = None
-    """The step whose weights drew a candidate's sample."""
+    """The checkpoint that a candidate's sample is from."""
 
 
 class SubjectMetrics(Record):
@@ -31,7 +31,7 @@ class SubjectMetrics(Record):
 
 
 class CeilingMetrics(Record):
-    """The same measures among the real photos: what copying them would reach."""
+    """The same metrics among the real photos: what copies of them would reach."""
 
     dino: float
     clip_i: float
@@ -39,7 +39,7 @@ class CeilingMetrics(Record):
 
 
 class DriftMetrics(Record):
-    """How the class itself looks after tuning."""
+    """Prior drift: the effect of fine-tuning on the class."""
 
     pres: float
     """DINO similarity of class samples to the subject's photos; lower is better."""
@@ -50,12 +50,12 @@ class DriftMetrics(Record):
 
 
 class Evaluation(Manifest):
-    """Samples of base and tuned model, and what was measured of them."""
+    """Samples of base and tuned model, and their metrics."""
 
     samples: tuple[Sample, ...]
     metrics: dict[Side, SubjectMetrics]
     drift: dict[Side, DriftMetrics]
     ceiling: CeilingMetrics
     sample_metrics: dict[str, SubjectMetrics]
-    """Every sample of the subject by its object's key: its own part of the means."""
+    """Metrics of each sample but those of the class, by object key."""
     published_step: int

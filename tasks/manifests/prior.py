@@ -11,7 +11,7 @@ class ClassImage(Record):
 
 
 class ClassImageSet(Manifest):
-    """Class images drawn once from the frozen base model."""
+    """Class images generated once with the frozen base model."""
 
     class_prompt: str
     base_model: ModelRef

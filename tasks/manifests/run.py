@@ -12,7 +12,7 @@ from tasks.manifests.training import TunedModel
 
 @dataclass(frozen=True)
 class RunManifests:
-    """Everything that is published and reported on."""
+    """The manifests that publishing and the report read."""
 
     subject: SubjectSet
     prior: ClassImageSet

@@ -1,4 +1,4 @@
-"""`summary.json`: what a run's folder says of the run (described in flows/README.md)."""
+"""`summary.json`: the summary in a run's folder (described in flows/README.md)."""
 
 from typing import Literal
 
@@ -8,21 +8,21 @@ from tasks.manifests.base import Record
 from tasks.manifests.scoring import CheckpointRank, PairResult, SideScores
 
 SUMMARY_VERSION = 1
-Status = Literal["running", "finished", "pending", "continued", "failed", "cancelled", "killed", "damaged"]
-"""`killed` and `damaged` are found on reading; no run writes them."""
+Status = Literal["running", "finished", "pending", "resumed", "failed", "cancelled", "killed", "damaged"]
+"""`killed` and `damaged` are inferred on reading; no run writes them."""
 
 
 class ProcessOwner(Record):
-    """The process that works on a run."""
+    """The process that executes a run."""
 
     host: str
     pid: int
     started: float
-    """Seconds since 1970: process ids are used again."""
+    """Unix time in seconds; tells a process from a later one with the same id."""
 
 
 class StageSummary(Record):
-    """What a stage did in a run; of a run at work, its key alone."""
+    """Outcome of a stage; while the run is in progress, its key alone."""
 
     key: str = Field(pattern=r"^[\w.-]+$")
     cached: bool = False
@@ -32,7 +32,7 @@ class StageSummary(Record):
 
 
 class RunError(Record):
-    """What ended a run."""
+    """The error that ended a run."""
 
     kind: str
     message: str
@@ -84,7 +84,7 @@ class RunSummary(Record):
     owner: ProcessOwner | None = None
     wall_seconds: float | None = None
     overhead_seconds: float | None = None
-    """Seconds in which no stage was at work."""
+    """Seconds in which no stage was running."""
     llm_calls: int | None = None
     training_steps: int | None = None
     cost_usd: float | None = None
@@ -99,7 +99,7 @@ class RunSummary(Record):
     registered: RegisteredModel | None = None
     paths: RunPaths | None = None
     error: RunError | None = None
-    continued_by: str | None = None
+    resumed_by: str | None = None
     """The run that finished what this one began."""
 
 

@@ -7,7 +7,7 @@ from tasks.manifests.evaluation import Side
 
 
 class Judgement(Record):
-    """What the judge said of one sample, 0 (worst) to 4; of repeated grades the median."""
+    """The scores of one sample, 0 (worst) to 4; the median where grades are repeated."""
 
     sample: ObjectRef
     side: Side
@@ -32,11 +32,11 @@ class SideScores(Record):
 
 
 class ControlResult(Record):
-    """A question whose answer is known, asked among the others."""
+    """A control: a request whose answer is known, sent among the others."""
 
     name: str
     text: str
-    """What was asked and what is expected."""
+    """The request and the expected answer."""
     value: float
     limit: float
     is_passed: bool
@@ -55,7 +55,7 @@ class PairResult(Record):
 
 
 class CheckpointRank(Record):
-    """How the weights of one step did against those of the others, drawn alike; each pair in both orders."""
+    """Rank of one checkpoint by pairwise comparison on the same prompts and seeds; each pair in both orders."""
 
     step: int
     is_published: bool
@@ -77,19 +77,19 @@ class Agreement(Record):
 
 
 class JudgeReliability(Record):
-    """What is known of the judge itself."""
+    """Reliability of the judge."""
 
     controls: tuple[ControlResult, ...]
     alpha: dict[str, float | None]
     """Krippendorff's alpha between repeated grades, by axis; None where all were the same."""
     num_repeated: int
     is_comparable: bool
-    """Whether the model that was asked for gave every grade."""
+    """Whether the requested model served every grade."""
     is_reliable: bool
     """Whether there are controls, all are passed, and the grades are comparable."""
     others: tuple[Agreement, ...] = ()
     spearman: dict[str, float | None] = Field(default_factory=dict)
-    """Rank correlation over samples: of likeness with DINO, of following the prompt with CLIP-T."""
+    """Rank correlation over samples: concept preservation with DINO, prompt following with CLIP-T."""
 
 
 class Scorecard(Manifest):
@@ -102,9 +102,9 @@ class Scorecard(Manifest):
     scores: dict[Side, SideScores]
     intervals: dict[Side, dict[str, tuple[float, float]]]
     """Bootstrap intervals (95 %) of the mean scores."""
-    health: JudgeReliability
+    reliability: JudgeReliability
     pairs: PairResult | None = None
     checkpoints: tuple[CheckpointRank, ...] = ()
-    """Best first; empty where one step's weights were kept."""
+    """Best first; empty where a single checkpoint is retained."""
     reasoning: ObjectRef | None = None
     """The judges' reasoning by request, where the provider returns it."""

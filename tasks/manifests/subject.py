@@ -4,7 +4,7 @@ from tasks.manifests.base import Manifest, ObjectRef, Record
 
 
 class ImageMeasures(Record):
-    """What was measured of one photo, without any model."""
+    """Image statistics of one photo, computed without a model."""
 
     width: int
     height: int
@@ -26,7 +26,7 @@ class InstanceImage(Record):
     measures: ImageMeasures
     inspection: dict[str, str | bool]
     caption: str
-    """What the captioner saw, with the class noun and without the identifier token."""
+    """Caption with the class noun, without the identifier token."""
     surroundings: str
     view: str
     """The caption's two phrases."""
@@ -34,11 +34,11 @@ class InstanceImage(Record):
     mask: ObjectRef | None = None
     """Where the subject is (white), for a photo with a transparent background."""
     focus: tuple[float, float] | None = None
-    """Middle of the inspector's box around the subject, in shares of width and height."""
+    """Center of the inspector's bounding box of the subject, as fractions of width and height."""
 
 
 class RejectedImage(Record):
-    """One photo that was left out, and why."""
+    """One rejected photo, with the reason."""
 
     source_name: str
     source_sha256: str
@@ -54,16 +54,16 @@ class SubjectSet(Manifest):
     images: tuple[InstanceImage, ...]
     rejected: tuple[RejectedImage, ...]
     quarantined: tuple[RejectedImage, ...] = ()
-    """Photos of which no model gave a usable word; a person's caption brings them back."""
+    """Photos that no model could annotate; a manual caption reinstates them."""
     traits: tuple[str, ...] = ()
-    """What is the same in all photos: what captions must not say."""
+    """Invariant traits of the subject, which captions must not name."""
     leaks: tuple[str, ...] = ()
-    """Trait words that captions said and that were cut, as `photo: words`."""
+    """Trait words that were removed from captions, as `photo: words`."""
     warnings: tuple[str, ...] = ()
-    """What a person should look at."""
+    """Findings for manual review."""
     unknown_world: str = ""
-    """Why the photos are not of the world that the base model knows, where they are trained on all the same."""
+    """Why the photos are outside the domain of the base model, where training is allowed nevertheless."""
     sources: tuple[str, ...] = ()
-    """Pages that the warnings about names rest on."""
+    """Web pages that support the warnings about names."""
     reasoning: ObjectRef | None = None
     """The adjudicator's reasoning by photo, where the provider returns it."""

@@ -10,7 +10,7 @@ from tasks.manifests.base import Manifest, ModelRef, ObjectRef, Record
 
 
 class TunedModel(Manifest):
-    """The fine-tuned weights and how they came to be."""
+    """The fine-tuned weights and their provenance."""
 
     base_model: ModelRef
     model: tuple[ObjectRef, ...]
@@ -30,7 +30,7 @@ class TunedModel(Manifest):
     NOT_RESULT: ClassVar[frozenset[str]] = Manifest.NOT_RESULT | {"peak_memory_bytes"}
 
     def find_candidates(self) -> "dict[int, list[ObjectRef]]":
-        """Return the weights that were kept beside the published ones, by step."""
+        """Return the retained checkpoints other than the published one, by step."""
         found: dict[int, list[ObjectRef]] = {}
         for ref in self.objects:
             step = re.search(r"/candidates/step-(\d+)/", ref.key)
@@ -54,7 +54,8 @@ class LossRow(Record):
 
     @property
     def is_skipped(self) -> bool:
-        """Whether the step changed nothing, since its loss or gradient was not finite."""
+        """Whether the update was skipped, since loss or gradient was not finite."""
+        # A non-finite validation result skips no step.
         measured = self.model_fields_set - {"step", "validation_loss", "validation_similarity"}
         return any(getattr(self, name) is None for name in measured)
 

@@ -27,7 +27,7 @@ from tasks.mini.world.scenes import CLASS_NOUNS, IMAGE_SIZE, draw_scene, sample_
 
 STATISTICS = MINI_FOLDER / "recognition.safetensors"
 NUM_FITTED, FIT_SEED = 2_000, 500_000
-RIDGE = 1e-4
+RIDGE = 1e-4  # added to the variances
 # Of 800 sets of held-out drawn photos the worst has 21.6 dB and 10.3; of 76 sets of photographs that scikit-image
 # ships none has both: the nearest are 20.0 dB at 10.5, and 22.3 dB at 12.3.
 MIN_PSNR, MAX_DISTANCE = 21.0, 11.2
@@ -40,7 +40,7 @@ class Evidence:
     psnr: float
     """Of the VAE's reconstruction at 64 px, in dB: about 27 for drawn scenes."""
     distance: float
-    """Mahalanobis distance of the mean CLIP embedding's photos to drawn scenes, mean over photos: about 8."""
+    """Mahalanobis distance of CLIP embeddings to those of drawn scenes, mean over photos; about 8 for drawn ones."""
 
     @property
     def is_drawn(self) -> bool:
@@ -54,7 +54,7 @@ class Recognizer:
     def __init__(self, statistics: Path | None = STATISTICS) -> None:
         self.vae = AutoencoderKL.from_pretrained(MINI_FOLDER / "base" / "vae", torch_dtype=torch.float32).eval()
         self.vision = VisionModel()
-        self.mean, self.precision = torch.zeros(()), torch.zeros(())
+        self.mean, self.precision = torch.zeros(()), torch.zeros(())  # precision: the inverse covariance
         if statistics is not None:
             loaded = load_file(statistics)
             self.mean, self.precision = loaded["mean"], loaded["precision"]
@@ -63,6 +63,7 @@ class Recognizer:
     def measure(self, pictures: Sequence[Image.Image]) -> Evidence:
         """Return the evidence of a set of pictures, each measure as a mean."""
         embeddings = torch.stack([self.vision.encode_image(picture) for picture in pictures])
+        # sqrt((x - mean)^T precision (x - mean)) per row: (N, D) -> (N,).
         centred = embeddings - self.mean
         # Rounding in float32 can make a small squared distance negative.
         distances = ((centred @ self.precision) * centred).sum(1).clamp_min(0).sqrt()

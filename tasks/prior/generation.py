@@ -12,13 +12,14 @@ from tasks.manifests.prior import ClassImage
 from tasks.prior.config import PriorConfig
 from tasks.stage.cache import StageFolder
 
+# Maps seeds to (seed, image) pairs, in any order.
 Draw = Callable[[list[int]], Iterator[tuple[int, Image.Image]]]
 
 
 def generate_class_images(
     folder: StageFolder, config: PriorConfig, *, draw: Draw, on_progress: Callable[[int, int], None]
 ) -> tuple[ClassImage, ...]:
-    """Return the class images by ascending seed; only those that no earlier attempt stored are drawn.
+    """Return the class images by ascending seed; only those that no earlier attempt stored are generated.
 
     `draw` yields (seed, image) in any order.
 
@@ -29,7 +30,7 @@ def generate_class_images(
     done: dict[int, ClassImage] = {}
     seeds = range(config.seed, config.seed + config.num_class_images)
     for seed in seeds:
-        ref = folder.reuse(name_of(seed))
+        ref = folder.reuse(name_of(seed))  # None unless complete and verified
         if ref is not None:
             done[seed] = ClassImage(image=ref, seed=seed)
     missing = [seed for seed in seeds if seed not in done]
@@ -46,7 +47,7 @@ def generate_class_images(
 def generate_images(
     model: DiffusionModel, config: PriorConfig, *, class_prompt: str, seeds: list[int]
 ) -> Iterator[tuple[int, Image.Image]]:
-    """Yield (seed, image), drawn in batches of `batch_size`; an image doesn't depend on its batch."""
+    """Yield (seed, image), generated in batches of `batch_size`; an image doesn't depend on its batch."""
     for chunk in chunks(seeds, config.batch_size):
         pictures = model.sample(
             [SamplingRequest(prompt=class_prompt, seed=seed) for seed in chunk],
@@ -69,5 +70,5 @@ def chunks(seeds: list[int], size: int) -> Iterator[list[int]]:
 
 def check_picture(picture: Image.Image, *, seed: int) -> None:
     """Refuse a nearly uniform image: a broken model or an overflow in half precision gives black or gray."""
-    if max(ImageStat.Stat(picture).stddev) < 2.0:
+    if max(ImageStat.Stat(picture).stddev) < 2.0:  # in 8-bit levels, of the channel that varies most
         raise ConfigError(f"class image of seed {seed} is flat; the base model or diffusion.precision is broken")

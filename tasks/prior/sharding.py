@@ -19,7 +19,7 @@ POLL_SECONDS = 0.2
 
 
 class Shard(Section):
-    """What one process draws; it reads no other configuration."""
+    """The work of one process; it reads no other configuration."""
 
     diffusion: DiffusionConfig
     prior: PriorConfig
@@ -69,7 +69,7 @@ def start(shard: Shard, device: int) -> "subprocess.Popen[bytes]":
     spec = out / f"shard-{device}.json"
     spec.write_text(shard.model_dump_json())
     environment = child_environment(CUDA_VISIBLE_DEVICES=pick_device(device))
-    with (out / f"shard-{device}.log").open("wb") as log:
+    with (out / f"shard-{device}.log").open("wb") as log:  # the child holds a duplicate of the descriptor
         return subprocess.Popen(guarded("tasks.prior.worker", str(spec)), stdout=log, stderr=log, env=environment)
 
 
@@ -78,6 +78,7 @@ def pick_device(device: int) -> str:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return str(device)
+    # Entries are indices or UUIDs and are passed on as they are.
     visible = [name for name in named.split(",") if name]
     return visible[device % len(visible)] if visible else ""
 
@@ -85,6 +86,6 @@ def pick_device(device: int) -> str:
 def check(processes: "list[subprocess.Popen[bytes]]", out: Path, *, is_done: bool) -> None:
     """Raise ConfigError where a process failed before all images were written."""
     for device, process in enumerate(processes):
-        if process.poll() and not is_done:
-            words = (out / f"shard-{device}.log").read_text().strip().splitlines() or ["it said nothing"]
+        if process.poll() and not is_done:  # None while it runs, 0 on success
+            words = (out / f"shard-{device}.log").read_text().strip().splitlines() or ["its log is empty"]
             raise ConfigError(f"generating class images on device {device} failed: {words[-1]}; see prior.batch_size")

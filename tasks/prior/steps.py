@@ -25,7 +25,7 @@ STAGE_VERSION = 2
 
 @dataclass(frozen=True)
 class PriorInputs:
-    """What class images depend on: of the subject, only its class."""
+    """Everything that class images depend on: of the subject, only its class."""
 
     config: PriorConfig
     diffusion: DiffusionConfig
@@ -61,18 +61,19 @@ def generate_class_images(inputs: PriorInputs, runtime: Runtime) -> State[ClassI
 def compute_prior(folder: StageFolder, inputs: PriorInputs, runtime: Runtime) -> ClassImageSet:
     """Generate the missing class images and write the manifest."""
     from tasks.diffusion.adapter import release_memory
-    from tasks.diffusion.registry import open_model
+    from tasks.diffusion.registry import load_model
     from tasks.prior.generation import generate_class_images, generate_images
     from tasks.prior.sharding import generate_on_devices
 
     config, diffusion, class_prompt = inputs.config, inputs.diffusion, inputs.class_prompt
 
+    # Called only where images are missing: a complete set loads no model.
     def draw(seeds: list[int]) -> "Iterator[tuple[int, Image]]":
         if config.num_devices > 1:
             return generate_on_devices(diffusion, config, class_prompt=class_prompt, seeds=seeds)
-        return generate_images(open_model(diffusion), config, class_prompt=class_prompt, seeds=seeds)
+        return generate_images(load_model(diffusion), config, class_prompt=class_prompt, seeds=seeds)
 
-    images = generate_class_images(folder, config, draw=draw, on_progress=runtime.show("class images"))
+    images = generate_class_images(folder, config, draw=draw, on_progress=runtime.progress_callback("class images"))
     release_memory()
     return folder.finish(
         ClassImageSet(

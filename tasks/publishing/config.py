@@ -6,7 +6,7 @@ from tasks.config_base import PlainText, Section
 
 
 class PublishingConfig(Section):
-    """What is made public of a run."""
+    """What a run publishes."""
 
     is_registered: bool = Field(description="register the tuned model with the tracking server")
     title: PlainText = Field(

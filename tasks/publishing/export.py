@@ -63,6 +63,7 @@ pipeline.load_textual_inversion(
 
 def write_loading(tuned: TunedModel, identifier_token: str) -> str:
     """Return the model card's Python lines that load the tuned model with diffusers."""
+    # Covers `textual_inversion+full`: a whole pipeline holds its learned tokens.
     if tuned.method.endswith("full"):
         return WHOLE
     base = tuned.base_model
@@ -118,6 +119,7 @@ def export_model(folder: StageFolder, run: RunManifests, *, title: str, local: P
 def read_losses(store: Store, tuned: TunedModel) -> list[LossRow]:
     """Return the loss log without skipped steps, whose values are None."""
     rows = parse_losses(read_verified(store, tuned.find("losses.jsonl")).decode())
+    # `exclude_unset`: a loss that is unset was not measured, one that is None was not finite.
     return [row for row in rows if None not in row.model_dump(exclude_unset=True).values()]
 
 
@@ -131,11 +133,15 @@ def headline_metrics(evaluation: Evaluation, scores: Scorecard) -> dict[str, flo
     figures.update({f"ceiling/{name}": value for name, value in evaluation.ceiling.model_dump().items()})
     for side, score in scores.scores.items():
         figures.update({f"{side}/{name}": value for name, value in score.model_dump().items()})
-    figures["judge/is_reliable"] = float(scores.health.is_reliable)
-    figures.update({f"judge/alpha_{axis}": value for axis, value in scores.health.alpha.items() if value is not None})
+    figures["judge/is_reliable"] = float(scores.reliability.is_reliable)
+    figures.update(
+        {f"judge/alpha_{axis}": value for axis, value in scores.reliability.alpha.items() if value is not None}
+    )
     if scores.pairs is not None:
         figures["judge/tuned_strength"] = scores.pairs.tuned_strength
-    figures.update({f"judge/spearman_{a}": value for a, value in scores.health.spearman.items() if value is not None})
+    figures.update(
+        {f"judge/spearman_{a}": value for a, value in scores.reliability.spearman.items() if value is not None}
+    )
     return figures
 
 

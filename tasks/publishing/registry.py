@@ -14,7 +14,7 @@ SAMPLES = "training_samples"
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracking run shows."""
+    """The content of a tracking run."""
 
     name: str
     params: Mapping[str, str]
@@ -24,7 +24,7 @@ class TrackedRun:
     losses: Sequence[LossRow]
     figures: Mapping[str, float]
     folder: Path
-    """Holds `model/`, `report/` and, where training drew any, `training_samples/`."""
+    """Holds `model/`, `report/` and, where training sampled images, `training_samples/`."""
     registered_model: str | None
     """None: the model is not registered."""
 
@@ -56,6 +56,7 @@ def track_run(tracker: Tracker, run: TrackedRun, *, live: LiveRun | None = None)
     logged: set[tuple[str, int]] = set()
     try:
         if live is not None and live.is_open:
+            # No longer open to `abandon`: from here on, `finish` below closes the run.
             run_id, logged, live.is_open = live.run_id, live.logged, False
             for tag, value in tags.items():
                 tracker.set_tag(tag, value)
@@ -69,6 +70,7 @@ def track_run(tracker: Tracker, run: TrackedRun, *, live: LiveRun | None = None)
             tracker.log_folder(run.folder / SAMPLES, path=SAMPLES)
         version = None
         if run.registered_model:
+            # Before the version is registered, which must not refer to missing artifacts.
             tracker.log_folder(run.folder / "model", path="model")
             version = tracker.register(
                 name=run.registered_model, path="model", description=f"Tuned by {run.name}", tags=tags

@@ -38,6 +38,7 @@ class ReportInputs:
 def render_report(store: Store, inputs: ReportInputs) -> str:
     """Return the report as one self-contained HTML page."""
     # Names, captions and evidence are untrusted text: everything is escaped.
+    # `default=True`, since select_autoescape decides by suffix and the template's is .jinja.
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE_FOLDER), autoescape=select_autoescape(default=True), trim_blocks=True
     )
@@ -52,7 +53,7 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         evaluation=run.evaluation,
         scores=run.scoring.scores,
         intervals=run.scoring.intervals,
-        health=run.scoring.health,
+        reliability=run.scoring.reliability,
         pairs=run.scoring.pairs,
         num_tie_breaks=sum(bool(judgement.tie_breaks) for judgement in run.scoring.judgements),
         checkpoints=list_checkpoints(run.evaluation, run.scoring),
@@ -117,6 +118,7 @@ def list_checkpoints(evaluation: Evaluation, scores: Scorecard) -> list[dict[str
 def list_samples(samples: Sequence[Sample], graded: dict[str, Judgement]) -> list[dict[str, Any]]:
     """Return a row per prompt with its samples of both sides and their grades."""
     subject = [sample for sample in samples if sample.kind == "subject"]
+    # `groupby` needs sorted input; the prompts' own order is restored below.
     ordered = sorted(subject, key=lambda sample: (sample.prompt, sample.side, sample.seed))
     rows = []
     for prompt, group in groupby(ordered, key=lambda sample: sample.prompt):

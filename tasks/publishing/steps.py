@@ -37,6 +37,7 @@ class PublishingInputs:
             "publishing",
             Publication,
             STAGE_VERSION,
+            # The tracking server is part of the key: a publication names a run and a version on it.
             settings=[self.config.model_dump(mode="json"), self.tracking.model_dump(mode="json")],
             inputs=self.manifests.content_digests(),
         )
@@ -48,6 +49,7 @@ class PublishingInputs:
         return self.config.title or f"One {subject.class_noun}, from {len(subject.images)} photos"
 
 
+# Safe to retry: `track_run` deletes what an earlier attempt with the same key has logged.
 @task(name="publishing", persist_result=False, retries=1, retry_delay_seconds=3, retry_condition_fn=should_retry)
 def publish(inputs: PublishingInputs, runtime: Runtime) -> State[Publication]:
     """Publish model and report, or return the cached publication if its effects still exist."""
@@ -60,7 +62,8 @@ def publish(inputs: PublishingInputs, runtime: Runtime) -> State[Publication]:
 
 
 def find_missing_effect(publication: Publication, tracker: Tracker) -> str:
-    """Return what the tracking server has lost of a cached publication, or an empty string."""
+    """Return which side effect of a cached publication is missing on the tracking server, or an empty string."""
+    # Only what lies on the tracking server: `find_manifest` has verified the objects in the store.
     if publication.tracking_run_id is None:
         return ""
     model = publication.registered_model, publication.registered_version
@@ -88,13 +91,13 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
         manifests.subject, manifests.training, manifests.evaluation, manifests.scoring,
     )  # fmt: skip
     losses = read_losses(runtime.store, tuned)
-    runtime.show("publishing")(0, 3)
+    runtime.progress_callback("publishing")(0, 3)
     # In the output folder: on the store's file system, files are hard-linked instead of copied.
     runtime.work_folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runtime.work_folder, prefix=PART_PREFIX) as name:
         local = Path(name)
         model = export_model(folder, manifests, title=inputs.title, local=local / "model")
-        runtime.show("publishing")(1, 3)
+        runtime.progress_callback("publishing")(1, 3)
         report_inputs = ReportInputs(inputs.title, manifests, losses, inputs.config_rows)
         html = render_report(runtime.store, report_inputs).encode()
         grid = draw_sample_grid(runtime.store, evaluation)
@@ -103,8 +106,8 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
         write_atomic(local / "report" / "samples.png", grid)
         grids = [ref for ref in tuned.objects if "/samples/" in ref.key]
         fetch_folder(runtime.store, grids, below="samples", folder=local / SAMPLES)
-        runtime.show("publishing")(2, 3)
-        paid, cost = sum_llm_costs((subject, scores))
+        runtime.progress_callback("publishing")(2, 3)
+        paid, cost = sum_llm_costs((subject, scores))  # no other stage calls an LLM
         tracked = TrackedRun(
             name=runtime.run_id,
             params=dict(inputs.config_rows),
@@ -120,7 +123,7 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
             registered_model=name_model(inputs.tracking, subject) if inputs.config.is_registered else None,
         )
         run_id, version = track_run(runtime.tracker, tracked, live=runtime.live)
-    runtime.show("publishing")(3, 3)
+    runtime.progress_callback("publishing")(3, 3)
     return folder.finish(
         Publication(
             **folder.head(STAGE_VERSION, counts={"files": len(model) + 1}),

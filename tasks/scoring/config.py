@@ -8,11 +8,9 @@ from tasks.config_base import MAX_WAIT, LocalPath, Section
 
 
 class ScoringConfig(Section):
-    """How the judge grades samples, and how it is tested itself."""
+    """How the judge grades samples, and how its reliability is measured."""
 
-    executor: Literal["batch", "sync"] = Field(
-        description="batch: the provider's batch API; sync: calls, several at once"
-    )
+    executor: Literal["batch", "sync"] = Field(description="batch: the provider's batch API; sync: concurrent calls")
     num_reference_images: int = Field(ge=1, le=8, description="photos shown beside each sample")
     max_side: int = Field(ge=64, le=1024, description="longest side of images sent to the judge, pixels")
     num_repeats: int = Field(ge=1, le=9, description="how often a repeated sample is graded, references reordered")
@@ -36,11 +34,12 @@ class ScoringConfig(Section):
     deadline_seconds: float | None = Field(
         gt=0,
         le=MAX_WAIT,
-        description="cancel a batch job that has not ended so long after it was created, and ask what is left one by "
-        "one, at full price; null: wait for it",
+        description="age at which an unfinished batch job is cancelled and its remaining rows are sent as calls, at "
+        "full price; null: wait for it",
     )
-    max_failed_share: float = Field(ge=0, le=1, description="maximum fraction of failed requests")
+    max_failed_fraction: float = Field(ge=0, le=1, description="maximum fraction of failed requests")
 
     def result_fields(self) -> dict[str, object]:
         """Return the fields that affect the result, which the stage's cache key covers."""
+        # Executors share one reply cache, and tests hold their grades equal.
         return self.model_dump(exclude={"executor", "poll_seconds", "max_wait_seconds", "deadline_seconds"})

@@ -53,7 +53,7 @@ def grade(
     """Send all requests to the judge, then to the second judge, then the tie-breaks.
 
     Raises:
-        ReplyInvalid: more requests failed than `scoring.max_failed_share` allows.
+        ReplyInvalid: more requests failed than `scoring.max_failed_fraction` allows.
 
     """
 
@@ -93,15 +93,16 @@ def ask_judge(
     """Return answers and failure reasons by request name.
 
     Raises:
-        ReplyInvalid: more requests failed than `scoring.max_failed_share` allows.
+        ReplyInvalid: more requests failed than `scoring.max_failed_fraction` allows.
 
     """
     options.on_progress(0, len(specs))
     batch = batch_options(config, state_prefix=f"{folder.prefix}/batches/{options.role}")
     # Stops a failing run early, before it has paid for all requests.
-    limited = replace(options, max_failures=math.floor(config.max_failed_share * len(specs)))
+    limited = replace(options, max_failures=math.floor(config.max_failed_fraction * len(specs)))
     answers, failures = ask_many(llm, specs, limited, batch=batch)
-    if len(failures) > config.max_failed_share * len(specs):
+    # Checked again: `max_failures` stops calls early, whereas a batch job always runs to its end.
+    if len(failures) > config.max_failed_fraction * len(specs):
         example = next(iter(failures.values()))
         raise ReplyInvalid(f"{len(failures)} of {len(specs)} judge requests failed: {example}; run again to retry them")
     return answers, failures

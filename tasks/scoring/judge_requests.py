@@ -15,7 +15,7 @@ from tasks.scoring.rubric import concept_spec, pair_spec, prompt_spec, quality_s
 from tasks.services.llm.chat.request import RequestSpec
 
 AXES = ("concept_preservation", "prompt_following", "image_quality")
-BLUR_SHARE = 1 / 32
+BLUR_SHARE = 1 / 32  # blur radius as a fraction of the longer side
 Kind = Literal[
     "sample", "positive_control", "negative_control", "shuffled", "blurred", "pair", "checkpoint_pair", "tie_break"
 ]
@@ -33,7 +33,7 @@ class JudgeRequest:
     repeat: int = 0
     is_swapped: bool = False
     candidates: tuple[str, str] = ("", "")
-    """Whose pictures a pair compares, in the key's order."""
+    """The two candidates of a pair, in the key's order."""
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ class JudgeRequest:
 
 @dataclass(frozen=True)
 class JudgeContext:
-    """What requests are made of; pictures as PNG bytes."""
+    """Inputs of the judge's requests; images as PNG bytes."""
 
     class_noun: str
     references: list[bytes]
@@ -52,7 +52,7 @@ class JudgeContext:
     """Class samples of the base model: other subjects of the same class."""
     read: Callable[[Sample], bytes]
     candidates: list[Sample] = field(default_factory=list)
-    """Samples of the weights of other steps."""
+    """Samples of the other retained checkpoints."""
     published_step: int = 0
 
 
@@ -60,6 +60,7 @@ def list_judge_requests(config: ScoringConfig, context: JudgeContext) -> list[Ju
     """Return all requests for the first judge, without duplicates; requests with a common prefix are adjacent."""
     requests = [request for sample in context.samples for request in axis_requests(context, sample, repeat=0)]
     for sample in sample_evenly(context.samples, config.num_repeated):
+        # Repeat 0 is among the requests above.
         for repeat in range(1, config.num_repeats):
             requests += axis_requests(context, sample, repeat=repeat)
     requests += list(list_controls(config, context))
@@ -149,6 +150,7 @@ def list_checkpoint_pairs(config: ScoringConfig, context: JudgeContext) -> Itera
     steps = sorted({sample.step for sample in context.candidates if sample.step is not None})
     by_draw: dict[tuple[str, int], dict[int, Sample]] = {}
     for sample in [*published, *context.candidates]:
+        # Samples of the published weights carry no step.
         step = context.published_step if sample.step is None else sample.step
         by_draw.setdefault((sample.prompt, sample.seed), {})[step] = sample
     # Only draws that all steps have: else steps would be compared on different prompts.
@@ -168,6 +170,7 @@ def pair_requests(
     for is_swapped in (False, True):
         first, second = (other, one) if is_swapped else (one, other)
         spec = pair_spec(context.references, context.read(first), context.read(second), class_noun=context.class_noun)
+        # The same key in both orders, by which `read_pairs` finds the two answers of a pair.
         key = f"{one.image.key}+{other.image.key}"
         yield JudgeRequest(spec, kind, "pair", key, is_swapped=is_swapped, candidates=candidates)
 

@@ -19,6 +19,7 @@ def plan_requests(config: ScoringConfig, llm: LlmConfig, context: JudgeContext) 
         second = [request.spec for request in list_second_judge_requests(config, context)]
         plan.append(PlannedRequests("second_judge", second, is_batch=wants_batch and can_batch(llm, "second_judge")))
     if config.disagreement_threshold:  # at worst, every grade of every sample is disputed
+        # Relies on `list_judge_requests`, which puts the samples' own requests first.
         disputed = [replace(spec, is_reasoning=True) for spec in judged[: len(AXES) * len(context.samples)]]
         plan.append(PlannedRequests("judge", disputed, first_fallback=1, is_follow_up=True))
     return plan

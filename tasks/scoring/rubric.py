@@ -41,7 +41,9 @@ thing is more the subject of the photos. Surroundings, pose and light may differ
 class ConceptGrade(BaseModel):
     """Likeness to the subject."""
 
+    # Fields are generated in schema order, so the grades can build on the evidence.
     evidence: str = Field(description="what agrees and what differs, in one or two short sentences")
+    # DreamBench++'s aspects. They are asked for first; only `concept_preservation` is scored.
     shape: Grade = Field(description="0 to 4: its form")
     color: Grade = Field(description="0 to 4: its colors")
     texture: Grade = Field(description="0 to 4: its surface and marks")

@@ -29,8 +29,8 @@ from tasks.scoring.statistics import (
 from tasks.services.llm.executor import Answers
 
 SIDES: tuple[Side, ...] = ("base", "tuned")
-POSITIVE_LIMIT, NEGATIVE_LIMIT = 3.0, 1.0
-MIN_GRADE_DROP = 0.05
+POSITIVE_LIMIT, NEGATIVE_LIMIT = 3.0, 1.0  # median grades, of 0 to 4
+MIN_GRADE_DROP = 0.05  # of mean grades; a smaller drop counts as none
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def to_judgements(
         grades = {axis: judged.grades_of(sample, axis) for axis in AXES}
         if not all(grades.values()):
             continue
+        # The first request of a sample is on concept preservation, see `axis_requests`: the report shows its evidence.
         first = next(request for request in judged.answered("sample") if request.key == sample.image.key)
         judgements.append(
             Judgement(
@@ -93,7 +94,7 @@ def to_judgements(
     return tuple(judgements)
 
 
-def average(judgements: Sequence[Judgement]) -> dict[Side, SideScores]:
+def mean_scores(judgements: Sequence[Judgement]) -> dict[Side, SideScores]:
     """Return the mean grade per side and axis; sides without judgements are left out."""
     scores: dict[Side, SideScores] = {}
     for side in SIDES:
@@ -103,7 +104,7 @@ def average(judgements: Sequence[Judgement]) -> dict[Side, SideScores]:
     return scores
 
 
-def find_intervals(judgements: Sequence[Judgement]) -> dict[Side, dict[str, tuple[float, float]]]:
+def bootstrap_intervals(judgements: Sequence[Judgement]) -> dict[Side, dict[str, tuple[float, float]]]:
     """Return 95 % bootstrap intervals of the mean grades."""
     found: dict[Side, dict[str, tuple[float, float]]] = {}
     for side in SIDES:
@@ -183,17 +184,17 @@ def check_controls(judged: Judged) -> tuple[ControlResult, ...]:
             limit=NEGATIVE_LIMIT,
             is_passed=value <= NEGATIVE_LIMIT,
         )
-    spoiled_kinds: tuple[tuple[Kind, str, str, str], ...] = (
+    degraded_kinds: tuple[tuple[Kind, str, str, str], ...] = (
         ("shuffled", prompt, "a wrong prompt", "samples with a prompt of others: below their own"),
         ("blurred", quality, "a blurred sample", "samples blurred on purpose: below themselves"),
     )
-    for kind, axis, name, text in spoiled_kinds:
-        spoiled = grades(kind, axis)
+    for kind, axis, name, text in degraded_kinds:
+        degraded = grades(kind, axis)
         # Paired: degraded samples are compared with their own originals, not with all samples.
         keys = {request.key for request in judged.requests if request.kind == kind}
         plain = grades("sample", axis, keys)
-        if spoiled and plain:
-            value, limit = sum(spoiled) / len(spoiled), sum(plain) / len(plain)
+        if degraded and plain:
+            value, limit = sum(degraded) / len(degraded), sum(plain) / len(plain)
             add(name, text, value=value, limit=limit, is_passed=value < limit - MIN_GRADE_DROP)
     return tuple(results)
 

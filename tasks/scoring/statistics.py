@@ -31,6 +31,7 @@ def compute_alpha(units: Sequence[Sequence[int]], *, num_levels: int = 5) -> flo
         for high in range(low, num_levels):
             distance = totals[low : high + 1].sum() - (totals[low] + totals[high]) / 2
             between[low, high] = between[high, low] = distance**2
+    # Pairs are drawn without replacement: no grade is paired with itself.
     expected = (np.outer(totals, totals) - np.diag(totals)) / (totals.sum() - 1)
     return float(1 - (counts * between).sum() / (expected * between).sum())
 
@@ -45,6 +46,7 @@ def compute_kappa(first: Sequence[int], second: Sequence[int], *, num_levels: in
     observed /= observed.sum()
     expected = np.outer(observed.sum(1), observed.sum(0))
     levels = np.arange(num_levels)
+    # Not normalized: the factor cancels in the ratio.
     weights = (levels[:, None] - levels[None]) ** 2
     return float(1 - (weights * observed).sum() / (weights * expected).sum())
 
@@ -59,6 +61,7 @@ def compute_spearman(first: Sequence[float], second: Sequence[float]) -> float |
 def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % percentile bootstrap interval of a mean."""
     rows = np.asarray(values, float)
+    # A fixed seed: equal grades have equal intervals, so a recomputed stage has an equal manifest.
     draws = np.random.default_rng(seed).integers(len(rows), size=(NUM_RESAMPLES, len(rows)))
     low, high = np.percentile(rows[draws].mean(1), [2.5, 97.5])
     return float(low), float(high)
@@ -81,6 +84,7 @@ def compute_strengths(candidates: Sequence[str], wins: dict[tuple[str, str], flo
     for _ in range(1000):
         # p_i <- wins_i / sum_j games_ij / (p_i + p_j), then normalize: the scale of p is arbitrary.
         shared = games / (strengths[:, None] + strengths[None])
+        # Without any comparison a strength stays; the floor is for `np.where`, which evaluates both branches.
         updated = np.where(shared.sum(1) > 0, won.sum(1) / np.maximum(shared.sum(1), 1e-12), strengths)
         updated /= updated.sum()
         if np.abs(updated - strengths).max() < 1e-10:

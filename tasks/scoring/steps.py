@@ -39,7 +39,7 @@ class ScoringInputs:
         """Return the stage with its cache key."""
         from tasks.scoring.rubric import digest_rubric
 
-        judges = [digest_rubric(), self.llm.identity("judge"), self.llm.identity("second_judge")]
+        judges = [digest_rubric(), self.llm.fingerprint("judge"), self.llm.fingerprint("second_judge")]
         labels = hashlib.sha256(Path(self.config.labels).read_bytes()).hexdigest() if self.config.labels else ""
         return Stage(
             "scoring",
@@ -55,21 +55,24 @@ class ScoringInputs:
         return [sample for sample in self.evaluation.samples if sample.kind == "subject"]
 
 
+# No retries by Prefect: llm/retries.py retries each call, and a second layer would multiply the attempts.
 @task(name="scoring", persist_result=False)
 def score_samples(inputs: ScoringInputs, runtime: Runtime) -> State[Scorecard]:
-    """Have the samples judged, or take the cached scores."""
+    """Judge the samples, or return the cached scores."""
     manifest = runtime.run_stage(inputs.stage(), lambda folder: compute_scores(folder, inputs, runtime))
     return finished(manifest, runtime)
 
 
 def compute_scores(folder: StageFolder, inputs: ScoringInputs, runtime: Runtime) -> Scorecard:
-    """Have the samples judged, compute scores and reliability, and write the manifest."""
+    """Judge the samples, compute scores and reliability, and write the manifest."""
     from tasks.scoring import scores
     from tasks.scoring.judge import grade
 
     # The ledger spans the run; this stage's rows start here.
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
-    grading = grade(inputs.config, make_context(inputs, runtime), llm=runtime.llm, folder=folder, show=runtime.show)
+    grading = grade(
+        inputs.config, make_context(inputs, runtime), llm=runtime.llm, folder=folder, show=runtime.progress_callback
+    )
     given, samples = grading.given, inputs.samples
     judgements = scores.to_judgements(samples, grading.judged, grading.tie_break_grades)
     undecided = scores.to_judgements(samples, grading.judged)  # raters are compared before any tie-break
@@ -88,11 +91,12 @@ def compute_scores(folder: StageFolder, inputs: ScoringInputs, runtime: Runtime)
             served_model=", ".join(sorted({answer.served_model for answer in given.values()})),
             judgements=judgements,
             failed=tuple(f"{name}: {reason}" for name, reason in grading.failures.items()),
-            scores=scores.average(judgements),
-            intervals=scores.find_intervals(judgements),
-            health=scores.assess_judge(
+            scores=scores.mean_scores(judgements),
+            intervals=scores.bootstrap_intervals(judgements),
+            reliability=scores.assess_judge(
                 samples,
                 grading.judged,
+                # Each answer against its own profile: tie-breaks come from another one than the first grades.
                 is_comparable=all(runtime.llm.is_comparable(answer) for answer in given.values()),
                 measured=inputs.evaluation.sample_metrics,
                 others=compare_others(inputs, grading, undecided, runtime=runtime),
@@ -105,7 +109,7 @@ def compute_scores(folder: StageFolder, inputs: ScoringInputs, runtime: Runtime)
 
 
 def make_context(inputs: ScoringInputs, runtime: Runtime) -> "JudgeContext":
-    """Return what the judge's requests are made of, images shrunk to `max_side`."""
+    """Return the inputs of the judge's requests, with images shrunk to `max_side`."""
     from tasks.images import shrink_png
     from tasks.scoring.judge_requests import JudgeContext
 

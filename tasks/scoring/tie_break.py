@@ -45,6 +45,7 @@ def break_ties(
     if not disputed:
         return {}
     specs = {request.name: request.spec for request in disputed}
+    # `first_fallback` is clamped: in a chain of one, the same model decides again, with reasoning.
     return ask_each(llm, specs, AskOptions("judge", on_progress=on_progress, first_fallback=1))[0]
 
 

@@ -1,1 +1,1 @@
-"""The outside world: object store, LLM providers, tracking. Ignorant of DreamBooth."""
+"""External services: object store, LLM providers, tracking. Independent of DreamBooth."""

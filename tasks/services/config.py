@@ -8,7 +8,7 @@ from tasks.config_base import OPERATOR_ONLY, LocalPath, OperatorText, PlainName,
 
 
 class StoreConfig(Section):
-    """Where objects live."""
+    """The object store."""
 
     kind: Literal["local", "s3"] = Field(description="a local folder or an S3 bucket")
     folder: LocalPath = Field(description="root folder (kind: local); empty: store in output_dir")
@@ -31,6 +31,7 @@ def check_tracking_uri(uri: str) -> str:
     scheme = uri.partition(":")[0].partition("+")[0]
     if uri and (scheme not in TRACKING_SCHEMES or "://" not in uri):
         raise ValueError(f"must begin with one of {', '.join(f'{known}://' for known in TRACKING_SCHEMES)}")
+    # MlflowTracker takes everything after `sqlite:///` as a path.
     if scheme == "sqlite" and ("?" in uri or "file:" in uri):
         raise ValueError("must be sqlite:///PATH, without parameters")
     return uri
@@ -40,7 +41,7 @@ class TrackingConfig(Section):
     """Where metrics and artifacts are tracked."""
 
     kind: Literal["mlflow", "none"] = Field(description="mlflow, or no tracking")
-    also: tuple[Literal["tensorboard", "wandb"], ...] = Field(description="loggers beside it")
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = Field(description="additional loggers")
     wandb_mode: Annotated[Literal["offline", "online"], OPERATOR_ONLY] = Field(description="online needs WANDB_API_KEY")
     uri: OperatorText = Field(description="tracking URI; empty is an SQLite file in output_dir")
     check_uri = field_validator("uri")(check_tracking_uri)

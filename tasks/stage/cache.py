@@ -39,13 +39,13 @@ VERIFIED_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Stage(Generic[M]):
-    """A stage with its inputs: everything that decides its output, and so the key of that output."""
+    """A stage with its inputs: everything that determines its output and cache key."""
 
     name: str
     manifest: type[M]
     """Its schema is part of the key: a new field is another key."""
     version: int
-    """The hand-bumped STAGE_VERSION."""
+    """STAGE_VERSION, incremented by hand."""
     settings: object
     """JSON values: configuration fields that change the result, versions of shared code, and nothing else."""
     inputs: tuple[str, ...]
@@ -143,7 +143,7 @@ class StageFolder:
     def put_resumable(self, name: str, data: bytes) -> ObjectRef:
         """Store an object and a note of its digest, so that a later attempt of this stage can reuse it."""
         ref = self.put(name, data)
-        self.store.put_bytes(f"{self.prefix}/{name}.ref", dump_signed(ref))
+        self.store.put_bytes(f"{self.prefix}/{name}.ref", dump_signed(ref))  # after the object, see `reuse`
         return ref
 
     def head(self, version: int, *, counts: dict[str, int], cost_usd: float | None = 0.0) -> ManifestHead:
@@ -163,6 +163,7 @@ class StageFolder:
         finished = manifest.model_copy(
             update={
                 "seconds": round(time.monotonic() - self.started, 3),
+                # Sorted: their order is part of the content digest.
                 "objects": tuple(self.refs[key] for key in sorted(self.refs)),
             }
         )
@@ -199,6 +200,7 @@ def check_manifest(manifest: Manifest, stage: str, stage_key: str) -> None:
         raise ArtifactCorrupt(f"the manifest is that of {manifest.stage} {manifest.stage_key[:8]}")
     prefix = f"{PREFIXES[stage]}/{stage_key}/"
     listed = {ref.key: ref for ref in manifest.objects}
+    # Otherwise a manifest could pass off another stage's objects as its own.
     if any(not key.startswith(prefix) for key in listed):
         raise ArtifactCorrupt("the manifest lists objects of another folder")
     # Only listed objects are verified. References into other folders are covered by those stages' manifests.
@@ -225,6 +227,7 @@ def iter_refs(value: Any) -> Iterator[ObjectRef]:
 def verify_all(store: Store, refs: Sequence[ObjectRef]) -> None:
     """Verify objects concurrently, since each is a request to a bucket. Raises ArtifactCorrupt."""
     with ThreadPoolExecutor(VERIFIED_AT_ONCE) as pool:
+        # Iterating raises the first error; leaving the pool waits for the requests in flight.
         for _ in pool.map(lambda ref: verify(store, ref), refs):
             pass
 
@@ -255,6 +258,7 @@ def store_reasoning(folder: StageFolder, reasoning: dict[str, str]) -> ObjectRef
 def fetch_folder(store: Store, refs: Iterable[ObjectRef], *, below: str, folder: Path) -> Path:
     """Copy objects to a local folder, under the part of their keys after `/<below>/`; verify each."""
     for ref in refs:
+        # `<prefix>/<stage key>/<below>/<path>` -> `<path>`
         path = folder / ref.key.split(f"/{below}/", 1)[1]
         # A retry after a failure keeps the files that arrived whole.
         if path.exists() and digest_file(path) == ref.sha256:

@@ -46,7 +46,7 @@ class Runtime:
     tracker: Tracker
     progress: ProgressView
     live: LiveRun
-    """The tracking run while stages are at work."""
+    """The tracking run, live while stages run."""
     work_folder: Path
     """Local scratch space that outlives the run: training state, fetched photos."""
     records: dict[str, StageRecord] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Runtime:
     num_training_steps: int = 0
     first_training_step: int = 0
 
-    def show(self, name: str) -> Callable[[int, int], None]:
+    def progress_callback(self, name: str) -> Callable[[int, int], None]:
         """Return a callback that updates one progress bar and raises LikenessError once the run is stopping."""
 
         def update(done: int, total: int) -> None:
@@ -92,7 +92,7 @@ class Runtime:
             record.is_cached = manifest is not None
             if manifest is None:
                 manifest = compute(StageFolder(self.store, stage.name, stage.key))
-                record.cost_usd = manifest.cost_usd
+                record.cost_usd = manifest.cost_usd  # of this run only: a cached stage costs nothing
             record.counts = manifest.counts
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in manifest.counts.items())
         word = "cached" if record.is_cached else "done"
@@ -110,7 +110,7 @@ class Runtime:
         try:
             yield record
         finally:
-            record.ended = time.monotonic()
+            record.ended = time.monotonic()  # also where the stage fails
             record.seconds = round(record.ended - record.started, 3)
 
     def measure_overhead(self, started: float) -> float:
@@ -119,6 +119,7 @@ class Runtime:
         now, covered = time.monotonic(), started
         overhead = 0.0
         for record in sorted(self.records.values(), key=lambda record: record.started):
+            # A gap before this stage; none if it overlaps the ones before.
             overhead += max(0.0, record.started - covered)
             covered = max(covered, record.ended)
         return overhead + max(0.0, now - covered)

@@ -57,7 +57,7 @@ def verify_signed(value: Any) -> dict[str, Any]:
     """
     if not isinstance(value, dict):
         raise ArtifactCorrupt("the record is not a JSON object")
-    plain = {key: child for key, child in value.items() if key != DIGEST_FIELD}
+    plain = {key: child for key, child in value.items() if key != DIGEST_FIELD}  # the digest covers all other fields
     if DIGEST_FIELD not in value:
         raise ArtifactCorrupt(f"the record has no {DIGEST_FIELD}")
     try:
@@ -72,6 +72,7 @@ def verify_signed(value: Any) -> dict[str, Any]:
 def parse_json(data: bytes) -> Any:
     """Return parsed JSON. Raises ArtifactCorrupt for anything else, and for deep nesting and non-finite numbers."""
     try:
+        # By default `json` accepts NaN and Infinity, and reads 1e999 as infinity.
         return json.loads(data, parse_float=parse_finite, parse_constant=parse_finite)
     except (ValueError, RecursionError) as error:  # ValueError includes JSONDecodeError and UnicodeDecodeError
         raise ArtifactCorrupt("the record is not JSON") from error
@@ -113,4 +114,4 @@ def load_lines(data: bytes) -> Iterator[dict[str, Any] | None]:
             try:
                 yield verify_signed(parse_json(line))
             except ArtifactCorrupt:
-                yield None
+                yield None  # a damaged line costs only itself

@@ -62,7 +62,7 @@ def explain_full_disk(path: Path, *, size_bytes: int | None = None) -> Iterator[
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        shown = error.filename if error.filename and path.is_dir() else path
+        shown = error.filename if error.filename and path.is_dir() else path  # a folder: name the file within it
         needed = f"{size_bytes / 1e6:.1f} MB for " if size_bytes else ""
         raise StorageFull(
             f"no room left: {needed}{shown} ({error.strerror}); free space (`likeness gc` lists what can go) "

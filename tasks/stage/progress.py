@@ -28,20 +28,20 @@ class LineProgress:
     """One line at the beginning and end of a part, and every ten seconds between."""
 
     def __init__(self) -> None:
-        self.said: dict[str, float] = {}
+        self.last_printed: dict[str, float] = {}
         self.lock = threading.Lock()
 
     def update(self, name: str, done: int, total: int, *, detail: str = "") -> None:
         """Print a line if it is time for one."""
         now = time.monotonic()
         with self.lock:
-            last = self.said.get(name)
+            last = self.last_printed.get(name)
             if last is not None and now - last < LINE_EVERY_SECONDS and done < total:
                 return
             if last is not None and last == float("inf"):
                 return
             # Infinity marks a part as finished, so that repeated last updates print one line.
-            self.said[name] = float("inf") if done >= total else now
+            self.last_printed[name] = float("inf") if done >= total else now
         self.note(f"{name}: {done}/{total}{'  ' + detail if detail else ''}")
 
     def note(self, text: str) -> None:
@@ -49,7 +49,7 @@ class LineProgress:
         print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Nothing is left open."""
+        """Do nothing: lines need no cleanup."""
 
 
 class BarProgress:
@@ -70,10 +70,11 @@ class BarProgress:
 
     def update(self, name: str, done: int, total: int, *, detail: str = "") -> None:
         """Update a part's bar, which is added with its first update."""
+        # Without the lock, two threads could each add a bar of this name.
         with self.lock:
             if name not in self.tasks:
                 self.tasks[name] = self.view.add_task(name, total=total, detail="")
-        self.view.update(self.tasks[name], completed=done, total=total, detail=detail)
+        self.view.update(self.tasks[name], completed=done, total=total, detail=detail)  # rich takes its own lock
 
     def note(self, text: str) -> None:
         """Print a line above the bars."""

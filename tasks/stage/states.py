@@ -17,6 +17,7 @@ def finished(manifest: M, runtime: Runtime) -> State[M]:
     """Return the state of a finished stage."""
     record = runtime.records[manifest.stage]
     counts = ", ".join(f"{count} {name}" for name, count in manifest.counts.items())
+    # The name alone: both are of Prefect's state type COMPLETED.
     name = "Cached" if record.is_cached else "Completed"
     return cast(State[M], Completed(name=name, data=manifest, message=f"{manifest.stage_key[:12]}: {counts}"))
 
@@ -28,7 +29,7 @@ def should_retry(task: Any, run: Any, state: State[Any]) -> bool:
         state.result(raise_on_failure=True)
     except LikenessError as raised:
         return raised.is_retryable
-    except BaseException:
+    except BaseException:  # cancellation, and errors outside our tree: a retry would not help
         return False
     return bool(getattr(error, "is_retryable", False))
 

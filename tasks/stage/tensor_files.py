@@ -46,6 +46,7 @@ def explain_full_tensors(path: Path, *, size_bytes: int) -> Iterator[None]:
         try:
             yield
         except SafetensorError as error:
+            # Rust formats I/O errors as `No space left on device (os error 28)`.
             number = re.search(r"os error (\d+)", str(error))
             if number is None:
                 raise

@@ -16,7 +16,7 @@ from tasks.services.llm.service import LlmService
 from tasks.subject.captions.linting import clean_phrase
 from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.ingest import Photo
-from tasks.subject.photos.quality import Box, count_different_bits, find_salient_box, measure
+from tasks.subject.photos.quality import Box, find_salient_box, hamming_distance, measure
 
 EXAMINE = (
     "You decide about a doubtful photo that may teach an image model one subject. Measure before you decide: "
@@ -64,9 +64,11 @@ def adjudicate(doubtful: DoubtfulPhoto, config: SubjectConfig, *, llm: LlmServic
     """Ask the adjudicator; a verdict that is not based on any tool call doesn't count."""
     photo, others = doubtful.photo, doubtful.others
     noun = f"{choose_article(config.class_noun)} {config.class_noun}"
+    # It quotes a model's reply, which is untrusted text in another model's prompt.
     objection = clean_phrase(doubtful.objection, max_words=30)
     text = f"Subject: {noun}. An inspector objects: {objection}. Other photos: {len(others)}."
     tools = list_tools(photo, others)
+    # The cache key covers the plain body, which lists no tools, so their names are given to the spec.
     names = tuple(tool.name for tool in tools)
     spec = RequestSpec(EXAMINE, (text, photo.shown_png), Adjudication, is_reasoning=True, tools=names)
     try:
@@ -99,7 +101,7 @@ def list_tools(photo: Photo, others: list[Photo]) -> list[Tool]:
         return ToolResult({"width": part.width, "height": part.height}, encode_png(part))
 
     def find_near_duplicates(_: Nothing) -> ToolResult:
-        bits = [count_different_bits(photo.measures.perceptual_hash, o.measures.perceptual_hash) for o in others]
+        bits = [hamming_distance(photo.measures.perceptual_hash, o.measures.perceptual_hash) for o in others]
         return ToolResult({"different_bits_of_64": bits})
 
     def compare_with(other: Other) -> ToolResult:
@@ -108,7 +110,7 @@ def list_tools(photo: Photo, others: list[Photo]) -> list[Tool]:
         found = others[other.number]
         return ToolResult(
             {
-                "different_bits_of_64": count_different_bits(
+                "different_bits_of_64": hamming_distance(
                     photo.measures.perceptual_hash, found.measures.perceptual_hash
                 ),
                 "sharpness": [photo.measures.sharpness, found.measures.sharpness],
@@ -122,6 +124,7 @@ def list_tools(photo: Photo, others: list[Photo]) -> list[Tool]:
         return ToolResult({**box.model_dump(), "share_of_photo": round(box.area, 3)})
 
     sharpness = "Sharpness (variance of the Laplacian), light and contrast of a part."
+    # `below 7` follows the default of subject.duplicate_distance, 6.
     duplicates = "How many of 64 hash bits differ from each other photo; below 7: the same."
     return [
         Tool("measure_sharpness", sharpness, Box, measure_sharpness),

@@ -41,13 +41,13 @@ class SubjectConfig(Section):
         le=MAX_WAIT,
         description="suspend the run when that job takes longer; `likeness pending` resumes it",
     )
-    is_profiled: bool = Field(description="have the LLM profile all photos together: one subject? right noun?")
+    is_profiled: bool = Field(description="profile all photos in one LLM request: same subject, fitting class noun")
     web_lookup: WebLookupSettings
-    max_leak_share: float = Field(
-        ge=0, le=1, description="share of captions that may tell what never changes; 1 trains all the same"
+    max_leak_fraction: float = Field(
+        ge=0, le=1, description="maximum fraction of captions that name invariant traits; 1 disables the check"
     )
     allow_unknown: bool = Field(
-        description="train the drawn-world model on photos that are not of its world; the report says so"
+        description="train the mini model on photos outside of its synthetic domain; noted in the report"
     )
     min_images: int = Field(ge=1, le=1000, description="minimum number of accepted photos")
     max_images: int = Field(ge=1, le=1000, description="maximum number of photos")
@@ -60,11 +60,12 @@ class SubjectConfig(Section):
         le=100,
         description="maximum aspect ratio, long side over short side",
     )
+    # The upper bound is Pillow's: it refuses images above 2 x Image.MAX_IMAGE_PIXELS, about 179 million pixels.
     max_pixels: int = Field(ge=4096, le=178_000_000, description="largest photo, pixels")
     working_side: int | None = Field(
         ge=64,
         le=8192,
-        description="photos are kept with this short side, or smaller as they are, pixels; "
+        description="short side of stored photos, pixels; smaller ones keep their size; "
         "null: 1.5 x diffusion.resolution, at least 768",
     )
     min_sharpness: float = Field(

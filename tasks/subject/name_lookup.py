@@ -52,6 +52,7 @@ def look_up_names(config: SubjectConfig, *, llm: LlmService) -> tuple[list[str],
         log.warning("names were not looked up: %s", error)
         return [], ()
     finding, warnings = found.answer.reply, []
+    # The reply repeats what web pages say: cleaned before it enters warnings and report.
     noun = clean_phrase(finding.class_noun, max_words=3).lower()
     if noun and noun != config.class_noun.lower():
         warnings.append(f"the web calls {name} a {noun}, not a {config.class_noun}: is subject.class_noun right")

@@ -4,7 +4,7 @@ from PIL import Image
 
 from tasks.images import encode_png
 from tasks.manifests.subject import ImageMeasures
-from tasks.services.llm.agents.tools import MAX_PICTURES
+from tasks.services.llm.agents.tools import MAX_IMAGES
 from tasks.services.llm.batch.jobs import can_batch
 from tasks.services.llm.budget.cost_estimate import PlannedRequests
 from tasks.services.llm.chat.request import RequestSpec
@@ -41,6 +41,7 @@ def plan_requests(config: SubjectConfig, llm: LlmConfig, *, side: int) -> list[P
         if config.is_profiled:
             plan.append(PlannedRequests("profiler", [profile_spec([photo] * num, config)]))
         if llm.profile("adjudicator").capabilities.tools:
+            # At worst, the inspector objects to every photo.
             plan.append(PlannedRequests("adjudicator", plan_adjudication() * num, is_follow_up=True))
     if config.web_lookup.enabled:
         plan.append(PlannedRequests("profiler", [look_up_spec(config)]))
@@ -50,5 +51,7 @@ def plan_requests(config: SubjectConfig, llm: LlmConfig, *, side: int) -> list[P
 def plan_adjudication() -> list[RequestSpec[Adjudication]]:
     """Return the longest exchange about one photo: every round returns the maximal number of images."""
     picture = encode_png(Image.new("RGB", (SHOWN_SIDE, SHOWN_SIDE)))
-    shown = [[picture] * (1 + MAX_PICTURES * number) for number in range(MAX_ROUNDS + 1)]
+    # Each round sends the pictures of all earlier rounds again.
+    shown = [[picture] * (1 + MAX_IMAGES * number) for number in range(MAX_ROUNDS + 1)]
+    # 1000 characters stand in for objection and tool results.
     return [RequestSpec(EXAMINE, ("x" * 1000, *pictures), Adjudication, is_reasoning=True) for pictures in shown]

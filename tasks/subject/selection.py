@@ -16,7 +16,7 @@ from tasks.subject.subject_profile import Overview, ask_profile, find_warnings
 
 log = logging.getLogger(__name__)
 
-USUAL_LEAK_SHARE = 0.5  # above it, a run that `max_leak_share` permits warns
+USUAL_LEAK_SHARE = 0.5  # above it, a run that `max_leak_fraction` permits warns
 
 
 @dataclass
@@ -53,6 +53,7 @@ def select_photos(
     """Sort photos by their annotations into instance images, rejects (unfit) and quarantine (no usable reply)."""
     outcome = Selection()
     if overview is not None:
+        # A model's words: cleaned and bounded before they enter prompts and report.
         outcome.traits = [clean_phrase(trait) for trait in overview.profile.invariant_traits[:20]]
         outcome.warnings = find_warnings(overview.profile, config)
     trait_words = list_trait_words(outcome.traits, class_noun=config.class_noun)
@@ -103,6 +104,7 @@ def select_top_images(outcome: Selection, config: SubjectConfig, *, best: Sequen
     if config.max_trained is None or len(outcome.images) <= config.max_trained:
         return
     ranks = {sha256: rank for rank, sha256 in enumerate(best)}
+    # The digest breaks ties, so that file names don't affect the selection.
     ranked = sorted(
         outcome.images, key=lambda i: (ranks.get(i.source_sha256, len(ranks)), -i.measures.sharpness, i.source_sha256)
     )
@@ -133,13 +135,13 @@ def note_inspection(found: PhotoAnnotation) -> dict[str, str | bool]:
 def check_leaks(outcome: Selection, config: SubjectConfig) -> None:
     """Refuse to train where too many captions name invariant traits: the captioner did not follow its instructions."""
     share = len(outcome.leaks) / max(1, len(outcome.images))
-    if share > config.max_leak_share:
+    if share > config.max_leak_fraction:
         raise SubjectRejected(
             f"{len(outcome.leaks)} of {len(outcome.images)} captions name invariant traits ({outcome.leaks[0]}); "
-            "choose another captioner, or set subject.captioning=template, or subject.max_leak_share=1"
+            "choose another captioner, or set subject.captioning=template, or subject.max_leak_fraction=1"
         )
     if share > USUAL_LEAK_SHARE:
         outcome.warnings.append(
             f"{len(outcome.leaks)} of {len(outcome.images)} captions name invariant traits; trained anyway, "
-            f"as subject.max_leak_share={config.max_leak_share:g} says"
+            f"as subject.max_leak_fraction={config.max_leak_fraction:g} says"
         )

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from tasks.subject.photos.ingest import CheckedPhotos, Reject
 
 STAGE_VERSION = 6
+# `source` and `captions` enter the key by content, `allow_unknown` through `unknown_world`; the others decide only how
+# and when a result is reached.
 NOT_RESULT = {"source", "max_images", "captions", "batch_threshold", "max_wait_seconds", "allow_unknown"}
-"""Settings that don't change what is made of given photos."""
+"""Settings that don't affect the result for given photos."""
 ROLES = ("inspector", "captioner", "profiler", "adjudicator")
 
 
@@ -39,7 +41,9 @@ class SubjectInputs:
         config = self.config
         captions = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest() if config.captions else ""
         # Without the LLM, neither prompts nor models affect the result.
-        models = [digest_prompts(), *(self.llm.identity(role) for role in ROLES)] if config.captioning == "llm" else []
+        models = (
+            [digest_prompts(), *(self.llm.fingerprint(role) for role in ROLES)] if config.captioning == "llm" else []
+        )
         settings = config.model_dump(mode="json", exclude=NOT_RESULT)
         return Stage(
             "subject",
@@ -69,6 +73,7 @@ def check_photos(config: SubjectConfig, runtime: Runtime, *, is_drawn_world: boo
     return replace(photos, unknown_world=check_known_world(photos.accepted, config, runtime.store))
 
 
+# No retries by Prefect: llm/retries.py retries each call, and a second layer would multiply the attempts.
 @task(name="subject", persist_result=False)
 def prepare_subject(inputs: SubjectInputs, runtime: Runtime) -> State[SubjectSet]:
     """Inspect and caption the photos; keep rejects with their reasons."""
@@ -80,7 +85,7 @@ def prepare_subject(inputs: SubjectInputs, runtime: Runtime) -> State[SubjectSet
 
 def compute_subject(folder: StageFolder, inputs: SubjectInputs, runtime: Runtime) -> SubjectSet:
     """Inspect, caption and select the photos, and write the manifest. Raises SubjectRejected."""
-    from tasks.subject.captions.captioning import describe_photos
+    from tasks.subject.captions.captioning import annotate_photos
     from tasks.subject.name_lookup import look_up_names
     from tasks.subject.photos.ingest import require_enough
     from tasks.subject.selection import check_leaks, profile_subject, select_photos
@@ -88,12 +93,12 @@ def compute_subject(folder: StageFolder, inputs: SubjectInputs, runtime: Runtime
     config, photos = inputs.config, inputs.photos
     # The ledger spans the run; this stage's rows start here.
     ledger, first_row = runtime.llm.ledger, len(runtime.llm.ledger.rows)
-    described = describe_photos(
+    described = annotate_photos(
         photos,
         config,
         llm=runtime.llm,
         state_prefix=f"{folder.prefix}/batches",
-        on_progress=runtime.show("inspection and captions"),
+        on_progress=runtime.progress_callback("inspection and captions"),
     )
     overview = profile_subject(photos, config, llm=runtime.llm) if config.captioning == "llm" else None
     warnings, sources = look_up_names(config, llm=runtime.llm)

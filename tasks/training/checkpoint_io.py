@@ -31,11 +31,12 @@ log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
+# Staged (`.part-`) and damaged (`.bad-`) folders do not match.
 NAME = re.compile(r"step-\d{8,}")
 
 
 class CheckpointManifest(Section):
-    """What a checkpoint says of itself, written last."""
+    """The manifest of a checkpoint, written last."""
 
     schema_version: int
     step: int
@@ -51,13 +52,13 @@ class TrainingState:
     weights: dict[str, Tensor]
     optimizer_state: dict[str, Tensor]
     ema: dict[str, Tensor]
-    """Averaged weights; empty where none are kept."""
+    """EMA weights; empty where EMA is disabled."""
     losses: list[LossRow]
     """The loss log up to this step."""
     groups: list[dict[str, float]] = field(default_factory=list)
-    """Numbers that the optimizer keeps per group, such as Prodigy's estimate of the rate."""
+    """Scalars of each parameter group, such as Prodigy's estimate of the learning rate."""
     scaler: dict[str, float] = field(default_factory=dict)
-    """What the gradient scaler of fp16 has found; empty in other formats."""
+    """State of the fp16 gradient scaler; empty without fp16."""
 
 
 def save_checkpoint(folder: Path, state: TrainingState, *, fingerprint: dict[str, str], num_kept: int) -> Path:
@@ -72,7 +73,7 @@ def save_checkpoint(folder: Path, state: TrainingState, *, fingerprint: dict[str
         if not torch.isfinite(tensor).all():
             raise TrainingFailed(f"weight {name} is not finite at step {state.step}; lower training.learning_rate")
     target = folder / f"step-{state.step:08d}"
-    staged = folder / f".part-{target.name}"
+    staged = folder / f".part-{target.name}"  # in the same folder: a rename works within one file system only
     size_bytes = sum(map(count_bytes, (state.weights, state.optimizer_state, state.ema)))
     try:
         with explain_full_tensors(target, size_bytes=size_bytes):
@@ -100,6 +101,7 @@ def write_checkpoint(staged: Path, state: TrainingState, *, fingerprint: dict[st
     save_file(state.ema, staged / "ema.safetensors")
     (staged / "numbers.json").write_text(json.dumps({"groups": state.groups, "scaler": state.scaler}))
     (staged / "losses.jsonl").write_text(dump_losses(state.losses))
+    # Listed before the manifest is written, which therefore does not list itself.
     files = {path.name: digest_file(path) for path in sorted(staged.iterdir())}
     manifest = CheckpointManifest(schema_version=SCHEMA_VERSION, step=state.step, fingerprint=fingerprint, files=files)
     (staged / MANIFEST).write_bytes(dump_signed(manifest, indent=1))
@@ -124,6 +126,7 @@ def load_newest(folder: Path, *, fingerprint: dict[str, str]) -> TrainingState |
         except (OSError, ArtifactCorrupt) as error:
             log.warning("checkpoint %s is damaged (%s); trying the one before", path.name, error)
             with contextlib.suppress(OSError):  # another rank may have moved it already
+                # `os.replace` needs an empty or absent target folder.
                 shutil.rmtree(folder / f".bad-{path.name}", ignore_errors=True)
                 os.replace(path, folder / f".bad-{path.name}")
     # Damaged checkpoints, even those an earlier attempt found, never lead to a silent restart from step 0.
@@ -190,6 +193,7 @@ def collect_state(live: LiveState, *, is_writer: bool = True) -> TrainingState:
     for name, parameter in live.parameters.items():
         # Keyed by parameter name, where `Optimizer.state_dict` has indices.
         values = live.optimizer.state.get(parameter, {})
+        # State values may be plain numbers, such as the `step` of bitsandbytes; safetensors holds tensors only.
         state = {f"{name}|{key}": torch.as_tensor(value) for key, value in values.items()}
         optimizer_state |= copy_all(state, is_kept=is_writer)
     return TrainingState(
@@ -224,10 +228,10 @@ def restore_state(
     """Load a checkpoint's weights and optimizer state in place. Raises KeyError where a weight is missing."""
     per_parameter: dict[str, dict[str, Tensor]] = {}
     for joined, value in state.optimizer_state.items():
-        name, key = joined.rsplit("|", 1)
+        name, key = joined.rsplit("|", 1)  # the last `|`: a state key holds none
         per_parameter.setdefault(name, {})[key] = value
     for group, numbers in zip(optimizer.param_groups, state.groups, strict=True):
-        group.update(numbers)
+        group.update(numbers)  # Prodigy keeps its estimate `d` here
     for name, parameter in parameters.items():
         parameter.copy_(shard_like(state.weights[name], like=parameter))
         optimizer_state = per_parameter.get(name, {})

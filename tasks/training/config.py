@@ -33,12 +33,12 @@ class TextualInversionSettings(Section):
     switch_step: int = Field(
         ge=0,
         le=1_000_000,
-        description="token+...: until this step the token alone is trained, then the weights alone; 0: both",
+        description="textual_inversion+...: the token alone until this step, then the weights alone; 0: both",
     )
 
 
 class ValidationSettings(Section):
-    """A loss without chance in it: fixed photos, noise and timesteps; of held-out photos where there are some."""
+    """A deterministic loss: fixed photos, noise and timesteps; of held-out photos where there are any."""
 
     validation_steps: int = Field(ge=0, le=1_000_000, description="steps between validations; 0: none")
     keep: Literal["last", "best"] = Field(description="published weights: of the last step, or the best")
@@ -58,7 +58,7 @@ class ValidationSettings(Section):
     window: int = Field(ge=2, le=1000, description="validations in the convergence window")
     threshold: float = Field(gt=0, lt=1, description="converged: variance in the window over that of all validations")
     sample_steps: int = Field(ge=0, le=1_000_000, description="steps between sample grids; 0: none")
-    sample_prompts: SubjectTemplates = Field(description="templates of the sample grids")
+    sample_prompts: SubjectTemplates = Field(min_length=1, description="templates of the sample grids")
     sample_num_inference_steps: int = Field(ge=1, le=1000, description="denoising steps of these samples")
 
 
@@ -166,6 +166,7 @@ class TrainingConfig(Section):
             raise ValueError("fsdp doesn't learn tokens; set training/method=full or lora")
         if self.optimizer != "adamw" or self.mixed_precision == "fp16":
             raise ValueError("fsdp needs optimizer=adamw and mixed_precision no or bf16")
+        # Each forward gathers shards collectively, so ranks must run equally many forwards per step.
         if self.aspect_ratio_bucketing and self.train_batch_size > 1:
             raise ValueError("fsdp with aspect_ratio_bucketing needs train_batch_size=1: ranks run in step")
         return self
@@ -189,10 +190,12 @@ class TrainingConfig(Section):
 
     def result_fields(self) -> dict[str, object]:
         """Return the fields that affect the result, which the stage's cache key covers."""
+        # Saving, logging, time limits and placement leave the weights unchanged.
         unchanged = {
             "checkpointing_steps", "checkpoints_total_limit", "log_every_n_steps",
             "num_threads", "rdzv_endpoint", "grace_seconds", "stall_seconds", "max_skipped_steps",
         }  # fmt: skip
+        # Options without effect on the method are excluded, so that changing them keeps the cached model.
         if not self.method.endswith("lora"):
             unchanged.add("lora")
         if not self.method.startswith("textual_inversion"):

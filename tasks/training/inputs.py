@@ -23,7 +23,7 @@ class TrainingInputs:
     config: TrainingConfig
     diffusion: DiffusionConfig
     encoders: EncoderConfig
-    """They choose the best checkpoint where that goes by similarity."""
+    """Used where `validation.metric` is similarity, to select the best checkpoint."""
     seed: int
     subject: SubjectSet
     prior: ClassImageSet
@@ -54,6 +54,7 @@ class TrainingInputs:
             inputs=(
                 self.prior.base_model.sha256,
                 self.subject.compute_content_digest(),
+                # Without prior preservation, other class images keep the cached model.
                 self.prior.compute_content_digest() if self.uses_class_images else "",
             ),
         )

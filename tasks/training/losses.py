@@ -49,6 +49,8 @@ def prior_preservation_loss(
         errors = squares.flatten(1).mean(1)
     else:
         # Normalized by the mask's own sum: a small subject counts as much as a large one.
+        # `expand_as` repeats the mask over C channels, so that numerator and denominator count the same elements. The
+        # clamp avoids 0 / 0 for an all-zero mask.
         errors = (squares * mask).flatten(1).sum(1) / mask.expand_as(squares).flatten(1).sum(1).clamp_min(1e-6)
     if weights is not None:
         errors = errors * weights

@@ -65,14 +65,16 @@ def prepare(model: DiffusionModel, spec: TrainingSpec) -> Trainable:
         add_adapters(model, spec, trainable, components=components, first_step=switch)
     # After the others: it moves the embedding table out of their parameter groups.
     if training.method.startswith("textual_inversion"):
-        add_token(model, spec, trainable)
+        add_textual_inversion(model, spec, trainable)
     if not any(group.parameters for group in trainable.groups):
         raise ConfigError("nothing would be trained: set training.train_denoiser or training.train_text_encoder")
     # Last, when `requires_grad` is final: trained parameters stay in float32.
     if training.weight_dtype != "fp32":
-        for name, part in model.components.items():
-            if isinstance(part, nn.Module) and name != "vae":  # runs once, before training; SDXL's overflows in fp16
-                cast_frozen(part, DTYPES[training.weight_dtype])
+        for name, component in model.components.items():
+            if (
+                isinstance(component, nn.Module) and name != "vae"
+            ):  # runs once, before training; SDXL's overflows in fp16
+                cast_frozen(component, DTYPES[training.weight_dtype])
     return trainable
 
 
@@ -104,7 +106,7 @@ def add_adapters(
     from tasks.diffusion.lora.adapters import add_lora
 
     lora = spec.training.lora
-    adapted = add_lora(model, components, lora_shape(lora))
+    adapted = add_lora(model, components, make_lora_hyperparameters(lora))
     for name, module in adapted.items():
         module.train()
         trainable.modules[name] = module
@@ -113,7 +115,7 @@ def add_adapters(
         trainable.groups.append(ParameterGroup(name, parameters, rate or lora.learning_rate, first_step))
 
 
-def lora_shape(lora: LoraSettings) -> "LoraHyperparameters":
+def make_lora_hyperparameters(lora: LoraSettings) -> "LoraHyperparameters":
     """Return the configured LoRA hyper-parameters."""
     from tasks.diffusion.lora.adapters import LoraHyperparameters
 
@@ -126,7 +128,7 @@ def lora_shape(lora: LoraSettings) -> "LoraHyperparameters":
     )
 
 
-def add_token(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable) -> None:
+def add_textual_inversion(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable) -> None:
     """Add placeholder tokens to every CLIP text encoder and train their embeddings.
 
     Raises:
@@ -135,6 +137,7 @@ def add_token(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable) -
     """
     token = spec.training.textual_inversion
     words = token.initializer_token or spec.class_noun
+    # CLIP encoders alone: `trainable_modules` excludes T5.
     names = [n for n in model.trainable_modules(train_text_encoder=True) if n != model.denoiser_name]
     if not names:
         raise ConfigError("this model has no CLIP text encoder to learn a token in; set training/method=lora")
@@ -142,7 +145,9 @@ def add_token(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable) -
         name: initial_vectors(model.tokenizers[name], model.components[name], words, num_vectors=token.num_vectors)
         for name in names
     }
+    # A switch step of 0 means no switch. Without another method there is nothing to switch to.
     end = token.switch_step or None if spec.training.method != "textual_inversion" else None
+    # Checked here, since `add_placeholder_tokens` accepts known tokens, as a saved full model has them.
     if any(f"<{spec.identifier_token}>" in model.tokenizers[name].get_vocab() for name in names):
         raise ConfigError(f"the base model already knows <{spec.identifier_token}>; set subject.identifier_token")
     for name, learned in model.add_placeholder_tokens(spec.identifier_token, vectors).items():
@@ -159,6 +164,7 @@ def add_token(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable) -
 
 def drop_from(group: ParameterGroup, *parameters: torch.Tensor) -> ParameterGroup:
     """Return the group without some parameters, compared by identity."""
+    # `in` would compare tensors by element.
     ids = {id(parameter) for parameter in parameters}
     kept = [parameter for parameter in group.parameters if id(parameter) not in ids]
     return ParameterGroup(group.name, kept, group.learning_rate, group.first_step, group.end_step)
@@ -174,13 +180,14 @@ def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
 def save_learned(model: DiffusionModel, spec: TrainingSpec, trainable: Trainable, *, folder: Path) -> None:
     """Write the result: a diffusers folder for full methods, else LoRA weights and learned embeddings."""
     training = spec.training
+    # `merge_token_embeddings` below clears `learned`.
     vectors = {name: learned.vectors for name, learned in model.learned.items()}
     if vectors:
         save_tokens(folder, spec.identifier_token, vectors)
     if training.method.endswith("lora"):
         from tasks.diffusion.lora.adapters import LoraExport, save_lora
 
-        names = [name for name in trainable.modules if not name.endswith("_token")]
+        names = [name for name in trainable.modules if not name.endswith("_token")]  # token modules hold no adapter
         subject = f"{spec.identifier_token} {spec.class_noun}"
         export = LoraExport(
             training.lora.lora_alpha, training.lora.save_precision, title=subject, trigger_phrase=subject

@@ -22,6 +22,7 @@ class DreamBoothModule(pl.LightningModule):
 
     def __init__(self, model: DiffusionModel, spec: TrainingSpec, *, start_step: int = 0) -> None:
         super().__init__()
+        # Not an `nn.Module`: components outside `trained` stay unregistered, so Lightning and DDP ignore them.
         self.model = model
         self.spec = spec
         self.start_step = start_step
@@ -66,7 +67,7 @@ class DreamBoothModule(pl.LightningModule):
             {
                 "params": group.parameters,
                 "lr": group.learning_rate,
-                "base_lr": group.learning_rate,
+                "base_lr": group.learning_rate,  # `lr` is overwritten at every step
                 "weight_decay": 0.0 if group.name.endswith("_token") else training.weight_decay,
             }
             for group in self.trainable.groups
@@ -91,8 +92,8 @@ class DreamBoothModule(pl.LightningModule):
             found = {"loss": loss.total, "total_loss": loss.total.detach(), "instance_loss": loss.instance.detach()}
             if loss.prior is not None:
                 found["prior_loss"] = loss.prior.detach()
-            # Aspect-ratio buckets make forwards of unequal size: `share` weights them by their number of samples.
-            means = {name: means.get(name, 0.0) + forward.share * value for name, value in found.items()}
+            # Aspect-ratio buckets make forwards of unequal size, which `sample_fraction` weights.
+            means = {name: means.get(name, 0.0) + forward.sample_fraction * value for name, value in found.items()}
         return means
 
     def compute_loss(self, batch: TrainingBatch) -> PriorPreservationLoss:
@@ -126,6 +127,7 @@ class DreamBoothModule(pl.LightningModule):
         Runs `torch.unique` on the CPU: its output size depends on the data, so on a GPU it would synchronize.
         """
         unique, inverse = torch.unique(batch.input_ids, dim=0, return_inverse=True)
+        # (U, L) distinct prompts -> (U, L, D) states and (U, P) pooled embeddings
         rows = self.prompts.encode(unique) if self.prompts else self.model.encode_prompts(send(unique, self.device))
         # Back to one row per sample of the batch.
         return rows.take(send(inverse, self.device))
@@ -168,7 +170,7 @@ class PromptCache:
     @torch.no_grad()
     def encode(self, input_ids: Tensor) -> Conditioning:
         """Return the conditioning of ids `(B, L)` on the CPU, encoding rows that are not cached."""
-        keys = [row.numpy().tobytes() for row in input_ids]
+        keys = [row.numpy().tobytes() for row in input_ids]  # content of a row; tensors hash by identity
         for i, key in enumerate(keys):
             if key not in self.rows:
                 self.rows[key] = self.model.encode_prompts(input_ids[i : i + 1])

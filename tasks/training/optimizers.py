@@ -13,7 +13,7 @@ from tasks.training.config import TrainingConfig
 def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
     """Return the configured optimizer. Raises ConfigError where its package is missing."""
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=True)
+        return torch.optim.AdamW(groups, fused=True)  # fused: reads `found_inf`, so skipping needs no synchronization
     if config.optimizer == "prodigy":
         try:
             from prodigyopt import Prodigy
@@ -24,6 +24,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torc
         # Prodigy (arXiv 2306.06101) estimates one step size for all groups and expects equal `lr`, usually 1.
         fastest = max(group["lr"] for group in groups)
         groups = [{**group, "lr": 1.0, "base_lr": 1.0, "relative_rate": group["lr"] / fastest} for group in groups]
+        # `safeguard_warmup` takes the learning rate, near 0 in warm-up, out of the denominator of the estimate.
         optimizer: torch.optim.Optimizer = Prodigy(groups, safeguard_warmup=True, use_bias_correction=True)
         return keep_relative_rates(optimizer)
     try:
@@ -40,7 +41,7 @@ def keep_relative_rates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimiz
     """Scale each group's update by its `relative_rate`, as a smaller learning rate would."""
     before: list[tuple[torch.Tensor, torch.Tensor, float]] = []
 
-    def remember(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def save_parameters(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # Groups at the full rate need no copy.
         before.clear()
         for group in optimizer.param_groups:
@@ -48,13 +49,14 @@ def keep_relative_rates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimiz
                 before.extend((p, p.detach().clone(), group["relative_rate"]) for p in group["params"])
 
     @torch.no_grad()
-    def shorten(*_: Any) -> None:
+    def rescale_update(*_: Any) -> None:
         for parameter, start, share in before:
+            # start + relative_rate * (new - start): scales the weight decay as well, as a smaller rate would.
             parameter.copy_(torch.lerp(start, parameter, share))
         before.clear()
 
-    optimizer.register_step_pre_hook(remember)
-    optimizer.register_step_post_hook(shorten)
+    optimizer.register_step_pre_hook(save_parameters)
+    optimizer.register_step_post_hook(rescale_update)
     return optimizer
 
 

@@ -24,8 +24,10 @@ def init_process_group(device: torch.device) -> None:
 def shard(trainable: Trainable, device: torch.device) -> None:
     """Apply `fully_shard` to the trained modules block by block, and update the parameter groups."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # By identity, while groups hold the original parameters.
     names = {id(parameter): name for name, parameter in trainable.modules.named_parameters()}
     for module in trainable.modules.values():
+        # The blocks that diffusers and transformers never split across devices are the units of gathering.
         kinds = set(getattr(module, "_no_split_modules", None) or ())
         for block in reversed(list(module.modules())):  # inner blocks first
             if block is not module and type(block).__name__ in kinds and has_parameters(block):

@@ -33,6 +33,7 @@ def fine_tune(inputs: TrainingInputs, runtime: Runtime) -> State[TunedModel]:
 
     Called, not submitted, by the flow: only the main thread receives signals.
     """
+    # Resolved before the key is computed: number of devices, held-out photos and metric are part of it.
     config = resolve_validation(count_devices(inputs.config), len(inputs.subject.images), runtime.progress.note)
     inputs = inputs.with_config(config)
     manifest = runtime.run_stage(inputs.stage(), lambda folder: compute_training(folder, inputs, runtime))
@@ -43,7 +44,7 @@ def count_devices(config: TrainingConfig) -> TrainingConfig:
     """Resolve `num_devices=0` to the number of local GPUs, at least 1."""
     if config.num_devices:
         return config
-    import torch
+    import torch  # deferred: the flow imports this module
 
     return config.model_copy(update={"num_devices": max(1, torch.cuda.device_count())})
 
@@ -70,6 +71,7 @@ def compute_training(folder: StageFolder, inputs: TrainingInputs, runtime: Runti
             spec, on_event=lambda event: show_event(event, inputs.config, runtime), inherited=(lock_descriptor,)
         )
         manifest = store_result(folder, inputs, spec, result=result)
+        # After the manifest: a failing upload must not cost a finished model.
         store_latents(runtime.store, spec)
         # Last: until the manifest is stored, checkpoints and result are needed to resume.
         shutil.rmtree(work)
@@ -89,7 +91,7 @@ def make_spec(inputs: TrainingInputs, runtime: Runtime, *, stage_key: str, work:
     return TrainingSpec(
         stage_key=stage_key,
         folder=str(work),
-        latent_folder=str(runtime.work_folder / "latents"),
+        latent_folder=str(runtime.work_folder / "latents"),  # outside `work`, which is removed at the end
         model_folder=str(find_folder(inputs.diffusion)),
         base_model_sha256=prior.base_model.sha256,
         seed=inputs.seed,
@@ -158,7 +160,7 @@ def show_event(event: dict[str, Any], config: TrainingConfig, runtime: Runtime) 
     """Translate a worker event into progress and live metrics, and count the steps of this run."""
     if event["event"] == "started":
         runtime.first_training_step = event["step"]
-        if event["step"]:
+        if event["step"]:  # 0: a fresh start
             runtime.progress.note(f"training resumes from its checkpoint at step {event['step']}")
     elif event["event"] == "note":
         runtime.progress.note(event["text"])
@@ -167,7 +169,7 @@ def show_event(event: dict[str, Any], config: TrainingConfig, runtime: Runtime) 
         runtime.live.log_metrics(
             (f"train/{name}", float(value), int(event["step"]))
             for name, value in event.items()
-            if name not in ("event", "step") and isinstance(value, int | float)
+            if name not in ("event", "step") and isinstance(value, int | float)  # None marks a non-finite value
         )
         loss = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
         detail = f"loss {loss}  {event['images_per_second']:.1f} images/s"
@@ -191,7 +193,7 @@ def store_result(
     if spec.holdout_images:
         counts["held_out"] = len(spec.holdout_images)
     if micro != spec.training.train_batch_size:
-        counts["images_at_a_time"] = micro
+        counts["micro_batch_size"] = micro
     return folder.finish(
         TunedModel(
             **folder.head(STAGE_VERSION, counts=counts),

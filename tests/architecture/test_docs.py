@@ -23,7 +23,7 @@ def test_the_readme_lists_every_option_of_a_group(group: str) -> None:
     assert missing in ([], ["auto"])
 
 
-def test_every_command_that_a_readme_names_is_there() -> None:
+def test_every_command_named_in_a_readme_exists() -> None:
     register_commands()
     commands = {command.name for command in app.registered_commands}
     assert {"run", "runs", "gc"} <= commands
@@ -64,7 +64,7 @@ def list_commands(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_setting_that_a_document_names_is_there(path: Path) -> None:
+def test_every_setting_named_in_a_document_exists(path: Path) -> None:
     known = set(list_rules())
     sections = {name.rsplit(".", depth)[0] for name in known for depth in (1, 2)}
     named = set()
@@ -81,7 +81,7 @@ def test_every_setting_that_a_document_names_is_there(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_path_that_a_document_names_is_there(path: Path) -> None:
+def test_every_path_named_in_a_document_exists(path: Path) -> None:
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", path.read_text())]
     missing = [link for link in links if link and "://" not in link and not (path.parent / link).exists()]
     files = [text for text in list_quoted(path) if re.fullmatch(r"[\w./-]+\.(py|yaml|toml|sh|lock|jinja)", text)]
@@ -94,7 +94,7 @@ def test_every_path_that_a_document_names_is_there(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_module_that_a_document_runs_is_there(path: Path) -> None:
+def test_every_module_run_in_a_document_exists(path: Path) -> None:
     named = {name for line in list_commands(path) for name in re.findall(r"-m ((?:tasks|tests|flows)\.[\w.]+)", line)}
     missing = [name for name in sorted(named) if find_spec(name) is None]
     assert missing == []

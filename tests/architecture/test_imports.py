@@ -48,7 +48,7 @@ def test_only_flows_and_steps_import_prefect() -> None:
         assert is_allowed or "prefect" not in roots_of(path), name_of(path)
 
 
-def test_heavy_libraries_are_imported_where_they_are_used() -> None:
+def test_flows_steps_and_manifests_import_heavy_libraries_lazily() -> None:
     for path in FILES:
         name = name_of(path)
         if name.startswith(("flows/", "conf/")) or path.name in ("steps.py", "config.py", "manifests.py"):
@@ -67,7 +67,7 @@ def test_hydra_stays_in_conf() -> None:
             assert not {"hydra", "omegaconf"} & roots_of(path), name_of(path)
 
 
-def test_services_know_nothing_of_dreambooth() -> None:
+def test_services_import_no_dreambooth_code() -> None:
     for path in (ROOT / "tasks" / "services").rglob("*.py"):
         allowed = ("tasks.services", "tasks.errors", "tasks.config_base", "tasks.stage", "tasks.redaction")
         found = [n for n in imports_of(path) if n.startswith("tasks") and not n.startswith(allowed)]
@@ -75,7 +75,7 @@ def test_services_know_nothing_of_dreambooth() -> None:
 
 
 @pytest.mark.parametrize("module", ["flows.cli.main", "flows.personalize_subject", "conf.request"])
-def test_importing_the_entrances_loads_no_heavy_library(module: str) -> None:
+def test_importing_the_entry_points_loads_no_heavy_library(module: str) -> None:
     code = f"import sys, {module}; print(sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -91,7 +91,7 @@ LATE = HEAVY | {"prefect", "hydra", "omegaconf", "rich", "mlflow", "openai", "ya
         (["run", "--help"], LATE),  # Typer itself reads a command's values with pydantic
     ],
 )
-def test_help_starts_without_the_libraries_of_runs(words: list[str], unwanted: set[str]) -> None:
+def test_help_does_not_import_runtime_libraries(words: list[str], unwanted: set[str]) -> None:
     """Runs the help itself: what commands register and the list of config groups are part of start-up."""
     code = f"""
 import sys
@@ -149,12 +149,12 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str]:
     return next((cycle for module in sorted(graph) if (cycle := visit(module, []))), [])
 
 
-def test_a_cycle_is_found() -> None:
+def test_find_cycle_detects_an_import_cycle() -> None:
     assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
-def test_there_are_no_import_cycles_deferred_imports_included() -> None:
+def test_there_are_no_import_cycles_including_deferred_imports() -> None:
     modules = {name_module(path) for path in FILES}
     graph = {name_module(path): runtime_imports(path, modules) - {name_module(path)} for path in FILES}
     assert find_cycle(graph) == []
@@ -165,7 +165,7 @@ def test_a_folder_has_at_most_nine_files() -> None:
     assert {folder: count for folder, count in counts.items() if count > 9} == {}
 
 
-def test_files_and_functions_stay_small() -> None:
+def test_files_and_functions_stay_within_the_length_limits() -> None:
     for path in FILES:
         text = path.read_text()
         assert text.count("\n") <= 400, name_of(path)

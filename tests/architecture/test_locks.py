@@ -28,12 +28,12 @@ def test_every_entry_is_pinned_and_hashed(name: str) -> None:
         assert version not in BANNED.get(package, ()), entry
 
 
-def test_the_locks_name_no_registry() -> None:
+def test_locks_contain_no_registry_url() -> None:
     for name in LOCKS:
         assert "://" not in (FOLDER / name).read_text()
 
 
-def test_what_is_installed_is_what_the_lock_says() -> None:
+def test_installed_versions_match_the_lock() -> None:
     wrong = []
     for entry in entries("requirements.lock"):
         package, version = entry.split("==")

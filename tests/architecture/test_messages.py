@@ -19,7 +19,7 @@ def list_settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from list_settings(field.annotation, f"{prefix}{name}.")
 
 
-def test_every_setting_that_a_message_names_exists() -> None:
+def test_every_setting_named_in_a_message_exists() -> None:
     known = set(list_settings(RunConfig))
     groups = "|".join(name for name in known if any(other.startswith(f"{name}.") for other in known))
     pattern = re.compile(rf"(?<![\w./-])(?:{groups})\.[a-z_]+(?:\.[a-z_]+)*")

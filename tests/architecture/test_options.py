@@ -17,11 +17,11 @@ def list_test_functions(path: Path) -> set[str]:
     }
 
 
-def test_every_option_names_the_test_that_needs_it() -> None:
+def test_every_option_is_mapped_to_a_test() -> None:
     assert sorted(OPTION_TESTS) == sorted(list_rules())
 
 
-def test_every_named_test_is_there() -> None:
+def test_every_mapped_test_exists() -> None:
     missing = []
     for option, node in OPTION_TESTS.items():
         file, function = node.split("::")

@@ -181,13 +181,13 @@ def judge(
     specs = {question.name: question.spec for question in questions}
     answers, _ = ask_each(llm, specs, AskOptions("judge"))
     judgements = scores.to_judgements(material.samples, Judged(questions, answers))
-    health = scores.assess_judge(material.samples, Judged(questions, answers), is_comparable=True)
+    reliability = scores.assess_judge(material.samples, Judged(questions, answers), is_comparable=True)
     photos = encoders.encode_dino([decode_png(png) for png in material.references])
     drawn = encoders.encode_dino([decode_png(material.read(sample)) for sample in material.samples])
     grades += [judgement.concept_preservation for judgement in judgements]
     similarities += (drawn @ photos.T).mean(1).tolist()
-    controls = [f"{c.value:.1f}{'' if c.is_passed else ' (failed)'}" for c in health.controls]
-    alpha = health.alpha["concept_preservation"]
+    controls = [f"{c.value:.1f}{'' if c.is_passed else ' (failed)'}" for c in reliability.controls]
+    alpha = reliability.alpha["concept_preservation"]
     pairs = scores.count_pairs(Judged(questions, answers))
     assert pairs is not None
     means = scores.average(judgements)

@@ -8,7 +8,7 @@ from typing import get_args
 
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
-from tasks.diffusion.hub import find_description
+from tasks.diffusion.hub import find_config_folder
 from tasks.training.config import TrainingConfig
 from tasks.training.memory.estimate import estimate_methods
 from tasks.training.memory.table import TABLE, describe_table_key
@@ -22,7 +22,7 @@ def main(presets: Sequence[str]) -> None:
         words = [f"diffusion={preset}", "subject.source=x", "subject.class_noun=thing"]
         config = compile_request(parse_overrides([*words, *([] if preset == "mini" else ["llm=openai"])]))
         plain = config.training.model_copy(update={"train_batch_size": 1, "prior_loss_weight": 1.0})
-        found = estimate_methods(find_description(config.diffusion), config.diffusion, plain, methods=methods)
+        found = estimate_methods(find_config_folder(config.diffusion), config.diffusion, plain, methods=methods)
         key = describe_table_key(config.diffusion, config.training)
         rows[key] = {method: asdict(estimate) for method, estimate in found.items()}
     TABLE.write_text(json.dumps(rows, indent=1) + "\n")

@@ -31,7 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from tasks.diffusion.adapter import DTYPES
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.hub import MINI_FOLDER
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.registry import load_model
 from tasks.mini.world.scenes import CLASS_NOUNS, draw_subject
 from tasks.stage.digests import digest_folder
 from tasks.training.config import TrainingConfig
@@ -164,7 +164,7 @@ def profile_step(case: Case, *, num: int = 8) -> tuple[dict[str, float], float]:
     """Return seconds of a step's parts, and its floating-point operations."""
     with tempfile.TemporaryDirectory() as name:
         spec = case.spec(Path(name) / "run", steps=num)
-        module = DreamBoothModule(open_model(spec.diffusion, folder=case.model), spec)
+        module = DreamBoothModule(load_model(spec.diffusion, folder=case.model), spec)
         batches = DreamBoothDataModule(module.model, spec).make_batches()
         module.configure_model()
         module.configure_optimizers()
@@ -226,7 +226,7 @@ def synchronize() -> None:
 
 def make_mini(folder: Path) -> Path:
     """Write the mini model in full precision: the peer takes no other."""
-    open_model(make_config(DiffusionConfig, pretrained_model_name_or_path="mini", resolution=64)).save(folder)
+    load_model(make_config(DiffusionConfig, pretrained_model_name_or_path="mini", resolution=64)).save(folder)
     return folder
 
 

@@ -54,6 +54,7 @@ def test_every_number_has_a_lower_and_an_upper_bound() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("training.validation.sample_prompts", ()), ("evaluation.prompts", ()),
         ("evaluation.seed", 2**63), ("prior.seed", 2**63), ("subject.max_pixels", 10**12),
         ("subject.working_side", 10**9),
         ("training.num_threads", 10**9), ("training.stall_seconds", 1e300), ("training.grace_seconds", 1e300),
@@ -61,12 +62,12 @@ def test_every_number_has_a_lower_and_an_upper_bound() -> None:
         ("scoring.deadline_seconds", 1e300),
     ],
 )  # fmt: skip
-def test_a_number_out_of_bounds_is_refused_by_name(name: str, value: float) -> None:
+def test_an_out_of_range_number_raises_an_error_naming_the_setting(name: str, value: float) -> None:
     with pytest.raises((ConfigError, ValidationError), match=name):
         compile_request(RunRequest.model_validate({"settings": {name: value}}))
 
 
 @pytest.mark.parametrize("value", [2**63, -(2**63) - 1, float("inf"), float("nan"), [1, 2**70], [float("-inf")]])
-def test_a_number_that_no_setting_takes_is_refused_by_name(value: Any) -> None:
+def test_a_non_finite_or_oversized_number_raises_an_error_naming_the_setting(value: Any) -> None:
     with pytest.raises(ValidationError, match=r"training\.alpha: .*(is out of range|is not a finite number)"):
         RunRequest.model_validate({"settings": {"training.alpha": value}})

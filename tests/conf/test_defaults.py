@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from conf.compose import compile_request
 from conf.defaults import fill_defaults, overlay_values, read_defaults
-from conf.groups import FOLDER
+from conf.groups import CONFIG_DIR
 from conf.overrides import parse_overrides
 from conf.schema import RunConfig
 from conf.trust import list_rules
@@ -25,11 +25,11 @@ def list_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
             yield from list_fields(kind, f"{prefix}{name}.")
 
 
-def test_no_section_has_a_default_of_its_own() -> None:
+def test_no_config_class_defines_a_default() -> None:
     assert not [name for name, field in list_fields(RunConfig) if not field.is_required()]
 
 
-def test_a_default_in_a_class_is_found() -> None:
+def test_a_default_in_a_config_class_is_detected() -> None:
     class Nested(Section):
         """A section."""
 
@@ -44,8 +44,8 @@ def test_a_default_in_a_class_is_found() -> None:
     assert [name for name, field in list_fields(Whole) if not field.is_required()] == ["nested.steps"]
 
 
-def test_run_yaml_names_every_setting_and_no_other() -> None:
-    values = yaml.safe_load((FOLDER / "run.yaml").read_text())
+def test_run_yaml_lists_exactly_the_known_settings() -> None:
+    values = yaml.safe_load((CONFIG_DIR / "run.yaml").read_text())
     del values["defaults"]
 
     def leaves(section: dict[str, object], prefix: str = "") -> Iterator[str]:
@@ -63,12 +63,12 @@ def test_every_setting_is_documented() -> None:
     assert [name for name, field in leaves.items() if not field.description] == ["llm.profiles"]
 
 
-def test_what_a_run_has_to_name_has_no_default() -> None:
+def test_required_settings_have_no_default() -> None:
     assert "source" not in read_defaults()["subject"]
     assert "models" not in read_defaults()["llm"]
 
 
-def test_changes_are_put_in_key_by_key() -> None:
+def test_overlay_values_merges_nested_mappings_by_key() -> None:
     assert overlay_values({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"c": 3}, "d": [2]}) == {
         "a": {"b": 1, "c": 3},
         "d": [2],
@@ -76,7 +76,7 @@ def test_changes_are_put_in_key_by_key() -> None:
 
 
 @pytest.mark.parametrize("name", ["training", "seed"])
-def test_a_stored_configuration_is_completed_with_settings_that_came_later(name: str) -> None:
+def test_a_stored_configuration_gets_defaults_for_settings_added_later(name: str) -> None:
     stored = compile_request(parse_overrides(["training.max_train_steps=7"])).model_dump(mode="json")
     older = {key: value for key, value in stored.items() if key != name}
     older["scoring"] = {key: value for key, value in stored["scoring"].items() if key != "num_pairs"}

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from conf.compose import compile_request, compute_config_digest
-from conf.groups import FOLDER, GROUPS
+from conf.groups import CONFIG_DIR, GROUPS
 from conf.overrides import parse_overrides, split_sweep
 from conf.request import RunRequest
 from conf.schema import RunConfig
@@ -27,7 +27,7 @@ FORM = {
 }
 
 
-def test_one_request_by_four_routes_is_one_configuration() -> None:
+def test_the_same_request_by_four_routes_has_one_configuration_digest() -> None:
     from conf.sweep import parse_sweep
 
     command_line = parse_overrides(WORDS)
@@ -39,13 +39,13 @@ def test_one_request_by_four_routes_is_one_configuration() -> None:
     assert len(digests) == 1
 
 
-def test_the_forms_choices_are_the_files_in_conf() -> None:
+def test_request_schema_enums_match_the_option_files_in_conf() -> None:
     properties = RunRequest.model_json_schema()["properties"]
     for field, group in GROUPS.items():
-        assert properties[field]["enum"] == sorted(path.stem for path in (FOLDER / group).glob("*.yaml")), group
+        assert properties[field]["enum"] == sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml")), group
 
 
-OPTIONS = [(group, path.stem) for group in GROUPS.values() for path in sorted((FOLDER / group).glob("*.yaml"))]
+OPTIONS = [(group, path.stem) for group in GROUPS.values() for path in sorted((CONFIG_DIR / group).glob("*.yaml"))]
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -81,12 +81,12 @@ def test_every_group_option_composes(group: str, option: str) -> None:
         ("tracking.uri='http://me:secret@host'", "would be stored and logged"),
     ],
 )
-def test_what_is_wrong_is_named_with_the_way_out(word: str, message: str) -> None:
+def test_an_invalid_override_raises_an_error_that_suggests_the_fix(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compile_request(parse_overrides([word]))
 
 
-def test_a_class_noun_left_out_is_asked_for() -> None:
+def test_a_missing_class_noun_raises_an_error_with_the_override_to_add() -> None:
     with pytest.raises(ConfigError, match=r"subject.class_noun is not set; add subject.class_noun="):
         compile_request(parse_overrides(["subject.source=photos"]))
 
@@ -103,7 +103,7 @@ def test_a_class_noun_left_out_is_asked_for() -> None:
         {"trаining.max_train_steps": 1},  # a Cyrillic letter
     ],
 )
-def test_requests_carry_names_and_plain_values_only(settings: dict[str, object]) -> None:
+def test_request_settings_accept_only_dotted_names_and_plain_values(settings: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         RunRequest.model_validate({"settings": settings})
 
@@ -113,7 +113,7 @@ def test_unknown_request_fields_are_refused() -> None:
         RunRequest.model_validate({"sauce": "x"})
 
 
-def test_explicit_choices_win_over_the_models_and_providers_values() -> None:
+def test_explicit_group_choices_override_model_and_provider_presets() -> None:
     config = compile_request(parse_overrides(["prior=none", "llm=openai", "scoring=sync", "experiment=smoke"]))
     assert config.prior.num_class_images == 0
     assert config.scoring.executor == "sync"
@@ -121,13 +121,13 @@ def test_explicit_choices_win_over_the_models_and_providers_values() -> None:
     assert not compile_request(parse_overrides(["tracking=none"])).publishing.is_registered
 
 
-def test_paths_inside_the_roots_are_taken(tmp_path: Path) -> None:
+def test_paths_inside_the_allowed_folders_are_accepted(tmp_path: Path) -> None:
     settings = {"subject.source": str(tmp_path / "photos"), "output_dir": str(tmp_path / "runs")}
     request = RunRequest.model_validate({"settings": settings, "class_noun": "dog"})
     assert compile_request(request, roots=(tmp_path,)).output_dir == str(tmp_path / "runs")
 
 
-def test_sweeps_take_settings_with_several_values() -> None:
+def test_split_sweep_separates_fixed_settings_from_the_search_space() -> None:
     fixed, space = split_sweep(["experiment=smoke", "training.learning_rate=1e-5,3e-5", "seed=1,2"])
     assert fixed == ["experiment=smoke"]
     assert space == {"training.learning_rate": [1e-5, 3e-5], "seed": [1, 2]}
@@ -143,11 +143,11 @@ def test_composing_from_many_threads_is_safe() -> None:
     assert len(digests) == 1
 
 
-def test_loggers_are_added_by_one_word() -> None:
+def test_a_tracking_list_selects_the_tracker_and_additional_loggers() -> None:
     config = compile_request(parse_overrides(["tracking=[mlflow,tensorboard]"]))
-    assert (config.tracking.kind, config.tracking.also) == ("mlflow", ("tensorboard",))
+    assert (config.tracking.kind, config.tracking.loggers) == ("mlflow", ("tensorboard",))
     config = compile_request(parse_overrides(["tracking=[wandb]"]))
-    assert (config.tracking.kind, config.tracking.also) == ("none", ("wandb",))
+    assert (config.tracking.kind, config.tracking.loggers) == ("none", ("wandb",))
     with pytest.raises(ConfigError, match="'tensorboard' or 'wandb'"):
         compile_request(parse_overrides(["tracking=[mlflow,tensorbord]"]))
 
@@ -162,7 +162,5 @@ def test_loggers_are_added_by_one_word() -> None:
         (["diffusion=sdxl", "llm=openai", "subject.working_side=2048"], 2048),
     ],
 )
-def test_photos_are_kept_large_enough_for_the_resolution_that_they_are_trained_at(
-    words: list[str], expected: int
-) -> None:
+def test_working_side_scales_with_the_training_resolution(words: list[str], expected: int) -> None:
     assert compile_request(parse_overrides(words)).subject.working_side == expected

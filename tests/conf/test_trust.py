@@ -25,13 +25,13 @@ def ask(roots: tuple[Path, ...], **fields: Any) -> RunConfig:
     return compile_request(RunRequest.model_validate({**fields, "settings": settings}), roots=roots)
 
 
-def test_every_field_is_classified() -> None:
+def test_every_setting_has_a_request_rule() -> None:
     rules = list_rules()
     assert len(rules) > 140
     assert not [name for name, rule in rules.items() if rule is None]
 
 
-def test_a_new_string_that_nobody_classified_is_found() -> None:
+def test_a_string_field_without_a_request_rule_is_detected() -> None:
     class Nested(Section):
         """A section."""
 
@@ -49,7 +49,7 @@ def test_a_new_string_that_nobody_classified_is_found() -> None:
     assert [name for name, rule in rules.items() if rule is None] == ["nested.hosts", "mapping"]
 
 
-def test_what_reaches_other_machines_or_programs_belongs_to_the_operator() -> None:
+def test_settings_that_reach_other_hosts_or_programs_are_operator_only() -> None:
     owned = {name for name, rule in list_rules().items() if rule and rule.kind == "operator_only"}
     assert owned == {
         "llm.profiles", "store.bucket", "store.prefix", "store.endpoint_url", "store.region", "tracking.uri",
@@ -77,7 +77,7 @@ def test_what_reaches_other_machines_or_programs_belongs_to_the_operator() -> No
         ("training.rdzv_endpoint", "elsewhere:29500"),
     ],
 )
-def test_a_request_cannot_set_what_belongs_to_the_operator(tmp_path: Path, name: str, value: Any) -> None:
+def test_a_request_cannot_set_operator_only_settings(tmp_path: Path, name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"{name} is set in conf/ on the worker's machine, not by a request"):
         ask((tmp_path,), settings={name: value})
 
@@ -98,19 +98,19 @@ def test_a_request_cannot_set_what_belongs_to_the_operator(tmp_path: Path, name:
         ("subject.source", "~/photos"),
     ],
 )
-def test_paths_stay_in_the_allowed_folders(tmp_path: Path, name: str, value: str) -> None:
+def test_paths_outside_the_allowed_folders_are_rejected(tmp_path: Path, name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}: .*outside the allowed folders"):
         ask((tmp_path,), class_noun="dog", settings={name: value})
 
 
-def test_a_link_inside_the_roots_that_leads_out_is_outside(tmp_path: Path) -> None:
+def test_a_symlink_that_leaves_the_allowed_folders_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "photos").symlink_to("/etc")
     with pytest.raises(ConfigError, match=r"subject.source: .*outside the allowed folders"):
         ask((tmp_path,), class_noun="dog", source=str(tmp_path / "photos"))
 
 
 @pytest.mark.parametrize("source", ["store:../../", "store:/etc", "store:", "store:a/../../b", "store:a\\..\\b"])
-def test_a_prefix_in_the_store_stays_in_the_store(tmp_path: Path, source: str) -> None:
+def test_a_store_prefix_cannot_escape_the_store(tmp_path: Path, source: str) -> None:
     with pytest.raises(
         ConfigError, match=r"subject.source: .*(must be a folder, or store:PREFIX|no folder of uploads)"
     ):
@@ -118,7 +118,7 @@ def test_a_prefix_in_the_store_stays_in_the_store(tmp_path: Path, source: str) -
 
 
 @pytest.mark.parametrize("source", ["store:01-subject/abc/images/", "store:llm/pictures/", "store:0", "store:u"])
-def test_a_request_cannot_train_on_what_others_left_in_the_store(tmp_path: Path, source: str) -> None:
+def test_a_request_reads_photos_only_from_the_uploads_prefix_of_the_store(tmp_path: Path, source: str) -> None:
     with pytest.raises(ConfigError, match=r"subject.source: .*no folder of uploads"):
         ask((tmp_path,), class_noun="dog", source=source)
     assert ask((tmp_path,), class_noun="dog", source="store:uploads/rex/").subject.source == "store:uploads/rex/"
@@ -139,7 +139,7 @@ def test_a_request_cannot_train_on_what_others_left_in_the_store(tmp_path: Path,
         ("store:operators/", "{root}"),
     ],
 )
-def test_a_request_cannot_name_the_stores_own_folders_by_path(
+def test_a_request_cannot_use_internal_store_folders_as_a_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, folder: str | None
 ) -> None:
     option = tmp_path / "conf" / "experiment" / "kept.yaml"
@@ -159,7 +159,7 @@ def test_a_request_cannot_name_the_stores_own_folders_by_path(
         assert ask((tmp_path,), class_noun="dog", source=good, settings=settings).subject.source == good
 
 
-def test_words_that_are_no_paths_are_those_of_their_own_setting(tmp_path: Path) -> None:
+def test_keywords_in_place_of_paths_are_accepted_only_by_their_own_setting(tmp_path: Path) -> None:
     rules = list_rules()
     assert all((rule := rules[name]) and rule.kind in ("path", "photos", "model") for name in WORDS)
     for name, rule in rules.items():
@@ -185,7 +185,7 @@ def test_words_that_are_no_paths_are_those_of_their_own_setting(tmp_path: Path) 
         ("tracking.experiment", "${output_dir}"),
     ],
 )
-def test_interpolation_has_no_meaning_in_any_value(
+def test_interpolations_in_request_values_are_not_resolved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, roots: str | None
 ) -> None:
     monkeypatch.setenv("LIKENESS_CANARY", CANARY)
@@ -201,7 +201,7 @@ def test_interpolation_has_no_meaning_in_any_value(
         assert text in config.model_dump_json()
 
 
-def test_interpolation_from_the_command_line_has_none_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpolations_in_command_line_values_are_not_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIKENESS_CANARY", CANARY)
     request = parse_overrides(["subject.source=${oc.env:LIKENESS_CANARY}", "subject.class_noun=dog"])
     assert compile_request(request).subject.source == "${oc.env:LIKENESS_CANARY}"
@@ -224,7 +224,7 @@ def test_interpolation_from_the_command_line_has_none_either(monkeypatch: pytest
         ("training.validation.sample_prompts", ["{subject} {subject:>999999999}"]),
     ],
 )
-def test_templates_hold_known_placeholders_without_format_specs(name: str, template: Any) -> None:
+def test_templates_accept_only_known_placeholders_without_format_specs(name: str, template: Any) -> None:
     with pytest.raises(ConfigError, match=rf"{name}.*(may hold|lacks)"):
         compile_request(RunRequest.model_validate({"settings": {name: template}}))
 
@@ -241,7 +241,7 @@ def test_templates_hold_known_placeholders_without_format_specs(name: str, templ
     ],
 )
 @pytest.mark.parametrize("value", ["a\0b", "a\x1b[2Jb", "x" * 500_000])
-def test_what_no_setting_needs_is_refused_by_name_and_briefly(name: str, value: str) -> None:
+def test_control_characters_and_oversized_values_raise_a_short_error(name: str, value: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compile_request(parse_overrides(["subject.class_noun=dog", f"{name}={value}"]))
     assert name in str(caught.value)
@@ -263,14 +263,14 @@ def test_what_no_setting_needs_is_refused_by_name_and_briefly(name: str, value: 
         f"postgresql://me:{CANARY}@host/db",
     ],
 )
-def test_an_address_with_a_secret_is_refused_without_repeating_it(name: str, address: str) -> None:
+def test_a_url_with_credentials_is_rejected_without_echoing_them(name: str, address: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name}: .*use the environment") as caught:
         compile_request(RunRequest.model_validate({"settings": {name: address}}))
     assert CANARY not in str(caught.value)
     assert CANARY not in redact(address)
 
 
-def test_a_request_may_lower_the_operators_cap_on_money_and_not_lift_it(
+def test_a_request_may_lower_but_not_raise_the_operators_spending_cap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
@@ -282,9 +282,7 @@ def test_a_request_may_lower_the_operators_cap_on_money_and_not_lift_it(
             ask((tmp_path,), experiment="capped", settings={"llm.budget_usd": value})
 
 
-def test_no_choice_of_a_request_lifts_the_operators_cap_on_money(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_group_choice_raises_the_operators_spending_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for group in ("experiment", "llm"):
         (tmp_path / "conf" / group).mkdir(parents=True)
     capped = (ROOT / "conf" / "llm" / "openai.yaml").read_text().replace("\nllm:\n", "\nllm:\n  budget_usd: 2.0\n")
@@ -297,7 +295,7 @@ def test_no_choice_of_a_request_lifts_the_operators_cap_on_money(
         ask((tmp_path,), llm="mine", experiment="lifted")
 
 
-def test_an_option_in_the_operators_folder_is_an_option_everywhere(
+def test_an_option_in_the_operators_conf_folder_is_available_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "my conf é"
@@ -315,7 +313,7 @@ def test_an_option_in_the_operators_folder_is_an_option_everywhere(
 
 
 @pytest.mark.parametrize("source", ["Fotos/Söhne", "a&b", "C (2)/x", "50% off!", "日本", "a: b", "what?"])
-def test_plain_values_that_are_no_hydra_syntax_are_taken_literally(source: str) -> None:
+def test_values_that_are_not_hydra_syntax_are_taken_literally(source: str) -> None:
     config = compile_request(parse_overrides([f"subject.source={source}", "subject.class_noun=dog"]))
     assert config.subject.source == source
 
@@ -326,6 +324,6 @@ def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.subject.source == "/home/somebody/photos"
 
 
-def test_an_unclosed_list_is_named_not_taken_for_text() -> None:
+def test_an_unclosed_list_raises_an_error_instead_of_becoming_a_string() -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         parse_overrides(["evaluation.prompts=['{subject}'"])

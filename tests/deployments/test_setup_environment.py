@@ -25,7 +25,7 @@ def make_installer(name: str, code: str) -> setup.Installer:
     return setup.Installer(Path(sys.executable), name, (sys.executable, "-c", code))
 
 
-def test_pips_indexes_and_folders_hold_for_uv() -> None:
+def test_pip_index_and_find_links_settings_are_translated_for_uv() -> None:
     settings = {
         "index-url": "https://me:secret@index/simple",
         "extra-index-url": "file:///a/simple file:///b/simple",
@@ -42,16 +42,16 @@ def test_pips_indexes_and_folders_hold_for_uv() -> None:
     assert environment["SSL_CERT_FILE"] == "/ca.pem"
 
 
-def test_a_setting_of_pip_that_uv_lacks_means_pip() -> None:
+def test_a_pip_setting_without_a_uv_equivalent_falls_back_to_pip() -> None:
     assert setup.translate_settings({"client-cert": "/me.pem"}) is None
 
 
-def test_the_environment_overrides_pips_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_override_pip_config_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "https://it's.mine/simple")
     assert setup.read_pip_settings(Path(sys.executable))["index-url"] == "https://it's.mine/simple"
 
 
-def test_where_uv_can_not_be_had_pip_installs(
+def test_an_unavailable_uv_falls_back_to_pip(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (checkout / setup.DEV).write_text("uv==0.0.0 \\\n    --hash=sha256:00\n")
@@ -59,7 +59,7 @@ def test_where_uv_can_not_be_had_pip_installs(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(checkout))
     assert setup.find_installer(Path(sys.executable), checkout).name == "pip"
-    assert "uv can't be had; installing with pip" in capsys.readouterr().err
+    assert "uv is unavailable; installing with pip" in capsys.readouterr().err
 
 
 def test_uv_on_path_is_used(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_uv_on_path_is_used(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (installer.name, installer.command[0]) == ("uv", str(uv))
 
 
-def test_where_uv_fails_pip_goes_on_and_a_failure_of_both_is_one_line(
+def test_a_uv_failure_falls_back_to_pip_and_a_failure_of_both_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uv = make_installer("uv", "import sys; print('error: no such file'); sys.exit(2)")
@@ -87,7 +87,7 @@ def test_where_uv_fails_pip_goes_on_and_a_failure_of_both_is_one_line(
     assert str(stopped.value) == "setup: installation failed: ERROR: no matching distribution"
 
 
-def test_a_long_phase_shows_counts_and_seconds(
+def test_a_long_install_prints_package_counts_and_elapsed_seconds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(setup, "HEARTBEAT_SECONDS", 0.1)
@@ -99,7 +99,9 @@ def test_a_long_phase_shows_counts_and_seconds(
     assert lines[-1].startswith("  done in 0.")
 
 
-def test_torch_is_tried_from_local_wheels_with_the_locks_hash(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_is_installed_from_local_wheels_with_the_lock_hash(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = checkout / "seen.txt"
     code = f"import sys; open({str(seen)!r}, 'w').write('\\n'.join(sys.argv[1:]) + open(sys.argv[-1]).read())"
     monkeypatch.setattr(setup, "make_pip", lambda python: make_installer("pip", code))

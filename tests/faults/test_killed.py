@@ -46,7 +46,7 @@ def find_children(pid: int, word: str) -> list[psutil.Process]:
         return []
 
 
-def test_a_run_killed_while_training_leaves_no_process_and_goes_on(
+def test_a_run_killed_during_training_leaves_no_process_and_resumes(
     first_run: dict[str, Any], sandbox: CliSandbox
 ) -> None:
     words = ["seed=99", "training.max_train_steps=40", "training.checkpointing_steps=2"]
@@ -67,7 +67,7 @@ def test_a_run_killed_while_training_leaves_no_process_and_goes_on(
     assert summary["stages"]["training"]["counts"]["resumed_from_step"] == 40 - summary["training_steps"]
 
 
-def test_a_polite_end_saves_and_says_how_to_go_on(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
+def test_sigterm_saves_a_checkpoint_and_prints_how_to_resume(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
     words = ["seed=98", "training.max_train_steps=400", "training.checkpointing_steps=400"]
     process = sandbox.start(*words)
     work = sandbox.output / "work" / "training"
@@ -79,7 +79,7 @@ def test_a_polite_end_saves_and_says_how_to_go_on(first_run: dict[str, Any], san
     assert list(work.glob("*/checkpoints/step-*"))
 
 
-def test_a_vision_server_killed_mid_run_is_one_line_and_no_answer_is_asked_twice(sandbox: CliSandbox) -> None:
+def test_a_killed_vision_server_is_a_one_line_error_and_no_request_is_repeated(sandbox: CliSandbox) -> None:
     draw_photos(sandbox.folder / "fish photos", num=4, seed=21, size=256)
     words = [
         "subject.source=fish photos", "subject.class_noun=fish", "prior=none", "training.max_train_steps=1",
@@ -101,16 +101,17 @@ def test_a_vision_server_killed_mid_run_is_one_line_and_no_answer_is_asked_twice
     assert ledger.count('"cached"') >= 2
 
 
-def test_a_run_is_parked_while_its_batch_job_runs_and_goes_on_with_the_same_job(
+def test_a_run_is_suspended_during_its_batch_job_and_resumes_with_the_same_job(
     first_run: dict[str, Any], sandbox: CliSandbox
 ) -> None:
     with scripted_server(JudgeRun()) as server:
         words = [
             f"llm.profiles.remote.base_url={server.url}", "llm.profiles.remote.model=asked-model", "llm.judge=remote",
-            "llm.profiles.remote.capabilities.structure=json_schema", "llm.profiles.remote.capabilities.batch=openai",
+            "llm.profiles.remote.capabilities.response_format=json_schema",
+            "llm.profiles.remote.capabilities.batch=openai",
             "scoring.max_wait_seconds=0.2", "scoring.poll_seconds=0.1",
         ]  # fmt: skip
-        server.desk.turn.acquire()  # the provider is busy
+        server.batch_api.turn.acquire()  # the provider is busy
         suspended = sandbox.run(*words)
         assert suspended.returncode == 4, suspended.stderr
         assert "still validating; `likeness pending` resumes the run" in suspended.stderr.splitlines()[-1]
@@ -118,8 +119,8 @@ def test_a_run_is_parked_while_its_batch_job_runs_and_goes_on_with_the_same_job(
         busy = sandbox.likeness("pending")
         assert busy.stdout.strip().endswith("0 of 1 pending runs finished"), busy.stderr
         assert busy.returncode == 11
-        server.desk.turn.release()
-        wait_until(lambda: all(batch["status"] == "completed" for batch in server.desk.list_batches()))
+        server.batch_api.turn.release()
+        wait_until(lambda: all(batch["status"] == "completed" for batch in server.batch_api.list_batches()))
         done = sandbox.likeness("pending")
         assert done.stdout.strip().endswith("1 of 1 pending runs finished"), done.stderr
         assert done.returncode == 0
@@ -131,21 +132,22 @@ def test_a_run_is_parked_while_its_batch_job_runs_and_goes_on_with_the_same_job(
     assert "no pending runs in runs" in sandbox.likeness("pending").stdout
 
 
-def test_a_run_killed_while_its_batch_job_runs_is_pending_and_costs_are_those_of_all_its_runs(
+def test_a_run_killed_during_its_batch_job_is_pending_and_cost_covers_all_its_runs(
     first_run: dict[str, Any], sandbox: CliSandbox
 ) -> None:
     with scripted_server(JudgeRun()) as server:
         words = [
             f"llm.profiles.remote.base_url={server.url}", "llm.profiles.remote.model=asked-model", "llm.judge=remote",
-            "llm.profiles.remote.capabilities.structure=json_schema", "llm.profiles.remote.capabilities.batch=openai",
+            "llm.profiles.remote.capabilities.response_format=json_schema",
+            "llm.profiles.remote.capabilities.batch=openai",
             "scoring.poll_seconds=0.1", "llm.profiles.remote.prices.input=1", "llm.profiles.remote.prices.output=10",
             "llm.profiles.remote.prices.date=d",
         ]  # fmt: skip
-        server.desk.turn.acquire()
+        server.batch_api.turn.acquire()
         process = sandbox.start(*words)
-        wait_until(lambda: process.poll() is not None or bool(server.desk.list_batches()))
+        wait_until(lambda: process.poll() is not None or bool(server.batch_api.list_batches()))
         wait_until(lambda: bool(list(sandbox.output.glob("*/jobs.jsonl"))))
-        [batch] = server.desk.list_batches()
+        [batch] = server.batch_api.list_batches()
         states = "store/05-scoring/*/batches/*/*.json"
         wait_until(lambda: any(batch["id"] in path.read_text() for path in sandbox.output.glob(states)))
         os.kill(process.pid, signal.SIGKILL)
@@ -153,13 +155,13 @@ def test_a_run_killed_while_its_batch_job_runs_is_pending_and_costs_are_those_of
         killed = sorted(path.parent for path in sandbox.output.glob("*/jobs.jsonl"))[-1]
         assert read_summary(killed).status == "killed"
         listed = sandbox.likeness("jobs", "list")
-        assert server.desk.list_batches()[0]["id"] in listed.stdout, listed.stderr
-        server.desk.turn.release()
-        wait_until(lambda: all(batch["status"] == "completed" for batch in server.desk.list_batches()))
+        assert server.batch_api.list_batches()[0]["id"] in listed.stdout, listed.stderr
+        server.batch_api.turn.release()
+        wait_until(lambda: all(batch["status"] == "completed" for batch in server.batch_api.list_batches()))
         done = sandbox.likeness("pending")
         assert (done.returncode, server.counts["POST /v1/batches"]) == (0, 1), done.stderr
-    assert json.loads((killed / "summary.json").read_text())["status"] == "continued"
+    assert json.loads((killed / "summary.json").read_text())["status"] == "resumed"
     cost = sandbox.likeness("cost", killed.name)
     assert cost.returncode == 0, cost.stderr
-    assert "continued" in cost.stdout
+    assert "resumed" in cost.stdout
     assert sandbox.newest()["run_id"] in cost.stdout

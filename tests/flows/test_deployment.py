@@ -81,7 +81,7 @@ def service(
         end(worker, seconds=5)  # it would sleep out the pause before its next look
 
 
-def test_the_form_has_enums_bounds_and_descriptions(service: Service) -> None:
+def test_the_parameter_schema_has_enums_and_descriptions(service: Service) -> None:
     schema = service.deployment()["parameter_openapi_schema"]
     definition = schema["definitions"]["RunRequest"]
     assert definition["additionalProperties"] is False
@@ -90,20 +90,22 @@ def test_the_form_has_enums_bounds_and_descriptions(service: Service) -> None:
     assert all("description" in field for field in definition["properties"].values())
 
 
-def test_the_schedule_is_there_and_paused(service: Service) -> None:
+def test_the_deployment_has_a_paused_schedule(service: Service) -> None:
     schedules = service.deployment()["schedules"]
     assert [schedule["active"] for schedule in schedules] == [False]
     assert schedules[0]["schedule"]["cron"] == "0 3 * * *"
 
 
 @pytest.mark.parametrize("request_", [{"sauce": "x"}, {"diffusion": "sdxx"}])
-def test_what_does_not_fit_the_form_is_refused_before_a_run_is_made(service: Service, request_: dict[str, str]) -> None:
+def test_an_invalid_request_is_rejected_before_a_flow_run_is_created(
+    service: Service, request_: dict[str, str]
+) -> None:
     with pytest.raises(urllib.error.HTTPError) as caught:
         service.trigger(request_)
     assert caught.value.code in (409, 422)
 
 
-def test_a_run_through_the_api_finishes_and_is_the_command_lines_run(
+def test_a_flow_run_through_the_api_reuses_the_stages_of_a_cli_run(
     service: Service, sandbox: CliSandbox, first_run: dict[str, Any]
 ) -> None:
     settings = {"output_dir": str(sandbox.output), "training.num_threads": 1}
@@ -143,7 +145,7 @@ def test_a_path_outside_the_allowed_folders_fails_the_run(service: Service) -> N
         ({"settings": {"prior.class_prompt": "{class_noun:>2000000000}"}}, "may hold {article} and {class_noun} only"),
     ],
 )  # fmt: skip
-def test_a_hostile_request_fails_in_its_first_second_and_learns_nothing(
+def test_a_malicious_request_fails_without_side_effects_or_leaked_secrets(
     service: Service, sandbox: CliSandbox, request_: dict[str, Any], message: str
 ) -> None:
     run = service.wait(service.trigger(request_)["id"])
@@ -153,7 +155,7 @@ def test_a_hostile_request_fails_in_its_first_second_and_learns_nothing(
     assert not list(sandbox.folder.rglob("owned"))
 
 
-def test_no_secret_of_the_environment_is_in_the_database(service: Service, sandbox: CliSandbox) -> None:
+def test_no_environment_secret_is_in_the_database_or_the_output(service: Service, sandbox: CliSandbox) -> None:
     assert service.environment["OPENAI_API_KEY"] == CANARY
     database = b"".join(path.read_bytes() for path in Path(sandbox.folder / "prefect").glob("*.db*"))
     assert b"personalize-subject" in database

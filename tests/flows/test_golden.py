@@ -20,7 +20,7 @@ from tests.golden.stages import (
 
 
 @pytest.mark.parametrize("stage", KINDS)
-def test_a_stage_makes_what_its_version_says(first_run: dict[str, Any], stage: str) -> None:
+def test_a_stage_matches_the_golden_file_of_its_version(first_run: dict[str, Any], stage: str) -> None:
     path = Path(first_run["paths"]["manifests"][stage])
     found = describe(stage, KINDS[stage].model_validate(verify_signed(parse_json(path.read_bytes()))))
     golden = read_golden(stage)
@@ -35,7 +35,7 @@ def test_a_stage_makes_what_its_version_says(first_run: dict[str, Any], stage: s
     assert not difference, f"{difference}: {bump}"
 
 
-def test_differences_are_found() -> None:
+def test_find_difference_reports_the_first_mismatch() -> None:
     golden = {"a": [1.0, "x"], "b": {"c": 1}}
     assert find_difference(golden, {"a": [1.001, "x"], "b": {"c": 1}}) == ""
     assert find_difference(golden, {"a": [1.1, "x"], "b": {"c": 1}}) == "/a/0: 1.0, now 1.1"

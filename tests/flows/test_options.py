@@ -33,14 +33,16 @@ def test_a_run_writes_into_the_configured_folder(sandbox: CliSandbox, changed: d
     assert (sandbox.folder / "elsewhere" / "store").is_dir()
 
 
-def test_prompts_hold_the_configured_token_and_class(changed: dict[str, Any]) -> None:
+def test_prompts_contain_the_configured_token_and_class_prompt(changed: dict[str, Any]) -> None:
     prompts = [image["instance_prompt"] for image in read_manifest(changed, "subject")["images"]]
     assert prompts
     assert all("zwx" in prompt for prompt in prompts)
     assert read_manifest(changed, "prior")["class_prompt"].startswith("one ")
 
 
-def test_the_seed_makes_another_model(sandbox: CliSandbox, changed: dict[str, Any], first_run: dict[str, Any]) -> None:
+def test_the_seed_changes_the_training_key(
+    sandbox: CliSandbox, changed: dict[str, Any], first_run: dict[str, Any]
+) -> None:
     assert changed["stages"]["training"]["key"] != first_run["stages"]["training"]["key"]
     config = json.loads((sandbox.folder / "elsewhere" / changed["run_id"] / "config.json").read_text())
     assert config["seed"] == 24
@@ -60,7 +62,7 @@ def test_the_model_is_registered_under_the_configured_name(sandbox: CliSandbox, 
     assert "a study" in experiments
 
 
-def test_no_model_is_registered_where_it_is_configured(sandbox: CliSandbox, first_run: dict[str, Any]) -> None:
+def test_no_model_is_registered_if_is_registered_is_false(sandbox: CliSandbox, first_run: dict[str, Any]) -> None:
     assert read_manifest(first_run, "publishing")["registered_version"] is not None
     done = sandbox.run("publishing.is_registered=false")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -74,7 +74,9 @@ def holds(path: Path, text: str) -> bool:
         return False
 
 
-def test_a_key_is_in_no_file_database_log_or_process_argument(watched: dict[str, Any], sandbox: CliSandbox) -> None:
+def test_the_api_key_is_in_no_file_database_log_or_process_argument(
+    watched: dict[str, Any], sandbox: CliSandbox
+) -> None:
     assert any("tasks.training.process.worker" in word for word in watched["words"])  # it was looked at while it ran
     assert CANARY not in watched["printed"] + " ".join(watched["words"])
     files = [path for path in sandbox.folder.rglob("*") if path.is_file()]
@@ -83,7 +85,9 @@ def test_a_key_is_in_no_file_database_log_or_process_argument(watched: dict[str,
     assert [path for path in files if holds(path, CANARY)] == []
 
 
-def test_kept_weights_meet_and_can_be_drawn_with(watched: dict[str, Any], sandbox: CliSandbox) -> None:
+def test_retained_checkpoints_are_compared_pairwise_and_usable_for_sampling(
+    watched: dict[str, Any], sandbox: CliSandbox
+) -> None:
     summary = watched["summary"]
     ranks = summary["checkpoints"]
     assert len(ranks) == 2

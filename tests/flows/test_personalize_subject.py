@@ -32,7 +32,7 @@ def test_six_stages_turn_photos_into_a_published_model(first_run: dict[str, Any]
     assert all(Path(path).exists() for path in first_run["paths"]["manifests"].values())
 
 
-def test_the_report_holds_everything_inside_itself(first_run: dict[str, Any]) -> None:
+def test_the_report_is_self_contained(first_run: dict[str, Any]) -> None:
     html = Path(first_run["paths"]["report"]).read_text()
     assert html.count("data:image/png;base64,") >= 5 + 4 + 4 + 4
     assert "http://" not in html
@@ -41,7 +41,7 @@ def test_the_report_holds_everything_inside_itself(first_run: dict[str, Any]) ->
         assert text in html
 
 
-def test_running_again_with_the_embedded_server_computes_nothing(
+def test_a_rerun_with_the_embedded_prefect_server_is_fully_cached(
     first_run: dict[str, Any], sandbox: CliSandbox
 ) -> None:
     done = sandbox.embedded().run()
@@ -54,7 +54,7 @@ def test_running_again_with_the_embedded_server_computes_nothing(
     assert again["config_digest"] == first_run["config_digest"]
 
 
-def test_a_changed_setting_recomputes_only_what_depends_on_it(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
+def test_a_changed_setting_recomputes_only_dependent_stages(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
     done = sandbox.run("evaluation.seed=5", "publishing=local", "tracking=none")
     assert done.returncode == 0, done.stderr[-3000:]
     cached = {name: stage["cached"] for name, stage in sandbox.newest()["stages"].items()}
@@ -63,7 +63,7 @@ def test_a_changed_setting_recomputes_only_what_depends_on_it(first_run: dict[st
     }  # fmt: skip
 
 
-def test_a_picture_is_drawn_with_the_tuned_model(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
+def test_generate_samples_an_image_with_the_tuned_model(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
     folder = sandbox.output / first_run["run_id"]  # as a shell completes it
     words = ["generate", str(folder), "a photo of sks fish at night", "--steps", "2", "--seed", "4"]
     done = sandbox.likeness(*words, "--out", "new folder/one.png")
@@ -100,7 +100,7 @@ def test_tracking_has_losses_metrics_artifacts_and_the_model(first_run: dict[str
     assert names == {"model", "report"}
 
 
-def test_publishing_is_not_called_cached_where_the_tracking_server_lost_it(
+def test_publishing_reruns_if_the_model_version_is_gone_from_the_registry(
     first_run: dict[str, Any], sandbox: CliSandbox
 ) -> None:
     from mlflow import MlflowClient
@@ -120,7 +120,7 @@ def test_publishing_is_not_called_cached_where_the_tracking_server_lost_it(
     assert client.get_model_version("likeness-fish", again["registered"]["version"])
 
 
-def test_an_unequal_recomputation_invalidates_everything_below_it(
+def test_a_recomputed_stage_with_another_result_invalidates_downstream_stages(
     first_run: dict[str, Any], sandbox: CliSandbox
 ) -> None:
     """Samples, scores and the published model describe the weights that there are, not those that there were."""
@@ -150,7 +150,7 @@ def test_an_unequal_recomputation_invalidates_everything_below_it(
     }  # fmt: skip
 
 
-def test_a_damaged_object_is_computed_anew(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
+def test_a_damaged_object_is_recomputed(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
     manifest = json.loads(Path(first_run["paths"]["manifests"]["evaluation"]).read_text())
     key = manifest["samples"][0]["image"]["key"]
     (sandbox.output / "store" / key).write_bytes(b"flipped")

@@ -21,11 +21,11 @@ from flows.run_records import (
     read_summary,
     relocate,
     suggest_next,
+    to_overrides,
     write_end,
     write_request,
     write_start,
     write_summary,
-    write_words,
 )
 from tasks.errors import ArtifactCorrupt, ConfigError, StillPending, TrainingStopped
 from tasks.manifests.run_summary import RunError, RunPaths, make_head
@@ -45,11 +45,11 @@ def make_run(output: Path, name: str) -> Path:
     return folder
 
 
-def test_a_request_is_typed_again_by_its_words() -> None:
+def test_a_request_round_trips_through_command_line_overrides() -> None:
     import shlex
 
     request = parse_overrides(WORDS)
-    again = parse_overrides(shlex.split(" ".join(write_words(request))))
+    again = parse_overrides(shlex.split(" ".join(to_overrides(request))))
     assert compute_config_digest(compile_request(again)) == compute_config_digest(compile_request(request))
 
 
@@ -63,7 +63,7 @@ def test_a_request_is_typed_again_by_its_words() -> None:
         (ZeroDivisionError(), "failed"),
     ],
 )
-def test_how_a_run_ended_is_told_apart(tmp_path: Path, error: BaseException, status: str) -> None:
+def test_the_error_determines_the_status_of_a_run(tmp_path: Path, error: BaseException, status: str) -> None:
     folder = make_run(tmp_path, "one")
     assert read_summary(folder).status == "running"
     write_end(folder, "one", error)
@@ -72,7 +72,7 @@ def test_how_a_run_ended_is_told_apart(tmp_path: Path, error: BaseException, sta
     assert words == "likeness pending" if status == "pending" else words.startswith("likeness run ")
 
 
-def test_prefects_cancellation_is_no_failure(tmp_path: Path) -> None:
+def test_a_prefect_cancellation_is_recorded_as_cancelled(tmp_path: Path) -> None:
     from prefect.exceptions import TerminationSignal
 
     folder = make_run(tmp_path, "one")
@@ -80,7 +80,7 @@ def test_prefects_cancellation_is_no_failure(tmp_path: Path) -> None:
     assert read_summary(folder).status == "cancelled"
 
 
-def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
+def test_a_running_run_without_a_live_process_is_reported_as_killed(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from flows.run_records import write_start\n"
         "write_start(Path(sys.argv[1]), 'one')"
@@ -93,7 +93,9 @@ def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b'{"status": 3, "run_id": "x"}', b"[" * 100_000])
-def test_a_torn_summary_costs_its_line_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: bytes) -> None:
+def test_a_damaged_summary_affects_only_its_own_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: bytes
+) -> None:
     torn, whole = make_run(tmp_path, "torn"), make_run(tmp_path, "whole")
     (torn / "summary.json").write_bytes(damage)
     write_end(whole, "whole", ConfigError("some reason"))
@@ -105,7 +107,7 @@ def test_a_torn_summary_costs_its_line_alone(tmp_path: Path, capsys: pytest.Capt
     assert "ConfigError: some reason" in printed
 
 
-def test_no_flipped_byte_of_summary_or_request_is_believed(tmp_path: Path) -> None:
+def test_any_flipped_byte_or_truncation_of_summary_or_request_is_detected(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "one")
     for name in ("summary.json", "request.json"):
         whole = (folder / name).read_bytes()
@@ -122,7 +124,7 @@ def test_no_flipped_byte_of_summary_or_request_is_believed(tmp_path: Path) -> No
         (folder / name).write_bytes(whole)
 
 
-def test_a_runs_folder_may_move(tmp_path: Path) -> None:
+def test_summary_paths_follow_a_moved_run_folder(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "runs", "one")
     paths = RunPaths(report="report.html", model="../store/m", manifests={"prior": "s3://bucket/m.json"})
     write_summary(folder, read_summary(folder).model_copy(update={"status": "finished", "paths": paths}))
@@ -135,7 +137,7 @@ def test_a_runs_folder_may_move(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("store", ["", "mine"])
-def test_a_copy_of_an_output_folder_never_works_in_the_original(tmp_path: Path, store: str) -> None:
+def test_a_copied_output_folder_never_writes_to_the_original(tmp_path: Path, store: str) -> None:
     original, copy = tmp_path / "runs", tmp_path / "copy"
     words = [f"output_dir={original}", *([f"store.folder={original / store}"] if store else [])]
     request = parse_overrides(words)
@@ -152,7 +154,7 @@ def test_a_copy_of_an_output_folder_never_works_in_the_original(tmp_path: Path, 
     assert str(original) not in suggest_next(read_summary(copy / "one"), copy / "one")
 
 
-def test_a_store_elsewhere_stays_where_it_is(tmp_path: Path) -> None:
+def test_a_store_outside_the_output_folder_is_not_relocated(tmp_path: Path) -> None:
     request = parse_overrides([f"output_dir={tmp_path / 'runs'}", f"store.folder={tmp_path / 'shared'}"])
     folder = tmp_path / "copy" / "one"
     folder.mkdir(parents=True)
@@ -170,7 +172,7 @@ def test_a_store_elsewhere_stays_where_it_is(tmp_path: Path) -> None:
         {"wall_seconds": float("inf")},
     ],
 )  # fmt: skip
-def test_a_summary_of_another_shape_is_damaged(tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_a_summary_with_invalid_fields_is_damaged(tmp_path: Path, fields: dict[str, Any]) -> None:
     folder = make_run(tmp_path, "one")
     summary = {**make_head("one", "finished").model_dump(mode="json", exclude_unset=True), **fields}
     try:
@@ -183,13 +185,13 @@ def test_a_summary_of_another_shape_is_damaged(tmp_path: Path, fields: dict[str,
     print_runs([read], folder=tmp_path)
 
 
-def test_an_error_of_control_characters_alone_is_named_by_its_kind(tmp_path: Path) -> None:
+def test_an_error_message_of_only_control_characters_becomes_the_error_type(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "one")
     write_end(folder, "one", ValueError("\x07\n"))
     assert read_summary(folder).error == RunError(kind="ValueError", message="ValueError")
 
 
-def test_a_configuration_that_was_changed_after_the_run_is_refused(tmp_path: Path) -> None:
+def test_a_configuration_modified_after_the_run_is_rejected(tmp_path: Path) -> None:
     folder = tmp_path / "one"
     folder.mkdir()
     config = compile_request(parse_overrides([]))

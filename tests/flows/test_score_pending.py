@@ -24,7 +24,7 @@ def make_pending(output: Path, request: RunRequest, *, is_trusted: bool) -> None
     write_summary(folder, make_head("one", "pending"))
 
 
-def test_what_a_deployment_asked_for_is_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deployment_request_is_validated_again_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIKENESS_ROOTS", str(tmp_path))
     monkeypatch.setattr(module, "personalize_subject", personalize_subject.fn)
     output = tmp_path / "runs"
@@ -35,7 +35,7 @@ def test_what_a_deployment_asked_for_is_checked_again(tmp_path: Path, monkeypatc
     assert list_run_folders(output) == [output / "one"]
 
 
-def test_photos_that_were_swapped_for_a_link_out_of_the_roots_are_refused(
+def test_a_photo_folder_replaced_by_an_external_symlink_is_rejected_on_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, secret = tmp_path / "root", tmp_path / "secret"
@@ -53,7 +53,7 @@ def test_photos_that_were_swapped_for_a_link_out_of_the_roots_are_refused(
     assert "lies outside the allowed folders" in failed
 
 
-def test_a_copied_folder_is_resumed_in_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copied_output_folder_resumes_in_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[RunRequest] = []
 
     def record(request: RunRequest) -> RunSummary:

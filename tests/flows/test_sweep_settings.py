@@ -12,7 +12,9 @@ from tasks.manifests.scoring import SideScores
 from tests.support.cli_sandbox import QUICK, CliSandbox
 
 
-def test_trials_share_stages_and_the_best_is_named(first_run: dict[str, object], sandbox: CliSandbox) -> None:
+def test_trials_share_cached_stages_and_the_best_trial_is_marked(
+    first_run: dict[str, object], sandbox: CliSandbox
+) -> None:
     words = ["sweep", *QUICK, "training.learning_rate=1e-4,3e-4", "tracking=mlflow"]
     done = sandbox.likeness(*words, timeout=290)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -36,19 +38,19 @@ def test_parent_and_child_runs_are_tracked(first_run: dict[str, object], sandbox
     assert all(run.data.tags["mlflow.parentRunId"] in parents for run in children)
 
 
-def test_a_sweep_without_several_values_is_refused() -> None:
+def test_a_sweep_without_a_multi_valued_setting_is_rejected() -> None:
     with pytest.raises(ConfigError, match="no setting has several values"):
         parse_sweep(["training.learning_rate=1e-5"])
 
 
-def test_every_value_is_checked_before_anything_runs() -> None:
+def test_every_sweep_value_is_validated_before_the_first_trial() -> None:
     with pytest.raises(ConfigError, match="greater than 0"):
         parse_sweep(["training.learning_rate=1e-5,-1,1e-4"])
     with pytest.raises(ConfigError, match="did you mean training.learning_rate"):
         parse_sweep(["training.lerning_rate=1e-5,1e-4"])
 
 
-def test_the_same_sweep_is_the_same_study() -> None:
+def test_equal_sweeps_have_the_same_study_name() -> None:
     words = ["training.learning_rate=1e-5,1e-4"]
     assert parse_sweep(words).study_name == parse_sweep(words).study_name
     assert parse_sweep(words).study_name != parse_sweep(["seed=1,2"]).study_name
@@ -73,6 +75,8 @@ def test_objectives_are_read_from_the_summary() -> None:
         ({f"a{number}": list(range(100)) for number in range(4)}, "100,000,000 combinations, at most 1,000"),
     ],
 )
-def test_a_sweep_is_bounded_before_its_trials_are_listed(space: dict[str, list[Value]], message: str) -> None:
+def test_an_invalid_or_oversized_search_space_is_rejected_before_enumeration(
+    space: dict[str, list[Value]], message: str
+) -> None:
     with pytest.raises(ValidationError, match=message):
         SweepRequest(space=space)

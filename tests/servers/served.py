@@ -81,9 +81,9 @@ def serving(
             process.wait()
 
 
-def make_llm(url: str, model: str, folder: Path, *, structure: str = "auto", **changes: Any) -> LlmService:
+def make_llm(url: str, model: str, folder: Path, *, response_format: str = "auto", **changes: Any) -> LlmService:
     """Return a service of one profile."""
-    capabilities = CapabilityConfig(structure=structure, batch="openai")  # type: ignore[arg-type]
+    capabilities = CapabilityConfig(response_format=response_format, batch="openai")  # type: ignore[arg-type]
     settings = {"max_attempts": 1, "timeout_seconds": 60, "capabilities": capabilities, **changes}
     config = make_llm_config(models=("p",), profiles={"p": ProfileConfig(base_url=url, model=model, **settings)})
     return LlmService(config, store=LocalStore(folder / "store"), ledger=Ledger(folder / "ledger.jsonl"))

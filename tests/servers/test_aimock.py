@@ -75,7 +75,7 @@ def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make(url: str, folder: Path, **changes: Any) -> LlmService:
     """Return a service that knows the key and tries twice."""
-    fixed = {"structure": "json_schema", "api_key_variable": "GOOD_KEY", "max_attempts": 2, "timeout_seconds": 20}
+    fixed = {"response_format": "json_schema", "api_key_variable": "GOOD_KEY", "max_attempts": 2, "timeout_seconds": 20}
     return make_llm(url, "gpt-made-up", folder, **{**fixed, **changes})
 
 
@@ -83,24 +83,24 @@ def outcomes(llm: LlmService) -> list[str]:
     return [row.outcome for row in llm.ledger.rows]
 
 
-def test_a_picture_is_asked_about_by_a_schema_that_is_found_out(url: str, tmp_path: Path) -> None:
-    llm = make(url, tmp_path, structure="auto")
+def test_the_response_format_is_probed_before_an_image_request(url: str, tmp_path: Path) -> None:
+    llm = make(url, tmp_path, response_format="auto")
     assert ask_color(llm, "red") == "red"
-    assert (llm.structure("p"), outcomes(llm)) == ("json_schema", ["ok", "ok"])
+    assert (llm.response_format("p"), outcomes(llm)) == ("json_schema", ["ok", "ok"])
 
 
-def test_an_answer_through_a_tool_is_an_answer(url: str, tmp_path: Path) -> None:
-    assert ask_color(make(url, tmp_path, structure="tool"), "blue") == "blue"
+def test_a_tool_call_reply_is_parsed(url: str, tmp_path: Path) -> None:
+    assert ask_color(make(url, tmp_path, response_format="tool"), "blue") == "blue"
 
 
-def test_a_rate_limit_waits_as_long_as_it_is_asked_to(url: str, tmp_path: Path) -> None:
+def test_a_rate_limited_request_waits_for_retry_after(url: str, tmp_path: Path) -> None:
     llm, started = make(url, tmp_path), time.monotonic()
     assert ask_color(llm, "red", text="busy once") == "red"
     assert outcomes(llm) == ["ServiceUnavailable", "ok"]
     assert 1.0 <= time.monotonic() - started < 10
 
 
-def test_a_connection_that_broke_is_made_again(url: str, tmp_path: Path) -> None:
+def test_a_broken_connection_is_retried(url: str, tmp_path: Path) -> None:
     llm = make(url, tmp_path)
     assert ask_color(llm, "red", text="broken once") == "red"
     assert outcomes(llm) == ["ServiceUnavailable", "ok"]
@@ -118,7 +118,7 @@ def test_a_connection_that_broke_is_made_again(url: str, tmp_path: Path) -> None
         ("cut", ReplyInvalid, "cut off", 2),
     ],
 )
-def test_what_goes_wrong_is_told_by_what_to_do(
+def test_each_server_fault_maps_to_its_error_and_number_of_attempts(
     url: str, tmp_path: Path, said: str, error: Any, message: str, calls: int
 ) -> None:
     llm = make(url, tmp_path)
@@ -128,27 +128,29 @@ def test_what_goes_wrong_is_told_by_what_to_do(
 
 
 @pytest.mark.parametrize("said", ["unfitting", "filtered"])
-def test_a_reply_that_cannot_be_used_is_asked_for_again_with_the_reason(url: str, tmp_path: Path, said: str) -> None:
+def test_an_invalid_reply_is_retried_with_the_reason(url: str, tmp_path: Path, said: str) -> None:
     llm = make(url, tmp_path)
     assert ask_color(llm, "red", text=said) == "green"
     assert outcomes(llm) == ["invalid", "ok"]
 
 
-def test_what_the_model_thought_is_kept(url: str, tmp_path: Path) -> None:
+def test_the_reasoning_of_a_reply_is_returned(url: str, tmp_path: Path) -> None:
     spec = RequestSpec("", ("thoughtful", fill_picture("red")), Seen)
     assert make(url, tmp_path).ask(spec, role="inspector").reasoning == "It looks red to me."
 
 
-def test_a_wrong_key_is_named_by_its_variable(url: str, tmp_path: Path) -> None:
+def test_a_rejected_key_raises_an_error_naming_its_variable(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="refuses the key in BAD_KEY"):
         ask_color(make(url, tmp_path, api_key_variable="BAD_KEY"), "red")
 
 
-def test_the_doctor_finds_all_in_order(url: str, tmp_path: Path) -> None:
-    assert [finding for finding in examine(make(url, tmp_path, structure="auto"), "p") if not finding.is_good] == []
+def test_doctor_reports_no_problem(url: str, tmp_path: Path) -> None:
+    assert [
+        finding for finding in examine(make(url, tmp_path, response_format="auto"), "p") if not finding.is_good
+    ] == []
 
 
-def test_a_batch_is_uploaded_created_found_and_read(url: str, tmp_path: Path) -> None:
+def test_a_batch_job_completes_and_every_row_is_matched_by_custom_id(url: str, tmp_path: Path) -> None:
     specs = {str(n): RequestSpec("", (f"sample {n}",), Seen) for n in range(3)}
     seen: list[tuple[int, int]] = []
     llm = make(url, tmp_path)

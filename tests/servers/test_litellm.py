@@ -71,42 +71,42 @@ def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("color", ["red", "blue"])
-def test_a_picture_and_a_schema_pass_through(url: str, tmp_path: Path, color: str) -> None:
+def test_images_and_json_schemas_pass_through_the_proxy(url: str, tmp_path: Path, color: str) -> None:
     llm = make_llm(url, "mini-vision", tmp_path, api_key_variable="GOOD_KEY")
     assert ask_color(llm, color) == color
-    assert llm.structure("p") == "json_schema"
+    assert llm.response_format("p") == "json_schema"
     assert llm.ledger.rows[-1].served_model == "mini-vision"
 
 
-def test_a_reply_that_the_proxy_makes_up_is_a_reply(url: str, tmp_path: Path) -> None:
-    llm = make_llm(url, "canned", tmp_path, structure="json_schema", api_key_variable="GOOD_KEY")
+def test_a_mock_reply_of_the_proxy_is_parsed(url: str, tmp_path: Path) -> None:
+    llm = make_llm(url, "canned", tmp_path, response_format="json_schema", api_key_variable="GOOD_KEY")
     assert ask_color(llm, "blue") == "red"
 
 
-def test_a_reply_that_minds_no_schema_is_told_of(url: str, tmp_path: Path) -> None:
+def test_a_model_that_ignores_every_response_format_raises_an_error(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="canned at .* supports no response format"):
         ask_color(make_llm(url, "canned", tmp_path, api_key_variable="GOOD_KEY"), "red")
 
 
-def test_the_doctor_sees_and_streams_through_it(url: str, tmp_path: Path) -> None:
+def test_doctor_checks_images_and_streaming_through_the_proxy(url: str, tmp_path: Path) -> None:
     llm = make_llm(url, "mini-vision", tmp_path, api_key_variable="GOOD_KEY")
     found = {finding.name: finding for finding in examine(llm, "p")}
     assert {name for name, finding in found.items() if not finding.is_good} <= {"tools"}
     assert found["models"].detail == "listed, one of 2"
 
 
-def test_a_wrong_key_is_named_by_its_variable(url: str, tmp_path: Path) -> None:
+def test_a_rejected_key_raises_an_error_naming_its_variable(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="refuses the key in BAD_KEY"):
         ask_color(make_llm(url, "mini-vision", tmp_path, api_key_variable="BAD_KEY"), "red")
 
 
-def test_a_model_that_it_does_not_know_is_a_wrong_configuration(url: str, tmp_path: Path) -> None:
-    llm = make_llm(url, "unheard-of", tmp_path, structure="json_schema", api_key_variable="GOOD_KEY")
+def test_an_unknown_model_is_a_configuration_error(url: str, tmp_path: Path) -> None:
+    llm = make_llm(url, "unheard-of", tmp_path, response_format="json_schema", api_key_variable="GOOD_KEY")
     with pytest.raises(ConfigError, match="Invalid model name passed in model=unheard-of"):
         ask_color(llm, "red")
 
 
-def test_files_and_batches_pass_through(url: str, tmp_path: Path) -> None:
+def test_files_and_batches_pass_through_the_proxy(url: str, tmp_path: Path) -> None:
     llm = make_llm(url, "mini-vision", tmp_path, api_key_variable="GOOD_KEY")
     specs = {c: RequestSpec("You look.", ("Which color fills it?", fill_picture(c)), Seen) for c in ("red", "blue")}
     options = BatchOptions("batches", poll_seconds=0.2, max_wait_seconds=30)

@@ -47,9 +47,9 @@ def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BAD_KEY", "sk-bad")
 
 
-def make(url: str, folder: Path, structure: str = "auto", **changes: Any) -> LlmService:
+def make(url: str, folder: Path, response_format: str = "auto", **changes: Any) -> LlmService:
     fixed = {"api_key_variable": "GOOD_KEY", "extra_body": PRINTABLE, "max_output_tokens": 2000}
-    return make_llm(url, "tiny", folder, structure=structure, **{**fixed, **changes})
+    return make_llm(url, "tiny", folder, response_format=response_format, **{**fixed, **changes})
 
 
 def ask_often(llm: LlmService, times: int = 6) -> list[str]:
@@ -58,41 +58,48 @@ def ask_often(llm: LlmService, times: int = 6) -> list[str]:
     return [llm.ask(spec, role="inspector").reply.color for spec in specs]
 
 
-@pytest.mark.parametrize("structure", ["auto", "json_schema", "json_object"])
-def test_a_schema_holds_even_random_weights(url: str, tmp_path: Path, structure: str) -> None:
-    llm = make(url, tmp_path, structure)
+@pytest.mark.parametrize("response_format", ["auto", "json_schema", "json_object"])
+def test_a_json_schema_constrains_even_random_weights(url: str, tmp_path: Path, response_format: str) -> None:
+    llm = make(url, tmp_path, response_format)
     assert set(ask_often(llm)) <= {"red", "green", "blue"}
-    assert llm.structure("p") == ("json_schema" if structure == "auto" else structure)
+    assert llm.response_format("p") == ("json_schema" if response_format == "auto" else response_format)
     assert {row.outcome for row in llm.ledger.rows} == {"ok"}
     assert {row.served_model for row in llm.ledger.rows} == {"tiny"}
 
 
-def test_a_schema_holds_free_text_and_lists(url: str, tmp_path: Path) -> None:
+def test_a_json_schema_constrains_free_text_and_lists(url: str, tmp_path: Path) -> None:
     reply = make(url, tmp_path, "json_schema").ask(RequestSpec("", ("Say something.",), Noted), role="inspector").reply
     assert reply.note.isascii()
 
 
-@pytest.mark.parametrize("structure", ["json_mode", "text"])
-def test_words_alone_do_not_hold_them(url: str, tmp_path: Path, structure: str) -> None:
-    llm = make(url, tmp_path, structure)
+@pytest.mark.parametrize("response_format", ["json_mode", "text"])
+def test_prompt_instructions_alone_do_not_constrain_random_weights(
+    url: str, tmp_path: Path, response_format: str
+) -> None:
+    llm = make(url, tmp_path, response_format)
     with pytest.raises(ReplyInvalid):
         ask_often(llm, 1)
     assert [row.outcome for row in llm.ledger.rows] == ["invalid", "invalid"]
 
 
-def test_the_doctor_finds_that_it_sees_no_pictures(url: str, tmp_path: Path) -> None:
+def test_doctor_reports_missing_image_support(url: str, tmp_path: Path) -> None:
     llm = make(url, tmp_path)
     found = {finding.name: finding for finding in examine(llm, "p")}
-    assert [found[name].is_good for name in ("models", "schema", "stream", "pictures")] == [True, True, True, False]
+    assert [found[name].is_good for name in ("models", "response format", "stream", "images")] == [
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
-def test_a_picture_that_it_cannot_see_is_refused(url: str, tmp_path: Path) -> None:
+def test_an_image_request_without_image_support_raises_service_unavailable(url: str, tmp_path: Path) -> None:
     llm = make(url, tmp_path, "json_schema")
     with pytest.raises(ServiceUnavailable, match="answered 500"):
         ask_color(llm, "red")
 
 
-def test_a_wrong_key_is_named_by_its_variable(url: str, tmp_path: Path) -> None:
+def test_a_rejected_key_raises_an_error_naming_its_variable(url: str, tmp_path: Path) -> None:
     llm = make(url, tmp_path, "json_schema", api_key_variable="BAD_KEY")
     with pytest.raises(ConfigError, match="refuses the key in BAD_KEY"):
         ask_often(llm, 1)

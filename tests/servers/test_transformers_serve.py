@@ -29,11 +29,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
 
 
 @pytest.mark.parametrize("color", ["red", "green", "blue"])
-@pytest.mark.parametrize("structure", ["auto", "json_mode", "text"])
-def test_a_picture_reaches_the_model_and_its_answer_comes_back(
-    served: tuple[str, str], tmp_path: Path, structure: str, color: str
+@pytest.mark.parametrize("response_format", ["auto", "json_mode", "text"])
+def test_an_image_request_returns_the_reply_of_the_model(
+    served: tuple[str, str], tmp_path: Path, response_format: str, color: str
 ) -> None:
-    llm = make_llm(*served, tmp_path, structure=structure)
+    llm = make_llm(*served, tmp_path, response_format=response_format)
     assert ask_color(llm, color) == color
     row = llm.ledger.rows[-1]
     assert (row.outcome, row.served_model) == ("ok", served[1])
@@ -41,35 +41,37 @@ def test_a_picture_reaches_the_model_and_its_answer_comes_back(
     assert row.usage.output_tokens == 2
 
 
-def test_what_the_doctor_finds_is_what_it_can_do(served: tuple[str, str], tmp_path: Path) -> None:
+def test_doctor_findings_match_the_capabilities_of_the_server(served: tuple[str, str], tmp_path: Path) -> None:
     llm = make_llm(*served, tmp_path)
     # It lists what lies in its cache, not the folder that it serves, and has no batches.
     found = {finding.name: finding for finding in examine(llm, "p")}
     assert {name for name, finding in found.items() if not finding.is_good} == {"models", "tools", "batch"}
-    assert found["pictures"].detail.startswith("sees")
+    assert found["images"].detail.startswith("supported")
 
 
-def test_a_tool_that_it_never_calls_is_an_invalid_reply(served: tuple[str, str], tmp_path: Path) -> None:
+def test_a_missing_tool_call_is_an_invalid_reply(served: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(ReplyInvalid, match="the reply is empty"):
-        ask_color(make_llm(*served, tmp_path, structure="tool"), "red")
+        ask_color(make_llm(*served, tmp_path, response_format="tool"), "red")
 
 
-def test_a_field_that_it_does_not_know_is_a_wrong_configuration(served: tuple[str, str], tmp_path: Path) -> None:
+def test_an_unknown_request_field_is_a_configuration_error(served: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="refuses the request: .*reasoning"):
-        ask_color(make_llm(*served, tmp_path, structure="text", extra_body={"reasoning": {"enabled": False}}), "red")
+        ask_color(
+            make_llm(*served, tmp_path, response_format="text", extra_body={"reasoning": {"enabled": False}}), "red"
+        )
 
 
-def test_another_model_than_it_serves_is_a_wrong_configuration(served: tuple[str, str], tmp_path: Path) -> None:
+def test_a_model_other_than_the_served_one_is_a_configuration_error(served: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pinned to"):
-        ask_color(make_llm(served[0], "another", tmp_path, structure="text"), "red")
+        ask_color(make_llm(served[0], "another", tmp_path, response_format="text"), "red")
 
 
-def test_its_own_failure_is_the_service_being_unavailable(served: tuple[str, str], tmp_path: Path) -> None:
-    llm = make_llm(*served, tmp_path, structure="text")
+def test_an_internal_server_error_raises_service_unavailable(served: tuple[str, str], tmp_path: Path) -> None:
+    llm = make_llm(*served, tmp_path, response_format="text")
     body = RequestSpec("", ("look", fill_picture("red")), Seen).body(llm.config.profiles["p"], "text")
     body["messages"][1]["content"][1]["image_url"]["url"] = "data:image/png;base64,AAAA"
-    from tasks.services.llm.chat.retries import call_with_retries
     from tasks.services.llm.chat.transport import complete
+    from tasks.services.llm.retries import call_with_retries
 
     with pytest.raises(ServiceUnavailable, match="answered 500"):
         call_with_retries(lambda left: complete(llm.client("p"), body, timeout_seconds=left), llm.config.profiles["p"])

@@ -34,13 +34,13 @@ SPEC = RequestSpec("be brief", ("grade this", encode_png(draw_photo(size=64))), 
 
 def make_llm(server: ScriptedServer, folder: Path, **changes: Any) -> LlmService:
     settings = {"base_url": server.url, "model": "asked-model", "max_attempts": 3, "timeout_seconds": 20, **changes}
-    structure = {"capabilities": CapabilityConfig(structure="json_schema", batch="openai")}
-    config = make_llm_config(models=("p",), profiles={"p": ProfileConfig(**{**structure, **settings})})
+    response_format = {"capabilities": CapabilityConfig(response_format="json_schema", batch="openai")}
+    config = make_llm_config(models=("p",), profiles={"p": ProfileConfig(**{**response_format, **settings})})
     return LlmService(config, store=LocalStore(folder / "store"), ledger=Ledger(folder / "ledger.jsonl"))
 
 
 def two_profiles(cheap: ScriptedServer, strong: ScriptedServer, folder: Path, **changes: Any) -> LlmService:
-    fixed = CapabilityConfig(structure="json_schema", batch="openai")
+    fixed = CapabilityConfig(response_format="json_schema", batch="openai")
     shared = {"model": "asked-model", "max_attempts": 1, "capabilities": fixed, "prices": PRICES, **changes}
     profiles = {
         "cheap": ProfileConfig(base_url=cheap.url, **shared),

@@ -42,7 +42,7 @@ def ask_in_batch(llm: LlmService, *, specs: dict[str, RequestSpec[Any]] = SPECS,
 
 def make_batching(server: Any, folder: Path, kind: str, **changes: Any) -> LlmService:
     """Return a service whose provider has this batch protocol."""
-    capabilities = CapabilityConfig(structure="json_schema", batch=kind)  # type: ignore[arg-type]
+    capabilities = CapabilityConfig(response_format="json_schema", batch=kind)  # type: ignore[arg-type]
     llm = make_llm(server, folder, capabilities=capabilities, **changes)
     llm.local = LocalServices(batch_folder=folder / "batches")
     return llm

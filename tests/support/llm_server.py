@@ -28,7 +28,7 @@ def completion(content: str | None, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class ExpiringDesk(InMemoryBatchApi):
+class ExpiringBatchApi(InMemoryBatchApi):
     """Ends every job after so many rows, as providers do after 24 hours: the rest is in the error file."""
 
     def __init__(self, answer: Any, *, num_done: int) -> None:
@@ -43,9 +43,9 @@ class ExpiringDesk(InMemoryBatchApi):
         self.num_left -= 1
         return super().run_row(row)
 
-    def show(self, batch_id: str) -> dict[str, Any]:
+    def retrieve(self, batch_id: str) -> dict[str, Any]:
         """Return one job; one that lacks rows has expired."""
-        batch = super().show(batch_id)
+        batch = super().retrieve(batch_id)
         is_short = batch["status"] == "completed" and batch["request_counts"]["failed"]
         return {**batch, "status": "expired"} if is_short else batch
 
@@ -58,7 +58,7 @@ class ScriptedServer:
         self.counts: Counter[str] = Counter()
         self.asking = threading.Lock()
         self.bodies: list[dict[str, Any]] = []
-        self.desk = InMemoryBatchApi(self.answer_row)
+        self.batch_api = InMemoryBatchApi(self.answer_row)
         self.url = ""
         self.models: list[dict[str, Any]] = [
             {"id": "asked-model", "object": "model", "created": 1, "owned_by": "somebody"}
@@ -85,7 +85,7 @@ class ScriptedServer:
         return loaded
 
 
-class BusyDesk(InMemoryBatchApi):
+class BusyBatchApi(InMemoryBatchApi):
     """Accepts jobs and never begins one."""
 
     def run(self, batch: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ class BusyServer(ScriptedServer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.desk = BusyDesk(self.answer_row)
+        self.batch_api = BusyBatchApi(self.answer_row)
 
 
 def make_handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:
@@ -129,7 +129,7 @@ def make_handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:
             data = self.rfile.read(int(self.headers["content-length"]))
             server.counts[f"POST {self.path}"] += 1
             if self.path.endswith("/cancel"):
-                self.send(server.desk.cancel(self.path.split("/")[3]))
+                self.send(server.batch_api.cancel(self.path.split("/")[3]))
             elif self.path in ("/v1/chat/completions", "/v1/responses"):
                 with server.asking:
                     server.bodies.append(json.loads(data))
@@ -138,10 +138,10 @@ def make_handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:
             elif self.path == "/v1/files":
                 start = data.index(b'{"body"')
                 end = data.rindex(b"}\n") + 2
-                self.send(server.desk.add_file("f.jsonl", data[start:end], purpose="batch"))
+                self.send(server.batch_api.add_file("f.jsonl", data[start:end], purpose="batch"))
             elif self.path == "/v1/batches":
                 try:
-                    self.send(server.desk.create(json.loads(data)))
+                    self.send(server.batch_api.create(json.loads(data)))
                 except BatchApiError as error:
                     self.reply(error.status, {}, json.dumps({"error": {"message": error.message}}).encode())
 
@@ -152,11 +152,11 @@ def make_handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:
                 if path == ["models"]:
                     self.send({"object": "list", "data": server.models})
                 elif path == ["batches"]:
-                    self.send({"object": "list", "data": server.desk.list_batches(), "has_more": False})
+                    self.send({"object": "list", "data": server.batch_api.list_batches(), "has_more": False})
                 elif path[0] == "batches":
-                    self.send(server.desk.show(path[1]))
+                    self.send(server.batch_api.retrieve(path[1]))
                 else:
-                    self.send(server.desk.read_file(path[1]))
+                    self.send(server.batch_api.read_file(path[1]))
             except Exception as error:  # the desk refuses what it doesn't know
                 self.reply(404, {}, json.dumps({"error": {"message": str(error)}}).encode())
 

@@ -27,7 +27,7 @@ from transformers import (
 
 from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.config import DiffusionConfig
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.registry import load_model
 from tasks.mini.pretrain.tokens import write_tokenizer
 from tests.support.config import make_config
 from tests.support.tiny import SIDE, WORDS, make_tiny_stable_diffusion
@@ -147,6 +147,6 @@ def family_config(family: str, folder: Path) -> DiffusionConfig:
 
 
 def open_family(family: str, folder: Path) -> DiffusionModel:
-    model = open_model(family_config(family, folder))
+    model = load_model(family_config(family, folder))
     assert isinstance(model, DiffusionModel)
     return model

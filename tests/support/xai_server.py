@@ -41,7 +41,7 @@ class XaiServer:
         self.rows[batch_id] += rows
         return {}
 
-    def show(self, batch_id: str) -> dict[str, Any]:
+    def retrieve(self, batch_id: str) -> dict[str, Any]:
         num = len(self.rows[batch_id])
         failed = 0 if self.is_busy else sum(not self.answer(content_of(row)) for row in self.rows[batch_id])
         state = {

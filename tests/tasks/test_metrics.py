@@ -8,7 +8,7 @@ from tasks.metrics import METRICS
 README = Path(__file__).resolve().parent.parent.parent / "README.md"
 
 
-def test_every_metric_says_what_it_compares_with() -> None:
+def test_every_metric_documents_its_comparability() -> None:
     assert set(METRICS) == {*SubjectMetrics.model_fields, *DriftMetrics.model_fields}
     glossary = " ".join(README.read_text().split())
     for metric in METRICS.values():

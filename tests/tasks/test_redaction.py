@@ -33,7 +33,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
         f"Authorization: Bearer {CANARY}",
     ],
 )
-def test_a_secret_is_masked_whole_cut_or_encoded(shown: str) -> None:
+def test_a_secret_is_masked_complete_truncated_or_encoded(shown: str) -> None:
     hidden = redact(f"the server said: {shown} is wrong")
     assert hidden.startswith("the server said: ")
     assert "***" in hidden
@@ -68,7 +68,7 @@ def test_a_secret_is_masked_whole_cut_or_encoded(shown: str) -> None:
         ('{"token": null, "api_key_env": "SOME_NAME"}', '{"token": null, "api_key_env": "SOME_NAME"}'),
     ],
 )
-def test_credentials_that_are_not_known_are_masked_by_their_place(text: str, hidden: str) -> None:
+def test_unknown_credentials_are_masked_by_their_context(text: str, hidden: str) -> None:
     assert redact(text) == hidden
 
 
@@ -87,7 +87,9 @@ def test_credentials_that_are_not_known_are_masked_by_their_place(text: str, hid
         ("SENTRY_DSN", "correct-horse"),
     ],
 )
-def test_a_variable_named_like_a_secret_is_masked(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_value_of_a_variable_named_like_a_secret_is_masked(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, value)
     assert redact(f"login {value} refused") == "login *** refused"
 
@@ -98,26 +100,26 @@ def test_a_common_short_value_is_not_masked(value: str, monkeypatch: pytest.Monk
     assert redact(f"it is {value} here") == f"it is {value} here"
 
 
-def test_a_short_secret_is_masked_as_a_word_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_secret_is_masked_only_as_a_whole_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTHER_KEY", "horse")
     assert redact("horse, horses") == "***, horses"
 
 
-def test_only_the_login_of_a_database_address_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_credentials_of_a_database_url_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DB_DSN", "postgresql://somebody:a1b2c3@localhost/db")
     assert redact("postgresql on localhost refuses a1b2c3 of somebody:a1b2c3") == (
         "postgresql on localhost refuses *** of ***"
     )
 
 
-def test_a_file_of_credentials_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_path_of_a_credentials_file_is_not_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "credentials.json"
     path.touch()
     monkeypatch.setenv("GOOGLE_CREDENTIALS", str(path))
     assert redact(f"{path} is no key") == f"{path} is no key"
 
 
-def test_every_error_is_redacted_cleaned_and_short() -> None:
+def test_every_error_message_is_redacted_sanitized_and_bounded() -> None:
     error = ConfigError(f"server says \x1b[2J{CANARY}\x07 \u202e" + "x" * 500_000)
     assert CANARY not in str(error)
     assert "\x1b" not in str(error)
@@ -125,11 +127,11 @@ def test_every_error_is_redacted_cleaned_and_short() -> None:
     assert len(str(error)) <= 2_000
 
 
-def test_control_characters_are_dropped_and_letters_of_any_script_stay() -> None:
+def test_control_characters_are_removed_and_unicode_letters_kept() -> None:
     assert clean_text("a\x1b]0;title\x07b\r\n\tSöhne 犬\x9b31m") == "a]0;titleb\n\tSöhne 犬31m"
 
 
-def test_what_is_cut_is_counted() -> None:
+def test_shortened_text_states_its_original_length() -> None:
     assert shorten("y" * 1000, limit=100).endswith("... (1,000 characters)")
 
 
@@ -149,7 +151,7 @@ def test_log_records_and_their_tracebacks_are_redacted(caplog: pytest.LogCapture
     assert "Traceback" in caplog.text
 
 
-def test_a_message_is_one_line() -> None:
+def test_an_error_message_is_one_line() -> None:
     message = str(ConfigError("a\nb\u2028c\x85d\r\n\te\u2029"))
     assert message == "a b cd e"
     assert len(message.splitlines()) == 1

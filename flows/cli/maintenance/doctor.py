@@ -21,11 +21,13 @@ def print_examination(words: Iterable[str]) -> int:
     from tasks.services.llm.service import LlmService, LocalServices
     from tasks.services.store.open import open_store
 
+    # No check concerns the subject, so placeholders fill its mandatory settings.
     config = compile_request(parse_overrides(with_defaults(words)))
     output = Path(config.output_dir).absolute()
     ledger = Ledger(output / "doctor-ledger.jsonl")
     server = LocalServer(output / "doctor-vision-server.log")
     output.mkdir(parents=True, exist_ok=True)
+    # Without a budget: these few small calls belong to no run and its cap.
     llm = LlmService(
         config.llm, store=open_store(config.store), ledger=ledger, local=LocalServices(start_server=server.start)
     )

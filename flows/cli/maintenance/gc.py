@@ -15,7 +15,7 @@ from tasks.stage.cache import PREFIXES
 from tasks.stage.files import PART_PREFIX
 
 HOUR, DAY = 3_600.0, 86_400.0
-PART_AGE = HOUR
+PART_AGE = HOUR  # a younger one may belong to a write in progress
 MAX_DAYS = 36_500
 # Copies and latents: made again when they are missing.
 CACHES = ("models", "published", "candidates", "latents")
@@ -39,7 +39,7 @@ def collect_garbage(output: Path, *, days: float, is_deleting: bool) -> list[Ite
     Replies of LLMs are never removed: they were paid for.
 
     Raises:
-        ConfigError: there are no runs, so that nothing tells what is referred to.
+        ConfigError: there are no runs, so references are unknown.
 
     """
     folders = list_run_folders(output)
@@ -65,7 +65,7 @@ def collect_garbage(output: Path, *, days: float, is_deleting: bool) -> list[Ite
 
 
 def explain_kept_stages(output: Path) -> str:
-    """Return why no stage may be removed now, or nothing."""
+    """Return why no stage may be removed now, or an empty string."""
     folders = list_run_folders(output)
     for folder in folders:
         status = read_summary(folder).status
@@ -104,10 +104,11 @@ def list_referenced(folders: list[Path]) -> set[str]:
 
 
 def list_stages(store: Store, referenced: set[str], limit: float) -> Iterator[Item]:
-    """Yield stage folders that no run refers to and that nothing was added to of late."""
+    """Yield unreferenced stage folders without recent writes."""
     for stage, prefix in PREFIXES.items():
         groups: dict[str, list[tuple[str, int, float]]] = {}
         for item in store.list_objects(f"{prefix}/"):
+            # `<prefix>/<stage_key>`, the folder of one stage.
             name = "/".join(item.key.split("/")[:2])
             groups.setdefault(name, []).append((item.key, item.size_bytes, item.modified))
         for name, objects in groups.items():
@@ -124,7 +125,7 @@ def list_stages(store: Store, referenced: set[str], limit: float) -> Iterator[It
 
 
 def list_leftovers(output: Path, store: Store) -> Iterator[Item]:
-    """Yield temporary files of writes that were cut off."""
+    """Yield temporary files of interrupted writes."""
     roots = [output, *([store.root] if isinstance(store, LocalStore) and output not in store.root.parents else [])]
     for root in roots:
         for path in root.rglob(f"{PART_PREFIX}*"):
@@ -140,6 +141,7 @@ def list_work(output: Path, limit: float) -> Iterator[Item]:
             if path.stat().st_mtime < limit:
                 yield Item(f"local copy ({name})", str(path), measure_size(path), path=path)
     for path in (work / "training").glob("*"):
+        # Not the folder's own mtime, which writes to files below it don't change.
         if path.is_dir() and newest(path) < limit:
             yield Item("training state", str(path), measure_size(path), path=path)
     for path in (work / "training").glob("*/checkpoints/.bad-*"):
@@ -160,14 +162,14 @@ def newest(folder: Path) -> float:
 
 
 def measure_size(path: Path) -> int:
-    """Return the bytes that removing it frees; a file with other names frees none."""
+    """Return the bytes that removing a path frees; a file with further hard links frees none."""
     # Local copies are hard links of the store's objects where the file system allows; removing one name frees nothing.
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     return sum(file.stat().st_size for file in files if file.stat().st_nlink == 1)
 
 
 def remove(item: Item, store: Store) -> None:
-    """Remove one item; manifests first, so that nothing half removed is taken for whole."""
+    """Remove one item; manifests first, so that a partly removed stage counts as incomplete."""
     for key in sorted(item.keys, key=lambda key: not key.endswith("/manifest.json")):
         store.delete(key)
     if item.path is not None and item.path.is_dir():

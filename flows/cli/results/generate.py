@@ -36,7 +36,7 @@ def generate(folder: Path, request: ImageRequest, *, out: Path | None = None) ->
         ConfigError: the run did not finish, or retained no weights of that step.
 
     """
-    from tasks.diffusion.registry import open_model
+    from tasks.diffusion.registry import load_model
     from tasks.diffusion.types import SamplingRequest
     from tasks.services.store.open import open_store
 
@@ -46,7 +46,7 @@ def generate(folder: Path, request: ImageRequest, *, out: Path | None = None) ->
     weights = fetch_weights(store, folder.name, key, candidate=request.candidate, work=work)
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
     with fast_imports(weights):
-        model = open_model(config.diffusion, folder=weights)
+        model = load_model(config.diffusion, folder=weights)
     picture = model.sample(
         [SamplingRequest(prompt=request.prompt, seed=seed)],
         num_inference_steps=request.num_inference_steps or config.evaluation.num_inference_steps,
@@ -74,16 +74,19 @@ def fast_imports(weights: Path) -> Iterator[None]:
         return
     unused = ["bitsandbytes"]
     if (weights / "model_index.json").is_file():
+        # A whole pipeline, without an adapter to load.
         unused.append("peft")
         scheduler = weights / "scheduler" / "scheduler_config.json"
         if scheduler.is_file() and not re.search(rb'"use_beta_sigmas"\s*:\s*true', scheduler.read_bytes()):
             unused.append("scipy")
     for name in unused:
+        # With None in sys.modules, `find_spec` returns None, and diffusers takes the package for not installed.
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     gc.disable()
     try:
         yield
     finally:
+        # Moves the imported modules to the permanent generation, which later collections skip.
         gc.freeze()
         gc.enable()
 

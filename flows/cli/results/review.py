@@ -36,7 +36,7 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
     from tasks.services.llm.service import LlmService, LocalServices
     from tasks.services.store.open import open_store
     from tasks.stage.cache import find_manifest
-    from tasks.subject.captions.caption_review import list_tools, open_caption_versions, write_briefing
+    from tasks.subject.captions.caption_review import build_system_prompt, list_tools, open_caption_versions
 
     run = read_run(folder)
     store = open_store(run.config.store)
@@ -58,11 +58,12 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
     before, kept = versions.version, folder / "review.json"
 
     def confirm(question: str) -> bool:
+        # The question quotes a model, whose control characters could rewrite what the terminal shows.
         return read(clean_text(f"{question} [y/N] ")).strip().lower() in ("y", "yes")
 
     tools = list_tools(subject, versions, run.config.subject, store=store, confirm=confirm)
     history = read_history(kept)
-    conversation = Conversation(llm, "reviewer", write_briefing(subject, versions), tools, history)
+    conversation = Conversation(llm, "reviewer", build_system_prompt(subject, versions), tools, history)
     show_captions(subject, versions)
     print(f"resumes after {len(history.turns)} turns; " * bool(history.turns) + HELP)
     try:
@@ -70,7 +71,8 @@ def review(folder: Path, *, read: Callable[[str], str] = input) -> Path | None:
             if text == "/captions":
                 show_captions(subject, versions)
             elif text:
-                conversation.system = write_briefing(subject, versions)
+                # The briefing lists all captions, which the previous turn may have changed.
+                conversation.system = build_system_prompt(subject, versions)
                 say(conversation, text)
                 write_atomic(kept, dump_signed(conversation.history, indent=1))
     finally:

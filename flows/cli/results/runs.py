@@ -1,4 +1,4 @@
-"""Tables and closing lines of runs."""
+"""Terminal output about runs: tables and summaries."""
 
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ def print_runs(summaries: list[RunSummary], *, folder: Path) -> None:
     table = Table(box=None, header_style="bold")
     for name in ("run", "status", "seconds", "LLM calls", "steps", "DINO", "CLIP-I", "CLIP-T", "judge"):
         table.add_column(name, justify="left" if name in ("run", "status") else "right")
-    unfinished = [s for s in summaries if s.status not in ("finished", "continued")]
+    unfinished = [s for s in summaries if s.status not in ("finished", "resumed")]
     for summary in summaries:
         tuned = summary.metrics.get("tuned", {})
         scores = summary.scores.get("tuned")
@@ -50,7 +50,7 @@ def print_runs(summaries: list[RunSummary], *, folder: Path) -> None:
 
 
 def print_summary(summary: RunSummary, config: "RunConfig") -> None:
-    """Print headline figures and where everything is."""
+    """Print headline metrics and the paths of the results."""
     assert summary.judge is not None
     assert summary.paths is not None
     assert summary.subject is not None
@@ -67,6 +67,7 @@ def print_summary(summary: RunSummary, config: "RunConfig") -> None:
         print(f"{name:22}" + "".join(f"{cell:8.2f}" if cell is not None else f"{'–':>8}" for cell in cells))
     if not summary.judge.is_reliable:
         print(f"warning: judge scores are unreliable: {summary.judge.reason}")
+    # This environment's, since PATH may hold another MLflow or none.
     mlflow = Path(sys.executable).parent / "mlflow"
     print(f"\nreport    {shorten(summary.paths.report)}")
     print(f"model     {shorten(summary.paths.model)}")

@@ -11,7 +11,7 @@ from flows.run_records import StoredRequest
 from tasks.redaction import MASK, SECRET_NAME, clean_text, redact
 
 MAX_CHARACTERS = 200
-# Words of prompts, which the pattern of secrets' names takes for tokens of access.
+# Prompt tokens, whose names match the pattern of secret names.
 PUBLIC = ("identifier_token", "initializer_token")
 
 

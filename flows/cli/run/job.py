@@ -41,6 +41,7 @@ def run_in_terminal(stored: StoredRequest) -> int:
     work = sum(stage.seconds for stage in summary.stages.values())
     print_summary(summary, config)
     waited = f", {server.wait_seconds:.1f} s of it waiting for the embedded Prefect server" if server else ""
+    # Prefect's own work around the flow function, and the wait for the server: neither is in the summary.
     outside = time.monotonic() - started - (summary.wall_seconds or 0.0) + (server.wait_seconds if server else 0.0)
     overhead = (summary.overhead_seconds or 0.0) + outside
     print(f"stages {work:.1f} s (partly in parallel), overhead {overhead:.1f} s{waited}")
@@ -84,7 +85,7 @@ def ready_for_flows(
 ) -> Iterator[tuple[RunConfig, ProgressView, EmbeddedServer | None]]:
     """Run the early checks while the embedded Prefect server starts."""
     config = compile_request(request, roots=None if is_trusted else allowed_roots())
-    # At once: the next words come after seconds of imports.
+    # Printed at once, since imports delay further output by seconds.
     print(describe_start(config), flush=True)
     # Before the server starts, so that an early SIGTERM also stops it in the `finally` below.
     signal.signal(signal.SIGTERM, raise_interrupt)
@@ -122,7 +123,7 @@ def raise_interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def check_early(config: RunConfig) -> None:
-    """Refuse photos, folders and keys that can't work before anything is started."""
+    """Validate photos, folders and keys before anything is started."""
     from tasks.services.llm.chat.transport import read_key
     from tasks.services.store.open import open_store
     from tasks.services.tracking.open import open_tracker
@@ -135,11 +136,12 @@ def check_early(config: RunConfig) -> None:
         read_key(config.llm.profiles[name])
     if config.is_mini:
         check_class_noun(config.subject)
+    # The flow checks them again; here they are refused before torch and Prefect are imported.
     check_photos(config.subject, store)
 
 
 def prepare_environment(*, is_embedded: bool) -> None:
-    """Set quiet defaults for libraries and bypass proxies for loopback; variables that are set win."""
+    """Set quiet defaults for libraries and bypass proxies for loopback; variables that are set take precedence."""
     defaults = {
         "PREFECT_LOGGING_LEVEL": "CRITICAL",  # errors are printed once, by us
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -48,6 +48,7 @@ class EmbeddedServer:
             self.home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot write to {self.home}: {error.strerror}; set output_dir") from error
+        # For this process and the server alike. Prefect reads both variables when it is imported, which happens later.
         os.environ["PREFECT_HOME"] = str(self.home)
         environment = child_environment(**SERVER_ENVIRONMENT)
         with self.log.open("wb") as log:
@@ -56,12 +57,12 @@ class EmbeddedServer:
                 stdout=log,
                 stderr=log,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for the run, which still needs its server to end well
+                start_new_session=True,  # keeps Ctrl-C from the server, which the run needs to report its final state
             )
         os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{self.port}/api"
 
     def wait(self) -> None:
-        """Wait until the server answers; note how long this took. Raises ServiceUnavailable."""
+        """Wait until the server answers, and record the time waited. Raises ServiceUnavailable."""
         started = time.monotonic()
         url = f"http://127.0.0.1:{self.port}/api/health"
         assert self.process is not None
@@ -75,7 +76,7 @@ class EmbeddedServer:
         raise ServiceUnavailable(f"the embedded Prefect server did not start; see {self.log}")
 
     def stop(self) -> None:
-        """End the server."""
+        """Stop the server."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:

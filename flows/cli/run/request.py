@@ -1,4 +1,4 @@
-"""The request of `likeness run`: from its words, or from a `request.json`."""
+"""The request of `likeness run`: from its arguments, or from a `request.json`."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,12 +9,12 @@ from tasks.errors import ArtifactCorrupt, ConfigError
 
 
 def load_request(words: Iterable[str], file: Path | None = None) -> StoredRequest:
-    """Return the request of the words, or that of a file (or run folder) with the words applied to it.
+    """Return the request of the arguments, or that of a file (or run folder) with the arguments applied to it.
 
     A request that came through a deployment keeps its restrictions: repeating it does not lift them.
 
     Raises:
-        ConfigError: the file is missing, damaged or not a request, or a word is wrong.
+        ConfigError: the file is missing, damaged or not a request, or an argument is invalid.
 
     """
     if file is None:

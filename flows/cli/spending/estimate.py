@@ -52,10 +52,11 @@ def print_estimates(words: Iterable[str]) -> None:
 
 
 def with_defaults(words: Iterable[str]) -> list[str]:
-    """Return the words, with a subject and an LLM where they say none: neither changes the memory."""
+    """Return the arguments, with placeholders where they name no subject or LLM: neither affects memory."""
     given = list(words)
     names = {word.split("=")[0] for word in given}
     defaults = {"subject.source": "photos", "subject.class_noun": "thing"} if "subject" not in names else {}
+    # RunConfig refuses the default LLM, the mini vision server, with any base model but mini.
     if not {"llm"} & names and any(w.startswith("diffusion=") and w != "diffusion=mini" for w in given):
         defaults["llm"] = "openai"
     return [*given, *(f"{name}={value}" for name, value in defaults.items() if name not in names)]
@@ -72,10 +73,10 @@ def estimate_all(config: RunConfig) -> dict[str, MemoryEstimate]:
     known = look_up(config.diffusion, config.training, methods())
     if known is not None:
         return known
-    from tasks.diffusion.hub import find_description
+    from tasks.diffusion.hub import find_config_folder
     from tasks.training.memory.estimate import estimate_methods
 
-    return estimate_methods(find_description(config.diffusion), config.diffusion, config.training, methods=methods())
+    return estimate_methods(find_config_folder(config.diffusion), config.diffusion, config.training, methods=methods())
 
 
 def describe(found: MemoryEstimate) -> list[str]:
@@ -166,6 +167,7 @@ def make_judge_context(config: RunConfig) -> "JudgeContext":
         samples=[row for row in samples if row.kind == "subject"],
         others=[row for row in samples if row.kind == "class" and row.side == "base"],
         candidates=[row for row in samples if row.kind == "candidate"],
+        # Distinct from the candidates' steps, which are counted from 0 here.
         published_step=-1,
         read=lambda _: sample,
     )

@@ -37,7 +37,7 @@ class FoundJob:
 
 
 def run_jobs_command(output: Path, action: str, job_id: str, *, profile: str) -> int:
-    """Do one action and return the exit code."""
+    """Run one action and return the exit code."""
     jobs = find_jobs(output)
     if action == "list":
         print_jobs(jobs, output)
@@ -50,7 +50,7 @@ def run_jobs_command(output: Path, action: str, job_id: str, *, profile: str) ->
 
 
 def act(handle: "JobHandle", action: str) -> int:
-    """Do one action on one job."""
+    """Run one action on one job."""
     from tasks.services.llm.batch import admin as batch_admin
 
     state = handle.state
@@ -85,6 +85,7 @@ def find_jobs(output: Path) -> list[FoundJob]:
     for folder in runs:
         try:
             store_config = read_run(folder).config.store
+            # Most runs share one store, which is listed once.
             if (name := store_config.model_dump_json()) in seen:
                 continue
             seen.add(name)
@@ -98,6 +99,7 @@ def find_jobs(output: Path) -> list[FoundJob]:
         for key in keys:
             if "/batches/" in key and key.endswith(".json") and (state := find_state(store, key)) is not None:
                 users = tuple(run.name for run in runs if key in uses[run])
+                # The newest run that used the job: its configuration has the job's profile and prices.
                 own = next((run for run in runs if run.name in users), folder)
                 found[name, key] = FoundJob(own, key, state, users)
     return sorted(found.values(), key=lambda job: -job.state.created_at)

@@ -85,7 +85,7 @@ class Flux(DiffusionModel):
         rows, channels, height, width = noisy_latents.shape
         guidance = None
         if self.denoiser.config.guidance_embeds:
-            guidance = torch.full((rows,), TRAINING_GUIDANCE, device=noisy_latents.device)
+            guidance = torch.full((rows,), TRAINING_GUIDANCE, device=noisy_latents.device)  # (B,)
         states = conditioning.encoder_hidden_states
         packed: Tensor = self.denoiser(
             hidden_states=pack(noisy_latents),
@@ -104,6 +104,7 @@ class Flux(DiffusionModel):
     def unpack_latents(self, latents: Tensor) -> Tensor:
         """Unpack the pipeline's `(B, h/2 * w/2, 4C)` to `(B, C, h, w)`."""
         side = self.config.resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        # A 2x2 patch holds 4 values per channel.
         return unpack(latents, (len(latents), latents.shape[-1] // 4, side, side))
 
     def make_sampler(self) -> Any:
@@ -122,6 +123,7 @@ class Flux(DiffusionModel):
 def pack(latents: Tensor) -> Tensor:
     """Pack `(B, C, h, w)` into 2x2 patches, `(B, h/2 * w/2, 4C)`."""
     rows, channels, height, width = latents.shape
+    # (B, C, h/2, 2, w/2, 2) -> (B, h/2, w/2, C, 2, 2) -> (B, h/2 * w/2, 4C)
     patches = latents.view(rows, channels, height // 2, 2, width // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(rows, (height // 2) * (width // 2), channels * 4)
 
@@ -129,6 +131,7 @@ def pack(latents: Tensor) -> Tensor:
 def unpack(packed: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """Invert `pack`: `(B, h/2 * w/2, 4C)` to `shape` `(B, C, h, w)`."""
     rows, channels, height, width = shape
+    # (B, h/2, w/2, C, 2, 2) -> (B, C, h/2, 2, w/2, 2) -> (B, C, h, w)
     patches = packed.view(rows, height // 2, width // 2, channels, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(shape)
 
@@ -136,6 +139,6 @@ def unpack(packed: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
 def make_image_ids(height: int, width: int) -> Tensor:
     """Return rotary positions `(h * w, 3)` of patches: zero, row, column."""
     ids = torch.zeros(height, width, 3)
-    ids[..., 1] = torch.arange(height)[:, None]
-    ids[..., 2] = torch.arange(width)[None]
+    ids[..., 1] = torch.arange(height)[:, None]  # (h, 1), broadcast over columns
+    ids[..., 2] = torch.arange(width)[None]  # (1, w), broadcast over rows
     return ids.reshape(-1, 3)

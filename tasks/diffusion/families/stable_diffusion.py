@@ -29,7 +29,7 @@ class StableDiffusion(DiffusionModel):
     denoiser_class = "UNet2DConditionModel"
     noise_class = GaussianDiffusion
     text_encoder_names = ("text_encoder",)
-    unused_parts = ("feature_extractor", "image_encoder", "safety_checker")
+    unused_components = ("feature_extractor", "image_encoder", "safety_checker")
     fixed_settings: ClassVar = {"requires_safety_checker": False}
     has_unused_parameters = False
     lora_targets: ClassVar = {"unet": UNET_LORA_TARGETS, "text_encoder": CLIP_LORA_TARGETS}
@@ -62,7 +62,7 @@ class StableDiffusion(DiffusionModel):
     def sample(
         self, requests: Sequence[SamplingRequest], *, num_inference_steps: int, guidance_scale: float
     ) -> list[Image.Image]:
-        """Draw one image per request, with both halves of classifier-free guidance in one forward.
+        """Sample one image per request, with both halves of classifier-free guidance in one forward.
 
         Equals `StableDiffusionPipeline`, whose import takes seconds.
         """
@@ -75,17 +75,19 @@ class StableDiffusion(DiffusionModel):
             # Euler starts from noise of a standard deviation near sigma_max, the others from unit noise.
             latents = self.draw_latents(requests) * sampler.init_noise_sigma
             for timestep in sampler.timesteps:
+                # (2B, C, h, w); Euler divides by sqrt(sigma^2 + 1).
                 doubled = sampler.scale_model_input(torch.cat([latents, latents]), timestep)
                 # float32 before the scheduler step: its arithmetic would lose precision in half.
                 plain, prompted = self.predict(doubled, timestep, states, time_ids=torch.empty(0)).float().chunk(2)
-                guided = plain + guidance_scale * (prompted - plain)
+                guided = plain + guidance_scale * (prompted - plain)  # classifier-free guidance (arXiv 2207.12598)
                 latents = sampler.step(guided, timestep, latents, return_dict=False)[0]
         return self.decode(latents)
 
     def draw_latents(self, requests: Sequence[SamplingRequest]) -> Tensor:
-        """Return unit start noise `(B, C, h, w)`; a row depends on its own seed alone."""
+        """Return initial noise of unit variance `(B, C, h, w)`; a row depends on its own seed alone."""
         side = self.config.resolution // (2 ** (len(self.vae.config.block_out_channels) - 1))
         shape = (self.denoiser.config.in_channels, side, side)
+        # CPU generators: the same initial noise on every device.
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)) for request in requests]
         return torch.stack(rows).to(self.device)
 

@@ -84,6 +84,7 @@ class StableDiffusion3(DiffusionModel):
         ids = self.split_ids(input_ids)
         sizes = self.transformer_sizes()
         clip = [self.encode_clip(name, ids.get(name), len(input_ids)) for name in self.text_encoder_names[:2]]
+        # (B, 77, D1 + D2), padded to the width of T5: (B, 77, D)
         states = torch.cat([state for state, _ in clip], -1)
         states = F.pad(states, (0, sizes["states"] - states.shape[-1]))
         if "text_encoder_3" in ids:
@@ -91,6 +92,7 @@ class StableDiffusion3(DiffusionModel):
         else:
             long = states.new_zeros(len(input_ids), T5_LENGTH, sizes["states"])
         pooled = torch.cat([pool for _, pool in clip], -1)
+        # Along the sequence: (B, 77, D) and (B, 256, D) -> (B, 333, D).
         return Conditioning(torch.cat([states, long.to(states)], 1), pooled)
 
     def encode_clip(self, name: str, ids: Tensor | None, num: int) -> tuple[Tensor, Tensor]:
@@ -124,7 +126,7 @@ class StableDiffusion3(DiffusionModel):
         """Return the transformer's flow; `time_ids` are unused."""
         prediction: Tensor = self.denoiser(
             hidden_states=noisy_latents,
-            timestep=timesteps,
+            timestep=timesteps,  # in [0, 1000]: unlike Flux's, this transformer does not scale them
             encoder_hidden_states=conditioning.encoder_hidden_states,
             pooled_projections=conditioning.pooled_prompt_embeds,
             return_dict=False,

@@ -38,12 +38,12 @@ class StableDiffusionXl(DiffusionModel):
             states.append(out.hidden_states[-2])
             pooled = out[0]  # `text_embeds` of the second encoder, whose turn is last
         assert pooled is not None
-        joined = torch.cat(states, -1)
+        joined = torch.cat(states, -1)  # (B, L, D1 + D2)
         if not self.settings.get("force_zeros_for_empty_prompt", True):
             return Conditioning(joined, pooled)
         # As in the pipeline, which zeroes the embeddings of the empty negative prompt; dropped captions match it.
         empty = self.tokenize([""]).to(input_ids.device)
-        is_nonempty = (input_ids != empty).any(1).to(self.device)
+        is_nonempty = (input_ids != empty).any(1).to(self.device)  # (B, L1 + L2) against (1, L1 + L2)
         return Conditioning(joined * is_nonempty[:, None, None], pooled * is_nonempty[:, None])
 
     def predict(

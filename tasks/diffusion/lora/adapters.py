@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tasks.diffusion.adapter import DTYPES, DiffusionModel
 from tasks.diffusion.lora.kohya import to_kohya
 from tasks.diffusion.types import LORA_FILE
-from tasks.errors import AdapterSaveFailed, ConfigError
+from tasks.errors import AdapterSaveFailed, ConfigError, first_line
 from tasks.stage.tensor_files import save_tensors
 
 KOHYA_FILE = "lora_kohya.safetensors"
@@ -50,7 +50,9 @@ class LoraHyperparameters:
     """Layers of the denoiser; empty: the family's."""
 
 
-def add_lora(model: DiffusionModel, parts: Sequence[str], shape: LoraHyperparameters) -> dict[str, nn.Module]:
+def add_lora(
+    model: DiffusionModel, components: Sequence[str], hyperparameters: LoraHyperparameters
+) -> dict[str, nn.Module]:
     """Inject LoRA layers into the named components and return these; base weights stay frozen.
 
     lora_B starts at zero, so the model is unchanged; lora_A is drawn from torch's global generator.
@@ -60,18 +62,18 @@ def add_lora(model: DiffusionModel, parts: Sequence[str], shape: LoraHyperparame
 
     """
     adapted = {}
-    for name in parts:
+    for name in components:
         targets = model.lora_targets[name]
-        if name == model.denoiser_name and shape.target_modules:
-            targets = shape.target_modules
+        if name == model.denoiser_name and hyperparameters.target_modules:
+            targets = hyperparameters.target_modules
         if name == model.denoiser_name:
             check_targets(model.components[name], targets)
         settings = LoraConfig(
-            r=shape.rank,
-            lora_alpha=shape.lora_alpha,  # type: ignore[arg-type]
-            lora_dropout=shape.lora_dropout,
-            use_dora=shape.use_dora,
-            init_lora_weights="gaussian",
+            r=hyperparameters.rank,
+            lora_alpha=hyperparameters.lora_alpha,  # type: ignore[arg-type]
+            lora_dropout=hyperparameters.lora_dropout,
+            use_dora=hyperparameters.use_dora,
+            init_lora_weights="gaussian",  # as in diffusers' DreamBooth scripts
             target_modules=list(targets),
         )
         model.components[name].add_adapter(settings)
@@ -108,12 +110,13 @@ def save_lora(model: DiffusionModel, folder: Path, names: list[str], *, export: 
     kohya: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     for name in names:
-        part = model.components[name]
+        component = model.components[name]
         state = read_adapter(model, name)
-        settings = {**part.peft_config["default"].to_dict(), "base_model_name_or_path": None}
+        settings = {**component.peft_config["default"].to_dict(), "base_model_name_or_path": None}
         rank = settings["r"]
         # PEFT keeps the targets as a set; sorted, equal runs write equal files.
         settings |= {"target_modules": sorted(settings["target_modules"]), "lora_alpha": rank}
+        # diffusers expects the settings of each component under its own prefix.
         config |= {f"{name}.{key}": value for key, value in settings.items()}
         tensors |= {
             f"{name}.{key}": value * (export.alpha / rank) if ".lora_B." in key else value
@@ -123,12 +126,13 @@ def save_lora(model: DiffusionModel, folder: Path, names: list[str], *, export: 
         prefix = "lora_unet" if is_denoiser else kohya_prefix(model, name)
         layers = model.original_layers if is_denoiser else ()
         # Text encoders have no fused layers, so no base layer is looked up in `source`.
-        source = part if is_denoiser else nn.Module()
+        source = component if is_denoiser else nn.Module()
         kohya |= to_kohya(state, source, prefix=prefix, alpha=export.alpha, layers=layers)
-    metadata = describe(model, export)
+    metadata = make_modelspec_metadata(model, export)
     adapter = json.dumps(config, indent=2, sort_keys=True)
     dtype = DTYPES[export.save_precision]
     save_tensors(cast(tensors, dtype), folder / LORA_FILE, metadata={**metadata, "lora_adapter_metadata": adapter})
+    # Header fields by which sd-scripts and its tools show type, rank and alpha of a network.
     network = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(export.alpha)}
     save_tensors(cast(kohya, dtype), folder / KOHYA_FILE, metadata={**metadata, **network})
     check_saved_lora(model, folder, names, export=export)
@@ -145,6 +149,7 @@ def read_adapter(model: DiffusionModel, name: str, adapter: str = "default") -> 
         prefix = "" if hasattr(model.components[name], "text_model") else "text_model."
         state = {f"{prefix}{key}.weight" if key.endswith("lora_magnitude_vector") else f"{prefix}{key}": value
                  for key, value in state.items()}  # fmt: skip
+    # diffusers' loader leaves tensors on the meta device for which the file has no key.
     return {key: value.detach().float().cpu() for key, value in state.items() if not value.is_meta}
 
 
@@ -162,7 +167,7 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
             for key, value in tensors.items()}  # fmt: skip
 
 
-def describe(model: DiffusionModel, export: LoraExport) -> dict[str, str]:
+def make_modelspec_metadata(model: DiffusionModel, export: LoraExport) -> dict[str, str]:
     """Return ModelSpec 1.0.1 metadata, without a date: equal runs write equal files."""
     side = model.config.resolution
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(getattr(model.noise_scheduler, "prediction_type", ""))
@@ -194,12 +199,12 @@ def check_saved_lora(model: DiffusionModel, folder: Path, names: list[str], *, e
     finally:
         # The trained adapter is active again even after a failure.
         for name in names:
-            part = model.components[name]
-            part.enable_adapters()
-            part.set_adapter("default")
-            if CHECK_ADAPTER in part.peft_config:
+            component = model.components[name]
+            component.enable_adapters()
+            component.set_adapter("default")
+            if CHECK_ADAPTER in component.peft_config:
                 # diffusers has `delete_adapters`, transformers `delete_adapter`.
-                (part.delete_adapters if name == model.denoiser_name else part.delete_adapter)(CHECK_ADAPTER)
+                (component.delete_adapters if name == model.denoiser_name else component.delete_adapter)(CHECK_ADAPTER)
 
 
 def load_as_adapter(model: DiffusionModel, folder: Path, adapter: str) -> None:
@@ -209,7 +214,7 @@ def load_as_adapter(model: DiffusionModel, folder: Path, adapter: str) -> None:
             warnings.filterwarnings("ignore", message="Already found a `peft_config`", category=UserWarning)
             model.make_pipeline().load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=adapter)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise AdapterSaveFailed(f"{folder / LORA_FILE} can't be loaded by diffusers: {reason}") from error
 
 
@@ -244,30 +249,30 @@ def compare_predictions(model: DiffusionModel, names: list[str], path: Path, *, 
         AdapterSaveFailed: they differ by more than rounding explains.
 
     """
-    parts = [model.components[name] for name in names]
-    modes = [part.training for part in parts]
-    for part in parts:
-        part.eval()  # LoRA dropout would differ between the predictions
+    components = [model.components[name] for name in names]
+    modes = [component.training for component in components]
+    for component in components:
+        component.eval()  # LoRA dropout would differ between the predictions
     predictions = {}
     for adapter in ("default", CHECK_ADAPTER, None):
-        for part in parts:
-            part.disable_adapters() if adapter is None else part.set_adapter(adapter)
+        for component in components:
+            component.disable_adapters() if adapter is None else component.set_adapter(adapter)
         predictions[adapter] = predict_once(model)
-    for part, mode in zip(parts, modes, strict=True):
-        part.enable_adapters()
-        part.train(mode)
+    for component, mode in zip(components, modes, strict=True):
+        component.enable_adapters()
+        component.train(mode)
     trained, saved, plain = predictions.values()
     # The coarser of the file's dtype and those that the components compute in.
-    precision = max((export.save_precision, *precisions(parts)), key=lambda name: ROUNDING[name])
+    precision = max((export.save_precision, *precisions(components)), key=lambda name: ROUNDING[name])
     allowed = CHECK_TOLERANCE * (trained - plain).norm() + ROUNDING[precision] * trained.norm()
     if not (saved - trained).norm() <= allowed:  # negated, so that NaN fails
         raise AdapterSaveFailed(f"{path} gives other predictions than the trained adapter")
 
 
-def precisions(parts: list[nn.Module]) -> set[str]:
+def precisions(components: list[nn.Module]) -> set[str]:
     """Return the dtypes of modules' parameters, by their configuration names."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    return {names[p.dtype] for part in parts for p in part.parameters() if p.dtype in names}
+    return {names[p.dtype] for component in components for p in component.parameters() if p.dtype in names}
 
 
 def predict_once(model: DiffusionModel) -> Tensor:
@@ -277,6 +282,7 @@ def predict_once(model: DiffusionModel) -> Tensor:
     full = model.config.resolution // 2 ** (len(model.vae.config.block_out_channels) - 1)
     side = min(16, full)
     shape = (1, int(model.vae.config.latent_channels), side, side)
+    # A CPU generator: the global one stays as it is.
     noisy = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, weight.dtype)
     timesteps = model.noise_scheduler.sample_timesteps(torch.tensor([0.5])).to(model.device)
     conditioning = model.encode_prompts(model.tokenize(["a photo"]))

@@ -40,7 +40,7 @@ class LayerAdapter:
         """Yield the layer's tensors by their kohya leaf name."""
         yield "lora_down.weight", self.down
         yield "lora_up.weight", self.up
-        yield "alpha", torch.tensor(self.alpha)
+        yield "alpha", torch.tensor(self.alpha)  # a 0-d tensor, as sd-scripts writes it
         if self.magnitude is not None:
             yield "dora_scale", self.magnitude
 
@@ -92,7 +92,7 @@ def group_by_layer(state: dict[str, Tensor], *, alpha: float) -> dict[str, Layer
     """Group the tensors of a PEFT state dict by layer path."""
     leaves: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in state.items():
-        path, leaf = key.split(".lora_", 1)
+        path, leaf = key.split(".lora_", 1)  # `<path>`, and `A.weight`, `B.weight` or `magnitude_vector`
         leaves[path][leaf.removesuffix(".weight")] = tensor
     adapters = {}
     for path, found in leaves.items():
@@ -114,7 +114,7 @@ def swap_halves(adapter: LayerAdapter) -> LayerAdapter:
     """Return the adapter with the two halves of its output swapped; `down` is unaffected."""
 
     def swap(tensor: Tensor) -> Tensor:
-        return torch.cat(tensor.chunk(2)[::-1])
+        return torch.cat(tensor.chunk(2)[::-1])  # (2D, ...), halves along the output dimension
 
     magnitude = None if adapter.magnitude is None else swap(adapter.magnitude)
     return LayerAdapter(adapter.down, swap(adapter.up), adapter.alpha, magnitude)
@@ -141,7 +141,7 @@ def fuse(group: FusedAdapter, module: nn.Module) -> LayerAdapter:
     column = 0
     for index, adapter in present:
         row, rank = sum(sizes[:index]), adapter.up.shape[1]
-        up[row : row + sizes[index], column : column + rank] = adapter.up
+        up[row : row + sizes[index], column : column + rank] = adapter.up  # rows of its output, columns of its rank
         column += rank
         if magnitude is not None and adapter.magnitude is not None:
             magnitude[row : row + sizes[index]] = adapter.magnitude

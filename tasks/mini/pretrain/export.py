@@ -15,6 +15,7 @@ from tasks.stage.digests import digest_file
 if TYPE_CHECKING:
     from tasks.mini.pretrain.train import Pretrainer
 
+# Maps pixels to [-1, 1], as in pretraining.
 PREPROCESSOR = {"size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 CLASSIFIER_FILE = "classifier.safetensors"
 
@@ -27,7 +28,7 @@ def export_models(trainer: "Pretrainer", out: Path) -> None:
     vae.register_to_config(scaling_factor=round(scaling_factor, 6))
     unet.set_default_attn_processor()  # pretraining on a CPU has replaced it
     text_encoder = CLIPTextModel(clip.config.text_config)
-    text_encoder.load_state_dict(clip.text_model.state_dict())
+    text_encoder.load_state_dict(clip.text_model.state_dict())  # since transformers 5 both have the same keys
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

@@ -53,13 +53,14 @@ class PretrainLoop:
         """Resume from the saved state, if there is one."""
         if not self.state_path.exists():
             return
+        # On the device, `step` included: the fused kernel needs it beside the parameters.
         state = load_file(self.state_path, device=str(self.device))
         self.step = int(state["step"].item())
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state[f"model.{name}"])
                 self.ema[name].copy_(state[f"ema.{name}"])
-                if self.step:
+                if self.step:  # at step 0 the optimizer has no state
                     self.optimizer.state[parameter] = {
                         key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
                     }
@@ -76,7 +77,7 @@ class PretrainLoop:
         part = self.state_path.with_suffix(".part")
         # safetensors rejects tensors that share memory or are not contiguous.
         save_file({k: v.contiguous().clone() for k, v in tensors.items()}, part)
-        os.replace(part, self.state_path)
+        os.replace(part, self.state_path)  # atomic: an interruption keeps the previous state
 
     def run(self, compute_loss: Callable[[int], Tensor]) -> nn.Module:
         """Train to the last step and return the module with EMA weights; `compute_loss` takes the step."""
@@ -90,11 +91,12 @@ class PretrainLoop:
             with torch.autocast(self.device.type, torch.bfloat16):
                 loss = compute_loss(self.step)
             self.optimizer.zero_grad(set_to_none=True)
+            # Backward outside autocast: each op runs in the dtype that autocast chose for its forward.
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
             self.optimizer.step()
             self.step += 1
-            self.update_average()
+            self.update_ema()
             losses.append(loss.detach())  # read below, every 50 steps: `item` waits for the GPU
             if self.step % 50 == 0 or self.step == self.num_steps:
                 seconds = (time.monotonic() - started) / (self.step - first)
@@ -110,7 +112,7 @@ class PretrainLoop:
             if time.monotonic() - saved > SAVE_EVERY_SECONDS or self.step == self.num_steps:
                 self.save()
                 saved = time.monotonic()
-        return self.averaged()
+        return self.ema_module()
 
     def set_learning_rate(self) -> None:
         """Warm up over 100 steps, then decay along a cosine to 5 % of the peak."""
@@ -121,14 +123,15 @@ class PretrainLoop:
             group["lr"] = rate
 
     @torch.no_grad()
-    def update_average(self) -> None:
+    def update_ema(self) -> None:
         """Update the EMA weights; the decay warms up, so that they soon forget the initialization."""
         decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
         averages = list(self.ema.values())
+        # ema <- decay * ema + (1 - decay) * p, one call for all
         torch._foreach_lerp_(averages, list(self.parameters.values()), 1 - decay)
 
     @torch.no_grad()
-    def averaged(self) -> nn.Module:
+    def ema_module(self) -> nn.Module:
         """Return the module with EMA weights, in eval mode and frozen; the saved state keeps the trained weights."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self.ema[name])

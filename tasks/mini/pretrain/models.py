@@ -46,7 +46,7 @@ def build_unet() -> UNet2DConditionModel:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=HIDDEN_SIZE,
-        attention_head_dim=4,
+        attention_head_dim=4,  # diffusers reads it as the number of heads (its issue 2011)
         norm_num_groups=16,
     )
 
@@ -83,7 +83,7 @@ def build_clip(vocabulary_size: int) -> CLIPModel:
         eos_token_id=vocabulary_size - 1,
         pad_token_id=vocabulary_size - 1,
     )
-    vision = CLIPVisionConfig(**shared, image_size=IMAGE_SIZE, patch_size=8)
+    vision = CLIPVisionConfig(**shared, image_size=IMAGE_SIZE, patch_size=8)  # 8 x 8 patches of 8 px
     model = CLIPModel(
         CLIPConfig(
             text_config=text.to_dict(),
@@ -108,7 +108,7 @@ def build_dino() -> ViTModel:
         ),
         add_pooling_layer=False,
     )
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation("eager")  # as in `build_clip`
     return model
 
 

@@ -34,6 +34,7 @@ def build_vocabulary(words: Iterable[str]) -> tuple[dict[str, int], list[str]]:
     )
     tokenizer.train_from_iterator(sorted(set(words)), trainer)
     merges = [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    # The order of OpenAI's CLIP: bytes, bytes that end a word, merges, special tokens.
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     tokens += [merged for merged in (m.replace(" ", "") for m in merges) if merged not in tokens]
     tokens += SPECIAL
@@ -45,7 +46,7 @@ def write_tokenizer(folder: Path, words: Iterable[str]) -> None:
     vocabulary, merges = build_vocabulary([*words, *RARE_TOKENS])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")  # readers skip the first line
     start, end = SPECIAL
     settings = {
         "tokenizer_class": "CLIPTokenizer",

@@ -43,6 +43,7 @@ class PartSettings:
 
 
 SETTINGS = {
+    # num_steps, batch_size, learning_rate, ema_decay
     "classifier": PartSettings(500, 64, 2e-3, 0.99),
     "clip": PartSettings(1600, 96, 1e-3, 0.995),
     "dino": PartSettings(1200, 96, 7e-4, 0.995),
@@ -103,7 +104,7 @@ class Pretrainer:
         return input_ids.to(self.device)
 
     def classifier(self) -> nn.Module:
-        """Train the classifier that examines the base model, on labels."""
+        """Train the classifier that evaluates the base model, on scene labels."""
         module = models.SceneClassifier()
         labels = np.array([label_of(scene_of(SCENES_SEED, i)) for i in range(NUM_SCENES)])
 
@@ -180,12 +181,14 @@ class Pretrainer:
                 # Permuted color channels give objects colors outside the palette, so a noun is learned as a shape.
                 pixels = pixels[:, rng.permutation(3)]
             pooled = tower["vision"](pixel_values=pixels).pooler_output
+            # The temperature is frozen with the text tower.
             images = F.normalize(tower["projection"](pooled).float(), dim=1) * clip.logit_scale.exp()
             labels = torch.tensor([label_of(scene) for scene in scenes], device=self.device)
             by_noun = F.cross_entropy(images @ encode_texts(nouns).T, labels[:, 0])
             if is_view:
                 return by_noun
             texts = [caption_scene(scene, rng) for scene in scenes]
+            # Equal captions share a target, as in `clip`.
             same = torch.tensor([texts.index(text) for text in texts], device=self.device)
             target = (same[:, None] == same[None]).float()
             return (
@@ -208,13 +211,14 @@ class Pretrainer:
         """
         images = self.views()
         module = models.build_dino()
+        # Projection head: only the loss sees its output; the exported embedding is its input.
         head = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128))
         both = nn.ModuleDict({"encoder": module, "head": head})
 
         def loss(step: int) -> Tensor:
             rng = np.random.default_rng([22, step])
             objects = self.draw_indices("dino", step, NUM_VIEWS // VIEWS_EACH)
-            picks = np.stack([rng.permutation(VIEWS_EACH)[:2] for _ in objects])
+            picks = np.stack([rng.permutation(VIEWS_EACH)[:2] for _ in objects])  # (B, 2): two different views
             embeddings = []
             for side in range(2):
                 rows = objects * VIEWS_EACH + picks[:, side]
@@ -258,7 +262,7 @@ class Pretrainer:
         def loss(step: int) -> Tensor:
             indices = self.draw_indices("vae_decoder", step, NUM_SCENES)
             pixels = self.pixels(indices)
-            mean = latents[indices, 0].float().to(self.device)
+            mean = latents[indices, 0].float().to(self.device)  # unscaled, as the decoder expects
             return reconstruction_loss(decoder["decoder"](decoder["post"](mean)).float(), pixels)
 
         self.loop("vae_decoder", decoder).run(loss)
@@ -294,7 +298,7 @@ class Pretrainer:
             indices = self.draw_indices("unet", step, NUM_SCENES)
             # A CPU generator, so that noise and timesteps don't depend on the device.
             rng = torch.Generator().manual_seed(1_000_003 * step + 5)
-            mean, std = latents[indices].float().unbind(1)
+            mean, std = latents[indices].float().unbind(1)  # (B, 2, 4, 16, 16) -> twice (B, 4, 16, 16)
             clean = (mean + std * torch.randn(mean.shape, generator=rng)) * scaling_factor
             noise = torch.randn(clean.shape, generator=rng).to(self.device)
             clean = clean.to(self.device)
@@ -335,6 +339,7 @@ def augment(pixels: Tensor, seed: int) -> Tensor:
     shift = (torch.rand(num, 2, generator=rng) * 2 - 1) * (1 - scale)[:, None]
     mirror = torch.where(torch.rand(num, generator=rng) < 0.5, -1.0, 1.0)
     zero = torch.zeros(num)
+    # (B, 2, 3): maps output coordinates to input coordinates; a negative x scale flips.
     theta = torch.stack(
         [torch.stack([scale * mirror, zero, shift[:, 0]], 1), torch.stack([zero, scale, shift[:, 1]], 1)],
         1,

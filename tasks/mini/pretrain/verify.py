@@ -66,7 +66,7 @@ def load_base() -> StableDiffusion:
 def load_classifier() -> models.SceneClassifier:
     """Return the classifier in float32."""
     classifier = models.SceneClassifier()
-    state = load_file(MINI_FOLDER / CLASSIFIER_FILE)
+    state = load_file(MINI_FOLDER / CLASSIFIER_FILE)  # float16 on disk
     classifier.load_state_dict({key: value.float() for key, value in state.items()})
     return classifier.eval()
 
@@ -137,7 +137,7 @@ def write_card(figures: dict[str, float], *, num_prompts: int) -> None:
     path = MINI_FOLDER / "README.md"
     start, end = "<!-- figures -->", "<!-- end of figures -->"
     rows = [f"| {name} | {value:.3f} | {TARGETS.get(name, '')} |" for name, value in figures.items()]
-    table = "\n".join(["| figure | measured | wanted, at least |", "|---|---|---|", *rows])
+    table = "\n".join(["| figure | measured | target, at least |", "|---|---|---|", *rows])
     note = f"\n\n{num_prompts} prompts, {NUM_STEPS} steps, guidance {GUIDANCE}; torch {torch.__version__}, "
     note += f"{platform.machine()}, {time.strftime('%Y-%m-%d')}.\n"
     text = path.read_text()
@@ -167,14 +167,14 @@ def main(argv: list[str] | None = None) -> int:
     check_digests(MINI_FOLDER)
     figures = {**measure_generation(options.num_prompts), **measure_encoders(options.num_scenes)}
     for name, value in figures.items():
-        wanted = TARGETS.get(name)
-        mark = "" if wanted is None else f"  wanted {wanted}  {'ok' if value >= wanted else 'BELOW TARGET'}"
+        target = TARGETS.get(name)
+        mark = "" if target is None else f"  target {target}  {'ok' if value >= target else 'BELOW TARGET'}"
         print(f"{name:22} {value:8.3f}{mark}")
     if options.write_card:
         write_card(figures, num_prompts=options.num_prompts)
     if options.grid:
         draw_grid(options.grid)
-    return int(any(figures[name] < wanted for name, wanted in TARGETS.items()))
+    return int(any(figures[name] < target for name, target in TARGETS.items()))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class InMemoryBatchApi:
         """Return all files, newest first."""
         return list(self.files.values())[::-1]
 
-    def show_file(self, file_id: str) -> dict[str, Any]:
+    def retrieve_file(self, file_id: str) -> dict[str, Any]:
         """Return one file's description."""
         if file_id not in self.files:
             raise BatchApiError(404, f"no file {file_id}")
@@ -54,15 +54,16 @@ class InMemoryBatchApi:
 
     def read_file(self, file_id: str) -> bytes:
         """Return one file's content."""
-        self.show_file(file_id)
+        self.retrieve_file(file_id)
         return self.contents[file_id]
 
     def create(self, body: dict[str, Any]) -> dict[str, Any]:
         """Create a job over an uploaded file and start it in a thread. Raises BatchApiError."""
         if body.get("endpoint") != ENDPOINT:
             raise BatchApiError(400, f"endpoint must be {ENDPOINT}")
-        self.show_file(str(body.get("input_file_id")))
+        self.retrieve_file(str(body.get("input_file_id")))
         batch_id = f"batch_{uuid.uuid4().hex[:24]}"
+        # All keys exist from the start: the job's thread changes values while requests serialize the dict.
         batch = {
             "id": batch_id, "object": "batch", "endpoint": ENDPOINT, "errors": None,
             "input_file_id": body["input_file_id"], "completion_window": body.get("completion_window", "24h"),
@@ -71,14 +72,14 @@ class InMemoryBatchApi:
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
         }  # fmt: skip
         self.batches[batch_id] = batch
-        threading.Thread(target=self.run, args=(batch,), daemon=True).start()
+        threading.Thread(target=self.run, args=(batch,), daemon=True).start()  # returns at once, as OpenAI's API does
         return batch
 
     def list_batches(self) -> list[dict[str, Any]]:
         """Return all jobs, newest first."""
         return list(self.batches.values())[::-1]
 
-    def show(self, batch_id: str) -> dict[str, Any]:
+    def retrieve(self, batch_id: str) -> dict[str, Any]:
         """Return one job."""
         if batch_id not in self.batches:
             raise BatchApiError(404, f"no batch {batch_id}")
@@ -86,7 +87,7 @@ class InMemoryBatchApi:
 
     def cancel(self, batch_id: str) -> dict[str, Any]:
         """Request cancellation; the job ends after its current row."""
-        batch = self.show(batch_id)
+        batch = self.retrieve(batch_id)
         if batch["status"] in ("validating", "in_progress"):
             batch["status"] = "cancelling"
         return batch
@@ -130,6 +131,8 @@ class InMemoryBatchApi:
             body = self.answer(row["body"])
         except BatchApiError as error:
             status, body = error.status, {"error": {"message": error.message}}
+        except Exception as error:  # of this row alone: the thread that serves the job must reach a terminal status
+            status, body = 500, {"error": {"message": f"{type(error).__name__}: {error}"}}
         request_id = uuid.uuid4().hex
         line = {
             "id": f"batch_req_{request_id[:24]}",
@@ -137,7 +140,7 @@ class InMemoryBatchApi:
             "response": {"status_code": status, "request_id": request_id, "body": body},
             "error": None,
         }
-        return line, status == 200
+        return line, status == 200  # a failed row goes to the error file, with its response
 
 
 def check_rows(data: bytes) -> list[dict[str, Any]]:
@@ -152,6 +155,8 @@ def check_rows(data: bytes) -> list[dict[str, Any]]:
             raise BatchApiError(400, f"line {number} lacks custom_id, method, url or body")
         if row["url"] != ENDPOINT or row["method"] != "POST":
             raise BatchApiError(400, f"line {number} does not POST to {ENDPOINT}")
+        if not isinstance(row["custom_id"], str):
+            raise BatchApiError(400, f"line {number}: custom_id is not a string")
         if row["custom_id"] in seen:
             raise BatchApiError(400, f"line {number} repeats custom_id {row['custom_id']}")
         seen.add(row["custom_id"])

@@ -7,6 +7,7 @@ from typing import Any
 
 from tasks.mini.vision_server.schema_answers import Question, describe, fill_schema
 
+# `caption NAME: TEXT`, with variations such as `caption for NAME to TEXT`.
 CAPTION_REQUEST = re.compile(
     r"caption (?:of |for )?(\S+\.(?:png|jpe?g|webp|gif))\s*(?::|=|\bto\b|\bas\b)?\s*(.+)", re.I
 )
@@ -41,8 +42,8 @@ def choose_tool(body: dict[str, Any], question: Question) -> dict[str, Any] | No
     first, *_, last = [*tools.values(), *tools.values()]  # twice, so that a single tool is both
     # The client lists the answer tool last: call the first tool once, then answer with its result.
     if choice == "required":
-        return last if question.findings else first
-    is_asked = "apply_caption" in tools and not question.findings and CAPTION_REQUEST.search(question.last_text)
+        return last if question.tool_results else first
+    is_asked = "apply_caption" in tools and not question.tool_results and CAPTION_REQUEST.search(question.last_text)
     return tools["apply_caption"] if is_asked else None
 
 
@@ -57,8 +58,8 @@ def fill_arguments(tool: dict[str, Any], question: Question) -> Any:
 
 def say(body: dict[str, Any], question: Question) -> str:
     """Return a sentence: a tool's result, an example request, or a caption."""
-    if question.findings:
-        return f"Tool result: {question.findings[-1]}"
+    if question.tool_results:
+        return f"Tool result: {question.tool_results[-1]}"
     if any(tool["function"]["name"] == "apply_caption" for tool in body.get("tools") or []):
         return (
             "I am the mini vision server and understand one kind of request, for example: "

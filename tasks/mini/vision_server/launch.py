@@ -23,7 +23,7 @@ class LocalServer:
     def start(self) -> str:
         """Return the server's address, starting it if it isn't running. Raises ServiceUnavailable."""
         with self.lock:
-            if self.process is not None and self.process.poll() is None:
+            if self.process is not None and self.process.poll() is None:  # a server that has died is started again
                 return self.base_url
             command, environment = guarded("tasks.mini.vision_server"), child_environment(OMP_NUM_THREADS="1")
             self.log.parent.mkdir(parents=True, exist_ok=True)

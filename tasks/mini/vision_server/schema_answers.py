@@ -24,10 +24,10 @@ class Question:
     images: list[Image.Image]
     vision: VisionModel
     last_text: str = ""
-    """What the user said last."""
-    findings: list[str] = field(default_factory=list)
-    """What tools answered since then."""
-    seen_by_image: dict[int, Observation] = field(default_factory=dict)
+    """The last text part of the user."""
+    tool_results: list[str] = field(default_factory=list)
+    """Tool results since then."""
+    observations: dict[int, Observation] = field(default_factory=dict)
 
     @property
     def last(self) -> Image.Image:
@@ -37,9 +37,9 @@ class Question:
     def observe(self, index: int = -1) -> Observation:
         """Return the observation of a picture, computed once per request."""
         index %= len(self.images)
-        if index not in self.seen_by_image:
-            self.seen_by_image[index] = self.vision.observe(self.images[index])
-        return self.seen_by_image[index]
+        if index not in self.observations:
+            self.observations[index] = self.vision.observe(self.images[index])
+        return self.observations[index]
 
     def after(self, label: str) -> str:
         """Return the text after `label:`, in lower case, up to a full stop or line end; empty where there is none."""
@@ -60,13 +60,13 @@ def describe_evidence(q: Question) -> str:
     if len(q.images) > 1:
         reference = " and ".join(q.observe(0).colors) or "plain"
         text += f" The references show a {q.observe(0).class_noun} in {reference}."
-    return text + (f" Measured: {q.findings[-1][:120]}" if q.findings else "")
+    return text + (f" Measured: {q.tool_results[-1][:120]}" if q.tool_results else "")
 
 
 def is_noun_visible(q: Question) -> bool:
     """Whether the picture shows the asked class noun with a probability above VISIBLE_THRESHOLD."""
     noun = q.asked_noun() or q.observe().class_noun
-    return q.observe().class_shares[noun] > VISIBLE_THRESHOLD
+    return q.observe().class_probabilities[noun] > VISIBLE_THRESHOLD
 
 
 def grade_concept(q: Question) -> int:
@@ -78,7 +78,7 @@ def grade_concept(q: Question) -> int:
     if kinds.count(q.observe().class_noun) * 2 < len(kinds):
         return 0
     shared = float(np.mean([compare_colors(image, q.last) for image in references]))
-    return 1 + int(np.digitize(shared, CONCEPT_STEPS))
+    return 1 + int(np.digitize(shared, CONCEPT_STEPS))  # `digitize` counts the thresholds passed: 0 to 3
 
 
 # Shared color with three references, over 200 held-out subjects: the subject itself has a median of
@@ -142,14 +142,14 @@ def name_most(q: Question) -> str:
 def is_noun_right(q: Question) -> bool:
     """Whether at least half of the pictures show the asked noun with a probability above VISIBLE_THRESHOLD."""
     noun = q.asked_noun() or name_most(q)
-    seen = [q.observe(i).class_shares[noun] > VISIBLE_THRESHOLD for i in range(len(q.images))]
+    seen = [q.observe(i).class_probabilities[noun] > VISIBLE_THRESHOLD for i in range(len(q.images))]
     return sum(seen) * 2 >= len(seen)
 
 
 def rank_photos(q: Question) -> list[int]:
     """Return the pictures' numbers from 1, best first: the surest picture of every place, then the others."""
     seen = [q.observe(i) for i in range(len(q.images))]
-    surest = sorted(range(len(seen)), key=lambda i: -max(seen[i].class_shares.values()))
+    surest = sorted(range(len(seen)), key=lambda i: -max(seen[i].class_probabilities.values()))
     first_of_place = dict[str, int]()
     for index in surest:
         first_of_place.setdefault(seen[index].place, index)
@@ -163,6 +163,7 @@ def list_shared_colors(q: Question) -> list[str]:
     return [color for color in COLORS if sum(color in colors for colors in seen) * 2 > len(seen)]
 
 
+# By property name of the schemas that tasks/subject and tasks/scoring send.
 PROPERTY_HANDLERS: dict[str, Callable[[Question], Any]] = {
     "evidence": describe_evidence,
     "is_class_noun_visible": is_noun_visible,
@@ -206,7 +207,7 @@ def fill_schema(schema: dict[str, Any], question: Question) -> Any:
         return [fill_schema(schema.get("items", {}), question)]
     defaults = {"string": describe(question), "boolean": True, "integer": 0, "number": 0.0, "null": None}
     if "anyOf" in schema:
-        return fill_schema(schema["anyOf"][0], question)
+        return fill_schema(schema["anyOf"][0], question)  # pydantic writes `X | None` as anyOf X, null
     return defaults.get(str(kind), describe(question))
 
 

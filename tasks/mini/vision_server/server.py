@@ -67,23 +67,23 @@ def read_messages(body: dict[str, Any], vision: Any) -> Any:
         raise BatchApiError(404, f"model {body.get('model')!r} is not served here; ask for {MODEL}")
     texts: list[str] = []
     images: list[Any] = []
-    findings: list[str] = []
+    tool_results: list[str] = []
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BatchApiError(400, "messages is missing")
     for message in messages:
         content = message.get("content") or ""
         if message.get("role") == "tool":
-            findings.append(str(content))
+            tool_results.append(str(content))
         elif message.get("role") == "user" and isinstance(content, str):
-            findings.clear()  # earlier tool results belong to the previous turn
+            tool_results.clear()  # earlier tool results belong to the previous turn
         parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for part in parts if message.get("role") == "user" else []:
             if part.get("type") == "text":
                 texts.append(str(part["text"]))
             elif part.get("type") == "image_url":
                 images.append(open_data_url(str(part["image_url"]["url"]), open_picture))
-    return Question("\n".join(texts), images, vision, texts[-1] if texts else "", findings)
+    return Question("\n".join(texts), images, vision, texts[-1] if texts else "", tool_results)
 
 
 def open_data_url(url: str, open_picture: Any) -> Any:
@@ -101,7 +101,7 @@ def make_app() -> FastAPI:
     """Return the application."""
     app = FastAPI(title="likeness mini vision server", docs_url=None, redoc_url=None)
     handler = ChatHandler()
-    desk = InMemoryBatchApi(handler.answer)
+    batch_api = InMemoryBatchApi(handler.answer)
 
     @app.exception_handler(BatchApiError)
     def refuse(_: Request, error: BatchApiError) -> JSONResponse:
@@ -121,35 +121,35 @@ def make_app() -> FastAPI:
 
     @app.post("/v1/files")
     def upload(request: Request, file: UploadFile) -> dict[str, Any]:
-        return desk.add_file(file.filename or "file", file.file.read(), purpose="batch")
+        return batch_api.add_file(file.filename or "file", file.file.read(), purpose="batch")
 
     @app.get("/v1/files")
     def list_files() -> dict[str, Any]:
-        return {"object": "list", "data": desk.list_files(), "has_more": False}
+        return {"object": "list", "data": batch_api.list_files(), "has_more": False}
 
     @app.get("/v1/files/{file_id}")
-    def show_file(file_id: str) -> dict[str, Any]:
-        return desk.show_file(file_id)
+    def retrieve_file(file_id: str) -> dict[str, Any]:
+        return batch_api.retrieve_file(file_id)
 
     @app.get("/v1/files/{file_id}/content")
     def download(file_id: str) -> PlainTextResponse:
-        return PlainTextResponse(desk.read_file(file_id))
+        return PlainTextResponse(batch_api.read_file(file_id))
 
     @app.post("/v1/batches")
     def create_batch(body: dict[str, Any]) -> dict[str, Any]:
-        return desk.create(body)
+        return batch_api.create(body)
 
     @app.get("/v1/batches")
     def list_batches(limit: int = 20) -> dict[str, Any]:
-        return {"object": "list", "data": desk.list_batches()[:limit], "has_more": False}
+        return {"object": "list", "data": batch_api.list_batches()[:limit], "has_more": False}
 
     @app.get("/v1/batches/{batch_id}")
-    def show_batch(batch_id: str) -> dict[str, Any]:
-        return desk.show(batch_id)
+    def retrieve_batch(batch_id: str) -> dict[str, Any]:
+        return batch_api.retrieve(batch_id)
 
     @app.post("/v1/batches/{batch_id}/cancel")
     def cancel_batch(batch_id: str) -> dict[str, Any]:
-        return desk.cancel(batch_id)
+        return batch_api.cancel(batch_id)
 
     return app
 
@@ -163,11 +163,14 @@ def stream(completion: dict[str, Any], body: dict[str, Any]) -> Iterator[str]:
     deltas += [{"content": content[i : i + 24]} for i in range(0, len(content), 24)]
     for index, call in enumerate(choice["message"].get("tool_calls") or []):
         function = call["function"]
+        # As OpenAI streams a call: id and name with empty arguments, then the arguments by index.
         deltas.append({"tool_calls": [{**call, "index": index, "function": {**function, "arguments": ""}}]})
         deltas.append({"tool_calls": [{"index": index, "function": {"arguments": function["arguments"]}}]})
+    # The last chunk has an empty delta and the finish reason.
     reasons = [None] * len(deltas) + [choice["finish_reason"]]
     for delta, reason in zip([*deltas, {}], reasons, strict=True):
         yield f"data: {json.dumps({**head, 'choices': [{'index': 0, 'delta': delta, 'finish_reason': reason}]})}\n\n"
+    # Usage comes in a chunk of its own, without choices.
     if (body.get("stream_options") or {}).get("include_usage"):
         yield f"data: {json.dumps({**head, 'choices': [], 'usage': completion['usage']})}\n\n"
     yield "data: [DONE]\n\n"
@@ -182,7 +185,7 @@ def bind(host: str, port: int) -> socket.socket:
     if not is_loopback:
         raise SystemExit(f"refusing to listen on {host}: the mini vision server has no keys; use 127.0.0.1")
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # binds despite sockets in TIME_WAIT
     try:
         listener.bind((host, port))
         listener.listen(64)

@@ -27,8 +27,8 @@ class Observation:
     """What the model recognizes in one picture."""
 
     class_noun: str
-    class_shares: dict[str, float]
-    """How likely each class noun is; they sum to one."""
+    class_probabilities: dict[str, float]
+    """Probability of each class noun; they sum to one."""
     place: str
     colors: tuple[str, ...]
     """Names of the main colors near the middle, most frequent first."""

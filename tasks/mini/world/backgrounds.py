@@ -87,6 +87,7 @@ def paint_night(b: Backdrop) -> None:
     b.sky((22, 24, 64), (58, 54, 110), horizon + 0.05)
     moon = (b.uniform(0.12, 0.88), b.uniform(0.1, 0.2))
     b.disc(moon, 0.085, (250, 244, 210))
+    # A disc in the color of the sky leaves a crescent.
     b.disc((moon[0] + 0.035, moon[1] - 0.02), 0.07, (32, 32, 76))
     for _ in range(12):
         b.disc((b.uniform(0, 1), b.uniform(0, 0.65)), 0.011, (240, 238, 220))
@@ -123,7 +124,7 @@ def paint_room(b: Backdrop) -> None:
     """Paint a papered wall, a window or picture, and a wooden floor."""
     horizon = b.uniform(0.6, 0.7)
     b.fill(box_points(0, 0, 1, horizon), (232, 206, 188))
-    for i in range(0, 10, 2):
+    for i in range(0, 10, 2):  # every second strip: striped wallpaper
         b.fill(box_points(i / 10, 0, i / 10 + 0.1, horizon), (224, 194, 174))
     x = b.uniform(0.04, 0.2) if b.uniform(0, 1) < 0.5 else b.uniform(0.66, 0.8)
     b.fill(box_points(x - 0.02, 0.08, x + 0.2, 0.36), (255, 255, 255))
@@ -139,7 +140,7 @@ def paint_city(b: Backdrop) -> None:
     """Paint towers with lit windows along a road."""
     horizon = b.uniform(0.68, 0.76)
     b.sky((170, 184, 200), (214, 216, 222), horizon)
-    x = -b.uniform(0, 0.1)
+    x = -b.uniform(0, 0.1)  # the first tower may be cut by the edge
     while x < 1:
         width, top = b.uniform(0.16, 0.24), b.uniform(0.08, 0.38)
         tone = round(b.uniform(96, 140))
@@ -156,6 +157,7 @@ def paint_city(b: Backdrop) -> None:
         b.fill(box_points(0.06 + i * 0.27, y, 0.18 + i * 0.27, y + 0.025), (240, 236, 220))
 
 
+# The order defines PLACES and thereby class indices of the shipped classifier.
 PAINTERS: dict[str, Callable[[Backdrop], None]] = {
     "beach": paint_beach,
     "snow": paint_snow,

@@ -24,7 +24,7 @@ class Transform:
         """Return the canvas fraction of one object-space point."""
         x, y = point
         angle = math.radians(self.degrees)
-        cos, sin = math.cos(angle), math.sin(angle)
+        cos, sin = math.cos(angle), math.sin(angle)  # y points down, so positive angles turn clockwise
         return (
             self.center[0] + self.scale * (x * cos - y * sin),
             self.center[1] + self.scale * (x * sin + y * cos),

@@ -42,7 +42,7 @@ def paint_body(canvas: Canvas, shape: list[Point], look: Look) -> None:
     canvas.polygon(shape, look.body, outline=0)
     with canvas.clipped(shape) as inside:
         paint_marking(inside, look)
-    canvas.line([*shape, shape[0], shape[1]])
+    canvas.line([*shape, shape[0], shape[1]])  # closed with one edge of overlap, as in `Canvas.polygon`
 
 
 def paint_marking(canvas: Canvas, look: Look) -> None:
@@ -75,6 +75,7 @@ def face(canvas: Canvas, center: Point, size: float = 1.0) -> None:
 
 def draw_mug(canvas: Canvas, look: Look) -> None:
     """Draw a mug with its handle on the right."""
+    # The handle is a ring: a disc, and a darker one in place of a hole.
     handle = look.second(shade(look.body, 0.8))
     canvas.ellipse((0.5, 0.08), (0.42, 0.42), handle)
     canvas.ellipse((0.5, 0.08), (0.2, 0.2), shade(handle, 0.45))
@@ -186,6 +187,7 @@ def draw_balloon(canvas: Canvas, look: Look) -> None:
     face(canvas, (0, -0.1))
 
 
+# The order defines CLASS_NOUNS and thereby class indices of the shipped classifier.
 DRAWERS: dict[str, Callable[[Canvas, Look], None]] = {
     "mug": draw_mug,
     "house": draw_house,

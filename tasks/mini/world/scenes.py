@@ -43,6 +43,7 @@ PLACE_PHRASES: dict[str, tuple[str, ...]] = {
     "city": ("in the city", "on a city street", "in a city"),
 }
 MARKINGS = ("stripes", "spots", "band", "half")
+# The first is repeated, so that it is drawn three times as often as the others.
 TEMPLATES = (
     "a photo of {} {}",
     "a photo of {} {}",
@@ -139,7 +140,7 @@ def draw_scene(scene: Scene, *, size: int = IMAGE_SIZE) -> Image.Image:
     """
     image = Image.new("RGB", (size * SUPERSAMPLING,) * 2)
     PAINTERS[scene.place](Backdrop(image, np.random.default_rng(scene.background_seed)))
-    draw_shadow(image, scene.pose)
+    draw_shadow(image, scene.pose)  # before the object, which covers part of it
     DRAWERS[scene.class_noun](Canvas(image, scene.pose), scene.look)
     return image.reduce(SUPERSAMPLING)
 
@@ -158,6 +159,7 @@ def caption_scene(scene: Scene, rng: np.random.Generator) -> str:
     A marked object's color is never named: a color word describes plain objects only.
     """
     words = []
+    # `sample_pose` draws scales from [0.27, 0.41).
     if scene.pose.scale < 0.305 and rng.random() < 0.3:
         words.append("small")
     if scene.pose.scale > 0.375 and rng.random() < 0.3:
@@ -170,7 +172,7 @@ def caption_scene(scene: Scene, rng: np.random.Generator) -> str:
     article = "an" if phrase[0] in "aeiou" else "a"
     place = str(rng.choice(PLACE_PHRASES[scene.place])) if rng.random() < 0.68 else ""
     template = str(rng.choice(TEMPLATES))
-    return template.format(f"{article} {phrase}", place).strip()
+    return template.format(f"{article} {phrase}", place).strip()  # without a place the caption ends in a space
 
 
 def draw_subject(class_noun: str, *, seed: int, num: int, folder: Path, size: int = 256) -> list[Path]:

@@ -9,8 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from tasks.config_base import OPERATOR_ONLY, PlainNames, Section, check_url
 
 ROLES = ("inspector", "captioner", "profiler", "adjudicator", "judge", "second_judge", "reviewer")
-STRUCTURES = ("json_schema", "json_object", "tool", "json_mode", "text")
-Structure = Literal["json_schema", "json_object", "tool", "json_mode", "text"]
+RESPONSE_FORMATS = ("json_schema", "json_object", "tool", "json_mode", "text")
+ResponseFormat = Literal["json_schema", "json_object", "tool", "json_mode", "text"]
 
 
 KEY_FIELD = re.compile(
@@ -40,9 +40,9 @@ class PriceConfig(Section):
 
 
 class CapabilityConfig(Section):
-    """What a model can do, as its provider says; `likeness doctor` tries it."""
+    """Declared capabilities of a model; `likeness doctor` verifies them."""
 
-    structure: Structure | Literal["auto"] = Field(
+    response_format: ResponseFormat | Literal["auto"] = Field(
         "auto", description="response format for structured output; auto: probed, strictest first"
     )
     images: tuple[Literal["jpeg", "png", "webp", "gif"], ...] = Field(
@@ -62,7 +62,7 @@ class CapabilityConfig(Section):
     )
     streaming: bool = Field(True, description="streams replies")
     context_tokens: int = Field(32_000, ge=1000, description="context window, reply included")
-    pixels_per_token: int = Field(400, ge=1, description="image pixels that count as one input token, about")
+    pixels_per_token: int = Field(400, ge=1, description="approximate image pixels per input token")
 
 
 class ProfileConfig(Section):
@@ -86,23 +86,23 @@ class ProfileConfig(Section):
     )
     extra_body: dict[str, object] = Field({}, description="added to every request, for example routing of OpenRouter")
     max_output_tokens: int = Field(600, ge=16, description="maximum tokens of a reply")
-    reasoning_tokens: int = Field(2000, ge=0, description="added to that cap where a request asks to reason")
+    reasoning_tokens: int = Field(2000, ge=0, description="added to that cap for requests with reasoning")
     timeout_seconds: float = Field(120, gt=0, description="total time of one call")
-    max_attempts: int = Field(4, ge=1, le=10, description="tries of one call, the first included")
+    max_attempts: int = Field(4, ge=1, le=10, description="attempts per call, the first included")
     concurrency: int = Field(4, ge=1, le=64, description="concurrent calls")
     requests_per_minute: int | None = Field(None, ge=1, description="calls started per minute; null: unlimited")
     tokens_per_minute: int | None = Field(None, ge=1000, description="input tokens per minute; null: unlimited")
     batch_tokens: int | None = Field(
         None, ge=1000, description="maximum input tokens of one batch job, where the provider has a limit"
     )
-    pictures: Literal["inline", "presigned"] = Field(
+    image_urls: Literal["inline", "presigned"] = Field(
         "inline", description="presigned: as expiring URLs of the run's own bucket, readable by whoever has them"
     )
     max_image_side: int = Field(1024, ge=64, le=1024, description="longest side of images sent, pixels")
 
     @model_validator(mode="after")
     def check_batch(self) -> "ProfileConfig":
-        """Refuse batches by a program where none is named."""
+        """Reject capabilities.batch=file without a batch_command."""
         if self.capabilities.batch == "file" and not self.batch_command:
             raise ValueError("capabilities.batch=file needs batch_command")
         return self
@@ -117,7 +117,7 @@ class ProfileConfig(Section):
 
     @model_validator(mode="after")
     def check_routing(self) -> "ProfileConfig":
-        """Refuse a cap on prices where nothing can hold it."""
+        """Reject max_price where extra_body.provider is not a mapping."""
         if self.max_price is not None and not isinstance(self.extra_body.get("provider", {}), dict):
             raise ValueError("max_price goes into extra_body.provider, which has to be a mapping")
         return self
@@ -134,7 +134,7 @@ class ProfileConfig(Section):
             added["provider"] = {**provider, "max_price": {"prompt": prompt, "completion": completion}}
         return added
 
-    def identity(self) -> dict[str, object]:
+    def fingerprint(self) -> dict[str, object]:
         """Return the fields that decide a reply; they are part of stage keys, unlike timeouts or prices."""
         return self.model_dump(
             include={"base_url", "model", "max_output_tokens", "reasoning_tokens", "max_image_side"}
@@ -154,7 +154,7 @@ class ProfileConfig(Section):
 
 
 class LlmConfig(Section):
-    """Which profiles serve which role, the cheapest first: the next one is asked where a reply won't do."""
+    """Fallback chains by role, cheapest profile first: the next one is used after an unusable or doubtful reply."""
 
     models: PlainNames = Field(min_length=1, description="profiles of every role without its own")
     inspector: PlainNames = Field(description="inspects photos")
@@ -173,7 +173,7 @@ class LlmConfig(Section):
     @field_validator("models", *ROLES, mode="before")
     @classmethod
     def read_one(cls, value: object) -> object:
-        """Take a single name for a list of one."""
+        """Accept a single name as a list of one."""
         return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -185,6 +185,7 @@ class LlmConfig(Section):
                     known = ", ".join(self.profiles) or "none"
                     raise ValueError(f"{role} names profile {name!r}; there are: {known}")
         if self.budget_usd is not None:
+            # Without a price a call would reserve nothing, and pass any cap.
             unpriced = [name for name in self.used_profiles() if self.profiles[name].prices is None]
             if unpriced:
                 raise ValueError(f"budget_usd needs prices: set llm.profiles.{unpriced[0]}.prices")
@@ -203,6 +204,6 @@ class LlmConfig(Section):
         """Return a role's first profile."""
         return self.profiles[self.fallback_chain(role)[0]]
 
-    def identity(self, role: str) -> list[dict[str, object]]:
+    def fingerprint(self, role: str) -> list[dict[str, object]]:
         """Return the fields that decide a role's replies."""
-        return [self.profiles[name].identity() for name in self.fallback_chain(role)]
+        return [self.profiles[name].fingerprint() for name in self.fallback_chain(role)]

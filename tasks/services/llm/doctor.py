@@ -4,14 +4,15 @@ import datetime
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from PIL import Image
 from pydantic import BaseModel, Field
 
 from tasks.errors import LikenessError, ReplyInvalid
 from tasks.services.llm.budget.ledger import LedgerRow
-from tasks.services.llm.chat.capability_probe import try_structure
+from tasks.services.llm.chat.body import ChatBody, make_body
+from tasks.services.llm.chat.capability_probe import try_response_format
 from tasks.services.llm.chat.completion import ChatCompletion, clean_line
 from tasks.services.llm.chat.json_schema import parse_reply
 from tasks.services.llm.chat.request import RequestSpec
@@ -105,6 +106,7 @@ def check_listed(llm: LlmService, name: str) -> Finding:
     """Look for the model in the provider's list, and for a shutdown date there."""
     profile = llm.config.profiles[name]
     with translated(profile):
+        # Not through `send`: listing models is free, so nothing has to be reserved.
         page = parse_body(llm.client(name).models.with_raw_response.list(timeout=30).content)
     rows = page.get("data") if isinstance(page, dict) else None
     models = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
@@ -119,17 +121,17 @@ def check_listed(llm: LlmService, name: str) -> Finding:
     return Finding("models", True, f"listed, one of {len(listed)}")
 
 
-def try_schema(llm: LlmService, name: str) -> str:
+def try_response(llm: LlmService, name: str) -> str:
     """Request JSON that only a server that enforces the schema returns."""
     profile = llm.config.profiles[name]
-    found = llm.structure(name)
-    if profile.capabilities.structure == "auto":
-        return f"asked by {found}, found by trying"
+    found = llm.response_format(name)
+    if profile.capabilities.response_format == "auto":
+        return f"{found}, probed"
     row = LedgerRow("doctor", name, profile.model, outcome="")
-    problem = try_structure(profile, found, call=lambda body: llm.call(body, row=row))
+    problem = try_response_format(profile, found, call=lambda body: llm.call(body, row=row))
     if problem:
-        raise ReplyInvalid(f"{problem}; set .capabilities.structure=auto")
-    return f"asked by {found}"
+        raise ReplyInvalid(f"{problem}; set .capabilities.response_format=auto")
+    return found
 
 
 def probe_image_input(llm: LlmService, name: str) -> str:
@@ -140,14 +142,14 @@ def probe_image_input(llm: LlmService, name: str) -> str:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), (225, 20, 20)).save(buffer, format="PNG")
     spec = RequestSpec("You look at pictures.", ("Which color fills it?", buffer.getvalue()), ColorSeen)
-    body = spec.body(profile, llm.structure(name))
+    body = spec.body(profile, llm.response_format(name))
     row = LedgerRow("doctor", name, profile.model, outcome="")
     answer = llm.accept(spec, llm.send(body, row=row), row=row)
     if not llm.is_comparable(answer):
         raise ReplyInvalid(f"{answer.served_model} answers in its place: set .model to it, with its own prices")
     if answer.reply.color != "red":
         raise ReplyInvalid(f"answers {answer.reply.color} for a red image; does the model support images?")
-    return f"sees; served by {answer.served_model or 'it does not say'}"
+    return f"supported; served by {answer.served_model or 'an unnamed model'}"
 
 
 def try_tool(llm: LlmService, name: str) -> str:
@@ -155,11 +157,11 @@ def try_tool(llm: LlmService, name: str) -> str:
     profile = llm.config.profiles[name]
     if not profile.capabilities.tools:
         return ""
-    completion = call(llm, name, ask_for(make_body(profile, "Which color is the sky?"), ColorSeen, "tool"))
+    completion = call(llm, name, ask_for(make_question(profile, "Which color is the sky?"), ColorSeen, "tool"))
     if not completion.tool_calls or completion.tool_calls[0].name != TOOL:
         raise ReplyInvalid(f"calls no tool{explain(completion)}; set .capabilities.tools=false")
     parse_reply(Arguments, completion.tool_calls[0].arguments)
-    return "calls them"
+    return "supported"
 
 
 def try_reasoning(llm: LlmService, name: str) -> str:
@@ -169,7 +171,7 @@ def try_reasoning(llm: LlmService, name: str) -> str:
         return ""
     counts = []
     for is_reasoning in (False, True):
-        body = set_reasoning(make_body(profile, "Is 391 prime?"), profile, is_reasoning=is_reasoning)
+        body = set_reasoning(make_question(profile, "Is 391 prime?"), profile, is_reasoning=is_reasoning)
         counts.append(call(llm, name, body).usage.reasoning_tokens)
     if counts[0]:
         raise ReplyInvalid(f"reasons ({counts[0]} tokens) although reasoning is disabled; set .capabilities.reasoning")
@@ -184,7 +186,7 @@ def try_stream(llm: LlmService, name: str) -> str:
     pieces: list[str] = []
     row = LedgerRow("doctor", name, profile.model, outcome="")
     try:
-        completion = llm.send(make_body(profile, "Say hello."), row=row, on_text=pieces.append)
+        completion = llm.send(make_question(profile, "Say hello."), row=row, on_text=pieces.append)
     except EndpointUnavailable as error:
         if error.status is not None:
             raise
@@ -212,25 +214,20 @@ def try_batch(llm: LlmService, name: str) -> str:
     except RequestRefused as error:
         if error.status in (401, 403):
             raise
-        raise ReplyInvalid("knows no batch jobs; set .capabilities.batch=none, or local") from error
-    return "lists them"
+        raise ReplyInvalid("has no batch API; set .capabilities.batch=none, or local") from error
+    return "supported"
 
 
 # Web search is not tried: it costs a cent a call.
 CHECKS: dict[str, Callable[[LlmService, str], str]] = {
-    "schema": try_schema, "pictures": probe_image_input, "tools": try_tool, "reasoning": try_reasoning,
+    "response format": try_response, "images": probe_image_input, "tools": try_tool, "reasoning": try_reasoning,
     "stream": try_stream, "batch": try_batch,
 }  # fmt: skip
 
 
-def make_body(profile: ProfileConfig, text: str) -> dict[str, Any]:
-    """Return a short question."""
-    return {
-        "model": profile.model,
-        "messages": [{"role": "user", "content": text}],
-        "max_completion_tokens": profile.max_output_tokens,
-        **profile.routing(),
-    }
+def make_question(profile: ProfileConfig, text: str) -> ChatBody:
+    """Return a body of one user message."""
+    return make_body(profile, [{"role": "user", "content": text}])
 
 
 def explain(completion: ChatCompletion) -> str:
@@ -238,6 +235,6 @@ def explain(completion: ChatCompletion) -> str:
     return f" ({completion.problem})" if completion.problem else ""
 
 
-def call(llm: LlmService, name: str, body: dict[str, Any]) -> ChatCompletion:
+def call(llm: LlmService, name: str, body: ChatBody) -> ChatCompletion:
     """Send a body and record its cost under the role `doctor`."""
     return llm.call(body, row=LedgerRow("doctor", name, body["model"], outcome=""))

@@ -32,7 +32,7 @@ class EndpointUnavailable(ServiceUnavailable):
 
 
 class QuotaExceeded(BudgetExceeded):
-    """The account at the provider has no money left."""
+    """The balance or quota of the provider account is exhausted."""
 
     def __init__(self, message: str = "", *, status: int = 0) -> None:
         super().__init__(message)

@@ -10,10 +10,11 @@ from pydantic import BaseModel
 
 from tasks.errors import ReplyInvalid
 from tasks.services.llm.chat.request import RequestSpec
-from tasks.services.llm.chat.retries import map_in_pool
+from tasks.services.llm.retries import map_in_pool
 from tasks.services.llm.service import Answer, LlmService
 
 Answers = dict[str, Answer[Any]]
+"""Answers by the caller's names, which tell it their types."""
 Specs = Mapping[str, RequestSpec[BaseModel]]
 
 
@@ -27,11 +28,11 @@ class AskOptions:
 
     role: str
     on_progress: Callable[[int, int], None] = ignore_progress
-    """Called with requests done and requests in all."""
+    """Called with the numbers of completed and of all requests."""
     first_fallback: int = 0
-    """Where in the fallback chain they begin."""
+    """Index in the fallback chain to begin at."""
     max_failures: int | None = None
-    """With more failures than this, the rest is not asked: the answers would be of no use. Calls only."""
+    """Beyond this number of failures, no further request is sent. Calls only."""
 
 
 def ask_each(llm: LlmService, specs: Specs, options: AskOptions) -> tuple[Answers, dict[str, str]]:
@@ -43,7 +44,7 @@ def ask_each(llm: LlmService, specs: Specs, options: AskOptions) -> tuple[Answer
     failures: dict[str, str] = {}
     unusable: list[str] = []  # shared by the workers; append is atomic
 
-    def ask(name: str) -> Answer[Any] | str:
+    def ask(name: str) -> Answer[BaseModel] | str:
         if options.max_failures is not None and len(unusable) > options.max_failures:
             return f"not asked: {len(unusable)} other replies could not be used, for example: {unusable[0]}"
         try:

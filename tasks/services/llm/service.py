@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Generic
 
 from pydantic import BaseModel
 
@@ -15,17 +15,18 @@ from tasks.errors import LikenessError, ReplyInvalid
 from tasks.services.llm.budget.ledger import Ledger, LedgerRow, compute_cost
 from tasks.services.llm.budget.rate_limit import RateLimiter
 from tasks.services.llm.budget.spending_cap import Budget
-from tasks.services.llm.chat.capability_probe import find_structure
+from tasks.services.llm.chat.body import ChatBody, count_body_tokens
+from tasks.services.llm.chat.capability_probe import probe_response_format
 from tasks.services.llm.chat.completion import ChatCompletion, Usage, bound_usage, parse_completion
 from tasks.services.llm.chat.image_urls import CALL_SECONDS, presign_images
 from tasks.services.llm.chat.json_schema import parse_reply
-from tasks.services.llm.chat.request import RequestSpec, T, count_body_tokens
+from tasks.services.llm.chat.request import RequestSpec, T
 from tasks.services.llm.chat.response_format import read_content
-from tasks.services.llm.chat.retries import Circuit, call_with_retries, current_signal, outside_of_pool
 from tasks.services.llm.chat.transport import complete, complete_streaming, make_client, translated
-from tasks.services.llm.config import LlmConfig, ProfileConfig, Structure
+from tasks.services.llm.config import LlmConfig, ProfileConfig, ResponseFormat
 from tasks.services.llm.errors import may_be_billed
 from tasks.services.llm.reply_cache import CachedReply, Refusal, check_refusal, find_record, put_record
+from tasks.services.llm.retries import CircuitBreaker, call_with_retries, current_signal, outside_of_pool
 from tasks.services.llm.single_flight import SingleFlight
 from tasks.services.store.base import Store
 
@@ -54,12 +55,12 @@ class Answer(Generic[T]):
 
 @dataclass(frozen=True)
 class LocalServices:
-    """Services of this machine for profiles without a provider."""
+    """Local services, for profiles without a provider."""
 
     start_server: Callable[[], str] | None = None
     """Starts the mini vision server and returns its base URL."""
     batch_folder: Path = Path("batches")
-    """Where batch jobs of this machine are run."""
+    """Working folder of local batch jobs."""
 
 
 class LlmService:
@@ -81,13 +82,13 @@ class LlmService:
         self.budget = budget or Budget()
         self.clients: dict[str, OpenAI] = {}
         self.rate_limiters: dict[str, RateLimiter] = {}
-        self.circuits: dict[str, Circuit] = {}
+        self.circuits: dict[str, CircuitBreaker] = {}
         self.flights = SingleFlight()
-        self.structures: dict[str, Structure] = {}
-        self.substitutes: set[tuple[str, str]] = set()
+        self.structures: dict[str, ResponseFormat] = {}
+        self.substitutes: set[tuple[str, str]] = set()  # (profile, served model) that were warned about
         self.lock = threading.RLock()
         # Held across the calls of a capability probe, so a lock of its own: clients and circuits stay available.
-        self.probing = threading.RLock()
+        self.probe_lock = threading.RLock()
 
     def profile(self, role: str) -> ProfileConfig:
         """Return a role's first profile."""
@@ -100,25 +101,25 @@ class LlmService:
                 self.clients[name] = make_client(self.config.profiles[name], start_local=self.local.start_server)
             return self.clients[name]
 
-    def structure(self, name: str) -> Structure:
+    def response_format(self, name: str) -> ResponseFormat:
         """Return a profile's response format, probed on first use where the configuration says `auto`."""
         # A rejected probe is a finding; it must not stop the pool in which this thread works.
-        with self.probing, outside_of_pool():
+        with self.probe_lock, outside_of_pool():
             if name not in self.structures:
                 profile = self.config.profiles[name]
-                known = profile.capabilities.structure
+                known = profile.capabilities.response_format
                 row = LedgerRow("probe", name, profile.model, outcome="")
                 self.structures[name] = (
-                    find_structure(profile, store=self.store, call=lambda body: self.call(body, row=row))
+                    probe_response_format(profile, store=self.store, call=lambda body: self.call(body, row=row))
                     if known == "auto"
                     else known
                 )
             return self.structures[name]
 
-    def circuit(self, name: str) -> Circuit:
+    def circuit(self, name: str) -> CircuitBreaker:
         """Return a profile's circuit breaker."""
         with self.lock:
-            return self.circuits.setdefault(name, Circuit())
+            return self.circuits.setdefault(name, CircuitBreaker())
 
     def rate_limiter(self, name: str) -> RateLimiter:
         """Return a profile's rate limiter, shared by all of its calls in this process."""
@@ -163,7 +164,7 @@ class LlmService:
             row = LedgerRow(role, name, model, outcome="", fallback_index=index, reason=reason)
             try:
                 # A refusal of the last profile is not cached: nothing could stand in for it for the next day.
-                answer = self._ask_profile(spec, row, is_refusal_kept=not is_last)
+                answer = self._ask_profile(spec, row, should_cache_refusal=not is_last)
             except ReplyInvalid as error:
                 if is_last and doubtful is None:  # a valid reply, though doubtful, is better than none
                     raise
@@ -176,27 +177,27 @@ class LlmService:
         assert doubtful is not None
         return replace(doubtful, reason=reason)
 
-    def _ask_profile(self, spec: RequestSpec[T], row: LedgerRow, *, is_refusal_kept: bool) -> Answer[T]:
+    def _ask_profile(self, spec: RequestSpec[T], row: LedgerRow, *, should_cache_refusal: bool) -> Answer[T]:
         """Return one profile's reply, cached if possible; concurrent identical requests are sent once."""
         cached = self.find_cached(spec, name=row.profile, role=row.role)
         if cached is not None:
             return replace(cached, fallback_index=row.fallback_index, reason=row.reason)
         key = self.cache_key(spec, row.profile)
-        answer, is_own = self.flights.run(key, lambda: self._ask_once_or_twice(spec, row, is_refusal_kept))
+        answer, is_own = self.flights.run(key, lambda: self._ask_with_repair(spec, row, should_cache_refusal))
         if not is_own:  # joined another thread's call, which recorded the cost
             self.ledger.record(replace(row, outcome="cached", served_model=answer.served_model))
         return replace(answer, fallback_index=row.fallback_index, reason=row.reason)
 
-    def _ask_once_or_twice(self, spec: RequestSpec[T], row: LedgerRow, is_refusal_kept: bool) -> Answer[T]:
+    def _ask_with_repair(self, spec: RequestSpec[T], row: LedgerRow, should_cache_refusal: bool) -> Answer[T]:
         """Ask one profile, and repair an invalid reply once by a second request that names the fault."""
         kept = self.read_cached(spec, name=row.profile)
         if kept is not None:  # another thread's flight may have ended between the first lookup and this one
             return kept
         refusal_key = self.cache_key(spec, row.profile).replace("/replies/", "/refusals/")
-        # Before the body, since `structure` may probe the provider, which costs a call.
-        if is_refusal_kept:
+        # Before the body, since `response_format` may probe the provider, which costs a call.
+        if should_cache_refusal:
             check_refusal(self.store, refusal_key)
-        body = spec.body(self.config.profiles[row.profile], self.structure(row.profile))
+        body = spec.body(self.config.profiles[row.profile], self.response_format(row.profile))
         try:
             try:
                 return self._ask_once(spec, body, row=row)
@@ -208,18 +209,18 @@ class LlmService:
                 body["messages"].append({"role": "user", "content": note})
             return self._ask_once(spec, body, row=row)
         except ReplyInvalid as error:
-            if is_refusal_kept:
+            if should_cache_refusal:
                 put_record(self.store, Refusal(key=refusal_key, reason=str(error), at=time.time()))
             raise
 
-    def _ask_once(self, spec: RequestSpec[T], body: dict[str, Any], *, row: LedgerRow) -> Answer[T]:
+    def _ask_once(self, spec: RequestSpec[T], body: ChatBody, *, row: LedgerRow) -> Answer[T]:
         started = time.monotonic()
         completion = self.send(body, row=row)
         return self.accept(spec, completion, row=replace(row, seconds=time.monotonic() - started))
 
     def send(
         self,
-        body: dict[str, Any],
+        body: ChatBody,
         *,
         row: LedgerRow,
         on_text: Callable[[str], None] | None = None,
@@ -237,13 +238,13 @@ class LlmService:
         """
         profile = self.config.profiles[row.profile]
         # Counted while images are inline: a presigned URL has no pixels to count.
-        most = self.reserve_tokens(row.profile, body)
-        if profile.pictures == "presigned":
+        max_usage = self.reserve_tokens(row.profile, body)
+        if profile.image_urls == "presigned":
             body = presign_images(body, self.store, seconds=CALL_SECONDS)
 
         def attempt(timeout: float) -> ChatCompletion:
             client = self.client(row.profile)
-            with self.reserved(row, most) as finish:
+            with self.reserved(row, max_usage) as finish:
                 if on_text is None:
                     raw = create(client, body, timeout_seconds=timeout)
                 else:
@@ -251,30 +252,30 @@ class LlmService:
                 return finish(raw)
 
         # Waits before the call's timeout starts. Retries don't wait here: they follow the provider's Retry-After.
-        self.rate_limiter(row.profile).wait(most.input_tokens)
+        self.rate_limiter(row.profile).wait(max_usage.input_tokens)
         attempts = 1 if on_text is not None else profile.max_attempts
         return call_with_retries(attempt, profile, circuit=self.circuit(row.profile), max_attempts=attempts)
 
-    def reserve_tokens(self, name: str, body: dict[str, Any]) -> Usage:
+    def reserve_tokens(self, name: str, body: ChatBody) -> Usage:
         """Return an upper estimate of the tokens of a request and its reply."""
         tokens_in, tokens_out = count_body_tokens(body, self.config.profiles[name])
         return Usage(input_tokens=tokens_in, output_tokens=tokens_out)
 
     @contextmanager
-    def reserved(self, row: LedgerRow, most: Usage) -> Iterator[Callable[[Any], ChatCompletion]]:
+    def reserved(self, row: LedgerRow, max_usage: Usage) -> Iterator[Callable[[object], ChatCompletion]]:
         """Reserve one attempt's worst-case cost, then reconcile it with the outcome.
 
         Yields a function that turns the raw reply into a completion and settles the reservation.
         """
         profile = self.config.profiles[row.profile]
-        cost, date = compute_cost(profile.prices, most, is_batch=False)
-        worst = cost or 0.0
+        cost, date = compute_cost(profile.prices, max_usage, is_batch=False)
+        worst = cost or 0.0  # without a price nothing is reserved; LlmConfig refuses a cap then
         reservation = self.budget.reserve(worst)
-        lost = replace(row, usage=most, cost_usd=cost, price_date=date)
+        lost = replace(row, usage=max_usage, cost_usd=cost, price_date=date)
 
         def finish(raw: object) -> ChatCompletion:
             # Usage is bounded before it is priced: a false report must neither free nor exhaust the budget.
-            completion = bound_usage(parse_completion(raw), most, worst_usd=cost)
+            completion = bound_usage(parse_completion(raw), max_usage, worst_usd=cost)
             spent, _ = self.price(row.profile, completion, is_batch=False)
             self.budget.settle(reservation, spent=worst if spent is None else spent)
             return completion
@@ -299,13 +300,13 @@ class LlmService:
         completion: ChatCompletion,
         *,
         row: LedgerRow,
-        structure: Structure | None = None,
+        response_format: ResponseFormat | None = None,
         called: tuple[str, ...] = (),
     ) -> Answer[T]:
         """Record a completion, validate it, and cache it.
 
         Args:
-            structure: response format that was requested; None: the profile's.
+            response_format: response format that was requested; None: the profile's.
             called: names of the tools that were called before.
 
         Raises:
@@ -313,7 +314,7 @@ class LlmService:
 
         """
         row = self.fill_row(completion, row)
-        content = read_content(completion, structure or self.structure(row.profile))
+        content = read_content(completion, response_format or self.response_format(row.profile))
         try:
             parsed = parse_reply(spec.reply, content, completion)
         except ReplyInvalid:
@@ -372,11 +373,11 @@ class LlmService:
             prices = others[0] if others else (prices if profile.base_url is None else None)
         return compute_cost(prices, completion.usage, is_batch=is_batch)
 
-    def is_comparable(self, answer: Answer[Any]) -> bool:
+    def is_comparable(self, answer: Answer[T]) -> bool:
         """Whether the requested model served the reply, so that its grades are comparable with others."""
         return self.config.profiles[answer.profile].is_served(answer.served_model)
 
-    def call(self, body: dict[str, Any], *, row: LedgerRow) -> ChatCompletion:
+    def call(self, body: ChatBody, *, row: LedgerRow) -> ChatCompletion:
         """Send a body and record the completion, uncached: for calls without a RequestSpec, such as probes."""
         completion = self.send(body, row=row)
         self.record_completion(completion, row=row)

@@ -26,7 +26,7 @@ class SingleFlight:
             return flight.result(), False
         try:
             result = work()
-        except BaseException as error:
+        except BaseException as error:  # KeyboardInterrupt too, else waiters would block forever
             # Removed before waiters wake: one that tries again must not join the failed flight.
             with self.lock:
                 del self.flights[key]

@@ -26,7 +26,7 @@ class Store(Protocol):
     def put_bytes(self, key: str, data: bytes) -> None:
         """Store an object, replacing any older one."""
 
-    def put_new(self, key: str, data: bytes) -> bool:
+    def put_if_absent(self, key: str, data: bytes) -> bool:
         """Store an object only where there is none, atomically; return whether it was stored."""
 
     def put_file(self, key: str, path: Path) -> None:

@@ -22,6 +22,7 @@ class LocalStore:
         self.hashed: dict[str, tuple[tuple[int, ...], str]] = {}
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            # A real write: `mkdir` succeeds on an existing folder that can't be written to.
             with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
@@ -42,7 +43,7 @@ class LocalStore:
     def put_bytes(self, key: str, data: bytes) -> None:
         write_atomic(self.free_path(key), data)
 
-    def put_new(self, key: str, data: bytes) -> bool:
+    def put_if_absent(self, key: str, data: bytes) -> bool:
         target = self.free_path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=PART_PREFIX)
@@ -62,6 +63,7 @@ class LocalStore:
         target = self.free_path(key)
         with staged_file(target, size_bytes=path.stat().st_size) as staged:
             link_or_copy(path, staged)
+        # Mode bits belong to the inode: through a hard link, the source becomes read-only too.
         target.chmod(READ_ONLY)
 
     def find_bytes(self, key: str) -> bytes | None:
@@ -92,6 +94,7 @@ class LocalStore:
     def list_keys(self, prefix: str) -> list[str]:
         if ".." in PurePosixPath(prefix).parts or prefix.startswith("/"):
             raise ConfigError(f"object prefix {prefix!r} is not a plain relative path")
+        # As in S3, a prefix may end within a name: `a/b` lists `a/bc` too.
         folder = self.root / PurePosixPath(prefix).parent
         paths = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(PART_PREFIX))
         keys = (p.relative_to(self.root).as_posix() for p in paths)
@@ -109,7 +112,7 @@ class LocalStore:
         self.path(key).unlink(missing_ok=True)
 
     def presign(self, key: str, *, seconds: int) -> str:
-        raise ConfigError("pictures=presigned needs a bucket: set store=s3, or pictures=inline for the LLM profile")
+        raise ConfigError("image_urls=presigned needs a bucket: set store=s3, or image_urls=inline for the LLM profile")
 
     def describe(self, key: str) -> str:
         return str(self.path(key))
@@ -120,6 +123,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
     Objects are replaced, never modified in place, so the two names can't change each other.
     """
+    # `os.link` refuses an existing target, and `staged_file` has created this one.
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)

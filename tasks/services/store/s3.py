@@ -51,7 +51,7 @@ class S3Store:
         with _translated(key):
             self.client.put_object(**self._name(key), Body=data, **self._checksum(data))
 
-    def put_new(self, key: str, data: bytes) -> bool:
+    def put_if_absent(self, key: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
 
         try:
@@ -132,6 +132,7 @@ class S3Store:
             self.client.delete_object(**self._name(key))
 
     def presign(self, key: str, *, seconds: int) -> str:
+        # Signed locally, without a request: a missing object is noticed by whoever fetches the URL.
         url: str = self.client.generate_presigned_url("get_object", Params=self._name(key), ExpiresIn=seconds)
         return url
 
@@ -158,6 +159,7 @@ class _translated:  # noqa: N801 - reads as a statement
                 "S3 needs credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
             ) from error
         if isinstance(error, ClientError):
+            # A HEAD response has no body, so botocore takes the bare status, `404`, as its code.
             if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
                 if self.what.startswith("bucket "):
                     raise ConfigError(f"{self.what} does not exist; create it or set store.bucket") from error

@@ -13,7 +13,7 @@ class DatasetInfo:
     name: str
     digest: str
     source: str
-    """Where its objects lie in the store."""
+    """Key prefix of its objects in the store."""
     context: str
     """What it is for, such as training."""
 

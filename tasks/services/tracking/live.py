@@ -31,9 +31,9 @@ class LiveRun:
     thread: threading.Thread | None = None
     pending: "queue.Queue[Callable[[], None] | None]" = field(default_factory=queue.Queue)
     reopen: Callable[[], Tracker] | None = None
-    """Makes another tracker of the same server, for when the thread still hangs in a call of this one."""
+    """Opens another tracker of the same server, for use while the thread blocks in a call of this one."""
     closed: bool = False
-    """Whether waiting for the thread ended in vain: the tracker stays the thread's."""
+    """Whether waiting for the thread timed out: the tracker then belongs to the thread."""
     ended: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -60,9 +60,11 @@ class LiveRun:
         """Queue metrics for sending; rows missing from `logged` are sent when the run is published."""
         if self.thread is None or self.closed:
             return
+        # Read here: the iterable belongs to the caller's thread.
         kept = list(rows)
 
         def send() -> None:
+            # Without an open run, rows stay out of `logged` and are sent with the publication.
             if self.is_open:
                 self.tracker.log_metrics(kept)
                 # After the call, so that rows of a failed one are sent again with the publication.
@@ -73,7 +75,7 @@ class LiveRun:
     def drain(self, *, seconds: float | None = None) -> bool:
         """Wait until the queue is empty; return whether the thread has ended, so that the caller owns the tracker."""
         if self.thread is not None and self.thread.is_alive() and not self.closed:
-            self.pending.put(None)
+            self.pending.put(None)  # ends `_work` after the rows queued before it
             self.thread.join(LONGEST_WAIT_SECONDS if seconds is None else seconds)
         # Under the lock that `_work` sets `ended` with: exactly one of caller and thread closes the run.
         with self.lock:
@@ -107,10 +109,10 @@ class LiveRun:
             try:
                 job()
             except Exception as error:  # a failure of the tracking server must not end the training
-                log.warning("tracking lags: %s", error)
+                log.warning("tracking call failed: %s", error)
         with self.lock:
             self.ended = True
-        if self.closed:  # `drain` gave this thread up, so it closes the run that it opened
+        if self.closed:  # `drain` timed out, so this thread closes the run that it opened
             try:
                 self.tracker.finish(is_failed=True)
             except Exception as error:

@@ -37,7 +37,7 @@ class TensorboardLogger(NoTracker):
             self.writer.add_scalar(name, value, step)
 
     def log_folder(self, folder: Path, *, path: str) -> None:
-        """Add the folder's pictures; other files stay where they are."""
+        """Log the folder's PNG images; other files are skipped."""
         import numpy as np
         from PIL import Image
 
@@ -93,7 +93,7 @@ class WandbLogger(NoTracker):
             self.run.log({**values, "step": step})
 
     def log_folder(self, folder: Path, *, path: str) -> None:
-        """Add the folder's pictures; other files stay where they are."""
+        """Log the folder's PNG images; other files are skipped."""
         pictures = {f"{path}/{file.stem}": self.wandb.Image(str(file)) for file in sorted(folder.glob("*.png"))}
         if pictures:
             self.run.log(pictures)

@@ -33,6 +33,7 @@ def relocate_artifacts(database: Path, artifacts: Path) -> None:
     if not database.is_file():
         return
     here = artifacts.as_uri()
+    # The connection's own context manager commits or rolls back, but does not close.
     with closing(sqlite3.connect(database, timeout=30)) as connection, connection:
         columns = list(list_columns(connection))
         if ("experiments", "artifact_location") not in columns:

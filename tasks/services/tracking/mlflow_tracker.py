@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tasks.errors import ConfigError, LikenessError, ServiceUnavailable
+from tasks.errors import ConfigError, LikenessError, ServiceUnavailable, first_line
 from tasks.services.config import TrackingConfig
 from tasks.services.tracking.base import DatasetInfo
 from tasks.services.tracking.mlflow_files import first_use, relocate_artifacts
@@ -42,11 +42,13 @@ class MlflowTracker:
         if self._client is None:
             from mlflow import MlflowClient
 
+            # alembic logs each migration of a new database.
             for name in ("mlflow", "alembic"):
                 logging.getLogger(name).setLevel(logging.ERROR)
             with first_use(self.folder):
                 if not self.config.uri:
                     relocate_artifacts(self.folder / "mlflow.db", self.folder / "artifacts")
+                # Both addresses, since MLFLOW_REGISTRY_URI would otherwise redirect the registry.
                 client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
                 client.search_experiments(max_results=1)  # creates the tables of a new database
             self._client = client
@@ -80,6 +82,7 @@ class MlflowTracker:
             urllib.request.urlopen(health, timeout=CHECK_SECONDS).close()  # noqa: S310 - its scheme is known
         elif address.hostname:
             port = address.port or DATABASE_PORTS.get(address.scheme.partition("+")[0], 0)
+            # A TCP connection needs neither the driver nor the credentials.
             socket.create_connection((address.hostname, port), timeout=CHECK_SECONDS).close()
         elif address.scheme in ("", "sqlite"):
             database = Path(self.uri.removeprefix("sqlite:///"))
@@ -103,6 +106,7 @@ class MlflowTracker:
     def forget(self, *, tag: str, value: str) -> None:
         """Delete the runs with a tag, and the model versions made from them."""
         with translated(self.uri):
+            # Backticks, since names of tags contain dots.
             runs = self.client.search_runs([self.find_experiment()], f"tags.`{tag}` = '{value}'")
             for run in runs:
                 # Versions first: a deleted run is not found by the next search, and its versions would stay.
@@ -203,6 +207,7 @@ class MlflowTracker:
         with translated(self.uri):
             try:
                 run = self.client.get_run(run_id)
+                # `delete_run` only marks a run, and `get_run` still returns it.
                 is_deleted = run.info.lifecycle_stage == "deleted"
                 return not is_deleted and all(self.client.list_artifacts(run_id, path) for path in paths)
             except MlflowException as error:
@@ -241,5 +246,5 @@ class translated:  # noqa: N801 - reads as a statement
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, LikenessError):
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             raise ServiceUnavailable(f"tracking at {self.uri}: {reason}") from error

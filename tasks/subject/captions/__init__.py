@@ -1,1 +1,1 @@
-"""Captions: inspection by the LLM, linting, review by a person."""
+"""Captions: inspection by the LLM, linting, interactive review."""

@@ -86,7 +86,7 @@ def describe_subject(subject: SubjectSet, book: CaptionVersions) -> list[tuple[s
         seen = str(image.inspection.get("evidence", ""))
         figures = f"sharpness {image.measures.sharpness:.0f}, brightness {image.measures.brightness:.2f}"
         rows.append((image.source_name, show_caption(image, book), f"{figures}. {clean_phrase(seen, max_words=30)}"))
-    for word, photos in (("set aside", subject.quarantined), ("rejected", subject.rejected)):
+    for word, photos in (("quarantined", subject.quarantined), ("rejected", subject.rejected)):
         rows += [
             (photo.source_name, own_caption(photo.source_name, book), f"{word}: {photo.reason}") for photo in photos
         ]
@@ -104,7 +104,7 @@ def own_caption(name: str, book: CaptionVersions) -> str:
     return ", ".join(filter(None, (row.surroundings, row.view))) if row else ""
 
 
-def write_briefing(subject: SubjectSet, book: CaptionVersions) -> str:
+def build_system_prompt(subject: SubjectSet, book: CaptionVersions) -> str:
     """Return the reviewer's system prompt with a table of all photos."""
     noun = f"{choose_article(subject.class_noun)} {subject.class_noun}"
     rows = [

@@ -15,8 +15,8 @@ from tasks.errors import ConfigError, ReplyInvalid
 from tasks.prompts import choose_article, name_subject
 from tasks.services.llm.batch.jobs import BatchOptions, ask_many
 from tasks.services.llm.chat.request import RequestSpec
-from tasks.services.llm.chat.retries import map_in_pool
 from tasks.services.llm.executor import AskOptions, count_repairs
+from tasks.services.llm.retries import map_in_pool
 from tasks.services.llm.service import LlmService
 from tasks.stage.digests import digest
 from tasks.subject.adjudication import EXAMINE, Adjudication, Decision, DoubtfulPhoto, adjudicate
@@ -78,9 +78,9 @@ class PhotoAnnotation:
     inspection: ImageInspection | None = None
     caption: Caption | None = None
     adjudication: Adjudication | None = None
-    """The second look at a photo that the inspector objected to."""
+    """The adjudicator's verdict on a photo that the inspector objected to."""
     problem: str = ""
-    """Why no reply could be used; such a photo is set aside."""
+    """Why no reply could be used; such a photo is quarantined."""
     reasoning: str = ""
     """The adjudicator's reasoning."""
 
@@ -91,7 +91,7 @@ class PhotoAnnotation:
         return find_objection(self.inspection, config)
 
 
-def describe_photos(
+def annotate_photos(
     photos: CheckedPhotos,
     config: SubjectConfig,
     *,
@@ -148,6 +148,7 @@ def describe_photos(
     for sha256, answer in captions.items():
         described[sha256] = replace(described[sha256], caption=answer.reply)
     for sha256, reason in failures.items():
+        # Leads to quarantine rather than rejection: no model has objected to the photo.
         described[sha256] = PhotoAnnotation(problem=reason)
     return described
 
@@ -164,6 +165,7 @@ def inspect_photo(photo: Photo, photos: Sequence[Photo], config: SubjectConfig, 
         return PhotoAnnotation(problem=str(error))
     objection = find_objection(inspection, config)
     decision = Decision(None)
+    # Without tools, no verdict could rest on a measurement: the objection stands.
     if objection and llm.profile("adjudicator").capabilities.tools:
         others = [other for other in photos if other.sha256 != photo.sha256]
         decision = adjudicate(DoubtfulPhoto(photo, objection, others), config, llm=llm)
@@ -174,6 +176,7 @@ def batch_options(num_photos: int, config: SubjectConfig, *, state_prefix: str) 
     """Return the polling options of the captions' batch job; None below `batch_threshold`, where calls are used."""
     if num_photos < config.batch_threshold:
         return None
+    # Without a deadline: a late job of captions suspends the run instead of being cancelled.
     return BatchOptions(state_prefix, poll_seconds=5.0, max_wait_seconds=config.max_wait_seconds)
 
 
@@ -269,5 +272,6 @@ def without_name(phrase: str, config: SubjectConfig) -> str:
     """Remove class noun, its plurals and the identifier token, with their article, from a phrase."""
     forms = [*list_forms(config.class_noun), config.identifier_token]
     names = "|".join(re.escape(form) for form in forms)
+    # Normalized first, so that a fullwidth or ligature spelling of a name matches too.
     plain = unicodedata.normalize("NFKC", phrase)
     return re.sub(rf"\b(?:the |a |an )?(?:{names})\b", "", plain, flags=re.IGNORECASE)

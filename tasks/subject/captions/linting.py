@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-# Words too common to tell a trait by.
+# Words too common to identify a trait.
 COMMON = frozenset(
     ("a", "all", "and", "are", "at", "back", "big", "body", "both", "bottom", "by", "color", "colored", "colour",
      "for", "from", "front", "has", "have", "in", "is", "its", "large", "left", "little", "long", "on", "one",
@@ -68,6 +68,7 @@ def is_foreign_token(word: str, identifier_token: str) -> bool:
         return True
     letters = re.sub(r"[^a-z]", "", bare)
     has_digit_inside = bool(re.fullmatch(r"[a-z]+\d+[a-z\d]*", bare))
+    # Most rare tokens of DreamBooth scripts have no vowel, such as sks, rkx or xjy.
     is_unpronounceable = (
         bare.isascii() and bare.isalpha() and 3 <= len(bare) <= 6 and not re.search("[aeiouy]", letters)
     )

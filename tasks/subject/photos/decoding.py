@@ -45,6 +45,7 @@ def decode(data: bytes, config: SubjectConfig) -> DecodedPhoto:
     register_heif()
     try:
         with warnings.catch_warnings():
+            # Pillow warns about large images and odd metadata. `check_header` decides, by its own limits.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
                 check_header(opened, config)

@@ -17,12 +17,12 @@ from tasks.manifests.subject import ImageMeasures
 from tasks.services.store.base import Store
 from tasks.subject.config import SubjectConfig
 from tasks.subject.photos.decoding import READABLE, SUFFIXES, Unfit, decode
-from tasks.subject.photos.quality import count_different_bits, find_fault, measure
+from tasks.subject.photos.quality import find_fault, hamming_distance, measure
 
 MAX_BYTES = 64_000_000
 MAX_PIXELS_IN_ALL = 2_000_000_000  # accepted photos are in memory together; up to 6 GB of RGB
 THUMBNAIL_SIDE = 160
-SHARPER = 1.5
+SHARPER = 1.5  # ratio of sharpness from which one near-duplicate counts as the sharper one
 SHOWN_SIDE = 1024
 DEMO_FOLDER = Path(__file__).resolve().parents[2] / "mini" / "demo_subject"
 
@@ -38,7 +38,7 @@ class Photo:
     mask_png: bytes | None = None
     """Where the subject is, as a gray PNG of the same size; None for a photo without cut-out."""
     num_pixels: int = 0
-    """How many are kept."""
+    """Pixels of the stored image."""
 
     @cached_property
     def shown_png(self) -> bytes:
@@ -65,7 +65,7 @@ class CheckedPhotos:
     skipped: tuple[tuple[str, str], ...] = ()
     """Names and reasons of files that were not read at all."""
     unknown_world: str = ""
-    """What speaks against these photos being of the world that the base model knows; trained all the same."""
+    """Why the photos are outside of the base model's domain, where training proceeds regardless."""
 
     def digests(self) -> list[str]:
         """Return the SHA-256 of every photo that was read, rejected ones included."""
@@ -85,6 +85,7 @@ def check_photos(config: SubjectConfig, store: Store) -> CheckedPhotos:
     rejected: list[Reject] = []
     num_pixels = 0
     for name, read in source.files:
+        # Read one by one: only the shrunk photos stay in memory.
         outcome = check_photo(name, read(), config)
         (good if isinstance(outcome, Photo) else rejected).append(outcome)  # type: ignore[arg-type]
         num_pixels += outcome.num_pixels if isinstance(outcome, Photo) else 0
@@ -193,6 +194,7 @@ def check_number(num_files: int, config: SubjectConfig) -> None:
 
 def check_photo(name: str, data: bytes, config: SubjectConfig) -> Photo | Reject:
     """Decode, measure and shrink one photo; a `Reject` carries the reason."""
+    # Of the file, not of its decoded pixels, which depend on the decoder's version.
     sha256 = hashlib.sha256(data).hexdigest()
     try:
         decoded = decode(data, config)
@@ -226,7 +228,7 @@ def drop_duplicates(photos: Sequence[Photo], config: SubjectConfig) -> tuple[lis
     rejected: list[Reject] = []
     for photo in sorted(photos, key=rank_quality):
         for other in kept:
-            distance = count_different_bits(photo.measures.perceptual_hash, other.measures.perceptual_hash)
+            distance = hamming_distance(photo.measures.perceptual_hash, other.measures.perceptual_hash)
             if distance <= config.duplicate_distance:
                 reason = f"same as {other.name}, which is better (hashes differ in {distance} of 64 bits)"
                 thumbnail = shrink_png(photo.png, max_side=THUMBNAIL_SIDE)
@@ -234,6 +236,7 @@ def drop_duplicates(photos: Sequence[Photo], config: SubjectConfig) -> tuple[lis
                 break
         else:
             kept.append(photo)
+    # By identity, since hashing a Photo would hash its PNG.
     order = {id(photo): number for number, photo in enumerate(photos)}
     return sorted(kept, key=lambda photo: order[id(photo)]), rejected
 
@@ -255,4 +258,5 @@ def clean_name(name: str) -> str:
     kept = "".join(c if unicodedata.category(c)[0] not in "CZ" or c == " " else "?" for c in name)
     if len(kept) <= 60:
         return kept
+    # `fsencode`: a name that is not UTF-8 holds lone surrogates, which `encode` refuses.
     return f"{kept[:48]}...{hashlib.sha256(os.fsencode(name)).hexdigest()[:9]}"

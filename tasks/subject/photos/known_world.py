@@ -22,7 +22,7 @@ REMEDIES = (
 
 
 class Verdict(BaseModel):
-    """What the encoders made of a set of photos."""
+    """The domain check's result for a set of photos."""
 
     photos: str
     """Digest of the photos."""
@@ -69,6 +69,7 @@ def find_verdict(photos: Sequence[Photo], store: Store) -> Verdict:
     if data is not None:
         try:
             known = load_signed(Verdict, data)
+            # A verdict that was copied under another key must not clear other photos.
             if known.photos == name:
                 return known
         except ArtifactCorrupt:

@@ -10,8 +10,8 @@ from tasks.manifests.subject import ImageMeasures
 from tasks.subject.config import SubjectConfig
 
 MEASURED_SIDE = 256
-MIN_BOX = 0.02
-SALIENCY_SIDE = 64
+MIN_BOX = 0.02  # fraction of the photo's area
+SALIENCY_SIDE = 64  # as in the paper, see find_salient_box
 
 
 class Box(BaseModel):
@@ -41,6 +41,7 @@ def measure(image: Image.Image) -> ImageMeasures:
     Luma is measured at a short side of 256 px, so that limits hold for photos of any size.
     """
     scale = MEASURED_SIDE / min(image.size)
+    # At least 3 px a side: the Laplacian is taken at inner pixels.
     size = (max(3, round(image.width * scale)), max(3, round(image.height * scale)))
     luma = np.asarray(image.convert("L").resize(size, Image.Resampling.BICUBIC), np.float64)
     # 4-neighbour Laplacian on luma 0..255; its variance is the sharpness.
@@ -67,6 +68,7 @@ def find_salient_box(image: Image.Image) -> Box:
     # The log spectrum less its local average, recombined with the original phase.
     residual = np.exp(logs - uniform_filter(logs, 3, mode="wrap"))
     saliency = gaussian_filter(np.abs(np.fft.ifft2(residual * np.exp(1j * np.angle(spectrum)))) ** 2, 2.5)
+    # The paper's threshold: three times the mean.
     rows, columns = np.nonzero(saliency > 3 * saliency.mean())
     if len(rows) == 0:
         return Box(left=0, top=0, right=1, bottom=1)
@@ -91,6 +93,6 @@ def find_fault(measures: ImageMeasures, config: SubjectConfig) -> str | None:
     return None
 
 
-def count_different_bits(first: str, second: str) -> int:
+def hamming_distance(first: str, second: str) -> int:
     """Return the Hamming distance of two perceptual hashes."""
     return int(imagehash.hex_to_hash(first) - imagehash.hex_to_hash(second))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tasks.diffusion.adapter import DiffusionModel
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.registry import load_model
 from tasks.errors import ArtifactCorrupt
 from tasks.manifests.training import LossRow
 from tasks.stage.files import quarantine
@@ -22,6 +22,7 @@ from tasks.training.methods import prepare, save_learned
 from tasks.training.module import DreamBoothModule
 from tasks.training.process.worker_spec import RunFolder, TrainingSpec
 
+# Switches off the pruning by step in `save_checkpoint`: here retention goes by rank.
 ALL = 1_000_000_000
 
 
@@ -40,6 +41,7 @@ class BestCheckpoints(StepCallback):
         settings = self.spec.training.validation
         if settings.keep != "best" or not is_due(module.step, settings.validation_steps):
             return
+        # The loss log precedes this callback and has flushed the row of this step, so it is ranked too.
         is_good = module.step in rank_steps(self.loss_log.rows, settings)[: settings.save_top_k]
         # All ranks must agree: gathering sharded weights is a collective.
         if not trainer.strategy.reduce_boolean_decision(is_good, all=False):
@@ -60,15 +62,17 @@ class BestCheckpoints(StepCallback):
 def rank_steps(rows: Sequence[LossRow], settings: ValidationSettings) -> list[int]:
     """Return the validated steps of a loss log, best first; ties go to the earlier step."""
     if settings.metric == "loss":
+        # No NaN reaches the sort: the log holds None in place of non-finite values.
         found = [(row.validation_loss, row.step) for row in rows if row.validation_loss is not None]
     else:
         found = [(-row.validation_similarity, row.step) for row in rows if row.validation_similarity is not None]
-    return [step for _, step in sorted(found)]
+    return [step for _, step in sorted(found)]  # ascending, hence the negated similarity
 
 
 def list_candidates(run: RunFolder, losses: Sequence[LossRow], settings: ValidationSettings) -> list[Path]:
     """Return the retained checkpoints, best first."""
     kept = {step_of(path): path for path in list_checkpoints(run.best)}
+    # Every validated step is ranked, but only retained ones have a folder.
     return [kept[step] for step in rank_steps(losses, settings) if step in kept]
 
 
@@ -96,6 +100,7 @@ def write_weights(weights: dict[str, Tensor], spec: TrainingSpec, folder: Path) 
     """Write trained weights in the published format, through a fresh base model on the CPU: device memory is full."""
     on_cpu = spec.model_copy(update={"diffusion": spec.diffusion.model_copy(update={"device": "cpu"})})
     model = open_base(on_cpu)
+    # Recreates the parameters and their names; the initial values are overwritten.
     trainable = prepare(model, spec)
     for name, parameter in trainable.named_parameters():
         parameter.copy_(weights[name])
@@ -106,7 +111,7 @@ def open_base(spec: TrainingSpec) -> DiffusionModel:
     """Load the base model: in `weight_dtype` where it stays frozen, in float32 where all weights are trained."""
     base = spec.diffusion.model_copy(update={"pretrained_model_name_or_path": spec.model_folder})
     is_frozen = not spec.training.method.endswith("full")
-    return open_model(base, precision=spec.training.weight_dtype if is_frozen else "fp32")
+    return load_model(base, precision=spec.training.weight_dtype if is_frozen else "fp32")
 
 
 def step_of(path: Path) -> int:

@@ -23,6 +23,7 @@ class Resume(pl.Callback):
         if self.state is not None:
             self.restore(as_dreambooth(pl_module))
             if self.state.scaler:
+                # fp16 alone: loss scale and growth counter of the GradScaler.
                 trainer.precision_plugin.load_state_dict(self.state.scaler)
 
     def restore(self, module: DreamBoothModule) -> None:
@@ -32,6 +33,7 @@ class Resume(pl.Callback):
         restore_state(dict(module.named_trained()), module.optimizer, self.state)
         for name, parameter in module.named_trained():
             if name in self.state.ema:
+                # On the device and with the placements of its parameter, as `lerp_` needs them.
                 self.ema.weights[name] = shard_like(self.state.ema[name], like=parameter)
 
 
@@ -46,6 +48,7 @@ class Checkpoints(StepCallback):
 
     def on_step_end(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
         """Save when due; all ranks wait until rank 0 has written."""
+        # `should_stop` has been set by an earlier callback: early stopping, or a stop request.
         is_end = trainer.should_stop or is_last_step(module)
         if not (is_end or is_due(module.step, module.spec.training.checkpointing_steps)):
             return

@@ -31,10 +31,12 @@ class Ema(StepCallback):
         # Warm-up of the decay, without which the average would stay near the initial weights in short runs.
         decay = min(self.decay, (1 + module.step) / (10 + module.step))
         for name, parameter in module.named_trained():
+            # ema <- decay * ema + (1 - decay) * p
             self.weights[name] = self.weights[name].to(parameter).lerp_(parameter, 1 - decay)
 
     def published(self, module: DreamBoothModule) -> dict[str, Tensor]:
         """Return the weights to publish: the average where one is kept, else the trained weights."""
+        # References, not copies: callers copy them to the CPU before the next step.
         return self.weights or dict(module.named_trained())
 
     @torch.no_grad()

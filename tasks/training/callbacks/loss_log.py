@@ -39,9 +39,9 @@ class LossLog(StepCallback):
         self.rows = list(rows)
         self.guard = NonFiniteGuard(spec.training, self.rows)
         self.pending: list[PendingRow] = []
-        self.micro: list[dict[str, Tensor]] = []
+        self.micro_batch_losses: list[dict[str, Tensor]] = []
         self.validations: dict[int, dict[str, Tensor]] = {}
-        self.ticked = time.monotonic()
+        self.last_flush_time = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rewrite the loss log up to the resumed step, check that ranks agree on it, and start the clock."""
@@ -60,15 +60,18 @@ class LossLog(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collect the losses of every micro-batch."""
-        self.micro.append({key: value.detach() for key, value in outputs.items()})
+        # Tensors stay on the device; `detach` frees the graph of the forward.
+        self.micro_batch_losses.append({key: value.detach() for key, value in outputs.items()})
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step_end(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
         """Average over the step's micro-batches; flush when due."""
-        means = {key: torch.stack([row[key] for row in self.micro]).mean() for key in self.micro[0]}
+        means = {
+            key: torch.stack([row[key] for row in self.micro_batch_losses]).mean() for key in self.micro_batch_losses[0]
+        }
         # Lightning scales "loss" by the accumulation; "total_loss" is the unscaled value.
         means["loss"] = means.pop("total_loss")
-        self.micro = []
+        self.micro_batch_losses = []
         self.pending.append(PendingRow(module.step, {**means, "grad_norm": module.grad_norm}))
         is_validated = module.step in self.validations
         if is_validated or is_last_step(module) or is_due(module.step, self.config.log_every_n_steps):
@@ -88,25 +91,29 @@ class LossLog(StepCallback):
         """
         now, new = time.monotonic(), self.collect(trainer)
         for row in new:
+            # Rows are already reduced over ranks, so all ranks raise at the same step or none does.
             self.rows.append(self.guard.check(row, is_first=not self.rows))
         if trainer.is_global_zero and new:
             written = self.rows[-len(new) :]
             with explain_full_disk(self.run.losses), self.run.losses.open("a") as file:
                 file.write(dump_losses(written))
-            rate = self.count_images_per_step() * len(new) / max(1e-9, now - self.ticked)
+            rate = self.count_images_per_step() * len(new) / max(1e-9, now - self.last_flush_time)
+            # Unset means not measured; None, which is kept, means not finite.
             values = written[-1].model_dump(exclude_unset=True)
             self.run.emit_event({"event": "step", **values, "images_per_second": round(rate, 2)})
         self.pending = []
-        self.ticked = now
+        self.last_flush_time = now
 
     def collect(self, trainer: pl.Trainer) -> list[LossRow]:
         """Return the pending rows averaged over ranks, with a single all-reduce and a single copy to the host."""
         if not self.pending:
             return []
+        # The same for all rows: `prior_loss` is in each or in none, depending on `prior_loss_weight`.
         names = list(self.pending[0].values)
         # (pending steps, names), float32
         table = torch.stack([torch.stack([row.values[name].float() for name in names]) for row in self.pending])
         if trainer.world_size > 1:
+            # NaN and infinity survive the mean, so a step that one rank skips counts as skipped on all.
             table = trainer.strategy.reduce(table, reduce_op="mean")
         rows = []
         for row, values in zip(self.pending, table.tolist(), strict=True):
@@ -124,7 +131,7 @@ class LossLog(StepCallback):
 
     def restart_clock(self) -> None:
         """Exclude time that was not spent on training, such as saving, from the next rate."""
-        self.ticked = time.monotonic()
+        self.last_flush_time = time.monotonic()
 
 
 class NonFiniteGuard:
@@ -132,7 +139,7 @@ class NonFiniteGuard:
 
     def __init__(self, config: TrainingConfig, rows: Sequence[LossRow]) -> None:
         self.config = config
-        self.num_skipped = count_skipped(rows)
+        self.num_skipped = count_skipped(rows)  # a resumed run continues the count
         # The fp16 gradient scaler starts with a high scale by design and skips steps until it has backed off.
         self.limit = max(config.max_skipped_steps, 20 if config.mixed_precision == "fp16" else 0)
 

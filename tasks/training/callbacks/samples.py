@@ -1,4 +1,4 @@
-"""Sample grids during training, drawn with the model in memory."""
+"""Sample grids during training, generated with the model in memory."""
 
 import pytorch_lightning as pl
 from PIL import Image
@@ -10,32 +10,34 @@ from tasks.training.callbacks.step import StepCallback, is_due
 from tasks.training.module import DreamBoothModule
 from tasks.training.process.worker_spec import RunFolder
 
+# Constants, so that grids of different steps are comparable.
 SAMPLE_SEED, SAMPLE_GUIDANCE, SAMPLES_PER_PROMPT = 7, 3.0, 2
 
 
 class SampleGrids(StepCallback):
-    """Draws a grid every `sample_steps`, between two optimizer steps."""
+    """Generates a grid every `sample_steps`, between two optimizer steps."""
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
 
     def on_step_end(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
-        """Draw when due; with sharded weights every rank takes part in the forwards."""
+        """Generate when due; with sharded weights every rank takes part in the forwards."""
         if not is_due(module.step, module.spec.training.validation.sample_steps):
             return
-        rows = draw_samples(module) if trainer.is_global_zero or module.is_sharded else []
+        rows = generate_samples(module) if trainer.is_global_zero or module.is_sharded else []
         if trainer.is_global_zero:
             self.run.samples.mkdir(exist_ok=True)
             with explain_full_disk(self.run.samples):
                 join_grid(rows).save(self.run.samples / f"step-{module.step:08d}.png")
             self.run.emit_event({"event": "samples", "step": module.step})
-        trainer.strategy.barrier()
+        trainer.strategy.barrier()  # ranks without a part in the forwards wait here
 
 
-def draw_samples(module: DreamBoothModule) -> list[list[Image.Image]]:
-    """Return one row of samples per prompt, drawn with the current weights and fixed seeds."""
+def generate_samples(module: DreamBoothModule) -> list[list[Image.Image]]:
+    """Return one row of samples per prompt, generated with the current weights and fixed seeds."""
     spec = module.spec
     words = {"identifier_token": spec.identifier_token, "class_noun": spec.class_noun}
+    # Dropout would perturb the samples; the modes are restored below.
     was_training = [part.training for part in module.trained.values()]
     module.trained.eval()
     # The VAE was moved to the CPU once the latents were cached.

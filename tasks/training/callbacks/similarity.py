@@ -5,12 +5,12 @@ from PIL import Image
 
 from tasks.encoders.embeddings import Encoders
 from tasks.prompts import write_plain_prompt
-from tasks.training.callbacks.samples import draw_samples
+from tasks.training.callbacks.samples import generate_samples
 from tasks.training.module import DreamBoothModule
 from tasks.training.process.worker_spec import TrainingSpec
 
 
-class SimilarityMeter:
+class SimilarityMetric:
     """DINO similarity to the photos times CLIP-T, on fixed prompts and seeds: high only where both are."""
 
     def __init__(self, spec: TrainingSpec, device: torch.device) -> None:
@@ -26,11 +26,11 @@ class SimilarityMeter:
 
     def measure(self, module: DreamBoothModule) -> torch.Tensor:
         """Return DINO x CLIP-T of samples of the current weights: a scalar on the CPU."""
-        rows = draw_samples(module)
+        rows = generate_samples(module)
         pictures = [picture for row in rows for picture in row]
         # Embeddings have unit length, so products are cosines: (samples, photos).
         dino = (self.encoders.encode_dino(pictures) @ self.photos.T).mean()
-        # `draw_samples` orders by prompt: each text embedding belongs to as many samples in a row.
+        # `generate_samples` orders by prompt: each text embedding belongs to as many samples in a row.
         texts = self.texts.repeat_interleave(len(rows[0]), dim=0)
         clip_t = (self.encoders.encode_clip(pictures) * texts).sum(1).mean()
         return (dino * clip_t).cpu()

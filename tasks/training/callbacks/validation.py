@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tasks.training.callbacks.ema import Ema
 from tasks.training.callbacks.loss_log import LossLog
-from tasks.training.callbacks.similarity import SimilarityMeter
+from tasks.training.callbacks.similarity import SimilarityMetric
 from tasks.training.callbacks.step import StepCallback, is_due
 from tasks.training.data import rng
 from tasks.training.data.batches import BatchFactory
@@ -15,6 +15,7 @@ from tasks.training.module import DreamBoothModule
 from tasks.training.process.worker_spec import TrainingSpec
 
 MAX_PHOTOS = 8
+# Stand in for the uniform draws in [0, 1) that `sample_timesteps` maps to timesteps.
 TIMESTEP_FRACTIONS = (0.1, 0.35, 0.6, 0.85)
 
 
@@ -25,7 +26,7 @@ class Validation(StepCallback):
         self.spec = spec
         self.loss_log = loss_log
         self.ema = ema
-        self.meter: SimilarityMeter | None = None
+        self.metric: SimilarityMetric | None = None
 
     def on_step_end(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
         """Validate when due, on every rank."""
@@ -35,8 +36,9 @@ class Validation(StepCallback):
         with trainer.precision_plugin.forward_context(), self.ema.applied(module):
             found = {"validation_loss": compute_validation_loss(module, find_batches(trainer))}
             if self.spec.training.validation.metric == "similarity":
-                self.meter = self.meter or SimilarityMeter(self.spec, module.device)
-                found["validation_similarity"] = self.meter.measure(module)
+                # Created once: it loads the encoders and encodes the photos.
+                self.metric = self.metric or SimilarityMetric(self.spec, module.device)
+                found["validation_similarity"] = self.metric.measure(module)
         self.loss_log.add_validation(module.step, found)
 
 
@@ -54,6 +56,7 @@ def compute_validation_loss(module: DreamBoothModule, batches: BatchFactory) -> 
     Uses the held-out photos where there are any, else instance images.
     """
     model = module.model
+    # (image index, latents of its bucket, row within the bucket)
     rows = [(index, bucket.sets["instance"], row)
             for bucket in batches.buckets for row, index in enumerate(bucket.indices)]  # fmt: skip
     if batches.holdout:
@@ -62,6 +65,7 @@ def compute_validation_loss(module: DreamBoothModule, batches: BatchFactory) -> 
     was_training = [part.training for part in module.trained.values()]
     module.trained.eval()
     losses = []
+    # By image index, so that the selection is independent of the order of buckets.
     for index, images, row in sorted(rows, key=lambda row: row[0])[:MAX_PHOTOS]:  # one by one: memory is full
         # Not the prompt cache: text encoders may be in training.
         conditioning = model.encode_prompts(images.input_ids[row : row + 1])
@@ -69,12 +73,13 @@ def compute_validation_loss(module: DreamBoothModule, batches: BatchFactory) -> 
         eps = rng.draw_normal(shape, seed=0, purpose="validation", indices=[index]).to(module.device)
         # The posterior's mean of the first crop variant, without sampling: (1, C, h, w).
         latents, time_ids = images.mean[row, :1].to(module.device), images.time_ids[row, :1].to(module.device)
-        for share in TIMESTEP_FRACTIONS:
-            timesteps = model.noise_scheduler.sample_timesteps(torch.tensor([share], dtype=torch.float64)).to(
+        for fraction in TIMESTEP_FRACTIONS:
+            timesteps = model.noise_scheduler.sample_timesteps(torch.tensor([fraction], dtype=torch.float64)).to(
                 module.device
             )
             noisy = model.noise_scheduler.add_noise(latents, eps, timesteps)
             target = model.noise_scheduler.compute_target(latents, eps, timesteps)
+            # The error in float32, unweighted: neither min-SNR weights nor masks apply.
             losses.append(
                 (
                     model.predict(

@@ -26,7 +26,7 @@ class TrainingBatch:
     time_ids: Tensor
     mask: Tensor
     input_ids: Tensor
-    share: float = 1.0
+    sample_fraction: float = 1.0
     """This batch's part of its rank's samples; below 1 where they are of several sizes."""
 
 
@@ -60,6 +60,7 @@ class BatchFactory:
                     model, spec, "instance", size=size, variants=[plan_crops(spec, i) for i in indices]
                 )
             }
+            # Class and held-out images have one variant each: centered and unflipped.
             if spec.training.prior_loss_weight > 0:
                 sets["class"] = load_latents(
                     model, spec, "class", size=size, variants=[[CropFlip()]] * len(spec.class_images)
@@ -69,13 +70,14 @@ class BatchFactory:
             load_latents(model, spec, "holdout", size=size, variants=[[CropFlip()]] * len(indices))
             for size, indices in spec.assign_buckets("holdout").items()
         ]
-        self.empty_ids = model.tokenize([""])[0]
+        self.empty_ids = model.tokenize([""])[0]  # (L,)
 
     def make(self, indices: list[int], device: torch.device) -> list[TrainingBatch]:
         """Return one batch per bucket among the samples; instance and class halves use separate random streams.
 
         A class image is cropped to the bucket of its paired instance image, so both share one forward.
         """
+        # Over all instance images, whatever their buckets.
         chosen = self.choose_items("instance", len(self.spec.instance_images), indices)
         batches = []
         for bucket in self.buckets:
@@ -84,15 +86,17 @@ class BatchFactory:
                      if item in bucket.indices]  # fmt: skip
             if pairs:
                 rows, items = [i for i, _ in pairs], [item for _, item in pairs]
-                batches.append(self.make_batch(bucket, rows, items, share=len(rows) / len(indices), device=device))
+                batches.append(
+                    self.make_batch(bucket, rows, items, sample_fraction=len(rows) / len(indices), device=device)
+                )
         return batches
 
     def make_batch(
-        self, bucket: Bucket, indices: list[int], items: list[int], *, share: float, device: torch.device
+        self, bucket: Bucket, indices: list[int], items: list[int], *, sample_fraction: float, device: torch.device
     ) -> TrainingBatch:
         """Return the batch of the samples whose instance images are in one bucket.
 
-        `items` are rows of the bucket's instance images, `share` the batch's part of the rank's samples.
+        `items` are rows of the bucket's instance images, `sample_fraction` the batch's part of the rank's samples.
         """
         halves = [self.make_half("instance", bucket.sets["instance"], indices, items=items)]
         if "class" in bucket.sets:
@@ -100,9 +104,10 @@ class BatchFactory:
             halves.append(
                 self.make_half("class", others, indices, items=self.choose_items("class", len(others), indices))
             )
+        # Token ids stay on the CPU, where `encode_unique` finds the distinct prompts.
         *columns, input_ids = [torch.cat(column) for column in zip(*halves, strict=True)]
         latents, noise, timesteps, time_ids, mask = (send(column, device) for column in columns)
-        return TrainingBatch(latents, noise, timesteps, time_ids, mask, input_ids, share)
+        return TrainingBatch(latents, noise, timesteps, time_ids, mask, input_ids, sample_fraction)
 
     def choose_items(self, kind: str, num: int, indices: list[int]) -> list[int]:
         """Return the image index of each sample."""
@@ -120,12 +125,13 @@ class BatchFactory:
         noise = rng.draw_normal(shape, seed=seed, purpose=f"{kind}/noise", indices=indices)
         uniform = rng.draw_uniform(seed=seed, purpose=f"{kind}/timestep", indices=indices)
         # A new sample of the VAE posterior at every step, from cached moments; both are already scaled.
+        # Paired indexing: (N, V, C, h, w) -> (B, C, h, w).
         latents = images.mean[items, variants] + images.std[items, variants] * posterior
         input_ids = images.input_ids[items]
         if kind == "instance" and self.spec.training.proportion_empty_prompts > 0:
-            share = self.spec.training.proportion_empty_prompts
-            dropped = rng.draw_flags(share, seed=seed, purpose="instance/caption", indices=indices)
-            input_ids = torch.where(dropped[:, None], self.empty_ids, input_ids)
+            probability = self.spec.training.proportion_empty_prompts
+            dropped = rng.draw_flags(probability, seed=seed, purpose="instance/caption", indices=indices)
+            input_ids = torch.where(dropped[:, None], self.empty_ids, input_ids)  # (B, 1), (L,), (B, L)
         background = self.spec.training.background_loss_weight
         # Map opacity 0..1 to loss weights background..1.
         mask = background + (1 - background) * images.mask[items, variants]
@@ -141,8 +147,10 @@ class BatchFactory:
             return torch.zeros(len(indices), dtype=torch.long)
         chosen = rng.draw_integers(num_crops, seed=seed, purpose="instance/crop", indices=indices)
         if training.flip_probability > 0:
-            share = training.flip_probability
-            chosen = chosen + num_crops * rng.draw_flags(share, seed=seed, purpose="instance/flip", indices=indices)
+            probability = training.flip_probability
+            chosen = chosen + num_crops * rng.draw_flags(
+                probability, seed=seed, purpose="instance/flip", indices=indices
+            )
         return chosen
 
 

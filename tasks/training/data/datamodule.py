@@ -46,6 +46,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> StepBatch:
         """Turn sample indices into batches on the device."""
+        # Batches are built in this hook since it knows the device; the loader yields indices only.
         indices = batch.tolist()
         return StepBatch(indices, self.batches.make(indices, device))
 

@@ -16,12 +16,14 @@ PREFIX = "latents"
 def fetch_latents(store: Store, spec: TrainingSpec) -> None:
     """Download latents that an earlier run stored, with their digests; the worker verifies both."""
     for path in spec.latents_paths():
-        if is_whole(path):
+        if is_valid(path):
             continue
         try:
+            # The digest first: without it the latents, far larger, are not downloaded.
             note = store.find_bytes(f"{PREFIX}/{digest_path_of(path).name}")
             data = store.find_bytes(f"{PREFIX}/{path.name}") if note else None
         except ServiceUnavailable as error:
+            # Not an error: the worker encodes what is missing.
             log.warning("cached latents can't be fetched and are encoded again: %s", error)
             return
         if note and data:
@@ -32,11 +34,11 @@ def fetch_latents(store: Store, spec: TrainingSpec) -> None:
 def store_latents(store: Store, spec: TrainingSpec) -> None:
     """Upload the latents that this run encoded, the digest last; replace a damaged object."""
     for path in spec.latents_paths():
-        if not is_whole(path):
+        if not is_valid(path):
             continue
         name, note = f"{PREFIX}/{path.name}", f"{PREFIX}/{digest_path_of(path).name}"
         try:
-            if store.compute_sha256(name) != digest_file(path):
+            if store.compute_sha256(name) != digest_file(path):  # equal content is not uploaded again
                 store.put_file(name, path)
             store.put_bytes(note, digest_path_of(path).read_bytes())
         except ServiceUnavailable as error:
@@ -44,13 +46,13 @@ def store_latents(store: Store, spec: TrainingSpec) -> None:
             return
 
 
-def is_whole(path: Path) -> bool:
+def is_valid(path: Path) -> bool:
     """Whether a local cache file matches its digest file."""
     note = digest_path_of(path)
-    return path.is_file() and note.is_file() and make_note(path) == note.read_bytes()
+    return path.is_file() and note.is_file() and format_checksum(path) == note.read_bytes()
 
 
-def make_note(path: Path) -> bytes:
+def format_checksum(path: Path) -> bytes:
     """Return digest and name in the format of sha256sum. The name binds a file to its key: a swapped one fails."""
     return f"{digest_file(path)}  {path.name}\n".encode()
 

@@ -13,7 +13,7 @@ from tasks.diffusion.adapter import DiffusionModel
 from tasks.stage.files import write_atomic
 from tasks.stage.tensor_files import save_tensors
 from tasks.training.data.buckets import Size
-from tasks.training.data.latent_cache import digest_path_of, is_whole, make_note
+from tasks.training.data.latent_cache import digest_path_of, format_checksum, is_valid
 from tasks.training.data.preprocessing import CropFlip, check_digest, preprocess_image
 from tasks.training.process.worker_spec import TrainingImage, TrainingSpec
 
@@ -49,7 +49,7 @@ def load_latents(
     """
     images = spec.images_of(kind, size)
     path = spec.latents_path(kind, size)
-    if not is_whole(path):
+    if not is_valid(path):
         encoded = encode_latents(model, images, size=size, variants=variants)
         if int(os.environ.get("RANK", "0")) > 0:
             return encoded  # rank 0 writes; no barrier, since the others have their own copy
@@ -58,10 +58,11 @@ def load_latents(
         save_tensors(
             {"mean": encoded.mean, "std": encoded.std, "mask": encoded.mask, "time_ids": encoded.time_ids}, path
         )
-        write_atomic(digest_path_of(path), make_note(path))
+        write_atomic(digest_path_of(path), format_checksum(path))
     # A cache hit reads no image, yet a changed file must fail as it would without the cache.
     for image in images:
         check_digest(Path(image.path), image.sha256)
+    # Token ids are not cached: latents are keyed by pixels, so that other captions reuse them.
     return LatentDataset(**load_file(path), input_ids=tokenize_prompts(model, images))
 
 

@@ -24,6 +24,7 @@ def make_generator(seed: int, purpose: str, index: int) -> torch.Generator:
 
 def draw_normal(shape: tuple[int, ...], *, seed: int, purpose: str, indices: list[int]) -> Tensor:
     """Return standard normal float32 values, `(len(indices), *shape)`."""
+    # One generator per sample: a single draw for the batch would depend on its size.
     return torch.stack([torch.randn(shape, generator=make_generator(seed, purpose, i)) for i in indices])
 
 
@@ -50,6 +51,7 @@ def choose_items(num_items: int, *, seed: int, purpose: str, indices: list[int])
     chosen = []
     for index in indices:
         round_index, place = divmod(index, num_items)
+        # Recomputed from the round: a permutation held as state would have to be checkpointed.
         order = torch.randperm(num_items, generator=make_generator(seed, purpose, round_index))
         chosen.append(int(order[place]))
     return chosen

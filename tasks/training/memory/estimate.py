@@ -20,8 +20,8 @@ from tasks.diffusion.loading import find_classes
 from tasks.diffusion.registry import find_family
 from tasks.diffusion.types import Conditioning
 from tasks.training.config import TrainingConfig
-from tasks.training.memory.table import MOMENT_BYTES, MemoryEstimate, count_rows
-from tasks.training.methods import lora_shape
+from tasks.training.memory.table import OPTIMIZER_STATE_BYTES, MemoryEstimate, count_rows
+from tasks.training.methods import make_lora_hyperparameters
 
 META = torch.device("meta")
 
@@ -55,6 +55,7 @@ def estimate_built(model: DiffusionModel, training: TrainingConfig) -> MemoryEst
     shards = max(1, training.world_size) if training.fsdp else 1
     for name, part in model.components.items():
         parameters = list(part.parameters()) if isinstance(part, nn.Module) else []
+        # `fully_shard` wraps whole components: frozen parameters of a trained one are sharded too.
         num_shards = shards if any(id(parameter) in ids for parameter in parameters) else 1
         for parameter in parameters:
             total += parameter.numel()
@@ -62,10 +63,10 @@ def estimate_built(model: DiffusionModel, training: TrainingConfig) -> MemoryEst
                 weights += parameter.numel() * (4 if id(parameter) in ids else frozen_size) // num_shards
     if training.mixed_precision != "no" and shards == 1:
         weights += trainable * 2  # autograd saves autocast's half-precision copies of trained weights
-    moment_size = MOMENT_BYTES.get(training.optimizer, 8)
+    moment_size = OPTIMIZER_STATE_BYTES.get(training.optimizer, 8)
     return MemoryEstimate(
         weights=weights,
-        gradients=trainable * 4 // shards,
+        gradients=trainable * 4 // shards,  # float32
         optimizer_state=trainable * moment_size // shards,
         ema=trainable * 4 // shards if training.ema_decay else 0,
         activations=count_activations(model, training),
@@ -79,12 +80,14 @@ def build_meta_model(folder: Path, config: DiffusionConfig) -> DiffusionModel:
     family = find_family(config.family)
     names = (*family.text_encoder_names, family.denoiser_name, "vae")
     components: dict[str, Any] = {}
-    for name, part_class in find_classes(folder, names, denoiser_class=family.denoiser_class).items():
+    for name, component_class in find_classes(folder, names, denoiser_class=family.denoiser_class).items():
+        # Parameters created in this context have a shape and dtype, but no storage.
         with META:
-            if issubclass(part_class, transformers.PreTrainedModel):
-                components[name] = part_class(part_class.config_class.from_pretrained(folder / name))
+            if issubclass(component_class, transformers.PreTrainedModel):
+                components[name] = component_class(component_class.config_class.from_pretrained(folder / name))
             else:
-                components[name] = part_class.from_config(part_class.load_config(folder / name))
+                components[name] = component_class.from_config(component_class.load_config(folder / name))
+    # The mixin comes first in the MRO, so that its methods override the family's.
     empty: Any = type(f"Empty{family.__name__}", (NoTokenizers, family), {})
     model: DiffusionModel = empty(components, family.load_noise(folder), config, device=META)
     return model
@@ -98,9 +101,10 @@ def mark_trainable(model: DiffusionModel, training: TrainingConfig) -> list[nn.P
     names = list(model.trainable_modules(train_text_encoder=training.train_text_encoder))
     names = [name for name in names if training.train_denoiser or name != model.denoiser_name]
     if training.method.endswith("lora"):
-        if not hasattr(model.denoiser, "peft_config"):
+        if not hasattr(model.denoiser, "peft_config"):  # a second LoRA method reuses the adapters
             with META:
-                add_lora(model, names, lora_shape(training.lora))
+                add_lora(model, names, make_lora_hyperparameters(training.lora))
+        # By name: `requires_grad` has been reset by `estimate_methods` where adapters are reused.
         trained = [p for name in names for key, p in model.components[name].named_parameters() if ".lora_" in key]
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -114,6 +118,7 @@ def mark_trainable(model: DiffusionModel, training: TrainingConfig) -> list[nn.P
             # Gradients of the token flow through the whole encoder, which therefore saves its activations.
             table.requires_grad_(True)
             vectors = torch.empty(training.textual_inversion.num_vectors, table.weight.shape[1], device=META)
+            # The flag on the table serves autograd alone: its rows are not trained.
             trained = [parameter for parameter in trained if parameter is not table.weight]
             trained.append(nn.Parameter(vectors))
     return trained
@@ -145,6 +150,7 @@ def count_activations(model: DiffusionModel, training: TrainingConfig) -> int:
         conditioning = encode_empty(model, rows)
         model.predict(latents, timesteps, conditioning, time_ids=torch.zeros(rows, 6, device=META))
     total = sum(storage.nbytes() for storage in kept.values())
+    # Autocast halves most saved tensors; some operations, such as normalization, save float32.
     return total if training.mixed_precision == "no" else int(total * 0.55)
 
 

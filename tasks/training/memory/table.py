@@ -15,9 +15,9 @@ from tasks.training.config import TrainingConfig
 TABLE = Path(__file__).parent / "table.json"
 TABLE_VERSION = 2  # of the prediction
 TABLE_ROWS = 2  # images per forward of the table's activations
-MOMENT_BYTES = {"adamw8bit": 2, "prodigy": 16}  # per trained parameter; else 8, two float32 moments
+OPTIMIZER_STATE_BYTES = {"adamw8bit": 2, "prodigy": 16}  # per trained parameter; else 8, two float32 moments
 # Overhead of the allocator and of kernel workspaces: a fraction of the rest, and bytes.
-OVERHEAD_SHARE, OVERHEAD_BYTES = 0.05, 600 * 2**20
+OVERHEAD_FRACTION, OVERHEAD_BYTES = 0.05, 600 * 2**20
 GPU_MEMORY_GB = (8, 16, 24, 80)  # GB, as cards are sold
 # Settings that are part of a row's key; others scale a row linearly, or don't change memory.
 KEY_FIELDS = {
@@ -42,7 +42,7 @@ class MemoryEstimate:
     def total(self) -> int:
         """The sum in bytes, with allocator and workspace overhead."""
         plain = self.weights + self.gradients + self.optimizer_state + self.ema + self.activations
-        return int(plain * (1 + OVERHEAD_SHARE)) + OVERHEAD_BYTES
+        return int(plain * (1 + OVERHEAD_FRACTION)) + OVERHEAD_BYTES
 
     def find_smallest_gpu(self) -> int | None:
         """Return the memory of the smallest common GPU that it fits on, in GB; None where it fits on none."""
@@ -75,7 +75,7 @@ def scale(found: MemoryEstimate, training: TrainingConfig) -> MemoryEstimate:
     trainable = found.trainable_parameters
     return replace(
         found,
-        optimizer_state=trainable * MOMENT_BYTES.get(training.optimizer, 8),
+        optimizer_state=trainable * OPTIMIZER_STATE_BYTES.get(training.optimizer, 8),
         ema=trainable * 4 if training.ema_decay else 0,
         activations=found.activations * count_rows(training) // TABLE_ROWS,
     )

@@ -49,14 +49,14 @@ def run_worker(
     # Signals of the previous attempt: a stale stop file would end this one at its first step.
     run.stop.unlink(missing_ok=True)
     run.failure.unlink(missing_ok=True)
-    run.events.write_text("")
+    run.events.write_text("")  # `EventTail` starts at 0 and must not replay an earlier attempt
     process = start(spec, run, inherited=inherited)
     tail = EventTail(run.events, on_event)
-    started = time.time()
+    started = time.time()  # wall clock: compared with modification times
     try:
         while process.poll() is None:
             tail.read()
-            check_alive(run, spec, started=started, process=process, step=tail.last_step)
+            check_heartbeats(run, spec, started=started, process=process, step=tail.last_step)
             time.sleep(POLL_SECONDS)
     finally:
         if process.poll() is None:
@@ -96,6 +96,7 @@ def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()
     environment = child_environment(
         TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     )
+    # The child holds a duplicate of the descriptor, so this one can be closed.
     with run.log.open("ab") as log:
         return subprocess.Popen(
             command,
@@ -107,7 +108,7 @@ def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()
         )
 
 
-def check_alive(
+def check_heartbeats(
     run: RunFolder, spec: TrainingSpec, *, started: float, process: "subprocess.Popen[bytes]", step: int
 ) -> None:
     """Kill all ranks where one has stalled: the others would wait for it in a collective indefinitely.
@@ -118,13 +119,14 @@ def check_alive(
     """
     limit = spec.training.stall_seconds
     for rank in range(spec.training.world_size):
-        path = run.alive(rank)
+        path = run.heartbeat(rank)
         # A heartbeat file of an earlier attempt is older than this start.
         seen = max(started, path.stat().st_mtime) if path.exists() else started
         if time.time() - seen > limit:
             kill_all(process)
             raise TrainingFailed(
-                f"rank {rank} did no forward for {limit:.0f} s after step {step}; all ranks were ended; see {run.log}"
+                f"rank {rank} ran no forward pass for {limit:.0f} s after step {step}; all ranks were terminated; "
+                f"see {run.log}"
             )
 
 
@@ -149,7 +151,7 @@ def kill_all(process: "subprocess.Popen[bytes]") -> None:
         for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.kill()
-    process.wait()
+    process.wait()  # reaps the launcher
 
 
 class EventTail:
@@ -198,16 +200,16 @@ def read_failure(run: RunFolder) -> WorkerFailure | None:
     """Return the worker's failure report; None where it left none."""
     try:
         return load_signed(WorkerFailure, run.failure.read_bytes())
-    except (OSError, ArtifactCorrupt):
+    except (OSError, ArtifactCorrupt):  # the exit code is described instead
         return None
 
 
 def describe_exit(code: int) -> str:
     """Describe the exit of a worker that left no `failure.json`."""
     if code >= 0:  # `Popen.returncode` is negative where a signal ended the process
-        return f"the worker ended with exit code {code} before it could report why"
+        return f"the worker exited with code {code} without a failure report"
     name = signal.Signals(-code).name
-    hint = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
+    hint = ", probably by the OOM killer" if -code == signal.SIGKILL else ""
     return f"the worker was killed by {name}{hint}"
 
 
@@ -231,6 +233,8 @@ def locked(path: Path, *, seconds: float = LOCK_SECONDS) -> Iterator[int]:
                 break
             except BlockingIOError as error:
                 if time.monotonic() > deadline:
-                    raise TrainingFailed(f"another run is training this very model; wait for it ({path})") from error
+                    raise TrainingFailed(
+                        f"another run holds the training lock of this model; wait for it to end ({path})"
+                    ) from error
                 time.sleep(POLL_SECONDS)
         yield file.fileno()

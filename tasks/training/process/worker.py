@@ -102,7 +102,7 @@ def set_up_process(spec: TrainingSpec) -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # Lightning warns about the missing logger and the worker-less data loader; both are intended.
     warnings.filterwarnings("ignore", module=r"pytorch_lightning\..*")
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks of one machine share its cores
     torch.set_num_threads(spec.training.num_threads or max(1, (os.cpu_count() or 1) // ranks))
     # cuBLAS is deterministic only with a fixed workspace, which it reads when the CUDA context is created.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -226,7 +226,7 @@ class Callbacks:
 def note_shortened_captions(run: RunFolder, spec: TrainingSpec, model: DiffusionModel) -> None:
     """Report captions that exceed a text encoder's context, and the shortened text that it receives."""
     for image in spec.instance_images if os.environ.get("RANK", "0") == "0" else ():
-        for name, short in model.shorten(image.prompt).items():
+        for name, short in model.truncate_prompts(image.prompt).items():
             if short != image.prompt:
                 text = f'{name} reads {model.max_length(name)} tokens of a caption: it gets "{short}"'
                 run.emit_event({"event": "note", "text": text})
@@ -238,7 +238,7 @@ def fit(spec: TrainingSpec, module: DreamBoothModule, callbacks: list[pl.Callbac
     trainer = pl.Trainer(
         # A fresh Trainer counts from 0; the module adds `start_step`.
         max_steps=config.max_train_steps - module.start_step,
-        max_epochs=-1,
+        max_epochs=-1,  # unlimited: the data set is endless
         accelerator=choose_device(spec.diffusion).type,
         devices=config.num_devices,
         num_nodes=config.num_nodes,
@@ -269,6 +269,7 @@ def choose_strategy(spec: TrainingSpec) -> Any:
     if spec.training.fsdp:
         return ModelParallelStrategy(data_parallel_size=spec.training.world_size, tensor_parallel_size=1)
     has_unused = find_family(spec.diffusion.family).has_unused_parameters
+    # Gradients are views of the all-reduce buckets, which saves a copy of all gradients.
     return DDPStrategy(find_unused_parameters=has_unused, gradient_as_bucket_view=True)
 
 
@@ -280,7 +281,7 @@ def write_result(
     weights: dict[str, torch.Tensor] | None,
     fingerprint: dict[str, str],
 ) -> None:
-    """Write loss log and tuned model, then the manifest that vouches for them.
+    """Write loss log and tuned model, then the manifest with their digests.
 
     `weights` are the gathered final weights of sharded training; None elsewhere.
     """
@@ -295,9 +296,10 @@ def write_result(
             write_weights(weights, spec, run.model)
         elif published is None:
             save_learned(module.model, spec, module.trainable, folder=run.model)
+    # A mean of several steps: the loss of one depends mostly on its timesteps.
     tail = [row.loss for row in losses[-20:] if row.loss is not None]
-    # KiB on Linux, so bytes.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # In KiB on Linux, in bytes on macOS.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     result = WorkerResult(
@@ -324,7 +326,7 @@ def write_best(run: RunFolder, spec: TrainingSpec, losses: list[LossRow], *, fin
     shutil.rmtree(run.candidates, ignore_errors=True)
     candidates, damaged = verify_candidates(run, losses, spec.training.validation, fingerprint=fingerprint)
     for path in damaged:
-        text = f"kept weights of step {step_of(path)} are damaged and left out; see {path}"
+        text = f"the retained checkpoint of step {step_of(path)} is damaged and skipped; see {path}"
         run.emit_event({"event": "note", "text": text})
     for place, path in enumerate(candidates):
         folder = run.candidates / path.name if place else run.model

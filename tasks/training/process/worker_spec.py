@@ -20,7 +20,7 @@ STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on request; run again
 
 
 class TrainingImage(Section):
-    """One picture to learn from."""
+    """One training image."""
 
     path: str
     width: int
@@ -43,7 +43,7 @@ class TrainingImage(Section):
 
 
 class TrainingSpec(Section):
-    """Everything the worker needs; it reads no other configuration."""
+    """The complete input of the worker; it reads no other configuration."""
 
     stage_key: str
     folder: str = Field(description="run folder of the worker: checkpoints, logs, result")
@@ -91,7 +91,7 @@ class TrainingSpec(Section):
 
     def latents_path(self, kind: str, size: Size) -> Path:
         """Return the latent cache file of one set in one bucket, named by a digest of its inputs."""
-        images, crops = self.images_of(kind, size), [0, False, 0]
+        images, crops = self.images_of(kind, size), [0, False, 0]  # one centered, unflipped variant
         if kind == "instance":
             training = self.training
             # Without random crops, runs with other seeds share the latents.
@@ -107,6 +107,7 @@ class TrainingSpec(Section):
     def fingerprint(self) -> dict[str, str]:
         """Return the digests that a checkpoint must match to be resumed."""
         images = [self.instance_images, self.class_images, self.holdout_images]
+        # Paths are excluded: content and prompt identify an image.
         pairs = [[[image.content(), image.prompt] for image in group] for group in images]
         return {
             "configuration": digest(
@@ -124,7 +125,7 @@ class TrainingSpec(Section):
 
 
 class WorkerResult(Section):
-    """What the worker says of its tuned model, written last."""
+    """The result of the worker, written last."""
 
     num_steps: int
     published_step: int
@@ -142,7 +143,7 @@ class WorkerResult(Section):
 
 
 class WorkerFailure(Section):
-    """Why the worker ended, where it could say so."""
+    """The failure report of the worker."""
 
     kind: str = Field(description="class of the exception")
     message: str
@@ -184,9 +185,9 @@ class RunFolder:
         paths = [self.losses, *(path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file())]
         return {path.relative_to(self.folder).as_posix(): digest_file(path) for path in paths}
 
-    def alive(self, rank: int) -> Path:
+    def heartbeat(self, rank: int) -> Path:
         """Return the file that a rank touches at every forward."""
-        return self.folder / f"alive-{rank}"
+        return self.folder / f"heartbeat-{rank}"
 
 
 def compute_learning_rate_factor(config: TrainingConfig, step: int, *, rate: float) -> float:
@@ -200,12 +201,14 @@ def compute_learning_rate_factor(config: TrainingConfig, step: int, *, rate: flo
         return step / warmup
     progress = min(1.0, (step - warmup) / max(1, config.max_train_steps - warmup))
     place = config.lr_num_cycles * progress % 1.0
+    # diffusers refuses rates below `lr_end`; here such a rate stays constant.
     end = min(1.0, POLYNOMIAL_END / rate)
     shapes: dict[str, float] = {
         "constant": 1.0,
         "constant_with_warmup": 1.0,
         "linear": 1 - progress,
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        # At 1 the next cycle would restart at the full rate.
         "cosine_with_restarts": 0.0 if progress == 1 else 0.5 * (1 + math.cos(math.pi * place)),
         "polynomial": (1 - end) * (1 - progress) ** config.lr_power + end,
     }

@@ -39,7 +39,7 @@ def test_commands_options_and_config_groups_are_completed(tmp_path: Path, words:
     assert complete(words, tmp_path) == offered
 
 
-def test_shells_that_keep_words_whole_complete_them(tmp_path: Path) -> None:
+def test_completion_works_in_shells_that_do_not_split_words_at_equals(tmp_path: Path) -> None:
     assert complete(["likeness", "run", "store=s"], tmp_path, shell="fish") == ["store=s3"]
 
 

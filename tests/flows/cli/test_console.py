@@ -10,7 +10,7 @@ from flows.cli.console import make_cell
 
 
 @pytest.mark.parametrize("text", ["[/red] closes nothing", "[bold]x", "\x1b[31mred\x1b[0m", "a\x07b\u202ec", "\\[x]"])
-def test_a_cell_is_neither_markup_nor_terminal_commands(text: str) -> None:
+def test_a_table_cell_escapes_markup_and_strips_control_characters(text: str) -> None:
     output = io.StringIO()
     table = Table(box=None)
     table.add_column("found")

@@ -36,7 +36,7 @@ def place(tmp_path: Path, sandbox: CliSandbox) -> CliSandbox:
         (["scoring.labels=none.csv"], 2, "ConfigError: scoring.labels=none.csv is not a file"),
     ],
 )
-def test_wrong_input_gets_one_line(place: CliSandbox, words: list[str], code: int, message: str) -> None:
+def test_invalid_input_is_a_one_line_error(place: CliSandbox, words: list[str], code: int, message: str) -> None:
     (place.folder / "empty").mkdir()
     (place.folder / "file").write_text("")
     draw_photos(place.folder / "two", num=2)
@@ -60,7 +60,7 @@ def test_wrong_input_gets_one_line(place: CliSandbox, words: list[str], code: in
         (["fly\x1b[31m\nSecond line"], "UsageError: No such command 'fly"),
     ],
 )
-def test_usage_errors_get_one_line(capfd: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+def test_a_usage_error_is_a_one_line_error(capfd: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
     assert main(words) == 2
     shown = capfd.readouterr()
     assert shown.out == ""
@@ -88,7 +88,7 @@ def test_help_has_panels_examples_and_config_groups(place: CliSandbox) -> None:
     assert place.likeness().stdout == done.stdout
 
 
-def test_help_lists_an_option_whose_file_was_added(
+def test_help_lists_an_option_added_as_a_conf_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--help"]) == 0
@@ -115,7 +115,7 @@ def test_the_version_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"likeness \d+\.\d+\.\d+\S*\n", capfd.readouterr().out)
 
 
-def test_commands_on_no_runs_say_so(place: CliSandbox) -> None:
+def test_commands_report_an_output_folder_without_runs(place: CliSandbox) -> None:
     assert "no runs in runs" in place.likeness("runs").stdout
     done = place.likeness("report")
     assert done.returncode == 2

@@ -19,7 +19,7 @@ def flow(**options: object) -> RectifiedFlow:
     return RectifiedFlow(FlowMatchEulerDiscreteScheduler(**options))
 
 
-def test_min_snr_weights_are_the_papers() -> None:
+def test_min_snr_weights_match_the_paper() -> None:
     snr = gaussian("epsilon").compute_snr(TIMESTEPS)
     assert snr[0] > 5 > snr[2]
     noise = min_snr_weights(gaussian("epsilon"), TIMESTEPS, snr_gamma=5.0)
@@ -29,7 +29,7 @@ def test_min_snr_weights_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize("process", [gaussian("epsilon"), gaussian("v_prediction"), flow(shift=3.0)])
-def test_a_weight_makes_the_error_of_clean_latents_count_by_the_capped_ratio(
+def test_min_snr_weights_scale_the_x0_error_by_the_clamped_snr(
     process: GaussianDiffusion | RectifiedFlow,
 ) -> None:
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def test_a_weight_makes_the_error_of_clean_latents_count_by_the_capped_ratio(
     torch.testing.assert_close(weighted, errors, rtol=1e-3, atol=1e-9)
 
 
-def test_flow_noising_is_the_schedulers() -> None:
+def test_flow_add_noise_matches_the_diffusers_scheduler() -> None:
     process = flow(shift=3.0)
     timesteps = process.sample_timesteps(torch.tensor([0.1, 0.6]))
     latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
@@ -66,6 +66,6 @@ def test_flow_timesteps_follow_the_logit_normal_density() -> None:
     assert logits.std() == pytest.approx(1.0, abs=0.02)
 
 
-def test_gaussian_timesteps_are_all_equally_likely() -> None:
+def test_gaussian_timesteps_are_uniform() -> None:
     timesteps = gaussian("epsilon").sample_timesteps(torch.linspace(0, 1, 1001)[:-1] + 0.0005)
     assert torch.equal(timesteps, torch.arange(1000))

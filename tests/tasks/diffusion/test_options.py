@@ -10,7 +10,7 @@ import torch
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.device import choose_device
 from tasks.diffusion.hub import find_folder, identify_model
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.registry import load_model
 from tasks.diffusion.types import SamplingRequest
 from tasks.errors import ConfigError
 from tests.support.config import make_config
@@ -20,32 +20,32 @@ REQUESTS = [SamplingRequest("a photo of a fish", 3)]
 
 
 def draw(folder: Path, **changes: Any) -> np.ndarray:
-    model = open_model(tiny_diffusion_config(folder, **changes))
+    model = load_model(tiny_diffusion_config(folder, **changes))
     return np.asarray(model.sample(REQUESTS, num_inference_steps=3, guidance_scale=3.0)[0], int)
 
 
 @pytest.mark.parametrize("changes", [{"sampler": "ddim"}, {"sampler": "euler"}, {"precision": "bf16"}])
-def test_pictures_are_sampled_as_configured(tiny_model_folder: Path, changes: dict[str, Any]) -> None:
+def test_sampler_and_precision_change_the_image(tiny_model_folder: Path, changes: dict[str, Any]) -> None:
     assert not np.array_equal(draw(tiny_model_folder, sampler="dpm++"), draw(tiny_model_folder, **changes))
 
 
-def test_pictures_have_the_configured_resolution(tiny_model_folder: Path) -> None:
+def test_images_have_the_configured_resolution(tiny_model_folder: Path) -> None:
     assert draw(tiny_model_folder, resolution=64).shape == (64, 64, 3)
 
 
-def test_the_configured_model_is_opened(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_the_configured_model_is_loaded(tmp_path: Path, tiny_model_folder: Path) -> None:
     other = make_tiny_stable_diffusion(tmp_path / "other" / "model", prediction_type="v_prediction")
     first, second = (identify_model(tiny_diffusion_config(folder)).sha256 for folder in (tiny_model_folder, other))
     assert first != second
     assert not np.array_equal(draw(tiny_model_folder), draw(other))
 
 
-def test_a_model_is_opened_as_the_configured_family(tiny_model_folder: Path) -> None:
+def test_a_model_of_another_family_is_rejected(tiny_model_folder: Path) -> None:
     with pytest.raises(ConfigError):
         draw(tiny_model_folder, family="flux")
 
 
-def test_a_repository_is_taken_at_its_pinned_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_is_loaded_at_its_pinned_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = tmp_path / "hub" / "models--nobody--nothing" / "snapshots"
     for commit in ("a" * 40, "b" * 40):
         (hub / commit).mkdir(parents=True)
@@ -57,7 +57,7 @@ def test_a_repository_is_taken_at_its_pinned_commit(tmp_path: Path, monkeypatch:
         assert identify_model(config).revision == commit
 
 
-def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_an_unavailable_device_is_rejected(tmp_path: Path) -> None:
     assert choose_device(tiny_diffusion_config(tmp_path, device="cpu")) == torch.device("cpu")
     if torch.cuda.is_available():
         assert choose_device(tiny_diffusion_config(tmp_path, device="cuda")) == torch.device("cuda")

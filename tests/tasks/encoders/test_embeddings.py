@@ -32,7 +32,7 @@ def as_pickle(tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_encoder_published_as_a_pickle_gives_the_same_descriptors(tmp_path: Path) -> None:
+def test_a_pickled_encoder_gives_the_same_embeddings(tmp_path: Path) -> None:
     plain = Encoders(make_config(EncoderConfig, clip="mini", dino="mini", dino_resize=None), CPU)
     pickled = Encoders(make_config(EncoderConfig, clip="mini", dino=str(as_pickle(tmp_path)), dino_resize=None), CPU)
     photos = [draw_photo(0), draw_photo(1)]
@@ -51,7 +51,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "canary").exists()
 
 
-def test_a_missing_encoder_is_named_with_the_way_out(tmp_path: Path) -> None:
+def test_a_missing_encoder_raises_an_error_with_the_setting_to_change(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"holds none of model.safetensors, .*see evaluation.encoders"):
         find_encoders(make_config(EncoderConfig, clip=str(tmp_path / "empty"), dino="mini"))
@@ -84,7 +84,7 @@ CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
 
 @pytest.mark.parametrize("size", [(320, 240), (200, 501), (224, 224), (90, 64)])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_pictures_are_prepared_as_the_encoders_own_configuration_says(
+def test_preprocessing_matches_the_transformers_image_processor(
     tmp_path: Path, name: str, size: tuple[int, int]
 ) -> None:
     kind, config = CONFIGS[name]
@@ -96,7 +96,7 @@ def test_pictures_are_prepared_as_the_encoders_own_configuration_says(
     torch.testing.assert_close(Preprocessor(tmp_path)(photo), theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_dinos_input_is_that_of_the_papers_unless_the_encoders_own_is_asked_for(tmp_path: Path) -> None:
+def test_dino_preprocessing_follows_the_paper_unless_dino_resize_is_unset(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(CONFIGS["dino-vits16"][1]))
     photo = draw_photo(0).resize((400, 300))
     found = Preprocessor(tmp_path, resize=256)(photo)
@@ -107,7 +107,7 @@ def test_dinos_input_is_that_of_the_papers_unless_the_encoders_own_is_asked_for(
     assert not torch.allclose(found, Preprocessor(tmp_path)(photo), atol=0.1)
 
 
-def test_lpips_is_left_out_or_named_where_its_weights_are_missing(
+def test_missing_lpips_weights_skip_the_metric_or_raise_if_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -116,7 +116,7 @@ def test_lpips_is_left_out_or_named_where_its_weights_are_missing(
         find_lpips(make_config(EncoderConfig, clip="mini", dino="mini", lpips=str(tmp_path / "alex.pth")))
 
 
-def test_a_folder_that_leads_to_another_model_is_refused(tmp_path: Path) -> None:
+def test_an_encoder_folder_that_refers_to_another_model_is_rejected(tmp_path: Path) -> None:
     folder = shutil.copytree(MINI_FOLDER / "clip", tmp_path / "clip")
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/elsewhere"}))
     with pytest.raises(ConfigError, match=r"holds adapter_config.json, an adapter of another model"):
@@ -137,7 +137,7 @@ def test_a_folder_that_leads_to_another_model_is_refused(tmp_path: Path) -> None
         ("resample", 17),
     ],
 )  # fmt: skip
-def test_numbers_of_a_preprocessor_are_bounded_before_a_picture_is_scaled(
+def test_out_of_range_preprocessor_values_are_rejected_before_resizing(
     tmp_path: Path, name: str, value: object
 ) -> None:
     settings = {**CONFIGS["clip, newer"][1], name: value}
@@ -147,7 +147,7 @@ def test_numbers_of_a_preprocessor_are_bounded_before_a_picture_is_scaled(
 
 
 @pytest.mark.parametrize("content", ["[]", "{", None])
-def test_a_damaged_preprocessor_is_named(tmp_path: Path, content: str | None) -> None:
+def test_a_damaged_preprocessor_config_raises_an_error_naming_it(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "preprocessor_config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"preprocessor_config.json .*see evaluation.encoders"):

@@ -12,7 +12,7 @@ from tests.support.config import make_config
 from tests.support.tiny import draw_photo
 
 
-def test_encoders_are_taken_at_their_pinned_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoders_are_loaded_at_their_pinned_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, commit in (("a--clip", "a" * 40), ("a--dino", "b" * 40)):
         folder = tmp_path / f"models--{name}" / "snapshots" / commit
         folder.mkdir(parents=True)
@@ -25,7 +25,7 @@ def test_encoders_are_taken_at_their_pinned_commits(tmp_path: Path, monkeypatch:
     assert (clip.name, dino.name) == ("a" * 40, "b" * 40)
 
 
-def test_pictures_are_resized_for_dino_as_configured() -> None:
+def test_dino_resize_changes_the_dino_embeddings() -> None:
     photo = [draw_photo(size=128)]
     plain, resized = (
         Encoders(make_config(EncoderConfig, clip="mini", dino="mini", dino_resize=size), torch.device("cpu"))

@@ -12,8 +12,8 @@ from tasks.encoders.folders import find_lpips
 from tasks.encoders.lpips import Lpips, load_lpips, make_alexnet
 from tasks.evaluation.metrics import (
     Features,
+    mean_pairwise_similarity,
     mean_similarity,
-    mean_similarity_within,
     measure_all,
     measure_div,
     measure_drift,
@@ -33,10 +33,10 @@ def test_similarity_is_the_mean_over_all_pairs() -> None:
     assert mean_similarity(at(0, 90), at(0)) == pytest.approx(0.5)
 
 
-def test_similarity_within_leaves_out_a_row_with_itself() -> None:
-    assert mean_similarity_within(at(0, 90)) == pytest.approx(0.0, abs=1e-6)
-    assert mean_similarity_within(at(0, 0, 0)) == pytest.approx(1.0)
-    assert mean_similarity_within(at(30)) == 1.0
+def test_pairwise_similarity_excludes_self_pairs() -> None:
+    assert mean_pairwise_similarity(at(0, 90)) == pytest.approx(0.0, abs=1e-6)
+    assert mean_pairwise_similarity(at(0, 0, 0)) == pytest.approx(1.0)
+    assert mean_pairwise_similarity(at(30)) == 1.0
 
 
 def test_a_class_that_collapses_onto_the_subject_raises_pres_and_lowers_dino_div() -> None:
@@ -46,7 +46,7 @@ def test_a_class_that_collapses_onto_the_subject_raises_pres_and_lowers_dino_div
     assert after.dino_div < before.dino_div
 
 
-def test_nearer_samples_score_higher_and_the_ceiling_is_the_photos_own() -> None:
+def test_closer_samples_score_higher_and_the_ceiling_compares_the_photos() -> None:
     photos = described(0, 10)
     measured = measure_all(
         photos,
@@ -68,7 +68,7 @@ def test_div_is_the_mean_over_prompts_of_the_mean_distance_of_their_samples() ->
     assert measure_div(pictures, distance) == pytest.approx(20)
 
 
-def test_lpips_is_zero_for_equal_pictures_and_grows_with_the_difference() -> None:
+def test_lpips_is_zero_for_equal_images_and_grows_with_the_difference() -> None:
     torch.manual_seed(0)
     trunk = {f"features.{key}": value for key, value in make_alexnet().state_dict().items()}
     widths = (64, 192, 384, 256, 256)
@@ -85,7 +85,7 @@ def test_lpips_is_zero_for_equal_pictures_and_grows_with_the_difference() -> Non
 @pytest.mark.skipif(
     find_lpips(make_config(EncoderConfig, clip="mini", dino="mini")) is None, reason="needs lpips and AlexNet"
 )
-def test_lpips_is_that_of_its_package() -> None:
+def test_lpips_matches_the_lpips_package() -> None:
     package = pytest.importorskip("lpips")
     files = find_lpips(make_config(EncoderConfig, clip="mini", dino="mini"))
     assert files is not None

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.registry import load_model
 from tasks.evaluation.config import EvaluationConfig
-from tasks.evaluation.sampling import draw_samples, plan_samples
+from tasks.evaluation.sampling import generate_samples, plan_samples
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config
@@ -27,15 +27,15 @@ def plan(**changes: Any) -> tuple[EvaluationConfig, Any]:
 def draw(folder: Path, model: Path, **changes: Any) -> tuple[list[str], list[int]]:
     """Return the samples' digests, and the sizes of the batches that they were drawn in."""
     config, planned = plan(**changes)
-    counted = CountingModel(open_model(tiny_diffusion_config(model)))  # type: ignore[arg-type]
-    drawn = draw_samples(
+    counted = CountingModel(load_model(tiny_diffusion_config(model)))  # type: ignore[arg-type]
+    drawn = generate_samples(
         StageFolder(LocalStore(folder), "evaluation", "k"), config, planned,
         load_model=lambda side: counted, on_progress=lambda done, total: None,  # type: ignore[arg-type,return-value]
     )  # fmt: skip
     return [sample.image.sha256 for sample in drawn], counted.sizes
 
 
-def test_samples_are_planned_as_configured() -> None:
+def test_the_sampling_plan_follows_the_configured_prompts_counts_and_seed() -> None:
     _, planned = plan(prompts=("{subject} at night",), num_images_per_prompt=3, num_class_images=4, seed=50)
     tuned = [sample for sample in planned if sample.side == "tuned"]
     assert [(p.prompt, p.seed) for p in tuned if p.kind == "subject"] == [
@@ -45,12 +45,14 @@ def test_samples_are_planned_as_configured() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"num_inference_steps": 4}, {"guidance_scale": 2.0}])
-def test_samples_are_drawn_as_configured(tmp_path: Path, tiny_model_folder: Path, changes: dict[str, Any]) -> None:
+def test_num_inference_steps_and_guidance_scale_change_the_samples(
+    tmp_path: Path, tiny_model_folder: Path, changes: dict[str, Any]
+) -> None:
     plain, _ = draw(tmp_path / "plain", tiny_model_folder)
     other, _ = draw(tmp_path / "other", tiny_model_folder, **changes)
     assert plain != other
 
 
-def test_batches_are_as_large_as_configured(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_samples_are_generated_in_batches_of_batch_size(tmp_path: Path, tiny_model_folder: Path) -> None:
     _, sizes = draw(tmp_path, tiny_model_folder, batch_size=3)
     assert sizes == [3, 1, 3, 1]

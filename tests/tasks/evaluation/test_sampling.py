@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from tasks.diffusion.adapter import DiffusionModel
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.registry import load_model
 from tasks.encoders.config import EncoderConfig
 from tasks.evaluation.config import EvaluationConfig
-from tasks.evaluation.sampling import Source, draw_samples, plan_samples
+from tasks.evaluation.sampling import Source, generate_samples, plan_samples
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config
@@ -23,7 +23,7 @@ CONFIG = make_config(
 )
 
 
-def test_both_sides_get_the_same_prompts_and_seeds() -> None:
+def test_base_and_tuned_model_get_the_same_prompts_and_seeds() -> None:
     planned = plan_samples(CONFIG, class_noun="orca", identifier_token="sks", class_prompt="a photo of an orca")
     sides = {side: [(p.prompt, p.seed, p.kind) for p in planned if p.side == side] for side in ("base", "tuned")}
     assert sides["base"] == sides["tuned"]
@@ -31,7 +31,7 @@ def test_both_sides_get_the_same_prompts_and_seeds() -> None:
     assert ("sks orca in the snow", 1001, "subject") in sides["base"]
 
 
-def test_other_kept_weights_draw_each_prompt_once_before_any_twice() -> None:
+def test_candidates_sample_every_prompt_once_before_repeating_any() -> None:
     config = CONFIG.model_copy(update={"num_candidate_images": 3})
     planned = plan_samples(
         config, class_noun="orca", identifier_token="sks", class_prompt="a photo of an orca", candidates=(400, 600)
@@ -46,22 +46,22 @@ def test_other_kept_weights_draw_each_prompt_once_before_any_twice() -> None:
     assert {(plan.prompt, plan.seed) for plan in drawn} <= published
 
 
-def test_clip_t_compares_with_the_prompt_without_identifier() -> None:
+def test_clip_t_uses_the_prompt_without_the_identifier_token() -> None:
     planned = plan_samples(CONFIG, class_noun="orca", identifier_token="sks", class_prompt="a photo of an orca")
     assert {p.class_prompt for p in planned if p.kind == "subject"} == {"a photo of an orca", "an orca in the snow"}
     assert not any("sks" in p.class_prompt for p in planned)
 
 
-def test_samples_of_an_earlier_attempt_are_kept(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_samples_of_an_earlier_attempt_are_reused(tmp_path: Path, tiny_model_folder: Path) -> None:
     store, loads = LocalStore(tmp_path), []
 
     def load(side: Source) -> DiffusionModel:
         loads.append(side)
-        return open_model(tiny_diffusion_config(tiny_model_folder))
+        return load_model(tiny_diffusion_config(tiny_model_folder))
 
     planned = plan_samples(CONFIG, class_noun="fish", identifier_token="sks", class_prompt="a photo of a fish")
     runs = [
-        draw_samples(
+        generate_samples(
             StageFolder(store, "evaluation", "k"), CONFIG, planned, load_model=load, on_progress=lambda d, t: None
         )
         for _ in range(2)

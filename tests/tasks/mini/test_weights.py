@@ -11,7 +11,7 @@ from tasks.mini.pretrain.tokens import RARE_TOKENS
 from tasks.mini.pretrain.verify import TARGETS, check_digests, measure_encoders, measure_generation
 
 
-def test_every_file_is_what_its_digest_says() -> None:
+def test_every_file_matches_its_digest() -> None:
     check_digests(MINI_FOLDER)
     named = set(json.loads((MINI_FOLDER / "digests.json").read_text()))
     there = {str(p.relative_to(MINI_FOLDER)) for p in MINI_FOLDER.rglob("*") if p.is_file()}
@@ -24,7 +24,7 @@ def test_weights_are_small_safetensors() -> None:
     assert not [p for p in MINI_FOLDER.rglob("*") if p.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
 
 
-def test_they_load_like_any_other_model() -> None:
+def test_weights_load_in_diffusers_and_transformers() -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(MINI_FOLDER / "base", safety_checker=None)
     assert pipeline.vae.config.latent_channels == 4
     tokens = pipeline.tokenizer(list(RARE_TOKENS)).input_ids
@@ -41,7 +41,7 @@ def read_card() -> dict[str, float]:
     return {name: float(value) for name, value in rows}
 
 
-def test_the_figures_of_the_card_hold_on_a_small_draw() -> None:
+def test_the_model_card_metrics_hold_on_a_small_sample() -> None:
     card = read_card()
     assert set(TARGETS) <= set(card)
     # Fewer prompts than the card's own measurement, so some slack for chance.

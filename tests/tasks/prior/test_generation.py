@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tasks.diffusion.adapter import DiffusionModel
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.registry import load_model
 from tasks.errors import ConfigError
 from tasks.prior.config import PriorConfig
 from tasks.prior.generation import check_picture, generate_class_images, generate_images
@@ -34,8 +34,8 @@ def generate(store: LocalStore, model: DiffusionModel, **options: object) -> tup
     )
 
 
-def test_an_interrupted_set_is_completed_not_redrawn(tmp_path: Path, tiny_model_folder: Path) -> None:
-    model = open_model(tiny_diffusion_config(tiny_model_folder))
+def test_an_interrupted_set_is_completed_not_regenerated(tmp_path: Path, tiny_model_folder: Path) -> None:
+    model = load_model(tiny_diffusion_config(tiny_model_folder))
     whole = generate(LocalStore(tmp_path / "whole"), model)
     store = LocalStore(tmp_path / "cut")
 
@@ -52,8 +52,8 @@ def test_an_interrupted_set_is_completed_not_redrawn(tmp_path: Path, tiny_model_
     assert [image.seed for image in again] == [0, 1, 2, 3, 4]  # type: ignore[attr-defined]
 
 
-def test_a_foreign_file_is_not_taken_for_an_image(tmp_path: Path, tiny_model_folder: Path) -> None:
-    model = open_model(tiny_diffusion_config(tiny_model_folder))
+def test_a_foreign_file_is_replaced_by_the_generated_image(tmp_path: Path, tiny_model_folder: Path) -> None:
+    model = load_model(tiny_diffusion_config(tiny_model_folder))
     store = LocalStore(tmp_path)
     store.put_bytes("02-prior/k/images/000001.png", b"not ours")
     images = generate(store, model)
@@ -61,20 +61,20 @@ def test_a_foreign_file_is_not_taken_for_an_image(tmp_path: Path, tiny_model_fol
     assert images[1].image.size_bytes > 100  # type: ignore[attr-defined]
 
 
-def test_a_flat_picture_is_refused() -> None:
+def test_a_uniform_image_is_rejected() -> None:
     with pytest.raises(ConfigError, match="class image of seed 3 is flat"):
         check_picture(Image.new("RGB", (32, 32)), seed=3)
 
 
 def test_a_complete_set_needs_no_model(tmp_path: Path, tiny_model_folder: Path) -> None:
     store = LocalStore(tmp_path)
-    generate(store, open_model(tiny_diffusion_config(tiny_model_folder)))
+    generate(store, load_model(tiny_diffusion_config(tiny_model_folder)))
     generate(store, None)  # type: ignore[arg-type]
 
 
 def test_the_set_does_not_depend_on_the_number_of_devices(tmp_path: Path, tiny_model_folder: Path) -> None:
     diffusion = tiny_diffusion_config(tiny_model_folder)
-    model = open_model(diffusion)
+    model = load_model(diffusion)
     config = CONFIG.model_copy(update={"num_devices": 2})
 
     def draw(seeds: list[int]) -> object:
@@ -91,7 +91,7 @@ def test_the_set_does_not_depend_on_the_number_of_devices(tmp_path: Path, tiny_m
         assert np.abs(a - b).max() <= 1  # batches differ, so kernels may sum in another order
 
 
-def test_a_device_that_fails_is_named(tmp_path: Path) -> None:
+def test_a_failing_device_is_named_in_the_error(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"num_devices": 2})
     drawing = generate_on_devices(tiny_diffusion_config(tmp_path), config, class_prompt=PROMPT, seeds=[1, 2])
     with pytest.raises(ConfigError, match=r"on device \d failed: .*no model_index.json"):

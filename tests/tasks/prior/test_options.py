@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.registry import load_model
 from tasks.errors import ConfigError
 from tasks.manifests.base import ModelRef
 from tasks.prior.config import PriorConfig
@@ -26,7 +26,7 @@ def draw(folder: Path, model: Path, **changes: Any) -> tuple[dict[int, np.ndarra
     """Return the pictures by seed, and the sizes of the batches that they were drawn in."""
     settings = {"num_class_images": 4, "num_inference_steps": 2, "guidance_scale": 2.0, "batch_size": 4, **changes}
     config = make_config(PriorConfig, **settings)
-    counted = CountingModel(open_model(tiny_diffusion_config(model)))  # type: ignore[arg-type]
+    counted = CountingModel(load_model(tiny_diffusion_config(model)))  # type: ignore[arg-type]
     store = LocalStore(folder)
     images = generate_class_images(
         StageFolder(store, "prior", "k"),
@@ -38,20 +38,24 @@ def draw(folder: Path, model: Path, **changes: Any) -> tuple[dict[int, np.ndarra
     return found, counted.sizes
 
 
-def test_as_many_class_images_are_drawn_as_configured(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_num_class_images_batch_size_and_seed_determine_the_class_images(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
     pictures, sizes = draw(tmp_path, tiny_model_folder, num_class_images=5, batch_size=2, seed=7)
     assert list(pictures) == [7, 8, 9, 10, 11]
     assert sizes == [2, 2, 1]
 
 
 @pytest.mark.parametrize("changes", [{"num_inference_steps": 4}, {"guidance_scale": 9.0}])
-def test_pictures_are_sampled_as_configured(tmp_path: Path, tiny_model_folder: Path, changes: dict[str, Any]) -> None:
+def test_num_inference_steps_and_guidance_scale_change_the_images(
+    tmp_path: Path, tiny_model_folder: Path, changes: dict[str, Any]
+) -> None:
     plain, _ = draw(tmp_path / "plain", tiny_model_folder)
     other, _ = draw(tmp_path / "other", tiny_model_folder, **changes)
     assert any(not np.array_equal(plain[seed], other[seed]) for seed in plain)
 
 
-def test_several_devices_draw_where_it_is_configured(tmp_path: Path) -> None:
+def test_num_devices_selects_multi_device_generation(tmp_path: Path) -> None:
     diffusion = tiny_diffusion_config(tmp_path / "no model")
     folder = StageFolder(LocalStore(tmp_path / "store"), "prior", "k")
     runtime: Any = SimpleNamespace(show=lambda name: lambda done, total: None)

@@ -52,20 +52,20 @@ def make_evaluation(store: LocalStore) -> Evaluation:
     )
 
 
-def test_the_way_to_the_real_photos_is_a_share(store: LocalStore) -> None:
+def test_gap_closed_is_the_fraction_between_base_and_ceiling(store: LocalStore) -> None:
     rows = {row["name"]: row for row in list_metrics(make_evaluation(store))}
     assert rows["DINO"]["share"] == pytest.approx(0.5)
     assert rows["CLIP-I"]["share"] == pytest.approx(0.5)
     assert rows["CLIP-T"]["share"] is None
 
 
-def test_samples_stand_by_prompt_in_the_order_they_were_asked_for(store: LocalStore) -> None:
+def test_samples_are_grouped_by_prompt_in_configured_order(store: LocalStore) -> None:
     rows = list_samples(make_evaluation(store).samples, {})
     assert [row["prompt"] for row in rows] == ["a photo of sks fish", "sks fish at night"]
     assert all(len(row["base"]) == len(row["tuned"]) == 1 for row in rows)
 
 
-def test_weights_of_several_steps_are_shown_with_the_means_of_what_was_compared(store: LocalStore) -> None:
+def test_the_checkpoint_table_shows_the_mean_metrics_of_compared_samples(store: LocalStore) -> None:
     evaluation = make_evaluation(store)
     published = evaluation.samples[2]
     image = StageFolder(store, "evaluation", "k").put("c.png", b"x")
@@ -90,7 +90,7 @@ def test_the_grid_has_base_above_tuned(store: LocalStore) -> None:
     assert grid.size == (128, 128)
 
 
-def test_curves_share_one_scale_and_stay_in_their_frame() -> None:
+def test_loss_curves_share_one_scale_and_stay_within_the_plot() -> None:
     losses = [LossRow(step=i, loss=1.0, instance_loss=2.0 - i / 50, prior_loss=0.5) for i in range(100)]
     curves = draw_curves(losses, width=100, height=50)
     assert [curve["name"] for curve in curves] == ["instance loss", "prior loss"]
@@ -100,7 +100,7 @@ def test_curves_share_one_scale_and_stay_in_their_frame() -> None:
     assert draw_curves([]) == []
 
 
-def test_smoothing_keeps_the_mean_of_a_level_curve() -> None:
+def test_smoothing_leaves_a_constant_curve_unchanged() -> None:
     assert smoothed([3.0] * 40) == [3.0] * 40
 
 
@@ -115,7 +115,7 @@ def test_headline_metrics_are_flat_and_complete(store: LocalStore) -> None:
             failed=(),
             scores={"tuned": SideScores(concept_preservation=3, prompt_following=4, image_quality=2)},
             intervals={},
-            health=JudgeReliability(controls=(), alpha={}, num_repeated=0, is_comparable=True, is_reliable=False),
+            reliability=JudgeReliability(controls=(), alpha={}, num_repeated=0, is_comparable=True, is_reliable=False),
         )
     )
     figures = headline_metrics(make_evaluation(store), scores)
@@ -125,7 +125,7 @@ def test_headline_metrics_are_flat_and_complete(store: LocalStore) -> None:
     assert len(figures) == 6 + 4 + 3 + 3 + 1
 
 
-def test_money_is_summed_over_stages_and_unknown_stays_unknown() -> None:
+def test_llm_cost_sums_over_stages_and_is_unknown_if_any_stage_is_unknown() -> None:
     def stage(cost: float | None, calls: int) -> Manifest:
         return Manifest.model_construct(cost_usd=cost, counts={"llm_calls": calls})
 
@@ -135,7 +135,7 @@ def test_money_is_summed_over_stages_and_unknown_stays_unknown() -> None:
     assert sum_llm_costs([stage(0.01, 11), stage(None, 100)]) == ({"llm/calls": 111.0}, "unknown")
 
 
-def test_the_card_is_filled(tmp_path: Path, store: LocalStore) -> None:
+def test_the_model_card_template_is_filled(tmp_path: Path, store: LocalStore) -> None:
     from tasks.publishing.export import CARD
 
     text = CARD.format(

@@ -57,7 +57,7 @@ def test_both_executors_give_the_same_grades(tmp_path: Path, executor: str) -> N
     assert [answers[name].reply.image_quality for name in SPECS] == [3, 3, 3, 3]
 
 
-def test_grades_of_one_executor_serve_the_other(tmp_path: Path) -> None:
+def test_executors_share_the_reply_cache(tmp_path: Path) -> None:
     with scripted_server() as server:
         server.script(GOOD)
         ask(tmp_path, server, "batch")
@@ -66,7 +66,7 @@ def test_grades_of_one_executor_serve_the_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("executor", ["batch", "sync"])
-def test_too_many_failures_are_an_error_not_a_score(tmp_path: Path, executor: str) -> None:
+def test_too_many_failed_judge_requests_raise_instead_of_scoring(tmp_path: Path, executor: str) -> None:
     with scripted_server() as server:
         server.script('{"evidence": "x", "image_quality": 9}')
         with pytest.raises(ReplyInvalid, match="4 of 4 judge requests failed"):
@@ -128,7 +128,7 @@ def examine(material: JudgeContext, judge: Callable[[JudgeRequest], Any], **chan
     return scores.assess_judge(material.samples, Judged(questions, answer_all(questions, judge)), is_comparable=True)
 
 
-def test_every_sample_is_asked_about_on_every_axis_and_some_several_times(material: JudgeContext) -> None:
+def test_every_sample_is_judged_on_every_axis_and_some_repeatedly(material: JudgeContext) -> None:
     questions = list_judge_requests(make_config(ScoringConfig, num_repeats=3, num_repeated=4), material)
     asked = [question for question in questions if question.kind == "sample"]
     assert len({(q.key, q.axis) for q in asked}) == 12 * 3
@@ -143,7 +143,7 @@ def make_profile() -> Any:
     return ProfileConfig(model="m")
 
 
-def test_repeats_show_the_references_in_another_order(material: JudgeContext) -> None:
+def test_repeated_judge_requests_permute_the_reference_images(material: JudgeContext) -> None:
     questions = list_judge_requests(make_config(ScoringConfig, num_repeats=3, num_repeated=1), material)
     concept = [
         q for q in questions if q.kind == "sample" and q.axis == AXES[0] and q.key == material.samples[0].image.key
@@ -153,7 +153,7 @@ def test_repeats_show_the_references_in_another_order(material: JudgeContext) ->
     assert all(set(order) == set(material.references) for order in orders)
 
 
-def test_scores_are_means_per_side_of_medians_with_intervals(material: JudgeContext) -> None:
+def test_scores_are_per_side_means_of_median_grades_with_intervals(material: JudgeContext) -> None:
     def judge(question: JudgeRequest) -> Any:
         if question.kind == "sample" and question.key == material.samples[0].image.key:
             return (0, 4, 3)[question.repeat]
@@ -166,18 +166,18 @@ def test_scores_are_means_per_side_of_medians_with_intervals(material: JudgeCont
     found = scores.average(judgements)
     assert found["tuned"].prompt_following == 4
     assert found["base"].concept_preservation == pytest.approx((3 + 5 * 2) / 6)
-    low, high = scores.find_intervals(judgements)["base"]["concept_preservation"]
+    low, high = scores.bootstrap_intervals(judgements)["base"]["concept_preservation"]
     assert low <= found["base"].concept_preservation <= high
 
 
 def test_a_fair_judge_passes_its_controls(material: JudgeContext) -> None:
-    health = examine(material, fair_judge)
-    assert [control.name for control in health.controls] == [
+    reliability = examine(material, fair_judge)
+    assert [control.name for control in reliability.controls] == [
         "the subject itself", "another subject", "a wrong prompt", "a blurred sample",
     ]  # fmt: skip
-    assert health.is_reliable
-    assert health.alpha["concept_preservation"] == pytest.approx(1)
-    assert health.num_repeated == 6
+    assert reliability.is_reliable
+    assert reliability.alpha["concept_preservation"] == pytest.approx(1)
+    assert reliability.num_repeated == 6
 
 
 @pytest.mark.parametrize(
@@ -192,19 +192,19 @@ def test_a_fair_judge_passes_its_controls(material: JudgeContext) -> None:
 def test_a_judge_that_fails_a_control_is_not_reliable(
     material: JudgeContext, kind: str, grade: int, control: str
 ) -> None:
-    health = examine(material, lambda q: grade if q.kind == kind else fair_judge(q))
-    assert not health.is_reliable
-    assert [c.name for c in health.controls if not c.is_passed] == [control]
+    reliability = examine(material, lambda q: grade if q.kind == kind else fair_judge(q))
+    assert not reliability.is_reliable
+    assert [c.name for c in reliability.controls if not c.is_passed] == [control]
 
 
-def test_without_controls_or_from_another_model_grades_are_not_called_reliable(material: JudgeContext) -> None:
+def test_a_judge_without_controls_or_of_another_model_is_not_reliable(material: JudgeContext) -> None:
     assert not examine(material, fair_judge, num_controls=0).is_reliable
     questions = list_judge_requests(make_config(ScoringConfig), material)
     answers = answer_all(questions, fair_judge)
     assert not scores.assess_judge(material.samples, Judged(questions, answers), is_comparable=False).is_reliable
 
 
-def test_only_wins_in_both_orders_count(material: JudgeContext) -> None:
+def test_a_pairwise_win_counts_only_if_consistent_in_both_orders(material: JudgeContext) -> None:
     questions = list_judge_requests(make_config(ScoringConfig, num_pairs=4), material)
     fair = scores.count_pairs(Judged(questions, answer_all(questions, fair_judge)))
     assert fair is not None
@@ -229,7 +229,7 @@ def with_candidates(material: JudgeContext, *steps: int) -> JudgeContext:
     return replace(material, candidates=drawn, published_step=800)
 
 
-def test_kept_weights_meet_each_other_in_both_orders_and_are_ranked(material: JudgeContext) -> None:
+def test_retained_checkpoints_are_compared_pairwise_in_both_orders_and_ranked(material: JudgeContext) -> None:
     several = with_candidates(material, 400, 600)
     questions = list_judge_requests(make_config(ScoringConfig, num_checkpoint_pairs=3), several)
     checkpoint_pairs = [question for question in questions if question.kind == "checkpoint_pair"]
@@ -252,13 +252,13 @@ def test_kept_weights_meet_each_other_in_both_orders_and_are_ranked(material: Ju
     assert {(rank.wins, rank.losses, rank.undecided) for rank in by_order} == {(0, 0, 6)}
 
 
-def test_without_other_weights_there_is_no_contest(material: JudgeContext) -> None:
+def test_without_candidates_no_checkpoints_are_compared(material: JudgeContext) -> None:
     questions = list_judge_requests(make_config(ScoringConfig), material)
     assert not any(question.kind == "checkpoint_pair" for question in questions)
     assert scores.rank_checkpoints(Judged(questions, answer_all(questions, fair_judge)), published_step=800) == ()
 
 
-def test_grades_that_differ_much_are_settled_by_the_next_profile_with_reasoning(
+def test_disagreeing_grades_get_a_tie_break_by_the_next_profile_with_reasoning(
     material: JudgeContext, tmp_path: Path
 ) -> None:
     config = make_config(ScoringConfig, num_repeats=3, num_repeated=2)
@@ -294,7 +294,7 @@ def test_grades_that_differ_much_are_settled_by_the_next_profile_with_reasoning(
     assert break_ties([], llm=cheap_llm, on_progress=lambda done, total: None) == {}
 
 
-def test_a_second_judge_that_differs_much_is_a_dispute_too(material: JudgeContext) -> None:
+def test_disagreement_with_the_second_judge_requires_a_tie_break(material: JudgeContext) -> None:
     config = make_config(ScoringConfig, num_repeated=0)
     questions = list_judge_requests(config, material)
     answers = answer_all(questions, fair_judge)
@@ -306,7 +306,7 @@ def test_a_second_judge_that_differs_much_is_a_dispute_too(material: JudgeContex
     assert find_disputed(off, material.samples, Judged(questions, answers), second={key: {"image_quality": 0}}) == []
 
 
-def test_grades_are_ranked_with_what_was_measured(material: JudgeContext) -> None:
+def test_grades_are_rank_correlated_with_the_metrics(material: JudgeContext) -> None:
     questions = list_judge_requests(make_config(ScoringConfig), material)
     judgements = scores.to_judgements(material.samples, Judged(questions, answer_all(questions, fair_judge)))
     measured = {
@@ -318,7 +318,7 @@ def test_grades_are_ranked_with_what_was_measured(material: JudgeContext) -> Non
     assert scores.correlate(judgements, {}) == {}
 
 
-def test_a_second_judge_and_a_person_are_compared_with_the_first(material: JudgeContext, tmp_path: Path) -> None:
+def test_agreement_is_computed_with_the_second_judge_and_human_labels(material: JudgeContext, tmp_path: Path) -> None:
     questions = list_judge_requests(make_config(ScoringConfig), material)
     judgements = scores.to_judgements(material.samples, Judged(questions, answer_all(questions, fair_judge)))
     seconds = list_second_judge_requests(make_config(ScoringConfig, second_judge_fraction=0.5), material)
@@ -343,7 +343,9 @@ def test_a_second_judge_and_a_person_are_compared_with_the_first(material: Judge
     ("row", "message"),
     [("nobody.png,3,3", "'nobody.png' names 0 samples"), ("base-subject-1.png,5,", "'5' is not a grade")],
 )
-def test_labels_that_fit_nothing_are_named(material: JudgeContext, tmp_path: Path, row: str, message: str) -> None:
+def test_invalid_labels_raise_an_error_naming_line_and_value(
+    material: JudgeContext, tmp_path: Path, row: str, message: str
+) -> None:
     path = tmp_path / "labels.csv"
     path.write_text(f"sample,concept_preservation,prompt_following\n{row}\n")
     with pytest.raises(ConfigError, match=f"labels.csv, line 2: {message}"):
@@ -360,10 +362,10 @@ def test_labels_that_fit_nothing_are_named(material: JudgeContext, tmp_path: Pat
         (b"sample,prompt_folowing\n", "line 1: there is no column"),
         (b"prompt_following\n", "line 1: no column"),
         (b"sample,concept_preservation,prompt_following\nbase-subject-1.png,,,w\n", "line 2: 4 fields, not 3; quote"),
-        (b"", "line 1: nothing is there; the columns are"),
+        (b"", "line 1: the file is empty; the columns are"),
     ],
 )
-def test_what_is_wrong_with_a_persons_labels_is_named_by_line(
+def test_a_malformed_label_file_raises_an_error_naming_the_line(
     material: JudgeContext, tmp_path: Path, content: bytes, message: str
 ) -> None:
     path = tmp_path / "labels.csv"
@@ -374,7 +376,7 @@ def test_what_is_wrong_with_a_persons_labels_is_named_by_line(
     assert list(scores.read_labels(path, material.samples).values()) == [{"prompt_following": 3}]
 
 
-def test_each_axis_hides_what_would_sway_it() -> None:
+def test_judge_requests_omit_context_that_would_bias_their_axis() -> None:
     references = [b"r1", b"r2"]
     concept = concept_spec(references, b"s", class_noun="dog", repeat=0)
     assert concept.parts.index(b"r2") < concept.parts.index(b"s")  # what is the same comes first: providers cache it

@@ -64,12 +64,12 @@ def show_judge(tmp_path: Path, **changes: Any) -> list[list[Image.Image]]:
         return [list_pictures(body) for body in server.bodies]
 
 
-def test_as_many_references_are_shown_as_configured(tmp_path: Path) -> None:
+def test_num_reference_images_sets_the_references_per_judge_request(tmp_path: Path) -> None:
     most = [max(map(len, show_judge(tmp_path / str(n), num_reference_images=n))) for n in (1, 4)]
     assert most[1] - most[0] == 3
 
 
-def test_pictures_are_shown_no_larger_than_configured(tmp_path: Path) -> None:
+def test_max_side_bounds_the_images_of_judge_requests(tmp_path: Path) -> None:
     sides = [
         max(max(picture.size) for shown in show_judge(tmp_path / str(side), max_side=side) for picture in shown)
         for side in (128, 512)
@@ -89,21 +89,21 @@ def ask(server: ScriptedServer, tmp_path: Path, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize(("executor", "counts"), [("batch", (1, 0)), ("sync", (0, 2))])
-def test_questions_go_by_the_configured_executor(tmp_path: Path, executor: str, counts: tuple[int, int]) -> None:
+def test_judge_requests_use_the_configured_executor(tmp_path: Path, executor: str, counts: tuple[int, int]) -> None:
     with scripted_server() as server:
         server.script(QUALITY)
         ask(server, tmp_path, executor=executor, poll_seconds=0.02)
         assert (server.counts[BATCHES], server.counts[CHAT]) == counts
 
 
-def test_a_batch_job_is_polled_and_waited_for_as_configured(tmp_path: Path) -> None:
+def test_poll_seconds_and_max_wait_seconds_apply_to_a_batch_job(tmp_path: Path) -> None:
     with scripted_server(BusyServer()) as server:
         with pytest.raises(StillPending):  # 5 s, the default, would be one look
             ask(server, tmp_path, poll_seconds=0.01, max_wait_seconds=0.5)
         assert server.counts["GET batches"] > 3
 
 
-def test_a_late_batch_job_is_cancelled_as_configured(tmp_path: Path) -> None:
+def test_a_batch_job_past_deadline_seconds_is_cancelled(tmp_path: Path) -> None:
     with scripted_server(BusyServer()) as server:
         server.script(QUALITY)
         answers, failures = ask(server, tmp_path, poll_seconds=0.01, max_wait_seconds=20, deadline_seconds=0.1)
@@ -111,7 +111,7 @@ def test_a_late_batch_job_is_cancelled_as_configured(tmp_path: Path) -> None:
         assert server.counts[CHAT] == 2
 
 
-def test_as_many_questions_are_asked_as_configured() -> None:
+def test_judge_request_counts_follow_the_configured_repeats_controls_and_pairs() -> None:
     samples = [
         Sample(
             image=ObjectRef(key=f"{side}-{n}.png", sha256="0", size_bytes=1), side=side, kind=kind, seed=n,  # type: ignore[arg-type]
@@ -145,15 +145,15 @@ def compare(config: ScoringConfig) -> Any:
     return compare_others(inputs, JudgeRun([], {}, {}), (), runtime=SimpleNamespace())  # type: ignore[arg-type]
 
 
-def test_a_persons_labels_are_read_where_they_are_configured(tmp_path: Path) -> None:
+def test_human_labels_are_read_from_the_configured_file(tmp_path: Path) -> None:
     config = make_config(ScoringConfig, labels=str(tmp_path / "missing.csv"))
     with pytest.raises(ConfigError, match=r"missing\.csv"):
         compare(config)
     assert compare(make_config(ScoringConfig)) == ()
 
 
-def test_as_many_questions_may_fail_as_configured(tmp_path: Path) -> None:
+def test_the_configured_fraction_of_judge_requests_may_fail(tmp_path: Path) -> None:
     with scripted_server() as server:
         server.script('{"evidence": "x", "image_quality": 9}')
-        answers, failures = ask(server, tmp_path, executor="sync", max_failed_share=1.0)
+        answers, failures = ask(server, tmp_path, executor="sync", max_failed_fraction=1.0)
         assert (answers, len(failures)) == ({}, 2)

@@ -12,7 +12,7 @@ from tasks.scoring.statistics import (
 )
 
 
-def test_alpha_is_that_of_krippendorffs_own_example() -> None:
+def test_alpha_matches_the_published_example_of_krippendorff() -> None:
     # Krippendorff 2011, section C: four observers, twelve units, levels 1 to 5; ordinal alpha 0.815.
     observers = [
         [1, 2, 3, 3, 2, 1, 4, 1, 2, None, None, None],
@@ -24,7 +24,7 @@ def test_alpha_is_that_of_krippendorffs_own_example() -> None:
     assert compute_alpha(units) == pytest.approx(0.815, abs=0.0005)
 
 
-def test_alpha_is_one_for_agreement_near_zero_for_chance_and_none_where_it_means_nothing() -> None:
+def test_alpha_is_one_for_agreement_near_zero_for_chance_and_none_if_undefined() -> None:
     assert compute_alpha([[0, 0], [2, 2], [4, 4]]) == pytest.approx(1)
     chance = np.random.default_rng(0).integers(5, size=(2000, 3)).tolist()
     assert abs(compute_alpha(chance) or 1) < 0.05
@@ -33,7 +33,7 @@ def test_alpha_is_one_for_agreement_near_zero_for_chance_and_none_where_it_means
     assert compute_alpha([]) is None
 
 
-def test_kappa_is_scikit_learns() -> None:
+def test_kappa_matches_scikit_learn() -> None:
     from sklearn.metrics import cohen_kappa_score
 
     random = np.random.default_rng(1)
@@ -44,12 +44,12 @@ def test_kappa_is_scikit_learns() -> None:
     assert compute_kappa([2, 2], [2, 2]) is None
 
 
-def test_spearman_needs_something_that_varies() -> None:
+def test_spearman_is_none_for_constant_input() -> None:
     assert compute_spearman([1, 2, 3], [10, 20, 25]) == pytest.approx(1)
     assert compute_spearman([1, 1, 1], [1, 2, 3]) is None
 
 
-def test_intervals_hold_the_mean_and_narrow_with_more() -> None:
+def test_bootstrap_intervals_contain_the_mean_and_narrow_with_sample_size() -> None:
     few, many = [0, 4] * 5, [0, 4] * 500
     low, high = bootstrap_mean(few)
     assert low < 2 < high

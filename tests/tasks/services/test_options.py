@@ -19,7 +19,7 @@ from tests.support.llm import CHAT, GOOD, SPEC
 from tests.support.llm_server import scripted_server
 
 
-def test_objects_lie_where_the_store_is_configured(tmp_path: Path) -> None:
+def test_objects_are_stored_in_the_configured_folder(tmp_path: Path) -> None:
     store = open_store(make_config(StoreConfig, kind="local", folder=str(tmp_path / "elsewhere")))
     store.put_bytes("a/b", b"x")
     assert (tmp_path / "elsewhere" / "a" / "b").read_bytes() == b"x"
@@ -34,7 +34,7 @@ def test_keys_in_a_bucket_begin_with_the_configured_prefix(s3_config: StoreConfi
     assert store.client.meta.endpoint_url == s3_config.endpoint_url
 
 
-def test_the_client_of_a_bucket_is_configured(s3_config: StoreConfig) -> None:
+def test_the_s3_client_uses_the_configured_region_and_checksums(s3_config: StoreConfig) -> None:
     changes = {"region": "eu-west-3", "request_checksums": "when_required"}
     store = S3Store(s3_config.model_copy(update=changes))
     assert store.client.meta.region_name == "eu-west-3"
@@ -42,7 +42,7 @@ def test_the_client_of_a_bucket_is_configured(s3_config: StoreConfig) -> None:
     assert not store.has_checksums
 
 
-def test_nothing_is_tracked_where_tracking_is_off(tmp_path: Path) -> None:
+def test_tracking_kind_selects_the_tracker(tmp_path: Path) -> None:
     assert isinstance(open_tracker(make_config(TrackingConfig, kind="none"), folder=tmp_path), NoTracker)
     assert isinstance(open_tracker(make_config(TrackingConfig, kind="mlflow"), folder=tmp_path), MlflowTracker)
 
@@ -58,8 +58,8 @@ def test_runs_are_tracked_in_the_configured_database_and_experiment(tmp_path: Pa
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_role_is_served_by_its_own_profile(tmp_path: Path, role: str) -> None:
-    able = CapabilityConfig(structure="json_schema")
+def test_a_role_uses_its_own_profile(tmp_path: Path, role: str) -> None:
+    able = CapabilityConfig(response_format="json_schema")
     with scripted_server() as general, scripted_server() as own:
         general.script(GOOD)
         own.script(GOOD)
@@ -73,7 +73,7 @@ def test_a_role_is_served_by_its_own_profile(tmp_path: Path, role: str) -> None:
         assert (general.counts[CHAT], own.counts[CHAT]) == (0, 1)
 
 
-def test_roles_without_a_profile_of_their_own_are_served_by_the_general_one(tmp_path: Path) -> None:
+def test_roles_without_their_own_profile_use_the_default_fallback_chain(tmp_path: Path) -> None:
     profile = ProfileConfig(base_url="http://127.0.0.1:9/v1", model="m")
     config = make_llm_config(models=("b", "a"), profiles={"a": profile, "b": profile})
     assert [config.fallback_chain(role) for role in ROLES if role != "second_judge"] == [("b", "a")] * (len(ROLES) - 1)

@@ -13,7 +13,7 @@ from tasks.services.store.open import open_store
 from tasks.services.store.s3 import S3Store
 
 
-def test_what_was_put_is_found(any_store: Store) -> None:
+def test_find_bytes_returns_the_latest_object_or_none(any_store: Store) -> None:
     any_store.put_bytes("a/b.bin", b"one")
     any_store.put_bytes("a/b.bin", b"two")
     assert any_store.find_bytes("a/b.bin") == b"two"
@@ -21,7 +21,7 @@ def test_what_was_put_is_found(any_store: Store) -> None:
     assert any_store.compute_sha256("a/none") is None
 
 
-def test_files_go_in_and_come_out(any_store: Store, tmp_path: Path) -> None:
+def test_a_file_round_trips_through_put_file_and_get_file(any_store: Store, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(b"x" * 9_000_000)  # more than one part of an S3 upload
     any_store.put_file("big", source)
@@ -30,7 +30,7 @@ def test_files_go_in_and_come_out(any_store: Store, tmp_path: Path) -> None:
     assert any_store.compute_sha256("big") is not None
 
 
-def test_listing_is_sorted_and_bound_to_its_prefix(any_store: Store) -> None:
+def test_listing_is_sorted_and_limited_to_its_prefix(any_store: Store) -> None:
     for key in ("p/2", "p/1", "q/1", "p/sub/3"):
         any_store.put_bytes(key, b"")
     assert any_store.list_keys("p/") == ["p/1", "p/2", "p/sub/3"]
@@ -39,11 +39,11 @@ def test_listing_is_sorted_and_bound_to_its_prefix(any_store: Store) -> None:
     assert any_store.list_keys("p/") == ["p/2", "p/sub/3"]
 
 
-def test_of_many_creators_one_wins(any_store: Store) -> None:
+def test_exactly_one_of_many_concurrent_put_new_calls_succeeds(any_store: Store) -> None:
     wins: list[int] = []
 
     def create(number: int) -> None:
-        if any_store.put_new("once", str(number).encode()):
+        if any_store.put_if_absent("once", str(number).encode()):
             wins.append(number)
 
     threads = [threading.Thread(target=create, args=(n,)) for n in range(8)]
@@ -61,14 +61,14 @@ def test_keys_cannot_leave_the_root(any_store: Store, key: str) -> None:
         any_store.put_bytes(key, b"")
 
 
-def test_an_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_a_one_line_error(tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
     with pytest.raises(ConfigError, match="cannot write to .*file/store"):
         LocalStore(blocker / "store")
 
 
-def test_a_missing_bucket_is_named(s3_config: StoreConfig) -> None:
+def test_a_missing_bucket_is_named_in_the_error(s3_config: StoreConfig) -> None:
     with pytest.raises(ConfigError, match="bucket nowhere does not exist"):
         S3Store(s3_config.model_copy(update={"bucket": "nowhere"}))
     with pytest.raises(ConfigError, match="store.bucket is empty"):
@@ -84,21 +84,21 @@ def test_a_failed_write_leaves_the_old_object(tmp_path: Path) -> None:
     assert store.list_keys("") == ["a"]
 
 
-def test_a_folder_in_an_objects_place_is_moved_aside(tmp_path: Path) -> None:
+def test_a_folder_at_the_key_of_an_object_is_moved_aside(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "store")
     for again in range(2):
         (store.path("01-subject/k/a.png") / "inner").mkdir(parents=True)
         assert store.find_bytes("01-subject/k/a.png") is None
         assert store.compute_sha256("01-subject/k/a.png") is None
         if again:
-            assert store.put_new("01-subject/k/a.png", b"x")
+            assert store.put_if_absent("01-subject/k/a.png", b"x")
         else:
             store.put_bytes("01-subject/k/a.png", b"x")
         assert store.find_bytes("01-subject/k/a.png") == b"x"
         store.delete("01-subject/k/a.png")
 
 
-def test_a_stored_file_is_read_only_under_all_its_names(tmp_path: Path) -> None:
+def test_a_stored_file_is_read_only_under_all_its_hard_links(tmp_path: Path) -> None:
     store, made = LocalStore(tmp_path / "store"), tmp_path / "made"
     made.write_bytes(b"weights")
     store.put_file("03-training/k/model", made)

@@ -53,7 +53,7 @@ def test_stage_key_depends_on_every_input() -> None:
     assert base == Stage("prior", Manifest, 1, settings={"steps": 3}, inputs=("a",)).key
 
 
-def test_a_finished_stage_is_found_again(any_store: Store) -> None:
+def test_a_finished_stage_is_a_cache_hit(any_store: Store) -> None:
     folder = StageFolder(any_store, "prior", "k1")
     folder.put("images/0.png", b"pixels")
     assert find_manifest(any_store, Manifest, stage="prior", key="k1") is None
@@ -62,7 +62,7 @@ def test_a_finished_stage_is_found_again(any_store: Store) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"pixelz", None])
-def test_a_damaged_object_makes_the_stage_be_computed_again(any_store: Store, damage: bytes | None) -> None:
+def test_a_damaged_object_invalidates_the_cached_stage(any_store: Store, damage: bytes | None) -> None:
     folder = StageFolder(any_store, "prior", "k1")
     ref = folder.put("images/0.png", b"pixels")
     finish(folder)
@@ -73,7 +73,7 @@ def test_a_damaged_object_makes_the_stage_be_computed_again(any_store: Store, da
     assert any_store.find_bytes(f"{PREFIXES['prior']}/k1/{MANIFEST_NAME}.quarantined") is not None
 
 
-def test_a_torn_manifest_is_not_trusted(store: Store) -> None:
+def test_a_truncated_manifest_is_not_trusted(store: Store) -> None:
     folder = StageFolder(store, "prior", "k1")
     finish(folder)
     key = f"{folder.prefix}/{MANIFEST_NAME}"
@@ -81,7 +81,7 @@ def test_a_torn_manifest_is_not_trusted(store: Store) -> None:
     assert find_manifest(store, Manifest, stage="prior", key="k1") is None
 
 
-def test_an_object_of_an_earlier_attempt_is_reused_only_if_whole(store: Store) -> None:
+def test_an_object_of_an_earlier_attempt_is_reused_only_if_intact(store: Store) -> None:
     first = StageFolder(store, "prior", "k1")
     ref = first.put_resumable("a.png", b"whole")
     again = StageFolder(store, "prior", "k1")
@@ -99,13 +99,13 @@ def test_reading_checks_the_digest(store: Store) -> None:
         read_verified(store, ref)
 
 
-def test_documentation_is_no_part_of_a_schema() -> None:
+def test_docstrings_do_not_change_the_schema_digest() -> None:
     assert compute_schema_digest(Documented) == compute_schema_digest(Manifest)
     assert compute_schema_digest(Fuller) != compute_schema_digest(Manifest)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])
-def test_no_damaged_byte_of_a_manifest_is_believed(store: Store, damage: str) -> None:
+def test_any_damaged_byte_quarantines_the_manifest(store: Store, damage: str) -> None:
     folder = StageFolder(store, "prior", "k1")
     folder.put("images/0.png", b"pixels")
     finish(folder)
@@ -131,7 +131,7 @@ def test_no_damaged_byte_of_a_manifest_is_believed(store: Store, damage: str) ->
     ],
 )
 @pytest.mark.parametrize("is_signed", [False, True])
-def test_an_edited_manifest_is_quarantined_once_and_the_stage_computed_again(
+def test_an_edited_manifest_is_quarantined_once_and_the_stage_is_recomputed(
     store: Store, field: str, value: object, is_signed: bool
 ) -> None:
     folder = StageFolder(store, "prior", "k1")
@@ -157,7 +157,7 @@ class WithImage(Manifest):
     image: ObjectRef
 
 
-def test_the_same_result_has_the_same_content_digest_wherever_it_was_made(store: Store) -> None:
+def test_the_content_digest_depends_only_on_the_result(store: Store) -> None:
     manifests = []
     for key, data in (("k1", b"pixels"), ("k2", b"pixels"), ("k1", b"others")):
         folder = StageFolder(store, "prior", key)
@@ -168,7 +168,7 @@ def test_the_same_result_has_the_same_content_digest_wherever_it_was_made(store:
     assert first != other
 
 
-def test_a_note_of_another_attempt_is_believed_only_whole(store: Store) -> None:
+def test_a_damaged_resume_record_of_an_earlier_attempt_is_ignored(store: Store) -> None:
     folder = StageFolder(store, "prior", "k1")
     ref = folder.put_resumable("a.png", b"whole")
     note = f"{folder.prefix}/a.png.ref"
@@ -195,7 +195,7 @@ def test_a_file_is_hashed_once_per_run_and_again_when_it_changes(tmp_path: Path,
     assert len(read) == 2
 
 
-def test_objects_in_a_bucket_are_verified_without_being_read(s3_config: StoreConfig, tmp_path: Path) -> None:
+def test_objects_in_a_bucket_are_verified_by_head_requests_alone(s3_config: StoreConfig, tmp_path: Path) -> None:
     store = S3Store(s3_config)
     folder = StageFolder(store, "prior", "k1")
     large = tmp_path / "large"

@@ -6,7 +6,7 @@ from typing import Any, cast
 from tasks.stage.context import Runtime, StageRecord
 
 
-def test_overhead_is_the_time_in_which_no_stage_was_at_work() -> None:
+def test_overhead_is_the_time_in_which_no_stage_ran() -> None:
     now = time.monotonic()
     runtime = cast(Any, Runtime.__new__(Runtime))
     runtime.records = {

@@ -16,13 +16,13 @@ class Note(BaseModel):
     number: float
 
 
-def test_a_signed_record_comes_back_as_it_was() -> None:
+def test_a_signed_record_round_trips() -> None:
     note = Note(text="größe", number=0.1)
     assert load_signed(Note, dump_signed(note)) == note
     assert load_signed(Note, dump_signed(note, indent=1)) == note
 
 
-def test_no_flipped_byte_and_no_cut_passes() -> None:
+def test_any_flipped_byte_or_truncation_is_detected() -> None:
     note = Note(text="sks dog", number=3.0)
     data = dump_signed(note)
     for place in range(len(data)):
@@ -40,12 +40,12 @@ NO_RECORDS = [
 
 
 @pytest.mark.parametrize("data", [b"[]", b"null", b"{}", b"\xff", b'"x"', b"[" * 100_000, *NO_RECORDS])
-def test_anything_else_is_refused_by_one_kind_of_error(data: bytes) -> None:
+def test_malformed_records_raise_artifact_corrupt(data: bytes) -> None:
     with pytest.raises(ArtifactCorrupt):
         load_signed(Note, data)
 
 
-def test_a_signed_record_of_another_shape_names_the_field() -> None:
+def test_a_signed_record_of_another_schema_raises_an_error_naming_the_field() -> None:
     with pytest.raises(ArtifactCorrupt, match="number"):
         load_signed(Note, dump_signed(Other(text="a")))
 
@@ -56,7 +56,7 @@ class Other(BaseModel):
     text: str
 
 
-def test_a_torn_or_changed_line_costs_that_line_alone() -> None:
+def test_a_truncated_or_changed_line_affects_only_that_line() -> None:
     lines = [dump_line({"usd": value}) for value in (1.0, 2.0, 3.0)]
     changed = lines[1].replace("2.0", "0.2")
     rows = list(load_lines((lines[0] + changed + lines[2][:-9]).encode()))
@@ -65,6 +65,6 @@ def test_a_torn_or_changed_line_costs_that_line_alone() -> None:
 
 
 @pytest.mark.parametrize("data", NO_RECORDS)
-def test_a_line_that_no_log_of_ours_holds_costs_that_line_alone(data: bytes) -> None:
+def test_a_foreign_line_affects_only_that_line(data: bytes) -> None:
     line = dump_line({"usd": 1.0}).encode()
     assert list(load_lines(line + data + b"\n" + line)) == [{"usd": 1.0}, None, {"usd": 1.0}]

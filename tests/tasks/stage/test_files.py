@@ -11,7 +11,7 @@ from tasks.errors import StorageFull
 from tasks.stage.files import staged_file, write_atomic
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_atomic(path, "old")
 
@@ -26,7 +26,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_one_line_with_path_and_size(tmp_path: Path) -> None:
+def test_a_full_disk_is_a_one_line_error_with_path_and_size(tmp_path: Path) -> None:
     code = (
         "import resource, signal, sys; from pathlib import Path; from tasks.stage.files import write_atomic\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

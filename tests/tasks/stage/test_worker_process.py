@@ -40,7 +40,7 @@ def wait_for(path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_polite", [True, False])
-def test_a_child_that_is_still_importing_ends_with_its_killed_parent(tmp_path: Path, is_polite: bool) -> None:
+def test_a_child_that_is_still_importing_exits_when_its_parent_is_killed(tmp_path: Path, is_polite: bool) -> None:
     # An import that takes a minute; a child that minds no request to end has to go all the same.
     (tmp_path / "slow_module.py").write_text(
         "import pathlib, signal, sys, time\n"
@@ -57,7 +57,7 @@ def test_a_child_that_is_still_importing_ends_with_its_killed_parent(tmp_path: P
     assert alive == []
 
 
-def test_a_child_of_a_parent_that_is_gone_does_not_begin(tmp_path: Path) -> None:
+def test_a_child_whose_parent_is_gone_does_not_start(tmp_path: Path) -> None:
     (tmp_path / "touching.py").write_text("import pathlib, sys; pathlib.Path(sys.argv[1]).touch()\n")
     lifeline = tmp_path / "lifeline"
     os.mkfifo(lifeline)  # nobody holds its writing end
@@ -68,7 +68,7 @@ def test_a_child_of_a_parent_that_is_gone_does_not_begin(tmp_path: Path) -> None
     assert not (tmp_path / "touched").exists()
 
 
-def test_a_module_runs_as_it_would_by_itself(tmp_path: Path) -> None:
+def test_a_guarded_module_runs_like_python_m(tmp_path: Path) -> None:
     (tmp_path / "ending.py").write_text("import sys; print(__name__, sys.argv[1:]); sys.exit(3)\n")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     command = [sys.executable, "-m", "tasks.stage.guard", "ending", "a", "--b"]
@@ -76,7 +76,7 @@ def test_a_module_runs_as_it_would_by_itself(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.strip()) == (3, "__main__ ['a', '--b']")
 
 
-def test_a_folder_that_is_named_like_ours_is_not_imported(tmp_path: Path) -> None:
+def test_a_folder_named_like_our_package_is_not_imported(tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "__init__.py").write_text("raise SystemExit('foreign code')\n")
     (tmp_path / "lib").mkdir()

@@ -11,7 +11,7 @@ from tasks.services.llm.service import LlmService
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tasks.subject.adjudication import MAX_ROUNDS, DoubtfulPhoto, adjudicate
-from tasks.subject.captions.captioning import describe_photos
+from tasks.subject.captions.captioning import annotate_photos
 from tasks.subject.photos.ingest import CheckedPhotos
 from tasks.subject.selection import select_photos
 from tests.support.config import make_subject_config
@@ -32,7 +32,7 @@ def decide(photos: CheckedPhotos, llm: LlmService) -> Any:
     return adjudicate(DoubtfulPhoto(first, "blurred", others), CONFIG, llm=llm).verdict
 
 
-def test_tools_are_run_and_their_findings_told(photos: CheckedPhotos, tmp_path: Path) -> None:
+def test_tool_calls_are_executed_and_their_results_returned_to_the_model(photos: CheckedPhotos, tmp_path: Path) -> None:
     with scripted_server() as server:
         server.script(
             call_tools(("measure_sharpness", PART), ("find_near_duplicates", {})),
@@ -54,9 +54,7 @@ def test_tools_are_run_and_their_findings_told(photos: CheckedPhotos, tmp_path: 
         assert server.counts[CHAT] == 3  # kept, tools and all
 
 
-def test_arguments_that_do_not_fit_and_unknown_tools_are_told_to_the_model(
-    photos: CheckedPhotos, tmp_path: Path
-) -> None:
+def test_invalid_tool_calls_are_returned_to_the_model_as_errors(photos: CheckedPhotos, tmp_path: Path) -> None:
     with scripted_server() as server:
         server.script(
             call_tools(("measure_sharpness", {"left": "here"}), ("delete_photo", {}), ("compare_with", {"number": 9})),
@@ -68,7 +66,7 @@ def test_arguments_that_do_not_fit_and_unknown_tools_are_told_to_the_model(
         assert told[1:] == ["there is no tool delete_photo", "there are 3 other photos"]
 
 
-def test_the_last_round_leaves_only_the_answer(photos: CheckedPhotos, tmp_path: Path) -> None:
+def test_the_last_round_forces_the_answer_tool(photos: CheckedPhotos, tmp_path: Path) -> None:
     with scripted_server() as server:
         server.script(*[call_tools(("find_near_duplicates", {}))] * MAX_ROUNDS, answer("accept"))
         assert decide(photos, make_llm(server, tmp_path)).verdict == "accept"
@@ -77,7 +75,7 @@ def test_the_last_round_leaves_only_the_answer(photos: CheckedPhotos, tmp_path: 
         assert choices[-1]["function"]["name"] == "answer"
 
 
-def test_a_verdict_without_a_measurement_is_none(photos: CheckedPhotos, tmp_path: Path) -> None:
+def test_a_verdict_without_a_tool_call_is_discarded(photos: CheckedPhotos, tmp_path: Path) -> None:
     with scripted_server() as server:
         server.script(answer("accept"))
         assert decide(photos, make_llm(server, tmp_path)) is None
@@ -99,13 +97,13 @@ class Objecting(ScriptedServer):
 
 
 @pytest.mark.parametrize(("has_tools", "num_accepted"), [(True, 4), (False, 0)])
-def test_photos_that_an_inspector_would_drop_are_kept_where_measurements_say_so(
+def test_adjudication_with_tools_retains_photos_rejected_by_inspection(
     photos: CheckedPhotos, tmp_path: Path, store: LocalStore, has_tools: bool, num_accepted: int
 ) -> None:
     with scripted_server(Objecting()) as server:
-        capabilities = CapabilityConfig(structure="json_schema", tools=has_tools)
+        capabilities = CapabilityConfig(response_format="json_schema", tools=has_tools)
         llm = make_llm(server, tmp_path, capabilities=capabilities)
-        described = describe_photos(photos, CONFIG, llm=llm, on_progress=lambda done, total: None)
+        described = annotate_photos(photos, CONFIG, llm=llm, on_progress=lambda done, total: None)
     outcome = select_photos(
         StageFolder(store, "subject", "k"), photos.accepted, described, config=CONFIG, overview=None
     )

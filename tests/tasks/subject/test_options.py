@@ -49,13 +49,13 @@ def shade(low: float, high: float, *, size: tuple[int, int] = (128, 128)) -> byt
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_a_bound_on_photos_is_held(data: bytes, changes: dict[str, Any], fault: str) -> None:
+def test_a_photo_outside_a_configured_bound_is_rejected(data: bytes, changes: dict[str, Any], fault: str) -> None:
     assert isinstance(check_photo("a.png", data, make_subject_config()), Photo)
     refused = check_photo("a.png", data, make_subject_config(**changes))
     assert fault in refused.reason  # type: ignore[union-attr]
 
 
-def test_photos_closer_than_the_configured_distance_are_one(tmp_path: Path, store: LocalStore) -> None:
+def test_photos_within_duplicate_distance_are_duplicates(tmp_path: Path, store: LocalStore) -> None:
     draw_photos(tmp_path / "in", num=6, size=256)
     source = str(tmp_path / "in")
     apart = check_photos(make_subject_config(source=source, duplicate_distance=0), store)
@@ -64,8 +64,8 @@ def test_photos_closer_than_the_configured_distance_are_one(tmp_path: Path, stor
         check_photos(make_subject_config(source=source, duplicate_distance=64), store)
 
 
-def test_the_web_is_asked_for_the_configured_name_on_the_configured_sites(tmp_path: Path) -> None:
-    able = CapabilityConfig(structure="json_schema", web_search="responses")
+def test_web_lookup_uses_the_configured_query_and_domains(tmp_path: Path) -> None:
+    able = CapabilityConfig(response_format="json_schema", web_search="responses")
     asked = []
     for web_lookup in ({"query": "Maine Coon", "domains": ("example.org",)}, {}):
         with scripted_server() as server:
@@ -79,14 +79,14 @@ def test_the_web_is_asked_for_the_configured_name_on_the_configured_sites(tmp_pa
     assert "example.org" not in asked[1]
 
 
-def test_fewer_photos_than_configured_are_refused(tmp_path: Path, store: LocalStore) -> None:
+def test_fewer_photos_than_min_images_are_rejected(tmp_path: Path, store: LocalStore) -> None:
     draw_photos(tmp_path / "in", num=4, size=256)
     assert len(check_photos(make_subject_config(source=str(tmp_path / "in"), min_images=4), store).accepted) == 4
     with pytest.raises(SubjectRejected, match="5 needed"):
         check_photos(make_subject_config(source=str(tmp_path / "in"), min_images=5), store)
 
 
-def test_a_batch_job_of_captions_is_waited_for_as_long_as_configured(tmp_path: Path) -> None:
+def test_a_caption_batch_job_past_max_wait_seconds_suspends_the_run(tmp_path: Path) -> None:
     with scripted_server(BusyServer()) as server:
         config = make_subject_config(batch_threshold=2, max_wait_seconds=0.01)
         batch = batch_options(len(SPECS), config, state_prefix="01-subject/k/batches")

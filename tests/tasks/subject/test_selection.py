@@ -14,7 +14,7 @@ from tasks.stage.cache import StageFolder
 from tasks.subject.captions.captioning import (
     Caption,
     PhotoAnnotation,
-    describe_photos,
+    annotate_photos,
     digest_prompts,
     lint_caption,
 )
@@ -59,20 +59,22 @@ def answers(name: str, number: int) -> Any:
     return {"surroundings": "on the beach", "view": ""} if name == "Caption" else PROFILE.model_dump()
 
 
-def test_words_of_traits_are_found_in_captions_and_common_ones_are_not() -> None:
+def test_trait_words_are_detected_in_captions_and_common_words_are_not() -> None:
     words = list_trait_words(PROFILE.invariant_traits, class_noun="fish")
     assert words == {"blue", "fins", "white", "stripes", "round"}
     assert find_leaks("on blue sand with stripes", words) == ["blue", "stripes"]
     assert find_leaks("on the beach, seen from the side", words) == []
 
 
-def test_a_phrase_that_tells_a_trait_is_cut() -> None:
+def test_a_caption_phrase_that_names_an_invariant_trait_is_removed() -> None:
     config = make_subject_config()
     caption, leaks, _ = lint_caption(Caption(surroundings="in the snow", view="its blue fins up"), {"blue"}, config)
     assert (caption.surroundings, caption.view, leaks) == ("in the snow", "", ["blue"])
 
 
-def test_leaks_are_cut_counted_and_too_many_of_them_stop_the_run(photos: CheckedPhotos, store: LocalStore) -> None:
+def test_trait_leaks_are_removed_and_counted_and_too_many_stop_the_run(
+    photos: CheckedPhotos, store: LocalStore
+) -> None:
     config = config_of(photos)
     leaky, clean = Caption(surroundings="on the beach", view="blue stripes"), Caption(surroundings="at sea", view="")
     described = {
@@ -85,12 +87,12 @@ def test_leaks_are_cut_counted_and_too_many_of_them_stop_the_run(photos: Checked
     assert outcome.leaks[0].endswith(": blue, stripes")
     with pytest.raises(SubjectRejected, match=r"3 of 4 captions name invariant traits .*photo-0.png: blue, stripes"):
         check_leaks(outcome, config)
-    check_leaks(outcome, config_of(photos, max_leak_share=1.0))
-    assert "trained anyway, as subject.max_leak_share=1 says" in outcome.warnings[-1]
+    check_leaks(outcome, config_of(photos, max_leak_fraction=1.0))
+    assert "trained anyway, as subject.max_leak_fraction=1 says" in outcome.warnings[-1]
     check_leaks(Selection(), config)
 
 
-def test_a_refused_photo_is_set_aside_and_a_persons_caption_brings_it_back(
+def test_a_refused_photo_is_quarantined_and_restored_by_a_user_caption(
     photos: CheckedPhotos, store: LocalStore, tmp_path: Path
 ) -> None:
     def refuse_first(name: str, number: int) -> Any:
@@ -99,7 +101,7 @@ def test_a_refused_photo_is_set_aside_and_a_persons_caption_brings_it_back(
     config = config_of(photos)
     with scripted_server(Answering(refuse_first)) as server:
         llm = make_llm(server, tmp_path, concurrency=1)
-        described = describe_photos(photos, config, llm=llm, on_progress=lambda done, total: None)
+        described = annotate_photos(photos, config, llm=llm, on_progress=lambda done, total: None)
         outcome = select_photos(
             StageFolder(store, "subject", "k"), photos.accepted, described, config=config, overview=None
         )
@@ -111,7 +113,7 @@ def test_a_refused_photo_is_set_aside_and_a_persons_caption_brings_it_back(
         path.write_text("photo,surroundings,view\nphoto-0.png,in a blue bowl,seen from above\n")
         own = config_of(photos, captions=str(path))
         calls = server.counts[CHAT]
-        described = describe_photos(photos, own, llm=llm, on_progress=lambda done, total: None)
+        described = annotate_photos(photos, own, llm=llm, on_progress=lambda done, total: None)
         assert server.counts[CHAT] == calls  # the others' replies are kept, this one needs none
         outcome = select_photos(
             StageFolder(store, "subject", "k"), photos.accepted, described, config=own, overview=Overview(PROFILE)
@@ -120,7 +122,7 @@ def test_a_refused_photo_is_set_aside_and_a_persons_caption_brings_it_back(
         assert (outcome.quarantined, outcome.leaks) == ([], [])
 
 
-def test_of_many_photos_the_best_are_trained_on(photos: CheckedPhotos, store: LocalStore) -> None:
+def test_max_trained_selects_the_top_photos(photos: CheckedPhotos, store: LocalStore) -> None:
     shas = [photo.sha256 for photo in photos.accepted]
     described = {sha256: PhotoAnnotation(INSPECTION, Caption(surroundings="at sea", view="")) for sha256 in shas}
 
@@ -140,12 +142,12 @@ def test_of_many_photos_the_best_are_trained_on(photos: CheckedPhotos, store: Lo
     assert few.images[0].focus == (0.3, 0.5)
 
 
-def test_a_box_that_cannot_be_places_no_crop() -> None:
+def test_an_invalid_box_has_no_center() -> None:
     assert Box(left=0.5, top=0.1, right=0.2, bottom=0.9).find_center() is None
     assert Box(left=0.5, top=0.5, right=0.51, bottom=0.51).find_center() is None
 
 
-def test_many_captions_go_by_one_batch_job(photos: CheckedPhotos, tmp_path: Path) -> None:
+def test_captions_above_batch_threshold_use_one_batch_job(photos: CheckedPhotos, tmp_path: Path) -> None:
     class Rows(Answering):
         def answer_row(self, body: dict[str, Any]) -> dict[str, Any]:
             self.bodies.append(body)
@@ -154,29 +156,29 @@ def test_many_captions_go_by_one_batch_job(photos: CheckedPhotos, tmp_path: Path
     with scripted_server(Rows(answers)) as server:
         llm = make_llm(server, tmp_path)
         shown: list[tuple[int, int]] = []
-        described = describe_photos(
+        described = annotate_photos(
             photos, config_of(photos, batch_threshold=4), llm=llm, on_progress=lambda *at: shown.append(at)
         )
         assert [found.caption.surroundings for found in described.values() if found.caption] == ["on the beach"] * 4
         assert (server.counts[CHAT], server.counts["POST /v1/batches"], server.counts["row"]) == (4, 1, 4)
         assert shown[-1] == (8, 8)
-        describe_photos(photos, config_of(photos), llm=llm, on_progress=lambda done, total: None)
+        annotate_photos(photos, config_of(photos), llm=llm, on_progress=lambda done, total: None)
         assert server.counts[CHAT] == 4  # the replies of the job serve calls
 
 
-def test_a_photo_that_is_left_out_needs_no_caption(photos: CheckedPhotos, tmp_path: Path) -> None:
+def test_a_rejected_photo_is_not_captioned(photos: CheckedPhotos, tmp_path: Path) -> None:
     def object_to_first(name: str, number: int) -> Any:
         bad = {**INSPECTION.model_dump(), "verdict": "reject"}
         return bad if name == "ImageInspection" and number == 0 else answers(name, number)
 
     with scripted_server(Answering(object_to_first)) as server:
-        able = CapabilityConfig(structure="json_schema", tools=False)
+        able = CapabilityConfig(response_format="json_schema", tools=False)
         llm = make_llm(server, tmp_path, concurrency=1, capabilities=able)
-        describe_photos(photos, config_of(photos), llm=llm, on_progress=lambda done, total: None)
+        annotate_photos(photos, config_of(photos), llm=llm, on_progress=lambda done, total: None)
         assert server.asked == {"ImageInspection": 4, "Caption": 3}
 
 
-def test_captions_that_cannot_be_read_are_named(photos: CheckedPhotos, tmp_path: Path) -> None:
+def test_an_invalid_caption_file_raises_an_error_with_the_reason(photos: CheckedPhotos, tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_text("name\nx\n")
     with scripted_server() as server:
         llm = make_llm(server, tmp_path)
@@ -189,16 +191,18 @@ def test_captions_that_cannot_be_read_are_named(photos: CheckedPhotos, tmp_path:
         for name, message in messages.items():
             config = config_of(photos, captions=str(tmp_path / name))
             with pytest.raises(ConfigError, match=message):
-                describe_photos(photos, config, llm=llm, on_progress=lambda done, total: None)
+                annotate_photos(photos, config, llm=llm, on_progress=lambda done, total: None)
 
 
-def test_a_persons_captions_need_no_model(photos: CheckedPhotos, tmp_path: Path, store: LocalStore) -> None:
+def test_user_captions_with_the_template_send_no_llm_request(
+    photos: CheckedPhotos, tmp_path: Path, store: LocalStore
+) -> None:
     path = tmp_path / "captions.csv"
     path.write_text("photo,surroundings,view\nphoto-1.png,at sea,\n")
     config = config_of(photos, captions=str(path), captioning="template")
     with scripted_server() as server:
         llm = make_llm(server, tmp_path)
-        described = describe_photos(photos, config, llm=llm, on_progress=lambda done, total: None)
+        described = annotate_photos(photos, config, llm=llm, on_progress=lambda done, total: None)
         assert not server.counts
     outcome = select_photos(
         StageFolder(store, "subject", "k"), photos.accepted, described, config=config, overview=None
@@ -207,7 +211,7 @@ def test_a_persons_captions_need_no_model(photos: CheckedPhotos, tmp_path: Path,
     assert prompts == ["a photo of sks fish", "a photo of sks fish at sea", *["a photo of sks fish"] * 2]
 
 
-def test_all_photos_are_looked_at_in_one_request_as_many_as_fit(photos: CheckedPhotos, tmp_path: Path) -> None:
+def test_the_subject_profile_request_contains_as_many_photos_as_fit(photos: CheckedPhotos, tmp_path: Path) -> None:
     with scripted_server(Answering(answers)) as server:
         llm = make_llm(server, tmp_path)
         overview = profile_subject(photos, config_of(photos), llm=llm)
@@ -227,12 +231,12 @@ def count_images(body: dict[str, Any]) -> int:
     return sum(part["type"] == "image_url" for part in body["messages"][1]["content"])
 
 
-def test_a_profile_that_nobody_gives_stops_nothing(photos: CheckedPhotos, tmp_path: Path) -> None:
+def test_a_refused_subject_profile_does_not_stop_the_run(photos: CheckedPhotos, tmp_path: Path) -> None:
     with scripted_server(Answering(lambda name, number: None)) as server:
         assert profile_subject(photos, config_of(photos), llm=make_llm(server, tmp_path)) is None
 
 
-def test_a_wrong_noun_and_mixed_photos_are_said() -> None:
+def test_a_wrong_class_noun_and_mixed_subjects_raise_warnings() -> None:
     config = make_subject_config(class_noun="dog")
     assert find_warnings(PROFILE, make_subject_config()) == []
     wrong = PROFILE.model_copy(update={"is_class_noun_right": False, "is_one_subject": False})
@@ -241,7 +245,7 @@ def test_a_wrong_noun_and_mixed_photos_are_said() -> None:
     assert "one and the same subject" in mixed
 
 
-def test_other_words_to_the_models_are_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_prompt_changes_the_prompt_digest(monkeypatch: pytest.MonkeyPatch) -> None:
     before = digest_prompts()
     monkeypatch.setattr("tasks.subject.captions.captioning.CAPTION", "Caption it.")
     assert digest_prompts() != before

@@ -8,7 +8,7 @@ import pytest
 
 from tasks.errors import ConfigError, LikenessError, ServiceUnavailable
 from tasks.subject.adjudication import MAX_ROUNDS
-from tasks.subject.captions.captioning import describe_photos
+from tasks.subject.captions.captioning import annotate_photos
 from tasks.subject.photos.ingest import CheckedPhotos
 from tasks.subject.selection import profile_subject
 from tests.support.config import make_subject_config
@@ -29,14 +29,14 @@ def server() -> Iterator[ScriptedServer]:
 
 def describe(photos: CheckedPhotos, server: ScriptedServer, folder: Path, **changes: Any) -> Any:
     llm = make_llm(server, folder, **changes)
-    return describe_photos(photos, CONFIG, llm=llm, on_progress=lambda done, total: None)
+    return annotate_photos(photos, CONFIG, llm=llm, on_progress=lambda done, total: None)
 
 
 @pytest.mark.parametrize(
     ("answer", "error", "asked"),
     [((401, {}, b"{}"), ConfigError, 1), ((500, {"retry-after": "0"}, b"{}"), ServiceUnavailable, 3)],
 )
-def test_a_server_that_fails_ends_the_inspection(
+def test_a_failing_server_stops_the_inspection(
     photos: CheckedPhotos,
     server: ScriptedServer,
     tmp_path: Path,
@@ -50,7 +50,7 @@ def test_a_server_that_fails_ends_the_inspection(
     assert server.counts[CHAT] == asked
 
 
-def test_nonsense_costs_one_inspection_of_each_photo_and_a_quarter_more(
+def test_invalid_replies_cost_one_request_per_photo_and_a_quarter_for_repairs(
     photos: CheckedPhotos, server: ScriptedServer, tmp_path: Path
 ) -> None:
     server.script('{"grade": 9}')
@@ -59,7 +59,7 @@ def test_nonsense_costs_one_inspection_of_each_photo_and_a_quarter_more(
     assert server.counts[CHAT] == NUM + 1
 
 
-def test_objections_cost_at_most_five_adjudications_of_each_photo(
+def test_objections_cost_at_most_five_adjudication_requests_per_photo(
     photos: CheckedPhotos, server: ScriptedServer, tmp_path: Path
 ) -> None:
     def answer_by(body: dict[str, Any]) -> Any:
@@ -70,7 +70,9 @@ def test_objections_cost_at_most_five_adjudications_of_each_photo(
         assert answering.counts[CHAT] == NUM + NUM * (MAX_ROUNDS + 1)
 
 
-def test_a_profile_costs_two(photos: CheckedPhotos, server: ScriptedServer, tmp_path: Path) -> None:
+def test_an_invalid_subject_profile_costs_two_requests(
+    photos: CheckedPhotos, server: ScriptedServer, tmp_path: Path
+) -> None:
     server.script('{"grade": 9}')
     assert profile_subject(photos, CONFIG, llm=make_llm(server, tmp_path)) is None
     assert server.counts[CHAT] == 2

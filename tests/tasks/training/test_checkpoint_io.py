@@ -24,7 +24,7 @@ def save(folder: Path, *steps: int) -> None:
         save_checkpoint(folder, state(step), fingerprint=FINGERPRINT, num_kept=2)
 
 
-def test_the_newest_is_loaded_and_two_are_kept(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_loaded_and_two_are_retained(tmp_path: Path) -> None:
     save(tmp_path, 2, 4, 10)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000010", "step-00000004"]
     loaded = load_newest(tmp_path, fingerprint=FINGERPRINT)
@@ -35,7 +35,7 @@ def test_the_newest_is_loaded_and_two_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "losses.jsonl", MANIFEST])
-def test_a_flipped_byte_falls_back_to_the_one_before(tmp_path: Path, name: str) -> None:
+def test_a_flipped_byte_falls_back_to_the_previous_checkpoint(tmp_path: Path, name: str) -> None:
     save(tmp_path, 2, 4)
     path = tmp_path / "step-00000004" / name
     data = bytearray(path.read_bytes())
@@ -46,7 +46,7 @@ def test_a_flipped_byte_falls_back_to_the_one_before(tmp_path: Path, name: str) 
     assert loaded.step == 2
 
 
-def test_a_manifest_with_another_step_is_not_believed(tmp_path: Path) -> None:
+def test_a_checkpoint_with_an_edited_step_is_ignored(tmp_path: Path) -> None:
     save(tmp_path, 2, 4)
     path = tmp_path / "step-00000004" / MANIFEST
     path.write_text(path.read_text().replace('"step": 4', '"step": 5'))
@@ -55,7 +55,7 @@ def test_a_manifest_with_another_step_is_not_believed(tmp_path: Path) -> None:
     assert loaded.step == 2
 
 
-def test_a_half_written_checkpoint_is_none(tmp_path: Path) -> None:
+def test_a_partially_written_checkpoint_is_ignored(tmp_path: Path) -> None:
     save(tmp_path, 2)
     torn = tmp_path / "step-00000004"
     torn.mkdir()
@@ -65,7 +65,7 @@ def test_a_half_written_checkpoint_is_none(tmp_path: Path) -> None:
     assert loaded.step == 2
 
 
-def test_no_checkpoint_is_a_fresh_start_but_only_bad_ones_are_an_error(tmp_path: Path) -> None:
+def test_training_starts_fresh_without_checkpoints_and_raises_if_all_are_damaged(tmp_path: Path) -> None:
     assert load_newest(tmp_path / "none", fingerprint=FINGERPRINT) is None
     save(tmp_path, 2)
     (tmp_path / "step-00000002" / "weights.safetensors").write_bytes(b"")
@@ -75,13 +75,13 @@ def test_no_checkpoint_is_a_fresh_start_but_only_bad_ones_are_an_error(tmp_path:
 
 
 @pytest.mark.parametrize("changed", list(FINGERPRINT))
-def test_a_checkpoint_of_another_run_is_refused_with_what_changed(tmp_path: Path, changed: str) -> None:
+def test_a_checkpoint_of_another_run_is_rejected_naming_the_changed_field(tmp_path: Path, changed: str) -> None:
     save(tmp_path, 2)
     with pytest.raises(TrainingFailed, match=f"belongs to another run: {changed} changed"):
         load_newest(tmp_path, fingerprint={**FINGERPRINT, changed: "other"})
 
 
-def test_another_schema_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_schema_version_is_rejected(tmp_path: Path) -> None:
     save(tmp_path, 2)
     path = tmp_path / "step-00000002" / MANIFEST
     manifest = {**json.loads(path.read_text()), "schema_version": 99}
@@ -91,7 +91,7 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
         load_newest(tmp_path, fingerprint=FINGERPRINT)
 
 
-def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
+def test_non_finite_weights_are_never_saved(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailed, match="weight w is not finite at step 3"):
         save_checkpoint(tmp_path, state(3, float("nan")), fingerprint=FINGERPRINT, num_kept=2)
     assert list_checkpoints(tmp_path) == []

@@ -14,7 +14,7 @@ from tasks.errors import ArtifactCorrupt, StorageFull
 from tasks.services.store.local import LocalStore
 from tasks.stage.digests import dump_line
 from tasks.training.checkpoint_io import MANIFEST, TrainingState, list_checkpoints, load_newest, save_checkpoint
-from tasks.training.data.latent_cache import digest_path_of, fetch_latents, is_whole, store_latents
+from tasks.training.data.latent_cache import digest_path_of, fetch_latents, is_valid, store_latents
 from tasks.training.process import worker
 from tasks.training.process.supervisor import EventTail, read_result, run_worker
 from tasks.training.process.worker_spec import RunFolder, TrainingSpec
@@ -68,7 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -
 
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", [MANIFEST, "numbers.json", "weights.safetensors", "ema.safetensors"])
-def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+def test_a_damaged_checkpoint_is_quarantined_and_the_previous_one_loaded(
     tmp_path: Path, name: str, how: Callable[[bytes], bytes]
 ) -> None:
     save(tmp_path, 2)
@@ -80,7 +80,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     assert (tmp_path / ".bad-step-00000004").is_dir()
 
 
-def test_folders_that_only_look_like_checkpoints_are_passed_over(tmp_path: Path) -> None:
+def test_folders_that_only_resemble_checkpoints_are_ignored(tmp_path: Path) -> None:
     save(tmp_path, 2)
     for name in ("step-copy", "step-00000004.orig"):
         (tmp_path / name).mkdir()
@@ -101,25 +101,23 @@ def test_damaged_latents_are_encoded_again(
     path = moved.latents_paths()[0]
     whole = path.read_bytes()
     damage(digest_path_of(path) if is_note else path, how)
-    assert not is_whole(path)
+    assert not is_valid(path)
     train_here(tmp_path, Path(spec.model_folder), spec=moved.model_copy(update={"folder": str(tmp_path / "run")}))
-    assert is_whole(path)
+    assert is_valid(path)
     assert path.read_bytes() == whole
 
 
-def test_latents_of_other_photos_do_not_pass_under_another_name(
-    trained: tuple[TrainingSpec, RunFolder], tmp_path: Path
-) -> None:
+def test_cached_latents_under_another_name_are_invalid(trained: tuple[TrainingSpec, RunFolder], tmp_path: Path) -> None:
     path = trained[0].latents_paths()[0]
     other = tmp_path / f"other{path.suffix}"
     shutil.copy(path, other)
     shutil.copy(digest_path_of(path), digest_path_of(other))
-    assert is_whole(path)
-    assert not is_whole(other)
+    assert is_valid(path)
+    assert not is_valid(other)
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_result_is_set_aside_and_made_again(
+def test_a_damaged_result_is_quarantined_and_recomputed(
     trained: tuple[TrainingSpec, RunFolder], tmp_path: Path, how: Callable[[bytes], bytes]
 ) -> None:
     spec, run = trained
@@ -136,7 +134,7 @@ def test_a_damaged_result_is_set_aside_and_made_again(
 
 
 @pytest.mark.parametrize("name", ["losses.jsonl", "model/unet/diffusion_pytorch_model.safetensors"])
-def test_a_result_whose_files_were_changed_is_made_again(trained: tuple[TrainingSpec, RunFolder], name: str) -> None:
+def test_a_result_with_modified_files_is_recomputed(trained: tuple[TrainingSpec, RunFolder], name: str) -> None:
     spec, run = trained
     damage(run.folder / name, flip)
     assert read_result(run) is None
@@ -144,7 +142,7 @@ def test_a_result_whose_files_were_changed_is_made_again(trained: tuple[Training
     assert read_result(run) is not None
 
 
-def test_edited_figures_of_a_result_are_not_believed(trained: tuple[TrainingSpec, RunFolder]) -> None:
+def test_an_edited_result_is_recomputed(trained: tuple[TrainingSpec, RunFolder]) -> None:
     spec, run = trained
     run.result.write_text(run.result.read_text().replace('"num_steps": 2', '"num_steps": 3'))
     assert read_result(run) is None
@@ -152,7 +150,7 @@ def test_edited_figures_of_a_result_are_not_believed(trained: tuple[TrainingSpec
 
 
 @pytest.mark.parametrize("how", [flip, cut])
-def test_damaged_events_are_passed_over(tmp_path: Path, how: Callable[[bytes], bytes]) -> None:
+def test_damaged_event_lines_are_skipped(tmp_path: Path, how: Callable[[bytes], bytes]) -> None:
     path, seen = tmp_path / "events.jsonl", list[dict[str, Any]]()
     rows = [dump_line({"event": "step", "step": step}).encode() for step in (1, 2, 3)]
     others = [b"[1]\n", b"null\n", b'{"event": []}\n', b"[" * 100_000 + b"\n"]
@@ -164,7 +162,7 @@ def test_damaged_events_are_passed_over(tmp_path: Path, how: Callable[[bytes], b
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_order_is_not_carried_out(
+def test_a_damaged_training_spec_is_rejected(
     trained: tuple[TrainingSpec, RunFolder], tmp_path: Path, how: Callable[[bytes], bytes]
 ) -> None:
     spec, _ = trained
@@ -176,7 +174,7 @@ def test_a_damaged_order_is_not_carried_out(
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_damaged_kept_weights_give_way_to_the_next_best(
+def test_a_damaged_retained_checkpoint_falls_back_to_the_next_best(
     tmp_path: Path, tiny_model_folder: Path, how: Callable[[bytes], bytes]
 ) -> None:
     validation = {"validation_steps": 1, "keep": "best", "metric": "loss", "save_top_k": 2}
@@ -191,10 +189,10 @@ def test_damaged_kept_weights_give_way_to_the_next_best(
     after = read_result(run)
     assert after is not None
     assert after.published_step != before.published_step
-    assert "kept weights of step" in run.events.read_text()
+    assert "the retained checkpoint of step" in run.events.read_text()
 
 
-def test_a_full_disk_is_one_line_with_path_and_size(
+def test_a_full_disk_is_a_one_line_error_with_path_and_size(
     tmp_path: Path, tiny_model_folder: Path, trained: tuple[TrainingSpec, RunFolder]
 ) -> None:
     save(tmp_path, 2)
@@ -212,7 +210,7 @@ def test_a_full_disk_is_one_line_with_path_and_size(
     assert worker.train(done) == 0
 
 
-def test_a_worker_without_room_says_so_through_its_supervisor(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_a_full_disk_in_the_worker_is_reported_by_the_supervisor(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder)
     with small_disk(15_000), pytest.raises(StorageFull, match=r"^no room left: 0\.\d MB for .*latents/.*safetensors"):
         run_worker(spec, on_event=lambda event: None)

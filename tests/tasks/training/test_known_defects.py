@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from tasks.diffusion.noise_schedulers import GaussianDiffusion, RectifiedFlow
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.registry import load_model
 from tasks.training.data import rng
 from tasks.training.data.batches import BatchFactory
 from tasks.training.data.datamodule import SampleIndices
@@ -28,7 +28,7 @@ def captioned(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path)
         image.model_copy(update={"prompt": prompt}) for image, prompt in zip(spec.instance_images, PROMPTS, strict=True)
     )
     spec = spec.model_copy(update={"instance_images": images})
-    return spec, BatchFactory(open_model(spec.diffusion), spec)
+    return spec, BatchFactory(load_model(spec.diffusion), spec)
 
 
 def indices_of(spec: TrainingSpec, *, rank: int, world_size: int, num: int) -> list[int]:
@@ -77,7 +77,7 @@ def test_d3_every_class_image_is_used(captioned: tuple[TrainingSpec, BatchFactor
     ids=["d4-noise", "d4-velocity", "d5-flow"],
 )
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_d4_d5_every_example_of_both_halves_has_its_own_weight(
+def test_d4_d5_every_instance_and_class_example_has_its_own_loss_weight(
     noise: GaussianDiffusion | RectifiedFlow, batch_size: int
 ) -> None:
     torch.manual_seed(0)
@@ -102,9 +102,9 @@ def test_d6_ranks_draw_different_noise_and_timesteps(captioned: tuple[TrainingSp
         assert not any(torch.equal(mine, theirs) for theirs in second.noise)
 
 
-def test_d7_mirroring_and_crops_are_drawn_anew_at_every_step(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_d7_flips_and_crops_are_resampled_at_every_step(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder, flip_probability=0.5, num_crop_variants=3)
-    maker = BatchFactory(open_model(spec.diffusion), spec)
+    maker = BatchFactory(load_model(spec.diffusion), spec)
     assert maker.buckets[0].sets["instance"].mean.shape[1] == 6
     indices = list(range(180))
     items = rng.choose_items(3, seed=spec.seed, purpose="instance/item", indices=indices)

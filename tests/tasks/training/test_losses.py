@@ -7,7 +7,7 @@ from tasks.training.losses import prior_preservation_loss
 from tests.support.numerics import assert_same_up_to_rounding
 
 
-def test_halves_are_weighed_apart() -> None:
+def test_instance_and_prior_losses_are_weighted_separately() -> None:
     predicted = torch.tensor([1.0, 1.0, 3.0, 3.0]).view(4, 1, 1, 1)
     loss = prior_preservation_loss(predicted, torch.zeros(4, 1, 1, 1), prior_loss_weight=0.5)
     assert loss.instance == 1.0
@@ -15,26 +15,26 @@ def test_halves_are_weighed_apart() -> None:
     assert loss.total == 1.0 + 0.5 * 9.0
 
 
-def test_weight_zero_takes_the_whole_batch_as_instances() -> None:
+def test_a_zero_prior_loss_weight_treats_the_whole_batch_as_instances() -> None:
     predicted = torch.tensor([1.0, 3.0, 2.0]).view(3, 1, 1, 1)
     loss = prior_preservation_loss(predicted, torch.zeros(3, 1, 1, 1), prior_loss_weight=0.0)
     assert loss.prior is None
     assert loss.total == pytest.approx((1 + 9 + 4) / 3)
 
 
-def test_unequal_halves_are_refused() -> None:
+def test_an_odd_batch_size_is_rejected_with_prior_preservation() -> None:
     with pytest.raises(ValueError, match="no two equal halves"):
         prior_preservation_loss(torch.zeros(3, 1), torch.zeros(3, 1), prior_loss_weight=1.0)
 
 
-def test_half_precision_is_compared_in_full() -> None:
+def test_the_loss_of_half_precision_predictions_is_computed_in_float32() -> None:
     predicted = torch.full((2, 1, 1, 1), 1e-4, dtype=torch.bfloat16)
     loss = prior_preservation_loss(predicted, torch.zeros_like(predicted), prior_loss_weight=1.0)
     assert loss.total.dtype == torch.float32
     assert loss.total > 0
 
 
-def test_what_the_mask_leaves_out_does_not_count() -> None:
+def test_masked_out_pixels_do_not_contribute_to_the_loss() -> None:
     predicted, target = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     mask = torch.zeros(2, 1, 8, 8)
     mask[:, :, :4] = 1

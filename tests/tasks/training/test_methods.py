@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.lora.adapters import KOHYA_FILE
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.registry import load_model
 from tasks.diffusion.textual_inversion import EMBEDS_FILE
 from tasks.diffusion.types import LORA_FILE, SamplingRequest
 from tasks.errors import ConfigError, TrainingFailed
@@ -29,7 +29,7 @@ def train(tmp_path: Path, model_folder: Path, *, family: str = "stable_diffusion
 
 
 def draw(spec: TrainingSpec, folder: Path | None) -> np.ndarray:
-    model = open_model(spec.diffusion, folder=folder)
+    model = load_model(spec.diffusion, folder=folder)
     picture = model.sample([SamplingRequest(PROMPT, 3)], num_inference_steps=4, guidance_scale=3.0)[0]
     return np.asarray(picture, int)
 
@@ -48,7 +48,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("method", FILES)
-def test_every_method_changes_the_pictures_and_writes_its_files(
+def test_every_method_changes_the_images_and_writes_its_files(
     tmp_path: Path, tiny_model_folder: Path, method: str
 ) -> None:
     rates = {"lora": {"learning_rate": 3e-2}, "textual_inversion": {"learning_rate": 0.3, "num_vectors": 2}}
@@ -72,7 +72,9 @@ def draw_reference(pipeline: StableDiffusionPipeline, prompt: str) -> np.ndarray
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_adapters_load_in_diffusers_as_here(tmp_path: Path, tiny_model_folder: Path, use_dora: bool) -> None:
+def test_a_lora_adapter_samples_the_same_image_in_diffusers(
+    tmp_path: Path, tiny_model_folder: Path, use_dora: bool
+) -> None:
     lora = {"learning_rate": 3e-2, "rank": 4, "lora_alpha": 8.0, "use_dora": use_dora}
     run = train(tmp_path, tiny_model_folder, method="lora", lora=lora)
     spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion", method="lora", lora=lora)
@@ -86,7 +88,7 @@ def test_adapters_load_in_diffusers_as_here(tmp_path: Path, tiny_model_folder: P
     assert bool(magnitudes) is use_dora
 
 
-def test_adapters_in_kohyas_naming_draw_the_same(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_kohya_and_diffusers_adapter_files_sample_the_same_image(tmp_path: Path, tiny_model_folder: Path) -> None:
     lora = {"learning_rate": 3e-2, "rank": 4, "lora_alpha": 8.0}
     run = train(tmp_path, tiny_model_folder, method="lora", lora=lora)
     kohya = load_file(run.model / KOHYA_FILE)
@@ -100,7 +102,9 @@ def test_adapters_in_kohyas_naming_draw_the_same(tmp_path: Path, tiny_model_fold
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
-def test_a_token_loads_in_diffusers_as_here(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_a_textual_inversion_embedding_samples_the_same_image_in_diffusers(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
     token = {"learning_rate": 0.3, "num_vectors": 2}
     run = train(tmp_path, tiny_model_folder, method="textual_inversion", textual_inversion=token)
     spec = family_spec(
@@ -112,7 +116,9 @@ def test_a_token_loads_in_diffusers_as_here(tmp_path: Path, tiny_model_folder: P
     assert np.abs(theirs - draw(spec, run.model)).max() <= 1
 
 
-def test_a_whole_model_with_a_token_loads_in_diffusers_as_here(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_a_full_model_with_a_placeholder_token_samples_the_same_in_diffusers(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
     token = {"learning_rate": 0.3, "num_vectors": 1}
     run = train(tmp_path, tiny_model_folder, method="textual_inversion+full", textual_inversion=token)
     spec = family_spec(
@@ -122,7 +128,7 @@ def test_a_whole_model_with_a_token_loads_in_diffusers_as_here(tmp_path: Path, t
     assert np.abs(theirs - draw(spec, run.model)).max() <= 1
 
 
-def test_a_token_alone_leaves_every_weight_as_it_was(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_textual_inversion_leaves_every_model_weight_unchanged(tmp_path: Path, tiny_model_folder: Path) -> None:
     run = train(
         tmp_path,
         tiny_model_folder,
@@ -130,7 +136,7 @@ def test_a_token_alone_leaves_every_weight_as_it_was(tmp_path: Path, tiny_model_
         textual_inversion={"learning_rate": 0.3, "num_vectors": 2},
     )
     spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion", method="textual_inversion")
-    base, tuned = open_model(spec.diffusion), open_model(spec.diffusion, folder=run.model)
+    base, tuned = load_model(spec.diffusion), load_model(spec.diffusion, folder=run.model)
     assert isinstance(base, DiffusionModel)
     assert isinstance(tuned, DiffusionModel)
     for part in ("unet", "vae", "text_encoder"):
@@ -145,7 +151,7 @@ def test_a_token_alone_leaves_every_weight_as_it_was(tmp_path: Path, tiny_model_
 
 
 @pytest.mark.parametrize(("switch", "is_token_alone"), [(3, True), (1, False)])
-def test_until_the_switch_the_token_alone_is_trained(
+def test_before_switch_step_only_the_placeholder_token_is_trained(
     tmp_path: Path, tiny_model_folder: Path, switch: int, is_token_alone: bool
 ) -> None:
     token = {"learning_rate": 0.3, "switch_step": switch}
@@ -161,7 +167,7 @@ def test_until_the_switch_the_token_alone_is_trained(
     assert all(not tensor.any() for tensor in ups) is is_token_alone
 
 
-def test_after_the_switch_the_token_rests(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_after_switch_step_the_placeholder_token_is_frozen(tmp_path: Path, tiny_model_folder: Path) -> None:
     vectors = []
     for steps in (1, 3):
         folder = tmp_path / str(steps)
@@ -189,7 +195,7 @@ def test_every_family_trains_end_to_end(tmp_path: Path, family: str, method: str
     if method == "lora":
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
         pipeline.load_lora_weights(run.model, weight_name=LORA_FILE)
-        pipeline.scheduler = open_model(spec.diffusion).make_sampler()
+        pipeline.scheduler = load_model(spec.diffusion).make_sampler()
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(3)
         size = {"height": 32, "width": 32}
@@ -203,7 +209,7 @@ def test_every_family_trains_end_to_end(tmp_path: Path, family: str, method: str
 
 def test_a_configuration_that_trains_nothing_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder, train_denoiser=False, train_text_encoder=False)
-    model = open_model(spec.diffusion)
+    model = load_model(spec.diffusion)
     assert isinstance(model, DiffusionModel)
     with pytest.raises(ConfigError, match="nothing would be trained"):
         DreamBoothModule(model, spec)
@@ -221,11 +227,11 @@ def test_a_first_step_that_changes_nothing_is_refused(
         train(tmp_path, tiny_model_folder)
 
 
-def test_frozen_weights_may_be_half_precision_and_what_is_trained_is_not(
+def test_weight_dtype_applies_to_frozen_weights_and_not_to_trained_ones(
     tmp_path: Path, tiny_model_folder: Path
 ) -> None:
     spec = make_spec(tmp_path, tiny_model_folder, method="lora", weight_dtype="bf16", mixed_precision="bf16")
-    model = open_model(spec.diffusion)
+    model = load_model(spec.diffusion)
     assert isinstance(model, DiffusionModel)
     module = DreamBoothModule(model, spec)
     assert {p.dtype for _, p in module.named_trained()} == {torch.float32}
@@ -233,13 +239,13 @@ def test_frozen_weights_may_be_half_precision_and_what_is_trained_is_not(
     assert frozen == {torch.bfloat16}
 
 
-def test_a_learned_token_does_not_become_the_end_of_the_text(tmp_path: Path) -> None:
+def test_a_placeholder_token_is_not_taken_for_the_eos_token(tmp_path: Path) -> None:
     folder = make_tiny_sdxl(tmp_path / "base" / "model")
     for name in ("text_encoder", "text_encoder_2"):  # as published configurations have it
         path = folder / name / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 2}))
     spec = family_spec(tmp_path, folder, family="stable_diffusion_xl", method="textual_inversion")
-    model = open_model(spec.diffusion)
+    model = load_model(spec.diffusion)
     DreamBoothModule(model, spec)
     conditioning = model.encode_prompts(model.tokenize(["a photo of sks fish", "a photo of sks fish in the snow"]))
     assert conditioning.pooled_prompt_embeds is not None

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tasks.diffusion.adapter import DiffusionModel
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.registry import load_model
 from tasks.diffusion.types import LORA_FILE
 from tasks.training.config import TrainingConfig
 from tasks.training.module import DreamBoothModule
@@ -102,11 +102,11 @@ def is_equal(first: Weights, second: Weights) -> bool:
 
 
 @pytest.mark.parametrize(("base", "changes"), CHANGES, ids=name_change)
-def test_an_option_changes_what_is_learned(train: Train, base: str, changes: dict[str, Any]) -> None:
+def test_an_option_changes_the_trained_weights(train: Train, base: str, changes: dict[str, Any]) -> None:
     assert not is_equal(train(BASES[base]), train(merge(BASES[base], changes)))
 
 
-def test_the_seed_changes_what_is_learned(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_the_seed_changes_the_trained_weights(tmp_path: Path, tiny_model_folder: Path) -> None:
     specs = [make_spec(tmp_path / str(seed), tiny_model_folder, max_train_steps=2) for seed in (5, 6)]
     first, other = (
         train_here(tmp_path, tiny_model_folder, spec=spec.model_copy(update={"seed": seed}))
@@ -115,7 +115,9 @@ def test_the_seed_changes_what_is_learned(tmp_path: Path, tiny_model_folder: Pat
     assert not is_equal(read_weights(first), read_weights(other))
 
 
-def test_the_background_of_a_cut_out_photo_weighs_as_configured(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_background_loss_weight_changes_the_trained_weights_of_masked_photos(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
     mask = Image.new("L", (128, 128), 0)
     mask.paste(255, (32, 32, 96, 96))
     mask.save(tmp_path / "mask.png")
@@ -135,19 +137,19 @@ def events_of(run: RunFolder, kind: str) -> list[int]:
     return [row["step"] for row in rows if row["event"] == kind]
 
 
-def test_checkpoints_are_written_and_kept_as_often_as_configured(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_checkpointing_steps_and_checkpoints_total_limit_are_respected(tmp_path: Path, tiny_model_folder: Path) -> None:
     run = train_here(tmp_path, tiny_model_folder, max_train_steps=8, checkpointing_steps=2, checkpoints_total_limit=3)
     assert events_of(run, "checkpoint") == [2, 4, 6, 8]
     assert len(list(run.checkpoints.glob("step-*"))) == 3
 
 
-def test_progress_is_logged_as_often_as_configured(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_log_every_n_steps_sets_the_logging_interval(tmp_path: Path, tiny_model_folder: Path) -> None:
     run = train_here(tmp_path, tiny_model_folder, max_train_steps=6, checkpointing_steps=6, log_every_n_steps=3)
     assert events_of(run, "step") == [3, 6]
 
 
 @pytest.mark.parametrize("is_deterministic", [True, False])
-def test_a_process_has_the_threads_and_kernels_that_are_configured(
+def test_num_threads_and_deterministic_are_applied_to_the_process(
     tmp_path: Path, tiny_model_folder: Path, is_deterministic: bool
 ) -> None:
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
@@ -163,12 +165,12 @@ def test_a_process_has_the_threads_and_kernels_that_are_configured(
 
 @pytest.fixture
 def model(tiny_model_folder: Path, tmp_path: Path) -> DiffusionModel:
-    opened = open_model(make_spec(tmp_path / "model", tiny_model_folder).diffusion)
+    opened = load_model(make_spec(tmp_path / "model", tiny_model_folder).diffusion)
     assert isinstance(opened, DiffusionModel)
     return opened
 
 
-def test_tf32_is_on_where_it_is_configured(model: DiffusionModel) -> None:
+def test_allow_tf32_sets_the_flags_of_matmul_and_cudnn(model: DiffusionModel) -> None:
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         for is_allowed in (True, False):
@@ -178,13 +180,13 @@ def test_tf32_is_on_where_it_is_configured(model: DiffusionModel) -> None:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def test_convolutions_are_laid_out_as_configured(model: DiffusionModel) -> None:
+def test_channels_last_sets_the_memory_format_of_convolutions(model: DiffusionModel) -> None:
     weight = model.denoiser.conv_in.weight
     set_up_kernels(model, make_config(TrainingConfig, channels_last=True))
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_blocks_are_compiled_where_it_is_configured(model: DiffusionModel) -> None:
+def test_compile_option_compiles_the_denoiser_blocks(model: DiffusionModel) -> None:
     try:
         check_compiler(model.device)
     except Exception as error:
@@ -194,11 +196,11 @@ def test_blocks_are_compiled_where_it_is_configured(model: DiffusionModel) -> No
 
 
 @pytest.mark.parametrize("is_on", [True, False])
-def test_activations_are_recomputed_where_it_is_configured(
+def test_gradient_checkpointing_is_set_on_denoiser_and_text_encoders(
     tmp_path: Path, tiny_model_folder: Path, is_on: bool
 ) -> None:
     spec = make_spec(tmp_path, tiny_model_folder, gradient_checkpointing=is_on)
-    opened = open_model(spec.diffusion)
+    opened = load_model(spec.diffusion)
     assert isinstance(opened, DiffusionModel)
     DreamBoothModule(opened, spec).configure_model()
     for part in (opened.denoiser, *opened.text_encoders.values()):
@@ -216,7 +218,7 @@ def read_grids(run: RunFolder) -> dict[str, tuple[tuple[int, int], bytes]]:
     return grids
 
 
-def test_samples_are_drawn_as_configured(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_sample_steps_prompts_and_inference_steps_are_respected(tmp_path: Path, tiny_model_folder: Path) -> None:
     plain = {"sample_steps": 2, "sample_prompts": ("a photo of {subject}",), "sample_num_inference_steps": 2}
     changes = [{}, {"sample_prompts": ("{subject} in the snow", "a {subject}")}, {"sample_num_inference_steps": 4}]
     first, prompts, steps = (
@@ -238,14 +240,16 @@ def test_samples_are_drawn_as_configured(tmp_path: Path, tiny_model_folder: Path
         ({"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2}, [1.0, 0.5, 1.0, 0.5]),
     ],
 )
-def test_a_schedule_is_that_of_its_settings(changes: dict[str, Any], factors: list[float]) -> None:
+def test_lr_scheduler_options_determine_the_learning_rate_factors(
+    changes: dict[str, Any], factors: list[float]
+) -> None:
     config = make_config(TrainingConfig, max_train_steps=4, **changes)
     found = [compute_learning_rate_factor(config, step, rate=1.0) for step in range(4)]
     assert found == pytest.approx(factors, abs=1e-5)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_an_adapter_is_saved_in_the_configured_format(
+def test_an_adapter_is_saved_in_the_configured_precision(
     tmp_path: Path, tiny_model_folder: Path, name: str, dtype: torch.dtype
 ) -> None:
     lora = {"learning_rate": 1e-2, "save_precision": name}
@@ -254,7 +258,7 @@ def test_an_adapter_is_saved_in_the_configured_format(
     assert {tensor.dtype for tensor in saved.values()} == {dtype}
 
 
-def test_a_worker_without_grace_is_ended_before_it_saves(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_a_worker_is_killed_after_grace_seconds_even_before_it_saves(tmp_path: Path, tiny_model_folder: Path) -> None:
     settings = {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "grace_seconds": 1e-3}
     spec = make_spec(tmp_path, tiny_model_folder, **settings)
     waking: list[threading.Timer] = []

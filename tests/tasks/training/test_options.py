@@ -38,7 +38,7 @@ def is_equal(first: RunFolder, second: RunFolder) -> bool:
     ],
     ids=["checkpointing", "channels last", "accumulation"],
 )
-def test_what_leaves_the_mathematics_alone(
+def test_memory_saving_options_do_not_change_the_losses(
     tmp_path: Path, tiny_model_folder: Path, changes: dict[str, object], tolerance: float
 ) -> None:
     plain = train(tmp_path / "plain", tiny_model_folder)
@@ -46,14 +46,14 @@ def test_what_leaves_the_mathematics_alone(
     assert losses(plain) == pytest.approx(losses(other), rel=tolerance)
 
 
-def test_averages_are_published_and_training_stays_as_it_is(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_ema_weights_are_published_and_training_is_unchanged(tmp_path: Path, tiny_model_folder: Path) -> None:
     plain = train(tmp_path / "plain", tiny_model_folder)
     averaged = train(tmp_path / "averaged", tiny_model_folder, ema_decay=0.9)
     assert losses(plain) == losses(averaged)
     assert not is_equal(plain, averaged)
 
 
-def test_dropped_captions_change_the_loss(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_proportion_empty_prompts_changes_the_loss(tmp_path: Path, tiny_model_folder: Path) -> None:
     plain = train(tmp_path / "plain", tiny_model_folder)
     dropped = train(tmp_path / "dropped", tiny_model_folder, proportion_empty_prompts=1.0)
     assert losses(plain) != losses(dropped)
@@ -64,7 +64,7 @@ def test_dropped_captions_change_the_loss(tmp_path: Path, tiny_model_folder: Pat
     [{"optimizer": "prodigy"}, {"optimizer": "adamw8bit"}, {"mixed_precision": "fp16"}],
     ids=["prodigy", "8-bit optimizer state", "fp16 with its scaler"],
 )
-def test_what_has_a_state_of_its_own_resumes_with_it(
+def test_optimizer_and_grad_scaler_states_are_restored_on_resume(
     tmp_path: Path, tiny_model_folder: Path, changes: dict[str, object]
 ) -> None:
     changes = {**changes, "checkpointing_steps": 2, "max_train_steps": 6}
@@ -79,7 +79,7 @@ def test_what_has_a_state_of_its_own_resumes_with_it(
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.02), ("bf16", 0.05)])
-def test_half_precision_computes_roughly_and_keeps_whole_weights(
+def test_mixed_precision_approximates_the_fp32_loss_and_keeps_fp32_weights(
     tmp_path: Path, tiny_model_folder: Path, precision: str, tolerance: float
 ) -> None:
     plain = train(tmp_path / "plain", tiny_model_folder)
@@ -90,7 +90,7 @@ def test_half_precision_computes_roughly_and_keeps_whole_weights(
     assert {tensor.dtype for tensor in read_unet(half).values()} == {torch.float32}
 
 
-def test_where_torch_cannot_compile_it_is_said() -> None:
+def test_an_install_path_that_torch_cannot_compile_from_raises_an_error() -> None:
     with pytest.raises(ConfigError, match="a folder with a space in its name"):
         check_compiler(torch.device("cpu"), Path("/a place/torch"))
     check_compiler(torch.device("cpu"), Path("/place/torch"))
@@ -106,7 +106,7 @@ def test_compiled_blocks_give_the_same_losses(tmp_path: Path, tiny_model_folder:
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
 
 
-def test_half_precision_needs_frozen_weights_of_the_same() -> None:
+def test_weight_dtype_requires_the_same_mixed_precision() -> None:
     with pytest.raises(ValueError, match="weight_dtype=bf16 needs mixed_precision=bf16"):
         make_config(TrainingConfig, weight_dtype="bf16")
 
@@ -130,7 +130,7 @@ def reference_rates(config: TrainingConfig, rate: float) -> list[float]:
 @pytest.mark.parametrize(
     "schedule", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 )
-def test_every_schedule_is_that_of_diffusers_at_every_step(schedule: str, warmup: int) -> None:
+def test_every_lr_scheduler_matches_diffusers_at_every_step(schedule: str, warmup: int) -> None:
     warmup = 0 if schedule == "constant" else warmup
     config = make_config(
         TrainingConfig, lr_scheduler=schedule, lr_warmup_steps=warmup, max_train_steps=40, lr_num_cycles=3, lr_power=2.0
@@ -141,12 +141,12 @@ def test_every_schedule_is_that_of_diffusers_at_every_step(schedule: str, warmup
         assert rates == pytest.approx(reference_rates(config, rate), rel=1e-12, abs=1e-18)
 
 
-def test_a_constant_rate_has_no_warm_up_to_ignore() -> None:
+def test_lr_warmup_steps_with_a_constant_lr_scheduler_are_rejected() -> None:
     with pytest.raises(ValueError, match="constant_with_warmup"):
         make_config(TrainingConfig, lr_scheduler="constant", lr_warmup_steps=5)
 
 
-def test_prodigy_keeps_the_proportion_of_the_groups_rates() -> None:
+def test_prodigy_preserves_the_learning_rate_ratio_of_parameter_groups() -> None:
     def first_moves(rates: tuple[float, float]) -> list[float]:
         parameters = [torch.nn.Parameter(torch.zeros(3)) for _ in rates]
         groups = [{"params": [p], "lr": r, "base_lr": r, "weight_decay": 0.0}

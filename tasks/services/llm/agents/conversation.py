@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from pydantic import BaseModel
 
 from tasks.errors import LikenessError, ReplyInvalid
 from tasks.redaction import clean_text
-from tasks.services.llm.agents.tools import Tool, run_calls
+from tasks.services.llm.agents.tools import Tool, run_tool_calls
 from tasks.services.llm.budget.ledger import LedgerRow
+from tasks.services.llm.chat.body import ChatBody, Message, count_body_tokens, make_body
 from tasks.services.llm.chat.completion import ChatCompletion
-from tasks.services.llm.chat.request import count_body_tokens
 from tasks.services.llm.service import LlmService
 
 CONTEXT_SHARE = 0.8  # of the context window; token counts are estimates
@@ -19,15 +18,13 @@ KEPT_TURNS = 4
 MAX_ROUNDS = 6
 SUMMARIZE = "Sum up this conversation in at most 120 words: what was decided, what was changed, what is open."
 
-Message = dict[str, object]
-
 
 class History(BaseModel):
     """The conversation so far: a summary of old turns, and the recent ones verbatim."""
 
     summary: str = ""
     turns: list[list[Message]] = []
-    """A turn begins with the person's words and ends with the reply to them."""
+    """A turn begins with a user message and ends with the assistant's reply."""
 
 
 @dataclass
@@ -48,7 +45,7 @@ class Conversation:
     def say(self, text: str, *, on_text: Callable[[str], None]) -> str:
         """Return the reply to a user message, streamed to `on_text`; tools are called in between.
 
-        The history grows only after the last reply, so an interrupted or failed turn leaves no half of itself in it.
+        The history grows only after the last reply, so an interrupted or failed turn is not recorded in part.
 
         Raises:
             ServiceUnavailable: the reply did not arrive completely.
@@ -70,25 +67,18 @@ class Conversation:
             calls = [call.to_wire() for call in completion.tool_calls]
             turn.append({"role": "assistant", "content": completion.content, "tool_calls": calls})
             max_side = self.llm.config.profiles[self.name].max_image_side
-            turn += run_calls(completion.tool_calls, by_name, [], max_side=max_side)
+            turn += run_tool_calls(completion.tool_calls, by_name, [], max_side=max_side)
         self.history.turns.append([without_images(message) for message in turn])
         return str(turn[-1].get("content") or "")
 
-    def body(self, turns: Sequence[Sequence[Message]]) -> dict[str, Any]:
+    def body(self, turns: Sequence[Sequence[Message]]) -> ChatBody:
         """Return a chat completion's body over the given turns."""
         profile = self.llm.config.profiles[self.name]
         summary = f"\n\nWhat was said before, in short: {self.history.summary}" if self.history.summary else ""
-        return {
-            "model": profile.model,
-            "messages": [
-                {"role": "system", "content": self.system + summary},
-                *(message for turn in turns for message in turn),
-            ],
-            "max_completion_tokens": profile.max_output_tokens,
-            **profile.routing(),
-        }
+        system: Message = {"role": "system", "content": self.system + summary}
+        return make_body(profile, [system, *(message for turn in turns for message in turn)])
 
-    def _send(self, body: dict[str, Any], on_text: Callable[[str], None]) -> ChatCompletion:
+    def _send(self, body: ChatBody, on_text: Callable[[str], None]) -> ChatCompletion:
         profile = self.llm.config.profiles[self.name]
         row = LedgerRow(self.role, self.name, profile.model, outcome="")
         is_streaming = profile.capabilities.streaming
@@ -103,6 +93,7 @@ class Conversation:
     def fit_context(self, turn: list[Message]) -> None:
         """Summarize or drop old turns until the next request fits the model's context."""
         while self.history.turns and not self.fits(turn):
+            # All but the newest KEPT_TURNS in one summary; then, if these don't fit either, one turn at a time.
             num = max(1, len(self.history.turns) - KEPT_TURNS)
             old, self.history.turns = self.history.turns[:num], self.history.turns[num:]
             # Without a new summary the turns are dropped all the same: the conversation has to fit.
@@ -111,17 +102,18 @@ class Conversation:
     def fits(self, turn: list[Message]) -> bool:
         """Whether a request with all turns leaves room for the reply."""
         profile = self.llm.config.profiles[self.name]
-        tools = [tool.describe() for tool in self.tools]
-        used = sum(count_body_tokens({**self.body([*self.history.turns, turn]), "tools": tools}, profile))
+        body = self.body([*self.history.turns, turn])
+        body["tools"] = [tool.describe() for tool in self.tools]
+        used = sum(count_body_tokens(body, profile))
         return used <= CONTEXT_SHARE * profile.capabilities.context_tokens
 
     def summarize(self, turns: list[list[Message]]) -> str:
         """Return a summary of turns to be dropped; an empty string where the call fails."""
         lines = [f"{message['role']}: {message['content']}" for turn in turns for message in turn if message["content"]]
         words = f"Before that: {self.history.summary}\n" if self.history.summary else ""
-        ask = {"role": "user", "content": f"{words}{chr(10).join(lines)}\n\n{SUMMARIZE}"}
+        ask: Message = {"role": "user", "content": f"{words}{chr(10).join(lines)}\n\n{SUMMARIZE}"}
         row = LedgerRow(self.role, self.name, self.llm.config.profiles[self.name].model, outcome="", reason="summary")
-        body = {**self.body([]), "messages": [{"role": "system", "content": self.system}, ask]}
+        body = make_body(self.llm.config.profiles[self.name], [{"role": "system", "content": self.system}, ask])
         try:
             completion = self.llm.call(body, row=row)
         except LikenessError:

@@ -9,13 +9,14 @@ from pydantic import BaseModel, ValidationError
 
 from tasks.errors import ReplyInvalid
 from tasks.services.llm.budget.ledger import LedgerRow
+from tasks.services.llm.chat.body import ChatBody, encode_image
 from tasks.services.llm.chat.completion import ToolCall
 from tasks.services.llm.chat.json_schema import strict_schema
-from tasks.services.llm.chat.request import RequestSpec, T, encode_image
+from tasks.services.llm.chat.request import RequestSpec, T
 from tasks.services.llm.chat.response_format import TOOL, ask_for
 from tasks.services.llm.service import Answer, LlmService
 
-MAX_PICTURES = 4  # that one round of tools shows
+MAX_IMAGES = 4  # that one round of tools shows
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class ToolResult:
     """A tool's result: JSON values, and optionally an encoded image."""
 
     values: dict[str, object]
-    picture: bytes | None = None
+    image: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def ask_with_tools(
         return cached
     by_name = {tool.name: tool for tool in tools}
     forced = ask_for(spec.plain_body(profile), spec.reply, "tool")
-    body = {**forced, "tools": [tool.describe() for tool in tools] + forced["tools"], "tool_choice": "required"}
+    described = [tool.describe() for tool in tools]
+    body: ChatBody = {**forced, "tools": [*described, *forced["tools"]], "tool_choice": "required"}
     called: list[str] = []
     for number in range(max_rounds + 1):
         if number == max_rounds:
@@ -79,22 +81,23 @@ def ask_with_tools(
         answers = tuple(call for call in completion.tool_calls if call.name == TOOL)
         if answers:
             answered = replace(completion, tool_calls=answers, finish_reason="stop")
-            return llm.accept(spec, answered, row=row, structure="tool", called=tuple(called))
+            return llm.accept(spec, answered, row=row, response_format="tool", called=tuple(called))
+        # A server may ignore `tool_choice`. Its text is validated like any other reply.
         if not completion.tool_calls:
             return llm.accept(spec, completion, row=row, called=tuple(called))
         llm.record_completion(completion, row=row)  # each round is billed; `accept` records only the last
         calls = [call.to_wire() for call in completion.tool_calls]
         body["messages"] = [*body["messages"], {"role": "assistant", "content": None, "tool_calls": calls}]
-        body["messages"] += run_calls(completion.tool_calls, by_name, called, max_side=profile.max_image_side)
+        body["messages"] += run_tool_calls(completion.tool_calls, by_name, called, max_side=profile.max_image_side)
     raise ReplyInvalid(f"no answer after {max_rounds} rounds of tools")
 
 
-def run_calls(
+def run_tool_calls(
     calls: Sequence[ToolCall], by_name: dict[str, Tool], called: list[str], *, max_side: int
 ) -> list[dict[str, object]]:
     """Run tool calls and return their result messages; images follow in a user message."""
     messages: list[dict[str, object]] = []
-    pictures: list[dict[str, object]] = []
+    images: list[dict[str, object]] = []
     for call in calls:
         result = ToolResult({"error": f"there is no tool {call.name}"})
         if call.name in by_name:
@@ -102,9 +105,9 @@ def run_calls(
             called.append(call.name)
         messages.append({"role": "tool", "tool_call_id": call.call_id, "content": json.dumps(result.values)})
         # The API takes text alone in tool messages. Every call needs one, else the next request is refused.
-        if result.picture is not None and len(pictures) < MAX_PICTURES:
-            url = encode_image(result.picture, max_side=max_side)
-            pictures.append({"type": "image_url", "image_url": {"url": url}})
-    if pictures:
-        messages.append({"role": "user", "content": [{"type": "text", "text": "What you asked to see:"}, *pictures]})
+        if result.image is not None and len(images) < MAX_IMAGES:
+            url = encode_image(result.image, max_side=max_side)
+            images.append({"type": "image_url", "image_url": {"url": url}})
+    if images:
+        messages.append({"role": "user", "content": [{"type": "text", "text": "What you asked to see:"}, *images]})
     return messages

@@ -6,10 +6,11 @@ OpenAI and xAI search through their Responses APIs, OpenRouter through a server 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Generic, cast
 
 from tasks.errors import ConfigError
 from tasks.services.llm.budget.ledger import LedgerRow
+from tasks.services.llm.chat.body import ChatBody
 from tasks.services.llm.chat.json_schema import strict_schema
 from tasks.services.llm.chat.request import RequestSpec, T
 from tasks.services.llm.chat.transport import read_object
@@ -17,9 +18,9 @@ from tasks.services.llm.service import Answer, LlmService
 
 if TYPE_CHECKING:
     from openai import OpenAI
-    from openai.types.responses import ResponseFormatTextJSONSchemaConfigParam
+    from openai.types.responses import ResponseFormatTextJSONSchemaConfigParam, WebSearchToolParam
 
-MAX_DOMAINS = 5
+MAX_DOMAINS = 5  # xAI's limit on `allowed_domains`
 
 
 @dataclass(frozen=True)
@@ -55,22 +56,23 @@ def ask_with_search(
     row = LedgerRow(role, name, profile.model, outcome="", reason="web search")
     started = time.monotonic()
     if profile.capabilities.web_search == "openrouter":
-        tool = {"type": "openrouter:web_search", "parameters": {"allowed_domains": list(domains)} if domains else {}}
-        completion = llm.send({**spec.body(profile, "json_schema"), "tools": [tool]}, row=row)
+        parameters = {"allowed_domains": list(domains)} if domains else {}
+        body = spec.body(profile, "json_schema")
+        body["tools"] = [{"type": "openrouter:web_search", "parameters": parameters}]
+        completion = llm.send(body, row=row)
     else:
         filters = {"filters": {"allowed_domains": list(domains[:MAX_DOMAINS])}} if domains else {}
-        body = {**spec.plain_body(profile), "tools": [{"type": "web_search", **filters}]}
+        body = spec.plain_body(profile)
+        body["tools"] = [{"type": "web_search", **filters}]
         completion = llm.send(body, row=row, create=lambda client, body, timeout_seconds: respond(
             client, body, spec, timeout_seconds=timeout_seconds
         ))  # fmt: skip
     row = replace(row, seconds=time.monotonic() - started)
-    answer = llm.accept(spec, completion, row=row, structure="text")
+    answer = llm.accept(spec, completion, row=row, response_format="text")
     return SearchAnswer(answer, answer.citations)
 
 
-def respond(
-    client: "OpenAI", body: dict[str, Any], spec: RequestSpec[T], *, timeout_seconds: float
-) -> dict[str, object]:
+def respond(client: "OpenAI", body: ChatBody, spec: RequestSpec[T], *, timeout_seconds: float) -> dict[str, object]:
     """Send a request to the Responses API and return the reply as a chat completion; the provider stores neither."""
     text = "\n".join(part for part in spec.parts if isinstance(part, str))
     shape: ResponseFormatTextJSONSchemaConfigParam = {
@@ -78,7 +80,8 @@ def respond(
     }  # fmt: skip
     deadline = time.monotonic() + timeout_seconds
     with client.responses.with_streaming_response.create(
-        model=body["model"], instructions=spec.system, input=text, tools=body["tools"], text={"format": shape},
+        model=body["model"], instructions=spec.system, input=text, text={"format": shape},
+        tools=cast("list[WebSearchToolParam]", body["tools"]),
         max_output_tokens=body["max_completion_tokens"], store=False, timeout=timeout_seconds,
     ) as response:  # fmt: skip
         return to_chat(read_object(response, deadline=deadline, seconds=timeout_seconds))
@@ -93,7 +96,7 @@ def to_chat(response: dict[str, object]) -> dict[str, object]:
     output = response.get("output")
     if not isinstance(output, list):
         return {**whole, "choices": output or []}
-    parts: list[Any] = []
+    parts: list[object] = []
     for item in output:
         if not isinstance(item, dict):
             return {**whole, "choices": [item]}
@@ -108,7 +111,7 @@ def to_chat(response: dict[str, object]) -> dict[str, object]:
     return {**whole, "choices": [{"message": message, "finish_reason": "stop" if is_whole else "length"}]}
 
 
-def to_chat_usage(usage: object) -> Any:
+def to_chat_usage(usage: object) -> object:
     """Return the Responses API's usage under the field names of chat completions."""
     if not isinstance(usage, dict):
         return usage

@@ -1,7 +1,7 @@
 """Manage batch jobs outside of a run: show, adopt, cancel and discard them."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tasks.errors import ConfigError, StillPending
 from tasks.services.llm.batch.job import BatchState, find_state, open_provider
@@ -36,7 +36,7 @@ class JobHandle:
             raise ConfigError(f"job {self.job_id} is of profile {name!r}, which its run's configuration lacks")
         return open_provider(self.llm, name, role=self.state.role)
 
-    def save(self, **changes: Any) -> None:
+    def save(self, **changes: object) -> None:
         """Store the state with changes; nothing for a job without a state."""
         if self.state_key:
             self.llm.store.put_bytes(self.state_key, dump_signed(self.state.model_copy(update=changes)))
@@ -53,6 +53,7 @@ def cancel(job: JobHandle) -> None:
     """Cancel a job; the next run keeps its replies and sends the other rows as calls."""
     remote = retrieve(job)
     with leased(job):
+        # Saved before it is sent, as in BatchJob.cancel: after a crash in between, a resumed run sends it again.
         job.save(is_cancelled=True)
         if remote.status not in TERMINAL:
             job.provider().cancel(job.state.batch_id)
@@ -84,6 +85,8 @@ def adopt(job: JobHandle) -> tuple[int, float | None]:
                 costs.append(store_reply(job, custom_id, outcome.completion))
                 count += 1
         spent = None if None in costs else sum(cost for cost in costs if cost is not None)
+        # Settled before the job counts as collected, as in BatchJob.mark_collected. An unknown price settles at the
+        # reservation.
         if job.state.reservation:
             job.llm.budget.settle(job.state.reservation, spent=job.state.reserved_usd if spent is None else spent)
         job.save(is_collected=True, status=remote.status, spent_usd=spent)
@@ -103,14 +106,14 @@ def store_reply(job: JobHandle, custom_id: str, completion: ChatCompletion) -> f
     profile = llm.config.profiles[name]
     key = f"llm/replies/{custom_id}.json"
     share = job.state.reserved_usd / max(1, len(job.state.custom_ids))
-    most = Usage(output_tokens=profile.max_output_tokens + profile.reasoning_tokens, input_tokens=10**6)
+    max_usage = Usage(output_tokens=profile.max_output_tokens + profile.reasoning_tokens, input_tokens=10**6)
     # The request is not available here, so an equal share of the job's reservation stands in for its worst case.
-    completion = bound_usage(completion, most, worst_usd=share or None)
-    if completion.usage_fault:  # the ledger shows the share alone, not the million tokens of `most`
+    completion = bound_usage(completion, max_usage, worst_usd=share or None)
+    if completion.usage_fault:  # the ledger shows the share alone, not the million tokens of `max_usage`
         completion = replace(completion, usage=Usage(reported_usd=share))
     row = llm.fill_row(completion, LedgerRow(job.state.role, name, profile.model, outcome="ok", is_batch=True))
     is_usable = not completion.problem and not completion.refusal and completion.finish_reason != "length"
-    content = read_content(completion, llm.structure(name)) if is_usable else None
+    content = read_content(completion, llm.response_format(name)) if is_usable else None
     # A reply that a run has stored is kept: it was validated, and this one is not.
     if content and find_record(llm.store, CachedReply, key) is None:
         put_record(llm.store, CachedReply(key=key, content=content, served_model=completion.model))
@@ -118,7 +121,7 @@ def store_reply(job: JobHandle, custom_id: str, completion: ChatCompletion) -> f
     return row.cost_usd
 
 
-def leased(job: JobHandle) -> Any:
+def leased(job: JobHandle) -> AbstractContextManager[None]:
     """Hold the job's lease without waiting. Raises StillPending where a running process holds it."""
     name = job.state.file_name.removesuffix(".json") if job.state_key else job.job_id
     return hold_lease(job.llm.store, name, max_wait_seconds=0.0, poll_seconds=0.1, on_wait=lambda: None)

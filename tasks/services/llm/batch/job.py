@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
@@ -20,6 +20,7 @@ from tasks.services.llm.batch.provider import (
     UNKNOWN,
     BatchProvider,
     BatchReply,
+    R,
     RemoteJob,
     Submission,
 )
@@ -29,12 +30,15 @@ from tasks.services.llm.budget.ledger import LedgerRow, compute_cost
 from tasks.services.llm.chat.completion import Usage, bound_usage
 from tasks.services.llm.chat.image_urls import presign_line
 from tasks.services.llm.chat.request import RequestSpec
-from tasks.services.llm.chat.retries import call_with_retries
 from tasks.services.llm.config import ProfileConfig
 from tasks.services.llm.reply_cache import quarantine
+from tasks.services.llm.retries import call_with_retries
 from tasks.services.llm.service import LlmService
 from tasks.services.store.base import Store
 from tasks.stage.digests import dump_line, dump_signed, load_signed
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 log = logging.getLogger(__name__)
 # Providers end a job within 24 hours; one whose status is still unreadable after 36 is given up.
@@ -43,7 +47,7 @@ JOB_LOG = "jobs.jsonl"
 
 
 class BatchState(BaseModel):
-    """How far a batch job is."""
+    """The persisted progress of a batch job."""
 
     input_sha256: str
     attempt: int
@@ -55,16 +59,16 @@ class BatchState(BaseModel):
     steps: dict[str, str] = {}
     """What the provider saved while it submitted the job."""
     created_at: float = 0.0
-    """When the provider took it, in seconds since 1970."""
+    """When the job was submitted, in seconds since the epoch."""
     is_cancelled: bool = False
     """Whether this client cancelled it; its unanswered rows are sent as single requests."""
     reservation: str = ""
     reserved_usd: float = 0.0
-    """What is set aside of the budget until the job is collected."""
+    """Reserved in the budget until the job is collected."""
     spent_usd: float | None = 0.0
     """What its rows cost; None where no price is known."""
     is_collected: bool = False
-    """Whether every row's outcome is stored: only then may its rows be asked again."""
+    """Whether every row's outcome is stored: only then may its rows be requested again."""
 
     @property
     def idempotency_key(self) -> str:
@@ -108,8 +112,8 @@ class BatchJob:
         self.name = state.profile
         self.profile = llm.config.profiles[self.name]
         self.state_key = f"{state_prefix}/{state.file_name}"
-        self.unanswered: set[str] = set()
-        self.is_cancel_sent = False
+        self.unanswered: set[str] = set()  # rows that a cancelled job did not reach
+        self.is_cancel_sent = False  # not persisted: a resumed run sends the cancellation again
         self.job = RemoteJob("", UNKNOWN)
         self.provider = open_provider(llm, self.name, role=state.role)
 
@@ -118,7 +122,7 @@ class BatchJob:
         """Whether rows are sent as chat completions, each of which reserves and reports its own cost."""
         return self.profile.capabilities.batch == "local"
 
-    def save(self, **changes: Any) -> None:
+    def save(self, **changes: object) -> None:
         """Change the state and store it."""
         self.state = self.state.model_copy(update=changes)
         self.llm.store.put_bytes(self.state_key, dump_signed(self.state))
@@ -159,14 +163,14 @@ class BatchJob:
 
         The input digest covers the lines with inline images, since presigned URLs differ at every submission.
         """
-        if self.profile.pictures == "inline":
+        if self.profile.image_urls == "inline":
             return self.lines
         return {custom_id: presign_line(line, self.llm.store) for custom_id, line in self.lines.items()}
 
     def price_row(self, custom_id: str) -> tuple[Usage, float | None]:
         """Return an upper estimate of a row's tokens, and their price in USD."""
-        most = self.llm.reserve_tokens(self.name, json.loads(self.lines[custom_id])["body"])
-        return most, compute_cost(self.profile.prices, most, is_batch=not self.is_local)[0]
+        max_usage = self.llm.reserve_tokens(self.name, json.loads(self.lines[custom_id])["body"])
+        return max_usage, compute_cost(self.profile.prices, max_usage, is_batch=not self.is_local)[0]
 
     def wait(
         self,
@@ -190,6 +194,7 @@ class BatchJob:
         while True:
             job = self.provider.poll(self.state.batch_id)
             on_progress(min(len(self.lines), job.num_done))
+            # Only a change is stored, since every poll would otherwise write to the store.
             if job.status != self.state.status:
                 self.save(status=job.status)
             if job.status in TERMINAL:
@@ -197,7 +202,7 @@ class BatchJob:
                 return
             if job.status == LOST:
                 raise ServiceUnavailable(f"the provider lost batch job {job.job_id}; run again to submit it again")
-            if self._is_late(job, deadline_seconds) and not self.is_cancel_sent and job.status != "cancelling":
+            if self._is_past_deadline(job, deadline_seconds) and not self.is_cancel_sent and job.status != "cancelling":
                 self.cancel(job)
                 if job.status == UNKNOWN:  # its end would be unreadable too, so what there is is collected now
                     self.job = job
@@ -210,7 +215,7 @@ class BatchJob:
             time.sleep(pause)
             pause = min(poll_seconds, pause * 1.5)
 
-    def _is_late(self, job: RemoteJob, deadline_seconds: float | None) -> bool:
+    def _is_past_deadline(self, job: RemoteJob, deadline_seconds: float | None) -> bool:
         if deadline_seconds is None and job.status == UNKNOWN:
             deadline_seconds = UNKNOWN_DEADLINE_SECONDS
         return deadline_seconds is not None and time.time() > self.state.created_at + deadline_seconds
@@ -241,8 +246,8 @@ class BatchJob:
         """Return an outcome whose usage is bounded by the row's reservation."""
         if outcome.completion is None or self.is_local:  # local rows were bounded when they were sent
             return outcome
-        most, worst = self.price_row(custom_id)
-        return BatchReply(bound_usage(outcome.completion, most, worst_usd=worst))
+        max_usage, worst = self.price_row(custom_id)
+        return BatchReply(bound_usage(outcome.completion, max_usage, worst_usd=worst))
 
     def explain_missing(self) -> BatchReply:
         """Return the outcome of a row that is missing from the results, and whether it may have been billed."""
@@ -250,6 +255,8 @@ class BatchJob:
         if self.job.error:
             return BatchReply(None, f"batch job {status}: {self.job.error}")
         lost = f"batch job ended as {status} without this row in its {num_files} output file(s); run again to retry it"
+        # A job that ended early did not run its missing rows. A completed or an unreadable one may have, and billed
+        # them.
         return BatchReply(None, lost, is_billable=status in ("completed", UNKNOWN))
 
     def keep(self, rows: Mapping[str, RequestSpec[BaseModel]], *, role: str) -> dict[str, str]:
@@ -297,7 +304,8 @@ def open_provider(llm: LlmService, name: str, *, role: str) -> BatchProvider:
     profile: ProfileConfig = llm.config.profiles[name]
     row = LedgerRow(role, name, profile.model, outcome="")
 
-    def call(ask: Callable[[Any, float], Any], *, max_attempts: int = 0) -> Any:
+    def call(ask: Callable[["OpenAI", float], R], *, max_attempts: int = 0) -> R:
+        # Without the shared circuit: a failing batch endpoint must not hold up chat completions.
         return call_with_retries(lambda timeout: ask(llm.client(name), timeout), profile, max_attempts=max_attempts)
 
     match profile.capabilities.batch:

@@ -18,14 +18,15 @@ from tasks.errors import StillPending
 from tasks.services.llm.batch.job import BatchJob, BatchState, list_states
 from tasks.services.llm.batch.lease import hold_lease
 from tasks.services.llm.batch.provider import ENDPOINT
-from tasks.services.llm.chat.request import RequestSpec, count_body_tokens
+from tasks.services.llm.chat.body import count_body_tokens
+from tasks.services.llm.chat.request import RequestSpec
 from tasks.services.llm.config import LlmConfig, ProfileConfig
 from tasks.services.llm.executor import Answers, AskOptions, Specs, ask_each
 from tasks.services.llm.service import LlmService
 
 log = logging.getLogger(__name__)
 MAX_ROWS, MAX_BYTES = 50_000, 190_000_000  # OpenAI's limits per file: 50,000 rows and 200 MB, with a margin
-LONGEST_PAUSE_SECONDS = 300.0
+MAX_BACKOFF_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class BatchOptions:
     max_wait_seconds: float
     """Longest wait in this process for one job."""
     deadline_seconds: float | None = None
-    """A job that has not ended so long after it was created is cancelled, and asked in calls."""
+    """Age at which an unfinished job is cancelled and its remaining rows are sent as calls."""
 
 
 @dataclass
@@ -46,8 +47,8 @@ class BatchOutcome:
     """Reasons for rows without a reply, by custom id."""
 
     failures: dict[str, str] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
-    """Rows of cancelled jobs, to be asked by calls."""
+    remaining: dict[str, str] = field(default_factory=dict)
+    """Rows of cancelled jobs, to be sent as calls."""
 
 
 def can_batch(config: LlmConfig, role: str) -> bool:
@@ -85,6 +86,7 @@ def ask_batch(
     names: dict[str, list[str]] = {}
     for name, spec in specs.items():
         names.setdefault(spec.compute_key(llm.config.profiles[profile]), []).append(name)
+    # Cached rows stay in: a stored job is resumed only where all of its rows are requested again.
     rows = {custom_id: specs[named[0]] for custom_id, named in names.items()}
     answers: Answers = {}
     for name, spec in specs.items():
@@ -94,13 +96,14 @@ def ask_batch(
     jobs = plan_jobs(llm, rows, profile=profile, role=role, state_prefix=batch.state_prefix)
     outcome = run_jobs(llm, jobs, rows, options=batch, on_progress=lambda done: options.on_progress(done, len(specs)))
     failures = {name: reason for custom_id, reason in outcome.failures.items() for name in names[custom_id]}
-    left = {name: specs[name] for custom_id in outcome.left for name in names[custom_id]}
+    left = {name: specs[name] for custom_id in outcome.remaining for name in names[custom_id]}
     asked, failed = ask_each(llm, left, AskOptions(role))
+    # `run_jobs` leaves its replies in the cache.
     for name, spec in specs.items():
         if name not in {**failures, **failed, **answers, **asked}:
             kept = llm.read_cached(spec, name=profile)
             if kept is None:
-                failures[name] = "no reply was kept for this row; run again to retry them"
+                failures[name] = "no reply is cached for this row; run again to retry them"
             else:
                 answers[name] = kept
     options.on_progress(len(specs), len(specs))
@@ -148,7 +151,7 @@ def run_jobs(
             reasons = job.keep(rows, role=job.state.role)
         if job.job.is_over_limit and reasons:
             # Halves are tried at once; a single row can only wait until the queue drains.
-            pause = min(LONGEST_PAUSE_SECONDS, options.poll_seconds * 2**num_waits) if len(job.lines) == 1 else 0.0
+            pause = min(MAX_BACKOFF_SECONDS, options.poll_seconds * 2**num_waits) if len(job.lines) == 1 else 0.0
             if time.monotonic() + pause - started > options.max_wait_seconds:
                 raise StillPending(
                     f"the provider's queue has no room for the batch job: {job.job.error}; `likeness pending` resumes "
@@ -156,15 +159,16 @@ def run_jobs(
                 )
             time.sleep(pause)
             num_waits += bool(pause)
-            queue.extendleft(reversed(plan_smaller(llm, job, options)))
+            # At the front and in order: the halves run before the remaining jobs.
+            queue.extendleft(reversed(split_job(llm, job, options)))
             continue
         done += len(job.lines)
         for custom_id, reason in reasons.items():
-            (outcome.left if custom_id in job.unanswered else outcome.failures)[custom_id] = reason
+            (outcome.remaining if custom_id in job.unanswered else outcome.failures)[custom_id] = reason
     return outcome
 
 
-def plan_smaller(llm: LlmService, job: BatchJob, options: BatchOptions) -> list[BatchJob]:
+def split_job(llm: LlmService, job: BatchJob, options: BatchOptions) -> list[BatchJob]:
     """Return the jobs that replace one over the limit on enqueued tokens: its halves, or its single row again."""
     custom_ids = list(job.lines)
     middle = len(custom_ids) // 2
@@ -223,14 +227,14 @@ def make_lines(llm: LlmService, rows: Mapping[str, RequestSpec[BaseModel]], *, n
     """Return one JSONL line per custom id. Sorted ids and keys make the file's digest reproducible."""
     if not rows:
         return {}
-    profile, structure = llm.config.profiles[name], llm.structure(name)
+    profile, response_format = llm.config.profiles[name], llm.response_format(name)
     return {
         custom_id: json.dumps(
             {
                 "custom_id": custom_id,
                 "method": "POST",
                 "url": ENDPOINT,
-                "body": rows[custom_id].body(profile, structure),
+                "body": rows[custom_id].body(profile, response_format),
             },
             sort_keys=True,
         ).encode()

@@ -43,6 +43,7 @@ def find_start(pid: int) -> float:
     """Return a process's start time, 0 where there is none; with the pid it survives pid reuse."""
     try:
         process = psutil.Process(pid)
+        # A zombie keeps its pid and start time, but no longer does any work.
         return 0.0 if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
     except psutil.Error:
         return 0.0
@@ -86,8 +87,9 @@ def try_acquire(store: Store, name: str, owner: str) -> str | None:
         return None
     # The number follows from the lease found stale: if a faster contender took it over, this key exists already.
     key = f"{prefix_of(name)}{(read_number(holder[0]) if holder else 0) + 1:06d}.json"
-    if not store.put_new(key, dump_signed(make_lease(owner))):
+    if not store.put_if_absent(key, dump_signed(make_lease(owner))):
         return None
+    # The put excludes contenders for the same number only. One that listed other leases may hold another number.
     for other in list_leases(store, name):
         if other != key:
             found = read_lease(store, other)

@@ -14,10 +14,11 @@ from pydantic import BaseModel
 from tasks.errors import ArtifactCorrupt, ConfigError, ServiceUnavailable
 from tasks.services.llm.batch.provider import LOST, BatchReply, RemoteJob, Submission, parse_row, read_lines
 from tasks.services.llm.budget.journal import append_line
+from tasks.services.llm.chat.body import ChatBody
 from tasks.services.llm.chat.completion import ChatCompletion
-from tasks.services.llm.chat.retries import map_in_pool
 from tasks.services.llm.config import ProfileConfig
 from tasks.services.llm.errors import RequestRefused
+from tasks.services.llm.retries import map_in_pool
 from tasks.stage.digests import digest_file, dump_line, dump_signed, load_lines, load_signed
 from tasks.stage.files import write_atomic
 
@@ -60,6 +61,7 @@ class FileBatches:
         source = staged.with_suffix(".in.jsonl")
         write_atomic(source, b"".join(lines.values()))
         words = {"input": str(source), "output": str(staged), "model": self.model}
+        # `batch_command` is trusted: it is part of a profile, which only the operator sets.
         command = [word.format(**words) for word in self.command]
         log = staged.with_suffix(".log")
         try:
@@ -81,7 +83,7 @@ class FileBatches:
         return RemoteJob(job_id, "completed" if is_whole else LOST, output_files=(str(output),))
 
     def cancel(self, job_id: str) -> None:
-        """Do nothing: it runs here, to its end."""
+        """Do nothing: `submit` runs the job to its end."""
 
     def results(self, job: RemoteJob) -> Iterator[tuple[str, BatchReply]]:
         """Read the output file, successes and errors in one."""
@@ -100,9 +102,7 @@ class FileBatches:
 class LocalBatches(FileBatches):
     """Sends rows as concurrent chat completions and appends each outcome at once, so any server can run a batch."""
 
-    def __init__(
-        self, profile: ProfileConfig, folder: Path, ask: Callable[[dict[str, object]], ChatCompletion]
-    ) -> None:
+    def __init__(self, profile: ProfileConfig, folder: Path, ask: Callable[[ChatBody], ChatCompletion]) -> None:
         super().__init__(profile, folder)
         self.ask = ask
         self.concurrency = profile.concurrency
@@ -114,6 +114,7 @@ class LocalBatches(FileBatches):
         # Signed lines: a line torn by a crash fails verification, and its row is sent again.
         done = {custom_id for custom_id, _ in read_signed_lines(staged.read_bytes())}
         left = [json.loads(line) for custom_id, line in lines.items() if custom_id not in done]
+        # `map_in_pool` is a generator: it runs while it is consumed.
         list(map_in_pool(lambda row: self.answer(row, staged), left, concurrency=self.concurrency))
 
     def answer(self, row: dict[str, Any], staged: Path) -> None:
@@ -144,7 +145,7 @@ class LocalBatches(FileBatches):
             yield from read_signed_lines(Path(path).read_bytes())
 
 
-def drop_infinite(value: object) -> Any:
+def drop_infinite(value: object) -> object:
     """Return a JSON value with NaN and infinity replaced by null: a signed line can't hold them."""
     if isinstance(value, dict):
         return {key: drop_infinite(child) for key, child in value.items()}

@@ -3,6 +3,8 @@
 import io
 import logging
 from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
 
 from tasks.services.llm.batch.provider import (
     ENDPOINT,
@@ -11,6 +13,7 @@ from tasks.services.llm.batch.provider import (
     UNKNOWN,
     BatchReply,
     Call,
+    RawResponse,
     RemoteJob,
     Submission,
     poll_or_lost,
@@ -20,6 +23,9 @@ from tasks.services.llm.batch.provider import (
 )
 from tasks.services.llm.chat.completion import clean_line, read_error
 from tasks.services.llm.errors import EndpointUnavailable, RequestRefused
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 log = logging.getLogger(__name__)
 LIMIT_CODES = ("token_limit_exceeded", "enqueued_token_limit_exceeded")
@@ -57,25 +63,24 @@ class OpenAiBatches:
 
     def list_newest(self) -> Iterator[dict[str, object]]:
         """Yield the newest jobs, at most MAX_LISTED."""
-        after: dict[str, str] = {}
+        after = ""
         for _ in range(MAX_LISTED // 100):
-            page = read_response(
-                self.call(
-                    lambda client, timeout: client.batches.with_raw_response.list(limit=100, timeout=timeout, **after)  # noqa: B023
-                )
-            )
-            rows = page.get("data") if isinstance(page, dict) else None
+            page = read_response(self.call(partial(list_page, after=after)))
+            if not isinstance(page, dict):
+                return
+            rows = page.get("data")
             batches = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
             yield from batches
             last = batches[-1].get("id") if batches else None
             # A server that ignores `after` repeats its first page.
-            if not page.get("has_more") or not isinstance(last, str) or after.get("after") == last:
+            if not page.get("has_more") or not isinstance(last, str) or after == last:
                 return
-            after = {"after": last}
+            after = last
 
     def upload(self, lines: Mapping[str, bytes], submission: Submission) -> str:
         """Upload one JSONL file and return its id."""
         data, name = b"".join(lines.values()), f"likeness-{submission.key[:24]}.jsonl"
+        # Uploads are retried, unlike `create`: a duplicate input file costs nothing.
         upload = read_response(
             self.call(
                 lambda client, timeout: client.files.with_raw_response.create(
@@ -97,7 +102,7 @@ class OpenAiBatches:
                 lambda client, timeout: client.batches.with_raw_response.create(
                     input_file_id=file_id,
                     endpoint=ENDPOINT,
-                    completion_window="24h",
+                    completion_window="24h",  # the only one on offer
                     metadata={"likeness_input": key},
                     timeout=timeout,
                 ),
@@ -166,3 +171,10 @@ def describe(batch: object, *, job_id: str = "") -> RemoteJob:
         is_over_limit=code in LIMIT_CODES or "enqueued token limit" in error.lower(),
         output_files=tuple(file for file in files if isinstance(file, str) and file),
     )
+
+
+def list_page(client: "OpenAI", timeout: float, *, after: str) -> RawResponse:
+    """Request one page of jobs, newest first; `after` is the last id of the page before, or empty."""
+    from openai import omit
+
+    return client.batches.with_raw_response.list(limit=100, timeout=timeout, after=after or omit)

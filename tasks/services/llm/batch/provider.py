@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from tasks.services.llm.chat.completion import (
     ChatCompletion,
@@ -17,22 +17,31 @@ from tasks.services.llm.chat.transport import parse_body
 from tasks.services.llm.errors import RequestRefused
 
 if TYPE_CHECKING:
-    from openai import HttpxBinaryResponseContent
+    from openai import OpenAI
 
-ENDPOINT = "/v1/chat/completions"
+R = TypeVar("R")
+ENDPOINT: Final = "/v1/chat/completions"
 TERMINAL = ("completed", "failed", "expired", "cancelled")
 STATUSES = (*TERMINAL, "validating", "in_progress", "finalizing", "cancelling")
 UNKNOWN = "unknown"
 LOST = "lost"
-"""The provider says that it has no such job."""
-MAX_LISTED = 2_000
+"""The provider reports no such job."""
+MAX_LISTED = 2_000  # jobs that are listed to find one by its idempotency key
 
 
 class Call(Protocol):
     """Runs a function of (client, timeout in seconds) with retries and mapped errors."""
 
-    def __call__(self, ask: Callable[[Any, float], Any], *, max_attempts: int = 0) -> Any:
+    def __call__(self, ask: Callable[["OpenAI", float], R], *, max_attempts: int = 0) -> R:
         """Return what `ask` returns; 0 attempts mean as many as the profile allows."""
+
+
+class RawResponse(Protocol):
+    """A response of the SDK that is not parsed by it."""
+
+    @property
+    def content(self) -> bytes:
+        """The body."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,9 @@ def poll_or_lost(job_id: str, retrieve: Callable[[], RemoteJob]) -> RemoteJob:
         return RemoteJob(job_id, LOST)
 
 
-def read_response(response: "HttpxBinaryResponseContent") -> Any:
+def read_response(response: RawResponse) -> object:
     """Return the JSON of one of the SDK's raw responses. Raises EndpointUnavailable for anything else."""
+    # The SDK builds its models without validation, so an odd shape would surface later, as an AttributeError.
     return parse_body(response.content)
 
 

@@ -124,6 +124,7 @@ class XaiBatches:
 
     def get(self, path: str, query: dict[str, object]) -> dict[str, object]:
         """Return a JSON object, empty where the response is none."""
+        # Untyped requests through the SDK's client: it has no resource class for xAI's protocol.
         page = self.call(lambda client, _: client.get(path, cast_to=object, options={"params": query} if query else {}))
         return page if isinstance(page, dict) else {}
 

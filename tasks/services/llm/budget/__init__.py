@@ -1,1 +1,1 @@
-"""Money and rates: ledger, spending cap, rate limits, cost estimates."""
+"""Cost control: ledger, spending cap, rate limits, cost estimates."""

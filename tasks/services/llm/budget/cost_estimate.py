@@ -10,9 +10,10 @@ from pydantic import BaseModel
 
 from tasks.services.llm.batch.jobs import MAX_BYTES
 from tasks.services.llm.budget.ledger import compute_cost
+from tasks.services.llm.chat.body import count_body_tokens
 from tasks.services.llm.chat.completion import Usage
-from tasks.services.llm.chat.request import RequestSpec, count_body_tokens
-from tasks.services.llm.config import STRUCTURES, LlmConfig, ProfileConfig
+from tasks.services.llm.chat.request import RequestSpec
+from tasks.services.llm.config import RESPONSE_FORMATS, LlmConfig, ProfileConfig
 
 SHORT_REPLY_TOKENS = 120
 REPAIR_TOKENS = 700  # upper bound of a repair note, and of a capability probe's prompt
@@ -25,15 +26,15 @@ class CallEstimate:
     role: str
     profile: str
     calls: int
-    """As expected: one for each question."""
+    """Expected: one per request."""
     worst_calls: int
     """With every retry, repair and profile of the fallback chain."""
     input_tokens: int
-    """As expected."""
+    """Expected."""
     expected_usd: float | None
     """With replies of 120 tokens from the first profile; None where no price is known."""
     worst_usd: float | None
-    """With all `worst_calls` billed, and replies as long as they may be."""
+    """With all `worst_calls` billed, and replies of maximal length."""
     is_batch: bool
     largest_file_bytes: int
 
@@ -42,7 +43,7 @@ class CallEstimate:
 class Totals:
     """Tokens and bytes of all requests to one profile."""
 
-    most: Usage
+    max_usage: Usage
     num_bytes: int
 
 
@@ -54,7 +55,7 @@ class PlannedRequests:
     specs: Sequence[RequestSpec[BaseModel]]
     is_batch: bool = False
     first_fallback: int = 0
-    """Where in the fallback chain they begin."""
+    """Index in the fallback chain to begin at."""
     is_follow_up: bool = False
     """Whether they are sent only where replies call for them: they count in the worst case alone."""
 
@@ -66,49 +67,50 @@ def estimate_calls(config: LlmConfig, planned: PlannedRequests) -> CallEstimate:
     names = names[min(planned.first_fallback, len(names) - 1) :]
     first = config.profiles[names[0]]
     totals = {name: count_all(config.profiles[name], requests) for name in names}
-    most = totals[names[0]].most
-    short = replace(most, output_tokens=min(most.output_tokens, len(requests) * SHORT_REPLY_TOKENS))
+    max_usage = totals[names[0]].max_usage
+    short = replace(max_usage, output_tokens=min(max_usage.output_tokens, len(requests) * SHORT_REPLY_TOKENS))
     worst_calls, worst_usd = 0, list[float | None]()
     for name in names:
-        calls, usd = count_worst(config, name, totals[name].most, num=len(requests))
+        calls, usd = count_worst(config, name, totals[name].max_usage, num=len(requests))
         worst_calls += calls
         worst_usd.append(usd)
-    if is_batch:  # worst case: a job cancelled past its deadline is billed, and its rows are asked again by calls
+    if is_batch:  # worst case: a job cancelled past its deadline is billed, and its rows are sent again as calls
         worst_calls += len(requests)
-        worst_usd.append(compute_cost(first.prices, most, is_batch=True)[0])
+        worst_usd.append(compute_cost(first.prices, max_usage, is_batch=True)[0])
     return CallEstimate(
         role=role,
         profile=names[0],
         calls=0 if planned.is_follow_up else len(requests),
         worst_calls=worst_calls,
-        input_tokens=most.input_tokens,
+        input_tokens=max_usage.input_tokens,
         expected_usd=0.0 if planned.is_follow_up else compute_cost(first.prices, short, is_batch=is_batch)[0],
         worst_usd=None if None in worst_usd else sum(usd for usd in worst_usd if usd is not None),
         is_batch=is_batch,
+        # Larger input is split into several files.
         largest_file_bytes=min(totals[names[0]].num_bytes, MAX_BYTES),
     )
 
 
 def count_all(profile: ProfileConfig, requests: Sequence[RequestSpec[BaseModel]]) -> Totals:
     """Return the input tokens, the cap on output tokens and the bytes of all requests to one profile."""
-    structure = profile.capabilities.structure
+    response_format = profile.capabilities.response_format
     tokens_in = tokens_out = size = 0
     # Each distinct object is encoded once: building a body scales and compresses its images.
     counted = Counter(id(request) for request in requests)
     for request in {id(request): request for request in requests}.values():
         num = counted[id(request)]
-        body = request.body(profile, "json_schema" if structure == "auto" else structure)
+        body = request.body(profile, "json_schema" if response_format == "auto" else response_format)
         sent, received = count_body_tokens(body, profile)
         tokens_in, tokens_out = tokens_in + num * sent, tokens_out + num * received
         size += num * len(json.dumps(body))
     return Totals(Usage(input_tokens=tokens_in, output_tokens=tokens_out), size)
 
 
-def count_worst(config: LlmConfig, name: str, most: Usage, *, num: int) -> tuple[int, float | None]:
+def count_worst(config: LlmConfig, name: str, max_usage: Usage, *, num: int) -> tuple[int, float | None]:
     """Return the most calls of one profile for `num` requests, and their price if every attempt is billed.
 
     Args:
-        most: tokens of all `num` requests together, each sent once.
+        max_usage: tokens of all `num` requests together, each sent once.
 
     """
     profile = config.profiles[name]
@@ -118,10 +120,11 @@ def count_worst(config: LlmConfig, name: str, most: Usage, *, num: int) -> tuple
     # Every request and repair takes all of its attempts, at the average size of the requests.
     factor = profile.max_attempts * (num + repairs)
     usage = Usage(
-        input_tokens=math.ceil(factor * most.input_tokens / num) + profile.max_attempts * repairs * REPAIR_TOKENS,
-        output_tokens=math.ceil(factor * most.output_tokens / num),
+        input_tokens=math.ceil(factor * max_usage.input_tokens / num) + profile.max_attempts * repairs * REPAIR_TOKENS,
+        output_tokens=math.ceil(factor * max_usage.output_tokens / num),
     )
-    probes = len(STRUCTURES) * profile.max_attempts if profile.capabilities.structure == "auto" else 0
+    # At worst every response format is probed, each with all attempts.
+    probes = len(RESPONSE_FORMATS) * profile.max_attempts if profile.capabilities.response_format == "auto" else 0
     usage = replace(
         usage,
         input_tokens=usage.input_tokens + probes * REPAIR_TOKENS,

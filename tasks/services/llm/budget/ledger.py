@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from tasks.redaction import clean_text, redact, shorten
 from tasks.services.llm.budget.journal import append_line
 from tasks.services.llm.chat.completion import Usage
@@ -21,7 +23,7 @@ class LedgerRow:
 
     role: str
     profile: str
-    asked_model: str
+    requested_model: str
     outcome: str
     """ok, cached, invalid, cancelled, or the error's name."""
     served_model: str = ""
@@ -36,7 +38,7 @@ class LedgerRow:
     fallback_index: int = 0
     """0 for the role's first profile, 1 for the second, ..."""
     reason: str = ""
-    """Why it was not asked of the one before."""
+    """Why the previous profile's reply was not used."""
     seconds: float = 0.0
     at: float = 0.0
 
@@ -59,6 +61,7 @@ class Ledger:
             served_model=show(row.served_model),
         )
         line = dump_line({**asdict(row), "at": round(time.time(), 3)}).encode()
+        # `append_line` looks at the end of the file, so appends must not interleave.
         with self.lock:
             self.rows.append(row)
             append_line(self.path, line)
@@ -78,9 +81,14 @@ def show(text: str) -> str:
     return shorten(clean_text(redact(text)), limit=MAX_CHARACTERS)
 
 
-def read_rows(path: Path) -> Iterator[dict[str, object] | None]:
-    """Yield a ledger's rows, None for each line that is torn or fails verification."""
-    yield from load_lines(path.read_bytes())
+def read_rows(path: Path) -> Iterator[LedgerRow | None]:
+    """Yield a ledger's rows, None for each line that is torn, fails verification or is no row."""
+    rows = TypeAdapter(LedgerRow)
+    for line in load_lines(path.read_bytes()):
+        try:
+            yield None if line is None else rows.validate_python(line)
+        except ValidationError:
+            yield None
 
 
 def compute_cost(prices: PriceConfig | None, usage: Usage, *, is_batch: bool) -> tuple[float | None, str]:

@@ -1,4 +1,4 @@
-"""Client-side rate limiting, so that a provider's limits are kept rather than found through 429 responses."""
+"""Client-side rate limiting, so that a provider's limits are respected instead of met as 429 responses."""
 
 import threading
 import time

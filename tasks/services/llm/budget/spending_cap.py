@@ -21,7 +21,7 @@ class BudgetState(BaseModel):
 
     @property
     def total(self) -> float:
-        """Spent and reserved money."""
+        """USD spent and reserved."""
         return self.spent_usd + sum(self.reserved.values())
 
 
@@ -30,7 +30,7 @@ class Budget:
 
     Spending is counted without a cap too, so that a cap set later includes it. A reservation that is never settled,
     because its process was killed, keeps counting as spent: the call may have been billed. With a cap, a damaged
-    file blocks all reservations until a person has dealt with it.
+    file blocks all reservations until the operator has resolved it.
     """
 
     def __init__(self, path: Path | None = None, cap_usd: float | None = None) -> None:
@@ -52,7 +52,7 @@ class Budget:
             if self.cap_usd is not None and state.total + usd > self.cap_usd + 1e-12:
                 raise BudgetExceeded(
                     f"{state.total:.4f} of {self.cap_usd:.4f} USD are spent or reserved and the next call may cost "
-                    f"{usd:.4f}; what was answered is kept: raise llm.budget_usd and run again"
+                    f"{usd:.4f}; replies are cached: raise llm.budget_usd and run again"
                 )
             state.reserved[name] = usd
         return name
@@ -73,6 +73,7 @@ class Budget:
         with self.path.with_suffix(".lock").open("a+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             state = self._read()
+            # A damaged file without a cap: changes go to a throw-away state, and the file stays as it is.
             yield state or BudgetState()
             if state is not None:
                 write_atomic(self.path, dump_signed(state))

@@ -8,10 +8,11 @@ from typing import Literal, cast
 from pydantic import BaseModel
 
 from tasks.errors import ConfigError, ReplyInvalid
+from tasks.services.llm.chat.body import ChatBody, Message, make_body
 from tasks.services.llm.chat.completion import ChatCompletion
 from tasks.services.llm.chat.json_schema import parse_reply
 from tasks.services.llm.chat.response_format import ask_for, read_content
-from tasks.services.llm.config import STRUCTURES, ProfileConfig, Structure
+from tasks.services.llm.config import RESPONSE_FORMATS, ProfileConfig, ResponseFormat
 from tasks.services.llm.errors import EndpointUnavailable, RequestRefused
 from tasks.services.llm.reply_cache import Record, find_record, put_record
 from tasks.services.store.base import Store
@@ -26,12 +27,12 @@ class Probe(BaseModel):
 class Probed(Record):
     """The probed response format of a model at an address."""
 
-    structure: Structure
+    response_format: ResponseFormat
 
 
-def find_structure(
-    profile: ProfileConfig, *, store: Store, call: Callable[[dict[str, object]], ChatCompletion]
-) -> Structure:
+def probe_response_format(
+    profile: ProfileConfig, *, store: Store, call: Callable[[ChatBody], ChatCompletion]
+) -> ResponseFormat:
     """Return the strictest response format that works, cached per address and model.
 
     Raises:
@@ -42,34 +43,29 @@ def find_structure(
     key = f"llm/response_formats/{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
     kept = find_record(store, Probed, key)
     if kept is not None:
-        return kept.structure
+        return kept.response_format
     reasons = []
-    for structure in STRUCTURES:
-        reason = try_structure(profile, cast(Structure, structure), call=call)
+    for response_format in RESPONSE_FORMATS:
+        reason = try_response_format(profile, cast(ResponseFormat, response_format), call=call)
         if not reason:
-            put_record(store, Probed(key=key, structure=cast(Structure, structure)))
-            return cast(Structure, structure)
-        reasons.append(f"{structure}: {reason}")
+            put_record(store, Probed(key=key, response_format=cast(ResponseFormat, response_format)))
+            return cast(ResponseFormat, response_format)
+        reasons.append(f"{response_format}: {reason}")
     raise ConfigError(f"{profile.model} at {profile.base_url} supports no response format: {'; '.join(reasons)[:400]}")
 
 
-def try_structure(
-    profile: ProfileConfig, structure: Structure, *, call: Callable[[dict[str, object]], ChatCompletion]
+def try_response_format(
+    profile: ProfileConfig, response_format: ResponseFormat, *, call: Callable[[ChatBody], ChatCompletion]
 ) -> str:
     """Return why one response format doesn't work, or an empty string."""
     # Neither color is the natural answer to the question: only an enforced enum gives one of the two reliably.
-    body = {
-        "model": profile.model,
-        "messages": [
-            {"role": "system", "content": "You answer in JSON."},
-            {"role": "user", "content": "Which of the two colors is red?"},
-        ],
-        "max_completion_tokens": profile.max_output_tokens,
-        **profile.routing(),
-    }
+    messages: list[Message] = [
+        {"role": "system", "content": "You answer in JSON."},
+        {"role": "user", "content": "Which of the two colors is red?"},
+    ]
     try:
-        completion = call(ask_for(body, Probe, structure))
-        parse_reply(Probe, read_content(completion, structure), completion)
+        completion = call(ask_for(make_body(profile, messages), Probe, response_format))
+        parse_reply(Probe, read_content(completion, response_format), completion)
     except RequestRefused as error:
         if error.status in (401, 403, 404):  # key, address or model: no other format would help
             raise

@@ -7,16 +7,17 @@ as paid before it is refused. Text from a server is redacted here, once.
 import json
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeGuard
+from typing import TypeGuard, TypeVar
 
 from tasks.redaction import clean_text, redact, shorten, show_value
 
+Kind = TypeVar("Kind")
 XAI_TICKS_PER_USD = 1e10
 MAX_TOKENS = 10**9
 MAX_TOOL_CALLS = 16
 # Factors over the reservation beyond which a report is false, not just larger than estimated: what models count for
 # one image differs up to tenfold.
-ABSURD_INPUT, ABSURD_OUTPUT, ABSURD_USD = 32, 4, 100
+MAX_INPUT_FACTOR, MAX_OUTPUT_FACTOR, MAX_COST_FACTOR = 32, 4, 100
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Usage:
     output_tokens: int = 0
     reasoning_tokens: int = 0
     reported_usd: float | None = None
-    """What the provider says it costs, where it does."""
+    """The cost as reported by the provider, where it is."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def parse_choice(value: dict[str, object], plain: ChatCompletion) -> ChatComplet
         refusal=clean_line(refusal, limit=500),
         finish_reason=expect(choice.get("finish_reason") or "", str, "finish_reason"),
         tool_calls=parse_tool_calls(message.get("tool_calls")),
+        # No standard field: `reasoning_content` at xAI and DeepSeek, `reasoning` at OpenRouter.
         reasoning=clean_string(message.get("reasoning_content") or message.get("reasoning")),
         citations=parse_citations(annotations),
     )
@@ -119,6 +121,7 @@ def parse_content(value: object) -> tuple[str | None, str]:
             texts.append(part)
             continue
         kind = expect(part, dict, "a part of content").get("type")
+        # `output_text` is the name of the Responses API, see web_search.to_chat.
         if kind in ("text", "output_text"):
             texts.append(expect(part.get("text"), str, "text"))
         elif kind == "refusal":
@@ -166,6 +169,7 @@ def parse_usage(value: object) -> tuple[Usage, str]:
         usage = expect(value, dict, "usage")
         inputs = expect(usage.get("prompt_tokens_details") or {}, dict, "prompt_tokens_details")
         outputs = expect(usage.get("completion_tokens_details") or {}, dict, "completion_tokens_details")
+        # OpenRouter reports `cost` in USD, xAI `cost_in_usd_ticks`.
         reported = read_usd(usage.get("cost"), "cost")
         if usage.get("cost_in_usd_ticks") is not None:
             reported = (read_usd(usage["cost_in_usd_ticks"], "cost_in_usd_ticks") or 0.0) / XAI_TICKS_PER_USD
@@ -183,11 +187,11 @@ def parse_usage(value: object) -> tuple[Usage, str]:
         return Usage(), "the usage nests too deeply"
 
 
-def bound_usage(completion: ChatCompletion, most: Usage, *, worst_usd: float | None) -> ChatCompletion:
+def bound_usage(completion: ChatCompletion, max_usage: Usage, *, worst_usd: float | None) -> ChatCompletion:
     """Return a completion whose usage is the reservation where the reported one is missing or implausible.
 
     Args:
-        most: the tokens that were reserved.
+        max_usage: the tokens that were reserved.
         worst_usd: their price in USD; None where it is unknown.
 
     """
@@ -202,14 +206,14 @@ def bound_usage(completion: ChatCompletion, most: Usage, *, worst_usd: float | N
     if not fault and usage.cached_tokens > usage.input_tokens:
         fault = f"{usage.cached_tokens} cached tokens of {usage.input_tokens}"
     for name, count, limit in (
-        ("input", usage.input_tokens, ABSURD_INPUT * most.input_tokens + 1000),
-        ("output", usage.output_tokens, ABSURD_OUTPUT * most.output_tokens + 1000),
+        ("input", usage.input_tokens, MAX_INPUT_FACTOR * max_usage.input_tokens + 1000),
+        ("output", usage.output_tokens, MAX_OUTPUT_FACTOR * max_usage.output_tokens + 1000),
     ):
         if not fault and count > limit:
             fault = f"{count} {name} tokens, where at most {limit} are possible"
-    if not fault and worst_usd and (usage.reported_usd or 0.0) > ABSURD_USD * worst_usd:
+    if not fault and worst_usd and (usage.reported_usd or 0.0) > MAX_COST_FACTOR * worst_usd:
         fault = f"a cost of {usage.reported_usd:.4g} USD, where {worst_usd:.4g} were reserved"
-    return replace(completion, usage=most, usage_fault=fault) if fault else completion
+    return replace(completion, usage=max_usage, usage_fault=fault) if fault else completion
 
 
 def read_count(value: object, name: str) -> int:
@@ -248,7 +252,7 @@ def read_error(value: object) -> str:
     return clean_line(value if isinstance(value, str) else str(value), limit=200)
 
 
-def expect(value: object, kind: type, name: str) -> Any:
+def expect(value: object, kind: type[Kind], name: str) -> Kind:
     """Return a value of a kind. Raises ShapeError."""
     if not isinstance(value, kind):
         raise ShapeError(f"{name} is {name_type(value)}")

@@ -1,7 +1,7 @@
 """JSON schemas within the subset that every provider's strict mode supports."""
 
 import json
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -27,7 +27,7 @@ def strict_schema(model: type[BaseModel]) -> dict[str, object]:
     return result
 
 
-def close(node: object, definitions: dict[str, object]) -> Any:
+def close(node: object, definitions: dict[str, object]) -> object:
     """Inline references, forbid additional properties and drop unsupported keywords."""
     if isinstance(node, list):
         return [close(item, definitions) for item in node]
@@ -35,6 +35,7 @@ def close(node: object, definitions: dict[str, object]) -> Any:
         return node
     if "$ref" in node:  # siblings of a reference are dropped; recursive models are not supported
         return close(definitions[node["$ref"].rsplit("/", 1)[-1]], definitions)
+    # `enum` is in every strict mode, `const` is not.
     if "const" in node:
         node = {**node, "enum": [node["const"]]}
         del node["const"]

@@ -5,29 +5,29 @@ with the schema in the prompt; plain text, from which the first JSON object is t
 """
 
 import json
-from typing import Any
 
 from pydantic import BaseModel
 
+from tasks.services.llm.chat.body import ChatBody
 from tasks.services.llm.chat.completion import ChatCompletion
 from tasks.services.llm.chat.json_schema import strict_schema
-from tasks.services.llm.config import ProfileConfig, Structure
+from tasks.services.llm.config import ProfileConfig, ResponseFormat
 
 TOOL = "answer"
 
 
-def ask_for(body: dict[str, Any], reply: type[BaseModel], structure: Structure) -> dict[str, Any]:
+def ask_for(body: ChatBody, reply: type[BaseModel], response_format: ResponseFormat) -> ChatBody:
     """Return a chat completion's body that requests a reply of the given type."""
     schema = strict_schema(reply)
     # The list is copied: callers append to it, and a caller's body must not change.
     body = {**body, "messages": list(body["messages"])}
-    if structure == "json_schema":
+    if response_format == "json_schema":
         body["response_format"] = {
             "type": "json_schema", "json_schema": {"name": reply.__name__, "strict": True, "schema": schema},
         }  # fmt: skip
-    elif structure == "json_object":
+    elif response_format == "json_object":
         body["response_format"] = {"type": "json_object", "schema": schema}
-    elif structure == "tool":
+    elif response_format == "tool":
         function = {"name": TOOL, "description": "Give the answer.", "parameters": schema, "strict": True}
         body["tools"] = [{"type": "function", "function": function}]
         body["tool_choice"] = {"type": "function", "function": {"name": TOOL}}
@@ -35,17 +35,17 @@ def ask_for(body: dict[str, Any], reply: type[BaseModel], structure: Structure) 
         words = f"Reply with one JSON object and nothing else. It must fit this JSON schema: {json.dumps(schema)}"
         first, *others = body["messages"]
         body["messages"] = [{**first, "content": f"{first['content']}\n\n{words}"}, *others]
-        if structure == "json_mode":
+        if response_format == "json_mode":
             body["response_format"] = {"type": "json_object"}
     return body
 
 
-def read_content(completion: ChatCompletion, structure: Structure) -> str | None:
+def read_content(completion: ChatCompletion, response_format: ResponseFormat) -> str | None:
     """Return the part of a reply that should be JSON."""
-    if structure == "tool":
+    if response_format == "tool":
         return completion.tool_calls[0].arguments if completion.tool_calls else None
     content = completion.content
-    if structure == "text" and content:
+    if response_format == "text" and content:
         return find_object(content) or content
     return content
 
@@ -66,7 +66,7 @@ def find_object(text: str) -> str | None:
     return None
 
 
-def set_reasoning(body: dict[str, Any], profile: ProfileConfig, *, is_reasoning: bool) -> dict[str, Any]:
+def set_reasoning(body: ChatBody, profile: ProfileConfig, *, is_reasoning: bool) -> ChatBody:
     """Return the body with reasoning switched on or off; its tokens count as output, so the cap is raised."""
     kind = profile.capabilities.reasoning
     if kind == "none":

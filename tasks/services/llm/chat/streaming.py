@@ -12,7 +12,7 @@ MAX_HELD = 400  # characters without white space
 
 
 class StreamReader:
-    """Adds up the chunks of a streamed chat completion. Raises EndpointUnavailable for unexpected shapes."""
+    """Accumulates the chunks of a streamed chat completion. Raises EndpointUnavailable for unexpected shapes."""
 
     def __init__(self, on_text: Callable[[str], None]) -> None:
         self.on_text = on_text
@@ -23,7 +23,7 @@ class StreamReader:
         self.whole: dict[str, object] = {}
 
     def feed(self, line: str) -> None:
-        """Take one line of the event stream."""
+        """Process one line of the event stream."""
         if not line.startswith("data:"):
             return  # comments, event names and empty lines
         payload = line.removeprefix("data:").strip()
@@ -35,6 +35,7 @@ class StreamReader:
             raise EndpointUnavailable("the response is not a stream of JSON; ask again") from error
         if not isinstance(chunk, dict):
             raise EndpointUnavailable("the response is not a stream of JSON objects; ask again")
+        # Once a stream has begun, its status is 200: a later error can only come as a chunk.
         if chunk.get("error"):
             raise EndpointUnavailable(f"the provider reports an error: {read_error(chunk['error'])}; ask again")
         # With `include_usage` the last chunk has the usage and an empty list of choices.
@@ -70,6 +71,7 @@ class StreamReader:
 
     def finish(self) -> dict[str, object]:
         """Return the whole completion. Raises EndpointUnavailable where the stream ended early."""
+        # A closed connection looks like the end of the stream. Only `finish_reason` shows that the reply is complete.
         if self.finish_reason is None:
             raise EndpointUnavailable("the response ended early; ask again")
         calls = [

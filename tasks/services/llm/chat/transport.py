@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tasks.errors import ConfigError, LikenessError
 from tasks.redaction import register_secret, show_value
+from tasks.services.llm.chat.body import ChatBody
 from tasks.services.llm.chat.completion import read_error
 from tasks.services.llm.chat.streaming import StreamReader, TextCleaner
 from tasks.services.llm.config import ProfileConfig
@@ -16,7 +17,7 @@ from tasks.services.llm.errors import EndpointUnavailable, QuotaExceeded, Reques
 
 if TYPE_CHECKING:
     import httpx2
-    from openai import OpenAI
+    from openai import APIStatusError, OpenAI
 
 MAX_BYTES = 16_000_000  # of one reply; bounds the memory that a hostile server can claim
 # Words in a 429 that mean an exhausted balance rather than a rate limit: waiting would not help.
@@ -39,23 +40,24 @@ def make_client(profile: ProfileConfig, *, start_local: Callable[[], str] | None
         if start_local is None:
             raise ConfigError("this profile needs the mini vision server, which is not running here")
         base_url = start_local()
-    # Retries belong to one layer, chat/retries.py: the SDK would silently post a batch job twice.
+    # Retries belong to one layer, llm/retries.py: the SDK would silently post a batch job twice.
     return openai.OpenAI(base_url=base_url, api_key=read_key(profile), max_retries=0)
 
 
 def read_key(profile: ProfileConfig) -> str:
     """Return the profile's key and register it for redaction. Raises ConfigError where it is not set."""
     if not profile.api_key_variable:
-        return "local"
+        return "local"  # the SDK insists on a key
     key = os.environ.get(profile.api_key_variable, "")
     if not key:
         raise ConfigError(f"{profile.api_key_variable} is not set; export it, or use llm=local with the drawn world")
     return register_secret(key)
 
 
-def complete(client: "OpenAI", body: dict[str, Any], *, timeout_seconds: float) -> dict[str, object]:
+def complete(client: "OpenAI", body: ChatBody, *, timeout_seconds: float) -> dict[str, object]:
     """Return the JSON object of a chat completion, within a total time."""
     deadline = time.monotonic() + timeout_seconds
+    # The raw body, so that its size and time are bounded before anything is parsed.
     create = client.chat.completions.with_streaming_response.create
     with create(**openai_arguments(body), timeout=timeout_seconds) as response:
         return read_object(response, deadline=deadline, seconds=timeout_seconds)
@@ -79,7 +81,7 @@ def read_object(response: "ByteStream", *, deadline: float, seconds: float) -> d
     return value
 
 
-def parse_body(data: bytes) -> Any:
+def parse_body(data: bytes) -> object:
     """Return parsed JSON. Raises EndpointUnavailable for anything else, deep nesting included."""
     try:
         return json.loads(data)
@@ -88,7 +90,7 @@ def parse_body(data: bytes) -> Any:
 
 
 def complete_streaming(
-    client: "OpenAI", body: dict[str, Any], *, timeout_seconds: float, on_text: Callable[[str], None]
+    client: "OpenAI", body: ChatBody, *, timeout_seconds: float, on_text: Callable[[str], None]
 ) -> dict[str, object]:
     """Stream a reply to `on_text` and return the whole completion, as `complete` would.
 
@@ -108,6 +110,7 @@ def complete_streaming(
                 raise EndpointUnavailable(f"the response was incomplete after {timeout_seconds:.0f} s; ask again")
             if size > MAX_BYTES:
                 raise EndpointUnavailable(f"the response is longer than {MAX_BYTES / 1e6:.0f} MB; ask again")
+            # Split before decoding: a chunk may end within a UTF-8 sequence.
             *lines, pending = (pending + chunk).split(b"\n")
             for line in lines:
                 reader.feed(line.decode("utf-8", "replace").rstrip("\r"))
@@ -124,7 +127,7 @@ KNOWN_ARGUMENTS = frozenset(
 )  # fmt: skip
 
 
-def openai_arguments(body: dict[str, Any]) -> dict[str, Any]:
+def openai_arguments(body: ChatBody) -> dict[str, Any]:
     """Return a request body as keyword arguments of the SDK's `create`."""
     known = {key: value for key, value in body.items() if key in KNOWN_ARGUMENTS}
     others = {key: value for key, value in body.items() if key not in KNOWN_ARGUMENTS}
@@ -157,7 +160,7 @@ def translated(profile: ProfileConfig) -> Iterator[None]:
         raise EndpointUnavailable(f"{where} sent what can't be read: {error}; run again to resume") from error
 
 
-def map_http_error(error: Any, profile: ProfileConfig, where: str) -> LikenessError:
+def map_http_error(error: "APIStatusError", profile: ProfileConfig, where: str) -> LikenessError:
     """Return our error for an HTTP status; its message says what the operator should do."""
     status, reason = int(error.status_code), read_error(error.body or error.message)
     whole = f"{error} {error.body}".lower()  # the SDK keeps codes such as insufficient_quota out of its message
@@ -171,10 +174,11 @@ def map_http_error(error: Any, profile: ProfileConfig, where: str) -> LikenessEr
         else:
             message = f"{where} does not know {path}: {reason}; check base_url and capabilities of the LLM profile"
         return RequestRefused(message, status=status)
-    if is_quota or status == 402:
+    if is_quota or status == 402:  # 402: OpenRouter's status for an exhausted balance
         return QuotaExceeded(
             f"the quota at {where} is used up: {reason}; replies are kept: pay, and run again to resume", status=status
         )
+    # A rate-limited request was not run, so it is free. A 5xx may come from a gateway after the model has generated.
     if status == 429:
         wait = read_retry_after(error.response)
         asked = "asks to wait" if wait is None else f"asks to wait {wait:.0f} s"

@@ -47,7 +47,7 @@ def age(folder: Path) -> None:
         os.utime(path, (OLD, OLD))
 
 
-def test_only_what_no_run_refers_to_goes_and_only_when_told(tmp_path: Path) -> None:
+def test_only_unreferenced_stages_are_removed_and_only_with_delete(tmp_path: Path) -> None:
     output, store = make_output(tmp_path)
     age(output / "store")
     listed = collect_garbage(output, days=7, is_deleting=False)
@@ -61,19 +61,19 @@ def test_only_what_no_run_refers_to_goes_and_only_when_told(tmp_path: Path) -> N
     assert collect_garbage(output, days=7, is_deleting=False) == []
 
 
-def test_what_is_young_stays(tmp_path: Path) -> None:
+def test_recent_objects_are_retained(tmp_path: Path) -> None:
     output, _ = make_output(tmp_path)
     assert collect_garbage(output, days=7, is_deleting=True) == []
 
 
-def test_a_run_at_work_keeps_what_it_has_just_made(tmp_path: Path) -> None:
+def test_no_stage_is_removed_while_a_run_is_active(tmp_path: Path) -> None:
     output, store = make_output(tmp_path, status="running")
     assert collect_garbage(output, days=0, is_deleting=True) == []
     assert find_manifest(store, Manifest, stage="prior", key="unused") is not None
 
 
 @pytest.mark.parametrize("status", ["pending", "failed", "killed", "cancelled"])
-def test_what_an_unfinished_run_began_stays(tmp_path: Path, status: Status) -> None:
+def test_stages_of_an_unfinished_run_are_retained(tmp_path: Path, status: Status) -> None:
     output, store = make_output(tmp_path, status="running")
     folder = output / "one"
     write_stages(folder, {"prior": "used"})
@@ -92,7 +92,7 @@ def test_what_an_unfinished_run_began_stays(tmp_path: Path, status: Status) -> N
     assert find_manifest(store, Manifest, stage="prior", key="used") is not None
 
 
-def test_why_stages_stay_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_reason_for_retaining_stages_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, _ = make_output(tmp_path, status="running")
     print_garbage(output, days=0, is_deleting=False)
     assert "no stage is removed: run one is running" in capsys.readouterr().out
@@ -102,13 +102,13 @@ def test_why_stages_stay_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("days", [-1.0, float("nan"), float("inf")])
-def test_an_age_that_is_none_is_refused(tmp_path: Path, days: float) -> None:
+def test_an_invalid_days_value_is_rejected(tmp_path: Path, days: float) -> None:
     output, _ = make_output(tmp_path)
     with pytest.raises(ConfigError, match="--days"):
         collect_garbage(output, days=days, is_deleting=True)
 
 
-def test_leftovers_of_cut_off_runs_go(tmp_path: Path) -> None:
+def test_leftovers_of_interrupted_runs_are_removed(tmp_path: Path) -> None:
     output, store = make_output(tmp_path)
     part = store.root / "02-prior" / "used" / ".part-abc"
     part.write_bytes(b"x" * 100)
@@ -126,7 +126,7 @@ def test_leftovers_of_cut_off_runs_go(tmp_path: Path) -> None:
     assert not training.exists()
 
 
-def test_where_a_summary_is_torn_no_stage_is_taken_for_unused(tmp_path: Path) -> None:
+def test_no_stage_is_removed_if_a_summary_is_damaged(tmp_path: Path) -> None:
     output, store = make_output(tmp_path)
     (output / "one" / "summary.json").write_text("{")
     age(output / "store")
@@ -134,7 +134,7 @@ def test_where_a_summary_is_torn_no_stage_is_taken_for_unused(tmp_path: Path) ->
     assert find_manifest(store, Manifest, stage="prior", key="used") is not None
 
 
-def test_a_store_that_other_folders_may_use_keeps_all_stages(tmp_path: Path) -> None:
+def test_no_stage_is_removed_from_a_store_that_other_folders_may_share(tmp_path: Path) -> None:
     output, _ = make_output(tmp_path)
     shared = tmp_path / "shared"
     shutil.move(output / "store", shared)
@@ -151,7 +151,7 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
         collect_garbage(tmp_path, days=0, is_deleting=True)
 
 
-def test_a_model_stands_on_the_disk_once(tmp_path: Path) -> None:
+def test_all_copies_of_a_model_are_hard_links_to_one_inode(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "store")
     made = tmp_path / "made"
     made.write_bytes(b"weights")

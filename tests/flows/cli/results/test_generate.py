@@ -16,7 +16,7 @@ from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 
 
-def test_kept_weights_are_fetched_and_others_named(tmp_path: Path, store: LocalStore) -> None:
+def test_a_retained_checkpoint_is_fetched_and_an_unknown_step_raises(tmp_path: Path, store: LocalStore) -> None:
     folder = StageFolder(store, "training", "k")
     model = folder.put("model/weights.safetensors", b"published")
     folder.put("candidates/step-00000400/unet/weights.safetensors", b"kept")
@@ -48,14 +48,14 @@ import contextlib, hashlib, json, sys
 from pathlib import Path
 from flows.cli.results.generate import fast_imports
 from tasks.diffusion.types import SamplingRequest
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.registry import load_model
 from conf.defaults import read_defaults
 from tasks.diffusion.config import DiffusionConfig
 
 values = {**read_defaults()["diffusion"], "pretrained_model_name_or_path": "mini", "resolution": 64}
 CONFIG = DiffusionConfig(**values)
 with fast_imports(Path(sys.argv[2])) if sys.argv[1] == "fast" else contextlib.nullcontext():
-    model = open_model(CONFIG, folder=Path(sys.argv[2]))
+    model = load_model(CONFIG, folder=Path(sys.argv[2]))
 picture = model.sample([SamplingRequest(prompt="a photo of a fish", seed=1)], num_inference_steps=2, guidance_scale=3.0)
 names = {name for name, module in sys.modules.items() if module is not None}
 print(json.dumps({
@@ -73,7 +73,7 @@ def draw(way: str, folder: Path) -> dict[str, object]:
     return result
 
 
-def test_a_picture_needs_few_imports_and_is_the_same() -> None:
+def test_fast_imports_skip_modules_without_changing_the_image() -> None:
     fast, plain = draw("fast", MINI_FOLDER / "base"), draw("plain", MINI_FOLDER / "base")
     assert fast["picture"] == plain["picture"]
     assert fast["imported"] == []
@@ -87,7 +87,7 @@ def test_a_picture_needs_few_imports_and_is_the_same() -> None:
         ({"model_index.json": "{}", "scheduler/scheduler_config.json": '{"use_beta_sigmas": false}'}, []),
     ],
 )
-def test_what_adapters_and_beta_sigmas_need_can_be_imported(
+def test_fast_imports_keep_what_adapters_and_beta_sigmas_need(
     tmp_path: Path, files: dict[str, str], wanted: list[str]
 ) -> None:
     for name, text in files.items():

@@ -7,7 +7,7 @@ from typing import Any
 from tests.support.cli_sandbox import CliSandbox
 
 
-def test_a_person_talks_a_caption_over(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
+def test_a_confirmed_caption_is_saved_from_a_review_session(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
     lines = ["hello", "caption fish-7-01.jpg: on a red table, seen from above", "y", "/captions", "/quit"]
     done = sandbox.likeness("review", first_run["run_id"], typed="\n".join(lines) + "\n")
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_configuration_is_yaml_with_its_differences_first(
+def test_dry_run_prints_yaml_below_the_differences_from_the_defaults(
     empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["training.max_train_steps=7", "training.learning_rate=5e-5", "tracking=none"]
@@ -32,7 +32,7 @@ def test_the_configuration_is_yaml_with_its_differences_first(
     assert list(empty_folder.iterdir()) == []
 
 
-def test_the_defaults_differ_in_nothing(empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_default_configuration_lists_no_differences(empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("0 values differ from the defaults")

@@ -40,14 +40,14 @@ def test_a_repeated_request_has_the_original_configuration_digest(
     assert digest_of(original) in capsys.readouterr().out.splitlines()[0]
 
 
-def test_a_run_folder_that_was_moved_is_repeated_where_it_is_now(tmp_path: Path) -> None:
+def test_a_request_of_a_moved_run_folder_uses_the_new_output_dir(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", parse_overrides([f"output_dir={tmp_path / 'a'}"]))
     shutil.move(folder, tmp_path / "b" / folder.name)
     config = compile_request(load_request([], tmp_path / "b" / folder.name).request)
     assert config.output_dir == str(tmp_path / "b")
 
 
-def test_words_override_a_request(tmp_path: Path) -> None:
+def test_overrides_take_precedence_over_a_stored_request(tmp_path: Path) -> None:
     folder = make_run(tmp_path, parse_overrides([*WORDS, f"output_dir={tmp_path}"]))
     changed = load_request(["seed=8", "experiment=none", "training.max_train_steps=9"], folder).request
     same = parse_overrides(
@@ -56,7 +56,7 @@ def test_words_override_a_request(tmp_path: Path) -> None:
     assert digest_of(changed) == digest_of(same)
 
 
-def test_words_override_the_fields_of_a_form(tmp_path: Path) -> None:
+def test_overrides_take_precedence_over_request_fields(tmp_path: Path) -> None:
     form = RunRequest(subject="folder", source="photos", class_noun="mug", settings={"output_dir": str(tmp_path)})
     folder = make_run(tmp_path, form)
     config = compile_request(load_request(["subject.source=others", "subject.class_noun=fish"], folder).request)
@@ -65,7 +65,7 @@ def test_words_override_the_fields_of_a_form(tmp_path: Path) -> None:
     assert (config.subject.source, config.subject.class_noun) == ("demo", "fish")
 
 
-def test_a_request_of_a_deployment_keeps_its_restrictions(tmp_path: Path) -> None:
+def test_a_request_from_a_deployment_stays_untrusted(tmp_path: Path) -> None:
     folder = make_run(tmp_path, parse_overrides([f"output_dir={tmp_path}"]), is_trusted=False)
     assert not load_request([], folder).is_trusted
 
@@ -80,7 +80,7 @@ def test_a_request_of_a_deployment_keeps_its_restrictions(tmp_path: Path) -> Non
         (b"[" * 100_000, "request.json"),
     ],
 )
-def test_a_damaged_or_foreign_file_is_one_clear_line(
+def test_a_damaged_or_foreign_request_file_is_a_one_line_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, message: str
 ) -> None:
     file = tmp_path / "some.json"
@@ -93,7 +93,7 @@ def test_a_damaged_or_foreign_file_is_one_clear_line(
     assert shown.count("\n") == 1
 
 
-def test_a_request_that_was_changed_is_refused(tmp_path: Path) -> None:
+def test_a_modified_request_file_is_rejected(tmp_path: Path) -> None:
     file = make_run(tmp_path, parse_overrides([f"output_dir={tmp_path}", "seed=7"])) / "request.json"
     file.write_text(file.read_text().replace('"seed": 7', '"seed": 8'))
     with pytest.raises(ConfigError, match=r"--request takes the request\.json of a run's folder"):

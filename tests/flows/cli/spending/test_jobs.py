@@ -40,7 +40,7 @@ def make_run(server: ScriptedServer, output: Path, *, name: str = RUN, **changes
     """Return the services of a run, whose folder holds what a killed run leaves."""
     words = [
         f"llm.profiles.remote.base_url={server.url}", "llm.profiles.remote.model=asked-model", "llm.judge=remote",
-        "llm.profiles.remote.capabilities.structure=json_schema", "llm.profiles.remote.capabilities.batch=openai",
+        "llm.profiles.remote.capabilities.response_format=json_schema", "llm.profiles.remote.capabilities.batch=openai",
         "llm.profiles.remote.prices.input=1", "llm.profiles.remote.prices.output=10",
         "llm.profiles.remote.prices.date=d", f"output_dir={output}",
     ]  # fmt: skip
@@ -67,19 +67,19 @@ def ask(llm: LlmService, *, max_wait_seconds: float = 20.0) -> Any:
 @pytest.fixture
 def left(server: ScriptedServer, tmp_path: Path) -> str:
     """A job that runs on; its run was killed."""
-    server.desk.turn.acquire()
+    server.batch_api.turn.acquire()
     with pytest.raises(StillPending):
         ask(make_run(server, tmp_path), max_wait_seconds=0.1)
-    [job] = server.desk.list_batches()
+    [job] = server.batch_api.list_batches()
     return str(job["id"])
 
 
 def end(server: ScriptedServer) -> None:
     import time
 
-    server.desk.turn.release()
+    server.batch_api.turn.release()
     deadline = time.monotonic() + 30
-    while any(job["status"] in ("validating", "in_progress", "finalizing") for job in server.desk.list_batches()):
+    while any(job["status"] in ("validating", "in_progress", "finalizing") for job in server.batch_api.list_batches()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -97,7 +97,7 @@ def test_jobs_are_listed_with_run_status_and_cost(
     assert f"{left}: completed, 4 of 4 rows" in capsys.readouterr().out
 
 
-def test_an_adopted_job_is_paid_once_and_serves_the_next_run(
+def test_replies_of_an_adopted_job_are_paid_once_and_cached_for_the_next_run(
     server: ScriptedServer, tmp_path: Path, left: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     end(server)
@@ -108,7 +108,7 @@ def test_an_adopted_job_is_paid_once_and_serves_the_next_run(
     assert (server.counts[BATCHES], server.counts["row"], server.counts[CHAT]) == (1, 4, 0)
 
 
-def test_a_job_that_no_run_here_made_is_adopted_by_its_profile(
+def test_a_job_unknown_to_the_output_folder_is_adopted_with_its_profile(
     server: ScriptedServer, tmp_path: Path, left: str
 ) -> None:
     end(server)
@@ -121,7 +121,9 @@ def test_a_job_that_no_run_here_made_is_adopted_by_its_profile(
     assert (len(answers), server.counts[BATCHES]) == (4, 1)
 
 
-def test_a_cancelled_job_is_finished_by_calls(server: ScriptedServer, tmp_path: Path, left: str) -> None:
+def test_the_rows_of_a_cancelled_job_are_sent_as_synchronous_requests(
+    server: ScriptedServer, tmp_path: Path, left: str
+) -> None:
     assert run_jobs_command(tmp_path, "cancel", left, profile="") == 0
     end(server)
     answers, failures = ask(make_run(server, tmp_path, name="20261124-130000-fish-0002"))
@@ -129,21 +131,19 @@ def test_a_cancelled_job_is_finished_by_calls(server: ScriptedServer, tmp_path: 
     assert (server.counts[BATCHES], server.counts["row"], server.counts[CHAT]) == (1, 0, 4)
 
 
-def test_a_discarded_jobs_rows_are_asked_anew(server: ScriptedServer, tmp_path: Path, left: str) -> None:
+def test_the_rows_of_a_discarded_job_are_sent_in_a_new_job(server: ScriptedServer, tmp_path: Path, left: str) -> None:
     assert run_jobs_command(tmp_path, "discard", left, profile="") == 0
     end(server)
     answers, _ = ask(make_run(server, tmp_path, name="20261124-130000-fish-0002"))
     assert (len(answers), server.counts[BATCHES]) == (4, 2)
 
 
-def test_an_action_needs_a_job(tmp_path: Path) -> None:
+def test_a_job_action_without_a_job_id_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs a job id"):
         run_jobs_command(tmp_path, "cancel", "", profile="")
 
 
-def test_a_killed_run_is_pending_as_long_as_its_job_is_not_collected(
-    server: ScriptedServer, tmp_path: Path, left: str
-) -> None:
+def test_a_killed_run_is_pending_until_its_job_is_collected(server: ScriptedServer, tmp_path: Path, left: str) -> None:
     assert [[folder.name for folder in folders] for folders in list_pending(tmp_path)] == [[RUN]]
     end(server)
     ask(make_run(server, tmp_path, name="20261124-130000-fish-0002"))
@@ -155,10 +155,10 @@ def test_a_killed_run_is_pending_as_long_as_its_job_is_not_collected(
     ("summary", "is_pending"),
     [
         ("failed", True), ("cancelled", True), ('{"status": "pend', True), ("[]", True),
-        ("finished", False), ("continued", False),
+        ("finished", False), ("resumed", False),
     ],
 )  # fmt: skip
-def test_a_failed_run_with_a_live_job_is_pending_and_a_finished_one_is_not(
+def test_a_run_with_an_active_job_is_pending_unless_finished_or_resumed(
     server: ScriptedServer, tmp_path: Path, left: str, summary: str, is_pending: bool
 ) -> None:
     if summary.isalpha():
@@ -168,13 +168,13 @@ def test_a_failed_run_with_a_live_job_is_pending_and_a_finished_one_is_not(
     assert bool(list_pending(tmp_path)) is is_pending
 
 
-def test_the_exit_code_tells_done_waiting_and_failed_apart() -> None:
+def test_the_exit_code_distinguishes_finished_waiting_and_failed_runs() -> None:
     assert PendingReport(finished=[make_head("a", "finished")]).exit_code == 0
     assert PendingReport(finished=[make_head("a", "finished")], waiting=["a"]).exit_code == 11
     assert PendingReport(waiting=["a"], failed=["b"]).exit_code == 1
 
 
-def test_costs_are_of_all_runs_of_a_configuration_whatever_became_of_them(
+def test_costs_cover_all_runs_of_a_configuration_whatever_their_status(
     server: ScriptedServer, tmp_path: Path, left: str
 ) -> None:
     end(server)

@@ -12,7 +12,7 @@ import yaml
 
 from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.families.flux import TRAINING_GUIDANCE
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.registry import load_model
 from tasks.diffusion.types import SamplingRequest
 from tasks.errors import ConfigError
 from tests.support.numerics import assert_same_up_to_rounding
@@ -42,7 +42,7 @@ def test_a_prediction_has_the_targets_shape_and_a_gradient(folders: dict[str, Pa
 
 
 @pytest.mark.parametrize("family", MAKERS)
-def test_a_picture_depends_on_its_seed_not_on_its_batch(folders: dict[str, Path], family: str) -> None:
+def test_an_image_depends_on_its_seed_not_on_its_batch(folders: dict[str, Path], family: str) -> None:
     model = open_family(family, folders[family])
     requests = [SamplingRequest(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
     together = model.sample(requests, num_inference_steps=2, guidance_scale=3.0)
@@ -53,7 +53,9 @@ def test_a_picture_depends_on_its_seed_not_on_its_batch(folders: dict[str, Path]
 
 
 @pytest.mark.parametrize("family", MAKERS)
-def test_a_saved_model_is_read_by_diffusers_and_by_us(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
+def test_a_saved_model_loads_in_diffusers_and_in_likeness(
+    folders: dict[str, Path], family: str, tmp_path: Path
+) -> None:
     model = open_family(family, folders[family])
     model.save(tmp_path / "saved")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved")
@@ -64,7 +66,7 @@ def test_a_saved_model_is_read_by_diffusers_and_by_us(folders: dict[str, Path], 
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion_xl", "stable_diffusion_3", "flux"])
-def test_encoded_prompts_equal_those_of_the_pipeline(folders: dict[str, Path], family: str) -> None:
+def test_prompt_embeds_equal_those_of_the_diffusers_pipeline(folders: dict[str, Path], family: str) -> None:
     model = open_family(family, folders[family])
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folders[family])
     arguments = {
@@ -96,7 +98,9 @@ def test_text_encoders_of_stable_diffusion_3_may_be_absent(tmp_path: Path, missi
     assert len(model.sample([SamplingRequest(PROMPTS[0], 1)], num_inference_steps=1, guidance_scale=2.0)) == 1
 
 
-def test_what_a_repository_may_not_hold_is_refused_by_name(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_unsafe_or_incomplete_repository_content_raises_an_error_naming_it(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     def copy(name: str) -> Path:
         return Path(shutil.copytree(folders["stable_diffusion"], tmp_path / name))
 
@@ -128,7 +132,9 @@ def test_what_a_repository_may_not_hold_is_refused_by_name(folders: dict[str, Pa
     "text", ['{"weight_map": {"a": "../../secret.safetensors"}}', '{"weight_map": {"a": "x.bin"}}',
              '{"weight_map": {"a": 5}}', "[]", "{", "[" * 100_000],
 )  # fmt: skip
-def test_an_index_may_only_name_the_safetensors_beside_it(folders: dict[str, Path], tmp_path: Path, text: str) -> None:
+def test_a_weight_index_may_reference_only_sibling_safetensors(
+    folders: dict[str, Path], tmp_path: Path, text: str
+) -> None:
     folder = Path(shutil.copytree(folders["stable_diffusion"], tmp_path / "model"))
     (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
     with pytest.raises(ConfigError, match=r"unet/diffusion_pytorch_model.safetensors.index.json names"):
@@ -136,7 +142,7 @@ def test_an_index_may_only_name_the_safetensors_beside_it(folders: dict[str, Pat
 
 
 @pytest.mark.parametrize("is_zeroed", [True, False])
-def test_the_empty_prompt_of_sdxl_is_what_its_index_says(tmp_path: Path, is_zeroed: bool) -> None:
+def test_the_empty_prompt_of_sdxl_follows_force_zeros_for_empty_prompt(tmp_path: Path, is_zeroed: bool) -> None:
     folder = MAKERS["stable_diffusion_xl"](tmp_path / "model")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": is_zeroed}))
@@ -156,17 +162,17 @@ def test_the_empty_prompt_of_sdxl_is_what_its_index_says(tmp_path: Path, is_zero
     assert saved["force_zeros_for_empty_prompt"] is is_zeroed
 
 
-def test_class_images_of_flux_are_drawn_with_the_guidance_that_training_tells() -> None:
+def test_flux_class_images_use_the_guidance_scale_of_training() -> None:
     preset = yaml.safe_load((Path(__file__).parents[4] / "conf" / "diffusion" / "flux-dev.yaml").read_text())
     assert preset["prior"]["guidance_scale"] == TRAINING_GUIDANCE
 
 
 @pytest.mark.parametrize("family", MAKERS)
-def test_half_precision_stops_at_the_vae_whose_activations_overflow_it(folders: dict[str, Path], family: str) -> None:
+def test_the_vae_decodes_in_float32_under_fp16_to_avoid_overflow(folders: dict[str, Path], family: str) -> None:
     pictures = []
     for precision in ("fp32", "fp16"):
         config = family_config(family, folders[family]).model_copy(update={"precision": precision})
-        model = open_model(config)
+        model = load_model(config)
         assert isinstance(model, DiffusionModel)
         for parameter in model.vae.decoder.conv_in.parameters():  # a norm follows, so that only fp16 notices
             parameter.mul_(1e6)
@@ -179,13 +185,13 @@ def test_half_precision_stops_at_the_vae_whose_activations_overflow_it(folders: 
 
 @pytest.mark.parametrize("weights", ["bf16", "fp16"])
 @pytest.mark.parametrize("family", MAKERS)
-def test_weights_in_half_precision_draw_whatever_the_configured_precision(
+def test_half_precision_weights_sample_the_same_under_any_configured_precision(
     folders: dict[str, Path], family: str, weights: str
 ) -> None:
     requests = [SamplingRequest(PROMPTS[0], 1)]
     pictures = []
     for precision in ("fp32", weights):
         config = family_config(family, folders[family]).model_copy(update={"precision": precision})
-        model = open_model(config, precision=weights)
+        model = load_model(config, precision=weights)
         pictures.append(np.asarray(model.sample(requests, num_inference_steps=2, guidance_scale=2.0)[0], int))
     assert np.array_equal(*pictures)

@@ -12,7 +12,7 @@ from torch import nn
 
 from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.lora.adapters import LoraHyperparameters, add_lora, check_saved_lora, save_lora
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.registry import load_model
 from tasks.diffusion.types import LORA_FILE
 from tasks.errors import AdapterSaveFailed, ConfigError
 from tests.support.tiny_families import MAKERS, family_config, open_family
@@ -47,7 +47,7 @@ def readers(folders: dict[str, Path]) -> dict[str, Reader]:
 
 
 @pytest.mark.parametrize(("family", "kind", "use_dora"), CASES)
-def test_every_kind_of_layer_loads_in_diffusers_as_it_was_trained(
+def test_an_adapter_on_any_layer_type_predicts_the_same_in_diffusers(
     folders: dict[str, Path], readers: dict[str, Reader], tmp_path: Path, family: str, kind: str, use_dora: bool
 ) -> None:
     model = open_family(family, folders[family])
@@ -63,12 +63,12 @@ def test_every_kind_of_layer_loads_in_diffusers_as_it_was_trained(
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("family", MAKERS)
-def test_an_opened_model_holds_the_saved_adapter(
+def test_a_loaded_model_applies_the_saved_adapter(
     folders: dict[str, Path], tmp_path: Path, family: str, use_dora: bool
 ) -> None:
     model = open_family(family, folders[family])
     save_lora(model, tmp_path, adapt(model, ("to_q", "ff.net.2"), use_dora=use_dora), export=EXPORT)
-    opened = open_model(family_config(family, folders[family]), folder=tmp_path)
+    opened = load_model(family_config(family, folders[family]), folder=tmp_path)
     assert isinstance(opened, DiffusionModel)
     trained = predict(model)
     torch.testing.assert_close(predict(opened), trained, rtol=1e-3, atol=1e-4 * float(trained.abs().max()))
@@ -77,11 +77,11 @@ def test_an_opened_model_holds_the_saved_adapter(
     tensors[key.replace(".lora_A.", ".lora.down.")] = tensors.pop(key)
     save_file(tensors, tmp_path / LORA_FILE)
     with pytest.raises(AdapterSaveFailed, match="tensors of"):
-        open_model(family_config(family, folders[family]), folder=tmp_path)
+        load_model(family_config(family, folders[family]), folder=tmp_path)
 
 
 @pytest.mark.parametrize("family", MAKERS)
-def test_keys_are_those_of_peft_and_of_one_format(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
+def test_state_dict_keys_use_the_peft_format_throughout(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
     model = open_family(family, folders[family])
     targets = ("to_q", "ff.net.2")
     save_lora(model, tmp_path, adapt(model, targets), export=EXPORT)
@@ -91,7 +91,7 @@ def test_keys_are_those_of_peft_and_of_one_format(folders: dict[str, Path], tmp_
 
 
 @pytest.mark.parametrize("family", MAKERS)
-def test_the_check_after_saving_notices_lost_changed_and_wrongly_scaled_layers(
+def test_verification_detects_missing_changed_and_wrongly_scaled_layers(
     folders: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
     model = open_family(family, folders[family])
@@ -110,7 +110,7 @@ def test_the_check_after_saving_notices_lost_changed_and_wrongly_scaled_layers(
             check_saved_lora(model, tmp_path, names, export=EXPORT)
 
 
-def test_the_check_leaves_the_trained_adapter_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_verification_leaves_the_trained_adapter_unchanged(folders: dict[str, Path], tmp_path: Path) -> None:
     model = open_family("stable_diffusion", folders["stable_diffusion"])
     names = adapt(model)
     before = {key: value.clone() for key, value in model.denoiser.state_dict().items()}
@@ -120,7 +120,7 @@ def test_the_check_leaves_the_trained_adapter_alone(folders: dict[str, Path], tm
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
-def test_layers_that_are_not_there_are_refused_by_the_settings_name(folders: dict[str, Path]) -> None:
+def test_unmatched_target_modules_raise_an_error_naming_the_setting(folders: dict[str, Path]) -> None:
     model = open_family("stable_diffusion", folders["stable_diffusion"])
     for targets in (("no_such_layer",), ("norm1",)):
         with pytest.raises(ConfigError, match="training.lora.target_modules"):

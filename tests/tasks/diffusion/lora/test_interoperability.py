@@ -83,7 +83,7 @@ def compare(leaves: dict[str, Tensor] | None, weight: Tensor, expected: Tensor, 
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_a_kohya_file_changes_every_weight_as_training_did(
+def test_a_kohya_file_applies_the_trained_weight_deltas(
     folders: dict[str, Path], tmp_path: Path, family: str, kind: str, use_dora: bool
 ) -> None:
     model = open_family(family, folders[family])
@@ -92,7 +92,7 @@ def test_a_kohya_file_changes_every_weight_as_training_did(
         check_reader(reader, model, tmp_path / KOHYA_FILE, family)
 
 
-def test_invoke_ai_takes_the_flux_file_for_flux(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_invoke_ai_recognizes_the_flux_file(folders: dict[str, Path], tmp_path: Path) -> None:
     model = open_family("flux", folders["flux"])
     save_lora(model, tmp_path, adapt(model), export=EXPORT)
     original = set(original_flux(read_weights(model.denoiser)))
@@ -103,9 +103,7 @@ def test_invoke_ai_takes_the_flux_file_for_flux(folders: dict[str, Path], tmp_pa
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl"])
-def test_invoke_ai_finds_every_unet_layer_by_its_underscored_path(
-    folders: dict[str, Path], tmp_path: Path, family: str
-) -> None:
+def test_invoke_ai_resolves_every_underscored_unet_key(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
     model = open_family(family, folders[family])
     save_lora(model, tmp_path, adapt(model, TARGETS[family]["convolutions"]), export=EXPORT)
     modules = set(read_weights(model.denoiser))
@@ -114,7 +112,7 @@ def test_invoke_ai_finds_every_unet_layer_by_its_underscored_path(
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion_3", "flux"])
-def test_comfy_ui_reads_the_diffusers_file_of_transformers_without_an_alpha(
+def test_diffusers_files_of_transformer_models_need_no_alpha_in_comfy_ui(
     folders: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
     model = open_family(family, folders[family])
@@ -130,7 +128,7 @@ def test_comfy_ui_reads_the_diffusers_file_of_transformers_without_an_alpha(
 
 
 @pytest.mark.parametrize("family", MAKERS)
-def test_files_are_in_half_precision_unless_asked_and_alpha_and_magnitudes_are_not(
+def test_save_precision_applies_to_all_tensors_but_alpha_and_dora_magnitudes(
     folders: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
     model = open_family(family, folders[family])

@@ -22,7 +22,7 @@ def test_a_subject_shares_more_color_with_itself_than_with_another() -> None:
     assert np.mean(same > other) > 0.85
 
 
-def test_colors_are_counted_in_the_middle() -> None:
+def test_colors_are_counted_in_the_image_center() -> None:
     image = Image.new("RGB", (64, 64), COLORS["red"])
     counts = dict(zip(COLORS, count_colors(image), strict=False))
     assert counts["red"] == 1.0

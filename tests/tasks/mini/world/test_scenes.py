@@ -21,27 +21,27 @@ from tasks.mini.world.scenes import (
 )
 
 
-def test_a_scene_is_drawn_the_same_every_time() -> None:
+def test_drawing_a_scene_is_deterministic() -> None:
     scene = sample_scene(np.random.default_rng(3))
     assert draw_scene(scene).tobytes() == draw_scene(scene).tobytes()
     assert draw_scene(scene).size == (64, 64)
 
 
 @pytest.mark.parametrize("noun", CLASS_NOUNS)
-def test_every_thing_is_drawn_over_its_place(noun: str) -> None:
+def test_every_class_noun_is_drawn_over_its_background(noun: str) -> None:
     first = draw_scene(sample_subject_scene(noun, seed=1, index=0))
     second = draw_scene(sample_subject_scene(noun, seed=2, index=0))
     assert np.asarray(first).std() > 20
     assert first.tobytes() != second.tobytes()
 
 
-def test_the_world_is_as_wide_as_promised() -> None:
+def test_the_world_has_the_documented_class_nouns_colors_and_backgrounds() -> None:
     assert len(CLASS_NOUNS) >= 10
     assert len(COLORS) == 10
     assert len(PLACES) == 8
 
 
-def test_captions_often_leave_color_or_place_out() -> None:
+def test_captions_often_omit_the_color_or_the_background() -> None:
     captions = []
     for seed in range(600):
         rng = np.random.default_rng([5, seed])
@@ -54,7 +54,7 @@ def test_captions_often_leave_color_or_place_out() -> None:
     assert not any(token in text.split() for _, text in captions for token in RARE_TOKENS)
 
 
-def test_pretraining_never_shows_a_subjects_look() -> None:
+def test_pretraining_scenes_never_contain_the_appearance_of_a_subject() -> None:
     subjects = [subject_look(seed) for seed in range(200)]
     assert all(len({look.body, look.part, look.marking_color}) == 3 for look in subjects)
     for seed in range(2000):
@@ -62,14 +62,14 @@ def test_pretraining_never_shows_a_subjects_look() -> None:
         assert look.part is None or look.marking_color in (None, look.part)
 
 
-def test_a_subjects_photos_differ_in_place_and_share_its_look() -> None:
+def test_photos_of_a_subject_vary_the_background_and_share_its_appearance() -> None:
     scenes = [sample_subject_scene("mug", seed=4, index=i) for i in range(8)]
     assert {scene.place for scene in scenes} == set(PLACES)
     assert len({scene.look for scene in scenes}) == 1
     assert len({scene.pose for scene in scenes}) == 8
 
 
-def test_anyone_can_draw_a_new_subject(tmp_path: Path) -> None:
+def test_the_subject_command_draws_photos_of_a_new_subject(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tasks.mini.world", "subject", "--class-noun", "mug", "--seed", "9"]
     subprocess.run([*command, "--num", "3", "--out", str(tmp_path / "a b")], check=True, capture_output=True)
     pictures = sorted((tmp_path / "a b").iterdir())

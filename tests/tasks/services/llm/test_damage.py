@@ -46,7 +46,7 @@ def damage_only(llm: LlmService, prefix: str, damage: Callable[[bytes], bytes]) 
 
 
 @damages
-def test_a_damaged_reply_is_asked_for_again(server: ScriptedServer, tmp_path: Path, damage: Any) -> None:
+def test_a_damaged_cached_reply_is_requested_again(server: ScriptedServer, tmp_path: Path, damage: Any) -> None:
     llm = make_llm(server, tmp_path)
     ask(llm)
     key = damage_only(llm, "llm/replies/", damage)
@@ -55,7 +55,7 @@ def test_a_damaged_reply_is_asked_for_again(server: ScriptedServer, tmp_path: Pa
     assert llm.store.list_keys(f"{key}.quarantined")
 
 
-def test_a_reply_under_another_questions_key_is_none(server: ScriptedServer, tmp_path: Path) -> None:
+def test_a_cached_reply_under_the_key_of_another_request_is_ignored(server: ScriptedServer, tmp_path: Path) -> None:
     llm = make_llm(server, tmp_path)
     ask(llm)
     [key] = llm.store.list_keys("llm/replies/")
@@ -67,7 +67,7 @@ def test_a_reply_under_another_questions_key_is_none(server: ScriptedServer, tmp
 
 
 @damages
-def test_a_damaged_refusal_is_asked_about_again(server: ScriptedServer, tmp_path: Path, damage: Any) -> None:
+def test_a_damaged_cached_refusal_is_requested_again(server: ScriptedServer, tmp_path: Path, damage: Any) -> None:
     server.script(REFUSAL)
     with scripted_server() as strong:
         strong.script(GOOD)
@@ -80,7 +80,7 @@ def test_a_damaged_refusal_is_asked_about_again(server: ScriptedServer, tmp_path
 
 
 @damages
-def test_a_damaged_probe_is_made_again(tmp_path: Path, damage: Any) -> None:
+def test_a_damaged_capability_probe_is_repeated(tmp_path: Path, damage: Any) -> None:
     class JsonMode(ScriptedServer):
         def next_answer(self) -> Any:
             body = self.bodies[-1]
@@ -89,37 +89,37 @@ def test_a_damaged_probe_is_made_again(tmp_path: Path, damage: Any) -> None:
             return 200, {}, json.dumps(completion(content if is_good else "red")).encode()
 
     with scripted_server(JsonMode()) as server:
-        able = CapabilityConfig(structure="auto")
+        able = CapabilityConfig(response_format="auto")
         llm = make_llm(server, tmp_path, capabilities=able)
-        assert llm.structure("p") == "json_mode"
+        assert llm.response_format("p") == "json_mode"
         damage_only(llm, "llm/response_formats/", damage)
-        assert make_llm(server, tmp_path, capabilities=able).structure("p") == "json_mode"
+        assert make_llm(server, tmp_path, capabilities=able).response_format("p") == "json_mode"
         assert server.counts[CHAT] == 8
 
 
 @damages
-def test_a_damaged_batch_state_finds_its_job_again(server: ScriptedServer, tmp_path: Path, damage: Any) -> None:
-    server.desk.turn.acquire()
+def test_a_job_with_a_damaged_batch_state_is_adopted_again(server: ScriptedServer, tmp_path: Path, damage: Any) -> None:
+    server.batch_api.turn.acquire()
     llm = make_llm(server, tmp_path)
     with pytest.raises(StillPending):
         ask_in_batch(llm, max_wait_seconds=0.1)
     damage_only(llm, "05-scoring/", damage)
-    server.desk.turn.release()
+    server.batch_api.turn.release()
     answers, failures = ask_in_batch(make_llm(server, tmp_path))
     assert (len(answers), failures) == (4, {})
     assert (server.counts[BATCHES], server.counts["row"]) == (1, 4)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: data.replace(b'"ok"', b'"ko"', 1)])
-def test_a_damaged_ledger_line_costs_that_line_only(server: ScriptedServer, tmp_path: Path, damage: Any) -> None:
+def test_a_damaged_ledger_line_affects_only_that_line(server: ScriptedServer, tmp_path: Path, damage: Any) -> None:
     ask(make_llm(server, tmp_path))
     path = tmp_path / "ledger.jsonl"
     path.write_bytes(damage(path.read_bytes()))
     ask(make_llm(server, tmp_path))
-    assert [row and row["outcome"] for row in read_rows(path)] == [None, "cached"]
+    assert [row and row.outcome for row in read_rows(path)] == [None, "cached"]
 
 
-def test_a_state_of_another_job_is_moved_aside(tmp_path: Path) -> None:
+def test_a_batch_state_of_another_job_is_quarantined(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "store")
     state = BatchState(input_sha256="a" * 64, attempt=0, custom_ids=("1",), profile="p", role="judge", batch_id="A")
     own, others = (f"05-scoring/k/batches/{name}" for name in (state.file_name, "b" * 24 + "-0.json"))

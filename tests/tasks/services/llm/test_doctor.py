@@ -10,7 +10,7 @@ import pytest
 
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
-from flows.cli.spending.cost import sum_costs
+from flows.cli.spending.cost import read_ledger, sum_costs
 from flows.cli.spending.estimate import print_estimates
 from tasks.mini.vision_server.launch import LocalServer
 from tasks.services.llm.budget.cost_estimate import PlannedRequests, estimate_calls
@@ -47,15 +47,13 @@ class Listing(ScriptedServer):
         (datetime.date(2027, 4, 14), True, "on 2027-04-14"),
     ],
 )
-def test_retirement_is_told_in_time(retired_on: datetime.date | None, is_good: bool, detail: str) -> None:
+def test_an_upcoming_model_retirement_is_reported(retired_on: datetime.date | None, is_good: bool, detail: str) -> None:
     found = check_retirement(ProfileConfig(model="m", retired_on=retired_on), today=TODAY)
     assert found.is_good is is_good
     assert detail in found.detail
 
 
-def test_a_missing_key_ends_the_examination_before_anything_is_sent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_key_stops_doctor_before_any_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SOME_KEY", raising=False)
     with scripted_server() as server:
         findings = list(examine(make_llm(server, tmp_path, api_key_variable="SOME_KEY"), "p"))
@@ -63,7 +61,7 @@ def test_a_missing_key_ends_the_examination_before_anything_is_sent(
     assert [(finding.name, finding.is_good) for finding in findings] == [("retirement", True), ("key", False)]
 
 
-def test_the_mini_server_does_all_that_its_profile_says(tmp_path: Path) -> None:
+def test_the_mini_server_supports_all_capabilities_of_its_profile(tmp_path: Path) -> None:
     config = compile_request(parse_overrides([])).llm
     local = LocalServer(tmp_path / "log")
     llm = LlmService(
@@ -78,7 +76,7 @@ def test_the_mini_server_does_all_that_its_profile_says(tmp_path: Path) -> None:
         llm.close()
         local.stop()
     assert all(finding.is_good for finding in found.values()), found
-    assert set(found) == {"retirement", "key", "models", "schema", "pictures", "tools", "stream", "batch"}
+    assert set(found) == {"retirement", "key", "models", "response format", "images", "tools", "stream", "batch"}
     assert found["stream"].detail.endswith(" characters")
 
 
@@ -92,14 +90,14 @@ def findings(
         return {found.name: found for found in examine(make_llm(server, folder, capabilities=able), "p")}
 
 
-PLAIN = CapabilityConfig(structure="json_schema", tools=False, streaming=False)
+PLAIN = CapabilityConfig(response_format="json_schema", tools=False, streaming=False)
 
 
 @pytest.mark.parametrize(("served", "is_good"), [("asked-model", True), ("dear-model", False)])
-def test_pictures_are_tried_and_another_model_is_named(tmp_path: Path, served: str, is_good: bool) -> None:
+def test_doctor_tests_images_and_reports_a_different_served_model(tmp_path: Path, served: str, is_good: bool) -> None:
     found = findings(tmp_path, PLAIN, model=served)
-    assert found["pictures"].is_good is is_good
-    assert served in found["pictures"].detail
+    assert found["images"].is_good is is_good
+    assert served in found["images"].detail
 
 
 @pytest.mark.parametrize(
@@ -110,19 +108,21 @@ def test_pictures_are_tried_and_another_model_is_named(tmp_path: Path, served: s
         ({"id": "asked-model", "shutdown_date": "2027-01-31"}, False, "to be shut down on 2027-01-31"),
     ],
 )
-def test_the_providers_own_list_is_believed(tmp_path: Path, model: dict[str, Any], is_good: bool, detail: str) -> None:
+def test_doctor_checks_the_model_against_the_model_list_of_the_provider(
+    tmp_path: Path, model: dict[str, Any], is_good: bool, detail: str
+) -> None:
     found = findings(tmp_path, PLAIN, models=[{"object": "model", "created": 1, "owned_by": "x", **model}])
     assert (found["models"].is_good, detail in found["models"].detail) == (is_good, True)
 
 
-def test_a_flag_that_does_not_hold_is_named_with_what_to_change(tmp_path: Path) -> None:
-    able = CapabilityConfig(structure="json_schema", reasoning="effort")
+def test_an_unsupported_capability_is_reported_with_the_setting_to_change(tmp_path: Path) -> None:
+    able = CapabilityConfig(response_format="json_schema", reasoning="effort")
     usage = {
         "prompt_tokens": 9, "completion_tokens": 9, "total_tokens": 18,
         "completion_tokens_details": {"reasoning_tokens": 7},
     }  # fmt: skip
     found = findings(tmp_path, able, usage=usage)
-    assert found["schema"].is_good
+    assert found["response format"].is_good
     told = {name: found[name].detail for name in ("tools", "reasoning", "stream") if not found[name].is_good}
     assert told["tools"] == "calls no tool; set .capabilities.tools=false"
     assert told["reasoning"] == "reasons (7 tokens) although reasoning is disabled; set .capabilities.reasoning"
@@ -130,25 +130,25 @@ def test_a_flag_that_does_not_hold_is_named_with_what_to_change(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["openai", "xai"])
-def test_a_provider_without_batch_jobs_is_told_of(tmp_path: Path, kind: Any) -> None:
+def test_a_provider_without_batch_jobs_is_reported(tmp_path: Path, kind: Any) -> None:
     with scripted_server(Listing()) as server:
-        server.desk = None  # type: ignore[assignment]
+        server.batch_api = None  # type: ignore[assignment]
         llm = make_llm(server, tmp_path, capabilities=PLAIN.model_copy(update={"batch": kind}))
         found = {finding.name: finding for finding in examine(llm, "p")}
-    assert found["batch"].detail == "knows no batch jobs; set .capabilities.batch=none, or local"
+    assert found["batch"].detail == "has no batch API; set .capabilities.batch=none, or local"
 
 
-def test_costs_are_summed_by_role_and_unknown_stays_unknown(tmp_path: Path) -> None:
+def test_costs_are_summed_by_role_and_unknown_without_prices(tmp_path: Path) -> None:
     with scripted_server() as server:
         server.script(GOOD)
         llm = make_llm(server, tmp_path)
         ask(llm)
         ask(llm)
-    [row] = sum_costs([json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()])
-    assert (row["calls"], row["cached_replies"], row["input_tokens"], row["cost_usd"]) == (1, 1, 100, None)
+    [row] = sum_costs(read_ledger(tmp_path)[0])
+    assert (row.calls, row.cached_replies, row.input_tokens, row.cost_usd) == (1, 1, 100, None)
 
 
-def test_an_estimate_counts_calls_and_takes_the_batch_price(tmp_path: Path) -> None:
+def test_an_estimate_counts_requests_and_applies_the_batch_discount(tmp_path: Path) -> None:
     with scripted_server() as server:
         prices = {"input": 1.0, "output": 10.0, "batch_discount": 0.5, "date": "d"}
         config = make_llm(server, tmp_path, prices=prices).config
@@ -176,7 +176,7 @@ class Spendthrift(ScriptedServer):
         return 200, {}, whole if self.counts["POST /v1/chat/completions"] % self.max_attempts == 0 else whole[:99]
 
 
-def test_an_estimate_is_an_upper_bound_of_what_is_booked(tmp_path: Path) -> None:
+def test_the_worst_case_estimate_bounds_the_recorded_cost(tmp_path: Path) -> None:
     prices = PriceConfig(input=1.0, output=10.0, date="d")
     with scripted_server(Spendthrift(2)) as server, scripted_server(Spendthrift(2)) as strong:
         llm = two_profiles(server, strong, tmp_path, max_attempts=2, prices=prices, concurrency=1)
@@ -190,7 +190,7 @@ def test_an_estimate_is_an_upper_bound_of_what_is_booked(tmp_path: Path) -> None
     assert calls <= estimate.worst_calls
 
 
-def test_an_estimate_counts_what_is_asked_only_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_estimate_includes_conditional_requests(capsys: pytest.CaptureFixture[str]) -> None:
     print_estimates(["llm=openai", "scoring=sync", "subject.source=photos", "subject.class_noun=mug", "diffusion=mini"])
     shown = capsys.readouterr().out
     assert "adjudicator" in shown

@@ -39,7 +39,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("first", "reason"), [('{"grade": 9}', "does not fit"), (REFUSAL, "the model refused")])
-def test_what_the_cheap_one_cannot_do_the_strong_one_is_asked(
+def test_an_invalid_or_refused_reply_falls_back_to_the_next_profile(
     cheap: ScriptedServer, strong: ScriptedServer, tmp_path: Path, first: Any, reason: str
 ) -> None:
     cheap.script(first)
@@ -53,7 +53,7 @@ def test_what_the_cheap_one_cannot_do_the_strong_one_is_asked(
     assert reason in last["reason"]
 
 
-def test_asking_again_after_a_crash_pays_nobody_twice(
+def test_a_repeated_request_after_a_fallback_is_not_paid_twice(
     cheap: ScriptedServer, strong: ScriptedServer, tmp_path: Path
 ) -> None:
     cheap.script(REFUSAL)
@@ -63,7 +63,9 @@ def test_asking_again_after_a_crash_pays_nobody_twice(
     assert (cheap.counts[CHAT], strong.counts[CHAT]) == (2, 1)
 
 
-def test_a_doubtful_reply_is_asked_of_the_next(cheap: ScriptedServer, strong: ScriptedServer, tmp_path: Path) -> None:
+def test_a_reply_that_should_escalate_goes_to_the_next_profile(
+    cheap: ScriptedServer, strong: ScriptedServer, tmp_path: Path
+) -> None:
     cheap.script('{"grade": 0}')
     strong.script(GOOD)
     llm = two_profiles(cheap, strong, tmp_path)
@@ -71,7 +73,7 @@ def test_a_doubtful_reply_is_asked_of_the_next(cheap: ScriptedServer, strong: Sc
     assert (answer.profile, answer.reason) == ("strong", "too low")
 
 
-def test_a_doubtful_last_reply_is_given_with_its_doubt(
+def test_a_failed_escalation_returns_the_earlier_reply_with_the_reason(
     cheap: ScriptedServer, strong: ScriptedServer, tmp_path: Path
 ) -> None:
     cheap.script(GOOD)
@@ -81,7 +83,9 @@ def test_a_doubtful_last_reply_is_given_with_its_doubt(
     assert "refused" in answer.reason
 
 
-def test_nobody_having_an_answer_is_an_error(cheap: ScriptedServer, strong: ScriptedServer, tmp_path: Path) -> None:
+def test_a_refusal_by_every_profile_raises_reply_invalid(
+    cheap: ScriptedServer, strong: ScriptedServer, tmp_path: Path
+) -> None:
     cheap.script(REFUSAL)
     strong.script(REFUSAL)
     with pytest.raises(ReplyInvalid, match="refused"):
@@ -91,7 +95,7 @@ def test_nobody_having_an_answer_is_an_error(cheap: ScriptedServer, strong: Scri
 class Speaking(ScriptedServer):
     """A server that understands one way of asking for a schema and ignores or refuses the others."""
 
-    structure = ""
+    response_format = ""
     is_refusing = True
 
     def next_answer(self) -> Any:
@@ -103,7 +107,7 @@ class Speaking(ScriptedServer):
             kind = "tool"
         is_probe = "vermilion" in json.dumps(body)
         content = '{"color": "vermilion"}' if is_probe else GOOD
-        if kind != self.structure:
+        if kind != self.response_format:
             if not self.is_refusing:
                 return 200, {}, json.dumps(completion("Reddish, I would say.")).encode()
             return 500 if kind == "json_schema" else 400, {}, b'{"error": {"message": "what is this?"}}'
@@ -118,13 +122,13 @@ class Speaking(ScriptedServer):
 
 @pytest.mark.parametrize("is_refusing", [True, False])
 @pytest.mark.parametrize(
-    ("structure", "tries"), [("json_schema", 1), ("json_object", 2), ("tool", 3), ("json_mode", 4), ("text", 5)]
+    ("response_format", "tries"), [("json_schema", 1), ("json_object", 2), ("tool", 3), ("json_mode", 4), ("text", 5)]
 )
-def test_the_way_to_ask_for_a_schema_is_found_once(
-    tmp_path: Path, structure: str, tries: int, is_refusing: bool
+def test_the_response_format_is_probed_once(
+    tmp_path: Path, response_format: str, tries: int, is_refusing: bool
 ) -> None:
     speaking = Speaking()
-    speaking.structure, speaking.is_refusing = structure, is_refusing
+    speaking.response_format, speaking.is_refusing = response_format, is_refusing
     with scripted_server(speaking) as server:
         profile = ProfileConfig(base_url=server.url, model="asked-model", max_attempts=1)
         config = make_llm_config(models=("p",), profiles={"p": profile})
@@ -132,11 +136,11 @@ def test_the_way_to_ask_for_a_schema_is_found_once(
             llm = LlmService(config, store=LocalStore(tmp_path / "store"), ledger=Ledger(tmp_path / "ledger.jsonl"))
             spec = RequestSpec("be brief", (f"grade sample {number}",), Reply)
             assert llm.ask(spec, role="judge").reply.grade == 2
-        assert llm.structure("p") == structure
+        assert llm.response_format("p") == response_format
         assert server.counts[CHAT] == tries + 2
 
 
-def test_a_server_without_any_way_is_named(tmp_path: Path) -> None:
+def test_a_server_without_any_response_format_is_named_in_the_error(tmp_path: Path) -> None:
     speaking = Speaking()
     with scripted_server(speaking) as server:
         profile = ProfileConfig(base_url=server.url, model="asked-model", max_attempts=1)
@@ -146,7 +150,7 @@ def test_a_server_without_any_way_is_named(tmp_path: Path) -> None:
             llm.ask(SPEC, role="judge")
 
 
-def test_another_models_reply_is_priced_as_that_ones_and_does_not_compare(
+def test_a_reply_of_another_model_is_priced_as_that_model_and_not_comparable(
     cheap: ScriptedServer, strong: ScriptedServer, tmp_path: Path
 ) -> None:
     cheap.script((200, {}, json.dumps(completion(GOOD, model="dear-model")).encode()))
@@ -163,7 +167,7 @@ def test_another_models_reply_is_priced_as_that_ones_and_does_not_compare(
     assert llm.ledger.rows[-1].cost_usd == pytest.approx((100 * 5 + 20 * 50) / 1e6)
 
 
-def test_usage_is_read_in_every_providers_words() -> None:
+def test_usage_is_parsed_in_the_format_of_every_provider() -> None:
     usage = {
         "prompt_tokens": 100, "completion_tokens": 30, "cost_in_usd_ticks": 37_500,
         "prompt_tokens_details": {"cached_tokens": 60, "image_tokens": 25},
@@ -174,7 +178,7 @@ def test_usage_is_read_in_every_providers_words() -> None:
     assert parse_usage({}) == parse_usage(None) == (Usage(), "no usage was reported")
 
 
-def test_cost_counts_cached_tokens_batches_and_prefers_what_the_provider_says() -> None:
+def test_cost_applies_cache_and_batch_prices_and_prefers_the_reported_cost() -> None:
     prices = PriceConfig(input=1.0, cached_input=0.1, output=10.0, batch_discount=0.5, date="day")
     usage = Usage(input_tokens=100, cached_tokens=60, output_tokens=30)
     whole = (40 * 1.0 + 60 * 0.1 + 30 * 10.0) / 1e6
@@ -184,8 +188,8 @@ def test_cost_counts_cached_tokens_batches_and_prefers_what_the_provider_says() 
     assert compute_cost(None, usage, is_batch=False) == (None, "")
 
 
-def test_eight_workers_with_money_for_three_calls_make_three(cheap: ScriptedServer, tmp_path: Path) -> None:
-    fixed = CapabilityConfig(structure="json_schema")
+def test_eight_workers_with_budget_for_three_requests_send_three(cheap: ScriptedServer, tmp_path: Path) -> None:
+    fixed = CapabilityConfig(response_format="json_schema")
     # Nothing goes in for money, so that the worst case is the maximum tokens of a reply alone: 600 tokens.
     prices = PriceConfig(input=0.0, output=1000.0, date="d")
     profile = ProfileConfig(base_url=cheap.url, model="asked-model", capabilities=fixed, prices=prices, max_attempts=1)
@@ -217,7 +221,7 @@ def test_eight_workers_with_money_for_three_calls_make_three(cheap: ScriptedServ
     assert cheap.counts[CHAT] == 3
 
 
-def test_money_that_a_call_did_not_need_is_given_back(tmp_path: Path) -> None:
+def test_the_unused_part_of_a_reservation_is_released(tmp_path: Path) -> None:
     budget = Budget(tmp_path / "budget.json", 1.0)
     name = budget.reserve(0.9)
     with pytest.raises(BudgetExceeded, match=r"0.9000 of 1.0000 USD .* raise llm.budget_usd"):
@@ -226,6 +230,6 @@ def test_money_that_a_call_did_not_need_is_given_back(tmp_path: Path) -> None:
     assert Budget(tmp_path / "budget.json", 1.0).reserve(0.9)
 
 
-def test_a_cap_without_prices_is_refused() -> None:
+def test_a_spending_cap_without_prices_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"budget_usd needs prices: set llm.profiles.p.prices"):
         make_llm_config(models=("p",), profiles={"p": ProfileConfig(base_url="http://x", model="m")}, budget_usd=1.0)

@@ -80,14 +80,16 @@ def reset_in_body(connection: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("fault", [reset, reset_in_body], ids=["before the body", "in the body"])
-def test_a_connection_that_breaks_is_tried_again(tmp_path: Path, fault: Callable[[socket.socket], None]) -> None:
+def test_a_broken_connection_is_retried(tmp_path: Path, fault: Callable[[socket.socket], None]) -> None:
     with raw_server(then_well(fault)) as server:
         assert ask(make_llm(server, tmp_path)).grade == 2
         assert server.counts[CHAT] == 2
 
 
 @pytest.mark.parametrize("retry_after", ["soon", "nan", "-5", "Wed, 21 Oct 2015 07:28:00 GMT"])
-def test_a_wait_that_says_nothing_is_chosen_here(server: ScriptedServer, tmp_path: Path, retry_after: str) -> None:
+def test_an_unusable_retry_after_falls_back_to_the_default_backoff(
+    server: ScriptedServer, tmp_path: Path, retry_after: str
+) -> None:
     server.script((429, {"retry-after": retry_after}, b"{}"), GOOD)
     started = time.monotonic()
     assert ask(make_llm(server, tmp_path)).grade == 2
@@ -108,7 +110,7 @@ def test_a_wait_that_says_nothing_is_chosen_here(server: ScriptedServer, tmp_pat
         (200, WHOLE[: len(WHOLE) // 2], ServiceUnavailable, 3),
     ],
 )
-def test_each_status_and_body_ends_as_it_should(
+def test_each_status_and_body_maps_to_its_error_and_number_of_attempts(
     server: ScriptedServer, tmp_path: Path, status: int, body: bytes, error: type[Exception], asked: int
 ) -> None:
     server.script((status, {"retry-after": "0"}, body))
@@ -127,7 +129,7 @@ def test_each_status_and_body_ends_as_it_should(
         (500, b'{"error": {"message": "no such field: reasoning"}}', ServiceUnavailable),
     ],
 )
-def test_what_the_server_says_is_said(
+def test_the_error_contains_the_message_of_the_server(
     server: ScriptedServer, tmp_path: Path, status: int, body: bytes, error: type[Exception]
 ) -> None:
     server.script((status, {}, body))
@@ -135,7 +137,7 @@ def test_what_the_server_says_is_said(
         ask(make_llm(server, tmp_path, max_attempts=1))
 
 
-def test_a_server_that_never_answers_is_left_in_time(tmp_path: Path) -> None:
+def test_an_unresponsive_server_times_out(tmp_path: Path) -> None:
     with raw_server(lambda connection, number: time.sleep(30)) as server:
         started = time.monotonic()
         with pytest.raises(ServiceUnavailable, match="does not answer"):
@@ -144,7 +146,7 @@ def test_a_server_that_never_answers_is_left_in_time(tmp_path: Path) -> None:
         assert server.counts[CHAT] == 1
 
 
-def test_a_server_that_drips_is_left_in_time(tmp_path: Path) -> None:
+def test_a_dripping_response_times_out(tmp_path: Path) -> None:
     def drip(connection: socket.socket, number: int) -> None:
         connection.sendall(HEAD % len(WHOLE))
         for byte in WHOLE:
@@ -171,7 +173,7 @@ def test_a_server_that_drips_is_left_in_time(tmp_path: Path) -> None:
         ({"finish_reason": "length"}, "cut off"),
     ],
 )
-def test_replies_without_an_answer_are_told_apart(
+def test_empty_refused_filtered_and_truncated_replies_have_distinct_errors(
     server: ScriptedServer, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     server.script((200, {}, json.dumps(completion(None if "refusal" in changes else GOOD, **changes)).encode()))
@@ -180,7 +182,9 @@ def test_replies_without_an_answer_are_told_apart(
     assert server.counts[CHAT] == 2
 
 
-def test_a_model_retired_midway_is_named_and_what_was_answered_is_kept(server: ScriptedServer, tmp_path: Path) -> None:
+def test_a_model_retired_mid_run_is_named_and_earlier_replies_stay_cached(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
     server.script(GOOD, (404, {}, b'{"error": {"message": "The model has been deprecated"}}'))
     llm = make_llm(server, tmp_path)
     assert ask(llm).grade == 2
@@ -193,7 +197,7 @@ def test_a_model_retired_midway_is_named_and_what_was_answered_is_kept(server: S
 
 
 @pytest.mark.parametrize("status", [400, 401, 500])
-def test_no_key_is_ever_written_down(
+def test_the_api_key_is_never_written_to_errors_logs_or_files(
     server: ScriptedServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -229,7 +233,7 @@ class Reply(BaseModel):
 
 SPEC = RequestSpec("be brief", ("grade this",), Reply)
 url, folder, moment = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-able = CapabilityConfig(structure="json_schema")
+able = CapabilityConfig(response_format="json_schema")
 prices = PriceConfig(input=1.0, output=10.0, date="d")
 profile = ProfileConfig(base_url=url, model="asked-model", capabilities=able, prices=prices)
 store, ledger = LocalStore(folder / "store"), Ledger(folder / "ledger.jsonl")
@@ -249,7 +253,7 @@ print(llm.ask(SPEC, role="judge").reply.grade)
 
 
 @pytest.mark.parametrize(("moment", "asked"), [("before the reply is stored", 2), ("before it is recorded", 1)])
-def test_a_process_killed_after_the_reply_loses_no_money_that_it_need_not(
+def test_a_process_killed_after_the_reply_was_cached_does_not_pay_again(
     server: ScriptedServer, tmp_path: Path, moment: str, asked: int
 ) -> None:
     server.script(GOOD)

@@ -36,16 +36,14 @@ def fail(server: ScriptedServer, folder: Path, status: int, reason: str = "becau
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refusal_without_a_key_names_the_setting_and_no_none(
-    server: ScriptedServer, tmp_path: Path, status: int
-) -> None:
+def test_an_auth_error_without_a_key_names_the_setting(server: ScriptedServer, tmp_path: Path, status: int) -> None:
     message = fail(server, tmp_path, status)
     assert "None" not in message
     assert "set api_key_variable" in message
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refused_key_is_told_with_the_servers_reason(
+def test_an_auth_error_contains_the_reason_of_the_server_and_the_key_variable(
     server: ScriptedServer, tmp_path: Path, keyed: dict[str, str], status: int
 ) -> None:
     message = fail(server, tmp_path, status, "model access is not enabled for this project", **keyed)
@@ -53,7 +51,7 @@ def test_a_refused_key_is_told_with_the_servers_reason(
     assert "SOME_KEY" in message
 
 
-def test_a_rate_limit_tells_the_wait_and_what_to_set(server: ScriptedServer, tmp_path: Path) -> None:
+def test_a_rate_limit_error_names_the_wait_and_the_setting(server: ScriptedServer, tmp_path: Path) -> None:
     message = fail(server, tmp_path, 429, "too many requests", wait="600")
     assert "asks to wait 600 s" in message
     assert "too many requests" in message
@@ -65,17 +63,15 @@ def test_a_server_error_says_what_to_do_next(server: ScriptedServer, tmp_path: P
     assert "run again later to resume, or choose another LLM profile" in fail(server, tmp_path, status)
 
 
-def test_a_missing_batch_address_is_not_told_as_a_missing_model(server: ScriptedServer, tmp_path: Path) -> None:
-    server.desk = None  # type: ignore[assignment]
+def test_a_missing_batch_endpoint_is_not_reported_as_a_missing_model(server: ScriptedServer, tmp_path: Path) -> None:
+    server.batch_api = None  # type: ignore[assignment]
     with pytest.raises(LikenessError) as caught:
         ask_in_batch(make_llm(server, tmp_path))
     assert "does not serve" not in str(caught.value)
     assert "/v1/batches" in str(caught.value)
 
 
-def test_doctor_calls_no_key_good_that_is_refused(
-    server: ScriptedServer, tmp_path: Path, keyed: dict[str, str]
-) -> None:
+def test_doctor_reports_a_rejected_key(server: ScriptedServer, tmp_path: Path, keyed: dict[str, str]) -> None:
     server.script((401, {}, b'{"error": {"message": "expired"}}'))
     found = list(examine(make_llm(server, tmp_path, **keyed), "p"))
     assert [(finding.name, finding.is_good) for finding in found] == [
@@ -84,12 +80,12 @@ def test_doctor_calls_no_key_good_that_is_refused(
     assert "expired" in found[-1].detail
 
 
-def test_doctor_tries_a_declared_structure(server: ScriptedServer, tmp_path: Path) -> None:
+def test_doctor_tests_the_declared_response_format(server: ScriptedServer, tmp_path: Path) -> None:
     server.script('{"color": "red"}')
-    able = CapabilityConfig(structure="json_schema", tools=False, streaming=False, images=())
+    able = CapabilityConfig(response_format="json_schema", tools=False, streaming=False, images=())
     found = {finding.name: finding for finding in examine(make_llm(server, tmp_path, capabilities=able), "p")}
     assert not found["schema"].is_good
-    assert "set .capabilities.structure=auto" in found["schema"].detail
+    assert "set .capabilities.response_format=auto" in found["schema"].detail
 
 
 ECHOES = {
@@ -102,7 +98,7 @@ ECHOES = {
 
 @pytest.mark.parametrize("echo", ECHOES.values(), ids=ECHOES.keys())
 @pytest.mark.parametrize("where", ["error", "refusal", "reasoning", "model", "doctor", "stream"])
-def test_a_key_that_a_server_echoes_is_masked_and_never_stored(
+def test_an_api_key_echoed_by_the_server_is_masked_and_never_stored(
     server: ScriptedServer, tmp_path: Path, keyed: dict[str, str], echo: str, where: str
 ) -> None:
     said = f"key {echo} seen"
@@ -141,11 +137,11 @@ def test_control_characters_of_a_streamed_reply_never_reach_the_terminal(tmp_pat
     assert "done" in text
 
 
-def test_control_characters_of_a_reply_that_does_not_stream_are_stripped_too(tmp_path: Path) -> None:
+def test_control_characters_of_a_non_streamed_reply_are_stripped(tmp_path: Path) -> None:
     shown: list[str] = []
     with scripted_server() as server:
         server.script("red\x1b[31m\x07\x9b2J")
-        plain = CapabilityConfig(structure="json_schema", streaming=False)
+        plain = CapabilityConfig(response_format="json_schema", streaming=False)
         llm = make_llm(server, tmp_path, capabilities=plain)
         Conversation(llm, "reviewer", "be brief").say("hi", on_text=shown.append)
     assert "".join(shown).isprintable()

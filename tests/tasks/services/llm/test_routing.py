@@ -19,7 +19,7 @@ from tests.support.llm import CHAT, GOOD, SPEC, ask, make_llm
 from tests.support.llm_server import scripted_server
 
 
-def test_openrouter_is_told_fallbacks_and_the_most_it_may_pay(tmp_path: Path) -> None:
+def test_openrouter_requests_contain_fallback_models_and_max_price(tmp_path: Path) -> None:
     with scripted_server() as server:
         server.script(GOOD)
         routing = {"fallback_models": ("other",), "max_price": (0.2, 1.0), "extra_body": {"provider": {"zdr": True}}}
@@ -29,20 +29,20 @@ def test_openrouter_is_told_fallbacks_and_the_most_it_may_pay(tmp_path: Path) ->
     assert body["provider"] == {"zdr": True, "max_price": {"prompt": 0.2, "completion": 1.0}}
 
 
-def test_a_cap_that_has_no_place_is_refused() -> None:
+def test_max_price_that_conflicts_with_extra_body_is_rejected() -> None:
     with pytest.raises(ValueError, match="max_price goes into extra_body.provider"):
         ProfileConfig(model="m", max_price=(1.0, 2.0), extra_body={"provider": "any"})
 
 
-def test_another_route_is_another_answer(tmp_path: Path) -> None:
+def test_fallback_models_change_the_cache_key(tmp_path: Path) -> None:
     with scripted_server() as server:
         plain = make_llm(server, tmp_path).profile("judge")
     other = plain.model_copy(update={"fallback_models": ("other",)})
     assert SPEC.compute_key(plain) != SPEC.compute_key(other)
-    assert plain.identity() != other.identity()
+    assert plain.fingerprint() != other.fingerprint()
 
 
-def test_calls_keep_to_the_profiles_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_respect_the_rate_limit_of_the_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.services.llm.budget.rate_limit.WINDOW_SECONDS", 1.0)
     with scripted_server() as server:
         server.script(GOOD)
@@ -55,12 +55,10 @@ def test_calls_keep_to_the_profiles_pace(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("way", ["call", "batch"])
-def test_pictures_go_by_an_address_that_anybody_may_read_for_a_while(
-    tmp_path: Path, s3_config: StoreConfig, way: str
-) -> None:
+def test_images_are_sent_as_presigned_urls(tmp_path: Path, s3_config: StoreConfig, way: str) -> None:
     with scripted_server() as server:
         server.script(GOOD)
-        inline, llm = make_llm(server, tmp_path), make_llm(server, tmp_path, pictures="presigned")
+        inline, llm = make_llm(server, tmp_path), make_llm(server, tmp_path, image_urls="presigned")
         llm.store = S3Store(s3_config)
         if way == "call":
             ask(llm)
@@ -83,18 +81,18 @@ def batch_body(llm: Any, server: Any) -> Any:
         seen.append(body)
         return plain(body)
 
-    server.desk.answer = remember
+    server.batch_api.answer = remember
     ask_batch(llm, {"s": SPEC}, BatchOptions("b", 0.02, 20), options=AskOptions("judge"))
     return seen[0]
 
 
-def test_a_folder_signs_no_addresses(tmp_path: Path) -> None:
+def test_presigned_image_urls_require_a_bucket(tmp_path: Path) -> None:
     with scripted_server() as server:
         server.script(GOOD)
         with pytest.raises(ConfigError, match="needs a bucket"):
-            ask(make_llm(server, tmp_path, pictures="presigned"))
-    with pytest.raises(ConfigError, match="pictures=presigned needs a bucket"):
-        compile_request(parse_overrides(["llm=openai", "llm.profiles.openai-luna.pictures=presigned"]))
+            ask(make_llm(server, tmp_path, image_urls="presigned"))
+    with pytest.raises(ConfigError, match="image_urls=presigned needs a bucket"):
+        compile_request(parse_overrides(["llm=openai", "llm.profiles.openai-luna.image_urls=presigned"]))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +100,7 @@ def test_a_folder_signs_no_addresses(tmp_path: Path) -> None:
     [{"api_key": "sk-1"}, {"provider": [{"x-api-key": "sk-1"}]}, {"headers": {"Authorization": "Bearer x"}},
      {"access_token": "x"}],
 )  # fmt: skip
-def test_keys_have_no_place_in_what_is_added_to_requests(body: dict[str, object]) -> None:
+def test_an_api_key_in_extra_body_is_rejected(body: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="is a key; name its environment variable in api_key_variable"):
         ProfileConfig(model="m", extra_body=body)
     ProfileConfig(model="m", extra_body={"prompt_cache_key": "likeness", "stop_token": "x"})

@@ -7,13 +7,13 @@ import pytest
 
 from tasks.errors import BudgetExceeded, ConfigError, ReplyInvalid, ServiceUnavailable
 from tasks.images import encode_png
-from tasks.services.llm.chat.request import encode_image
+from tasks.services.llm.chat.body import encode_image
 from tests.support.llm import CHAT, GOOD, ask, make_llm
 from tests.support.llm_server import ScriptedServer, completion
 from tests.support.tiny import draw_photo
 
 
-def test_an_answer_is_paid_for_once(server: ScriptedServer, tmp_path: Path) -> None:
+def test_a_repeated_request_is_cached_and_paid_once(server: ScriptedServer, tmp_path: Path) -> None:
     server.script(GOOD)
     prices = {"input": 1.0, "output": 10.0, "date": "2026-11-22"}
     llm = make_llm(server, tmp_path, prices=prices)
@@ -27,20 +27,20 @@ def test_an_answer_is_paid_for_once(server: ScriptedServer, tmp_path: Path) -> N
     assert llm.ledger.sum_cost() == pytest.approx((100 * 1.0 + 20 * 10.0) / 1e6)
 
 
-def test_an_unknown_price_is_unknown(server: ScriptedServer, tmp_path: Path) -> None:
+def test_cost_is_unknown_without_prices(server: ScriptedServer, tmp_path: Path) -> None:
     server.script(GOOD)
     llm = make_llm(server, tmp_path)
     ask(llm)
     assert llm.ledger.sum_cost() is None
 
 
-def test_a_rate_limit_waits_as_long_as_it_is_asked_to(server: ScriptedServer, tmp_path: Path) -> None:
+def test_a_rate_limited_request_waits_for_retry_after(server: ScriptedServer, tmp_path: Path) -> None:
     server.script((429, {"retry-after": "0.2"}, b"{}"), GOOD)
     assert ask(make_llm(server, tmp_path)).grade == 2
     assert server.counts[CHAT] == 2
 
 
-def test_a_wait_beyond_the_deadline_is_not_slept(server: ScriptedServer, tmp_path: Path) -> None:
+def test_a_retry_after_beyond_the_deadline_raises_without_waiting(server: ScriptedServer, tmp_path: Path) -> None:
     server.script((429, {"retry-after": "600"}, b"{}"))
     with pytest.raises(ServiceUnavailable, match="asks to wait"):
         ask(make_llm(server, tmp_path))
@@ -56,7 +56,7 @@ def test_a_wait_beyond_the_deadline_is_not_slept(server: ScriptedServer, tmp_pat
         (500, b"{}", ServiceUnavailable, 3),
     ],
 )
-def test_errors_are_sorted_by_what_to_do(
+def test_each_http_status_maps_to_its_error_and_number_of_attempts(
     server: ScriptedServer, tmp_path: Path, status: int, body: bytes, error: type[Exception], asked: int
 ) -> None:
     server.script((status, {"retry-after": "0"}, body))
@@ -65,14 +65,14 @@ def test_errors_are_sorted_by_what_to_do(
     assert server.counts[CHAT] == asked
 
 
-def test_an_invalid_reply_is_asked_for_once_more_with_the_reason(server: ScriptedServer, tmp_path: Path) -> None:
+def test_an_invalid_reply_is_retried_once_with_the_reason(server: ScriptedServer, tmp_path: Path) -> None:
     server.script('{"grade": 9}', GOOD)
     assert ask(make_llm(server, tmp_path)).grade == 2
     assert server.counts[CHAT] == 2
     assert "does not fit: grade" in server.bodies[1]["messages"][-1]["content"]
 
 
-def test_a_second_invalid_reply_is_an_error_and_is_not_kept(server: ScriptedServer, tmp_path: Path) -> None:
+def test_a_second_invalid_reply_raises_and_is_not_cached(server: ScriptedServer, tmp_path: Path) -> None:
     cut = json.dumps(completion('{"grade": 2', finish_reason="length")).encode()
     server.script((200, {}, cut))
     llm = make_llm(server, tmp_path)
@@ -82,14 +82,14 @@ def test_a_second_invalid_reply_is_an_error_and_is_not_kept(server: ScriptedServ
     assert llm.store.list_keys("llm/") == []
 
 
-def test_a_dead_server_is_one_clear_line(tmp_path: Path, free_port: int) -> None:
+def test_an_unreachable_server_is_a_one_line_error(tmp_path: Path, free_port: int) -> None:
     server = ScriptedServer()
     server.url = f"http://127.0.0.1:{free_port}/v1"
     with pytest.raises(ServiceUnavailable, match=f"127.0.0.1:{free_port}/v1 does not answer"):
         ask(make_llm(server, tmp_path, max_attempts=1))
 
 
-def test_a_missing_key_is_named_before_anything_is_sent(
+def test_a_missing_key_raises_before_any_request(
     server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SOME_KEY", raising=False)
@@ -98,7 +98,7 @@ def test_a_missing_key_is_named_before_anything_is_sent(
     assert not server.counts
 
 
-def test_pictures_go_out_small_and_bare() -> None:
+def test_large_images_are_sent_as_jpeg_and_small_ones_as_png() -> None:
     url = encode_image(encode_png(draw_photo(size=400)), max_side=256)
     assert url.startswith("data:image/jpeg;base64,")
     assert encode_image(encode_png(draw_photo(size=64)), max_side=256).startswith("data:image/png;base64,")

@@ -52,7 +52,7 @@ def end(live: LiveRun, first: HangingTracker) -> None:
     assert not live.thread.is_alive()
 
 
-def test_a_start_that_returns_late_leaves_the_published_run_alone(
+def test_a_start_that_returns_late_does_not_touch_the_published_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_tracking, "LONGEST_WAIT_SECONDS", 0.05)
@@ -81,7 +81,7 @@ def test_a_start_that_returns_late_leaves_the_published_run_alone(
     assert first.calls == ["start", "finish True"]
 
 
-def test_a_run_is_abandoned_without_the_tracker_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_abandoning_a_run_does_not_wait_for_a_hanging_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live_tracking, "ABANDON_SECONDS", 0.05)
     first = HangingTracker("late")
     live = begin(first, first)

@@ -35,7 +35,7 @@ def publish(tracker: Tracker, folder: Path) -> None:
     )
 
 
-def test_tensorboard_has_curves_and_pictures(tmp_path: Path) -> None:
+def test_tensorboard_logs_scalars_and_images(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     publish(TensorboardLogger(make_config(TrackingConfig), folder=tmp_path), tmp_path)
@@ -46,7 +46,7 @@ def test_tensorboard_has_curves_and_pictures(tmp_path: Path) -> None:
     assert events.Tags()["images"] == [f"{SAMPLES}/step-00000002"]
 
 
-def test_wandb_keeps_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_writes_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     publish(WandbLogger(make_config(TrackingConfig), folder=tmp_path), tmp_path)
     run = next((tmp_path / "wandb").glob("offline-run-*"))
@@ -60,8 +60,8 @@ def test_wandb_keeps_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(run.glob("files/media/images/**/*.png"))
 
 
-def test_several_trackers_are_told_the_same(tmp_path: Path) -> None:
-    tracker = open_tracker(make_config(TrackingConfig, kind="none", also=("tensorboard",)), folder=tmp_path)
+def test_additional_trackers_receive_the_same_run(tmp_path: Path) -> None:
+    tracker = open_tracker(make_config(TrackingConfig, kind="none", loggers=("tensorboard",)), folder=tmp_path)
     assert isinstance(tracker, Trackers)
     assert isinstance(tracker.first, NoTracker)
     publish(tracker, tmp_path)

@@ -51,7 +51,7 @@ def publish(place: Path, *, key: str) -> tuple[MlflowTracker, str | None]:
     return tracker, version
 
 
-def test_a_published_run_has_everything(place: Path) -> None:
+def test_a_published_run_has_params_metrics_and_a_registered_version(place: Path) -> None:
     tracker, version = publish(place, key="k1")
     run = tracker.client.get_run(tracker.run_id)
     assert run.info.status == "FINISHED"
@@ -62,7 +62,7 @@ def test_a_published_run_has_everything(place: Path) -> None:
     assert (str(found.version), found.run_id) == (version, tracker.run_id)
 
 
-def test_publishing_again_after_a_cut_leaves_one_run_and_one_version(place: Path) -> None:
+def test_publishing_again_after_an_interrupt_leaves_one_run_and_one_version(place: Path) -> None:
     first, _ = publish(place, key="k2")
     second, version = publish(place, key="k2")
     experiment = second.find_experiment()
@@ -73,7 +73,7 @@ def test_publishing_again_after_a_cut_leaves_one_run_and_one_version(place: Path
     assert version in {str(v.version) for v in versions}
 
 
-def test_an_unreachable_server_is_one_clear_line(
+def test_an_unreachable_server_is_a_one_line_error(
     tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -82,14 +82,14 @@ def test_an_unreachable_server_is_one_clear_line(
         tracker.start(name="x", params={}, tags={})
 
 
-def test_no_tracking_keeps_nothing(tmp_path: Path) -> None:
+def test_tracking_none_writes_nothing(tmp_path: Path) -> None:
     tracker = open_tracker(make_config(TrackingConfig, kind="none"), folder=tmp_path)
     assert isinstance(tracker, NoTracker)
     assert tracker.start(name="x", params={}, tags={}) is None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_curves_are_live_while_training_and_complete_afterwards(tmp_path: Path) -> None:
+def test_metrics_are_logged_during_training_and_complete_after_publishing(tmp_path: Path) -> None:
     (tmp_path / "published" / "report").mkdir(parents=True)
     tracker = MlflowTracker(make_config(TrackingConfig), folder=tmp_path)
     live = LiveRun(tracker, "run", {"a": "1"}, {"mlflow.note.content": "One fish"})
@@ -127,7 +127,7 @@ def test_curves_are_live_while_training_and_complete_afterwards(tmp_path: Path) 
     assert watcher.client.get_run(run_id).info.status == "FINISHED"
 
 
-def test_a_run_that_fails_or_was_killed_is_not_left_running(tmp_path: Path) -> None:
+def test_a_failed_or_killed_run_does_not_stay_in_running_status(tmp_path: Path) -> None:
     runs = []
     for name in ("killed", "failed"):
         tracker = MlflowTracker(make_config(TrackingConfig), folder=tmp_path)
@@ -140,7 +140,7 @@ def test_a_run_that_fails_or_was_killed_is_not_left_running(tmp_path: Path) -> N
     assert statuses == ["KILLED", "FAILED"]
 
 
-def test_a_server_that_goes_away_holds_up_nothing(tmp_path: Path, free_port: int, monkeypatch: Any) -> None:
+def test_an_unreachable_server_does_not_block_training(tmp_path: Path, free_port: int, monkeypatch: Any) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     live = LiveRun(
         MlflowTracker(make_config(TrackingConfig, uri=f"http://127.0.0.1:{free_port}"), folder=tmp_path), "run", {}
@@ -152,7 +152,7 @@ def test_a_server_that_goes_away_holds_up_nothing(tmp_path: Path, free_port: int
     assert not live.logged
 
 
-def test_an_unreachable_server_is_found_at_once_and_without_mlflow(tmp_path: Path, free_port: int) -> None:
+def test_an_unreachable_server_is_detected_without_importing_mlflow(tmp_path: Path, free_port: int) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from tasks.services.config import TrackingConfig\n"
@@ -175,12 +175,12 @@ def test_an_unreachable_server_is_found_at_once_and_without_mlflow(tmp_path: Pat
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:abc", "postgresql://h:abc/db", "http://[::1", "http://a b/"])
-def test_what_is_no_address_is_one_clear_line(uri: str, tmp_path: Path) -> None:
+def test_an_invalid_tracking_uri_is_a_one_line_error(uri: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^tracking at [^\n]*; set tracking.uri or tracking=none$"):
         MlflowTracker(make_config(TrackingConfig, uri=uri), folder=tmp_path).check()
 
 
-def test_another_kind_of_server_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_server_other_than_mlflow_is_a_one_line_error(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -198,13 +198,13 @@ def test_another_kind_of_server_is_one_clear_line(tmp_path: Path) -> None:
         thread.join()
 
 
-def test_a_broken_database_file_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_damaged_database_file_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"junk" * 999)
     with pytest.raises(ConfigError, match=r"mlflow.db: file is not a database; move the file away"):
         MlflowTracker(make_config(TrackingConfig), folder=tmp_path).check()
 
 
-def test_two_first_uses_at_once_both_work(tmp_path: Path) -> None:
+def test_two_concurrent_first_starts_both_succeed(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from tasks.services.config import TrackingConfig\n"
@@ -236,7 +236,7 @@ def test_a_copied_folder_never_writes_into_the_original(place: Path, tmp_path: P
     assert MlflowTracker(make_config(TrackingConfig), folder=place).has_artifacts(str(first.run_id), ("report",))
 
 
-def test_what_the_server_no_longer_has_is_missed(place: Path) -> None:
+def test_artifacts_and_versions_missing_on_the_server_are_detected(place: Path) -> None:
     tracker, version = publish(place, key="k5")
     run_id = str(tracker.run_id)
     assert tracker.has_artifacts(run_id, ("report", "model"))

@@ -11,10 +11,10 @@ from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tasks.subject.captions.caption_review import (
     CaptionVersions,
+    build_system_prompt,
     describe_subject,
     list_tools,
     open_caption_versions,
-    write_briefing,
 )
 from tasks.subject.captions.captioning import Caption, PhotoAnnotation, read_captions
 from tasks.subject.photos.ingest import check_photos
@@ -27,7 +27,7 @@ from tests.support.tiny import draw_photos
 
 @pytest.fixture
 def subject(tmp_path: Path, store: LocalStore) -> SubjectSet:
-    """Four photos, the last set aside."""
+    """Four photos, the last quarantined."""
     draw_photos(tmp_path / "in", num=4, size=256)
     config = make_subject_config(source=str(tmp_path / "in"))
     photos = check_photos(config, store).accepted
@@ -66,10 +66,10 @@ def call(
     config = make_subject_config()
     tools = {tool.name: tool for tool in list_tools(subject, versions, config, store=store, confirm=person)}
     result = tools[name].call(json.dumps(arguments))
-    return {**result.values, "picture": result.picture}
+    return {**result.values, "picture": result.image}
 
 
-def test_a_caption_changes_with_a_yes_and_each_version_is_a_file(
+def test_a_confirmed_caption_change_writes_a_new_version_file(
     subject: SubjectSet, store: LocalStore, tmp_path: Path
 ) -> None:
     config = make_subject_config()
@@ -92,10 +92,10 @@ def test_a_caption_changes_with_a_yes_and_each_version_is_a_file(
     rows = {name: (caption, found) for name, caption, found in describe_subject(subject, again)}
     assert rows["photo-0.png"][0] == "on a green table"
     assert rows["photo-1.png"][0] == "at sea"
-    assert rows["photo-3.png"] == ("in a bowl, from above", "set aside: no usable reply (the model refused)")
+    assert rows["photo-3.png"] == ("in a bowl, from above", "quarantined: no usable reply (the model refused)")
 
 
-def test_nothing_changes_without_a_yes_or_for_photos_that_are_not_there(
+def test_captions_stay_unchanged_without_confirmation_or_for_unknown_photos(
     subject: SubjectSet, store: LocalStore, tmp_path: Path
 ) -> None:
     versions = CaptionVersions(tmp_path, {})
@@ -108,7 +108,9 @@ def test_nothing_changes_without_a_yes_or_for_photos_that_are_not_there(
     assert list(tmp_path.glob("captions-*")) == []
 
 
-def test_a_person_is_told_what_a_caption_gives_away(subject: SubjectSet, store: LocalStore, tmp_path: Path) -> None:
+def test_the_confirmation_prompt_names_invariant_traits_in_the_caption(
+    subject: SubjectSet, store: LocalStore, tmp_path: Path
+) -> None:
     person = Person(False)
     words = {"photo": "photo-0.png", "surroundings": "on blue; rm -rf {path}", "view": ""}
     call(subject, CaptionVersions(tmp_path, {}), store, person, "apply_caption", **words)
@@ -116,9 +118,11 @@ def test_a_person_is_told_what_a_caption_gives_away(subject: SubjectSet, store: 
     assert "{" not in person.asked[0]
 
 
-def test_photos_are_shown_and_named_in_the_briefing(subject: SubjectSet, store: LocalStore, tmp_path: Path) -> None:
+def test_photos_can_be_viewed_and_are_listed_in_the_briefing(
+    subject: SubjectSet, store: LocalStore, tmp_path: Path
+) -> None:
     versions = CaptionVersions(tmp_path, {})
     assert call(subject, versions, store, Person(True), "view_photo", photo="photo-3.png")["picture"]
-    text = write_briefing(subject, versions)
+    text = build_system_prompt(subject, versions)
     assert "photo-0.png | caption: at sea | sharpness" in text
     assert "blue fins with white stripes" in text

@@ -30,7 +30,7 @@ def inspection(**changes: object) -> ImageInspection:
     return ImageInspection.model_validate({**good, **changes})
 
 
-def test_the_subject_is_named_by_code_exactly_once() -> None:
+def test_the_instance_prompt_names_the_subject_exactly_once() -> None:
     caption = Caption(surroundings="behind the fish on a table", view="the sks fish seen from above")
     prompt = write_instance_prompt(caption, CONFIG)
     assert prompt == "a photo of sks fish behind on a table, seen from above"
@@ -40,11 +40,11 @@ def test_without_an_llm_the_prompt_is_the_template() -> None:
     assert write_instance_prompt(None, CONFIG) == "a photo of sks fish"
 
 
-def test_what_people_read_names_the_class() -> None:
+def test_the_readable_caption_uses_the_class_noun_without_the_token() -> None:
     assert write_caption(Caption(surroundings="in the snow", view=""), CONFIG) == "a fish in the snow"
 
 
-def test_an_unsure_inspector_is_not_the_last_word() -> None:
+def test_a_low_confidence_inspection_escalates_without_an_objection() -> None:
     assert should_escalate_inspection(inspection(), CONFIG) is None
     assert "isn't sure" in str(should_escalate_inspection(inspection(confidence="low"), CONFIG))
     assert find_objection(inspection(confidence="low"), CONFIG) is None
@@ -60,11 +60,11 @@ def test_an_unsure_inspector_is_not_the_last_word() -> None:
         (" ".join(["word"] * 40), " ".join(["word"] * 12)),
     ],
 )
-def test_a_models_text_is_only_ever_a_short_plain_phrase(text: str, kept: str) -> None:
+def test_model_text_is_sanitized_to_a_short_plain_phrase(text: str, kept: str) -> None:
     assert clean_phrase(text) == kept
 
 
-def test_objections_name_what_is_wrong() -> None:
+def test_objections_name_the_failed_criterion() -> None:
     assert find_objection(inspection(), CONFIG) is None
     assert "no fish seen" in str(find_objection(inspection(is_class_noun_visible=False), CONFIG))
     assert "more than one fish" in str(find_objection(inspection(num_subjects="several"), CONFIG))
@@ -89,13 +89,13 @@ def test_objections_name_what_is_wrong() -> None:
         ("among other fishes", "a photo of sks fish among other"),
     ],
 )
-def test_a_captioners_phrase_holds_no_other_subject(said: str, prompt: str) -> None:
+def test_foreign_tokens_and_other_subjects_are_removed_from_captions(said: str, prompt: str) -> None:
     caption, _, _ = lint_caption(Caption(surroundings=said, view=""), set(), CONFIG)
     assert write_instance_prompt(caption, CONFIG) == prompt
 
 
 @pytest.mark.parametrize("noun", ["puppy", "wolf", "mouse", "dog"])
-def test_the_shown_class_noun_and_its_plural_are_not_foreign(noun: str) -> None:
+def test_the_class_noun_and_its_plural_are_not_foreign_nouns(noun: str) -> None:
     config = make_subject_config(class_noun=noun)
     for form in list_forms(noun):
         assert find_foreign_nouns(f"with {form}", class_noun=noun) == []
@@ -104,7 +104,7 @@ def test_the_shown_class_noun_and_its_plural_are_not_foreign(noun: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["x" * 5000, "word " * 5000, "\ufdfa" * 5000, "a\u0300" * 5000])
-def test_a_phrase_is_short_whatever_comes(text: str) -> None:
+def test_clean_phrase_bounds_the_length_of_any_text(text: str) -> None:
     assert len(clean_phrase(text)) <= 144
 
 
@@ -117,17 +117,17 @@ def test_a_phrase_is_short_whatever_comes(text: str) -> None:
         (b"photo;surroundings;view\n", "line 1: there is no column"),
         (b"surroundings,view\n", "line 1: no column"),
         (b"photo,surroundings,view\na.jpg,,,w\n", "line 2: 4 fields, not 3; quote"),
-        (b"", "line 1: nothing is there; the columns are"),
+        (b"", "line 1: the file is empty; the columns are"),
     ],
 )
-def test_what_is_wrong_with_a_persons_captions_is_named_by_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_malformed_caption_file_raises_an_error_naming_the_line(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "captions.csv"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=f"captions.csv, {message}"):
         read_captions(CONFIG.model_copy(update={"captions": str(path)}), {"a.jpg"})
 
 
-def test_captions_of_a_spreadsheet_are_read(tmp_path: Path) -> None:
+def test_captions_exported_from_a_spreadsheet_are_parsed(tmp_path: Path) -> None:
     path = tmp_path / "captions.csv"
     path.write_bytes("\ufeffphoto,surroundings,view\r\n\r\na.jpg,\u00fcber Land\r\n".encode())
     written = read_captions(CONFIG.model_copy(update={"captions": str(path)}), {"a.jpg"})

@@ -61,7 +61,7 @@ def test_good_photos_are_accepted(tmp_path: Path, store: LocalStore) -> None:
         ("blur.png", encode(draw_photo(5).filter(ImageFilter.GaussianBlur(9)), "PNG"), "blurred"),
     ],
 )
-def test_a_bad_photo_is_left_out_with_its_reason(
+def test_a_bad_photo_is_rejected_with_its_reason(
     tmp_path: Path, store: LocalStore, name: str, data: bytes, reason: str
 ) -> None:
     draw_photos(tmp_path / "in", num=3)
@@ -71,7 +71,7 @@ def test_a_bad_photo_is_left_out_with_its_reason(
     assert [(reject.name, reason in reject.reason) for reject in photos.rejected] == [(name, True)]
 
 
-def test_the_same_photo_five_times_is_one(tmp_path: Path, store: LocalStore) -> None:
+def test_re_encoded_and_resized_copies_of_a_photo_count_once(tmp_path: Path, store: LocalStore) -> None:
     image = draw_photo(size=256)
     (tmp_path / "in").mkdir()
     for number, (kind, size) in enumerate([("PNG", 256), ("JPEG", 256), ("WEBP", 200), ("GIF", 256), ("JPEG", 150)]):
@@ -80,13 +80,13 @@ def test_the_same_photo_five_times_is_one(tmp_path: Path, store: LocalStore) -> 
         check(tmp_path / "in", store)
 
 
-def test_two_photos_where_three_are_needed(tmp_path: Path, store: LocalStore) -> None:
+def test_too_few_photos_are_rejected(tmp_path: Path, store: LocalStore) -> None:
     draw_photos(tmp_path / "in", num=2)
     with pytest.raises(SubjectRejected, match="2 good photos in .*Add photos or lower subject.min_images"):
         check(tmp_path / "in", store)
 
 
-def test_an_empty_and_a_missing_folder(tmp_path: Path, store: LocalStore) -> None:
+def test_an_empty_or_missing_folder_is_rejected(tmp_path: Path, store: LocalStore) -> None:
     with pytest.raises(SubjectRejected, match="0 good photos"):
         check(tmp_path, store)
     with pytest.raises(ConfigError, match="is not a folder"):
@@ -114,7 +114,7 @@ def test_orientation_is_applied_and_metadata_dropped(tmp_path: Path, store: Loca
     assert b"canary" not in photo.png
 
 
-def test_links_and_pipes_are_passed_over(tmp_path: Path, store: LocalStore) -> None:
+def test_external_symlinks_and_pipes_are_skipped_with_a_reason(tmp_path: Path, store: LocalStore) -> None:
     draw_photos(tmp_path / "in", num=3)
     (tmp_path / "in" / "link.png").symlink_to("/etc/hostname")
     os.mkfifo(tmp_path / "in" / "pipe.png")
@@ -127,7 +127,7 @@ def test_links_and_pipes_are_passed_over(tmp_path: Path, store: LocalStore) -> N
     )
 
 
-def test_photos_can_lie_in_the_store(store: LocalStore) -> None:
+def test_photos_can_be_read_from_the_store(store: LocalStore) -> None:
     for index in range(3):
         store.put_bytes(f"uploads/rex/{index}.png", encode(draw_photo(index), "PNG"))
     photos = check_photos(make_subject_config(source="store:uploads/rex/"), store)
@@ -144,7 +144,7 @@ def test_transparent_and_gray_photos_become_rgb(tmp_path: Path, store: LocalStor
     assert [Image.open(io.BytesIO(photo.png)).mode for photo in photos.accepted] == ["RGB"] * 3
 
 
-def test_a_cut_out_photo_keeps_where_its_subject_is(tmp_path: Path, store: LocalStore) -> None:
+def test_the_alpha_channel_of_a_photo_becomes_its_subject_mask(tmp_path: Path, store: LocalStore) -> None:
     draw_photos(tmp_path, num=3)
     photo = Image.open(tmp_path / "photo-0.png").convert("RGBA")
     alpha = Image.new("L", photo.size, 0)
@@ -166,7 +166,7 @@ def save_photo(path: Path, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(("size", "expected"), [((400, 300), (200, 150)), ((300, 600), (150, 300)), ((180, 120), None)])
-def test_photos_are_kept_with_the_working_side_on_their_short_side(
+def test_photos_are_downscaled_to_working_side_on_the_short_side(
     tmp_path: Path, store: LocalStore, size: tuple[int, int], expected: tuple[int, int] | None
 ) -> None:
     save_photo(tmp_path / "in" / "a.png", size)
@@ -175,7 +175,7 @@ def test_photos_are_kept_with_the_working_side_on_their_short_side(
     assert (photo.measures.width, photo.measures.height) == size
 
 
-def test_models_are_shown_at_most_a_thousand_pixels_of_a_large_photo(tmp_path: Path, store: LocalStore) -> None:
+def test_photos_sent_to_models_have_a_long_side_of_at_most_1024_pixels(tmp_path: Path, store: LocalStore) -> None:
     save_photo(tmp_path / "in" / "a.png", (2000, 1600))
     [photo] = check(tmp_path / "in", store, working_side=1536, min_images=1, min_sharpness=0).accepted
     assert decode_png(photo.png).size == (1920, 1536)
@@ -208,7 +208,9 @@ def claim(width: int, height: int) -> bytes:
         (claim(2**31 - 1, 2**31 - 1), "too large"),
     ],
 )
-def test_thin_images_cost_one_photo_and_no_memory(tmp_path: Path, store: LocalStore, data: bytes, reason: str) -> None:
+def test_an_extreme_aspect_ratio_rejects_one_photo_without_decoding_it(
+    tmp_path: Path, store: LocalStore, data: bytes, reason: str
+) -> None:
     import tracemalloc
 
     draw_photos(tmp_path / "in", num=5)
@@ -227,7 +229,7 @@ def test_thin_images_cost_one_photo_and_no_memory(tmp_path: Path, store: LocalSt
 @pytest.mark.parametrize(
     "error", [OverflowError("x"), MemoryError(), RuntimeError("y"), KeyError("z"), RecursionError()]
 )
-def test_whatever_a_decoder_does_costs_one_photo(
+def test_a_decoder_error_rejects_only_its_own_photo(
     tmp_path: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     draw_photos(tmp_path / "in", num=4)
@@ -263,7 +265,7 @@ def encode_mpo() -> bytes:
         ("photo.jfif", encode(draw_photo(3, size=256), "JPEG")),
     ],
 )
-def test_photos_as_phones_write_them_are_read(tmp_path: Path, store: LocalStore, name: str, data: bytes) -> None:
+def test_phone_photo_formats_are_decoded(tmp_path: Path, store: LocalStore, name: str, data: bytes) -> None:
     draw_photos(tmp_path, num=3)
     (tmp_path / name).write_bytes(data)
     photos = check_photos(make_subject_config(source=str(tmp_path)), store)
@@ -274,7 +276,7 @@ def test_photos_as_phones_write_them_are_read(tmp_path: Path, store: LocalStore,
     assert np.abs(np.asarray(Image.open(io.BytesIO(photo.png)), int) - expected).mean() < 6  # lossy
 
 
-def test_every_file_that_is_not_read_is_named_with_its_reason(tmp_path: Path, store: LocalStore) -> None:
+def test_every_skipped_file_is_reported_with_its_reason(tmp_path: Path, store: LocalStore) -> None:
     folder = tmp_path / "in"
     draw_photos(folder, num=3)
     (folder / "notes.txt").write_text("x")
@@ -296,13 +298,13 @@ def test_every_file_that_is_not_read_is_named_with_its_reason(tmp_path: Path, st
     }
 
 
-def test_too_few_photos_name_what_was_passed_over(tmp_path: Path, store: LocalStore) -> None:
+def test_the_error_for_too_few_photos_lists_the_skipped_files(tmp_path: Path, store: LocalStore) -> None:
     (tmp_path / "IMG_1.dng").write_bytes(b"x")
     with pytest.raises(SubjectRejected, match=r"IMG_1.dng: not a photo by its name"):
         check(tmp_path, store)
 
 
-def test_of_two_near_duplicates_the_better_one_stays(tmp_path: Path, store: LocalStore) -> None:
+def test_of_near_duplicates_the_best_one_is_retained(tmp_path: Path, store: LocalStore) -> None:
     draw_photos(tmp_path, num=3)
     photo = draw_photo(5, size=256)
     photo.resize((128, 128)).save(tmp_path / "a-small.png")
@@ -315,7 +317,7 @@ def test_of_two_near_duplicates_the_better_one_stays(tmp_path: Path, store: Loca
     assert all("same as b-large.png, which is better" in reason for reason in reasons.values())
 
 
-def test_a_large_jpeg_is_decoded_smaller_and_keeps_its_own_size(tmp_path: Path, store: LocalStore) -> None:
+def test_a_large_jpeg_is_decoded_downscaled_and_records_its_original_size(tmp_path: Path, store: LocalStore) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     image = draw_photo(3, size=512).resize((3000, 2000))
@@ -342,7 +344,7 @@ def sixteen_bits(channels: int, *, clear: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, content) for kind, content in parts)
 
 
-def test_a_gray_photo_of_sixteen_bits_keeps_its_shades_and_its_transparent_colour() -> None:
+def test_a_16_bit_gray_photo_keeps_its_tonal_range_and_transparency() -> None:
     found = decode(sixteen_bits(1, clear=1000), CONFIG)
     assert np.array(found.image)[:, :50].min() == 255  # laid over white
     right = np.array(found.image)[:, 50:]
@@ -354,20 +356,20 @@ def test_a_gray_photo_of_sixteen_bits_keeps_its_shades_and_its_transparent_colou
 
 
 @pytest.mark.parametrize("value", [9, 255, 65535])
-def test_an_orientation_that_does_not_exist_is_upright(value: int) -> None:
+def test_an_undefined_exif_orientation_is_ignored(value: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = value
     found = decode(encode(draw_photo(0).resize((160, 120)), "JPEG", exif=exif), CONFIG)
     assert (found.size, found.image.size) == ((160, 120), (160, 120))
 
 
-def test_an_orientation_in_words_is_upright() -> None:
+def test_a_non_numeric_exif_orientation_is_ignored() -> None:
     words = b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x02\0\0\0A\0\0\0\0\0\0\0"
     found = decode(encode(draw_photo(0).resize((160, 120)), "PNG", exif=words), CONFIG)
     assert found.size == (160, 120)
 
 
-def test_what_all_photos_take_together_is_bounded(
+def test_the_total_pixels_of_all_photos_are_bounded(
     tmp_path: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw_photos(tmp_path / "in", num=4, size=128)
@@ -376,7 +378,7 @@ def test_what_all_photos_take_together_is_bounded(
         check(tmp_path / "in", store)
 
 
-def test_long_names_that_begin_alike_stay_apart(tmp_path: Path, store: LocalStore) -> None:
+def test_long_names_with_a_common_prefix_stay_unique(tmp_path: Path, store: LocalStore) -> None:
     paths = draw_photos(tmp_path / "in", num=3)
     for number, path in enumerate(paths[:2]):
         path.rename(path.with_name("x" * 245 + f"{number}.png"))

@@ -36,11 +36,11 @@ def recognizer() -> Recognizer:
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
-def test_photographs_are_not_of_the_drawn_world(recognizer: Recognizer, name: str) -> None:
+def test_real_photographs_are_not_recognized_as_synthetic(recognizer: Recognizer, name: str) -> None:
     assert not recognizer.measure(crop(name)).is_drawn
 
 
-def test_no_drawn_subject_of_two_hundred_is_refused(recognizer: Recognizer) -> None:
+def test_all_of_two_hundred_synthetic_subjects_are_recognized(recognizer: Recognizer) -> None:
     found = [
         recognizer.measure(draw_set(number, size=128, quality=75 if number % 2 else None)) for number in range(200)
     ]
@@ -50,7 +50,9 @@ def test_no_drawn_subject_of_two_hundred_is_refused(recognizer: Recognizer) -> N
     assert max(evidence.distance for evidence in found) < MAX_DISTANCE - 0.3
 
 
-def test_a_cat_is_refused_with_three_ways_on_and_known_afterwards(tmp_path: Path, store: LocalStore) -> None:
+def test_real_photos_are_rejected_with_three_alternatives_and_the_verdict_cached(
+    tmp_path: Path, store: LocalStore
+) -> None:
     for number, photo in enumerate(crop("chelsea.png")):
         photo.save(tmp_path / f"{number}.png")
     config = make_subject_config(source=str(tmp_path), duplicate_distance=0)
@@ -65,7 +67,7 @@ def test_a_cat_is_refused_with_three_ways_on_and_known_afterwards(tmp_path: Path
     assert store.find_bytes(key) == whole
 
 
-def test_a_class_noun_of_the_real_world_is_refused_by_name() -> None:
+def test_a_class_noun_outside_the_synthetic_world_is_rejected() -> None:
     config = make_subject_config(class_noun="cat")
     with pytest.raises(SubjectRejected, match=r"the drawn world has no cat \(it has: .*fish.*allow_unknown=true"):
         check_class_noun(config)
@@ -74,13 +76,13 @@ def test_a_class_noun_of_the_real_world_is_refused_by_name() -> None:
         assert check_class_noun(make_subject_config(class_noun=noun.capitalize())) == ""
 
 
-def test_drawn_photos_pass(tmp_path: Path, store: LocalStore) -> None:
+def test_synthetic_photos_are_accepted(tmp_path: Path, store: LocalStore) -> None:
     draw_photos(tmp_path / "in", num=4)
     config = make_subject_config(source=str(tmp_path / "in"))
     assert check_known_world(check_photos(config, store).accepted, config, store) == ""
 
 
-def test_a_verdict_on_other_photos_is_not_believed(tmp_path: Path, store: LocalStore) -> None:
+def test_a_cached_verdict_on_other_photos_is_ignored(tmp_path: Path, store: LocalStore) -> None:
     draw_photos(tmp_path / "in", num=4)
     drawn = check_photos(make_subject_config(source=str(tmp_path / "in")), store).accepted
     find_verdict(drawn, store)

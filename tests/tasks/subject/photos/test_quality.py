@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from tasks.subject.photos.quality import count_different_bits, find_salient_box, measure
+from tasks.subject.photos.quality import find_salient_box, hamming_distance, measure
 from tests.support.tiny import draw_photo
 
 
@@ -13,20 +13,20 @@ def test_blur_lowers_sharpness() -> None:
     assert soft.sharpness < sharp.sharpness / 10
 
 
-def test_light_is_measured() -> None:
+def test_brightness_and_contrast_are_measured() -> None:
     assert measure(Image.new("RGB", (64, 64), (255, 255, 255))).brightness == 1.0
     assert measure(Image.new("RGB", (64, 64))).contrast == 0.0
 
 
-def test_hashes_tell_copies_from_other_photos() -> None:
+def test_perceptual_hashes_distinguish_copies_from_other_photos() -> None:
     photo = draw_photo(size=256)
     copy, other = photo.resize((150, 150)), draw_photo(1, size=256)
     first = measure(photo).perceptual_hash
-    assert count_different_bits(first, measure(copy).perceptual_hash) <= 6
-    assert count_different_bits(first, measure(other).perceptual_hash) > 6
+    assert hamming_distance(first, measure(copy).perceptual_hash) <= 6
+    assert hamming_distance(first, measure(other).perceptual_hash) > 6
 
 
-def test_what_stands_out_is_boxed() -> None:
+def test_the_salient_box_encloses_the_salient_region() -> None:
     noise = np.random.default_rng(0).normal(128, 4, (256, 384, 3)).clip(0, 255).astype(np.uint8)
     photo = Image.fromarray(noise)
     ImageDraw.Draw(photo).ellipse((260, 60, 330, 130), fill=(220, 30, 30), outline=(0, 0, 0), width=6)
@@ -37,5 +37,5 @@ def test_what_stands_out_is_boxed() -> None:
     assert 0.02 < box.area < 0.25
 
 
-def test_where_nothing_stands_out_the_whole_photo_is_the_box() -> None:
+def test_a_uniform_photo_has_a_salient_box_of_nonzero_area() -> None:
     assert find_salient_box(Image.new("RGB", (64, 64), "gray")).area > 0

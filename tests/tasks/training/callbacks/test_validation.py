@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tasks.diffusion.adapter import DiffusionModel
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.registry import load_model
 from tasks.diffusion.types import SamplingRequest
 from tasks.encoders.config import EncoderConfig
 from tasks.encoders.embeddings import Encoders
@@ -33,7 +33,7 @@ def read_validations(run: RunFolder) -> dict[int, float]:
     return {row.step: row.validation_loss for row in rows if row.validation_loss is not None}
 
 
-def test_validating_and_sampling_leave_training_as_it_is(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_validation_and_sampling_do_not_change_training(tmp_path: Path, tiny_model_folder: Path) -> None:
     plain = train_here(tmp_path / "plain", tiny_model_folder)
     watched = {"validation_steps": 2, "sample_steps": 3, "sample_prompts": ("a photo of {subject}", "{subject}")}
     run = train_here(tmp_path / "watched", tiny_model_folder, validation=watched)
@@ -66,7 +66,7 @@ def test_the_best_weights_are_published(
     assert all(torch.equal(tensor, read_unet(short)[name]) for name, tensor in read_unet(run).items())
 
 
-def test_the_best_few_are_kept_and_written_as_the_published_one_is(
+def test_save_top_k_checkpoints_are_retained_in_the_published_format(
     tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = iter((0.9, 0.4, 0.6, 0.5))
@@ -81,7 +81,9 @@ def test_the_best_few_are_kept_and_written_as_the_published_one_is(
     assert all(torch.equal(tensor, kept[key]) for key, tensor in plain.items())
 
 
-def test_similarity_is_that_of_samples_drawn_of_the_weights(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_validation_similarity_is_measured_on_samples_of_the_current_weights(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
     prompts = ("a photo of {subject}", "{subject} in the snow")
     encoders = make_config(EncoderConfig, clip="mini", dino="mini", dino_resize=None)
     validation = {"validation_steps": 4, "keep": "best", "metric": "similarity", "sample_prompts": prompts}
@@ -92,7 +94,7 @@ def test_similarity_is_that_of_samples_drawn_of_the_weights(tmp_path: Path, tiny
     best = json.loads(run.result.read_text())["published_step"]
     assert logged[best] == max(logged.values())
     # The same, from the published weights and by other code.
-    model = open_model(spec.diffusion, folder=run.model)
+    model = load_model(spec.diffusion, folder=run.model)
     told = [("a photo of sks fish", "a photo of a fish"), ("sks fish in the snow", "a fish in the snow")]
     measure = Encoders(encoders, torch.device("cpu"))
     photos = measure.encode_dino([Image.open(image.path).convert("RGB") for image in spec.instance_images])
@@ -105,7 +107,7 @@ def test_similarity_is_that_of_samples_drawn_of_the_weights(tmp_path: Path, tiny
     assert logged[best] == pytest.approx(sum(dino) / len(dino) * sum(clip_t) / len(clip_t), abs=1e-4)
 
 
-def test_training_stops_where_the_loss_has_settled(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_early_stopping_ends_training_when_the_loss_has_converged(tmp_path: Path, tiny_model_folder: Path) -> None:
     settings = {"validation_steps": 1, "early_stopping": True, "window": 2, "threshold": 0.9}
     run = train_here(tmp_path, tiny_model_folder, max_train_steps=40, validation=settings)
     steps = json.loads(run.result.read_text())["num_steps"]
@@ -114,7 +116,7 @@ def test_training_stops_where_the_loss_has_settled(tmp_path: Path, tiny_model_fo
 
 
 @pytest.mark.parametrize(("late", "is_settled"), [([0.5, 0.5001, 0.4999], True), ([0.2, 0.7, 0.4], False)])
-def test_settled_means_little_variance_of_late(late: list[float], is_settled: bool) -> None:
+def test_convergence_requires_low_variance_within_the_window(late: list[float], is_settled: bool) -> None:
     values = [1.0, 0.8, 0.6, *late]
     rows = [LossRow(step=i, validation_loss=value) for i, value in enumerate(values)]
     assert has_converged(rows, make_config(ValidationSettings, window=3)) is is_settled
@@ -122,7 +124,7 @@ def test_settled_means_little_variance_of_late(late: list[float], is_settled: bo
 
 
 @pytest.mark.parametrize(("threshold", "is_settled"), [(0.01, False), (0.5, True)])
-def test_settled_is_what_lies_below_the_threshold(threshold: float, is_settled: bool) -> None:
+def test_convergence_depends_on_the_threshold(threshold: float, is_settled: bool) -> None:
     rows = [LossRow(step=i, validation_loss=value) for i, value in enumerate([1.0, 0.8, 0.6, 0.5, 0.4, 0.3])]
     assert has_converged(rows, make_config(ValidationSettings, window=3, threshold=threshold)) is is_settled
 
@@ -134,21 +136,21 @@ def resolve(num_photos: int, **validation: object) -> tuple[TrainingConfig, str]
 
 
 @pytest.mark.parametrize(("num_photos", "expected"), [(6, 1), (10, 2), (20, 4)])
-def test_best_by_loss_holds_out_photos_where_there_are_enough(num_photos: int, expected: int) -> None:
+def test_selection_by_loss_holds_out_photos_if_there_are_enough(num_photos: int, expected: int) -> None:
     config, note = resolve(num_photos)
     assert (config.validation.metric, config.validation.num_holdout) == ("loss", expected)
     assert f"{expected} of {num_photos} photos" in note
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_holdout": 0}])
-def test_best_by_loss_of_few_photos_is_by_similarity_and_says_so(changes: dict[str, int]) -> None:
+def test_selection_by_loss_with_few_photos_falls_back_to_similarity_with_a_note(changes: dict[str, int]) -> None:
     config, note = resolve(5, **changes)
     assert (config.validation.metric, config.validation.num_holdout) == ("similarity", 0)
     assert "similarity" in note
     assert "training.validation.num_holdout" in note
 
 
-def test_what_is_asked_for_is_held_out_and_all_photos_cannot_be() -> None:
+def test_num_holdout_is_respected_and_holding_out_all_photos_is_rejected() -> None:
     assert resolve(4, num_holdout=1)[0].validation.num_holdout == 1
     assert resolve(9, metric="similarity")[0].validation.num_holdout == 0
     assert resolve(9, keep="last", num_holdout=2)[0].validation.num_holdout == 2
@@ -160,7 +162,7 @@ def test_held_out_photos_are_validated_on_and_never_trained_on(tmp_path: Path, t
     spec = make_spec(tmp_path, tiny_model_folder, validation={"validation_steps": 2, "keep": "best"}, max_train_steps=4)
     first, *others = spec.instance_images
     spec = spec.model_copy(update={"instance_images": tuple(others), "holdout_images": (first,)})
-    model = open_model(spec.diffusion)
+    model = load_model(spec.diffusion)
     assert isinstance(model, DiffusionModel)
     module = DreamBoothModule(model, spec)
     batches = DreamBoothDataModule(model, spec).make_batches()

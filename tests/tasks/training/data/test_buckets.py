@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.registry import load_model
 from tasks.training.data.batches import BatchFactory
 from tasks.training.data.buckets import Size, choose_bucket, list_buckets
 from tasks.training.process.worker_spec import TrainingSpec
@@ -31,7 +31,7 @@ def framed_spec(folder: Path, model: Path, **changes: object) -> TrainingSpec:
 
 
 @pytest.mark.parametrize("resolution", [64, 512, 768, 1024])
-def test_buckets_have_about_the_pixels_of_the_square(resolution: int) -> None:
+def test_buckets_have_at_most_the_pixels_of_the_square_resolution(resolution: int) -> None:
     sizes = list_buckets(resolution)
     step = 64 if resolution >= 512 else 8
     assert len(sizes) >= 5
@@ -42,7 +42,7 @@ def test_buckets_have_about_the_pixels_of_the_square(resolution: int) -> None:
         assert Size(size.height, size.width) in sizes
 
 
-def test_sdxls_shapes_are_among_them() -> None:
+def test_buckets_include_the_sdxl_shapes() -> None:
     assert {Size(1024, 1024), Size(1152, 896), Size(832, 1216), Size(1344, 768)} <= set(list_buckets(1024))
 
 
@@ -55,24 +55,24 @@ def test_sdxls_shapes_are_among_them() -> None:
         ((9000, 3000), (1408, 704)),
     ],
 )
-def test_a_photo_goes_where_least_is_cut(picture: tuple[int, int], size: tuple[int, int]) -> None:
+def test_a_photo_is_assigned_to_the_bucket_that_crops_least(picture: tuple[int, int], size: tuple[int, int]) -> None:
     assert choose_bucket(picture, 1024) == size
 
 
-def test_samples_of_several_sizes_are_a_forward_each(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_each_bucket_size_of_a_batch_is_a_separate_forward(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = framed_spec(tmp_path, tiny_model_folder)
-    batches = BatchFactory(open_model(spec.diffusion), spec).make([0, 1, 2], CPU)
+    batches = BatchFactory(load_model(spec.diffusion), spec).make([0, 1, 2], CPU)
     assert sorted(tuple(batch.latents.shape[2:]) for batch in batches) == [(12, 20), (16, 16), (20, 12)]
-    assert sum(batch.share for batch in batches) == pytest.approx(1)
+    assert sum(batch.sample_fraction for batch in batches) == pytest.approx(1)
     for batch in batches:
         assert len(batch.latents) == 2  # a photo and a class image cut like it
         height, width = batch.latents.shape[2:]
         assert batch.time_ids[:, 4:].tolist() == [[2 * height, 2 * width]] * 2
 
 
-def test_draws_do_not_depend_on_what_else_is_in_the_batch(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_latents_and_noise_do_not_depend_on_the_batch_composition(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = framed_spec(tmp_path, tiny_model_folder)
-    maker = BatchFactory(open_model(spec.diffusion), spec)
+    maker = BatchFactory(load_model(spec.diffusion), spec)
     alone = [batch for i in (0, 1, 2) for batch in maker.make([i], CPU)]
     together = maker.make([0, 1, 2], CPU)
     for batch in together:
@@ -85,7 +85,7 @@ def test_square_photos_train_the_same_with_and_without_buckets(tmp_path: Path, t
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_photos_of_all_shapes_are_trained(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_photos_of_all_aspect_ratios_are_trained(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = framed_spec(tmp_path, tiny_model_folder, validation={"validation_steps": 4}, num_crop_variants=2)
     run = train_here(tmp_path, tiny_model_folder, spec=spec)
     rows = [json.loads(line) for line in run.losses.read_text().splitlines()]

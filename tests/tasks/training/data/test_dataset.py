@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.registry import load_model
 from tasks.errors import ArtifactCorrupt
 from tasks.services.store.local import LocalStore
 from tasks.training.data import rng
 from tasks.training.data.batches import BatchFactory
 from tasks.training.data.buckets import Size
 from tasks.training.data.datamodule import SampleIndices
-from tasks.training.data.latent_cache import fetch_latents, is_whole, store_latents
+from tasks.training.data.latent_cache import fetch_latents, is_valid, store_latents
 from tasks.training.data.latents import tokenize_prompts
 from tasks.training.data.preprocessing import CropFlip, preprocess_image
 from tests.support.tiny import describe_image, make_spec, train_here
@@ -27,7 +27,7 @@ SQUARE = Size(32, 32)
 
 def test_cached_latents_equal_uncached_ones(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder, flip_probability=0.5)
-    model = open_model(spec.diffusion)
+    model = load_model(spec.diffusion)
     [batch] = BatchFactory(model, spec).make([0, 1], CPU)
     items = rng.choose_items(3, seed=spec.seed, purpose="instance/item", indices=[0, 1])
     flips = rng.draw_flags(0.5, seed=spec.seed, purpose="instance/flip", indices=[0, 1])
@@ -44,7 +44,7 @@ def test_cached_latents_equal_uncached_ones(tmp_path: Path, tiny_model_folder: P
 
 def test_a_batch_is_instances_then_class_images_with_their_own_prompts(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder)
-    model = open_model(spec.diffusion)
+    model = load_model(spec.diffusion)
     [batch] = BatchFactory(model, spec).make([0, 1], CPU)
     expected = model.tokenize(["a photo of sks fish"] * 2 + ["a photo of a fish"] * 2)
     assert torch.equal(batch.input_ids, expected)
@@ -52,13 +52,13 @@ def test_a_batch_is_instances_then_class_images_with_their_own_prompts(tmp_path:
     assert not torch.equal(batch.noise[:2], batch.noise[2:])
 
 
-def test_a_caption_that_is_too_long_is_cut_at_a_phrase(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_an_overlong_caption_is_truncated_at_a_phrase_boundary(tmp_path: Path, tiny_model_folder: Path) -> None:
     long = "a photo of sks fish in the snow, " + "on the beach " * 12 + ", at night"
     spec = make_spec(tmp_path, tiny_model_folder, max_train_steps=1)
     first = spec.instance_images[0].model_copy(update={"prompt": long})
     spec = spec.model_copy(update={"instance_images": (first, *spec.instance_images[1:])})
-    model = open_model(spec.diffusion)
-    assert model.shorten(long) == {"text_encoder": "a photo of sks fish in the snow"}
+    model = load_model(spec.diffusion)
+    assert model.truncate_prompts(long) == {"text_encoder": "a photo of sks fish in the snow"}
     [ids] = tokenize_prompts(model, (first,))
     assert torch.equal(ids, model.tokenize(["a photo of sks fish in the snow"])[0])
     run = train_here(tmp_path, tiny_model_folder, spec=spec)
@@ -67,7 +67,9 @@ def test_a_caption_that_is_too_long_is_cut_at_a_phrase(tmp_path: Path, tiny_mode
 
 
 @pytest.mark.parametrize(("family", "t5"), [("stable_diffusion_3", "text_encoder_3"), ("flux", "text_encoder_2")])
-def test_a_caption_is_cut_for_the_encoders_that_read_fewer_tokens_alone(tmp_path: Path, family: str, t5: str) -> None:
+def test_a_caption_is_truncated_only_for_text_encoders_with_a_shorter_context(
+    tmp_path: Path, family: str, t5: str
+) -> None:
     folder = MAKERS[family](tmp_path / "base" / "model")
     spec = make_spec(tmp_path, folder, max_train_steps=1, method="lora")
     spec = spec.model_copy(update={"diffusion": spec.diffusion.model_copy(update={"family": family})})
@@ -77,7 +79,7 @@ def test_a_caption_is_cut_for_the_encoders_that_read_fewer_tokens_alone(tmp_path
     words = model.tokenizers[t5](long).input_ids
     assert 140 < len(words) < model.max_length(t5)
     assert ids[: len(words)].tolist() == words
-    given = model.shorten(long)
+    given = model.truncate_prompts(long)
     assert given[t5] == long
     assert len(model.tokenizers["text_encoder"](given["text_encoder"]).input_ids) <= 77
     assert long.startswith(given["text_encoder"])
@@ -90,7 +92,7 @@ def test_a_caption_is_cut_for_the_encoders_that_read_fewer_tokens_alone(tmp_path
     assert notes[0].startswith("text_encoder reads 77 tokens of a caption")
 
 
-def test_the_original_size_is_the_photos_and_not_that_of_its_smaller_copy(tmp_path: Path) -> None:
+def test_time_ids_hold_the_original_photo_size_not_the_downscaled_one(tmp_path: Path) -> None:
     folder = MAKERS["stable_diffusion_xl"](tmp_path / "base" / "model")
     spec = make_spec(tmp_path, folder)
     diffusion = spec.diffusion.model_copy(update={"family": "stable_diffusion_xl"})
@@ -106,7 +108,7 @@ def test_the_original_size_is_the_photos_and_not_that_of_its_smaller_copy(tmp_pa
     assert told.fingerprint() != untold.fingerprint()
 
 
-def test_two_ranks_see_what_one_would(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_two_ranks_together_get_the_sample_indices_of_one_rank(tmp_path: Path, tiny_model_folder: Path) -> None:
     one = make_spec(tmp_path, tiny_model_folder, train_batch_size=4)
     two = make_spec(tmp_path, tiny_model_folder, train_batch_size=2)
     whole = torch.stack(list(islice(SampleIndices(one, start_step=0, rank=0, world_size=1), 5)))
@@ -114,14 +116,14 @@ def test_two_ranks_see_what_one_would(tmp_path: Path, tiny_model_folder: Path) -
     assert torch.equal(whole, torch.cat(ranks, 1))
 
 
-def test_resuming_continues_the_count(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_resuming_continues_the_sample_indices(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder, gradient_accumulation_steps=3)
     whole = torch.stack(list(islice(SampleIndices(spec, start_step=0, rank=0, world_size=1), 12)))
     rest = torch.stack(list(islice(SampleIndices(spec, start_step=2, rank=0, world_size=1), 6)))
     assert torch.equal(whole[6:], rest)
 
 
-def test_aspect_is_kept(tmp_path: Path) -> None:
+def test_preprocessing_keeps_the_aspect_ratio(tmp_path: Path) -> None:
     wide = Image.new("RGB", (96, 32), (255, 0, 0))
     wide.paste((0, 0, 255), (32, 0, 64, 32))
     wide.save(tmp_path / "wide.png")
@@ -137,14 +139,14 @@ def test_a_photo_that_changed_after_qc_is_refused(tmp_path: Path, tiny_model_fol
     spec = make_spec(tmp_path, tiny_model_folder)
     Path(spec.instance_images[1].path).write_bytes(Path(spec.instance_images[0].path).read_bytes())
     with pytest.raises(ArtifactCorrupt, match="changed after it was checked"):
-        BatchFactory(open_model(spec.diffusion), spec)
+        BatchFactory(load_model(spec.diffusion), spec)
 
 
-def test_latents_are_encoded_once_for_all_runs(
+def test_latents_are_encoded_once_and_shared_by_all_runs(
     tmp_path: Path, tiny_model_folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = make_spec(tmp_path / "first", tiny_model_folder)
-    model = open_model(spec.diffusion)
+    model = load_model(spec.diffusion)
     [first] = BatchFactory(model, spec).make([0, 1, 2], CPU)
     store_latents(store, spec)
     again = spec.model_copy(update={"latent_folder": str(tmp_path / "elsewhere"), "seed": spec.seed})
@@ -157,23 +159,25 @@ def test_latents_are_encoded_once_for_all_runs(
         BatchFactory(model, changed)
 
 
-def test_damaged_latents_of_the_store_are_not_used(tmp_path: Path, tiny_model_folder: Path, store: LocalStore) -> None:
+def test_damaged_latents_in_the_store_are_encoded_again(
+    tmp_path: Path, tiny_model_folder: Path, store: LocalStore
+) -> None:
     spec = make_spec(tmp_path / "first", tiny_model_folder)
-    BatchFactory(open_model(spec.diffusion), spec)
+    BatchFactory(load_model(spec.diffusion), spec)
     store_latents(store, spec)
     name = spec.latents_path("instance", SQUARE).name
     store.put_bytes(f"latents/{name}", b"x" * spec.latents_path("instance", SQUARE).stat().st_size)
     again = spec.model_copy(update={"latent_folder": str(tmp_path / "elsewhere")})
     fetch_latents(store, again)
-    assert not is_whole(again.latents_path("instance", SQUARE))
-    assert is_whole(again.latents_path("class", SQUARE))
-    BatchFactory(open_model(spec.diffusion), again)
+    assert not is_valid(again.latents_path("instance", SQUARE))
+    assert is_valid(again.latents_path("class", SQUARE))
+    BatchFactory(load_model(spec.diffusion), again)
     assert again.latents_path("instance", SQUARE).read_bytes() == spec.latents_path("instance", SQUARE).read_bytes()
     store_latents(store, again)
     assert store.find_bytes(f"latents/{name}") == spec.latents_path("instance", SQUARE).read_bytes()
 
 
-def test_other_crops_or_photos_are_other_latents(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_crop_and_flip_settings_change_the_latent_cache_path(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder)
     crops, flips, rate = (
         spec.model_copy(update={"training": spec.training.model_copy(update=change)})
@@ -184,7 +188,7 @@ def test_other_crops_or_photos_are_other_latents(tmp_path: Path, tiny_model_fold
     assert rate.latents_path("instance", SQUARE) == spec.latents_path("instance", SQUARE)
 
 
-def test_a_crop_lies_around_what_the_inspector_boxed(tmp_path: Path) -> None:
+def test_a_crop_is_centered_on_the_box_of_the_inspection(tmp_path: Path) -> None:
     Image.new("RGB", (96, 32), "red").save(tmp_path / "photo.png")
     plain = describe_image(tmp_path / "photo.png")
     boxed = plain.model_copy(update={"focus": (0.25, 0.5)})
@@ -192,7 +196,7 @@ def test_a_crop_lies_around_what_the_inspector_boxed(tmp_path: Path) -> None:
     assert preprocess_image(boxed, size=SQUARE).time_ids[2:4] == [0, 8]
 
 
-def test_a_crop_lies_around_a_cut_out_subject(tmp_path: Path) -> None:
+def test_a_crop_is_centered_on_the_subject_mask(tmp_path: Path) -> None:
     Image.new("RGB", (96, 32), "red").save(tmp_path / "photo.png")
     mask = Image.new("L", (96, 32), 0)
     mask.paste(255, (70, 8, 90, 24))

@@ -11,8 +11,8 @@ from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from conf.schema import RunConfig
 from tasks.diffusion.adapter import DiffusionModel
-from tasks.diffusion.hub import find_description
-from tasks.diffusion.registry import open_model
+from tasks.diffusion.hub import find_config_folder
+from tasks.diffusion.registry import load_model
 from tasks.training.data.batches import BatchFactory, StepBatch
 from tasks.training.data.datamodule import DreamBoothDataModule
 from tasks.training.memory.estimate import build_meta_model, estimate_memory, estimate_methods
@@ -53,7 +53,7 @@ def measure_kept(module: DreamBoothModule, batches: BatchFactory) -> int:
 def test_the_estimate_agrees_with_a_real_forward(tmp_path: Path, family: str, method: str) -> None:
     folder = MAKERS[family](tmp_path / "base" / "model")
     spec = family_spec(tmp_path, folder, family=family, method=method, train_batch_size=2)
-    model = open_model(spec.diffusion)
+    model = load_model(spec.diffusion)
     assert isinstance(model, DiffusionModel)
     module = DreamBoothModule(model, spec)
     batches = DreamBoothDataModule(model, spec).make_batches()
@@ -63,7 +63,7 @@ def test_the_estimate_agrees_with_a_real_forward(tmp_path: Path, family: str, me
     assert predicted.activations == pytest.approx(measure_kept(module, batches), rel=0.25)
 
 
-def test_less_is_predicted_for_what_takes_less(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_memory_saving_options_lower_the_estimate(tmp_path: Path, tiny_model_folder: Path) -> None:
     def total(**changes: object) -> MemoryEstimate:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
@@ -97,14 +97,14 @@ def preset_config(name: str, *words: str) -> RunConfig:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_shipped_architectures_have_the_published_numbers_of_parameters(name: str) -> None:
+def test_shipped_architectures_have_the_published_parameter_counts(name: str) -> None:
     config = preset_config(name).diffusion
-    parts = build_meta_model(find_description(config), config).components
+    parts = build_meta_model(find_config_folder(config), config).components
     assert {part: sum(p.numel() for p in parts[part].parameters()) for part in PARAMETERS[name]} == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_answered_from_the_table_and_other_settings_are_not(name: str) -> None:
+def test_presets_are_looked_up_in_the_table_and_other_settings_are_not(name: str) -> None:
     config = preset_config(name)
     found = look_up(config.diffusion, config.training, METHODS)
     assert found is not None
@@ -123,9 +123,9 @@ def test_every_preset_is_answered_from_the_table_and_other_settings_are_not(name
         ("flux-dev", ("lora",), ("training.ema_decay=0.9",)),
     ],
 )
-def test_the_table_is_what_would_be_computed(name: str, methods: tuple[str, ...], words: tuple[str, ...]) -> None:
+def test_the_table_matches_the_computed_estimate(name: str, methods: tuple[str, ...], words: tuple[str, ...]) -> None:
     config = preset_config(name, *words)
-    found = estimate_methods(find_description(config.diffusion), config.diffusion, config.training, methods=methods)
+    found = estimate_methods(find_config_folder(config.diffusion), config.diffusion, config.training, methods=methods)
     known = look_up(config.diffusion, config.training, methods)
     assert known is not None
     for method in methods:
@@ -134,7 +134,7 @@ def test_the_table_is_what_would_be_computed(name: str, methods: tuple[str, ...]
         assert replace(known[method], activations=0) == replace(found[method], activations=0)
 
 
-def test_a_model_built_once_gives_each_method_what_one_of_its_own_does(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_estimating_methods_together_equals_estimating_them_separately(tiny_model_folder: Path, tmp_path: Path) -> None:
     spec = family_spec(tmp_path, tiny_model_folder, family="stable_diffusion")
     together = estimate_methods(tiny_model_folder, spec.diffusion, spec.training, methods=METHODS)
     for method in METHODS:
@@ -142,7 +142,7 @@ def test_a_model_built_once_gives_each_method_what_one_of_its_own_does(tiny_mode
         assert together[method] == estimate_memory(tiny_model_folder, spec.diffusion, training)
 
 
-def test_the_smallest_card_that_fits_is_named() -> None:
+def test_the_smallest_gpu_that_fits_is_found() -> None:
     def card(gib: float) -> int | None:
         return MemoryEstimate(int(gib * 2**30), 0, 0, 0, 0, 0, 0).find_smallest_gpu()
 

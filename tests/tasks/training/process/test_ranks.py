@@ -61,7 +61,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path)
     return spec, train(spec)
 
 
-def test_two_ranks_do_what_one_does_up_to_the_order_of_sums(
+def test_data_parallel_training_matches_one_rank_up_to_summation_order(
     tmp_path: Path, tiny_model_folder: Path, two_ranks: tuple[TrainingSpec, RunFolder]
 ) -> None:
     one = train(spec_of(tmp_path, tiny_model_folder, ranks=1))
@@ -81,7 +81,7 @@ def left_behind(folder: Path) -> list[psutil.Process]:
     [("raise:5:1", "ValueError on rank 1: planned fault"), ("forward:5:1", "killed or ended|Connection")],
     ids=["raised", "killed"],
 )
-def test_two_ranks_of_which_one_failed_leave_nothing_and_end_bit_equal(
+def test_a_failed_rank_terminates_all_ranks_and_resume_is_bit_identical(
     tmp_path: Path,
     two_ranks: tuple[TrainingSpec, RunFolder],
     monkeypatch: pytest.MonkeyPatch,
@@ -105,7 +105,7 @@ def test_two_ranks_of_which_one_failed_leave_nothing_and_end_bit_equal(
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(whole).items())
 
 
-def test_sharded_ranks_do_the_same_and_resume_bit_equal(
+def test_fsdp_training_matches_data_parallel_and_resumes_bit_identically(
     tmp_path: Path,
     tiny_model_folder: Path,
     two_ranks: tuple[TrainingSpec, RunFolder],
@@ -136,20 +136,20 @@ def test_sharded_ranks_do_the_same_and_resume_bit_equal(
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(whole).items())
 
 
-def test_no_rank_outlives_one_that_stands_still(
+def test_a_stalled_rank_terminates_all_ranks(
     tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = spec_of(tmp_path, tiny_model_folder, ranks=2)
     patient = spec.training.model_copy(update={"stall_seconds": 20.0})
     monkeypatch.setattr(supervisor, "WORKER_MODULE", "tests.support.faulty_worker")
     monkeypatch.setenv("LIKENESS_TEST_FAULT", "stop:2:1")
-    with pytest.raises(TrainingFailed, match=r"rank \d did no forward for 20 s after step"):
+    with pytest.raises(TrainingFailed, match=r"rank \d ran no forward pass for 20 s after step"):
         run_worker(spec.model_copy(update={"training": patient}), on_event=lambda event: None)
     assert not RunFolder(spec.path).result.exists()
     assert left_behind(tmp_path) == []
 
 
-def test_two_machines_do_what_two_ranks_of_one_do(
+def test_two_nodes_train_bit_identically_to_two_ranks_of_one_node(
     tmp_path: Path, two_ranks: tuple[TrainingSpec, RunFolder], free_port: int
 ) -> None:
     spec, whole = two_ranks

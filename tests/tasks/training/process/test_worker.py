@@ -69,7 +69,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: P
     return spec, RunFolder(spec.path)
 
 
-def test_a_run_that_is_killed_again_and_again_ends_bit_equal(
+def test_a_repeatedly_killed_run_ends_bit_identical(
     tmp_path: Path, uninterrupted: tuple[TrainingSpec, RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, whole = uninterrupted
@@ -108,7 +108,7 @@ def test_a_finished_run_is_not_trained_again(uninterrupted: tuple[TrainingSpec, 
     assert events == []
 
 
-def test_an_interrupt_saves_and_the_next_run_goes_on(
+def test_an_interrupt_saves_a_checkpoint_and_the_next_run_resumes(
     tmp_path: Path, uninterrupted: tuple[TrainingSpec, RunFolder]
 ) -> None:
     spec, whole = uninterrupted
@@ -126,7 +126,7 @@ def test_an_interrupt_saves_and_the_next_run_goes_on(
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(whole).items())
 
 
-def test_a_worker_that_fails_names_step_and_log(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_a_failing_worker_reports_its_step_and_log_file(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder)
     Path(spec.instance_images[0].path).write_bytes(b"changed")
     with pytest.raises(TrainingFailed, match=r"step 0: .*ArtifactCorrupt.*changed after it was checked.*worker.log"):
@@ -151,11 +151,13 @@ def test_a_second_run_on_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_is_reported_by_its_signal() -> None:
-    assert describe_exit(-9) == "the worker was killed by SIGKILL, as the system does when memory runs out"
-    assert describe_exit(1) == "the worker ended with exit code 1 before it could report why"
+    assert describe_exit(-9) == "the worker was killed by SIGKILL, probably by the OOM killer"
+    assert describe_exit(1) == "the worker exited with code 1 without a failure report"
 
 
-def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path, tiny_model_folder: Path, in_process: InProcess) -> None:
+def test_a_step_with_a_non_finite_loss_is_skipped(
+    tmp_path: Path, tiny_model_folder: Path, in_process: InProcess
+) -> None:
     spec = make_spec(tmp_path, tiny_model_folder, max_train_steps=4)
     run = in_process(spec, spoil={2})
     rows = [json.loads(line) for line in run.losses.read_text().splitlines()]
@@ -163,7 +165,7 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path, tiny_model_folder
     assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
 
 
-def test_too_many_steps_that_are_not_finite_stop_training_with_their_samples(
+def test_too_many_non_finite_steps_stop_training_and_name_their_samples(
     tmp_path: Path, tiny_model_folder: Path, in_process: InProcess
 ) -> None:
     spec = make_spec(tmp_path, tiny_model_folder, max_train_steps=8, max_skipped_steps=1)
@@ -172,7 +174,7 @@ def test_too_many_steps_that_are_not_finite_stop_training_with_their_samples(
     assert not RunFolder(spec.path).result.exists()
 
 
-def test_out_of_memory_halves_the_images_at_a_time_and_keeps_the_samples(
+def test_out_of_memory_halves_the_micro_batch_size_and_keeps_the_samples(
     tmp_path: Path, tiny_model_folder: Path, in_process: InProcess
 ) -> None:
     whole = in_process(make_spec(tmp_path / "whole", tiny_model_folder, train_batch_size=4, max_train_steps=3))

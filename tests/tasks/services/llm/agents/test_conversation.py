@@ -21,7 +21,7 @@ def talk(server: ScriptedServer, folder: Path, tools: tuple[Tool, ...] = (), **c
     return Conversation(make_llm(server, folder, **changes), "reviewer", "be brief", tools)
 
 
-def test_a_reply_streams_and_is_booked_with_its_usage(tmp_path: Path) -> None:
+def test_a_streamed_reply_is_recorded_in_the_ledger_with_its_usage(tmp_path: Path) -> None:
     shown: list[str] = []
     with scripted_server() as server:
         server.script(say("Hel", "lo"))
@@ -33,7 +33,7 @@ def test_a_reply_streams_and_is_booked_with_its_usage(tmp_path: Path) -> None:
     assert server.bodies[0]["stream_options"] == {"include_usage": True}
 
 
-def test_what_was_said_before_goes_along(tmp_path: Path) -> None:
+def test_previous_turns_are_sent_with_each_request(tmp_path: Path) -> None:
     with scripted_server() as server:
         server.script(say("one"), say("two"))
         talked = talk(server, tmp_path)
@@ -44,7 +44,7 @@ def test_what_was_said_before_goes_along(tmp_path: Path) -> None:
     assert History.model_validate_json(talked.history.model_dump_json()) == talked.history
 
 
-def test_a_tool_that_is_called_in_pieces_is_run_and_its_result_told(tmp_path: Path) -> None:
+def test_a_streamed_tool_call_is_executed_and_its_result_sent_to_the_model(tmp_path: Path) -> None:
     asked: list[str] = []
 
     def shout(wanted: Word) -> ToolResult:
@@ -60,7 +60,7 @@ def test_a_tool_that_is_called_in_pieces_is_run_and_its_result_told(tmp_path: Pa
     assert [message["role"] for message in talked.history.turns[0]] == ["user", "assistant", "tool", "assistant"]
 
 
-def test_an_interrupt_ends_the_reply_and_leaves_the_history_alone(tmp_path: Path) -> None:
+def test_an_interrupt_cancels_the_reply_and_leaves_the_history_unchanged(tmp_path: Path) -> None:
     def interrupt(piece: str) -> None:
         raise KeyboardInterrupt
 
@@ -74,7 +74,7 @@ def test_an_interrupt_ends_the_reply_and_leaves_the_history_alone(tmp_path: Path
         assert talked.say("hi", on_text=lambda piece: None) == "again"
 
 
-def test_a_reply_that_breaks_off_is_no_reply_and_is_not_asked_for_again_by_itself(tmp_path: Path) -> None:
+def test_a_truncated_stream_raises_and_is_not_retried(tmp_path: Path) -> None:
     with scripted_server() as server:
         server.script(stream({"content": "Hel"}, reason=None))
         talked = talk(server, tmp_path)
@@ -84,7 +84,7 @@ def test_a_reply_that_breaks_off_is_no_reply_and_is_not_asked_for_again_by_itsel
     assert talked.history.turns == []
 
 
-def test_a_stream_that_is_no_json_is_the_service_being_unavailable(tmp_path: Path) -> None:
+def test_a_stream_of_invalid_json_raises_service_unavailable(tmp_path: Path) -> None:
     with scripted_server() as server:
         server.script((200, EVENTS, b"data: {malformed\n\n"))
         with pytest.raises(ServiceUnavailable, match="not a stream of JSON"):
@@ -92,7 +92,9 @@ def test_a_stream_that_is_no_json_is_the_service_being_unavailable(tmp_path: Pat
 
 
 @pytest.mark.parametrize("data", [b"\n" * 20_000, b"data: " + b"x" * 20_000], ids=["empty lines", "one endless line"])
-def test_a_stream_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+def test_a_stream_over_the_byte_limit_raises_service_unavailable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
     monkeypatch.setattr("tasks.services.llm.chat.transport.MAX_BYTES", 10_000)
     with scripted_server() as server:
         server.script((200, EVENTS, data))
@@ -100,8 +102,8 @@ def test_a_stream_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
             talk(server, tmp_path).say("hi", on_text=lambda piece: None)
 
 
-def test_what_no_longer_fits_the_context_is_summed_up(tmp_path: Path) -> None:
-    small = CapabilityConfig(structure="json_schema", context_tokens=2000)
+def test_turns_beyond_the_context_window_are_summarized(tmp_path: Path) -> None:
+    small = CapabilityConfig(response_format="json_schema", context_tokens=2000)
     with scripted_server() as server:
         plain = (200, {}, json.dumps(completion("They agreed on blue.")).encode())
         server.script(*[say("fine")] * 6, plain, say("still here"))
@@ -115,8 +117,8 @@ def test_what_no_longer_fits_the_context_is_summed_up(tmp_path: Path) -> None:
     assert messages[-1]["content"] == LAST
 
 
-def test_without_a_summary_old_turns_are_left_out(tmp_path: Path) -> None:
-    small = CapabilityConfig(structure="json_schema", context_tokens=2000)
+def test_old_turns_are_dropped_if_summarizing_fails(tmp_path: Path) -> None:
+    small = CapabilityConfig(response_format="json_schema", context_tokens=2000)
     with scripted_server() as server:
         server.script(*[say("fine")] * 6, (500, {}, b"{}"), (500, {}, b"{}"), (500, {}, b"{}"), say("still here"))
         talked = talk(server, tmp_path, capabilities=small)
@@ -126,11 +128,11 @@ def test_without_a_summary_old_turns_are_left_out(tmp_path: Path) -> None:
     assert talked.history.summary == ""
 
 
-def test_a_server_that_does_not_stream_is_talked_to_all_the_same(tmp_path: Path) -> None:
+def test_a_server_without_streaming_gets_plain_requests(tmp_path: Path) -> None:
     shown: list[str] = []
     with scripted_server() as server:
         server.script("Hello")
-        plain = CapabilityConfig(structure="json_schema", streaming=False)
+        plain = CapabilityConfig(response_format="json_schema", streaming=False)
         assert talk(server, tmp_path, capabilities=plain).say("hi", on_text=shown.append) == "Hello"
     assert shown == ["Hello"]
     assert "stream" not in server.bodies[0]

@@ -45,12 +45,12 @@ def responded(content: str, *, status: str = "completed") -> tuple[int, dict[str
 
 
 def searching(server: ScriptedServer, folder: Path, kind: str) -> Any:
-    able = CapabilityConfig(structure="json_schema", web_search=kind)  # type: ignore[arg-type]
+    able = CapabilityConfig(response_format="json_schema", web_search=kind)  # type: ignore[arg-type]
     prices = {"input": 1.0, "output": 10.0, "date": "2026-11-22"}
     return make_llm(server, folder, capabilities=able, prices=prices)
 
 
-def test_names_are_looked_up_by_responses_once_and_the_pages_kept(tmp_path: Path) -> None:
+def test_names_are_looked_up_once_by_the_responses_api_and_sources_recorded(tmp_path: Path) -> None:
     with scripted_server() as server:
         server.script(responded(json.dumps(FINDING)))
         llm = searching(server, tmp_path, "responses")
@@ -68,7 +68,7 @@ def test_names_are_looked_up_by_responses_once_and_the_pages_kept(tmp_path: Path
     assert llm.ledger.sum_cost() == pytest.approx((900 + 600) / 1e6)
 
 
-def test_openrouter_searches_by_its_server_tool(tmp_path: Path) -> None:
+def test_openrouter_requests_use_its_web_search_server_tool(tmp_path: Path) -> None:
     whole = completion(json.dumps({**FINDING, "class_noun": "cup", "is_identifier_known": False}))
     whole["choices"][0]["message"]["annotations"] = [{"type": "url_citation", "url_citation": {"url": NOTE["url"]}}]
     with scripted_server() as server:
@@ -79,20 +79,20 @@ def test_openrouter_searches_by_its_server_tool(tmp_path: Path) -> None:
     assert server.bodies[0]["tools"] == [tool]
 
 
-def test_a_reply_that_is_cut_off_or_does_not_fit_stops_nothing(tmp_path: Path) -> None:
+def test_a_truncated_web_search_reply_does_not_stop_the_run(tmp_path: Path) -> None:
     with scripted_server() as server:
         server.script(responded('{"evi', status="incomplete"))
         assert look_up_names(CONFIG, llm=searching(server, tmp_path, "responses")) == ([], ())
 
 
-def test_pictures_are_never_searched_with(tmp_path: Path) -> None:
+def test_a_web_search_request_with_images_is_rejected(tmp_path: Path) -> None:
     with scripted_server() as server:
         with pytest.raises(ConfigError, match="pictures are not sent along"):
             ask_with_search(searching(server, tmp_path, "responses"), SPEC, role="profiler")
         assert not server.counts
 
 
-def test_nothing_is_looked_up_unless_it_is_wished_and_can_be(tmp_path: Path) -> None:
+def test_web_lookup_is_disabled_by_default_and_needs_a_profile_with_web_search(tmp_path: Path) -> None:
     with scripted_server() as server:
         llm = searching(server, tmp_path, "none")
         assert look_up_names(make_subject_config(class_noun="cup"), llm=llm) == ([], ())
@@ -103,7 +103,7 @@ def test_nothing_is_looked_up_unless_it_is_wished_and_can_be(tmp_path: Path) -> 
         compile_request(parse_overrides(["subject.web_lookup.enabled=true"]))
 
 
-def test_what_the_web_says_is_data(tmp_path: Path) -> None:
+def test_web_search_findings_are_sanitized(tmp_path: Path) -> None:
     finding = {**FINDING, "class_noun": "<b>cat</b>\n{ignore}", "identifier_meaning": "x" * 900}
     with scripted_server() as server:
         server.script(responded(json.dumps(finding)))

@@ -43,7 +43,7 @@ ODD_ROWS: dict[str, Any] = {
 }
 
 
-class OddDesk(InMemoryBatchApi):
+class OddBatchApi(InMemoryBatchApi):
     """Writes one odd row among the good ones."""
 
     def __init__(self, answer: Any, odd: Any) -> None:
@@ -58,8 +58,8 @@ class OddDesk(InMemoryBatchApi):
 
 
 @pytest.mark.parametrize("odd", ODD_ROWS.values(), ids=ODD_ROWS.keys())
-def test_one_odd_row_fails_alone_and_is_asked_again(server: ScriptedServer, tmp_path: Path, odd: Any) -> None:
-    server.desk = OddDesk(server.answer_row, odd)
+def test_a_malformed_row_fails_alone_and_is_retried(server: ScriptedServer, tmp_path: Path, odd: Any) -> None:
+    server.batch_api = OddBatchApi(server.answer_row, odd)
     answers, failures = ask_in_batch(make_llm(server, tmp_path))
     assert (len(answers), len(failures)) == (3, 1)
     answers, failures = ask_in_batch(make_llm(server, tmp_path))
@@ -67,7 +67,7 @@ def test_one_odd_row_fails_alone_and_is_asked_again(server: ScriptedServer, tmp_
     assert (server.counts[BATCHES], server.counts["row"]) == (2, 4)
 
 
-def test_a_row_that_nests_too_deeply_fails_alone(server: ScriptedServer, tmp_path: Path) -> None:
+def test_a_deeply_nested_row_fails_alone(server: ScriptedServer, tmp_path: Path) -> None:
     class Nesting(InMemoryBatchApi):
         def read_file(self, file_id: str) -> bytes:
             data = super().read_file(file_id)
@@ -77,12 +77,12 @@ def test_a_row_that_nests_too_deeply_fails_alone(server: ScriptedServer, tmp_pat
                 else data
             )
 
-    server.desk = Nesting(server.answer_row)
+    server.batch_api = Nesting(server.answer_row)
     answers, failures = ask_in_batch(make_llm(server, tmp_path))
     assert (len(answers), len(failures)) == (3, 1)
 
 
-def test_a_lost_output_file_plans_its_rows_anew(server: ScriptedServer, tmp_path: Path) -> None:
+def test_the_rows_of_a_lost_output_file_are_submitted_again(server: ScriptedServer, tmp_path: Path) -> None:
     class Forgetful(InMemoryBatchApi):
         """Answers 404 for the first job's output file."""
 
@@ -93,7 +93,7 @@ def test_a_lost_output_file_plans_its_rows_anew(server: ScriptedServer, tmp_path
                 del self.files[file_id]
             return super().read_file(file_id)
 
-    server.desk = Forgetful(server.answer_row)
+    server.batch_api = Forgetful(server.answer_row)
     budget = {"prices": PRICES}
     llm = make_llm(server, tmp_path, **budget)
     answers, failures = ask_in_batch(llm)
@@ -109,16 +109,16 @@ class OddStatus(InMemoryBatchApi):
 
     status: Any = None
 
-    def show(self, batch_id: str) -> dict[str, Any]:
-        return {**super().show(batch_id), "status": self.status}
+    def retrieve(self, batch_id: str) -> dict[str, Any]:
+        return {**super().retrieve(batch_id), "status": self.status}
 
 
 @pytest.mark.parametrize("status", [None, "paused", 7, ["completed"], ""])
-def test_an_unknown_status_waits_and_is_given_up_at_the_deadline(
+def test_a_job_of_unknown_status_is_polled_until_its_deadline(
     server: ScriptedServer, tmp_path: Path, status: Any
 ) -> None:
-    server.desk = OddStatus(server.answer_row)
-    server.desk.status = status
+    server.batch_api = OddStatus(server.answer_row)
+    server.batch_api.status = status
     with pytest.raises(StillPending):
         ask_in_batch(make_llm(server, tmp_path), max_wait_seconds=0.1)
     answers, failures = ask_in_batch(make_llm(server, tmp_path), deadline_seconds=0.05)
@@ -127,39 +127,41 @@ def test_an_unknown_status_waits_and_is_given_up_at_the_deadline(
 
 
 @pytest.mark.parametrize("shown", [None, [], "batch", {"id": 7}, {"request_counts": "many", "errors": {"data": ["x"]}}])
-def test_a_job_of_odd_shape_waits_and_is_not_a_traceback(server: ScriptedServer, tmp_path: Path, shown: Any) -> None:
+def test_a_malformed_job_object_raises_service_unavailable_and_can_be_resumed(
+    server: ScriptedServer, tmp_path: Path, shown: Any
+) -> None:
     class Odd(InMemoryBatchApi):
-        def show(self, batch_id: str) -> Any:
+        def retrieve(self, batch_id: str) -> Any:
             return shown
 
-    server.desk = Odd(server.answer_row)
+    server.batch_api = Odd(server.answer_row)
     with pytest.raises(ServiceUnavailable):
         ask_in_batch(make_llm(server, tmp_path), max_wait_seconds=0.1)
-    server.desk.__class__ = InMemoryBatchApi  # type: ignore[assignment]
+    server.batch_api.__class__ = InMemoryBatchApi  # type: ignore[assignment]
     answers, failures = ask_in_batch(make_llm(server, tmp_path))
     assert (len(answers), failures) == (4, {})
 
 
 @pytest.mark.parametrize("listed", [[None], ["x"], [{"id": 3}], "none"])
-def test_a_list_of_odd_jobs_is_read_past(server: ScriptedServer, tmp_path: Path, listed: Any) -> None:
+def test_malformed_entries_of_the_job_list_are_skipped(server: ScriptedServer, tmp_path: Path, listed: Any) -> None:
     class Odd(InMemoryBatchApi):
         def list_batches(self) -> Any:
             return listed
 
-    server.desk = Odd(server.answer_row)
+    server.batch_api = Odd(server.answer_row)
     answers, _ = ask_in_batch(make_llm(server, tmp_path))
     assert len(answers) == 4
 
 
-def test_an_input_file_that_expired_before_the_job_was_made_is_uploaded_again(
+def test_an_input_file_that_expired_before_job_creation_is_uploaded_again(
     server: ScriptedServer, tmp_path: Path
 ) -> None:
     llm = make_llm(server, tmp_path)
     cut_after(llm, 2)  # uploaded, no job yet
     with pytest.raises(Cut):
         ask_in_batch(llm)
-    server.desk.contents.clear()
-    server.desk.files.clear()
+    server.batch_api.contents.clear()
+    server.batch_api.files.clear()
     answers, _ = ask_in_batch(make_llm(server, tmp_path))
     assert len(answers) == 4
 
@@ -167,7 +169,7 @@ def test_an_input_file_that_expired_before_the_job_was_made_is_uploaded_again(
 LIMIT = "Enqueued token limit reached for asked-model in organization org-x. Limit: 2,000 enqueued tokens."
 
 
-class LimitedDesk(InMemoryBatchApi):
+class LimitedBatchApi(InMemoryBatchApi):
     """Fails jobs of more than so many rows, as OpenAI does beyond its ceiling of enqueued tokens."""
 
     most = 1
@@ -183,34 +185,36 @@ class LimitedDesk(InMemoryBatchApi):
 def test_a_job_beyond_the_enqueued_token_limit_is_split(
     server: ScriptedServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server.desk = LimitedDesk(server.answer_row)
+    server.batch_api = LimitedBatchApi(server.answer_row)
     answers, failures = ask_in_batch(make_llm(server, tmp_path))
     assert (len(answers), failures) == (4, {})
     assert server.counts["row"] == 4
     assert "llm.profiles.p.batch_tokens" in caplog.text
 
 
-def test_a_limit_that_no_part_fits_ends_with_the_setting_named(server: ScriptedServer, tmp_path: Path) -> None:
-    server.desk = LimitedDesk(server.answer_row)
-    server.desk.most = 0
+def test_a_token_limit_below_every_job_raises_an_error_naming_the_setting(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
+    server.batch_api = LimitedBatchApi(server.answer_row)
+    server.batch_api.most = 0
     with pytest.raises(StillPending, match=r"llm\.profiles\.p\.batch_tokens"):
         ask_in_batch(make_llm(server, tmp_path), max_wait_seconds=0.2)
     assert server.counts["row"] == 0
-    server.desk.most = 4
+    server.batch_api.most = 4
     assert len(ask_in_batch(make_llm(server, tmp_path))[0]) == 4
 
 
-def test_two_processes_with_the_same_questions_make_one_job(server: ScriptedServer, tmp_path: Path) -> None:
+def test_concurrent_runs_with_the_same_requests_create_one_job(server: ScriptedServer, tmp_path: Path) -> None:
     outcomes: list[Any] = []
 
     def work() -> None:
         outcomes.append(ask_in_batch(make_llm(server, tmp_path)))
 
-    server.desk.turn.acquire()
+    server.batch_api.turn.acquire()
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
-    threading.Timer(1.0, server.desk.turn.release).start()
+    threading.Timer(1.0, server.batch_api.turn.release).start()
     for thread in threads:
         thread.join()
     assert [(len(answers), failures) for answers, failures in outcomes] == [(4, {})] * 3
@@ -240,7 +244,7 @@ def xai() -> Iterator[XaiServer]:
 
 
 @pytest.mark.parametrize("odd", XAI_ROWS.values(), ids=XAI_ROWS.keys())
-def test_one_odd_row_of_xais_fails_alone_and_is_asked_again(xai: XaiServer, tmp_path: Path, odd: Any) -> None:
+def test_a_malformed_xai_row_fails_alone_and_is_retried(xai: XaiServer, tmp_path: Path, odd: Any) -> None:
     plain = xai.results
 
     def results(batch_id: str, token: int) -> dict[str, Any]:
@@ -259,7 +263,9 @@ def test_one_odd_row_of_xais_fails_alone_and_is_asked_again(xai: XaiServer, tmp_
 
 
 @pytest.mark.parametrize("state", [None, "ready", [1], {"num_requests": "many"}, {"num_requests": -1}])
-def test_odd_counters_of_xais_wait(xai: XaiServer, tmp_path: Path, state: Any) -> None:
+def test_malformed_xai_counters_raise_service_unavailable_and_can_be_resumed(
+    xai: XaiServer, tmp_path: Path, state: Any
+) -> None:
     plain = xai.show
     xai.show = lambda batch_id: {**plain(batch_id), "state": state}  # type: ignore[method-assign]
     with pytest.raises(ServiceUnavailable):
@@ -269,7 +275,7 @@ def test_odd_counters_of_xais_wait(xai: XaiServer, tmp_path: Path, state: Any) -
     assert (len(answers), failures, xai.counts["create"]) == (4, {}, 1)
 
 
-def test_pages_of_xais_without_an_end_are_left(xai: XaiServer, tmp_path: Path) -> None:
+def test_endless_xai_pagination_is_stopped(xai: XaiServer, tmp_path: Path) -> None:
     plain = xai.results
     xai.results = lambda batch_id, token: {**plain(batch_id, token), "pagination_token": "0"}  # type: ignore[method-assign]
     answers, failures = ask_in_batch(make_batching(xai, tmp_path, "xai"))
@@ -291,7 +297,7 @@ with open(target, "w") as out:
 """
 
 
-def test_an_odd_row_of_a_program_fails_alone(tmp_path: Path) -> None:
+def test_a_malformed_row_of_a_batch_command_fails_alone(tmp_path: Path) -> None:
     (tmp_path / "runner.py").write_text(FLIPPED)
     command = (sys.executable, str(tmp_path / "runner.py"), "{input}", "{output}")
     with scripted_server() as server:
@@ -300,7 +306,7 @@ def test_an_odd_row_of_a_program_fails_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("depth", [600, 5_000])
-def test_a_nested_reply_to_our_own_runner_fails_alone(tmp_path: Path, depth: int) -> None:
+def test_a_deeply_nested_reply_to_the_local_batch_runner_fails_alone(tmp_path: Path, depth: int) -> None:
     nested: list[Any] = []
     for _ in range(depth):
         nested = [nested]
@@ -317,7 +323,7 @@ def test_a_nested_reply_to_our_own_runner_fails_alone(tmp_path: Path, depth: int
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
-def test_a_damaged_result_of_our_own_runner_is_asked_again(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_result_of_the_local_batch_runner_is_requested_again(tmp_path: Path, damage: str) -> None:
     class Dying(ScriptedServer):
         def next_answer(self) -> Any:
             if self.counts[CHAT] == 4:

@@ -29,7 +29,7 @@ def put(store: LocalStore, found: Lease) -> None:
     store.put_bytes("llm/leases/job/000001.json", dump_signed(found))
 
 
-def test_a_second_holder_waits_and_then_is_told_who_holds_it(leases: LocalStore) -> None:
+def test_a_second_holder_times_out_with_an_error_naming_the_first(leases: LocalStore) -> None:
     told = pytest.raises(StillPending, match=r"process \d+ on .* runs the same batch job")
     with hold(leases), told, hold(leases):
         pass
@@ -38,7 +38,7 @@ def test_a_second_holder_waits_and_then_is_told_who_holds_it(leases: LocalStore)
     assert list_leases(leases, "job") == []
 
 
-def test_a_killed_holders_lease_is_taken_over_at_once(leases: LocalStore) -> None:
+def test_the_lease_of_a_killed_process_is_taken_over_immediately(leases: LocalStore) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     mine = make_lease("other")
     put(leases, mine.model_copy(update={"pid": child.pid, "process_started": lease.find_start(child.pid)}))
@@ -48,14 +48,14 @@ def test_a_killed_holders_lease_is_taken_over_at_once(leases: LocalStore) -> Non
     assert try_acquire(leases, "job", "me") is not None
 
 
-def test_a_number_that_another_process_has_now_is_no_holder(leases: LocalStore) -> None:
+def test_a_reused_pid_does_not_hold_the_lease(leases: LocalStore) -> None:
     mine = make_lease("other")
     put(leases, mine.model_copy(update={"process_started": mine.process_started - 100}))
     assert try_acquire(leases, "job", "me") is not None
 
 
 @pytest.mark.parametrize(("age", "is_taken"), [(-60.0, False), (1.0, True)])
-def test_a_holder_on_another_host_is_believed_until_its_heartbeat_is_missing(
+def test_a_lease_of_another_host_is_valid_until_its_heartbeat_expires(
     leases: LocalStore, age: float, is_taken: bool
 ) -> None:
     put(leases, make_lease("other").model_copy(update={"host": "elsewhere", "pid": 1, "expires_at": time.time() - age}))
@@ -69,7 +69,7 @@ def test_a_damaged_lease_is_taken_over(leases: LocalStore, damage: object) -> No
     assert try_acquire(leases, "job", "me") is not None
 
 
-def test_of_many_that_take_over_one_gets_it(leases: LocalStore) -> None:
+def test_exactly_one_of_many_concurrent_takeovers_succeeds(leases: LocalStore) -> None:
     put(leases, make_lease("other").model_copy(update={"expires_at": 0.0}))
     got: list[str | None] = []
     barrier = threading.Barrier(8)
@@ -97,7 +97,7 @@ def test_a_holder_renews_its_lease(leases: LocalStore, monkeypatch: pytest.Monke
             time.sleep(0.01)
 
 
-def test_a_lease_that_was_taken_over_is_not_renewed_and_not_given_back(
+def test_a_lease_that_was_taken_over_is_neither_renewed_nor_released(
     leases: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.0)
@@ -111,7 +111,7 @@ def test_a_lease_that_was_taken_over_is_not_renewed_and_not_given_back(
     assert try_acquire(leases, "job", "third") is None
 
 
-def test_a_holder_that_slept_deletes_no_lease_of_another(leases: LocalStore) -> None:
+def test_a_stale_holder_does_not_delete_the_lease_of_another(leases: LocalStore) -> None:
     with hold(leases):
         put(leases, make_lease("other"))
     assert list_leases(leases, "job") == ["llm/leases/job/000001.json"]

@@ -34,7 +34,7 @@ def server() -> Iterator[XaiServer]:
         yield running
 
 
-def test_xais_container_is_filled_and_read_page_by_page(server: XaiServer, tmp_path: Path) -> None:
+def test_an_xai_batch_is_filled_and_its_results_are_read_by_page(server: XaiServer, tmp_path: Path) -> None:
     answers, failures = ask_in_batch(make_batching(server, tmp_path, "xai"))
     assert {name: answer.reply.grade for name, answer in answers.items()} == dict.fromkeys(SPECS, 2)
     assert failures == {}
@@ -45,7 +45,7 @@ def test_xais_container_is_filled_and_read_page_by_page(server: XaiServer, tmp_p
     assert (server.counts["create"], server.counts["row"]) == (1, 4)
 
 
-def test_rows_of_xais_that_are_too_many_for_one_request_go_in_pieces(
+def test_xai_rows_over_the_size_limit_are_added_in_several_requests(
     server: XaiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_xai, "XAI_MAX_BYTES", 1500)
@@ -56,7 +56,7 @@ def test_rows_of_xais_that_are_too_many_for_one_request_go_in_pieces(
 
 
 @pytest.mark.parametrize("number", range(1, 9))
-def test_xais_job_that_was_cut_off_anywhere_is_gone_on_with(server: XaiServer, tmp_path: Path, number: int) -> None:
+def test_an_xai_job_interrupted_at_any_saved_state_resumes(server: XaiServer, tmp_path: Path, number: int) -> None:
     llm = make_batching(server, tmp_path, "xai")
     cut_after(llm, number)
     with pytest.raises(Cut):
@@ -66,7 +66,7 @@ def test_xais_job_that_was_cut_off_anywhere_is_gone_on_with(server: XaiServer, t
     assert (server.counts["create"], server.counts["row"]) == (1, 4)
 
 
-def test_xais_container_that_was_made_but_only_half_filled_is_filled(
+def test_a_partially_filled_xai_batch_is_completed(
     server: XaiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_xai, "XAI_MAX_BYTES", 1)
@@ -85,7 +85,7 @@ def test_xais_container_that_was_made_but_only_half_filled_is_filled(
     assert (server.counts["create"], server.counts["row"]) == (1, 4)
 
 
-def test_xais_rows_that_fail_and_jobs_that_take_long_are_told(server: XaiServer, tmp_path: Path) -> None:
+def test_failed_xai_rows_and_unfinished_xai_jobs_are_reported(server: XaiServer, tmp_path: Path) -> None:
     server.is_busy = True
     with pytest.raises(StillPending, match="batch_0 is still in_progress"):
         ask_in_batch(make_batching(server, tmp_path, "xai"), max_wait_seconds=0.1)
@@ -96,7 +96,7 @@ def test_xais_rows_that_fail_and_jobs_that_take_long_are_told(server: XaiServer,
     assert server.counts["create"] == 1
 
 
-def test_xais_container_that_was_forgotten_is_made_and_filled_anew(server: XaiServer, tmp_path: Path) -> None:
+def test_an_xai_batch_unknown_to_the_provider_is_created_again(server: XaiServer, tmp_path: Path) -> None:
     server.is_busy = True
     with pytest.raises(StillPending):
         ask_in_batch(make_batching(server, tmp_path, "xai"), max_wait_seconds=0.1)
@@ -108,7 +108,7 @@ def test_xais_container_that_was_forgotten_is_made_and_filled_anew(server: XaiSe
     assert (server.counts["create"], server.counts["row"]) == (2, 8)
 
 
-def test_a_program_runs_the_file(tmp_path: Path) -> None:
+def test_a_batch_command_processes_the_input_file(tmp_path: Path) -> None:
     (tmp_path / "runner.py").write_text(RUNNER)
     command = (sys.executable, str(tmp_path / "runner.py"), "{input}", "{output}")
     with scripted_server() as server:
@@ -124,12 +124,14 @@ def test_a_program_runs_the_file(tmp_path: Path) -> None:
         (("no-such-program",), ConfigError, "no-such-program can't be started"),
     ],
 )
-def test_a_program_that_fails_is_named(tmp_path: Path, command: tuple[str, ...], error: Any, message: str) -> None:
+def test_a_failing_batch_command_is_named_in_the_error(
+    tmp_path: Path, command: tuple[str, ...], error: Any, message: str
+) -> None:
     with scripted_server() as server, pytest.raises(error, match=message):
         ask_in_batch(make_batching(server, tmp_path, "file", batch_command=command))
 
 
-def test_our_own_runner_goes_on_after_a_cut_and_asks_no_row_twice(tmp_path: Path) -> None:
+def test_the_local_batch_runner_resumes_and_repeats_no_completed_row(tmp_path: Path) -> None:
     class Dying(ScriptedServer):
         def next_answer(self) -> Any:
             if self.counts[CHAT] == 3:
@@ -177,14 +179,16 @@ def test_rows_whose_response_was_lost_are_not_added_twice(server: XaiServer, tmp
     assert (len(answers), failures, server.counts["row"]) == (4, {}, 4)
 
 
-def test_a_late_job_at_xai_is_cancelled_and_finished_by_calls(server: XaiServer, tmp_path: Path) -> None:
+def test_an_xai_job_past_its_deadline_is_cancelled_and_finished_synchronously(
+    server: XaiServer, tmp_path: Path
+) -> None:
     server.is_busy = True
     answers, failures = ask_in_batch(make_batching(server, tmp_path, "xai"), deadline_seconds=0.01)
     assert (len(answers), failures) == (4, {})
     assert (server.counts["cancel"], server.counts["chat"]) == (1, 2)
 
 
-def test_the_answers_of_one_way_serve_the_others(server: XaiServer, tmp_path: Path) -> None:
+def test_all_batch_protocols_share_one_reply_cache(server: XaiServer, tmp_path: Path) -> None:
     ask_in_batch(make_batching(server, tmp_path, "xai"))
     llm = make_batching(server, tmp_path, "local")
     assert llm.ask(SPECS["s0"], role="judge").reply.grade == 2

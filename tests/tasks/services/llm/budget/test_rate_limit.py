@@ -26,17 +26,17 @@ def begin(num: int, tokens: int, *, requests: int | None = None, per_minute: int
     return times
 
 
-def test_no_minute_holds_more_requests_than_allowed() -> None:
+def test_requests_in_any_minute_stay_within_the_limit() -> None:
     assert begin(5, 10, requests=2) == [0.0, 1.0, 60.0, 61.0, 120.0]
 
 
-def test_no_minute_holds_more_tokens_than_allowed() -> None:
+def test_tokens_in_any_minute_stay_within_the_limit() -> None:
     assert begin(4, 400, per_minute=1000) == [0.0, 1.0, 60.0, 61.0]
 
 
-def test_a_call_over_the_limit_goes_alone() -> None:
+def test_a_request_over_the_token_limit_is_sent_alone() -> None:
     assert begin(2, 5000, per_minute=1000) == [0.0, 60.0]
 
 
-def test_without_limits_nothing_waits() -> None:
+def test_without_limits_no_request_waits() -> None:
     assert begin(3, 10**6) == [0.0, 1.0, 2.0]

@@ -43,7 +43,7 @@ def test_each_attempt_that_may_be_billed_is_reserved(server: ScriptedServer, tmp
 
 
 @pytest.mark.parametrize(("status", "num_kept"), [(400, 0), (401, 0), (403, 0), (404, 0), (429, 0), (500, 1)])
-def test_a_refused_attempt_is_released_and_a_doubtful_one_is_not(
+def test_a_4xx_reply_releases_the_reservation_and_a_5xx_reply_does_not(
     server: ScriptedServer, tmp_path: Path, status: int, num_kept: int
 ) -> None:
     server.script((status, {}, b"{}"))
@@ -52,7 +52,7 @@ def test_a_refused_attempt_is_released_and_a_doubtful_one_is_not(
     assert committed(tmp_path) == pytest.approx(num_kept * ATTEMPT)
 
 
-def test_an_attempt_that_reached_nobody_is_released(tmp_path: Path, free_port: int) -> None:
+def test_a_failed_connection_releases_the_reservation(tmp_path: Path, free_port: int) -> None:
     server = ScriptedServer()
     server.url = f"http://127.0.0.1:{free_port}/v1"
     with pytest.raises(ServiceUnavailable):
@@ -102,7 +102,7 @@ BAD = {name: with_usage(usage) for name, usage in BAD_USAGE.items()} | {
 
 
 @pytest.mark.parametrize("body", BAD.values(), ids=BAD.keys())
-def test_usage_that_can_not_be_counts_as_the_reservation_and_is_flagged(
+def test_impossible_usage_is_charged_at_the_reservation_and_flagged(
     server: ScriptedServer, tmp_path: Path, body: bytes
 ) -> None:
     server.script((200, {}, body))
@@ -114,14 +114,14 @@ def test_usage_that_can_not_be_counts_as_the_reservation_and_is_flagged(
     assert row["usage_fault"]
 
 
-def test_honest_usage_is_not_flagged(server: ScriptedServer, tmp_path: Path) -> None:
+def test_plausible_usage_is_not_flagged(server: ScriptedServer, tmp_path: Path) -> None:
     llm = make_paying(server, tmp_path, cap=10.0)
     ask(llm)
     assert committed(tmp_path) == pytest.approx(20 * 1000 / 1e6)
     assert [row.usage_fault for row in llm.ledger.rows] == [""]
 
 
-def test_a_batch_rows_usage_is_held_to_the_same(server: ScriptedServer, tmp_path: Path) -> None:
+def test_impossible_usage_of_a_batch_row_is_charged_at_the_reservation(server: ScriptedServer, tmp_path: Path) -> None:
     server.script((200, {}, with_usage({"prompt_tokens": 100, "completion_tokens": -1})))
     llm = make_paying(server, tmp_path, cap=10.0)
     ask_batch(llm, {"s": SPEC}, BatchOptions("b", 0.02, 20), options=AskOptions("judge"))
@@ -129,13 +129,13 @@ def test_a_batch_rows_usage_is_held_to_the_same(server: ScriptedServer, tmp_path
     assert [bool(row.usage_fault) for row in llm.ledger.rows] == [True]
 
 
-def test_our_own_runner_reserves_each_attempt(server: ScriptedServer, tmp_path: Path) -> None:
+def test_the_local_batch_runner_reserves_each_attempt(server: ScriptedServer, tmp_path: Path) -> None:
     from dataclasses import replace
 
     from tasks.services.llm.config import CapabilityConfig
 
     server.script((200, {}, b"[]"))
-    able = CapabilityConfig(structure="json_schema", batch="local")
+    able = CapabilityConfig(response_format="json_schema", batch="local")
     llm = make_paying(server, tmp_path, cap=3 * ATTEMPT, capabilities=able, max_attempts=10, timeout_seconds=60)
     llm.local = LocalServices(batch_folder=tmp_path / "batches")
     specs = {f"s{n}": replace(SPEC, repeat=n) for n in range(4)}
@@ -145,7 +145,7 @@ def test_our_own_runner_reserves_each_attempt(server: ScriptedServer, tmp_path: 
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
-def test_a_damaged_budget_file_frees_no_money(server: ScriptedServer, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_budget_file_blocks_new_reservations(server: ScriptedServer, tmp_path: Path, damage: str) -> None:
     budget = Budget(tmp_path / "budget.json", 1.0)
     budget.settle(budget.reserve(0.9), spent=0.9)
     path = tmp_path / "budget.json"
@@ -158,7 +158,7 @@ def test_a_damaged_budget_file_frees_no_money(server: ScriptedServer, tmp_path: 
     assert path.read_bytes() == changed
 
 
-def test_a_reservation_is_settled_once(tmp_path: Path) -> None:
+def test_a_reservation_is_reconciled_only_once(tmp_path: Path) -> None:
     budget = Budget(tmp_path / "budget.json", 1.0)
     name = budget.reserve(0.6)
     budget.settle(name, spent=0.6)
@@ -167,7 +167,7 @@ def test_a_reservation_is_settled_once(tmp_path: Path) -> None:
         budget.reserve(0.5)
 
 
-def test_what_was_spent_without_a_cap_counts_for_one_that_is_set_later(tmp_path: Path) -> None:
+def test_spending_without_a_cap_counts_toward_a_cap_set_later(tmp_path: Path) -> None:
     path = tmp_path / "budget.json"
     free = Budget(path, None)
     free.settle(free.reserve(0.0), spent=0.0)
@@ -179,7 +179,7 @@ def test_what_was_spent_without_a_cap_counts_for_one_that_is_set_later(tmp_path:
     Budget(path, 7.5).reserve(1.0)
 
 
-def test_without_a_cap_a_damaged_budget_stops_nobody_and_stays_damaged(tmp_path: Path) -> None:
+def test_without_a_cap_a_damaged_budget_file_is_ignored_and_left_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "budget.json"
     path.write_bytes(b"{")
     free = Budget(path, None)

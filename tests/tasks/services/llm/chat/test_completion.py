@@ -52,13 +52,13 @@ ODD: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("structure", ["json_schema", "tool", "text"])
+@pytest.mark.parametrize("response_format", ["json_schema", "tool", "text"])
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
-def test_a_reply_of_odd_shape_is_invalid_and_booked(
-    server: ScriptedServer, tmp_path: Path, odd: Any, structure: Any
+def test_a_malformed_reply_is_invalid_and_recorded_in_the_ledger(
+    server: ScriptedServer, tmp_path: Path, odd: Any, response_format: Any
 ) -> None:
     server.script((200, {}, json.dumps(odd).encode()))
-    llm = make_llm(server, tmp_path, capabilities=CapabilityConfig(structure=structure), prices=PRICES)
+    llm = make_llm(server, tmp_path, capabilities=CapabilityConfig(response_format=response_format), prices=PRICES)
     with pytest.raises(ReplyInvalid) as caught:
         ask(llm)
     assert len(str(caught.value)) < 500
@@ -67,7 +67,9 @@ def test_a_reply_of_odd_shape_is_invalid_and_booked(
 
 
 @pytest.mark.parametrize("usage", ["text", [1], 7, {"prompt_tokens": "many"}, {"prompt_tokens_details": [1]}])
-def test_a_good_reply_with_odd_usage_is_used_and_booked(server: ScriptedServer, tmp_path: Path, usage: Any) -> None:
+def test_a_valid_reply_with_malformed_usage_is_accepted_and_recorded(
+    server: ScriptedServer, tmp_path: Path, usage: Any
+) -> None:
     server.script((200, {}, json.dumps(completion(GOOD, usage=usage)).encode()))
     llm = make_llm(server, tmp_path, prices=PRICES)
     assert ask(llm).grade == 2
@@ -82,19 +84,19 @@ def test_a_good_reply_with_odd_usage_is_used_and_booked(server: ScriptedServer, 
         ['{"grade": ', "2}"],
     ],
 )
-def test_content_as_a_list_of_parts_is_read(server: ScriptedServer, tmp_path: Path, content: Any) -> None:
+def test_a_list_of_content_parts_is_parsed(server: ScriptedServer, tmp_path: Path, content: Any) -> None:
     server.script((200, {}, json.dumps(with_message(content=content)).encode()))
     assert ask(make_llm(server, tmp_path)).grade == 2
 
 
-def test_a_refusal_among_the_parts_is_a_refusal(server: ScriptedServer, tmp_path: Path) -> None:
+def test_a_refusal_content_part_is_a_refusal(server: ScriptedServer, tmp_path: Path) -> None:
     server.script((200, {}, json.dumps(with_message(content=[{"type": "refusal", "refusal": "I won't"}])).encode()))
     with pytest.raises(ReplyInvalid, match="refused: I won't"):
         ask(make_llm(server, tmp_path))
 
 
 @pytest.mark.parametrize("body", [NESTED, b"42", b"null", b"9" * 5000, b"\xff\xfe{}"])
-def test_a_body_that_is_no_object_is_retried_and_each_attempt_booked(
+def test_a_body_that_is_no_json_object_is_retried_and_each_attempt_recorded(
     server: ScriptedServer, tmp_path: Path, body: bytes
 ) -> None:
     server.script((200, {}, body))
@@ -117,7 +119,7 @@ def test_a_body_that_is_no_object_is_retried_and_each_attempt_booked(
         b"data: " + NESTED + b"\n\n",
     ],
 )
-def test_a_stream_of_odd_shape_is_one_clear_error(server: ScriptedServer, tmp_path: Path, data: bytes) -> None:
+def test_a_malformed_stream_raises_one_clear_error(server: ScriptedServer, tmp_path: Path, data: bytes) -> None:
     server.script((200, EVENTS, data))
     conversation = Conversation(make_llm(server, tmp_path), "reviewer", "be brief")
     with pytest.raises(LikenessError):
@@ -127,7 +129,7 @@ def test_a_stream_of_odd_shape_is_one_clear_error(server: ScriptedServer, tmp_pa
 
 
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
-def test_tools_bear_replies_of_odd_shape(server: ScriptedServer, tmp_path: Path, odd: Any) -> None:
+def test_a_malformed_reply_to_a_tool_request_is_invalid(server: ScriptedServer, tmp_path: Path, odd: Any) -> None:
     tool = Tool("shout", "Shout.", Word, lambda word: ToolResult({}))
     server.script((200, {}, json.dumps(odd).encode()))
     llm = make_llm(server, tmp_path)
@@ -146,11 +148,11 @@ def test_tools_bear_replies_of_odd_shape(server: ScriptedServer, tmp_path: Path,
         {"usage": "text"},
     ],
 )
-def test_a_search_bears_replies_of_odd_shape(server: ScriptedServer, tmp_path: Path, changes: Any) -> None:
+def test_a_malformed_reply_to_a_web_search_is_invalid(server: ScriptedServer, tmp_path: Path, changes: Any) -> None:
     from tasks.services.llm.chat.request import RequestSpec
 
     server.script((200, {}, json.dumps({"model": "asked-model", "status": "completed", **changes}).encode()))
-    able = CapabilityConfig(structure="json_schema", web_search="responses")
+    able = CapabilityConfig(response_format="json_schema", web_search="responses")
     llm = make_llm(server, tmp_path, capabilities=able)
     with pytest.raises(ReplyInvalid):
         ask_with_search(llm, RequestSpec("search", ("x",), Reply), role="profiler")
@@ -158,8 +160,10 @@ def test_a_search_bears_replies_of_odd_shape(server: ScriptedServer, tmp_path: P
 
 
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
-def test_doctor_and_probe_bear_replies_of_odd_shape(server: ScriptedServer, tmp_path: Path, odd: Any) -> None:
+def test_doctor_and_capability_probe_tolerate_malformed_replies(
+    server: ScriptedServer, tmp_path: Path, odd: Any
+) -> None:
     server.script((200, {}, json.dumps(odd).encode()))
-    able = CapabilityConfig(structure="auto", reasoning="effort")
+    able = CapabilityConfig(response_format="auto", reasoning="effort")
     found = {finding.name: finding for finding in examine(make_llm(server, tmp_path, capabilities=able), "p")}
     assert not found["schema"].is_good

@@ -34,7 +34,7 @@ def test_objects_are_closed_and_all_keys_required_at_every_level() -> None:
     assert "$ref" not in str(schema) and "$defs" not in schema
 
 
-def test_what_strict_modes_refuse_is_dropped_and_descriptions_stay() -> None:
+def test_keywords_unsupported_in_strict_mode_are_dropped_and_descriptions_kept() -> None:
     text = str(strict_schema(Outer))
     assert not any(word in text for word in ("'default'", "minItems", "maxItems", "'title'"))
     assert strict_schema(Outer)["properties"]["score"] == {
@@ -45,7 +45,7 @@ def test_what_strict_modes_refuse_is_dropped_and_descriptions_stay() -> None:
 GOOD = '{"score": 1, "inner": {"name": "a"}, "items": [{"name": "b"}], "note": null}'
 
 
-def test_a_fitting_reply_is_parsed() -> None:
+def test_a_valid_reply_is_parsed() -> None:
     assert parse(GOOD).score == 1
 
 
@@ -64,6 +64,8 @@ def test_a_fitting_reply_is_parsed() -> None:
         ('{"score": NaN}', {}, "not JSON"),
     ],
 )
-def test_anything_else_says_what_is_wrong(content: str | None, options: dict[str, str], reason: str) -> None:
+def test_an_invalid_reply_raises_an_error_with_the_reason(
+    content: str | None, options: dict[str, str], reason: str
+) -> None:
     with pytest.raises(ReplyInvalid, match=reason):
         parse(content, **options)

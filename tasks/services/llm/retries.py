@@ -18,7 +18,7 @@ from tasks.services.llm.chat.transport import translated
 from tasks.services.llm.config import ProfileConfig
 from tasks.services.llm.errors import EndpointUnavailable
 
-LONGEST_PAUSE_SECONDS = 60.0
+MAX_BACKOFF_SECONDS = 60.0
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -40,6 +40,7 @@ class StopSignal:
 
     def set(self, error: BaseException) -> None:
         """Stop all workers, with the first error as the reason."""
+        # The error before the event: a worker that wakes up has to find it.
         self.error = self.error or error
         self.event.set()
 
@@ -102,7 +103,7 @@ def map_in_pool(
             raise
 
 
-class Circuit:
+class CircuitBreaker:
     """A circuit breaker for one profile: while it is open, one caller probes and the others wait.
 
     It starts open, so the first call of a process goes alone: a wrong key costs one request, not one per worker.
@@ -111,7 +112,7 @@ class Circuit:
     def __init__(self) -> None:
         self.condition = threading.Condition()
         self.is_closed = False
-        """Whether the last answer was good: calls flow."""
+        """Whether the last call succeeded."""
         self.prober: object | None = None
 
     def wait(self, caller: object, signal: StopSignal) -> float:
@@ -143,7 +144,7 @@ class Circuit:
 
 
 def call_with_retries(
-    call: Callable[[float], A], profile: ProfileConfig, *, circuit: Circuit | None = None, max_attempts: int = 0
+    call: Callable[[float], A], profile: ProfileConfig, *, circuit: CircuitBreaker | None = None, max_attempts: int = 0
 ) -> A:
     """Call a provider until it answers, with exponential backoff, within the profile's total time.
 
@@ -156,7 +157,7 @@ def call_with_retries(
         LikenessError: the last attempt's error, or the first error of another worker of the pool.
 
     """
-    signal, circuit, caller = current_signal(), circuit or Circuit(), object()
+    signal, circuit, caller = current_signal(), circuit or CircuitBreaker(), object()
     attempts = max_attempts or profile.max_attempts
     deadline = time.monotonic() + profile.timeout_seconds
     try:
@@ -164,10 +165,11 @@ def call_with_retries(
             deadline += circuit.wait(caller, signal)  # others' probes don't use up this call's time
             try:
                 with translated(profile):
+                    # The pause may have used up the rest, and an attempt needs a positive timeout.
                     result = call(max(0.1, deadline - time.monotonic()))
             except LikenessError as error:
                 circuit.report(caller, is_good=False)
-                pause = choose_pause(error, attempt)
+                pause = compute_backoff(error, attempt)
                 is_last = attempt == attempts or time.monotonic() + pause > deadline
                 if is_last or not isinstance(error, ServiceUnavailable) or not error.is_retryable:
                     signal.set(error)  # before `leave` lets another caller probe
@@ -181,9 +183,9 @@ def call_with_retries(
     raise AssertionError("unreachable")
 
 
-def choose_pause(error: LikenessError, attempt: int) -> float:
+def compute_backoff(error: LikenessError, attempt: int) -> float:
     """Return seconds to wait: the provider's Retry-After, else exponential backoff with jitter."""
     # Retry-After needs no bound: a pause beyond the call's deadline makes this attempt the last.
     if isinstance(error, EndpointUnavailable) and error.retry_after is not None:
         return error.retry_after
-    return float(min(LONGEST_PAUSE_SECONDS, 0.5 * 2**attempt) * random.uniform(0.5, 1.0))
+    return float(min(MAX_BACKOFF_SECONDS, 0.5 * 2**attempt) * random.uniform(0.5, 1.0))

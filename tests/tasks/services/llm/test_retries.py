@@ -48,7 +48,7 @@ def ask_all(server: ScriptedServer, folder: Path, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize(("answer", "error"), FATAL.values(), ids=FATAL.keys())
-def test_a_fatal_answer_to_the_first_call_costs_one_request(
+def test_a_fatal_error_on_the_first_request_sends_no_further_request(
     server: ScriptedServer, tmp_path: Path, answer: Answer, error: type[LikenessError]
 ) -> None:
     server.script(answer)
@@ -58,7 +58,7 @@ def test_a_fatal_answer_to_the_first_call_costs_one_request(
 
 
 @pytest.mark.parametrize(("answer", "error"), FATAL.values(), ids=FATAL.keys())
-def test_a_fatal_answer_stops_all_workers(tmp_path: Path, answer: Answer, error: type[LikenessError]) -> None:
+def test_a_fatal_error_stops_all_workers(tmp_path: Path, answer: Answer, error: type[LikenessError]) -> None:
     with scripted_server(FailingLater(5, answer)) as server:
         server.script(GOOD)
         with pytest.raises(error):
@@ -66,14 +66,14 @@ def test_a_fatal_answer_stops_all_workers(tmp_path: Path, answer: Answer, error:
         assert 6 <= server.counts[CHAT] <= 5 + 4  # one for each worker that had begun
 
 
-def test_a_server_that_always_fails_sees_one_calls_attempts(server: ScriptedServer, tmp_path: Path) -> None:
+def test_a_permanently_failing_server_gets_the_attempts_of_one_request(server: ScriptedServer, tmp_path: Path) -> None:
     server.script((500, {"retry-after": "0"}, b"{}"))
     with pytest.raises(ServiceUnavailable):
         ask_all(server, tmp_path, max_attempts=4)
     assert server.counts[CHAT] == 4
 
 
-def test_a_server_that_begins_to_fail_is_probed_by_one_worker(tmp_path: Path) -> None:
+def test_a_server_that_starts_failing_is_probed_by_one_worker(tmp_path: Path) -> None:
     with scripted_server(FailingLater(5, (500, {"retry-after": "0"}, b"{}"))) as server:
         server.script(GOOD)
         with pytest.raises(ServiceUnavailable):
@@ -81,7 +81,7 @@ def test_a_server_that_begins_to_fail_is_probed_by_one_worker(tmp_path: Path) ->
         assert 5 + 4 <= server.counts[CHAT] <= 5 + 4 + (4 - 1)
 
 
-def test_a_server_that_recovers_answers_all(server: ScriptedServer, tmp_path: Path) -> None:
+def test_all_requests_succeed_after_the_server_recovers(server: ScriptedServer, tmp_path: Path) -> None:
     server.script(GOOD, GOOD, (500, {"retry-after": "0"}, b"{}"), (503, {"retry-after": "0"}, b"{}"), GOOD)
     answers, failures = ask_all(server, tmp_path)
     assert (len(answers), failures) == (21, {})
@@ -89,7 +89,7 @@ def test_a_server_that_recovers_answers_all(server: ScriptedServer, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("fraction", "most"), [(0.0, 21), (0.25, 21 + 6), (1.0, 42)])
-def test_repairs_are_bounded_for_all_questions_together(
+def test_max_repair_fraction_bounds_the_repairs_across_all_requests(
     server: ScriptedServer, tmp_path: Path, fraction: float, most: int
 ) -> None:
     server.script('{"grade": 9}')
@@ -99,9 +99,9 @@ def test_repairs_are_bounded_for_all_questions_together(
     assert (len(answers), len(failures), server.counts[CHAT]) == (0, 21, most)
 
 
-def test_a_judge_that_answers_nonsense_is_not_asked_to_the_end(server: ScriptedServer, tmp_path: Path) -> None:
+def test_too_many_invalid_judge_replies_stop_scoring_early(server: ScriptedServer, tmp_path: Path) -> None:
     server.script('{"grade": 9}')
-    config = make_config(ScoringConfig, executor="sync", max_failed_share=0.1)
+    config = make_config(ScoringConfig, executor="sync", max_failed_fraction=0.1)
     llm = make_llm(server, tmp_path, concurrency=1)
     folder = StageFolder(llm.store, "scoring", "k")
     with pytest.raises(ReplyInvalid, match="21 of 21 judge requests failed"):
@@ -109,7 +109,7 @@ def test_a_judge_that_answers_nonsense_is_not_asked_to_the_end(server: ScriptedS
     assert server.counts[CHAT] == 3 * 2  # a third failure is too many; each was asked once more
 
 
-def test_steps_that_talk_to_a_model_are_not_retried_on_top() -> None:
+def test_prefect_tasks_that_call_an_llm_have_no_retries_of_their_own() -> None:
     from tasks.scoring.steps import score_samples
     from tasks.subject.steps import prepare_subject
 
@@ -117,7 +117,7 @@ def test_steps_that_talk_to_a_model_are_not_retried_on_top() -> None:
 
 
 @pytest.mark.parametrize(("answer", "error"), FATAL.values(), ids=FATAL.keys())
-def test_our_own_batch_runner_stops_at_once_too(
+def test_a_fatal_error_stops_the_local_batch_runner(
     server: ScriptedServer, tmp_path: Path, answer: Answer, error: type[LikenessError]
 ) -> None:
     server.script(answer)
@@ -126,7 +126,7 @@ def test_our_own_batch_runner_stops_at_once_too(
     assert server.counts[CHAT] == 1
 
 
-def test_a_row_that_the_server_always_fails_on_ends_a_job_once(tmp_path: Path) -> None:
+def test_a_permanently_failing_row_stops_its_job_only_once(tmp_path: Path) -> None:
     class Poisoned(ScriptedServer):
         def next_answer(self) -> Any:
             is_poison = "sample 2" in json.dumps(self.bodies[-1])
@@ -140,7 +140,7 @@ def test_a_row_that_the_server_always_fails_on_ends_a_job_once(tmp_path: Path) -
         assert (len(answers), list(failures)) == (3, ["s2"])
 
 
-def test_a_probe_that_is_refused_stops_no_worker(tmp_path: Path) -> None:
+def test_a_rejected_capability_probe_stops_no_worker(tmp_path: Path) -> None:
     class Picky(ScriptedServer):
         """Knows no JSON schema."""
 
@@ -152,12 +152,12 @@ def test_a_probe_that_is_refused_stops_no_worker(tmp_path: Path) -> None:
             return super().next_answer()
 
     with scripted_server(Picky()) as server:
-        answers, failures = ask_all(server, tmp_path, capabilities=CapabilityConfig(structure="auto"))
+        answers, failures = ask_all(server, tmp_path, capabilities=CapabilityConfig(response_format="auto"))
         assert (len(answers), failures) == (21, {})
         assert server.counts[CHAT] == 21 + 2
 
 
-def test_identical_questions_asked_at_once_are_paid_once(server: ScriptedServer, tmp_path: Path) -> None:
+def test_concurrent_identical_requests_are_paid_once(server: ScriptedServer, tmp_path: Path) -> None:
     llm = make_llm(server, tmp_path)
     ask(llm)  # the circuit is closed: calls flow
     again = replace(SPEC, repeat=1)

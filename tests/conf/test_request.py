@@ -13,7 +13,7 @@ from conf.request import RunRequest
 from conf.schema import RunConfig
 from tasks.errors import ConfigError
 
-WORDS = [
+OVERRIDES = [
     "subject.source=photos", "subject.class_noun=mug", "experiment=smoke", "training.learning_rate=3e-5",
     'evaluation.prompts=["{subject}","{subject} at night"]', "prior=none",
 ]  # fmt: skip
@@ -30,10 +30,10 @@ FORM = {
 def test_the_same_request_by_four_routes_has_one_configuration_digest() -> None:
     from conf.sweep import parse_sweep
 
-    command_line = parse_overrides(WORDS)
+    command_line = parse_overrides(OVERRIDES)
     deployment = RunRequest.model_validate(FORM)
     schedule = RunRequest.model_validate_json(json.dumps(FORM))
-    sweep = parse_sweep([*(w for w in WORDS if "learning_rate" not in w), "training.learning_rate=1e-5,3e-5"])
+    sweep = parse_sweep([*(w for w in OVERRIDES if "learning_rate" not in w), "training.learning_rate=1e-5,3e-5"])
     trial = sweep.make_trial({"training.learning_rate": 3e-5})
     digests = {compute_config_digest(compile_request(r)) for r in (command_line, deployment, schedule, trial)}
     assert len(digests) == 1

@@ -10,7 +10,7 @@ from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from conf.request import RunRequest
 from conf.schema import RunConfig
-from conf.trust import WORDS, check_path, list_rules, walk_rules
+from conf.trust import NON_PATH_VALUES, check_path, list_rules, walk_rules
 from tasks.config_base import RequestRule, Section
 from tasks.errors import ConfigError
 from tasks.redaction import redact
@@ -161,12 +161,12 @@ def test_a_request_cannot_use_internal_store_folders_as_a_path(
 
 def test_keywords_in_place_of_paths_are_accepted_only_by_their_own_setting(tmp_path: Path) -> None:
     rules = list_rules()
-    assert all((rule := rules[name]) and rule.kind in ("path", "photos", "model") for name in WORDS)
+    assert all((rule := rules[name]) and rule.kind in ("path", "photos", "model") for name in NON_PATH_VALUES)
     for name, rule in rules.items():
         if rule is None or rule.kind not in ("path", "photos", "model"):
             continue
         for word in ("", "demo", "mini", "auto", "none"):
-            if word in WORDS.get(name, ()):
+            if word in NON_PATH_VALUES.get(name, ()):
                 check_path(name, word, (tmp_path,), rule=rule)
             else:
                 with pytest.raises(ConfigError, match=f"{name}: .*outside the allowed folders"):

@@ -33,7 +33,7 @@ class XaiServer:
         batch_id = f"batch_{len(self.batches)}"
         self.batches[batch_id] = {"batch_id": batch_id, "name": name}
         self.rows[batch_id] = []
-        return self.show(batch_id)
+        return self.retrieve(batch_id)
 
     def add(self, batch_id: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         self.counts["add"] += 1
@@ -55,7 +55,7 @@ class XaiServer:
         self.is_busy = False
         self.cancelled[batch_id] = len(self.rows[batch_id]) // 2  # the first half was done in time
         self.batches[batch_id]["cancel_time"] = "2026-11-22"
-        return self.show(batch_id)
+        return self.retrieve(batch_id)
 
     def results(self, batch_id: str, token: int) -> dict[str, Any]:
         self.counts["page"] += 1
@@ -108,13 +108,13 @@ def make_handler(server: XaiServer) -> type[BaseHTTPRequestHandler]:
             address = urlparse(self.path)
             parts = address.path.removeprefix("/v1/batches").strip("/").split("/")
             if parts == [""]:
-                self.send({"batches": [server.show(batch_id) for batch_id in server.batches]})
+                self.send({"batches": [server.retrieve(batch_id) for batch_id in server.batches]})
             elif parts[0] not in server.batches:
                 self.send({"error": {"message": "unknown"}}, 404)
             elif parts[1:] == ["results"]:
                 self.send(server.results(parts[0], int(parse_qs(address.query).get("pagination_token", ["0"])[0])))
             else:
-                self.send(server.show(parts[0]))
+                self.send(server.retrieve(parts[0]))
 
     return Handler
 

@@ -163,7 +163,7 @@ def test_scores_are_per_side_means_of_median_grades_with_intervals(material: Jud
     judgements = scores.to_judgements(material.samples, Judged(questions, answer_all(questions, judge)))
     first = judgements[0]
     assert (first.concept_preservation, first.num_repeats, first.spread) == (3, 3, 4)
-    found = scores.average(judgements)
+    found = scores.mean_scores(judgements)
     assert found["tuned"].prompt_following == 4
     assert found["base"].concept_preservation == pytest.approx((3 + 5 * 2) / 6)
     low, high = scores.bootstrap_intervals(judgements)["base"]["concept_preservation"]

@@ -57,7 +57,7 @@ def show_judge(tmp_path: Path, **changes: Any) -> list[list[Image.Image]]:
     with scripted_server() as server:
         server.script("{}")
         llm = make_llm(server, tmp_path, max_attempts=1)
-        runtime: Any = SimpleNamespace(store=store, llm=llm, show=lambda name: lambda done, total: None)
+        runtime: Any = SimpleNamespace(store=store, llm=llm, progress_callback=lambda name: lambda done, total: None)
         config = make_config(ScoringConfig, executor="sync", num_controls=0, num_pairs=0, num_repeated=0, **changes)
         with pytest.raises(ReplyInvalid):
             compute_scores(folder, ScoringInputs(config, llm.config, evaluation, subject), runtime)

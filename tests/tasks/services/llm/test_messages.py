@@ -84,8 +84,8 @@ def test_doctor_tests_the_declared_response_format(server: ScriptedServer, tmp_p
     server.script('{"color": "red"}')
     able = CapabilityConfig(response_format="json_schema", tools=False, streaming=False, images=())
     found = {finding.name: finding for finding in examine(make_llm(server, tmp_path, capabilities=able), "p")}
-    assert not found["schema"].is_good
-    assert "set .capabilities.response_format=auto" in found["schema"].detail
+    assert not found["response format"].is_good
+    assert "set .capabilities.response_format=auto" in found["response format"].detail
 
 
 ECHOES = {

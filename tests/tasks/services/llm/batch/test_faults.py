@@ -266,11 +266,11 @@ def test_a_malformed_xai_row_fails_alone_and_is_retried(xai: XaiServer, tmp_path
 def test_malformed_xai_counters_raise_service_unavailable_and_can_be_resumed(
     xai: XaiServer, tmp_path: Path, state: Any
 ) -> None:
-    plain = xai.show
-    xai.show = lambda batch_id: {**plain(batch_id), "state": state}  # type: ignore[method-assign]
+    plain = xai.retrieve
+    xai.retrieve = lambda batch_id: {**plain(batch_id), "state": state}  # type: ignore[method-assign]
     with pytest.raises(ServiceUnavailable):
         ask_in_batch(make_batching(xai, tmp_path, "xai"), max_wait_seconds=0.1)
-    xai.show = plain  # type: ignore[method-assign]
+    xai.retrieve = plain  # type: ignore[method-assign]
     answers, failures = ask_in_batch(make_batching(xai, tmp_path, "xai"))
     assert (len(answers), failures, xai.counts["create"]) == (4, {}, 1)
 

@@ -166,4 +166,4 @@ def test_doctor_and_capability_probe_tolerate_malformed_replies(
     server.script((200, {}, json.dumps(odd).encode()))
     able = CapabilityConfig(response_format="auto", reasoning="effort")
     found = {finding.name: finding for finding in examine(make_llm(server, tmp_path, capabilities=able), "p")}
-    assert not found["schema"].is_good
+    assert not found["response format"].is_good

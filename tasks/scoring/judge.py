@@ -1,7 +1,7 @@
 """The judge and the second judge, on every sample, and the tie-break where their grades differ."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from tasks.errors import ReplyInvalid
@@ -64,6 +64,7 @@ def grade(
 
     requests = list_judge_requests(config, context)
     grading = JudgeRun(requests, *ask(requests, "judge"))
+    check_failures(config, grading.failures, num_requests=len(requests))
     if llm.config.fallback_chain("second_judge"):
         others = list_second_judge_requests(config, context)
         # A second judge only measures agreement, so its failures don't fail the samples.
@@ -90,19 +91,17 @@ def batch_options(config: ScoringConfig, *, state_prefix: str) -> BatchOptions |
 def ask_judge(
     llm: LlmService, specs: Specs, config: ScoringConfig, *, folder: StageFolder, options: AskOptions
 ) -> tuple[Answers, dict[str, str]]:
-    """Return answers and failure reasons by request name.
-
-    Raises:
-        ReplyInvalid: more requests failed than `scoring.max_failed_fraction` allows.
-
-    """
+    """Return answers and failure reasons by request name; stop early where more fail than allowed."""
     options.on_progress(0, len(specs))
     batch = batch_options(config, state_prefix=f"{folder.prefix}/batches/{options.role}")
     # Stops a failing run early, before it has paid for all requests.
     limited = replace(options, max_failures=math.floor(config.max_failed_fraction * len(specs)))
-    answers, failures = ask_many(llm, specs, limited, batch=batch)
-    # Checked again: `max_failures` stops calls early, whereas a batch job always runs to its end.
-    if len(failures) > config.max_failed_fraction * len(specs):
+    return ask_many(llm, specs, limited, batch=batch)
+
+
+def check_failures(config: ScoringConfig, failures: Mapping[str, str], *, num_requests: int) -> None:
+    """Raise ReplyInvalid where more requests failed than `scoring.max_failed_fraction` allows."""
+    if len(failures) > config.max_failed_fraction * num_requests:
         example = next(iter(failures.values()))
-        raise ReplyInvalid(f"{len(failures)} of {len(specs)} judge requests failed: {example}; run again to retry them")
-    return answers, failures
+        failed = f"{len(failures)} of {num_requests} judge requests failed"
+        raise ReplyInvalid(f"{failed}: {example}; run again to retry them")

@@ -191,7 +191,7 @@ def check_controls(judged: Judged) -> tuple[ControlResult, ...]:
     for kind, axis, name, text in degraded_kinds:
         degraded = grades(kind, axis)
         # Paired: degraded samples are compared with their own originals, not with all samples.
-        keys = {request.key for request in judged.requests if request.kind == kind}
+        keys = {request.key for request in judged.answered(kind)}
         plain = grades("sample", axis, keys)
         if degraded and plain:
             value, limit = sum(degraded) / len(degraded), sum(plain) / len(plain)

@@ -126,7 +126,9 @@ def list_stages(store: Store, referenced: set[str], limit: float) -> Iterator[It
 
 def list_leftovers(output: Path, store: Store) -> Iterator[Item]:
     """Yield temporary files of interrupted writes."""
-    roots = [output, *([store.root] if isinstance(store, LocalStore) and output not in store.root.parents else [])]
+    roots = [output]
+    if isinstance(store, LocalStore) and not is_own_store(store, output):  # else it lies below `output`
+        roots.append(store.root)
     for root in roots:
         for path in root.rglob(f"{PART_PREFIX}*"):
             if measure_age(path) > PART_AGE:

@@ -17,7 +17,7 @@ from conf.schema import RunConfig
 from conf.trust import allowed_roots
 from flows.cli.results.runs import print_summary
 from flows.cli.run.prefect_server import EmbeddedServer, needs_server
-from flows.run_records import StoredRequest, read_request, relocate
+from flows.run_records import StoredRequest, read_request, read_run, relocate
 from tasks.redaction import clean_text
 from tasks.stage.progress import ProgressView, make_progress
 
@@ -59,7 +59,7 @@ def finish_pending(output: Path) -> int:
     folder = find_readable(waiting)
     stored = read_request(folder)
     request = relocate(stored.request, folder)
-    with ready_for_flows(request, is_trusted=stored.is_trusted) as (config, progress, _):
+    with ready_for_flows(request, is_trusted=stored.is_trusted) as (_, progress, _):
         from flows.run_context import progress_of_run
         from flows.score_pending import score_pending
 
@@ -70,7 +70,7 @@ def finish_pending(output: Path) -> int:
             progress_of_run.reset(token)
             progress.close()
     for summary in report.finished:
-        print_summary(summary, config)
+        print_summary(summary, read_run(output / summary.run_id).config)
     for name in report.waiting:
         print(f"{name}: still suspended; `likeness jobs` lists batch jobs")
     for line in report.failed:

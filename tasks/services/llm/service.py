@@ -293,6 +293,9 @@ class LlmService:
                 self.budget.settle(reservation, spent=0.0)
                 self.ledger.record(replace(row, outcome=error.kind))
             raise
+        except Exception as error:  # such as a closed pipe in `on_text`; not settled: the attempt was sent
+            self.ledger.record(replace(lost, outcome=type(error).__name__, usage_fault="the reply was not read"))
+            raise
 
     def accept(
         self,

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -16,7 +16,7 @@ from tasks.manifests.evaluation import Sample, Side, SubjectMetrics
 from tasks.manifests.scoring import JudgeReliability
 from tasks.scoring import scores
 from tasks.scoring.config import ScoringConfig
-from tasks.scoring.judge import ask_judge
+from tasks.scoring.judge import ask_judge, check_failures, grade
 from tasks.scoring.judge_requests import (
     AXES,
     JudgeContext,
@@ -24,15 +24,23 @@ from tasks.scoring.judge_requests import (
     list_judge_requests,
     list_second_judge_requests,
 )
-from tasks.scoring.rubric import ConceptGrade, QualityGrade, concept_spec, pair_spec, prompt_spec, quality_spec
+from tasks.scoring.rubric import (
+    ConceptGrade,
+    PromptGrade,
+    QualityGrade,
+    concept_spec,
+    pair_spec,
+    prompt_spec,
+    quality_spec,
+)
 from tasks.scoring.scores import Judged
 from tasks.scoring.tie_break import break_ties, find_disputed, read_tie_breaks
 from tasks.services.llm.executor import Answers, AskOptions
-from tasks.services.llm.service import Answer
+from tasks.services.llm.service import Answer, LlmService
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config, make_llm_config
-from tests.support.llm import make_llm
+from tests.support.llm import make_llm, two_profiles
 from tests.support.llm_server import scripted_server
 from tests.support.tiny import draw_photo
 
@@ -45,7 +53,9 @@ def ask(tmp_path: Path, server: Any, executor: str) -> tuple[Answers, dict[str, 
     llm = make_llm(server, tmp_path)
     config = make_config(ScoringConfig, executor=executor, poll_seconds=0.05)  # type: ignore[arg-type]
     folder = StageFolder(LocalStore(tmp_path / "store"), "scoring", "k")
-    return ask_judge(llm, SPECS, config, folder=folder, options=AskOptions("judge"))
+    answers, failures = ask_judge(llm, SPECS, config, folder=folder, options=AskOptions("judge"))
+    check_failures(config, failures, num_requests=len(SPECS))
+    return answers, failures
 
 
 @pytest.mark.parametrize("executor", ["batch", "sync"])
@@ -71,6 +81,24 @@ def test_too_many_failed_judge_requests_raise_instead_of_scoring(tmp_path: Path,
         server.script('{"evidence": "x", "image_quality": 9}')
         with pytest.raises(ReplyInvalid, match="4 of 4 judge requests failed"):
             ask(tmp_path, server, executor)
+
+
+def test_a_failing_second_judge_does_not_fail_the_samples(material: JudgeContext, tmp_path: Path) -> None:
+    config = make_config(
+        ScoringConfig, executor="sync", num_controls=0, num_pairs=0, num_repeated=0, second_judge_fraction=1.0
+    )
+    with scripted_server() as first, scripted_server() as second:
+        replies = (ConceptGrade, PromptGrade, QualityGrade)
+        fields = {name: field for reply in replies for name, field in reply.model_fields.items()}
+        first.script(json.dumps({name: (get_args(field.annotation) or ("e",))[-1] for name, field in fields.items()}))
+        second.script("no JSON")
+        both = two_profiles(first, second, tmp_path)
+        roles = both.config.model_copy(update={"models": ("cheap",), "second_judge": ("strong",)})
+        llm = LlmService(roles, store=both.store, ledger=both.ledger)
+        folder = StageFolder(both.store, "scoring", "k")
+        grading = grade(config, material, llm=llm, folder=folder, show=lambda name: lambda done, total: None)
+        assert second.counts["POST /v1/chat/completions"] > 0
+    assert (len(grading.answers), grading.failures, grading.second) == (len(material.samples) * 3, {}, {})
 
 
 def make_sample(number: int, side: Side, *, kind: Any = "subject") -> Sample:
@@ -178,6 +206,20 @@ def test_a_fair_judge_passes_its_controls(material: JudgeContext) -> None:
     assert reliability.is_reliable
     assert reliability.alpha["concept_preservation"] == pytest.approx(1)
     assert reliability.num_repeated == 6
+
+
+def test_a_degraded_sample_without_a_grade_is_left_out_with_its_original(material: JudgeContext) -> None:
+    questions = list_judge_requests(make_config(ScoringConfig, num_controls=2), material)
+    blurred = [question for question in questions if question.kind == "blurred"]
+    # The failed one's original has the low grade: unpaired, the mean of the originals would fall.
+    answers = answer_all(questions, lambda q: 0 if q.kind == "sample" and q.key == blurred[0].key else fair_judge(q))
+    del answers[blurred[0].name]
+    found = scores.assess_judge(material.samples, Judged(questions, answers), is_comparable=True)
+    [control] = [control for control in found.controls if control.name == "a blurred sample"]
+    original = next(
+        q for q in questions if q.kind == "sample" and q.key == blurred[1].key and q.axis == blurred[1].axis
+    )
+    assert control.limit == fair_judge(original)
 
 
 @pytest.mark.parametrize(

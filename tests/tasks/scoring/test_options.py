@@ -15,7 +15,7 @@ from tasks.manifests.base import ObjectRef
 from tasks.manifests.evaluation import Evaluation, Sample
 from tasks.manifests.subject import SubjectSet
 from tasks.scoring.config import ScoringConfig
-from tasks.scoring.judge import JudgeRun, ask_judge
+from tasks.scoring.judge import JudgeRun, ask_judge, check_failures
 from tasks.scoring.judge_requests import JudgeContext, list_judge_requests
 from tasks.scoring.rubric import quality_spec
 from tasks.scoring.steps import ScoringInputs, compare_others, compute_scores
@@ -85,7 +85,9 @@ def ask(server: ScriptedServer, tmp_path: Path, **changes: Any) -> Any:
     llm = make_llm(server, tmp_path)
     folder = StageFolder(LocalStore(tmp_path / "store"), "scoring", "k")
     config = make_config(ScoringConfig, **changes)
-    return ask_judge(llm, ASKED, config, folder=folder, options=AskOptions("judge"))
+    answers, failures = ask_judge(llm, ASKED, config, folder=folder, options=AskOptions("judge"))
+    check_failures(config, failures, num_requests=len(ASKED))
+    return answers, failures
 
 
 @pytest.mark.parametrize(("executor", "counts"), [("batch", (1, 0)), ("sync", (0, 2))])

@@ -68,6 +68,8 @@ class Conversation:
             turn.append({"role": "assistant", "content": completion.content, "tool_calls": calls})
             max_side = self.llm.config.profiles[self.name].max_image_side
             turn += run_tool_calls(completion.tool_calls, by_name, [], max_side=max_side)
+        else:
+            raise ReplyInvalid(f"the model calls tools in each of {MAX_ROUNDS} rounds and gives no reply; ask again")
         self.history.turns.append([without_images(message) for message in turn])
         return str(turn[-1].get("content") or "")
 

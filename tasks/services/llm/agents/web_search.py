@@ -50,6 +50,7 @@ def ask_with_search(
         raise ConfigError("pictures are not sent along with a web search")
     name = names[0]
     profile = llm.config.profiles[name]
+    spec = replace(spec, tools=(*spec.tools, "web_search", *domains))  # part of the cache key
     kept = llm.find_cached(spec, name=name, role=role)
     if kept is not None:
         return SearchAnswer(kept, kept.citations)

@@ -1,6 +1,7 @@
 """Manage batch jobs outside of a run: show, adopt, cancel and discard them."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from tasks.errors import ConfigError, StillPending
@@ -51,19 +52,20 @@ def retrieve(job: JobHandle) -> RemoteJob:
 
 def cancel(job: JobHandle) -> None:
     """Cancel a job; the next run keeps its replies and sends the other rows as calls."""
-    remote = retrieve(job)
-    with leased(job):
-        # Saved before it is sent, as in BatchJob.cancel: after a crash in between, a resumed run sends it again.
-        job.save(is_cancelled=True)
+    with leased(job) as current:
+        remote = retrieve(current)
+        current.save(is_cancelled=True)
         if remote.status not in TERMINAL:
-            job.provider().cancel(job.state.batch_id)
+            current.provider().cancel(current.state.batch_id)
 
 
 def discard(job: JobHandle) -> float:
     """Mark a job as collected without its results; return the USD that stay reserved, since it may be billed."""
-    with leased(job):
-        job.save(is_collected=True, is_cancelled=True)
-    return job.state.reserved_usd
+    with leased(job) as current:
+        if current.state.is_collected:  # meanwhile, by a run: its replies are cached and its cost is known
+            return 0.0
+        current.save(is_collected=True, is_cancelled=True)
+    return current.state.reserved_usd
 
 
 def adopt(job: JobHandle) -> tuple[int, float | None]:
@@ -71,25 +73,22 @@ def adopt(job: JobHandle) -> tuple[int, float | None]:
 
     They are validated when a run reads them. Raises StillPending where the job has not ended.
     """
-    remote = retrieve(job)
-    if remote.status not in TERMINAL:
-        raise StillPending(f"batch job {job.job_id} is {remote.status}; adopt it when it has ended")
-    with leased(job):
-        # Read again under the lease: a run may have collected the job meanwhile, and recorded its cost.
-        state = find_state(job.llm.store, job.state_key) if job.state_key else None
-        if state is not None and state.is_collected:
+    with leased(job) as current:
+        if current.state.is_collected:
             return 0, 0.0
+        remote = retrieve(current)
+        if remote.status not in TERMINAL:
+            raise StillPending(f"batch job {current.job_id} is {remote.status}; adopt it when it has ended")
         count, costs = 0, list[float | None]()
-        for custom_id, outcome in job.provider().results(remote):
-            if outcome.completion is not None and is_ours(job.state, custom_id):
-                costs.append(store_reply(job, custom_id, outcome.completion))
+        for custom_id, outcome in current.provider().results(remote):
+            if outcome.completion is not None and is_ours(current.state, custom_id):
+                costs.append(store_reply(current, custom_id, outcome.completion))
                 count += 1
         spent = None if None in costs else sum(cost for cost in costs if cost is not None)
-        # Settled before the job counts as collected, as in BatchJob.mark_collected. An unknown price settles at the
-        # reservation.
-        if job.state.reservation:
-            job.llm.budget.settle(job.state.reservation, spent=job.state.reserved_usd if spent is None else spent)
-        job.save(is_collected=True, status=remote.status, spent_usd=spent)
+        state = current.state
+        if state.reservation:
+            current.llm.budget.settle(state.reservation, spent=state.reserved_usd if spent is None else spent)
+        current.save(is_collected=True, status=remote.status, spent_usd=spent)
     return count, spent
 
 
@@ -114,14 +113,23 @@ def store_reply(job: JobHandle, custom_id: str, completion: ChatCompletion) -> f
     row = llm.fill_row(completion, LedgerRow(job.state.role, name, profile.model, outcome="ok", is_batch=True))
     is_usable = not completion.problem and not completion.refusal and completion.finish_reason != "length"
     content = read_content(completion, llm.response_format(name)) if is_usable else None
-    # A reply that a run has stored is kept: it was validated, and this one is not.
-    if content and find_record(llm.store, CachedReply, key) is None:
+    # A reply that is cached is kept: a run has validated it, or an interrupted `adopt` stored it. Its row is recorded.
+    if content and find_record(llm.store, CachedReply, key) is not None:
+        return row.cost_usd
+    if content:
         put_record(llm.store, CachedReply(key=key, content=content, served_model=completion.model))
     llm.ledger.record(row if content else replace(row, outcome="invalid"))
     return row.cost_usd
 
 
-def leased(job: JobHandle) -> AbstractContextManager[None]:
-    """Hold the job's lease without waiting. Raises StillPending where a running process holds it."""
+@contextmanager
+def leased(job: JobHandle) -> Iterator[JobHandle]:
+    """Hold the job's lease without waiting, and yield the job with its state as it is now.
+
+    A run may have submitted or collected it since the state was read. Raises StillPending where a running process
+    holds the lease.
+    """
     name = job.state.file_name.removesuffix(".json") if job.state_key else job.job_id
-    return hold_lease(job.llm.store, name, max_wait_seconds=0.0, poll_seconds=0.1, on_wait=lambda: None)
+    with hold_lease(job.llm.store, name, max_wait_seconds=0.0, poll_seconds=0.1, on_wait=lambda: None):
+        state = find_state(job.llm.store, job.state_key) if job.state_key else None
+        yield replace(job, state=state or job.state)

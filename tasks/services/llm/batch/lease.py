@@ -20,6 +20,7 @@ from tasks.services.store.base import Store
 from tasks.stage.digests import dump_signed, load_signed
 
 log = logging.getLogger(__name__)
+CLOCK_SLACK_SECONDS = 2.0
 HEARTBEAT_SECONDS, EXPIRY_SECONDS = 20.0, 120.0  # five heartbeats may fail; also absorbs clock skew between hosts
 
 
@@ -36,7 +37,9 @@ class Lease(BaseModel):
         """Whether its holder is gone: no heartbeat in time, or, on this host, no such process."""
         if time.time() > self.expires_at:
             return True
-        return self.host == socket.gethostname() and find_start(self.pid) != self.process_started
+        # Not exactly equal: psutil adds the boot time, which shifts when the clock is adjusted.
+        is_here = self.host == socket.gethostname()
+        return is_here and abs(find_start(self.pid) - self.process_started) > CLOCK_SLACK_SECONDS
 
 
 def find_start(pid: int) -> float:

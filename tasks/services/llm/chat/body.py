@@ -45,7 +45,8 @@ def make_body(profile: ProfileConfig, messages: Iterable[Message]) -> ChatBody:
 
 def count_body_tokens(body: ChatBody, profile: ProfileConfig) -> tuple[int, int]:
     """Return an upper estimate of a body's input tokens, and the cap on its output tokens."""
-    characters, pixels = len(json.dumps(body.get("response_format") or body.get("tools") or "")), 0
+    characters = sum(len(json.dumps(body[name])) for name in ("response_format", "tools") if name in body)
+    pixels = 0
     for message in body["messages"]:
         # An assistant message of a tool round has calls instead of content.
         content = message.get("content") or json.dumps(message.get("tool_calls") or "")

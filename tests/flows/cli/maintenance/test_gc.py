@@ -126,6 +126,18 @@ def test_leftovers_of_interrupted_runs_are_removed(tmp_path: Path) -> None:
     assert not training.exists()
 
 
+def test_a_leftover_is_listed_once_if_the_output_folder_is_relative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, store = make_output(tmp_path)
+    part = store.root / "02-prior" / "used" / ".part-abc"
+    part.write_bytes(b"x" * 100)
+    os.utime(part, (OLD, OLD))
+    monkeypatch.chdir(tmp_path)
+    items = collect_garbage(output.relative_to(tmp_path), days=7, is_deleting=False)
+    assert [item.kind for item in items] == ["abandoned temporary file"]
+
+
 def test_no_stage_is_removed_if_a_summary_is_damaged(tmp_path: Path) -> None:
     output, store = make_output(tmp_path)
     (output / "one" / "summary.json").write_text("{")

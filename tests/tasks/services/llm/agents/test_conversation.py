@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tasks.errors import ServiceUnavailable
+from tasks.errors import ReplyInvalid, ServiceUnavailable
 from tasks.services.llm.agents.conversation import Conversation, History
 from tasks.services.llm.agents.tools import Tool, ToolResult
 from tasks.services.llm.config import CapabilityConfig
@@ -58,6 +58,30 @@ def test_a_streamed_tool_call_is_executed_and_its_result_sent_to_the_model(tmp_p
     assert asked == ["yes"]
     assert server.bodies[1]["messages"][-1]["content"] == '{"loud": "YES"}'
     assert [message["role"] for message in talked.history.turns[0]] == ["user", "assistant", "tool", "assistant"]
+
+
+def test_a_model_that_only_calls_tools_is_an_error(tmp_path: Path) -> None:
+    tool = Tool("shout", "Shout a word.", Word, lambda wanted: ToolResult({}))
+    with scripted_server() as server:
+        server.script(call("shout", '{"word": "yes"}'))
+        talked = talk(server, tmp_path, (tool,))
+        with pytest.raises(ReplyInvalid, match="calls tools in each of 6 rounds"):
+            talked.say("shout yes", on_text=lambda piece: None)
+    assert talked.history.turns == []
+
+
+def test_an_error_while_text_is_shown_leaves_a_ledger_row(tmp_path: Path) -> None:
+    def fail(piece: str) -> None:
+        raise BrokenPipeError
+
+    with scripted_server() as server:
+        server.script(say("Hel", "lo"))
+        talked = talk(server, tmp_path)
+        with pytest.raises(BrokenPipeError):
+            talked.say("hi", on_text=fail)
+    assert [(row.outcome, row.usage_fault) for row in talked.llm.ledger.rows] == [
+        ("BrokenPipeError", "the reply was not read")
+    ]
 
 
 def test_an_interrupt_cancels_the_reply_and_leaves_the_history_unchanged(tmp_path: Path) -> None:

@@ -68,6 +68,16 @@ def test_names_are_looked_up_once_by_the_responses_api_and_sources_recorded(tmp_
     assert llm.ledger.sum_cost() == pytest.approx((900 + 600) / 1e6)
 
 
+def test_another_list_of_domains_is_another_search(tmp_path: Path) -> None:
+    with scripted_server() as server:
+        server.script(responded(json.dumps(FINDING)))
+        llm = searching(server, tmp_path, "responses")
+        for domains in (("example.org",), ("example.com",), ("example.com",)):
+            lookup = {"enabled": True, "query": "Maine Coon", "domains": domains}
+            look_up_names(make_subject_config(class_noun="cup", web_lookup=lookup), llm=llm)
+        assert server.counts[RESPONSES] == 2
+
+
 def test_openrouter_requests_use_its_web_search_server_tool(tmp_path: Path) -> None:
     whole = completion(json.dumps({**FINDING, "class_noun": "cup", "is_identifier_known": False}))
     whole["choices"][0]["message"]["annotations"] = [{"type": "url_citation", "url_citation": {"url": NOTE["url"]}}]

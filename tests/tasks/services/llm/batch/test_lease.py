@@ -54,6 +54,12 @@ def test_a_reused_pid_does_not_hold_the_lease(leases: LocalStore) -> None:
     assert try_acquire(leases, "job", "me") is not None
 
 
+def test_a_clock_adjustment_does_not_end_a_lease(leases: LocalStore) -> None:
+    mine = make_lease("other")  # psutil derives start times from the boot time, which follows the clock
+    put(leases, mine.model_copy(update={"process_started": mine.process_started + 0.5}))
+    assert try_acquire(leases, "job", "me") is None
+
+
 @pytest.mark.parametrize(("age", "is_taken"), [(-60.0, False), (1.0, True)])
 def test_a_lease_of_another_host_is_valid_until_its_heartbeat_expires(
     leases: LocalStore, age: float, is_taken: bool

@@ -62,7 +62,7 @@ def list_job_keys(folder: Path) -> list[str]:
 def has_live_job(folder: Path) -> bool:
     """Whether a run made a batch job that is not collected and whose lease no live process holds."""
     from tasks.services.llm.batch.job import find_state
-    from tasks.services.llm.batch.lease import find_holder
+    from tasks.services.store.lease import find_holder
     from tasks.services.store.open import open_store
 
     keys = list_job_keys(folder)
@@ -75,5 +75,5 @@ def has_live_job(folder: Path) -> bool:
         return False
     # A job with a fresh lease is polled by a live process; resuming its run here would compete with that one.
     live = [state for state in states if not state.is_collected]
-    holders = [find_holder(store, state.file_name.removesuffix(".json")) for state in live]
+    holders = [find_holder(store, state.lease_name) for state in live]
     return bool(live) and not any(holder and not holder[1].is_stale() for holder in holders)

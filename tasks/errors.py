@@ -5,6 +5,7 @@
     |-- SubjectRejected       fix the photos
     |-- ServiceUnavailable    wait; retried by the steps that talk to services
     |   `-- StillPending      a batch job runs on; run again later
+    |-- LeaseLost             nothing: another process goes on with the same work
     |-- ReplyInvalid          retried within a small bound
     |-- ArtifactCorrupt       rebuild: the stored object is not what its manifest says
     |-- StorageFull           free disk space
@@ -71,6 +72,10 @@ class StillPending(ServiceUnavailable):
     """A remote job is not finished; asking again at once would not help."""
 
     is_retryable = False
+
+
+class LeaseLost(LikenessError):
+    """Another process took over a lease, for example while this one was suspended; it must not write any more."""
 
 
 class ReplyInvalid(LikenessError):

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from tasks.errors import ArtifactCorrupt
 from tasks.manifests.base import Manifest, ObjectRef
 from tasks.services.store.base import Store
+from tasks.services.store.lease import HeldLease
 from tasks.stage.digests import digest, digest_file, dump_signed, load_signed
 
 log = logging.getLogger(__name__)
@@ -92,18 +93,28 @@ def without_documentation(node: Any) -> Any:
 
 
 class StageFolder:
-    """One stage's folder in the store while it is being filled."""
+    """One stage's folder in the store while it is being filled.
 
-    def __init__(self, store: Store, stage: str, stage_key: str) -> None:
+    Writes are refused with LeaseLost once another process may be filling it: `lease` is the fence.
+    """
+
+    def __init__(self, store: Store, stage: str, stage_key: str, *, lease: HeldLease | None = None) -> None:
         self.store = store
+        self.lease = lease
         self.stage = stage
         self.stage_key = stage_key
         self.prefix = f"{PREFIXES[stage]}/{stage_key}"
         self.started = time.monotonic()
         self.refs: dict[str, ObjectRef] = {}
 
+    def check_lease(self, *, is_final: bool = False) -> None:
+        """Raise LeaseLost where another process may be filling this folder."""
+        if self.lease is not None:
+            self.lease.check(is_final=is_final)
+
     def put(self, name: str, data: bytes) -> ObjectRef:
         """Store one object of this stage; `finish` lists it in the manifest."""
+        self.check_lease()
         key = f"{self.prefix}/{name}"
         self.store.put_bytes(key, data)
         ref = ObjectRef(key=key, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
@@ -112,6 +123,7 @@ class StageFolder:
 
     def put_file(self, name: str, path: Path) -> ObjectRef:
         """Store one file of this stage."""
+        self.check_lease()
         key = f"{self.prefix}/{name}"
         self.store.put_file(key, path)
         ref = ObjectRef(key=key, sha256=digest_file(path), size_bytes=path.stat().st_size)
@@ -167,6 +179,7 @@ class StageFolder:
                 "objects": tuple(self.refs[key] for key in sorted(self.refs)),
             }
         )
+        self.check_lease(is_final=True)
         self.store.put_bytes(f"{self.prefix}/{MANIFEST_NAME}", dump_signed(finished, indent=1))
         return finished
 

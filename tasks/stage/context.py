@@ -1,6 +1,7 @@
 """The runtime of one run: services, progress and stage records."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from tasks.errors import LikenessError
+from tasks.errors import LeaseLost, LikenessError
 from tasks.manifests.base import Manifest
 from tasks.services.llm.service import LlmService
 from tasks.services.store.base import Store
+from tasks.services.store.lease import hold_lease
 from tasks.services.tracking.base import Tracker
 from tasks.services.tracking.live import LiveRun
 from tasks.stage.cache import Stage, StageFolder, find_manifest
@@ -83,21 +85,54 @@ class Runtime:
             find_missing_effect: returns which side effect outside the store is missing, or an empty string.
 
         """
-        with self.recorded(stage.name, stage.key) as record:
+
+        def find() -> tuple[M | None, str]:
             manifest = find_manifest(self.store, stage.manifest, stage=stage.name, key=stage.key)
             missing = find_missing_effect(manifest) if manifest else ""
+            return (None if missing else manifest), missing
+
+        with self.recorded(stage.name, stage.key) as record:
+            manifest, missing = find()
             if missing:
                 self.progress.note(f"warning: {stage.name} {stage.key[:8]} is computed again: {missing}")
-                manifest = None
             record.is_cached = manifest is not None
-            if manifest is None:
-                manifest = compute(StageFolder(self.store, stage.name, stage.key))
-                record.cost_usd = manifest.cost_usd  # of this run only: a cached stage costs nothing
+            while manifest is None:
+                manifest = self._compute_leased(stage, lambda: find()[0], compute)
             record.counts = manifest.counts
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in manifest.counts.items())
         word = "cached" if record.is_cached else "done"
         self.progress.note(f"{stage.name:<11} {word:<6} {record.seconds:6.1f} s  {stage.key[:8]}  {counts}")
         return manifest
+
+    def _compute_leased(
+        self, stage: Stage[M], find: Callable[[], M | None], compute: Callable[[StageFolder], M]
+    ) -> M | None:
+        """Compute a stage under its lease, or return what another run computed while this one waited for it.
+
+        Returns None where the lease was lost, for example in a suspend of the machine: another run computes the stage.
+        """
+        has_waited = False
+
+        def on_wait(who: str) -> None:
+            nonlocal has_waited
+            if self.stopping.is_set():
+                raise LikenessError("the run is stopping")
+            if not has_waited:
+                self.progress.note(f"{stage.name} waits for {who}, which computes {stage.key[:8]}")
+            has_waited = True
+
+        record, name = self.records[stage.name], f"stages/{stage.name}-{stage.key}"
+        try:
+            with hold_lease(self.store, name, max_wait_seconds=math.inf, poll_seconds=1.0, on_wait=on_wait) as lease:
+                manifest = find()  # again: another run may have finished it before this one got the lease
+                record.is_cached = manifest is not None
+                if manifest is None:
+                    manifest = compute(StageFolder(self.store, stage.name, stage.key, lease=lease))
+                    record.cost_usd = manifest.cost_usd  # of this run only: a cached stage costs nothing
+                return manifest
+        except LeaseLost as error:
+            self.progress.note(f"warning: {error}")
+            return None
 
     @contextmanager
     def recorded(self, stage: str, key: str) -> Iterator[StageRecord]:

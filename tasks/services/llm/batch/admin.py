@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 from tasks.errors import ConfigError, StillPending
 from tasks.services.llm.batch.job import BatchState, find_state, open_provider
-from tasks.services.llm.batch.lease import hold_lease
 from tasks.services.llm.batch.provider import TERMINAL, BatchProvider, RemoteJob
 from tasks.services.llm.budget.ledger import LedgerRow
 from tasks.services.llm.chat.completion import ChatCompletion, Usage, bound_usage
 from tasks.services.llm.chat.response_format import read_content
 from tasks.services.llm.reply_cache import CachedReply, find_record, put_record
 from tasks.services.llm.service import LlmService
+from tasks.services.store.lease import hold_lease
 from tasks.stage.digests import dump_signed
 
 
@@ -129,7 +129,7 @@ def leased(job: JobHandle) -> Iterator[JobHandle]:
     A run may have submitted or collected it since the state was read. Raises StillPending where a running process
     holds the lease.
     """
-    name = job.state.file_name.removesuffix(".json") if job.state_key else job.job_id
-    with hold_lease(job.llm.store, name, max_wait_seconds=0.0, poll_seconds=0.1, on_wait=lambda: None):
+    name = job.state.lease_name if job.state_key else f"batch-jobs/{job.job_id}"
+    with hold_lease(job.llm.store, name, max_wait_seconds=0.0, poll_seconds=0.1, on_wait=lambda who: None):
         state = find_state(job.llm.store, job.state_key) if job.state_key else None
         yield replace(job, state=state or job.state)

@@ -80,6 +80,11 @@ class BatchState(BaseModel):
         """The last part of the state's key."""
         return f"{self.input_sha256[:24]}-{self.attempt}.json"
 
+    @property
+    def lease_name(self) -> str:
+        """The name of the lease that whoever submits, polls or collects the job holds."""
+        return f"batch-jobs/{self.file_name.removesuffix('.json')}"
+
 
 def find_state(store: Store, key: str) -> BatchState | None:
     """Return a verified state; a damaged one is quarantined, and its remote job is found by its idempotency key."""

@@ -16,13 +16,13 @@ from pydantic import BaseModel
 
 from tasks.errors import StillPending
 from tasks.services.llm.batch.job import BatchJob, BatchState, list_states
-from tasks.services.llm.batch.lease import hold_lease
 from tasks.services.llm.batch.provider import ENDPOINT
 from tasks.services.llm.chat.body import count_body_tokens
 from tasks.services.llm.chat.request import RequestSpec
 from tasks.services.llm.config import LlmConfig, ProfileConfig
 from tasks.services.llm.executor import Answers, AskOptions, Specs, ask_each
 from tasks.services.llm.service import LlmService
+from tasks.services.store.lease import hold_lease
 
 log = logging.getLogger(__name__)
 MAX_ROWS, MAX_BYTES = 50_000, 190_000_000  # OpenAI's limits per file: 50,000 rows and 200 MB, with a margin
@@ -132,10 +132,10 @@ def run_jobs(
         job = queue.popleft()
         with hold_lease(
             llm.store,
-            job.state.file_name.removesuffix(".json"),
+            job.state.lease_name,
             max_wait_seconds=options.max_wait_seconds,
             poll_seconds=options.poll_seconds,
-            on_wait=lambda: on_progress(done),  # noqa: B023
+            on_wait=lambda who: on_progress(done),  # noqa: B023
         ):
             # Planned without the lease, so the stored state may be newer than the planned one.
             job.reload()

@@ -15,12 +15,14 @@ from contextlib import contextmanager
 import psutil
 from pydantic import BaseModel
 
-from tasks.errors import ArtifactCorrupt, LikenessError, StillPending
+from tasks.errors import ArtifactCorrupt, LeaseLost, LikenessError, StillPending
 from tasks.services.store.base import Store
 from tasks.stage.digests import dump_signed, load_signed
 
 log = logging.getLogger(__name__)
 CLOCK_SLACK_SECONDS = 2.0
+LEASES = "leases"
+TRUSTED_SECONDS = 60.0  # after a renewal; well below the expiry, since a write takes time too
 HEARTBEAT_SECONDS, EXPIRY_SECONDS = 20.0, 120.0  # five heartbeats may fail; also absorbs clock skew between hosts
 
 
@@ -52,11 +54,71 @@ def find_start(pid: int) -> float:
         return 0.0
 
 
+class HeldLease:
+    """A lease of this process, renewed in the background, as a fence around writes.
+
+    A process that was suspended for longer than a lease lives may find that another one works in its place. It must
+    not write any more: `check` refuses, without a request while the last renewal is recent.
+    """
+
+    def __init__(self, store: Store, key: str, *, owner: str) -> None:
+        self.store = store
+        self.key = key
+        self.owner = owner
+        self.ended = threading.Event()
+        self.confirmed_at = read_clock()
+        self.thread = threading.Thread(target=self.keep_alive, daemon=True)
+        self.thread.start()
+
+    def check(self, *, is_final: bool = False) -> None:
+        """Raise LeaseLost where another process may have taken the lease over.
+
+        `is_final` asks the store even if the last renewal is recent: for the write that makes work visible.
+        """
+        if not is_final and read_clock() - self.confirmed_at < TRUSTED_SECONDS:
+            return
+        now = read_clock()  # before the request: the lease is known to be ours at the time that it is sent
+        if not is_own(self.store, self.key, self.owner):
+            raise LeaseLost(f"another process took over {describe_name(self.key)}; this one stops without writing")
+        self.confirmed_at = now
+
+    def keep_alive(self) -> None:
+        """Renew the lease until it is released, or another process took it over."""
+        while not self.ended.wait(HEARTBEAT_SECONDS):
+            try:
+                now = read_clock()
+                if not is_own(self.store, self.key, self.owner):
+                    log.warning("the lease of %s was taken over by another process", describe_name(self.key))
+                    return
+                # Check and write are not atomic. A take-over in between has a higher number, which `is_own` then sees.
+                self.store.put_bytes(self.key, dump_signed(make_lease(self.owner)))
+                self.confirmed_at = now
+            except (LikenessError, OSError) as error:  # the next heartbeat may succeed before the lease expires
+                log.warning("the lease of %s was not renewed: %s", describe_name(self.key), error)
+
+    def release(self) -> None:
+        """Give the lease back, so that a waiting process need not wait for its expiry."""
+        self.ended.set()
+        self.thread.join()  # else a last heartbeat could write the lease again after it is deleted
+        try:
+            if is_own(self.store, self.key, self.owner):
+                self.store.delete(self.key)
+        except (LikenessError, OSError) as error:  # it expires by itself; the work done under it counts
+            log.warning("the lease of %s was not released and expires by itself: %s", describe_name(self.key), error)
+
+
 @contextmanager
 def hold_lease(
-    store: Store, name: str, *, max_wait_seconds: float, poll_seconds: float, on_wait: Callable[[], None]
-) -> Iterator[None]:
+    store: Store, name: str, *, max_wait_seconds: float, poll_seconds: float, on_wait: Callable[[str], None]
+) -> Iterator[HeldLease]:
     """Hold a lease while the block runs, after waiting for another holder to end.
+
+    Args:
+        store: where leases lie.
+        name: a kind and a name, for example `batch-jobs/1f3a`.
+        max_wait_seconds: how long to wait for a living holder.
+        poll_seconds: seconds between two looks.
+        on_wait: called before each look with who holds the lease.
 
     Raises:
         StillPending: the other holder still runs after `max_wait_seconds`.
@@ -65,22 +127,18 @@ def hold_lease(
     deadline = time.monotonic() + max_wait_seconds
     owner = uuid.uuid4().hex
     while (key := try_acquire(store, name, owner)) is None:
+        holder = find_holder(store, name)
+        who = f"process {holder[1].pid} on {holder[1].host}" if holder else "another process"
         if time.monotonic() > deadline:
-            holder = find_holder(store, name)
-            who = f"process {holder[1].pid} on {holder[1].host}" if holder else "another process"
-            raise StillPending(f"{who} runs the same batch job; `likeness pending` resumes this run when it has ended")
-        on_wait()
+            what = describe_name(prefix_of(name))
+            raise StillPending(f"{who} holds the lease of {what}; run again when it has ended, or `likeness pending`")
+        on_wait(who)
         time.sleep(min(1.0, poll_seconds))
-    ended = threading.Event()
-    beat = threading.Thread(target=keep_alive, args=(store, key), kwargs={"owner": owner, "ended": ended}, daemon=True)
-    beat.start()
+    held = HeldLease(store, key, owner=owner)
     try:
-        yield
+        yield held
     finally:
-        ended.set()
-        beat.join()  # else a last heartbeat could write the lease again after it is deleted
-        if is_own(store, key, owner):
-            store.delete(key)
+        held.release()
 
 
 def try_acquire(store: Store, name: str, owner: str) -> str | None:
@@ -123,19 +181,6 @@ def read_lease(store: Store, key: str) -> Lease | None:
         return Lease(owner="", host="", pid=0, process_started=0.0, expires_at=0.0)
 
 
-def keep_alive(store: Store, key: str, *, owner: str, ended: threading.Event) -> None:
-    """Renew a lease until its holder ends, or another process took it over, for example after a suspend."""
-    while not ended.wait(HEARTBEAT_SECONDS):
-        try:
-            if not is_own(store, key, owner):
-                log.warning("lease %s was taken over by another process, which now runs the same job", key)
-                return
-            # Check and write are not atomic. A take-over in between has a higher number, which `is_own` then sees.
-            store.put_bytes(key, dump_signed(make_lease(owner)))
-        except (LikenessError, OSError) as error:  # the next heartbeat may succeed before the lease expires
-            log.warning("lease %s was not renewed: %s", key, error)
-
-
 def is_own(store: Store, key: str, owner: str) -> bool:
     """Whether a lease is still its owner's: present, with its token, and the newest of its name."""
     # The token decides, not the key: numbers start again at 1 once all leases of a name are deleted.
@@ -159,7 +204,19 @@ def make_lease(owner: str) -> Lease:
 
 def prefix_of(name: str) -> str:
     """Return the key prefix of a name's leases."""
-    return f"llm/leases/{name}/"
+    return f"{LEASES}/{name}/"
+
+
+def describe_name(key: str) -> str:
+    """Return what a lease is of, for messages: `leases/batch-jobs/1f3a/000001.json` -> `batch job 1f3a`."""
+    kind, name = key.split("/")[1:3]
+    return f"{kind.removesuffix('s').replace('-', ' ')} {name[:12]}"
+
+
+def read_clock() -> float:
+    """Return seconds that go on while the machine is suspended, unaffected by changes of the time."""
+    # CLOCK_MONOTONIC stands still in suspend on Linux; macOS has no CLOCK_BOOTTIME, and its monotonic clock goes on.
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def list_leases(store: Store, name: str) -> list[str]:

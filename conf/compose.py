@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from conf.groups import CONFIG_DIR, GROUPS, extra_config_dir
+from conf.groups import CONFIG_DIR, GROUPS, extra_config_dir, read_default_options
 from conf.request import RunRequest, Value
 from conf.schema import RunConfig
 from conf.trust import check_budget, check_request, check_source, list_rules
@@ -78,7 +78,7 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
 
 def find_cap(plain: Tree, choices: dict[str, str]) -> float | None:
     """Return the operator's spending cap: the smallest, so that no option of a request raises it."""
-    defaults = {group: str(RunRequest.model_fields[field].default) for field, group in GROUPS.items()}
+    defaults = read_default_options()
     # An experiment or preset may raise the cap for its operator, but not for whoever requests it.
     composed = [plain, compose_groups({**choices, "experiment": "none"}), compose_groups(defaults)]
     caps = [lookup(found, "llm.budget_usd") for found in composed]
@@ -186,6 +186,7 @@ def describe_invalid(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     where = "" if where == "settings" else where  # the message names the setting itself
+    where = GROUPS.get(where, where) if error.title == RunRequest.__name__ else where
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         names = {dotted for dotted, _ in walk(schema_names(RunConfig))}

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,15 @@ GROUPS = {
     "store": "store", "tracking": "tracking", "experiment": "experiment",
 }  # fmt: skip
 FIELDS = {group: field for field, group in GROUPS.items()}
+
+
+@cache
+def read_default_options() -> dict[str, str]:
+    """Return the default option of every group: the defaults list of `run.yaml`."""
+    import yaml
+
+    listed = yaml.safe_load((CONFIG_DIR / "run.yaml").read_text())["defaults"]
+    return {group: str(option) for entry in listed if isinstance(entry, dict) for group, option in entry.items()}
 
 
 def extra_config_dir() -> Path | None:

@@ -9,7 +9,7 @@ from hydra.core.override_parser.types import Override, OverrideType, QuotedStrin
 from hydra.errors import HydraException
 from pydantic import ValidationError
 
-from conf.compose import describe_invalid
+from conf.compose import describe_invalid, suggest
 from conf.groups import FIELDS
 from conf.request import RunRequest, Scalar, Value
 from tasks.errors import ConfigError, first_line
@@ -34,6 +34,8 @@ def parse_overrides(overrides: Iterable[str]) -> RunRequest:
             fields["tracking"], settings["tracking.loggers"] = split_trackers(plain)
         elif key in FIELDS:
             fields[FIELDS[key]] = plain
+        elif "/" in key:
+            raise ConfigError(f"unknown config group {show_value(key)}{suggest(key, FIELDS)}")
         else:
             settings[key] = plain
     if "subject.source" in settings and "subject" not in fields:

@@ -9,11 +9,12 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from conf.groups import OptionOf
+from conf.groups import OptionOf, read_default_options
 from tasks.redaction import clean_text
 
 Scalar = bool | int | float | str
 Value = Scalar | None | list[Scalar]
+OPTIONS = read_default_options()
 MAX_SETTINGS, MAX_ITEMS, MAX_CHARACTERS = 500, 500, 4_000
 
 
@@ -53,7 +54,7 @@ class RunRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     subject: Annotated[str, OptionOf("subject")] = Field(
-        "demo",
+        OPTIONS["subject"],
         description="the shipped demo photos, or your own folder",
         json_schema_extra={"position": 0},
     )
@@ -69,28 +70,31 @@ class RunRequest(BaseModel):
         json_schema_extra={"position": 2},
     )
     diffusion: Annotated[str, OptionOf("diffusion")] = Field(
-        "mini", description="base model", json_schema_extra={"position": 3}
+        OPTIONS["diffusion"], description="base model", json_schema_extra={"position": 3}
     )
     experiment: Annotated[str, OptionOf("experiment")] = Field(
-        "none", description="a named set of changes to the defaults", json_schema_extra={"position": 4}
+        OPTIONS["experiment"], description="a named set of changes to the defaults", json_schema_extra={"position": 4}
     )
-    prior: Annotated[str, OptionOf("prior")] = Field("class_images", description="prior preservation")
+    prior: Annotated[str, OptionOf("prior")] = Field(OPTIONS["prior"], description="prior preservation")
     method: Annotated[str, OptionOf("training/method")] = Field(
-        "auto",
+        OPTIONS["training/method"],
         description="what is learned: all weights, adapters, a new token, or a token and one of these; "
         "auto: as the base model's preset says",
     )
     devices: Annotated[str, OptionOf("training/devices")] = Field(
-        "one", description="one GPU or the CPU, all GPUs of the machine, weights sharded over them, or several machines"
+        OPTIONS["training/devices"],
+        description="one GPU or the CPU, all GPUs of the machine, weights sharded over them, several machines",
     )
-    evaluation: Annotated[str, OptionOf("evaluation")] = Field("standard", description="how much is sampled")
+    evaluation: Annotated[str, OptionOf("evaluation")] = Field(OPTIONS["evaluation"], description="how much is sampled")
     scoring: Annotated[str, OptionOf("scoring")] = Field(
-        "auto", description="how the judge is called; auto: as llm says"
+        OPTIONS["scoring"], description="how the judge is called; auto: as llm says"
     )
-    publishing: Annotated[str, OptionOf("publishing")] = Field("auto", description="where the model goes")
-    llm: Annotated[str, OptionOf("llm")] = Field("local", description="LLM provider")
-    store: Annotated[str, OptionOf("store")] = Field("local", description="where objects live")
-    tracking: Annotated[str, OptionOf("tracking")] = Field("mlflow", description="where metrics are tracked")
+    publishing: Annotated[str, OptionOf("publishing")] = Field(
+        OPTIONS["publishing"], description="where the model goes"
+    )
+    llm: Annotated[str, OptionOf("llm")] = Field(OPTIONS["llm"], description="LLM provider")
+    store: Annotated[str, OptionOf("store")] = Field(OPTIONS["store"], description="where objects live")
+    tracking: Annotated[str, OptionOf("tracking")] = Field(OPTIONS["tracking"], description="where metrics are tracked")
     seed: int | None = Field(None, ge=0, le=2**31 - 1, description="seed of training; empty: the default")
     settings: dict[str, Value] = Field(
         default_factory=dict,

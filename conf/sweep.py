@@ -26,7 +26,9 @@ class SweepRequest(BaseModel):
         min_length=1, max_length=MAX_PARAMETERS, description="setting: the values to try"
     )
     num_trials: int = Field(0, ge=0, description="finished trials in all; 0: every combination")
-    study: str = Field("", pattern=r"^[A-Za-z0-9_-]*$", description="name to go on with; empty: made from the request")
+    study: str = Field(
+        "", pattern=r"^[A-Za-z0-9_-]*$", description="name to resume it by; empty: derived from the request"
+    )
     objective: Literal["dino_x_clip_t", "dino", "clip_i", "clip_t", "concept_preservation"] = Field(
         "dino_x_clip_t", description="what is maximized, of the tuned model"
     )

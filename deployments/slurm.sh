@@ -19,10 +19,10 @@ srun --nodes=1 --ntasks=1 --nodelist="$head" .venv/bin/likeness run training/dev
   training.num_nodes="$SLURM_NNODES" training.num_devices="$SLURM_GPUS_ON_NODE" \
   training.rdzv_endpoint="$rdzv_endpoint" "output_dir=${LIKENESS_OUTPUT:-runs}" "$@" &
 main=$!
-# Slurm tells this script before the time is up; training then saves and ends.
+# Slurm sends SIGTERM before the time limit; training then saves a checkpoint and exits.
 trap 'kill -TERM "$main"; wait "$main"' TERM
 
-# The order to train appears once the photos are captioned and the class images drawn.
+# spec.json appears once the photos are captioned and the class images generated.
 spec=
 while [ -z "$spec" ] && kill -0 "$main" 2>/dev/null; do
   sleep 5

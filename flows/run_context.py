@@ -41,7 +41,7 @@ from tasks.manifests.run_summary import (
     SubjectNames,
 )
 from tasks.manifests.scoring import Scorecard
-from tasks.redaction import MASK, SECRET_NAME, install_log_redaction, redact
+from tasks.redaction import MASK, install_log_redaction, names_secret, redact
 from tasks.stage.cache import PREFIXES, read_verified
 from tasks.stage.context import Runtime, StageRecord
 from tasks.stage.files import explain_full_disk, write_atomic
@@ -125,7 +125,7 @@ class Run:
 def show_config(config: RunConfig) -> list[tuple[str, str]]:
     """Return a configuration as dotted names and values, without what could be a secret."""
     rows = flatten(config.model_dump(mode="json"))
-    return [(name, MASK if SECRET_NAME.search(name) else redact(value)) for name, value in rows]
+    return [(name, MASK if names_secret(name) else redact(value)) for name, value in rows]
 
 
 def describe_run(config: RunConfig, request: RunRequest) -> dict[str, str]:

@@ -6,9 +6,10 @@ without a rule can't be set by a request; a test enumerates them.
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from tasks.prompts import check_template
 from tasks.redaction import clean_text
@@ -18,11 +19,29 @@ MAX_SEED = 2**63 - 1  # torch accepts up to 2**64 - 1, which leaves room for see
 MAX_WAIT = 30 * 24 * 3600.0  # seconds
 
 
+def is_number(annotation: object) -> bool:
+    """Whether a field's type is a number, or a number or null."""
+    return annotation in (int, float) or (
+        get_origin(annotation) in (Union, UnionType)
+        and all(part in (int, float, type(None)) for part in get_args(annotation))
+    )
+
+
 class Section(BaseModel):
     """A frozen section: unknown keys and numbers that are not finite are refused."""
 
     # Sections of RunConfig have no defaults: conf/run.yaml holds them all, and a test forbids a second place.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_booleans_for_numbers(cls, values: object) -> object:
+        """Refuse `seed=true`, which pydantic would read as 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and is_number(field.annotation):
+                raise ValueError(f"{name} is a number, not {str(value).lower()}")
+        return values
 
 
 @dataclass(frozen=True)

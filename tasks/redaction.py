@@ -16,6 +16,8 @@ MASK = "***"
 # Any run of this many characters of a secret is masked, since servers echo keys truncated or in pieces.
 WINDOW = 8
 SHORTEST = 4
+PUBLIC_NAMES = ("identifier_token", "initializer_token", "pixels_per_token")
+"""Settings whose names match SECRET_NAME and whose values are no secrets."""
 SECRET_NAME = re.compile(
     r"((KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?|(^|_)(AUTH|AUTH_STRING|PASS|DSN))$", re.IGNORECASE
 )
@@ -104,6 +106,11 @@ def encode_forms(secret: str) -> list[str]:
         inner = encoded[4 if shift else 0 : len(encoded) // 4 * 4 - 4]
         forms += [inner, inner.replace("+", "-").replace("/", "_")]
     return forms
+
+
+def names_secret(name: str) -> bool:
+    """Whether a setting's or variable's name says that its value is a secret."""
+    return bool(SECRET_NAME.search(name)) and name.rsplit(".", 1)[-1] not in PUBLIC_NAMES
 
 
 def redact(text: str) -> str:

@@ -13,9 +13,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # two test processes run at once; spinning threads would starve each other
+# One thread per pytest-xdist process: spinning threads would starve those of the other processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tasks.services.config import StoreConfig
 from tasks.services.store.base import Store

@@ -98,7 +98,7 @@ class Scorecard(Manifest):
     served_model: str
     judgements: tuple[Judgement, ...]
     failed: tuple[str, ...]
-    """JudgeRequests that got no valid answer, as `name: reason`."""
+    """Judge requests without a valid reply, as `name: reason`."""
     scores: dict[Side, SideScores]
     intervals: dict[Side, dict[str, tuple[float, float]]]
     """Bootstrap intervals (95 %) of the mean scores."""

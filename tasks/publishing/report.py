@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, select_autoescape
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
 from tasks.images import decode_png, encode_png
@@ -40,7 +40,10 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
     # Names, captions and evidence are untrusted text: everything is escaped.
     # `default=True`, since select_autoescape decides by suffix and the template's is .jinja.
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATE_FOLDER), autoescape=select_autoescape(default=True), trim_blocks=True
+        loader=FileSystemLoader(TEMPLATE_FOLDER),
+        autoescape=select_autoescape(default=True),
+        trim_blocks=True,
+        undefined=StrictUndefined,
     )
     environment.filters["picture"] = lambda ref: to_data_url(store, ref)
     run = inputs.manifests

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tasks.scoring.judge import JudgeRun
     from tasks.scoring.judge_requests import JudgeContext
 
-STAGE_VERSION = 4
+STAGE_VERSION = 5
 
 
 @dataclass(frozen=True)

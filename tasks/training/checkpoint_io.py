@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,29 +18,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tasks.config_base import Section
 from tasks.errors import ArtifactCorrupt, TrainingFailed
 from tasks.manifests.training import LossRow, dump_losses, parse_losses
 from tasks.stage.digests import digest_file, dump_signed, load_signed
 from tasks.stage.files import sync
 from tasks.stage.tensor_files import count_bytes, explain_full_tensors
+from tasks.training.process.checkpoint_files import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    CheckpointManifest,
+    list_checkpoints,
+)
 from tasks.training.sharding import shard_like, unshard
 
 log = logging.getLogger(__name__)
-
-SCHEMA_VERSION = 3
-MANIFEST = "manifest.json"
-# Staged (`.part-`) and damaged (`.bad-`) folders do not match.
-NAME = re.compile(r"step-\d{8,}")
-
-
-class CheckpointManifest(Section):
-    """The manifest of a checkpoint, written last."""
-
-    schema_version: int
-    step: int
-    fingerprint: dict[str, str]
-    files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -161,14 +151,6 @@ def load_checkpoint(path: Path, *, fingerprint: dict[str, str]) -> TrainingState
         losses=parse_losses((path / "losses.jsonl").read_text()),
         **json.loads((path / "numbers.json").read_text()),
     )
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return checkpoint folders, newest step first."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and (path / MANIFEST).exists()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,9 @@ class TrainingConfig(Section):
     )
     checkpointing_steps: int = Field(ge=1, le=1_000_000, description="steps between checkpoints")
     checkpoints_total_limit: int = Field(ge=2, le=1000, description="valid checkpoints kept while training")
+    upload_checkpoints: bool = Field(
+        description="upload checkpoints to the store while training, so that another machine can resume"
+    )
     log_every_n_steps: int = Field(ge=1, le=1_000_000, description="steps between log lines")
     num_devices: int = Field(ge=0, le=64, description="processes on a machine, one per device; 0: all its GPUs")
     fsdp: bool = Field(description="shard trained parameters over all devices (FSDP), for models that don't fit on one")
@@ -192,7 +195,7 @@ class TrainingConfig(Section):
         """Return the fields that affect the result, which the stage's cache key covers."""
         # Saving, logging, time limits and placement leave the weights unchanged.
         unchanged = {
-            "checkpointing_steps", "checkpoints_total_limit", "log_every_n_steps",
+            "checkpointing_steps", "checkpoints_total_limit", "upload_checkpoints", "log_every_n_steps",
             "num_threads", "rdzv_endpoint", "grace_seconds", "stall_seconds", "max_skipped_steps",
         }  # fmt: skip
         # Options without effect on the method are excluded, so that changing them keeps the cached model.

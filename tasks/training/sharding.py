@@ -3,6 +3,7 @@
 Trained parameters are DTensors, one shard per device, gathered block by block for forward and backward.
 """
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tasks.training.methods import Trainable
+
+log = logging.getLogger(__name__)
 
 
 def init_process_group(device: torch.device) -> None:
@@ -36,6 +39,8 @@ def shard(trainable: Trainable, device: torch.device) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     # `fully_shard` replaces every Parameter by a new DTensor one of the same name.
     sharded_parameters = dict(trainable.modules.named_parameters())
+    num_sharded = sum(isinstance(parameter, DTensor) for parameter in sharded_parameters.values())
+    log.info("%d parameters are sharded over %d ranks", num_sharded, mesh.size())
     trainable.groups = [
         replace(group, parameters=[sharded_parameters[names[id(parameter)]] for parameter in group.parameters])
         for group in trainable.groups

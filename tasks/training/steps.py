@@ -52,7 +52,9 @@ def count_devices(config: TrainingConfig) -> TrainingConfig:
 def compute_training(folder: StageFolder, inputs: TrainingInputs, runtime: Runtime) -> TunedModel:
     """Run the worker and move its result into the store, under an exclusive lock per stage key."""
     from tasks.training.data.latent_cache import fetch_latents, store_latents
+    from tasks.training.process.remote_checkpoints import CheckpointUploader, RemoteCheckpoints
     from tasks.training.process.supervisor import locked, run_worker
+    from tasks.training.process.worker_spec import RunFolder
 
     work = runtime.work_folder / "training" / folder.stage_key
     with locked(work.with_suffix(".lock")) as lock_descriptor:
@@ -67,13 +69,22 @@ def compute_training(folder: StageFolder, inputs: TrainingInputs, runtime: Runti
             stale_tag=TRAINING_TAG,
             datasets=describe_datasets(inputs.subject, inputs.prior),
         )
-        result = run_worker(
-            spec, on_event=lambda event: show_event(event, inputs.config, runtime), inherited=(lock_descriptor,)
-        )
+        remote = RemoteCheckpoints(runtime.store, folder.prefix, RunFolder(work))
+        step = remote.fetch()
+        if step is not None:
+            runtime.progress.note(f"training: fetched the checkpoint of step {step} from the store")
+        with CheckpointUploader(remote, inputs.config, check=folder.check_lease) as uploader:
+
+            def on_event(event: dict[str, Any]) -> None:
+                show_event(event, inputs.config, runtime)
+                if event["event"] == "checkpoint":
+                    uploader.notify()
+
+            result = run_worker(spec, on_event=on_event, inherited=(lock_descriptor,), check=folder.check_lease)
         manifest = store_result(folder, inputs, spec, result=result)
-        # After the manifest: a failing upload must not cost a finished model.
         store_latents(runtime.store, spec)
         # Last: until the manifest is stored, checkpoints and result are needed to resume.
+        remote.delete_all()
         shutil.rmtree(work)
     return manifest
 

@@ -123,6 +123,8 @@ OPTION_TESTS = {
     "training.max_skipped_steps": f"{_WORKER}test_too_many_non_finite_steps_stop_training_and_name_their_samples",
     "training.checkpointing_steps": f"{_EFFECTS}test_checkpointing_steps_and_checkpoints_total_limit_are_respected",
     "training.checkpoints_total_limit": f"{_EFFECTS}test_checkpointing_steps_and_checkpoints_total_limit_are_respected",
+    "training.upload_checkpoints": "tasks/training/process/test_remote_checkpoints.py::"
+    "test_checkpoints_are_uploaded_in_the_background_unless_disabled",
     "training.log_every_n_steps": f"{_EFFECTS}test_log_every_n_steps_sets_the_logging_interval",
     "training.num_devices": f"{_RANKS}test_a_stalled_rank_terminates_all_ranks",
     "training.fsdp": f"{_RANKS}test_fsdp_training_matches_data_parallel_and_resumes_bit_identically",
@@ -178,7 +180,8 @@ OPTION_TESTS = {
     "llm.judge": _ROLE,
     "llm.second_judge": _ROLE,
     "llm.reviewer": _ROLE,
-    "llm.budget_usd": "conf/test_trust.py::test_a_request_may_lower_but_not_raise_the_operators_spending_cap",
+    "llm.budget_usd": "tasks/services/llm/test_fallback_chain.py::"
+    "test_eight_workers_with_budget_for_three_requests_send_three",
     "llm.max_repair_fraction": "tasks/services/llm/test_retries.py::"
     "test_max_repair_fraction_bounds_the_repairs_across_all_requests",
     "llm.profiles": _ROLE,

@@ -2,7 +2,7 @@
 
 python -m tests.bench.llm [--subjects 4]
 
-The judge is the mini vision server, on pictures of subjects that it never met: for each, scenes of the
+The judge is the mini vision server, on images of subjects outside its training data: for each, scenes of the
 very subject stand for a tuned model and scenes of others of its class for the base model.
 """
 
@@ -102,7 +102,7 @@ def print_faults() -> None:
     for fault, script in FAULTS.items():
         with scripted_server() as server, tempfile.TemporaryDirectory() as name:
             server.script(*script)
-            capabilities = CapabilityConfig(structure="json_schema")
+            capabilities = CapabilityConfig(response_format="json_schema")
             profile = ProfileConfig(base_url=server.url, model="asked-model", capabilities=capabilities)
             llm = make_service(profile, Path(name))
             try:
@@ -120,7 +120,7 @@ def make_service(profile: ProfileConfig, folder: Path, **options: Any) -> LlmSer
 
 
 def print_judge(num_subjects: int) -> None:
-    """Print controls, agreement and rank correlation of the mini judge on subjects it never met."""
+    """Print controls, agreement and rank correlation of the mini judge on subjects outside its training data."""
     print("\n| subject | itself | another | wrong prompt | blurred | alpha | pairs | grades: other, same |")
     print("|---|---|---|---|---|---|---|---|")
     grades: list[float] = []
@@ -129,7 +129,7 @@ def print_judge(num_subjects: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         server = LocalServer(folder / "log")
-        profile = ProfileConfig(model="mini-vision", capabilities=CapabilityConfig(structure="json_schema"))
+        profile = ProfileConfig(model="mini-vision", capabilities=CapabilityConfig(response_format="json_schema"))
         llm = make_service(profile, folder, local=LocalServices(start_server=server.start))
         try:
             for noun in CLASS_NOUNS[:num_subjects]:

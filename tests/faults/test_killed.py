@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from flows.run_records import read_summary
 from tests.support.cli_sandbox import CliSandbox
@@ -46,20 +48,27 @@ def find_children(pid: int, word: str) -> list[psutil.Process]:
         return []
 
 
+@pytest.mark.parametrize("is_disk_lost", [False, True], ids=["same machine", "empty disk"])
 def test_a_run_killed_during_training_leaves_no_process_and_resumes(
-    first_run: dict[str, Any], sandbox: CliSandbox
+    first_run: dict[str, Any], sandbox: CliSandbox, is_disk_lost: bool
 ) -> None:
-    words = ["seed=99", "training.max_train_steps=40", "training.checkpointing_steps=2"]
+    words = [f"seed={97 + 2 * is_disk_lost}", "training.max_train_steps=40", "training.checkpointing_steps=2"]
     process = sandbox.start(*words)
-    work = sandbox.output / "work" / "training"
-    wait_until(lambda: process.poll() is not None or bool(list(work.glob("*/checkpoints/step-*"))))
+    stored = "store/03-training/*/resume/checkpoints/*/manifest.json"
+    local = "work/training/*/checkpoints/step-*"
+    pattern = stored if is_disk_lost else local
+    wait_until(lambda: process.poll() is not None or bool(list(sandbox.output.glob(pattern))))
     children = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     _, alive = psutil.wait_procs(children, timeout=30)
     assert alive == []
+    if is_disk_lost:  # as on another machine, which sees the store alone
+        shutil.rmtree(sandbox.output / "work" / "training")
     done = sandbox.run(*words)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert ("fetched the checkpoint of step" in done.stderr) == is_disk_lost
+    assert list(sandbox.output.glob("store/03-training/*/resume/**/*.safetensors")) == []
     summary = sandbox.newest()
     assert summary["stages"]["prior"]["cached"]
     assert summary["stages"]["subject"]["cached"]

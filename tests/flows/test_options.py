@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
-from flows.run_records import list_summaries
+from flows.run_records import list_summaries, read_run
+from tasks.manifests.prior import ClassImageSet
+from tasks.manifests.subject import SubjectSet
+from tasks.stage.digests import DIGEST_FIELD
+from tasks.training.data.holdout import resolve_validation
+from tasks.training.inputs import TrainingInputs
 from tests.support.cli_sandbox import CliSandbox
 
 
@@ -21,6 +26,10 @@ def changed(sandbox: CliSandbox, first_run: dict[str, Any]) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-3000:]
     [summary] = list_summaries(sandbox.folder / "elsewhere")
     return summary.model_dump(mode="json")
+
+
+def without_digest(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in manifest.items() if name != DIGEST_FIELD}
 
 
 def read_manifest(summary: dict[str, Any], stage: str) -> dict[str, Any]:
@@ -40,12 +49,17 @@ def test_prompts_contain_the_configured_token_and_class_prompt(changed: dict[str
     assert read_manifest(changed, "prior")["class_prompt"].startswith("one ")
 
 
-def test_the_seed_changes_the_training_key(
-    sandbox: CliSandbox, changed: dict[str, Any], first_run: dict[str, Any]
-) -> None:
-    assert changed["stages"]["training"]["key"] != first_run["stages"]["training"]["key"]
-    config = json.loads((sandbox.folder / "elsewhere" / changed["run_id"] / "config.json").read_text())
-    assert config["seed"] == 24
+def test_the_seed_changes_the_training_key(sandbox: CliSandbox, changed: dict[str, Any]) -> None:
+    config = read_run(sandbox.folder / "elsewhere" / changed["run_id"]).config
+
+    def compute_key(seed: int) -> str:
+        subject = SubjectSet.model_validate(without_digest(read_manifest(changed, "subject")))
+        prior = ClassImageSet.model_validate(without_digest(read_manifest(changed, "prior")))
+        resolved = resolve_validation(config.training, len(subject.images), lambda note: None)
+        encoders = config.evaluation.encoders
+        return TrainingInputs(resolved, config.diffusion, encoders, seed, subject, prior).stage().key
+
+    assert changed["stages"]["training"]["key"] == compute_key(24) != compute_key(23)
 
 
 def test_the_report_has_the_configured_title(sandbox: CliSandbox, changed: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
-from flows.cli.console import make_cell
+from flows.cli.console import make_cell, show_usd
 from flows.cli.spending.estimate import with_defaults
 
 
@@ -49,6 +49,6 @@ def print_examination(words: Iterable[str]) -> int:
         server.stop()
     Console(width=160).print(table)
     cost = ledger.sum_cost()
-    print(f"{ledger.count_calls()} calls, {'unknown cost' if cost is None else f'{cost:.4f} USD'}")
+    print(f"{ledger.count_calls()} calls, {'unknown cost' if cost is None else f'{show_usd(cost)} USD'}")
     print("all checks passed" if num_bad == 0 else f"{num_bad} checks failed; change llm.profiles.<name>")
     return 0 if num_bad == 0 else 2

@@ -96,12 +96,12 @@ def shorten(path: str) -> str:
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else path
 
 
-def find_run(output: Path, name: str) -> Path:
-    """Return a run's folder. Raises ConfigError where there is none."""
+def find_run(output: Path, name: str, *, record: str = "report.html") -> Path:
+    """Return a run's folder; `latest` is the newest that has a `record`. Raises ConfigError where there is none."""
     from flows.run_records import list_run_folders
 
     folders = list_run_folders(output)
-    finished = [folder for folder in folders if (folder / "report.html").exists()]
+    finished = [folder for folder in folders if (folder / record).exists()]
     if name == "latest" and finished:
         return finished[-1]
     path = Path(name).absolute()  # a shell completes names to paths

@@ -8,18 +8,17 @@ from conf.schema import RunConfig
 from conf.trust import allowed_roots
 from flows.run_context import flatten
 from flows.run_records import StoredRequest
-from tasks.redaction import MASK, SECRET_NAME, clean_text, redact
+from tasks.redaction import MASK, clean_text, names_secret, redact
 
 MAX_CHARACTERS = 200
-# Prompt tokens, whose names match the pattern of secret names.
-PUBLIC = ("identifier_token", "initializer_token")
 
 
 def print_configuration(stored: StoredRequest) -> None:
     """Print what a request resolves to; its differences from the defaults are comments, so that all is YAML."""
     config = compile_request(stored.request, roots=None if stored.is_trusted else allowed_roots())
     changes = list_changes(config, compile_request(RunRequest()))
-    print(f"# configuration {compute_config_digest(config)}, {len(changes)} values differ from the defaults")
+    count = "1 value differs" if len(changes) == 1 else f"{len(changes)} values differ"
+    print(f"# configuration {compute_config_digest(config)}, {count} from the defaults")
     for name, value, default in changes:
         print(f"#   {name}: {value}{'' if default is None else f'  (default {default})'}")
     print(yaml.safe_dump(mask_settings(config), sort_keys=False, allow_unicode=True, width=120), end="")
@@ -51,5 +50,5 @@ def mask(value: object, name: str = "") -> object:
     if isinstance(value, list):
         return [mask(item, name) for item in value]
     if isinstance(value, str):
-        return MASK if SECRET_NAME.search(name) and name not in PUBLIC else redact(value)
+        return MASK if names_secret(name) else redact(value)
     return value

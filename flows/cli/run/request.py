@@ -7,6 +7,8 @@ from conf.overrides import override_request, parse_overrides
 from flows.run_records import REQUEST, StoredRequest, read_request_file, relocate
 from tasks.errors import ArtifactCorrupt, ConfigError
 
+MAX_BYTES = 1_000_000
+
 
 def load_request(words: Iterable[str], file: Path | None = None) -> StoredRequest:
     """Return the request of the arguments, or that of a file (or run folder) with the arguments applied to it.
@@ -20,6 +22,8 @@ def load_request(words: Iterable[str], file: Path | None = None) -> StoredReques
     if file is None:
         return StoredRequest(request=parse_overrides(words), is_trusted=True)
     path = file / REQUEST if file.is_dir() else file
+    if path.exists() and not (path.is_file() and path.stat().st_size <= MAX_BYTES):  # a device or a pipe never ends
+        raise ConfigError(f"{path} is not a file of at most {MAX_BYTES:,} bytes; --request takes a run's {REQUEST}")
     try:
         stored = read_request_file(path, hint=f"--request takes the {REQUEST} of a run's folder")
     except ArtifactCorrupt as error:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flows.cli.console import make_cell, show_usd
+from flows.cli.results.runs import find_run
 from flows.run_records import list_run_folders, read_summary
 from tasks.errors import ConfigError
 from tasks.services.llm.budget.ledger import LedgerRow, read_rows
@@ -90,15 +91,7 @@ def describe_totals(groups: list[CostGroup]) -> str:
 
 def find_paying_run(output: Path, name: str) -> Path:
     """Return a run's folder in any status; `latest` is the newest that called an LLM."""
-    # Run ids sort by time.
-    paying = sorted(path.parent for path in output.glob(f"*/{LEDGER}"))
-    if name == "latest" and paying:
-        return paying[-1]
-    folders = list_run_folders(output)
-    matches = [folder for folder in folders if folder.name == name or folder.name.endswith(f"-{name}")]
-    if len(matches) == 1:
-        return matches[0]
-    raise ConfigError(f"no run {name!r} in {output}; `likeness runs` lists them")
+    return find_run(output, name, record=LEDGER)
 
 
 def find_same(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.cli.console import make_cell
+from flows.cli.console import make_cell, show_usd
 from flows.pending_runs import list_job_keys
 from flows.run_records import list_run_folders, read_run
 from tasks.errors import ConfigError, LikenessError
@@ -65,10 +65,10 @@ def act(handle: "JobHandle", action: str) -> int:
         print(f"{handle.job_id}: cancelled; the next run uses its finished replies and sends the rest as calls")
     elif action == "discard":
         reserved = batch_admin.discard(handle)
-        print(f"{handle.job_id}: discarded; its rows are sent again, {reserved:.4f} USD remain reserved for it")
+        print(f"{handle.job_id}: discarded; its rows are sent again, {show_usd(reserved)} USD remain reserved for it")
     else:
         count, spent = batch_admin.adopt(handle)
-        cost = "unknown cost" if spent is None else f"{spent:.4f} USD"
+        cost = "unknown cost" if spent is None else f"{show_usd(spent)} USD"
         print(f"{handle.job_id}: {count} replies cached, {cost}; runs with the same requests reuse them")
     return 0
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -10,17 +9,15 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
 from tasks.mini.pretrain import models
+from tasks.mini.pretrain.train import Pretrainer
 from tasks.stage.digests import digest_file
-
-if TYPE_CHECKING:
-    from tasks.mini.pretrain.train import Pretrainer
 
 # Maps pixels to [-1, 1], as in pretraining.
 PREPROCESSOR = {"size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 CLASSIFIER_FILE = "classifier.safetensors"
 
 
-def export_models(trainer: "Pretrainer", out: Path) -> None:
+def export_models(trainer: Pretrainer, out: Path) -> None:
     """Write base model, encoders and classifier in float16."""
     tokenizer, clip = trainer.tokenizer(), trainer.clip_vision()
     vae, unet = trainer.vae_decoder(), trainer.unet()

@@ -6,9 +6,6 @@ Each part resumes from its saved state. `clip_vision` and `vae_decoder` continue
 depends on, so they can run beside or after `unet`.
 """
 
-import argparse
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -348,35 +345,3 @@ def augment(pixels: Tensor, seed: int) -> Tensor:
     crops = F.grid_sample(pixels, grid, align_corners=False, padding_mode="reflection")
     gain = 0.9 + 0.2 * torch.rand(num, 1, 1, 1, generator=rng)
     return (crops * gain.to(pixels.device)).clamp(-1, 1)
-
-
-def export(trainer: Pretrainer, out: Path) -> None:
-    """Write every model in float16 to the folders that the pipeline loads."""
-    from tasks.mini.pretrain.export import export_models
-
-    export_models(trainer, out)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tasks.mini.pretrain", description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/mini"))
-    parser.add_argument("--out", type=Path, default=Path("tasks/mini/weights"))
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    options = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(os.cpu_count() or 1)
-    torch.manual_seed(0)
-    trainer = Pretrainer(options.work, device)
-    actions: dict[str, Callable[[], object]] = {
-        "classifier": trainer.classifier,
-        "clip": trainer.clip,
-        "dino": trainer.dino,
-        "vae": trainer.vae,
-        "unet": trainer.unet,
-        "clip_vision": trainer.clip_vision,
-        "vae_decoder": trainer.vae_decoder,
-        "export": lambda: export(trainer, options.out),
-    }
-    for part in options.parts:
-        actions[part]()

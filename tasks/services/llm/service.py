@@ -84,7 +84,7 @@ class LlmService:
         self.rate_limiters: dict[str, RateLimiter] = {}
         self.circuits: dict[str, CircuitBreaker] = {}
         self.flights = SingleFlight()
-        self.structures: dict[str, ResponseFormat] = {}
+        self.response_formats: dict[str, ResponseFormat] = {}
         self.substitutes: set[tuple[str, str]] = set()  # (profile, served model) that were warned about
         self.lock = threading.RLock()
         # Held across the calls of a capability probe, so a lock of its own: clients and circuits stay available.
@@ -105,16 +105,16 @@ class LlmService:
         """Return a profile's response format, probed on first use where the configuration says `auto`."""
         # A rejected probe is a finding; it must not stop the pool in which this thread works.
         with self.probe_lock, outside_of_pool():
-            if name not in self.structures:
+            if name not in self.response_formats:
                 profile = self.config.profiles[name]
                 known = profile.capabilities.response_format
                 row = LedgerRow("probe", name, profile.model, outcome="")
-                self.structures[name] = (
+                self.response_formats[name] = (
                     probe_response_format(profile, store=self.store, call=lambda body: self.call(body, row=row))
                     if known == "auto"
                     else known
                 )
-            return self.structures[name]
+            return self.response_formats[name]
 
     def circuit(self, name: str) -> CircuitBreaker:
         """Return a profile's circuit breaker."""

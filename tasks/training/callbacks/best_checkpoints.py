@@ -16,10 +16,11 @@ from tasks.stage.files import quarantine
 from tasks.training.callbacks.ema import Ema
 from tasks.training.callbacks.loss_log import LossLog
 from tasks.training.callbacks.step import StepCallback, is_due
-from tasks.training.checkpoint_io import TrainingState, copy_all, list_checkpoints, load_checkpoint, save_checkpoint
+from tasks.training.checkpoint_io import TrainingState, copy_all, load_checkpoint, save_checkpoint
 from tasks.training.config import ValidationSettings
 from tasks.training.methods import prepare, save_learned
 from tasks.training.module import DreamBoothModule
+from tasks.training.process.checkpoint_files import list_checkpoints, step_of
 from tasks.training.process.worker_spec import RunFolder, TrainingSpec
 
 # Switches off the pruning by step in `save_checkpoint`: here retention goes by rank.
@@ -112,8 +113,3 @@ def open_base(spec: TrainingSpec) -> DiffusionModel:
     base = spec.diffusion.model_copy(update={"pretrained_model_name_or_path": spec.model_folder})
     is_frozen = not spec.training.method.endswith("full")
     return load_model(base, precision=spec.training.weight_dtype if is_frozen else "fp32")
-
-
-def step_of(path: Path) -> int:
-    """Return the step that a checkpoint folder is named after; quarantined names carry a further suffix."""
-    return int(path.name.removeprefix("step-").split(".")[0])

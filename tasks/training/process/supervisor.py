@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from tasks.errors import ArtifactCorrupt, StorageFull, TrainingFailed, TrainingStopped
+from tasks.errors import AdapterSaveFailed, ArtifactCorrupt, ConfigError, StorageFull, TrainingFailed, TrainingStopped
 from tasks.stage.digests import digest_file, dump_signed, load_lines, load_signed
 from tasks.stage.files import quarantine, write_atomic
 from tasks.stage.worker_process import GUARD, child_environment, guarded
@@ -24,15 +24,22 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 LOCK_SECONDS = 10.0
+KINDS = {kind.__name__: kind for kind in (ConfigError, StorageFull, AdapterSaveFailed)}
+"""Errors of the worker that are raised here as they are; any other is a TrainingFailed that names the log."""
 WORKER_MODULE = "tasks.training.process.worker"
 
 
 def run_worker(
-    spec: TrainingSpec, *, on_event: Callable[[dict[str, Any]], None], inherited: tuple[int, ...] = ()
+    spec: TrainingSpec,
+    *,
+    on_event: Callable[[dict[str, Any]], None],
+    inherited: tuple[int, ...] = (),
+    check: Callable[[], None] = lambda: None,
 ) -> WorkerResult:
     """Run the worker to its end and return the verified result.
 
-    On any exception here, cancellation included, the worker first saves a checkpoint and exits.
+    On any exception here, cancellation included, the worker first saves a checkpoint and exits. `check` is called
+    several times a second and ends training by an exception.
 
     Raises:
         TrainingFailed: the worker ended without a result; names step and log.
@@ -55,6 +62,7 @@ def run_worker(
     started = time.time()  # wall clock: compared with modification times
     try:
         while process.poll() is None:
+            check()
             tail.read()
             check_heartbeats(run, spec, started=started, process=process, step=tail.last_step)
             time.sleep(POLL_SECONDS)
@@ -69,8 +77,8 @@ def run_worker(
     if tail.last_event == "stopped":
         raise TrainingStopped(f"training stopped at step {tail.last_step} and is saved; run again to resume")
     failure = read_failure(run)
-    if failure is not None and failure.kind == StorageFull.__name__:
-        raise StorageFull(failure.message)
+    if failure is not None and failure.kind in KINDS:  # such as a full disk: it says what to do by itself
+        raise KINDS[failure.kind](failure.message)
     reason = str(failure) if failure else describe_exit(process.returncode)
     raise TrainingFailed(f"training ended at step {tail.last_step}: {reason}; see {run.log}")
 

@@ -33,7 +33,6 @@ from tasks.stage.tensor_files import explain_full_tensors
 from tasks.training.callbacks.best_checkpoints import (
     BestCheckpoints,
     open_base,
-    step_of,
     verify_candidates,
     write_candidate,
     write_weights,
@@ -49,6 +48,7 @@ from tasks.training.data.datamodule import DreamBoothDataModule
 from tasks.training.methods import save_learned
 from tasks.training.module import DreamBoothModule
 from tasks.training.optimizers import set_up_kernels
+from tasks.training.process.checkpoint_files import step_of
 from tasks.training.process.worker_spec import STOPPED_EXIT_CODE, RunFolder, TrainingSpec, WorkerFailure, WorkerResult
 from tasks.training.sharding import init_process_group
 

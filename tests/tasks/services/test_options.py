@@ -1,5 +1,6 @@
 """Options of store, tracking and LLM roles: without its option a test here fails."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,18 @@ def test_a_role_uses_its_own_profile(tmp_path: Path, role: str) -> None:
 
 
 def test_roles_without_their_own_profile_use_the_default_fallback_chain(tmp_path: Path) -> None:
-    profile = ProfileConfig(base_url="http://127.0.0.1:9/v1", model="m")
-    config = make_llm_config(models=("b", "a"), profiles={"a": profile, "b": profile})
-    assert [config.fallback_chain(role) for role in ROLES if role != "second_judge"] == [("b", "a")] * (len(ROLES) - 1)
+    able = CapabilityConfig(response_format="json_schema")
+    roles = [role for role in ROLES if role != "second_judge"]
+    with scripted_server() as first, scripted_server() as second:
+        first.script("no JSON")
+        second.script(GOOD)
+        profiles = {
+            name: ProfileConfig(base_url=server.url, model="asked-model", capabilities=able)
+            for name, server in (("a", second), ("b", first))
+        }
+        config = make_llm_config(models=("b", "a"), profiles=profiles)
+        llm = LlmService(config, store=LocalStore(tmp_path / "store"), ledger=Ledger(tmp_path / "ledger.jsonl"))
+        for number, role in enumerate(roles):
+            assert llm.ask(replace(SPEC, repeat=number), role=role).profile == "a"
+        assert second.counts[CHAT] == len(roles)
+        assert first.counts[CHAT] >= len(roles)

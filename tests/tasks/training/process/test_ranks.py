@@ -1,6 +1,7 @@
 """Two processes on one machine (gloo): the same random draws as one, exact resume, and no rank left behind."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,8 @@ def test_fsdp_training_matches_data_parallel_and_resumes_bit_identically(
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
     assert compute_path_difference(plain, whole, start=tiny_model_folder) < 0.02
     assert (whole.samples / "step-00000008.png").is_file()
+    # Losses alone would be equal without sharding too.
+    assert re.search(r"[1-9]\d* parameters are sharded over 2 ranks", whole.log.read_text())
 
     cut = sharded("cut")  # drawing samples takes long on sharded CPUs, and leaves training as it is
     monkeypatch.setattr(supervisor, "WORKER_MODULE", "tests.support.faulty_worker")

@@ -216,7 +216,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
             describe_run(config, request),
             reopen=lambda: open_tracker(config.tracking, folder=output),
         ),
-        progress=shared or make_progress(),
+        progress=shared or open_progress(is_trusted=is_trusted),
         work_folder=output / "work",
         on_stage=partial(write_stages, folder),
     )
@@ -235,6 +235,15 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
             runtime.progress.close()
         llm.close()
         server.stop()
+
+
+def open_progress(*, is_trusted: bool) -> ProgressView:
+    """Return the progress of a run: in Prefect's UI too, where a deployment started it."""
+    if is_trusted:
+        return make_progress()
+    from flows.run_log import make_run_progress  # imports Prefect, which a person's terminal has no use for here
+
+    return make_run_progress()
 
 
 def check_first(config: RunConfig, tracker: "Tracker") -> ModelRef:

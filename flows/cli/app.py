@@ -14,8 +14,9 @@ from typer.core import TyperCommand, TyperGroup
 if TYPE_CHECKING:
     from typer._click import Command, Context, HelpFormatter  # Typer's own copy of click
 
-RUN, RESULTS, SPENDING, MAINTENANCE = "Run", "Results", "Cost and batch jobs", "Maintenance"
-PANELS = (RUN, RESULTS, SPENDING, MAINTENANCE)
+RUN, STACK, RESULTS = "Run", "Local stack", "Results"
+SPENDING, MAINTENANCE = "Cost and batch jobs", "Maintenance"
+PANELS = (RUN, STACK, RESULTS, SPENDING, MAINTENANCE)
 EXAMPLES = (
     ("likeness run", "the demo: five photos of a drawn fish"),
     ("likeness run subject.source=photos subject.class_noun=mug", "your own photos"),

@@ -17,6 +17,7 @@ from conf.schema import RunConfig
 from conf.trust import allowed_roots
 from flows.cli.results.runs import print_summary
 from flows.cli.run.prefect_server import EmbeddedServer, needs_server
+from flows.cli.stack.stack import find_api_url
 from flows.run_records import StoredRequest, read_request, read_run, relocate
 from tasks.redaction import clean_text
 from tasks.stage.progress import ProgressView, make_progress
@@ -89,6 +90,8 @@ def ready_for_flows(
     print(describe_start(config), flush=True)
     # Before the server starts, so that an early SIGTERM also stops it in the `finally` below.
     signal.signal(signal.SIGTERM, raise_interrupt)
+    if needs_server() and (url := find_api_url(Path(config.output_dir).absolute())):
+        os.environ["PREFECT_API_URL"] = url  # of the stack that `likeness up` started: the run shows in its UI
     server = EmbeddedServer(Path(config.output_dir)) if needs_server() else None
     prepare_environment(is_embedded=server is not None)
     try:

@@ -1,0 +1,1 @@
+"""Commands of the local stack: `up`, `down`, `status`, `submit`."""

@@ -1,0 +1,74 @@
+"""`likeness up`, `down`, `status`: a local stack in one command; `submit`, `cancel`, `logs`: runs on it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.app import STACK, ConfigCommand, app
+from flows.cli.arguments import OUTPUT, OutputDir, Settings
+
+
+@app.command("up", rich_help_panel=STACK)
+def up(
+    output_dir: OutputDir = OUTPUT,
+    *,
+    prefect_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of Prefect; 0: any.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of MLflow; 0: any.")] = 5000,
+    postgres: Annotated[
+        str, typer.Option(metavar="URL", help="Database of Prefect; default: SQLite.", show_default=False)
+    ] = "",
+) -> int:
+    """Start Prefect, MLflow and a worker on loopback, with deployments and automations; find a running stack."""
+    from flows.cli.stack.screen import start_stack
+    from flows.cli.stack.stack import StackOptions
+
+    output = Path(output_dir).absolute()
+    return start_stack(StackOptions(output, prefect_port, mlflow_port, database_url=postgres))
+
+
+@app.command("down", rich_help_panel=STACK)
+def down(output_dir: OutputDir = OUTPUT) -> int:
+    """Stop what `likeness up` started, and nothing else."""
+    from flows.cli.stack.screen import end_stack
+
+    return end_stack(Path(output_dir).absolute())
+
+
+@app.command("status", rich_help_panel=STACK)
+def status(output_dir: OutputDir = OUTPUT) -> int:
+    """Show the processes of the stack and their addresses (exit code 4: not all of them run)."""
+    from flows.cli.stack.screen import show_status
+
+    return show_status(Path(output_dir).absolute())
+
+
+FlowRunName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the run in Prefect, as `submit` prints it.")]
+
+
+@app.command("submit", rich_help_panel=STACK, cls=ConfigCommand)
+def submit(
+    settings: Settings = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return at once instead of following the run.")] = False,
+    output_dir: OutputDir = OUTPUT,
+) -> int:
+    """Send a run to the worker and follow it; Ctrl-C detaches."""
+    from flows.cli.stack.submit import submit as send
+
+    return send(settings or [], Path(output_dir).absolute(), is_detached=detach)
+
+
+@app.command("cancel", rich_help_panel=STACK)
+def cancel(name: FlowRunName, output_dir: OutputDir = OUTPUT) -> int:
+    """Cancel a submitted run; training saves a checkpoint, and running it again resumes it."""
+    from flows.cli.stack.submit import cancel as cancel_run
+
+    return cancel_run(name, Path(output_dir).absolute())
+
+
+@app.command("logs", rich_help_panel=STACK)
+def logs(name: FlowRunName, output_dir: OutputDir = OUTPUT) -> int:
+    """Show the log lines of a submitted run, and follow it to its end."""
+    from flows.cli.stack.submit import show_logs
+
+    return show_logs(name, Path(output_dir).absolute())

@@ -1,0 +1,113 @@
+"""Processes of the stack: started detached, found again by pid and start time, stopped with all below them."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+from pydantic import BaseModel
+
+from tasks.errors import ConfigError, ServiceUnavailable
+
+CLOCK_SLACK_SECONDS = 2.0
+STOP_SECONDS = 40.0  # training saves its checkpoint within `training.grace_seconds`
+
+
+class StackProcess(BaseModel):
+    """One running process."""
+
+    name: str
+    pid: int
+    started: float
+    port: int = 0
+    log: str = ""
+
+    def is_alive(self) -> bool:
+        """Whether this very process runs: a pid alone is reused by others."""
+        try:
+            process = psutil.Process(self.pid)
+            is_same = abs(process.create_time() - self.started) < CLOCK_SLACK_SECONDS
+            return bool(is_same and process.status() != psutil.STATUS_ZOMBIE)
+        except psutil.Error:
+            return False
+
+
+def check_port(port: int, *, option: str) -> int:
+    """Return a free loopback port, any for 0. Raises ConfigError where it is in use."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(f"port {port} is in use by another program; choose one with {option}") from error
+        found: int = probe.getsockname()[1]
+    return found
+
+
+def start_detached(
+    name: str, command: list[str], *, log: Path, environment: dict[str, str], port: int = 0
+) -> StackProcess:
+    """Start a process that outlives this one, in a session of its own, with its output in a log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+            env={**os.environ, **environment},
+        )  # fmt: skip
+    started = psutil.Process(process.pid).create_time()
+    return StackProcess(name=name, pid=process.pid, started=started, port=port, log=str(log))
+
+
+def wait_healthy(process: StackProcess, is_healthy: Callable[[], bool], *, seconds: float) -> None:
+    """Wait until a process answers. Raises ServiceUnavailable where it ends, or does not answer in time."""
+    deadline = time.monotonic() + seconds
+    while not is_healthy():
+        if not process.is_alive():
+            raise ServiceUnavailable(f"{process.name} ended while it started: {last_line(Path(process.log))}")
+        if time.monotonic() > deadline:
+            raise ServiceUnavailable(f"{process.name} did not answer within {seconds:.0f} s; see {process.log}")
+        time.sleep(0.2)
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log, with the log's name."""
+    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+    return f"{lines[-1][:300] if lines else 'its log is empty'}; see {log}"
+
+
+def answers(url: str) -> bool:
+    """Whether a URL answers with a success."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):  # noqa: S310 - our own loopback addresses
+            return True
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+def stop(process: StackProcess, *, seconds: float = STOP_SECONDS) -> bool:
+    """Stop a process and all below it; return whether it was running."""
+    if not process.is_alive():
+        return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process.pid)
+        # Listed first: once the root is gone its children belong to init.
+        family = [root, *root.children(recursive=True)]
+        root.terminate()
+        _, alive = psutil.wait_procs([root], timeout=seconds)
+        # A worker leaves the processes of its flow runs behind; these save their state on SIGTERM.
+        left = [member for member in family if member.is_running()]
+        for member in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.terminate()
+        _, alive = psutil.wait_procs(left, timeout=seconds)
+        for member in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(alive, timeout=10)
+    return True

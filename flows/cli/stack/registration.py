@@ -1,0 +1,87 @@
+"""What the Prefect server of a stack knows: work pool, deployments, and the automations that reschedule lost runs."""
+
+import datetime
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from flows.cli.stack.processes import last_line
+from flows.cli.stack.stack import POOL
+from tasks.errors import ServiceUnavailable
+from tasks.stage.worker_process import SOURCE_ROOT
+
+TAG = "likeness"
+# Heartbeats come every 180 s. A window below three of them marks living runs as crashed.
+HEARTBEAT_WINDOW = datetime.timedelta(seconds=540)
+ENDED = ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
+
+
+def register(environment: dict[str, str], *, log: Path) -> None:
+    """Register pool, deployments and automations; again with every `up`, since options of the form may be new."""
+    run_prefect(["work-pool", "create", POOL, "--type", "process", "--overwrite"], environment, log=log)
+    file = SOURCE_ROOT / "deployments" / "prefect.yaml"
+    run_prefect(["--no-prompt", "deploy", "--all", "--prefect-file", str(file)], environment, log=log)
+    code = "from flows.cli.stack.registration import register_automations; register_automations()"
+    run([sys.executable, "-c", code], environment, log=log)
+
+
+def run_prefect(words: list[str], environment: dict[str, str], *, log: Path) -> None:
+    """Run one command of Prefect."""
+    run([sys.executable, "-m", "prefect", *words], environment, log=log)
+
+
+def run(command: list[str], environment: dict[str, str], *, log: Path) -> None:
+    """Run a command in the checkout. Raises ServiceUnavailable with the last line of its output."""
+    with log.open("ab") as file:
+        done = subprocess.run(
+            command, cwd=SOURCE_ROOT, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=file,
+            stderr=file, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        raise ServiceUnavailable(f"the Prefect server refused a registration: {last_line(log)}")
+
+
+def register_automations() -> None:
+    """Create or update the automations of lost runs. Runs in a process of its own, with the stack's environment.
+
+    A run whose process is gone sends no heartbeat: it is marked Crashed, and a crashed one is scheduled again. Finished
+    stages are cached and training resumes from its newest checkpoint, so nothing is computed or paid twice.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.actions import ChangeFlowRunState
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+
+    tagged = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
+    lost = AutomationCore(
+        name="likeness: mark runs without heartbeat as crashed",
+        trigger=EventTrigger(
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ENDED)},
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            match_related=tagged,
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=HEARTBEAT_WINDOW,
+        ),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no heartbeat: its process is gone")],
+    )
+    crashed = AutomationCore(
+        name="likeness: reschedule crashed runs",
+        trigger=EventTrigger(
+            expect={"prefect.flow-run.Crashed"},
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            match_related=tagged,
+            for_each={"prefect.resource.id"},
+            posture=Posture.Reactive,
+            threshold=1,
+        ),
+        actions=[ChangeFlowRunState(state=StateType.SCHEDULED, message="rescheduled after a crash: it resumes")],
+    )
+    with get_client(sync_client=True) as client:
+        for automation in (lost, crashed):
+            for old in client.read_automations_by_name(automation.name):
+                client.delete_automation(old.id)
+            client.create_automation(automation)

@@ -1,0 +1,83 @@
+"""What `likeness up`, `down` and `status` do and print."""
+
+import sys
+from pathlib import Path
+
+from flows.cli.stack.processes import StackProcess, answers
+from flows.cli.stack.registration import register
+from flows.cli.stack.stack import (
+    MLFLOW,
+    PREFECT,
+    WORKER,
+    StackOptions,
+    locked,
+    prefect_environment,
+    read_state,
+    start_servers,
+    start_worker,
+    stop_stack,
+)
+from tasks.redaction import register_secret
+
+NEXT = """
+  likeness submit subject.source=photos subject.class_noun=dog   a run through the worker
+  likeness run ...                                               a run in this terminal, shown in the UI
+  likeness status, likeness down                                 look at it, stop it"""
+
+
+def start_stack(options: StackOptions) -> int:
+    """Start what does not run and print one screen of addresses and next steps."""
+    if options.database_url:
+        register_secret(options.database_url)  # it may hold a password, and errors quote what they are about
+    with locked(options.output):
+        is_running = read_state(options.output).find(WORKER) is not None
+        note("starting Prefect and MLflow" if not is_running else "found a running stack")
+        servers = start_servers(options)
+        environment = prefect_environment(options, servers[0].port)
+        if not is_running:
+            note("registering work pool, deployments and automations")
+            register(environment, log=options.folder / "logs" / "registration.log")
+        worker = start_worker(options, servers)
+    print_processes([*servers, worker])
+    print(f"logs      {options.folder / 'logs'}\n{NEXT}")
+    return 0
+
+
+def end_stack(output: Path) -> int:
+    """Stop the stack."""
+    with locked(output):
+        note("stopping; runs in progress save their state")
+        stopped = stop_stack(output)
+    print(f"stopped: {', '.join(stopped)}" if stopped else f"no stack runs in {output}")
+    return 0
+
+
+def show_status(output: Path) -> int:
+    """Print the processes; 0 where all of them run, else 4."""
+    state = read_state(output)
+    if not state.processes:
+        print(f"no stack runs in {output}; `likeness up` starts one")
+        return 4
+    print_processes(list(state.processes))
+    names = {process.name for process in state.processes if is_healthy(process)}
+    return 0 if names == {PREFECT, MLFLOW, WORKER} else 4
+
+
+def is_healthy(process: StackProcess) -> bool:
+    """Whether a process runs and answers."""
+    paths = {PREFECT: "api/health", MLFLOW: "health"}
+    url = f"http://127.0.0.1:{process.port}/{paths.get(process.name, '')}"
+    return process.is_alive() and (process.name not in paths or answers(url))
+
+
+def print_processes(processes: list[StackProcess]) -> None:
+    """Print one line per process."""
+    for process in processes:
+        address = f"http://127.0.0.1:{process.port}" if process.port else "pool likeness"
+        mark = "running" if is_healthy(process) else "NOT RUNNING"
+        print(f"{process.name:<15} {address:<26} {mark:<12} pid {process.pid}")
+
+
+def note(text: str) -> None:
+    """Print a line of progress."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,164 @@
+"""The local stack of an output folder: Prefect server, MLflow server and a worker, on loopback.
+
+`stack/state.json` in the output folder names the processes; their logs and Prefect's database lie beside it.
+"""
+
+import contextlib
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from flows.cli.stack.processes import StackProcess, answers, check_port, start_detached, stop, wait_healthy
+from tasks.errors import ArtifactCorrupt, ConfigError
+from tasks.stage.digests import dump_signed, load_signed
+from tasks.stage.files import write_atomic
+from tasks.stage.worker_process import SOURCE_ROOT
+
+POOL = "likeness"
+PREFECT, MLFLOW, WORKER = "Prefect server", "MLflow server", "worker"
+START_SECONDS = 180.0
+LEASES = "prefect.server.concurrency.lease_storage.filesystem"
+
+
+class StackState(BaseModel):
+    """The processes of a stack."""
+
+    processes: tuple[StackProcess, ...] = ()
+
+    def find(self, name: str) -> StackProcess | None:
+        """Return a process that runs."""
+        found = [process for process in self.processes if process.name == name and process.is_alive()]
+        return found[0] if found else None
+
+
+@dataclass(frozen=True)
+class StackOptions:
+    """Where a stack runs."""
+
+    output: Path
+    prefect_port: int
+    mlflow_port: int
+    database_url: str = ""
+    """Prefect's database; empty: SQLite in the stack's folder."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of state, logs and Prefect's database."""
+        return self.output / "stack"
+
+
+def read_state(output: Path) -> StackState:
+    """Return the recorded processes; none where the record is missing. Raises ConfigError where it is damaged."""
+    path = output / "stack" / "state.json"
+    try:
+        return load_signed(StackState, path.read_bytes())
+    except FileNotFoundError:
+        return StackState()
+    except (ArtifactCorrupt, OSError) as error:
+        raise ConfigError(f"{path}: {error}; stop the processes by hand and delete it") from error
+
+
+def write_state(output: Path, *processes: StackProcess) -> None:
+    """Record the processes."""
+    write_atomic(output / "stack" / "state.json", dump_signed(StackState(processes=processes), indent=1))
+
+
+def find_api_url(output: Path) -> str:
+    """Return the address of a running stack's Prefect API; empty where none runs."""
+    with contextlib.suppress(ConfigError):
+        server = read_state(output).find(PREFECT)
+        if server is not None:
+            return f"http://127.0.0.1:{server.port}/api"
+    return ""
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold the stack's lock, so that two commands at once don't start two stacks."""
+    path = output / "stack" / "lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {path.parent}: {error.strerror}; choose --output-dir") from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def start_servers(options: StackOptions) -> tuple[StackProcess, StackProcess]:
+    """Start Prefect and MLflow where they don't run, both at once, and wait until they answer."""
+    state = read_state(options.output)
+    prefect, mlflow = state.find(PREFECT), state.find(MLFLOW)
+    # Ports are checked before anything starts.
+    prefect_port = prefect.port if prefect else check_port(options.prefect_port, option="--prefect-port")
+    mlflow_port = mlflow.port if mlflow else check_port(options.mlflow_port, option="--mlflow-port")
+    logs = options.folder / "logs"
+    prefect = prefect or start_detached(
+        PREFECT,
+        [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--lifespan", "on",
+         "--host", "127.0.0.1", "--port", str(prefect_port), "--log-level", "warning"],
+        log=logs / "prefect-server.log", environment=prefect_environment(options, prefect_port), port=prefect_port,
+    )  # fmt: skip
+    write_state(options.output, *[process for process in (prefect, mlflow, state.find(WORKER)) if process])
+    mlflow = mlflow or start_detached(
+        MLFLOW,
+        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{options.output / 'mlflow.db'}",
+         "--artifacts-destination", str(options.output / "artifacts"), "--host", "127.0.0.1",
+         "--port", str(mlflow_port), "--workers", "1"],
+        # The job runner takes a gigabyte and nine processes, and nothing here uses it.
+        log=logs / "mlflow-server.log", port=mlflow_port,
+        environment={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+    )  # fmt: skip
+    write_state(options.output, *[process for process in (prefect, mlflow, state.find(WORKER)) if process])
+    wait_healthy(prefect, lambda: answers(f"http://127.0.0.1:{prefect_port}/api/health"), seconds=START_SECONDS)
+    wait_healthy(mlflow, lambda: answers(f"http://127.0.0.1:{mlflow_port}/health"), seconds=START_SECONDS)
+    return prefect, mlflow
+
+
+def prefect_environment(options: StackOptions, port: int) -> dict[str, str]:
+    """Return the environment of the server, of the worker and of what registers deployments."""
+    home = options.folder / "prefect"
+    environment = {
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # In memory, its default, a restart of the server would leak every slot and fail the runs that hold one.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES,
+        "LIKENESS_HOME": str(SOURCE_ROOT),
+        # The worker runs in the checkout; what a request may read lies where `up` was typed, and in the output folder.
+        "LIKENESS_ROOTS": os.environ.get("LIKENESS_ROOTS") or os.pathsep.join((str(Path.cwd()), str(options.output))),
+        "NO_PROXY": "127.0.0.1,localhost",
+    }
+    if options.database_url:
+        environment["PREFECT_API_DATABASE_CONNECTION_URL"] = options.database_url
+    return environment
+
+
+def start_worker(options: StackOptions, servers: tuple[StackProcess, StackProcess]) -> StackProcess:
+    """Start a worker of the process pool where none runs."""
+    worker = read_state(options.output).find(WORKER)
+    if worker is None:
+        worker = start_detached(
+            WORKER,
+            [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"],
+            log=options.folder / "logs" / "worker.log",
+            environment=prefect_environment(options, servers[0].port),
+        )
+    write_state(options.output, *servers, worker)
+    return worker
+
+
+def stop_stack(output: Path) -> list[str]:
+    """Stop what `up` started, the worker first; return the names of what was running."""
+    state = read_state(output)
+    stopped = [process.name for process in reversed(state.processes) if stop(process)]
+    (output / "stack" / "state.json").unlink(missing_ok=True)
+    return stopped

@@ -1,0 +1,145 @@
+"""`likeness submit`: send a run to the worker, and follow it."""
+
+import datetime
+import os
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conf.compose import compile_request
+from conf.overrides import parse_overrides
+from conf.request import RunRequest
+from flows.cli.stack.stack import find_api_url
+from tasks.errors import ConfigError, ServiceUnavailable
+from tasks.redaction import clean_text
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas import OrchestrationResult
+    from prefect.client.schemas.objects import FlowRun
+
+DEPLOYMENT = "personalize-subject/personalize-subject"
+POLL_SECONDS = 1.0
+CANCEL_CODE, FAILED_CODE = 130, 1
+
+
+def submit(settings: Sequence[str], output: Path, *, is_detached: bool) -> int:
+    """Send a run to the work pool; follow it to its end unless detached.
+
+    Raises:
+        ConfigError: no stack runs, or a setting is invalid: nothing was sent.
+
+    """
+    request = make_request(settings, output)
+    # Checked here with the deployment's restrictions left to the worker: its folders are not those of this machine.
+    compile_request(request)
+    connect(output)
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name(DEPLOYMENT)
+        plain = request.model_dump(mode="json", exclude_unset=True)
+        run = client.create_flow_run_from_deployment(deployment.id, parameters={"request": plain}, tags=["likeness"])
+        print(f"submitted {run.name}: {os.environ['PREFECT_API_URL'].removesuffix('/api')}/runs/flow-run/{run.id}")
+        if is_detached:
+            return 0
+        try:
+            return follow(client, run.id)
+        except KeyboardInterrupt:
+            print(f"\ndetached: {run.name} goes on; `likeness logs {run.name}`, `likeness cancel {run.name}`")
+            return 0
+
+
+def make_request(settings: Sequence[str], output: Path) -> RunRequest:
+    """Return the request of the settings, with folders as absolute paths: the worker has another working directory."""
+    request = parse_overrides(settings)
+    values = dict(request.settings)
+    source = values.get("subject.source")
+    if isinstance(source, str) and source != "demo" and not source.startswith("store:"):
+        values["subject.source"] = str(Path(source).expanduser().absolute())
+    values.setdefault("output_dir", str(output))
+    return RunRequest.model_validate({**request.model_dump(exclude_unset=True), "settings": values})
+
+
+def connect(output: Path) -> None:
+    """Point Prefect's client at the stack, or at a configured server. Raises ConfigError where there is none."""
+    url = os.environ.get("PREFECT_API_URL") or find_api_url(output)
+    if not url:
+        raise ConfigError("no stack runs here: `likeness up` starts one, or set PREFECT_API_URL to your server")
+    os.environ["PREFECT_API_URL"] = url
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+
+
+def follow(client: "SyncPrefectClient", run_id: uuid.UUID) -> int:
+    """Print states and log lines until the run ends; return 0 where it completed."""
+    from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId, LogFilterTimestamp
+    from prefect.client.schemas.sorting import LogSort
+
+    since = datetime.datetime.fromtimestamp(0, datetime.UTC)
+    shown: set[uuid.UUID] = set()
+    state_name = ""
+    while True:
+        run = client.read_flow_run(run_id)
+        state = run.state
+        wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id]), timestamp=LogFilterTimestamp(after_=since))
+        for line in client.read_logs(wanted, limit=200, sort=LogSort.TIMESTAMP_ASC):
+            since = max(since, line.timestamp)
+            if line.id not in shown:
+                shown.add(line.id)
+                print(clean_text(line.message, keep=""), flush=True)
+        if state is not None and state.name != state_name:
+            state_name = state.name or ""
+            print(f"-- {state_name}{f': {clean_text(state.message)}' if state.message else ''}", flush=True)
+        # A crashed run is scheduled again by the stack's automation, and is followed on.
+        if state is not None and state.is_final() and not state.is_crashed():
+            return 0 if state.is_completed() else CANCEL_CODE if state.is_cancelled() else FAILED_CODE
+        time.sleep(POLL_SECONDS)
+
+
+def find_flow_run(client: "SyncPrefectClient", name: str) -> "FlowRun":
+    """Return the newest flow run of a name, or of an id. Raises ConfigError."""
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    found = client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name])), limit=1, sort=FlowRunSort.START_TIME_DESC
+    )
+    if not found:
+        raise ConfigError(f"the server knows no run named {name!r}; its UI lists them")
+    return found[0]
+
+
+def cancel(name: str, output: Path) -> int:
+    """Ask the worker to cancel a run: training saves its checkpoint first."""
+    connect(output)
+    from prefect.client.orchestration import get_client
+    from prefect.states import Cancelling
+
+    with get_client(sync_client=True) as client:
+        run = find_flow_run(client, name)
+        if run.state is not None and run.state.is_final():
+            raise ConfigError(f"{name} has ended: {run.state.name}")
+        result: OrchestrationResult[object] = client.set_flow_run_state(
+            run.id, Cancelling(message="cancelled by `likeness cancel`")
+        )
+        if result.status != "ACCEPT":
+            raise ServiceUnavailable(f"the server does not cancel {name}: {result.status}")
+    print(f"{name} is being cancelled; running it again resumes it")
+    return 0
+
+
+def show_logs(name: str, output: Path) -> int:
+    """Follow a run's log lines to its end."""
+    connect(output)
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        run = find_flow_run(client, name)
+        try:
+            return follow(client, run.id)
+        except KeyboardInterrupt:
+            print("detached", file=sys.stderr)
+            return 0

@@ -5,6 +5,7 @@ from prefect.runtime import deployment
 
 from conf.request import RunRequest
 from flows.artifacts import show_artifacts
+from flows.attempts import check_attempts
 from flows.run_context import open_run
 from tasks.evaluation.steps import EvaluationInputs, evaluate
 from tasks.manifests.run import RunManifests
@@ -24,6 +25,7 @@ def personalize_subject(request: RunRequest = RunRequest()) -> RunSummary:  # no
 
     Every stage is looked up by its content first; what is cached is not computed again.
     """
+    check_attempts()
     # A deployment's requests are data from elsewhere: they may set only what conf/trust.py allows.
     # Prefect passes the id on to subflows, so what `score-pending` resumes in a deployment is restricted too.
     with open_run(request, is_trusted=deployment.id is None) as run:

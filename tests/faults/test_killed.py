@@ -65,7 +65,9 @@ def test_a_run_killed_during_training_leaves_no_process_and_resumes(
     assert alive == []
     if is_disk_lost:  # as on another machine, which sees the store alone
         shutil.rmtree(sandbox.output / "work" / "training")
-    done = sandbox.run(*words)
+    killed = sandbox.newest()
+    assert killed["status"] == "killed"
+    done = sandbox.likeness("resume", killed["run_id"]) if is_disk_lost else sandbox.run(*words)
     assert done.returncode == 0, done.stderr[-3000:]
     assert ("fetched the checkpoint of step" in done.stderr) == is_disk_lost
     assert list(sandbox.output.glob("store/03-training/*/resume/**/*.safetensors")) == []
@@ -73,6 +75,11 @@ def test_a_run_killed_during_training_leaves_no_process_and_resumes(
     assert summary["stages"]["prior"]["cached"]
     assert summary["stages"]["subject"]["cached"]
     assert 0 < summary["training_steps"] < 40
+    if is_disk_lost:
+        assert read_summary(sandbox.output / killed["run_id"]).resumed_by == summary["run_id"]
+        again = sandbox.likeness("resume", killed["run_id"])
+        assert again.returncode == 2
+        assert f"is resumed by {summary['run_id']}" in again.stderr
     assert summary["stages"]["training"]["counts"]["resumed_from_step"] == 40 - summary["training_steps"]
 
 

@@ -26,6 +26,7 @@ LAYERS = {
     "faults": "flow",
     "flows": "flow",
     "servers": "servers",
+    "stack": "stack",
     "browser": "browser",
 }
 """The layer of each folder; the nearest one counts."""

@@ -1,4 +1,4 @@
-"""`likeness run`, `sweep` and `pending`."""
+"""`likeness run`, `resume`, `sweep` and `pending`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.app import RUN, ConfigCommand, app
-from flows.cli.arguments import MAX_INTEGER, OUTPUT, OutputDir, Settings, complete_setting
+from flows.cli.arguments import MAX_INTEGER, OUTPUT, OutputDir, RunName, Settings, complete_setting
 
 
 @app.command("run", rich_help_panel=RUN, cls=ConfigCommand)
@@ -32,6 +32,14 @@ def run(
     from flows.cli.run.job import run_in_terminal
 
     return run_in_terminal(stored)
+
+
+@app.command("resume", rich_help_panel=RUN)
+def resume(run: RunName = "latest", output_dir: OutputDir = OUTPUT) -> int:
+    """Resume a run that failed, was cancelled or killed; training continues from its newest checkpoint."""
+    from flows.cli.run.resume import resume as resume_run
+
+    return resume_run(output_dir, run)
 
 
 @app.command("sweep", rich_help_panel=RUN, cls=ConfigCommand)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import socket
-import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -55,13 +54,19 @@ def start_detached(
 ) -> StackProcess:
     """Start a process that outlives this one, in a session of its own, with its output in a log."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
-            env={**os.environ, **environment},
-        )  # fmt: skip
-    started = psutil.Process(process.pid).create_time()
-    return StackProcess(name=name, pid=process.pid, started=started, port=port, log=str(log))
+    # Not Popen, which warns where it is dropped while its process runs: this one is meant to outlive us.
+    pid = os.posix_spawn(
+        command[0],
+        command,
+        {**os.environ, **environment},
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+    )
+    return StackProcess(name=name, pid=pid, started=psutil.Process(pid).create_time(), port=port, log=str(log))
 
 
 def wait_healthy(process: StackProcess, is_healthy: Callable[[], bool], *, seconds: float) -> None:

@@ -1,0 +1,41 @@
+"""`likeness resume`: repeat an interrupted run; finished stages are cached, training resumes from its checkpoint."""
+
+from pathlib import Path
+
+from flows.cli.results.runs import find_run
+from flows.cli.run.job import run_in_terminal
+from flows.run_records import (
+    REQUEST,
+    StoredRequest,
+    list_summaries,
+    read_request,
+    read_summary,
+    relocate,
+    write_summary,
+)
+from tasks.errors import ConfigError
+
+
+def resume(output: Path, name: str) -> int:
+    """Resume a run that failed, was cancelled, killed or suspended.
+
+    Raises:
+        ConfigError: there is no such run, it is finished, or a process still works on it.
+
+    """
+    folder = find_run(output, name, record=REQUEST)
+    summary = read_summary(folder)
+    if summary.status in ("finished", "resumed"):
+        later = f" by {summary.resumed_by}" if summary.resumed_by else ""
+        raise ConfigError(f"run {folder.name} is {summary.status}{later}; `likeness run --request` repeats it")
+    if summary.status == "running":
+        owner = summary.owner
+        who = f"process {owner.pid} on {owner.host}" if owner else "another process"
+        raise ConfigError(f"run {folder.name} is running: {who}; stop that one first, or wait for it")
+    stored = read_request(folder)
+    request = relocate(stored.request, folder.absolute())
+    code = run_in_terminal(StoredRequest(request=request, is_trusted=stored.is_trusted))
+    if code == 0:
+        newest = next(run for run in list_summaries(output) if run.status == "finished")
+        write_summary(folder, summary.model_copy(update={"status": "resumed", "resumed_by": newest.run_id}))
+    return code

@@ -1,0 +1,99 @@
+"""A local stack: started once, found again, runs submitted to it survive the death of their process, stopped whole."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.cli.stack.stack import read_state
+
+ROOT = Path(__file__).resolve().parents[2]
+LIKENESS = [sys.executable, "-m", "flows.cli.main"]
+SECONDS = 900
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return {**kept, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+def likeness(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [*LIKENESS, *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a running stack."""
+    folder = tmp_path_factory.mktemp("a stack")
+    done = likeness(folder, "up", "--prefect-port", "0", "--mlflow-port", "0")
+    try:
+        assert done.returncode == 0, done.stderr
+        yield folder
+    finally:
+        pids = [process.pid for process in read_state(folder / "runs").processes]
+        down = likeness(folder, "down")
+        assert down.stdout == "stopped: worker, MLflow server, Prefect server\n", down.stderr
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.mark.timeout(SECONDS)
+def test_a_second_up_finds_the_running_stack(folder: Path) -> None:
+    before = read_state(folder / "runs")
+    done = likeness(folder, "up")
+    assert done.returncode == 0, done.stderr
+    assert "found a running stack" in done.stderr
+    assert read_state(folder / "runs") == before
+    status = likeness(folder, "status")
+    assert status.returncode == 0, status.stdout
+    assert status.stdout.count(" running ") == 3
+
+
+def find_trainer(pid: int) -> psutil.Process | None:
+    """Return the flow run's process below a worker, once training has begun."""
+    for flow_run in psutil.Process(pid).children():
+        for child in flow_run.children(recursive=True):
+            try:
+                if "tasks.training.process.worker" in " ".join(child.cmdline()):
+                    return flow_run
+            except psutil.Error:
+                continue
+    return None
+
+
+@pytest.mark.timeout(SECONDS)
+def test_a_submitted_run_whose_process_is_killed_is_rescheduled_and_resumes(folder: Path) -> None:
+    words = ["experiment=smoke", "training.max_train_steps=60", "training.checkpointing_steps=2"]
+    follower = subprocess.Popen(
+        [*LIKENESS, "submit", *words], cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    worker = read_state(folder / "runs").find("worker")
+    assert worker is not None
+    deadline = time.monotonic() + SECONDS
+    checkpoints = "runs/work/training/*/checkpoints/step-*"
+    while not list(folder.glob(checkpoints)):
+        assert time.monotonic() < deadline
+        assert follower.poll() is None, follower.stdout and follower.stdout.read()
+        time.sleep(0.1)
+    flow_run = find_trainer(worker.pid)
+    assert flow_run is not None
+    flow_run.send_signal(signal.SIGKILL)
+    text, _ = follower.communicate(timeout=SECONDS)
+    assert follower.returncode == 0, text
+    assert "-- Crashed" in text
+    assert "training resumes from its checkpoint at step" in text
+    [finished] = [
+        summary for path in folder.glob("runs/*/summary.json")
+        if (summary := json.loads(path.read_text()))["status"] == "finished"
+    ]  # fmt: skip
+    assert finished["stages"]["training"]["counts"]["resumed_from_step"] > 0
+    assert finished["stages"]["subject"]["cached"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from flows.run_records import list_run_folders, read_run, read_summary
 from tasks.errors import ConfigError
 from tasks.services.store.base import Store
+from tasks.services.store.lease import LEASES, read_lease
 from tasks.services.store.local import LocalStore
 from tasks.services.store.open import open_store
 from tasks.stage.cache import PREFIXES
@@ -56,6 +57,7 @@ def collect_garbage(output: Path, *, days: float, is_deleting: bool) -> list[Ite
     items = [
         *stages,
         *list_leftovers(output, store),
+        *list_stale_leases(store),
         *list_work(output, limit),
     ]
     if is_deleting:
@@ -122,6 +124,21 @@ def list_stages(store: Store, referenced: set[str], limit: float) -> Iterator[It
                 for key, size, _ in objects:
                     if key.endswith(".quarantined"):
                         yield Item("quarantined", key, size, keys=(key,))
+                # Checkpoints are deleted once training is finished: these are of one that nobody resumed.
+                resume = [item for item in objects if item[0].startswith(f"{name}/resume/")]
+                if resume and max(modified for _, _, modified in resume) < limit:
+                    keys = tuple(key for key, _, _ in resume)
+                    yield Item(
+                        "checkpoints of an unfinished training", name, sum(item[1] for item in resume), keys=keys
+                    )
+
+
+def list_stale_leases(store: Store) -> Iterator[Item]:
+    """Yield leases whose holder is gone; the next holder would take them over."""
+    for key in store.list_keys(f"{LEASES}/"):
+        lease = read_lease(store, key)
+        if lease is not None and lease.is_stale():
+            yield Item("lease of a process that is gone", key, 0, keys=(key,))
 
 
 def list_leftovers(output: Path, store: Store) -> Iterator[Item]:

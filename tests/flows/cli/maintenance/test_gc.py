@@ -15,8 +15,10 @@ from flows.run_records import read_summary, write_end, write_request, write_stag
 from tasks.errors import ConfigError, StillPending
 from tasks.manifests.base import Manifest
 from tasks.manifests.run_summary import StageSummary, Status, make_head
+from tasks.services.store.lease import make_lease
 from tasks.services.store.local import LocalStore, link_or_copy
 from tasks.stage.cache import StageFolder, find_manifest
+from tasks.stage.digests import dump_signed
 
 OLD = time.time() - 30 * 86_400
 
@@ -136,6 +138,20 @@ def test_a_leftover_is_listed_once_if_the_output_folder_is_relative(
     monkeypatch.chdir(tmp_path)
     items = collect_garbage(output.relative_to(tmp_path), days=7, is_deleting=False)
     assert [item.kind for item in items] == ["abandoned temporary file"]
+
+
+def test_leases_of_dead_processes_and_old_checkpoints_of_unfinished_trainings_are_removed(tmp_path: Path) -> None:
+    output, store = make_output(tmp_path)
+    mine = make_lease("me")
+    store.put_bytes("leases/stages/prior-a/000001.json", dump_signed(mine))
+    store.put_bytes("leases/stages/prior-b/000001.json", dump_signed(mine.model_copy(update={"expires_at": 0.0})))
+    for name in ("weights.safetensors", "manifest.json"):
+        store.put_bytes(f"02-prior/used/resume/checkpoints/step-00000002/{name}", b"x" * 100)
+    age(store.root / "02-prior" / "used" / "resume")
+    sizes = {item.kind: item.size_bytes for item in collect_garbage(output, days=7, is_deleting=True)}
+    assert sizes == {"checkpoints of an unfinished training": 200, "lease of a process that is gone": 0}
+    assert store.list_keys("leases/") == ["leases/stages/prior-a/000001.json"]
+    assert find_manifest(store, Manifest, stage="prior", key="used") is not None
 
 
 def test_no_stage_is_removed_if_a_summary_is_damaged(tmp_path: Path) -> None:

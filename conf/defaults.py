@@ -1,5 +1,6 @@
 """The default of every setting, as `conf/run.yaml` gives it before any group option."""
 
+from collections.abc import Iterator
 from functools import cache
 
 import yaml
@@ -13,6 +14,22 @@ def read_defaults() -> dict[str, object]:
     values = drop_missing(yaml.safe_load((CONFIG_DIR / "run.yaml").read_text()))
     del values["defaults"]  # Hydra's defaults list, not a setting
     return values
+
+
+def list_settings() -> list[str]:
+    """Return the dotted names of all settings in `run.yaml`, for shell completion."""
+    values = yaml.safe_load((CONFIG_DIR / "run.yaml").read_text())
+    del values["defaults"]
+    return list(walk_names(values))
+
+
+def walk_names(values: dict[str, object], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of the leaves of nested values."""
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from walk_names(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def drop_missing(values: dict[str, object]) -> dict[str, object]:

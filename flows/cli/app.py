@@ -67,10 +67,15 @@ def find_panel(command: "Command") -> str:
 
 def write_config_groups(formatter: "HelpFormatter") -> None:
     """Write the config groups with their options, as the files in conf/ and LIKENESS_CONF give them."""
-    from conf.groups import GROUPS, list_options
+    from conf.groups import GROUPS, list_options, read_default_options
 
-    with formatter.section("Config groups (group=option)"):
-        formatter.write_dl([(group, " | ".join(list_options(group))) for group in GROUPS.values()])
+    defaults = read_default_options()
+    with formatter.section("Config groups (group=option, * is the default)"):
+        rows = {
+            group: [f"{option}*" if option == defaults[group] else option for option in list_options(group)]
+            for group in GROUPS.values()
+        }
+        formatter.write_dl([(group, " | ".join(options)) for group, options in rows.items()])
     formatter.write(f"\n{VALUES}\n")
 
 

@@ -18,7 +18,8 @@ def complete_run(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def complete_setting(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Return `group=option` words; options alone where the shell splits words at `=`, as bash does."""
+    """Return `group=option` and `setting=`; options alone where the shell splits words at `=`, as bash does."""
+    from conf.defaults import list_settings
     from conf.groups import GROUPS, list_options
 
     words = list(ctx.params.get("settings") or [])
@@ -26,6 +27,8 @@ def complete_setting(ctx: typer.Context, incomplete: str) -> list[str]:
         group = words[-2] if len(words) > 1 else ""
         return [option for option in list_options(group) if group in GROUPS.values() and option.startswith(incomplete)]
     listed = [f"{group}={option}" for group in GROUPS.values() for option in list_options(group)]
+    # Only below a section: the list of all settings would bury the groups.
+    listed += [f"{name}=" for name in list_settings()] if "." in incomplete else []
     return [word for word in listed if word.startswith(incomplete)]
 
 

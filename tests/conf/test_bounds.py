@@ -55,6 +55,7 @@ def test_every_number_has_a_lower_and_an_upper_bound() -> None:
     ("name", "value"),
     [
         ("training.validation.sample_prompts", ()), ("evaluation.prompts", ()),
+        ("training.num_threads", True), ("training.snr_gamma", True), ("seed", False),
         ("evaluation.seed", 2**63), ("prior.seed", 2**63), ("subject.max_pixels", 10**12),
         ("subject.working_side", 10**9),
         ("training.num_threads", 10**9), ("training.stall_seconds", 1e300), ("training.grace_seconds", 1e300),

@@ -8,9 +8,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from conf.compose import compile_request
-from conf.defaults import fill_defaults, overlay_values, read_defaults
-from conf.groups import CONFIG_DIR
+from conf.defaults import fill_defaults, list_settings, overlay_values, read_defaults
+from conf.groups import CONFIG_DIR, GROUPS, read_default_options
 from conf.overrides import parse_overrides
+from conf.request import RunRequest
 from conf.schema import RunConfig
 from conf.trust import list_rules
 from tasks.config_base import Section
@@ -83,3 +84,16 @@ def test_a_stored_configuration_gets_defaults_for_settings_added_later(name: str
     completed = RunConfig.model_validate(fill_defaults(older))
     assert completed.scoring.num_pairs == read_defaults()["scoring"]["num_pairs"]
     assert completed.training.max_train_steps == (800 if name == "training" else 7)
+
+
+def test_the_default_options_of_a_request_are_those_of_run_yaml() -> None:
+    listed = yaml.safe_load((CONFIG_DIR / "run.yaml").read_text())["defaults"]
+    expected = {group: option for entry in listed if isinstance(entry, dict) for group, option in entry.items()}
+    assert read_default_options() == expected
+    assert {group: RunRequest.model_fields[field].default for field, group in GROUPS.items()} == expected
+
+
+def test_every_setting_is_completed_by_its_dotted_name() -> None:
+    names = set(list_settings())
+    assert {"training.lora.rank", "subject.source", "evaluation.encoders.clip"} <= names
+    assert names == set(list_rules())

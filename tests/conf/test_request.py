@@ -1,6 +1,7 @@
 """From a request to a configuration, by every way in."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,15 @@ def test_a_tracking_list_selects_the_tracker_and_additional_loggers() -> None:
 )
 def test_working_side_scales_with_the_training_resolution(words: list[str], expected: int) -> None:
     assert compile_request(parse_overrides(words)).subject.working_side == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training/methd=lora", "unknown config group 'training/methd'; did you mean training/method"),
+        ("training/method=", "training/method: must be one of auto, "),
+    ],
+)
+def test_a_mistyped_config_group_is_refused_with_the_nearest_names(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_overrides([override])

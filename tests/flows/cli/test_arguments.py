@@ -27,6 +27,7 @@ def complete(words: list[str], folder: Path, *, shell: str = "bash") -> list[str
     ("words", "offered"),
     [
         (["likeness", "pen"], ["pending"]),
+        (["likeness", "run", "training.lora.ra"], ["training.lora.rank="]),
         (["likeness", "run", "--dry"], ["--dry-run"]),
         (["likeness", "run", "trac"], ["tracking=mlflow", "tracking=none"]),
         # bash splits words at the sign

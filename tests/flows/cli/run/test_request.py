@@ -1,5 +1,6 @@
 """`likeness run --request`: the same configuration again, with changes."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -98,3 +99,17 @@ def test_a_modified_request_file_is_rejected(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"seed": 7', '"seed": 8'))
     with pytest.raises(ConfigError, match=r"--request takes the request\.json of a run's folder"):
         load_request([], file)
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a huge file"])
+def test_a_request_file_that_never_ends_is_refused_unread(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "request.json"
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path = Path("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(2_000_000)
+    with pytest.raises(ConfigError, match="is not a file of at most 1,000,000 bytes"):
+        load_request([], path)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from tasks.prompts import check_template
 from tasks.redaction import clean_text
@@ -33,15 +33,13 @@ class Section(BaseModel):
     # Sections of RunConfig have no defaults: conf/run.yaml holds them all, and a test forbids a second place.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def refuse_booleans_for_numbers(cls, values: object) -> object:
+    def refuse_booleans_for_numbers(cls, value: object, info: ValidationInfo) -> object:
         """Refuse `seed=true`, which pydantic would read as 1."""
-        for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and is_number(field.annotation):
-                raise ValueError(f"{name} is a number, not {str(value).lower()}")
-        return values
+        if isinstance(value, bool) and is_number(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError("must be a number")
+        return value
 
 
 @dataclass(frozen=True)

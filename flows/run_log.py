@@ -41,7 +41,7 @@ class LoggedProgress:
                 created = create_progress_artifact(percent, key=f"progress-{key}", description=name)
                 assert isinstance(created, uuid.UUID)  # a coroutine only within an event loop
                 self.artifacts[name] = created
-        except Exception as error:  # the server may be gone for a while; the run goes on without it
+        except Exception as error:  # the server may be gone for a while; the run does not depend on it
             logging.getLogger(__name__).debug("progress of %s was not shown: %s", name, error)
 
     def note(self, text: str) -> None:

@@ -49,7 +49,7 @@ def submit(settings: Sequence[str], output: Path, *, is_detached: bool) -> int:
         try:
             return follow(client, run.id)
         except KeyboardInterrupt:
-            print(f"\ndetached: {run.name} goes on; `likeness logs {run.name}`, `likeness cancel {run.name}`")
+            print(f"\ndetached; {run.name} is still running: `likeness logs {run.name}`, `likeness cancel {run.name}`")
             return 0
 
 
@@ -84,8 +84,8 @@ def follow(client: "SyncPrefectClient", run_id: uuid.UUID) -> int:
     while True:
         run = client.read_flow_run(run_id)
         state = run.state
-        wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id]), timestamp=LogFilterTimestamp(after_=since))
-        for line in client.read_logs(wanted, limit=200, sort=LogSort.TIMESTAMP_ASC):
+        new_lines = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id]), timestamp=LogFilterTimestamp(after_=since))
+        for line in client.read_logs(new_lines, limit=200, sort=LogSort.TIMESTAMP_ASC):
             since = max(since, line.timestamp)
             if line.id not in shown:
                 shown.add(line.id)

@@ -19,7 +19,7 @@ from tasks.services.store.base import Store
 
 
 class Probe(BaseModel):
-    """The reply that is asked for: only a server that minds the schema hits the enum."""
+    """The requested reply: only a server that enforces the schema returns a value of the enum."""
 
     color: Literal["vermilion", "chartreuse"]
 

@@ -176,7 +176,8 @@ def map_http_error(error: "APIStatusError", profile: ProfileConfig, where: str) 
         return RequestRefused(message, status=status)
     if is_quota or status == 402:  # 402: OpenRouter's status for an exhausted balance
         return QuotaExceeded(
-            f"the quota at {where} is used up: {reason}; replies are kept: pay, and run again to resume", status=status
+            f"the quota at {where} is used up: {reason}; replies are cached: pay, and run again to resume",
+            status=status,
         )
     # A rate-limited request was not run, so it is free. A 5xx may come from a gateway after the model has generated.
     if status == 429:

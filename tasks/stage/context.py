@@ -70,6 +70,19 @@ class Runtime:
 
         return update
 
+    def wait_note(self, name: str) -> Callable[[str], None]:
+        """Return a callback that notes once what a stage waits for; it raises LikenessError if the run is stopping."""
+        shown: set[str] = set()
+
+        def on_wait(what: str) -> None:
+            if self.stopping.is_set():
+                raise LikenessError("the run is stopping")
+            if what not in shown:
+                shown.add(what)
+                self.progress.note(f"{name} waits for {what}")
+
+        return on_wait
+
     def run_stage(
         self,
         stage: Stage[M],
@@ -111,16 +124,7 @@ class Runtime:
 
         Returns None where the lease was lost, for example in a suspend of the machine: another run computes the stage.
         """
-        has_waited = False
-
-        def on_wait(who: str) -> None:
-            nonlocal has_waited
-            if self.stopping.is_set():
-                raise LikenessError("the run is stopping")
-            if not has_waited:
-                self.progress.note(f"{stage.name} waits for {who}, which computes {stage.key[:8]}")
-            has_waited = True
-
+        on_wait = self.wait_note(stage.name)
         record, name = self.records[stage.name], f"stages/{stage.name}-{stage.key}"
         try:
             with hold_lease(self.store, name, max_wait_seconds=math.inf, poll_seconds=1.0, on_wait=on_wait) as lease:

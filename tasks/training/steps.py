@@ -52,6 +52,7 @@ def count_devices(config: TrainingConfig) -> TrainingConfig:
 def compute_training(folder: StageFolder, inputs: TrainingInputs, runtime: Runtime) -> TunedModel:
     """Run the worker and move its result into the store, under an exclusive lock per stage key."""
     from tasks.training.data.latent_cache import fetch_latents, store_latents
+    from tasks.training.process.device_lock import list_devices, lock_devices
     from tasks.training.process.remote_checkpoints import CheckpointUploader, RemoteCheckpoints
     from tasks.training.process.supervisor import locked, run_worker
     from tasks.training.process.worker_spec import RunFolder
@@ -73,14 +74,17 @@ def compute_training(folder: StageFolder, inputs: TrainingInputs, runtime: Runti
         step = remote.fetch()
         if step is not None:
             runtime.progress.note(f"training: fetched the checkpoint of step {step} from the store")
-        with CheckpointUploader(remote, inputs.config, check=folder.check_lease) as uploader:
+        with (
+            lock_devices(list_devices(inputs.config, inputs.diffusion), on_wait=runtime.wait_note("training")) as gpus,
+            CheckpointUploader(remote, inputs.config, check=folder.check_lease) as uploader,
+        ):
 
             def on_event(event: dict[str, Any]) -> None:
                 show_event(event, inputs.config, runtime)
                 if event["event"] == "checkpoint":
                     uploader.notify()
 
-            result = run_worker(spec, on_event=on_event, inherited=(lock_descriptor,), check=folder.check_lease)
+            result = run_worker(spec, on_event=on_event, inherited=(lock_descriptor, *gpus), check=folder.check_lease)
         manifest = store_result(folder, inputs, spec, result=result)
         store_latents(runtime.store, spec)
         # Last: until the manifest is stored, checkpoints and result are needed to resume.

@@ -39,10 +39,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert done.returncode == 0, done.stderr
         yield folder
     finally:
-        pids = [process.pid for process in read_state(folder / "runs").processes]
+        processes = read_state(folder / "runs").processes
         down = likeness(folder, "down")
         assert down.stdout == "stopped: worker, MLflow server, Prefect server\n", down.stderr
-        assert not any(psutil.pid_exists(pid) for pid in pids)
+        assert not any(process.is_alive() for process in processes)
 
 
 @pytest.mark.timeout(SECONDS)

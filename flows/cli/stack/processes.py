@@ -2,11 +2,12 @@
 
 import contextlib
 import os
+import signal
 import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -103,16 +104,34 @@ def stop(process: StackProcess, *, seconds: float = STOP_SECONDS) -> bool:
         root = psutil.Process(process.pid)
         # Listed first: once the root is gone its children belong to init.
         family = [root, *root.children(recursive=True)]
-        root.terminate()
-        _, alive = psutil.wait_procs([root], timeout=seconds)
+        signal_all([root], signal.SIGTERM)
+        wait_ended([root], seconds=seconds)
         # A worker leaves the processes of its flow runs behind; these save their state on SIGTERM.
-        left = [member for member in family if member.is_running()]
-        for member in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.terminate()
-        _, alive = psutil.wait_procs(left, timeout=seconds)
-        for member in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        psutil.wait_procs(alive, timeout=10)
+        signal_all(family, signal.SIGTERM)
+        wait_ended(family, seconds=seconds)
+        signal_all(family, signal.SIGKILL)
+        wait_ended(family, seconds=10)
     return True
+
+
+def signal_all(family: Sequence[psutil.Process], number: signal.Signals) -> None:
+    """Send a signal to all processes that still run."""
+    for member in family:
+        if has_not_ended(member):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(number)
+
+
+def wait_ended(family: Sequence[psutil.Process], *, seconds: float) -> None:
+    """Wait until all processes have ended, for at most `seconds`."""
+    deadline = time.monotonic() + seconds
+    while any(map(has_not_ended, family)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def has_not_ended(process: psutil.Process) -> bool:
+    """Whether a process runs. One that nobody reaps, as in a container without init, has ended too."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

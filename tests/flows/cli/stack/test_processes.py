@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.cli.stack.processes import StackProcess, check_port, start_detached, stop, wait_healthy
+from flows.cli.stack.processes import StackProcess, check_port, has_not_ended, start_detached, stop, wait_healthy
 from flows.cli.stack.stack import MLFLOW, PREFECT, StackOptions, find_api_url, read_state, start_servers, write_state
 from flows.cli.stack.submit import make_request, submit
 from tasks.errors import ConfigError, ServiceUnavailable
@@ -31,7 +31,7 @@ def test_a_process_is_stopped_with_all_processes_below_it(tmp_path: Path) -> Non
     assert process.is_alive()
     assert stop(process, seconds=20)
     assert not process.is_alive()
-    assert not child.is_running()
+    assert not has_not_ended(child)
     assert not stop(process)
 
 

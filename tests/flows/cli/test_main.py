@@ -80,7 +80,7 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
 
 def test_help_has_panels_examples_and_config_groups(place: CliSandbox) -> None:
     done = place.likeness("--help")
-    for title in (*(f"{panel}:" for panel in PANELS), "Examples:", "Config groups (group=option):"):
+    for title in (*(f"{panel}:" for panel in PANELS), "Examples:", "Config groups (group=option, * is the default):"):
         assert title in done.stdout.splitlines()
     for word in ("run", "report", "generate", "estimate", "runs", "sweep", "pending", "gc", "subject.class_noun="):
         assert word in done.stdout
@@ -92,20 +92,20 @@ def test_help_lists_an_option_added_as_a_conf_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--help"]) == 0
-    assert "store             local | s3\n" in capfd.readouterr().out
+    assert "store             local* | s3\n" in capfd.readouterr().out
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "ours.yaml").write_text("# @package _global_\n")
     monkeypatch.setenv("LIKENESS_CONF", str(tmp_path))
     for words in (["--help"], ["run", "--help"]):
         assert main(words) == 0
-        assert "store             local | ours | s3\n" in capfd.readouterr().out
+        assert "store             local* | ours | s3\n" in capfd.readouterr().out
 
 
 def test_every_command_is_in_a_panel(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capfd.readouterr().out
     register_commands()
-    assert len(app.registered_commands) == 12
+    assert len(app.registered_commands) == 19
     for command in app.registered_commands:
         assert re.search(rf"^  {command.name} ", text, re.MULTILINE)
 

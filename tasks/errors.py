@@ -5,7 +5,7 @@
     |-- SubjectRejected       fix the photos
     |-- ServiceUnavailable    wait; retried by the steps that talk to services
     |   `-- StillPending      a batch job runs on; run again later
-    |-- LeaseLost             nothing: another process goes on with the same work
+    |-- LeaseLost             nothing: another process continues the same work
     |-- ReplyInvalid          retried within a small bound
     |-- ArtifactCorrupt       rebuild: the stored object is not what its manifest says
     |-- StorageFull           free disk space

@@ -265,7 +265,7 @@ class LlmService:
     def reserved(self, row: LedgerRow, max_usage: Usage) -> Iterator[Callable[[object], ChatCompletion]]:
         """Reserve one attempt's worst-case cost, then reconcile it with the outcome.
 
-        Yields a function that turns the raw reply into a completion and settles the reservation.
+        Yields a function that turns the raw reply into a completion and reconciles the reservation.
         """
         profile = self.config.profiles[row.profile]
         cost, date = compute_cost(profile.prices, max_usage, is_batch=False)
@@ -277,23 +277,25 @@ class LlmService:
             # Usage is bounded before it is priced: a false report must neither free nor exhaust the budget.
             completion = bound_usage(parse_completion(raw), max_usage, worst_usd=cost)
             spent, _ = self.price(row.profile, completion, is_batch=False)
-            self.budget.settle(reservation, spent=worst if spent is None else spent)
+            self.budget.reconcile(reservation, spent=worst if spent is None else spent)
             return completion
 
         try:
             with translated(profile):
                 yield finish
-        except KeyboardInterrupt:  # not settled: tokens generated until now may be billed, so the cost stays reserved
+        except (
+            KeyboardInterrupt
+        ):  # not reconciled: tokens generated until now may be billed, so the cost stays reserved
             self.ledger.record(replace(lost, outcome="cancelled", usage_fault="the call was interrupted"))
             raise
         except LikenessError as error:
-            if may_be_billed(error):  # not settled either: the reservation stands for a reply that never arrived
+            if may_be_billed(error):  # not reconciled either: the reservation stands for a reply that never arrived
                 self.ledger.record(replace(lost, outcome=error.kind, usage_fault="no reply was received"))
             else:
-                self.budget.settle(reservation, spent=0.0)
+                self.budget.reconcile(reservation, spent=0.0)
                 self.ledger.record(replace(row, outcome=error.kind))
             raise
-        except Exception as error:  # such as a closed pipe in `on_text`; not settled: the attempt was sent
+        except Exception as error:  # such as a closed pipe in `on_text`; not reconciled: the attempt was sent
             self.ledger.record(replace(lost, outcome=type(error).__name__, usage_fault="the reply was not read"))
             raise
 

@@ -214,8 +214,8 @@ def describe_name(key: str) -> str:
 
 
 def read_clock() -> float:
-    """Return seconds that go on while the machine is suspended, unaffected by changes of the time."""
-    # CLOCK_MONOTONIC stands still in suspend on Linux; macOS has no CLOCK_BOOTTIME, and its monotonic clock goes on.
+    """Return seconds that include suspend, unaffected by changes of the system time."""
+    # CLOCK_MONOTONIC excludes suspend on Linux. macOS has no CLOCK_BOOTTIME; its monotonic clock includes suspend.
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 

@@ -147,7 +147,7 @@ class RemoteCheckpoints:
 
 
 class CheckpointUploader:
-    """Uploads checkpoints in a background thread while training goes on, so that it never waits for the store.
+    """Uploads checkpoints in a background thread, so that training never waits for the store.
 
     Leaving the block by an exception uploads the last checkpoint too, for at most `training.grace_seconds`; after
     success there is nothing left to resume.

@@ -32,8 +32,8 @@ def put(store: LocalStore, found: Lease) -> None:
 
 
 def test_a_second_holder_times_out_with_an_error_naming_the_first(leases: LocalStore) -> None:
-    told = pytest.raises(StillPending, match=r"process \d+ on .* holds the lease of batch job job")
-    with hold(leases), told, hold(leases):
+    names_holder = pytest.raises(StillPending, match=r"process \d+ on .* holds the lease of batch job job")
+    with hold(leases), names_holder, hold(leases):
         pass
     with hold(leases):
         pass

@@ -87,7 +87,7 @@ def adopt(job: JobHandle) -> tuple[int, float | None]:
         spent = None if None in costs else sum(cost for cost in costs if cost is not None)
         state = current.state
         if state.reservation:
-            current.llm.budget.settle(state.reservation, spent=state.reserved_usd if spent is None else spent)
+            current.llm.budget.reconcile(state.reservation, spent=state.reserved_usd if spent is None else spent)
         current.save(is_collected=True, status=remote.status, spent_usd=spent)
     return count, spent
 

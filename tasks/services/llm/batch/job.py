@@ -289,12 +289,13 @@ class BatchJob:
         return ""
 
     def mark_collected(self, outcomes: dict[str, BatchReply]) -> None:
-        """Settle the reservation and mark the job as collected."""
+        """Reconcile the reservation and mark the job as collected."""
         costs = [self.cost_of(custom_id, outcome) for custom_id, outcome in outcomes.items()]
         spent = None if None in costs else sum(cost for cost in costs if cost is not None)
-        # Settled first: settling again after a crash changes nothing, whereas a collected job is never settled again.
+        # Reconciled first: reconciling again after a crash changes nothing, whereas a collected job is
+        # never reconciled again.
         if self.state.reservation:
-            self.llm.budget.settle(self.state.reservation, spent=self.state.reserved_usd if spent is None else spent)
+            self.llm.budget.reconcile(self.state.reservation, spent=self.state.reserved_usd if spent is None else spent)
         self.save(is_collected=True, spent_usd=spent)
 
     def cost_of(self, custom_id: str, outcome: BatchReply) -> float | None:

@@ -28,7 +28,7 @@ class BudgetState(BaseModel):
 class Budget:
     """Worst-case cost is reserved before each attempt, then reconciled.
 
-    Spending is counted without a cap too, so that a cap set later includes it. A reservation that is never settled,
+    Spending is counted without a cap too, so that a cap set later includes it. A reservation that is never reconciled,
     because its process was killed, keeps counting as spent: the call may have been billed. With a cap, a damaged
     file blocks all reservations until the operator has resolved it.
     """
@@ -57,8 +57,8 @@ class Budget:
             state.reserved[name] = usd
         return name
 
-    def settle(self, name: str, *, spent: float) -> None:
-        """Replace a reservation by the actual cost. Idempotent: an unknown or settled name changes nothing."""
+    def reconcile(self, name: str, *, spent: float) -> None:
+        """Replace a reservation by the actual cost. Idempotent: an unknown or reconciled name changes nothing."""
         if self.path is not None and self.path.exists():
             with self._locked() as state:
                 if state.reserved.pop(name, None) is not None:

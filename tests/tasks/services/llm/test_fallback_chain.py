@@ -226,7 +226,7 @@ def test_the_unused_part_of_a_reservation_is_released(tmp_path: Path) -> None:
     name = budget.reserve(0.9)
     with pytest.raises(BudgetExceeded, match=r"0.9000 of 1.0000 USD .* raise llm.budget_usd"):
         budget.reserve(0.2)
-    budget.settle(name, spent=0.1)
+    budget.reconcile(name, spent=0.1)
     assert Budget(tmp_path / "budget.json", 1.0).reserve(0.9)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints in the store: uploaded while training goes on, verified and fetched by a machine with an empty disk."""
+"""Checkpoints in the store: uploaded in the background, verified and fetched by a machine with an empty disk."""
 
 import shutil
 import time

@@ -147,7 +147,7 @@ def test_the_local_batch_runner_reserves_each_attempt(server: ScriptedServer, tm
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
 def test_a_damaged_budget_file_blocks_new_reservations(server: ScriptedServer, tmp_path: Path, damage: str) -> None:
     budget = Budget(tmp_path / "budget.json", 1.0)
-    budget.settle(budget.reserve(0.9), spent=0.9)
+    budget.reconcile(budget.reserve(0.9), spent=0.9)
     path = tmp_path / "budget.json"
     data = path.read_bytes()
     changed = {"flip": data.replace(b"0.9", b"0.1", 1), "truncate": data[: len(data) // 2], "empty": b""}[damage]
@@ -161,8 +161,8 @@ def test_a_damaged_budget_file_blocks_new_reservations(server: ScriptedServer, t
 def test_a_reservation_is_reconciled_only_once(tmp_path: Path) -> None:
     budget = Budget(tmp_path / "budget.json", 1.0)
     name = budget.reserve(0.6)
-    budget.settle(name, spent=0.6)
-    budget.settle(name, spent=0.0)
+    budget.reconcile(name, spent=0.6)
+    budget.reconcile(name, spent=0.0)
     with pytest.raises(BudgetExceeded):
         budget.reserve(0.5)
 
@@ -170,9 +170,9 @@ def test_a_reservation_is_reconciled_only_once(tmp_path: Path) -> None:
 def test_spending_without_a_cap_counts_toward_a_cap_set_later(tmp_path: Path) -> None:
     path = tmp_path / "budget.json"
     free = Budget(path, None)
-    free.settle(free.reserve(0.0), spent=0.0)
+    free.reconcile(free.reserve(0.0), spent=0.0)
     assert not path.exists()
-    free.settle(free.reserve(5.0), spent=4.0)
+    free.reconcile(free.reserve(5.0), spent=4.0)
     free.reserve(2.0)  # of a process that was killed
     with pytest.raises(BudgetExceeded, match=r"6\.0000 of 6\.5000 USD"):
         Budget(path, 6.5).reserve(1.0)
@@ -183,7 +183,7 @@ def test_without_a_cap_a_damaged_budget_file_is_ignored_and_left_unchanged(tmp_p
     path = tmp_path / "budget.json"
     path.write_bytes(b"{")
     free = Budget(path, None)
-    free.settle(free.reserve(5.0), spent=5.0)
+    free.reconcile(free.reserve(5.0), spent=5.0)
     assert path.read_bytes() == b"{"
     with pytest.raises(BudgetExceeded, match="is damaged"):
         Budget(path, 1.0).reserve(0.1)

@@ -178,8 +178,9 @@ def read_pip_settings(python: Path) -> dict[str, str]:
 
 def translate_settings(settings: dict[str, str]) -> tuple[list[str], dict[str, str]] | None:
     """Return uv's arguments and environment for pip's settings; None where uv has no equivalent of one."""
-    # As pip: the best version of all indexes. The hashes say which file is right.
-    arguments, environment = ["--index-strategy", "unsafe-best-match"], {}
+    # As pip: the best version of all indexes (the hashes say which file is right), and bytecode. Without bytecode every
+    # start costs a minute where it can't be written later: PYTHONDONTWRITEBYTECODE, a read-only image.
+    arguments, environment = ["--index-strategy", "unsafe-best-match", "--compile-bytecode"], {}
     for name, value in settings.items():
         values = value.split()
         if name == "index-url":

@@ -1,8 +1,10 @@
 """Setting up the environment: with uv as pip would, with pip where uv fails, once."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 
 from deployments import setup_environment as setup
@@ -36,10 +38,17 @@ def test_pip_index_and_find_links_settings_are_translated_for_uv() -> None:
     translated = setup.translate_settings(settings)
     assert translated is not None
     arguments, environment = translated
-    assert arguments == ["--index-strategy", "unsafe-best-match", "--find-links", "/wheels"]
+    assert arguments == ["--index-strategy", "unsafe-best-match", "--compile-bytecode", "--find-links", "/wheels"]
     assert environment["UV_DEFAULT_INDEX"] == "https://me:secret@index/simple"
     assert environment["UV_INDEX"] == "file:///a/simple file:///b/simple"
     assert environment["SSL_CERT_FILE"] == "/ca.pem"
+
+
+def test_installed_packages_have_bytecode() -> None:
+    """Without it every process compiles what it imports, where PYTHONDONTWRITEBYTECODE or a read-only image is set."""
+    sources = list(Path(str(diffusers.__file__)).parent.rglob("*.py"))
+    missing = [str(path) for path in sources if not Path(importlib.util.cache_from_source(str(path))).exists()]
+    assert missing == []
 
 
 def test_a_pip_setting_without_a_uv_equivalent_falls_back_to_pip() -> None:

@@ -23,6 +23,7 @@ from tasks.stage.digests import digest_file, dump_line, dump_signed, load_lines,
 from tasks.stage.files import write_atomic
 
 ROW_STATUSES = (400, 413, 422)  # the row is at fault, not key, model or address
+MAX_DEPTH = 100  # a limit of our own: the interpreter's differs, libraries such as torch raise it
 
 
 class OutputNote(BaseModel):
@@ -124,10 +125,8 @@ class LocalBatches(FileBatches):
         """
         outcome: dict[str, object] = {"custom_id": row["custom_id"], "response": None, "error": None}
         try:
-            response = {"status_code": 200, "body": drop_infinite(self.ask(row["body"]).raw)}
-            dump_line(response)  # raises RecursionError here, while the row can still be recorded as failed
-            outcome["response"] = response
-        except RecursionError:
+            outcome["response"] = {"status_code": 200, "body": drop_infinite(self.ask(row["body"]).raw)}
+        except NestingError:
             outcome["error"] = {"message": "the reply nests too deeply"}
         except (ServiceUnavailable, RequestRefused) as error:
             if isinstance(error, RequestRefused) and error.status not in ROW_STATUSES:
@@ -145,12 +144,18 @@ class LocalBatches(FileBatches):
             yield from read_signed_lines(Path(path).read_bytes())
 
 
-def drop_infinite(value: object) -> object:
-    """Return a JSON value with NaN and infinity replaced by null: a signed line can't hold them."""
+class NestingError(ValueError):
+    """A JSON value nests deeper than MAX_DEPTH."""
+
+
+def drop_infinite(value: object, *, max_depth: int = MAX_DEPTH) -> object:
+    """Return a JSON value with NaN and infinity replaced by null: a signed line can't hold them. Raises NestingError."""
+    if max_depth < 0:
+        raise NestingError
     if isinstance(value, dict):
-        return {key: drop_infinite(child) for key, child in value.items()}
+        return {key: drop_infinite(child, max_depth=max_depth - 1) for key, child in value.items()}
     if isinstance(value, list):
-        return [drop_infinite(child) for child in value]
+        return [drop_infinite(child, max_depth=max_depth - 1) for child in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

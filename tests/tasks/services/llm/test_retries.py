@@ -11,7 +11,7 @@ import pytest
 
 from tasks.errors import BudgetExceeded, ConfigError, LikenessError, ReplyInvalid, ServiceUnavailable
 from tasks.scoring.config import ScoringConfig
-from tasks.scoring.judge import ask_judge
+from tasks.scoring.judge import ask_judge, check_failures
 from tasks.services.llm.config import CapabilityConfig
 from tasks.services.llm.executor import AskOptions, ask_each
 from tasks.stage.cache import StageFolder
@@ -105,7 +105,8 @@ def test_too_many_invalid_judge_replies_stop_scoring_early(server: ScriptedServe
     llm = make_llm(server, tmp_path, concurrency=1)
     folder = StageFolder(llm.store, "scoring", "k")
     with pytest.raises(ReplyInvalid, match="21 of 21 judge requests failed"):
-        ask_judge(llm, QUESTIONS, config, folder=folder, options=AskOptions("judge"))
+        _, failures = ask_judge(llm, QUESTIONS, config, folder=folder, options=AskOptions("judge"))
+        check_failures(config, failures, num_requests=len(QUESTIONS))
     assert server.counts[CHAT] == 3 * 2  # a third failure is too many; each was asked once more
 
 

@@ -144,7 +144,10 @@ def test_a_second_run_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait(10)
-    with pytest.raises(TrainingFailed, match="another run holds the training lock"), locked(tmp_path / "lock", seconds=0.3):
+    with (
+        pytest.raises(TrainingFailed, match="another run holds the training lock"),
+        locked(tmp_path / "lock", seconds=0.3),
+    ):
         pass
     release.set()
     thread.join()

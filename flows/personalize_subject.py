@@ -4,9 +4,9 @@ from prefect import flow
 from prefect.runtime import deployment
 
 from conf.request import RunRequest
-from flows.artifacts import show_artifacts
-from flows.attempts import check_attempts
-from flows.run_context import open_run
+from flows.runs.artifacts import show_artifacts
+from flows.runs.attempts import check_attempts
+from flows.runs.context import open_run
 from tasks.evaluation.steps import EvaluationInputs, evaluate
 from tasks.manifests.run import RunManifests
 from tasks.manifests.run_summary import RunSummary

@@ -7,10 +7,10 @@ from prefect import flow
 from prefect.runtime import deployment
 
 from conf.trust import allowed_roots, check_path
-from flows.pending_runs import PendingReport, list_pending
 from flows.personalize_subject import personalize_subject
-from flows.run_context import trust_of_run
-from flows.run_records import read_request, read_summary, relocate, write_summary
+from flows.runs.context import trust_of_run
+from flows.runs.pending import PendingReport, list_pending
+from flows.runs.records import read_request, read_summary, relocate, write_summary
 from tasks.errors import LikenessError, StillPending
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.run_records import read_summary
+from flows.runs.records import read_summary
 from tests.support.cli_sandbox import CliSandbox
 from tests.support.llm_server import ScriptedServer, completion, scripted_server
 from tests.support.tiny import draw_photos

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flows.run_records import list_summaries, read_run
+from flows.runs.records import list_summaries, read_run
 from tasks.manifests.prior import ClassImageSet
 from tasks.manifests.subject import SubjectSet
 from tasks.stage.digests import DIGEST_FIELD

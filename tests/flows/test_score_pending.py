@@ -10,7 +10,7 @@ from conf.request import RunRequest
 from conf.trust import allowed_roots
 from flows import score_pending as module
 from flows.personalize_subject import personalize_subject
-from flows.run_records import list_run_folders, write_request, write_summary
+from flows.runs.records import list_run_folders, write_request, write_summary
 from tasks.manifests.run_summary import RunSummary, make_head
 
 COMMAND = {"llm.profiles.local.capabilities.batch": "file", "llm.profiles.local.batch_command": ["sh", "-c", "id"]}

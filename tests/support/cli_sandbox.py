@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flows.run_records import list_summaries
+from flows.runs.records import list_summaries
 
 ROOT = Path(__file__).resolve().parents[2]
 LIKENESS = [sys.executable, "-m", "flows.cli.main"]

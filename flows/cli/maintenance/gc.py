@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.run_records import list_run_folders, read_run, read_summary
+from flows.runs.records import list_run_folders, read_run, read_summary
 from tasks.errors import ConfigError
 from tasks.services.store.base import Store
 from tasks.services.store.lease import LEASES, read_lease

@@ -18,7 +18,7 @@ def runs(
 ) -> int:
     """List runs, newest first."""
     from flows.cli.results.runs import print_runs
-    from flows.run_records import list_summaries
+    from flows.runs.records import list_summaries
 
     summaries = list_summaries(output_dir)
     if as_json:

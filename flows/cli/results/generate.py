@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.run_records import read_run
+from flows.runs.records import read_run
 from tasks.errors import ConfigError
 from tasks.manifests.publishing import Publication
 from tasks.manifests.training import TunedModel

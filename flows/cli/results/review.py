@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.cli.console import make_cell
-from flows.run_context import open_budget
-from flows.run_records import read_run
+from flows.runs.context import open_budget
+from flows.runs.records import read_run
 from tasks.errors import ArtifactCorrupt, ConfigError, LikenessError
 from tasks.manifests.subject import SubjectSet
 from tasks.redaction import clean_text

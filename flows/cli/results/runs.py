@@ -18,7 +18,7 @@ def print_runs(summaries: list[RunSummary], *, folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from flows.run_records import suggest_next
+    from flows.runs.records import suggest_next
 
     if not summaries:
         print(f"no runs in {folder}; `likeness run` starts one")
@@ -98,7 +98,7 @@ def shorten(path: str) -> str:
 
 def find_run(output: Path, name: str, *, record: str = "report.html") -> Path:
     """Return a run's folder; `latest` is the newest that has a `record`. Raises ConfigError where there is none."""
-    from flows.run_records import list_run_folders
+    from flows.runs.records import list_run_folders
 
     folders = list_run_folders(output)
     finished = [folder for folder in folders if (folder / record).exists()]

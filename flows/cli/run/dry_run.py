@@ -6,8 +6,8 @@ from conf.compose import compile_request, compute_config_digest
 from conf.request import RunRequest
 from conf.schema import RunConfig
 from conf.trust import allowed_roots
-from flows.run_context import flatten
-from flows.run_records import StoredRequest
+from flows.runs.context import flatten
+from flows.runs.records import StoredRequest
 from tasks.redaction import MASK, clean_text, names_secret, redact
 
 MAX_CHARACTERS = 200

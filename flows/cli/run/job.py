@@ -18,7 +18,7 @@ from conf.trust import allowed_roots
 from flows.cli.results.runs import print_summary
 from flows.cli.run.prefect_server import EmbeddedServer, needs_server
 from flows.cli.stack.stack import find_api_url
-from flows.run_records import StoredRequest, read_request, read_run, relocate
+from flows.runs.records import StoredRequest, read_request, read_run, relocate
 from tasks.redaction import clean_text
 from tasks.stage.progress import ProgressView, make_progress
 
@@ -28,7 +28,7 @@ def run_in_terminal(stored: StoredRequest) -> int:
     request = stored.request
     with ready_for_flows(request, is_trusted=stored.is_trusted) as (config, progress, server):
         from flows.personalize_subject import personalize_subject
-        from flows.run_context import progress_of_run, trust_of_run
+        from flows.runs.context import progress_of_run, trust_of_run
 
         # Context variables instead of parameters: Prefect validates and stores a flow's parameters.
         tokens = progress_of_run.set(progress), trust_of_run.set(stored.is_trusted)
@@ -51,7 +51,7 @@ def run_in_terminal(stored: StoredRequest) -> int:
 
 def finish_pending(output: Path) -> int:
     """Resume pending runs and print the status of each; 0: all done, 11: some are still pending, 1: some failed."""
-    from flows.pending_runs import find_readable, list_pending
+    from flows.runs.pending import find_readable, list_pending
 
     waiting = list_pending(output)
     if not waiting:
@@ -61,7 +61,7 @@ def finish_pending(output: Path) -> int:
     stored = read_request(folder)
     request = relocate(stored.request, folder)
     with ready_for_flows(request, is_trusted=stored.is_trusted) as (_, progress, _):
-        from flows.run_context import progress_of_run
+        from flows.runs.context import progress_of_run
         from flows.score_pending import score_pending
 
         token = progress_of_run.set(progress)
@@ -167,7 +167,7 @@ def sweep_in_terminal(settings: list[str], *, num_trials: int, study: str) -> in
 
     request = parse_sweep(settings, num_trials=num_trials, study=study)
     with ready_for_flows(request.base) as (_, progress, _):
-        from flows.run_context import progress_of_run
+        from flows.runs.context import progress_of_run
         from flows.sweep_settings import print_sweep, sweep_settings
 
         token = progress_of_run.set(progress)

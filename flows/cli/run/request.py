@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from conf.overrides import override_request, parse_overrides
-from flows.run_records import REQUEST, StoredRequest, read_request_file, relocate
+from flows.runs.records import REQUEST, StoredRequest, read_request_file, relocate
 from tasks.errors import ArtifactCorrupt, ConfigError
 
 MAX_BYTES = 1_000_000

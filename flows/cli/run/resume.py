@@ -4,7 +4,7 @@ from pathlib import Path
 
 from flows.cli.results.runs import find_run
 from flows.cli.run.job import run_in_terminal
-from flows.run_records import (
+from flows.runs.records import (
     REQUEST,
     StoredRequest,
     list_summaries,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flows.cli.console import make_cell, show_usd
 from flows.cli.results.runs import find_run
-from flows.run_records import list_run_folders, read_summary
+from flows.runs.records import list_run_folders, read_summary
 from tasks.errors import ConfigError
 from tasks.services.llm.budget.ledger import LedgerRow, read_rows
 

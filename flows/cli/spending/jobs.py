@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.cli.console import make_cell, show_usd
-from flows.pending_runs import list_job_keys
-from flows.run_records import list_run_folders, read_run
+from flows.runs.pending import list_job_keys
+from flows.runs.records import list_run_folders, read_run
 from tasks.errors import ConfigError, LikenessError
 from tasks.stage.cache import PREFIXES
 
@@ -108,7 +108,7 @@ def find_jobs(output: Path) -> list[FoundJob]:
 @contextmanager
 def open_job(output: Path, job: FoundJob | None, *, job_id: str, profile: str) -> Iterator["JobHandle"]:
     """Open the services of a job's run. Raises ConfigError where the job is unknown."""
-    from flows.run_context import open_budget
+    from flows.runs.context import open_budget
     from tasks.mini.vision_server.launch import LocalServer
     from tasks.services.llm.batch.admin import JobHandle
     from tasks.services.llm.batch.job import BatchState

@@ -149,7 +149,12 @@ class NestingError(ValueError):
 
 
 def drop_infinite(value: object, *, max_depth: int = MAX_DEPTH) -> object:
-    """Return a JSON value with NaN and infinity replaced by null: a signed line can't hold them. Raises NestingError."""
+    """Return a JSON value with NaN and infinity replaced by null: a signed line can't hold them.
+
+    Raises:
+        NestingError: the value nests deeper than `max_depth`.
+
+    """
     if max_depth < 0:
         raise NestingError
     if isinstance(value, dict):

@@ -11,7 +11,7 @@ import pytest
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from flows.cli.maintenance.gc import collect_garbage, print_garbage
-from flows.run_records import read_summary, write_end, write_request, write_stages, write_start, write_summary
+from flows.runs.records import read_summary, write_end, write_request, write_stages, write_start, write_summary
 from tasks.errors import ConfigError, StillPending
 from tasks.manifests.base import Manifest
 from tasks.manifests.run_summary import StageSummary, Status, make_head

@@ -11,7 +11,7 @@ from conf.overrides import parse_overrides
 from conf.request import RunRequest
 from flows.cli.main import main
 from flows.cli.run.request import load_request
-from flows.run_context import make_run_folder
+from flows.runs.context import make_run_folder
 from tasks.errors import ConfigError
 
 WORDS = [

@@ -12,8 +12,8 @@ from conf.overrides import parse_overrides
 from conf.request import RunRequest
 from flows.cli.spending.cost import find_same, read_ledger
 from flows.cli.spending.jobs import find_jobs, run_jobs_command
-from flows.pending_runs import PendingReport, list_pending
-from flows.run_records import write_request, write_summary
+from flows.runs.pending import PendingReport, list_pending
+from flows.runs.records import write_request, write_summary
 from tasks.errors import ConfigError, StillPending
 from tasks.manifests.run_summary import Status, make_head
 from tasks.services.llm.batch.jobs import BatchOptions, ask_batch

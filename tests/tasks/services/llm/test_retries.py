@@ -104,8 +104,8 @@ def test_too_many_invalid_judge_replies_stop_scoring_early(server: ScriptedServe
     config = make_config(ScoringConfig, executor="sync", max_failed_fraction=0.1)
     llm = make_llm(server, tmp_path, concurrency=1)
     folder = StageFolder(llm.store, "scoring", "k")
+    _, failures = ask_judge(llm, QUESTIONS, config, folder=folder, options=AskOptions("judge"))
     with pytest.raises(ReplyInvalid, match="21 of 21 judge requests failed"):
-        _, failures = ask_judge(llm, QUESTIONS, config, folder=folder, options=AskOptions("judge"))
         check_failures(config, failures, num_requests=len(QUESTIONS))
     assert server.counts[CHAT] == 3 * 2  # a third failure is too many; each was asked once more
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flows.run_records import REQUEST, list_run_folders, read_request, read_run, read_summary
+from flows.runs.records import REQUEST, list_run_folders, read_request, read_run, read_summary
 from tasks.errors import ArtifactCorrupt, LikenessError
 from tasks.manifests.run_summary import RunSummary
 from tasks.stage.digests import load_lines

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows.attempts import MAX_ATTEMPTS, check_attempts
+from flows.runs.attempts import MAX_ATTEMPTS, check_attempts
 from tasks.errors import LikenessError
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from conf.compose import compile_request, compute_config_digest
 from conf.request import RunRequest
 from conf.schema import RunConfig
-from flows.run_records import (
+from flows.runs.records import (
     relate,
     resolve_paths,
     stamp,
@@ -241,7 +241,7 @@ def open_progress(*, is_trusted: bool) -> ProgressView:
     """Return the progress of a run: in Prefect's UI too, where a deployment started it."""
     if is_trusted:
         return make_progress()
-    from flows.run_log import make_run_progress  # imports Prefect, which a person's terminal has no use for here
+    from flows.runs.log import make_run_progress  # imports Prefect, which a person's terminal has no use for here
 
     return make_run_progress()
 

@@ -14,7 +14,7 @@ import pytest
 from conf.compose import compile_request, compute_config_digest
 from conf.overrides import parse_overrides
 from flows.cli.results.runs import print_runs
-from flows.run_records import (
+from flows.runs.records import (
     list_summaries,
     read_request,
     read_run,
@@ -82,7 +82,7 @@ def test_a_prefect_cancellation_is_recorded_as_cancelled(tmp_path: Path) -> None
 
 def test_a_running_run_without_a_live_process_is_reported_as_killed(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from flows.run_records import write_start\n"
+        "import sys; from pathlib import Path; from flows.runs.records import write_start\n"
         "write_start(Path(sys.argv[1]), 'one')"
     )
     folder = make_run(tmp_path, "one")

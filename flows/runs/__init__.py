@@ -1,0 +1,1 @@
+"""What one flow run needs and leaves: its context, record, log and artifacts."""

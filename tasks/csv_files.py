@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tasks.errors import ConfigError
@@ -20,7 +20,28 @@ def read_rows(path: Path, columns: Sequence[str], *, setting: str) -> list[tuple
         ConfigError: the file can't be read, is not UTF-8 or CSV, or has unknown, missing or repeated columns.
 
     """
-    way_out = f"the columns are {','.join(columns)}"
+
+    def check(header: list[str], where: str) -> list[str]:
+        return check_columns(header, columns, where)
+
+    rows = read_table(path, check=check, setting=setting, way_out=f"the columns are {','.join(columns)}")
+    return [(number, dict.fromkeys(columns, "") | row) for number, row in rows]
+
+
+def read_table(
+    path: Path, *, check: Callable[[list[str], str], list[str]], setting: str, way_out: str
+) -> list[tuple[int, dict[str, str]]]:
+    """Return the rows of a file with their line numbers; fields missing at a row's end are left out.
+
+    Args:
+        check: returns the columns, given the file's header and where it is; raises ConfigError for a wrong one.
+        setting: the setting that names the file, for messages.
+        way_out: which columns there are, for messages.
+
+    Raises:
+        ConfigError: the file can't be read, or is not UTF-8 or CSV.
+
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -41,11 +62,11 @@ def read_rows(path: Path, columns: Sequence[str], *, setting: str) -> list[tuple
                 continue
             where = f"{path}, line {reader.line_num}"
             if header is None:
-                header = check_columns([cell.strip() for cell in cells], columns, where)
+                header = check([cell.strip() for cell in cells], where)
                 continue
             if len(cells) > len(header):
                 raise ConfigError(f"{where}: {len(cells)} fields, not {len(header)}; quote a text that holds commas")
-            rows.append((reader.line_num, dict.fromkeys(columns, "") | dict(zip(header, cells, strict=False))))
+            rows.append((reader.line_num, dict(zip(header, cells, strict=False))))
     except csv.Error as error:
         raise ConfigError(f"{path}, line {reader.line_num}: this is not CSV ({error}); {way_out}") from error
     if header is None:

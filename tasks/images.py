@@ -1,4 +1,4 @@
-"""PNG encoding and decoding."""
+"""PNG and JPEG encoding, PNG decoding."""
 
 import io
 
@@ -25,3 +25,10 @@ def shrink_png(data: bytes, *, max_side: int) -> bytes:
         return data
     picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     return encode_png(picture)
+
+
+def encode_jpeg(image: Image.Image, *, quality: int = 85) -> bytes:
+    """Return a picture as JPEG."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()

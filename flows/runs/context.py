@@ -85,6 +85,7 @@ class Run:
             status="finished",
             config_digest=compute_config_digest(self.config),
             started_at=stamp(time.time() - self.elapsed()),  # `started` is on the monotonic clock
+            flow_run_id=find_flow_run_id(),
             wall_seconds=round(self.elapsed(), 3),
             overhead_seconds=round(runtime.measure_overhead(self.started), 3),
             llm_calls=runtime.llm.ledger.count_calls(),
@@ -296,8 +297,15 @@ def make_run_folder(output: Path, config: RunConfig, request: RunRequest, *, is_
     write_atomic(folder / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
     # The request makes the folder a run (`list_run_folders`); killed before its first summary, it counts as killed.
     write_request(folder, request, is_trusted=is_trusted)
-    write_start(folder, folder.name, compute_config_digest(config))
+    write_start(folder, folder.name, compute_config_digest(config), flow_run_id=find_flow_run_id())
     return folder
+
+
+def find_flow_run_id() -> str:
+    """Return the id of the Prefect flow run that this is; empty outside a flow."""
+    from prefect.runtime import flow_run
+
+    return str(flow_run.id or "")
 
 
 def flatten(value: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:

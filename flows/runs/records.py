@@ -73,7 +73,7 @@ def write_summary(folder: Path, summary: RunSummary) -> None:
     write_atomic(folder / SUMMARY, json.dumps(sign(plain), indent=1) + "\n")
 
 
-def write_start(folder: Path, run_id: str, config_digest: str = "") -> None:
+def write_start(folder: Path, run_id: str, config_digest: str = "", *, flow_run_id: str = "") -> None:
     """Mark a run as running, and record its process."""
     # pid and creation time: a pid alone is reused by other processes.
     started = round(psutil.Process().create_time(), 2)
@@ -81,6 +81,7 @@ def write_start(folder: Path, run_id: str, config_digest: str = "") -> None:
         update={
             "config_digest": config_digest,
             "started_at": stamp(time.time()),
+            "flow_run_id": flow_run_id,
             "owner": ProcessOwner(host=socket.gethostname(), pid=os.getpid(), started=started),
         }
     )
@@ -107,7 +108,7 @@ def write_end(folder: Path, run_id: str, error: BaseException) -> None:
     kind = error.kind if isinstance(error, LikenessError) else type(error).__name__
     kept: dict[str, object] = {
         name: getattr(earlier, name)
-        for name in ("config_digest", "started_at", "stages")
+        for name in ("config_digest", "started_at", "flow_run_id", "stages")
         if name in earlier.model_fields_set
     }
     details = {"error": RunError(kind=kind, message=reason[:500])}

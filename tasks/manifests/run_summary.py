@@ -82,6 +82,8 @@ class RunSummary(Record):
     started_at: str = ""
     """UTC."""
     owner: ProcessOwner | None = None
+    flow_run_id: str = ""
+    """Of Prefect; empty for a run outside a flow."""
     wall_seconds: float | None = None
     overhead_seconds: float | None = None
     """Seconds in which no stage was running."""

@@ -15,6 +15,9 @@ def up(
     *,
     prefect_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of Prefect; 0: any.")] = 4200,
     mlflow_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of MLflow; 0: any.")] = 5000,
+    max_runs: Annotated[
+        int, typer.Option(min=1, max=1_000, help="Runs at a time; each GPU trains one, others wait for it.")
+    ] = 2,
     postgres: Annotated[
         str, typer.Option(metavar="URL", help="Database of Prefect; default: SQLite.", show_default=False)
     ] = "",
@@ -24,7 +27,7 @@ def up(
     from flows.cli.stack.stack import StackOptions
 
     output = Path(output_dir).absolute()
-    return start_stack(StackOptions(output, prefect_port, mlflow_port, database_url=postgres))
+    return start_stack(StackOptions(output, prefect_port, mlflow_port, max_runs=max_runs, database_url=postgres))
 
 
 @app.command("down", rich_help_panel=STACK)

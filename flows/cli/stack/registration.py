@@ -1,5 +1,6 @@
 """What the Prefect server of a stack knows: work pool, deployments, and the automations that reschedule lost runs."""
 
+import contextlib
 import datetime
 import os
 import subprocess
@@ -8,10 +9,12 @@ from pathlib import Path
 
 from flows.cli.stack.processes import last_line
 from flows.cli.stack.stack import POOL
+from flows.subjects.dispatch import BULK_QUEUE
 from tasks.errors import ServiceUnavailable
 from tasks.stage.worker_process import SOURCE_ROOT
 
 TAG = "likeness"
+BULK_PRIORITY = 10  # the default queue has 1, and lower numbers are served first
 # Heartbeats come every 180 s. A window below three of them marks living runs as crashed.
 HEARTBEAT_WINDOW = datetime.timedelta(seconds=540)
 ENDED = ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
@@ -22,7 +25,7 @@ def register(environment: dict[str, str], *, log: Path) -> None:
     run_prefect(["work-pool", "create", POOL, "--type", "process", "--overwrite"], environment, log=log)
     file = SOURCE_ROOT / "deployments" / "prefect.yaml"
     run_prefect(["--no-prompt", "deploy", "--all", "--prefect-file", str(file)], environment, log=log)
-    code = "from flows.cli.stack.registration import register_automations; register_automations()"
+    code = "from flows.cli.stack import registration as r; r.register_queue(); r.register_automations()"
     run([sys.executable, "-c", code], environment, log=log)
 
 
@@ -40,6 +43,15 @@ def run(command: list[str], environment: dict[str, str], *, log: Path) -> None:
         )  # fmt: skip
     if done.returncode:
         raise ServiceUnavailable(f"the Prefect server refused a registration: {last_line(log)}")
+
+
+def register_queue() -> None:
+    """Create the queue of bulk runs, which the worker serves after the default one. Runs in a process of its own."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectAlreadyExists
+
+    with get_client(sync_client=True) as client, contextlib.suppress(ObjectAlreadyExists):
+        client.create_work_queue(BULK_QUEUE, work_pool_name=POOL, priority=BULK_PRIORITY)
 
 
 def register_automations() -> None:

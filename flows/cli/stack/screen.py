@@ -22,6 +22,7 @@ from tasks.redaction import register_secret
 NEXT = """
   likeness submit subject.source=photos subject.class_noun=dog   a run through the worker
   likeness run ...                                               a run in this terminal, shown in the UI
+  likeness run-many subjects.csv                                 one run per line, through the worker
   likeness status, likeness down                                 look at it, stop it"""
 
 

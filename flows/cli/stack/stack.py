@@ -44,6 +44,8 @@ class StackOptions:
     output: Path
     prefect_port: int
     mlflow_port: int
+    max_runs: int = 2
+    """Runs that the worker executes at a time."""
     database_url: str = ""
     """Prefect's database; empty: SQLite in the stack's folder."""
 
@@ -148,7 +150,19 @@ def start_worker(options: StackOptions, servers: tuple[StackProcess, StackProces
     if worker is None:
         worker = start_detached(
             WORKER,
-            [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"],
+            [
+                sys.executable,
+                "-m",
+                "prefect",
+                "worker",
+                "start",
+                "--pool",
+                POOL,
+                "--type",
+                "process",
+                "--limit",
+                str(options.max_runs),
+            ],
             log=options.folder / "logs" / "worker.log",
             environment=prefect_environment(options, servers[0].port),
         )

@@ -24,6 +24,8 @@ MAX_PIXELS_IN_ALL = 2_000_000_000  # accepted photos are in memory together; up 
 THUMBNAIL_SIDE = 160
 SHARPER = 1.5  # ratio of sharpness from which one near-duplicate counts as the sharper one
 SHOWN_SIDE = 1024
+DESCRIPTION = "subject.yaml"
+"""Describes the subject beside its photos, where many subjects are run; see conf/subjects.py."""
 DEMO_FOLDER = Path(__file__).resolve().parents[2] / "mini" / "demo_subject"
 
 
@@ -127,7 +129,8 @@ def list_source(config: SubjectConfig, store: Store) -> PhotoSource:
         keys = store.list_keys(config.source.removeprefix("store:"))
         wanted = [key for key in keys if key.lower().endswith(SUFFIXES)]
         check_number(len(wanted), config)
-        skipped = [(clean_name(key.rsplit("/", 1)[-1]), NO_PHOTO) for key in keys if key not in wanted]
+        names = (key.rsplit("/", 1)[-1] for key in keys if key not in wanted)
+        skipped = [(clean_name(name), NO_PHOTO) for name in names if name != DESCRIPTION]
         files = [(clean_name(key.rsplit("/", 1)[-1]), partial(read_object, store, key)) for key in wanted]
         return PhotoSource(files, skipped)
     folder = DEMO_FOLDER if config.source == "demo" else Path(config.source)
@@ -136,7 +139,8 @@ def list_source(config: SubjectConfig, store: Store) -> PhotoSource:
     except (OSError, ValueError) as error:
         reason = "is not a folder" if not isinstance(error, PermissionError) else "can't be read"
         raise ConfigError(f"subject.source={config.source} {reason}; name a folder of photos") from error
-    reasons = {path: find_skip_reason(path, folder) for path in entries if not path.name.startswith(".")}
+    shown = [path for path in entries if not path.name.startswith(".") and path.name != DESCRIPTION]
+    reasons = {path: find_skip_reason(path, folder) for path in shown}
     paths = [path for path, reason in reasons.items() if not reason]
     check_number(len(paths), config)
     skipped = [(clean_name(path.name), reason) for path, reason in reasons.items() if reason]

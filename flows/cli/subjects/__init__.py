@@ -1,0 +1,1 @@
+"""Commands about many subjects: `run-many`."""

@@ -1,0 +1,41 @@
+"""Register a work pool, the deployments of prefect-shared.yaml and the automations of lost runs; again changes nothing.
+
+Usage: `python -m deployments.register TYPE`, with TYPE process, docker or kubernetes. LIKENESS_POOL and LIKENESS_IMAGE
+name the pool and the image, PREFECT_API_URL and PREFECT_API_AUTH_STRING the server.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from flows.cli.stack.registration import register_automations
+
+FOLDER = Path(__file__).resolve().parent
+TYPES = ("process", "docker", "kubernetes")
+
+
+def main(words: list[str]) -> int:
+    """Register everything; a failing command ends with its own message."""
+    if len(words) != 1 or words[0] not in TYPES:
+        print(f"usage: python -m deployments.register {'|'.join(TYPES)}", file=sys.stderr)
+        return 2
+    kind = words[0]
+    os.environ.setdefault("LIKENESS_CONF", str(FOLDER / "options"))
+    os.environ.setdefault("LIKENESS_IMAGE", "likeness:0.1.0-cpu")
+    pool = os.environ.setdefault("LIKENESS_POOL", "likeness")
+    create = ["work-pool", "create", pool, "--type", kind, "--overwrite"]
+    template = FOLDER / "pools" / f"{kind}.json"
+    if template.exists():  # the process pool uses Prefect's own
+        create += ["--base-job-template", str(template)]
+    file = str(FOLDER / "prefect-shared.yaml")
+    for command in (create, ["--no-prompt", "deploy", "--all", "--prefect-file", file]):
+        done = subprocess.run([sys.executable, "-m", "prefect", *command], cwd=FOLDER.parent, check=False)
+        if done.returncode:
+            return done.returncode
+    register_automations()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,11 +1,12 @@
 """`key=value` arguments of the command line, as a request. Values that aren't Hydra syntax are taken literally."""
 
+import itertools
 import re
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType, QuotedString, RangeSweep
 from hydra.errors import HydraException
 from pydantic import ValidationError
 
@@ -15,6 +16,7 @@ from conf.request import RunRequest, Scalar, Value
 from tasks.errors import ConfigError, first_line
 from tasks.redaction import show_value
 
+MAX_VALUES = 10_000  # of a range; more than a sweep accepts, so that its error names the limit
 KEY = re.compile(r"[a-z][a-z0-9_]*(?:[./][A-Za-z0-9][A-Za-z0-9_-]*)*")
 
 
@@ -99,7 +101,10 @@ def read_value(override: Override) -> Value:
     line = override.input_line or ""
     # Hydra's `+key` and `~key` are refused: the schema fixes which names there are.
     if override.type is not OverrideType.CHANGE or override.is_sweep_override():
-        raise ConfigError(f"{show_value(line)}: use key=value with one value; quote a text that holds a comma")
+        raise ConfigError(
+            f"{show_value(line)}: use key=value with one value (`likeness sweep`, or -m, takes several); quote a text "
+            "that holds a comma"
+        )
     value = override.value()
     if isinstance(value, dict):
         name = override.key_or_group
@@ -114,19 +119,36 @@ def split_trackers(names: list[Scalar]) -> tuple[str, list[Scalar]]:
 
 
 def split_sweep(overrides: Iterable[str]) -> tuple[list[str], dict[str, list[Value]]]:
-    """Separate arguments with one value from those with several. Raises ConfigError for group options."""
+    """Separate arguments with one value from those with several: `key=v1,v2`, Hydra's `choice(...)` and `range(...)`.
+
+    Raises ConfigError for group options, and for Hydra's other sweeps.
+    """
     fixed: list[str] = []
     space: dict[str, list[Value]] = {}
     for override in overrides:
         parsed = read_override(override)
-        if parsed is None or not parsed.is_choice_sweep():
+        if parsed is None or not parsed.is_sweep_override():
             fixed.append(override)
             continue
         if parsed.key_or_group in FIELDS:
             raise ConfigError(f"{show_value(override)}: sweep single settings, not groups of them")
-        choices: Any = parsed.value()
-        space[parsed.key_or_group] = [unquote(value) for value in choices.list]
+        if parsed.key_or_group in space:
+            raise ConfigError(f"{parsed.key_or_group} is given twice")
+        space[parsed.key_or_group] = list_values(parsed)
     return fixed, space
+
+
+def list_values(override: Override) -> list[Value]:
+    """Return the values of a sweep override. Raises ConfigError for intervals and globs."""
+    sweep = override.value()
+    if isinstance(sweep, ChoiceSweep):
+        return [unquote(value) for value in sweep.list]
+    if isinstance(sweep, RangeSweep):
+        return list(itertools.islice(sweep.range(), MAX_VALUES))
+    raise ConfigError(
+        f"{show_value(override.input_line)}: give values, {override.key_or_group}=V1,V2, or a range, "
+        f"{override.key_or_group}=LOW..HIGH[:log]"
+    )
 
 
 def unquote(value: object) -> Value:

@@ -159,22 +159,3 @@ def prepare_environment(*, is_embedded: bool) -> None:
         hosts = [host for host in os.environ.get(name, "").split(",") if host]
         os.environ[name] = ",".join(dict.fromkeys([*hosts, "127.0.0.1", "localhost"]))
     logging.getLogger("httpx").setLevel(logging.WARNING)
-
-
-def sweep_in_terminal(settings: list[str], *, num_trials: int, study: str) -> int:
-    """Run a sweep and print its trials."""
-    from conf.sweep import parse_sweep
-
-    request = parse_sweep(settings, num_trials=num_trials, study=study)
-    with ready_for_flows(request.base) as (_, progress, _):
-        from flows.runs.context import progress_of_run
-        from flows.sweep_settings import print_sweep, sweep_settings
-
-        token = progress_of_run.set(progress)
-        try:
-            outcome = sweep_settings(request)
-        finally:
-            progress_of_run.reset(token)
-            progress.close()
-    print_sweep(outcome)
-    return 0

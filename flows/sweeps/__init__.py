@@ -1,0 +1,1 @@
+"""Helpers of sweeps: study, trials, runners, pruning, report."""

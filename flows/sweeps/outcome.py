@@ -1,0 +1,128 @@
+"""What a sweep found: its trials with intervals, the best of them, and the commands that repeat those."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel
+
+from conf.request import Value
+from conf.sweep import SweepRequest
+from flows.runs.records import to_overrides
+from flows.sweeps.study import ERROR, SweepStudy, is_interrupted
+from flows.sweeps.trials import CACHED, COST, RUNS, SEED_VALUES, SETTINGS
+from tasks.manifests.run_summary import RegisteredModel
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+CONFIDENCE = 0.95
+
+
+class TrialResult(BaseModel):
+    """One trial that has ended."""
+
+    trial: int
+    status: Literal["complete", "failed", "pruned", "interrupted"]
+    settings: dict[str, Value]
+    values: list[float] = []
+    """Of each objective: the mean over seeds."""
+    intervals: list[tuple[float, float]] = []
+    """Of each mean, 95 %, by Student's t; none for a single seed."""
+    seed_values: list[list[float]] = []
+    """(seeds, objectives)"""
+    run_ids: list[str] = []
+    cached_stages: dict[str, int] = {}
+    """By stage: how many of the trial's runs found it in the store."""
+    cost_usd: float | None = None
+    error: str = ""
+
+
+class SweepOutcome(BaseModel):
+    """The trials of a study, the best of all, and how many stages this sweep's runs shared."""
+
+    study: str
+    objectives: list[str]
+    trials: list[TrialResult]
+    best: list[TrialResult]
+    """The best trial, or the Pareto front; empty where none is complete."""
+    commands: list[str]
+    """What repeats each of the best."""
+    num_new_trials: int
+    shared_stages: dict[str, int]
+    ended_by: str
+    """The limit that ended the sweep."""
+    cost_usd: float | None
+    journal: str
+    report: str
+    published: RegisteredModel | None = None
+
+    @property
+    def dashboard(self) -> str:
+        """The command that opens the study."""
+        return f"optuna-dashboard {self.journal}"
+
+
+def collect_outcome(study: SweepStudy, ended: Sequence[int], *, ended_by: str, report: Path) -> SweepOutcome:
+    """Return the study's trials and the best of them."""
+    from flows.sweeps.trials import sum_costs
+
+    trials = [describe_trial(trial) for trial in study.trials("COMPLETE", "PRUNED", "FAIL")]
+    best = [describe_trial(trial) for trial in study.best()]
+    shared: Counter[str] = Counter()
+    for trial in trials:
+        if trial.trial in ended:
+            shared.update({name: count for name, count in trial.cached_stages.items() if count})
+    return SweepOutcome(
+        study=study.request.study_name,
+        objectives=[str(objective) for objective in study.objectives],
+        trials=trials,
+        best=best,
+        commands=[make_command(study.request, trial.settings) for trial in best],
+        num_new_trials=len(ended),
+        shared_stages=dict(shared),
+        ended_by=ended_by,
+        cost_usd=sum_costs(study),
+        journal=str(study.journal),
+        report=str(report),
+    )
+
+
+def describe_trial(trial: "FrozenTrial") -> TrialResult:
+    """Return a trial as it is shown."""
+    attributes = trial.user_attrs
+    is_complete = trial.state.name == "COMPLETE"
+    table = attributes.get(SEED_VALUES, [])
+    status: Literal["complete", "failed", "pruned", "interrupted"] = "failed"
+    if is_complete or trial.state.name == "PRUNED":
+        status = "complete" if is_complete else "pruned"
+    elif is_interrupted(trial):
+        status = "interrupted"
+    return TrialResult(
+        trial=trial.number,
+        status=status,
+        settings=attributes.get(SETTINGS, dict(trial.params)),
+        values=list(trial.values) if is_complete else [],
+        intervals=[compute_interval(column) for column in zip(*table, strict=True)] if len(table) > 1 else [],
+        seed_values=table,
+        run_ids=attributes.get(RUNS, []),
+        cached_stages=attributes.get(CACHED, {}),
+        cost_usd=attributes.get(COST),
+        error=attributes.get(ERROR, ""),
+    )
+
+
+def compute_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of at least two values, by Student's t."""
+    import numpy as np
+    from scipy import stats
+
+    mean = float(np.mean(values))
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return mean - half, mean + half
+
+
+def make_command(request: SweepRequest, settings: Mapping[str, Value]) -> str:
+    """Return the command line that runs one trial's settings, quoted for a shell."""
+    return " ".join(["likeness run", *to_overrides(request.make_trial(settings))])

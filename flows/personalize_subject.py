@@ -4,6 +4,7 @@ from prefect import flow
 from prefect.runtime import deployment
 
 from conf.request import RunRequest
+from flows.runs.approval import ask_approval
 from flows.runs.artifacts import show_artifacts
 from flows.runs.attempts import check_attempts
 from flows.runs.context import open_run
@@ -38,6 +39,11 @@ def personalize_subject(request: RunRequest = RunRequest()) -> RunSummary:  # no
             PriorInputs(config.prior, diffusion, run.base_model, class_noun), runtime
         )
         subject = result_of(prepare_subject(SubjectInputs(config.subject, config.llm, photos), runtime))
+        if config.subject.approval == "ask":
+            decided = ask_approval(subject, config.subject, store=runtime.store, folder=run.folder)
+            if decided != config.subject:  # prepared again: all replies of LLMs on accepted photos are cached
+                photos = check_photos(decided, runtime, is_drawn_world=config.is_mini)
+                subject = result_of(prepare_subject(SubjectInputs(decided, config.llm, photos), runtime))
         prior = wait_for(class_images)
         encoders = config.evaluation.encoders
         training = TrainingInputs(config.training, diffusion, encoders, config.seed, subject, prior)

@@ -5,6 +5,7 @@
     |-- SubjectRejected       fix the photos
     |-- ServiceUnavailable    wait; retried by the steps that talk to services
     |   `-- StillPending      a batch job runs on; run again later
+    |       `-- ApprovalPending   decide: `likeness approve`
     |-- LeaseLost             nothing: another process continues the same work
     |-- ReplyInvalid          retried within a small bound
     |-- ArtifactCorrupt       rebuild: the stored object is not what its manifest says
@@ -72,6 +73,10 @@ class StillPending(ServiceUnavailable):
     """A remote job is not finished; asking again at once would not help."""
 
     is_retryable = False
+
+
+class ApprovalPending(StillPending):
+    """The photos wait for a person's approval."""
 
 
 class LeaseLost(LikenessError):

@@ -18,7 +18,7 @@ from conf.defaults import fill_defaults
 from conf.groups import GROUPS
 from conf.request import RunRequest
 from conf.schema import RunConfig
-from tasks.errors import ArtifactCorrupt, ConfigError, LikenessError, StillPending, TrainingStopped
+from tasks.errors import ApprovalPending, ArtifactCorrupt, ConfigError, LikenessError, StillPending, TrainingStopped
 from tasks.manifests.run_summary import (
     ProcessOwner,
     RunError,
@@ -33,6 +33,8 @@ from tasks.stage.digests import digest, dump_signed, load_signed, parse_json, si
 from tasks.stage.files import write_atomic
 
 SUMMARY, REQUEST = "summary.json", "request.json"
+PAUSE = "Pause"
+"""Name of the exception by which Prefect suspends a flow run."""
 # psutil adds a process's start to the boot time, which shifts when the system clock is adjusted.
 CLOCK_SLACK_SECONDS = 2.0
 
@@ -103,6 +105,8 @@ def write_end(folder: Path, run_id: str, error: BaseException) -> None:
     # An error after the end, such as a tracking server that can't be closed, does not undo the result.
     if earlier.status == "finished":
         return
+    if type(error).__name__ == PAUSE:
+        error = ApprovalPending("the photos wait for approval in Prefect's UI, or by `likeness approve`")
     lines = clean_text(redact(str(error))).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
     kind = error.kind if isinstance(error, LikenessError) else type(error).__name__
@@ -197,7 +201,8 @@ def suggest_next(summary: RunSummary, folder: Path) -> str:
     """Return the command that resumes an unfinished run, or an empty string."""
     status = summary.status
     if status == "pending":
-        return "likeness pending"
+        is_asked = summary.error is not None and summary.error.kind == ApprovalPending.__name__
+        return f"likeness approve {summary.run_id}" if is_asked else "likeness pending"
     if status in ("finished", "resumed", "running"):
         return ""
     try:

@@ -54,6 +54,17 @@ class SubjectConfig(Section):
     max_trained: int | None = Field(
         ge=1, le=1000, description="train on the best and most varied photos up to this number; null: all accepted ones"
     )
+    excluded_photos: Annotated[tuple[Annotated[str, Field(max_length=200)], ...], CHECKED] = Field(
+        max_length=1000, description="file names of photos that are not used"
+    )
+    approval: Literal["none", "ask"] = Field(
+        description="ask: suspend the run until a person has decided on photos and captions, in Prefect's UI or by "
+        "`likeness approve`"
+    )
+    approval_hours: float = Field(gt=0, le=8760, description="how long a person may take, in hours")
+    approval_on_timeout: Literal["cancel", "approve"] = Field(
+        description="what happens when nobody has decided by then"
+    )
     min_side: int = Field(ge=16, le=8192, description="smallest side of a photo, pixels")
     max_aspect: float = Field(
         ge=1,

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from tasks.subject.photos.ingest import CheckedPhotos, Reject
 
 STAGE_VERSION = 6
+APPROVAL = {"approval", "approval_hours", "approval_on_timeout"}
 # `source` and `captions` enter the key by content, `allow_unknown` through `unknown_world`; the others decide only how
 # and when a result is reached.
-NOT_RESULT = {"source", "max_images", "captions", "batch_threshold", "max_wait_seconds", "allow_unknown"}
+NOT_RESULT = {"source", "max_images", "captions", "batch_threshold", "max_wait_seconds", "allow_unknown"} | APPROVAL
 """Settings that don't affect the result for given photos."""
 ROLES = ("inspector", "captioner", "profiler", "adjudicator")
 

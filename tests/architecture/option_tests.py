@@ -5,6 +5,7 @@ _SELECTION = "tasks/subject/test_selection.py::"
 _PHOTO = f"{_SUBJECT}test_a_photo_outside_a_configured_bound_is_rejected"
 _INGEST = "tasks/subject/photos/test_ingest.py::"
 _WEB = f"{_SUBJECT}test_web_lookup_uses_the_configured_query_and_domains"
+_APPROVAL = "flows/runs/test_approval.py::test_the_policy_decides_after_the_configured_hours"
 _RUN = "flows/test_options.py::"
 _PRIOR = "tasks/prior/test_options.py::"
 _EFFECTS = "tasks/training/test_option_effects.py::"
@@ -50,6 +51,10 @@ OPTION_TESTS = {
     "subject.min_images": f"{_SUBJECT}test_fewer_photos_than_min_images_are_rejected",
     "subject.max_images": f"{_INGEST}test_too_many_photos_are_refused_before_any_is_read",
     "subject.max_trained": f"{_SELECTION}test_max_trained_selects_the_top_photos",
+    "subject.excluded_photos": _PHOTO,
+    "subject.approval": "flows/test_approval.py::test_a_run_waits_for_approval_and_goes_on_after_it",
+    "subject.approval_hours": _APPROVAL,
+    "subject.approval_on_timeout": _APPROVAL,
     "subject.min_side": _PHOTO,
     "subject.max_aspect": _PHOTO,
     "subject.max_pixels": _PHOTO,

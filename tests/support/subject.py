@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tasks.manifests.base import ObjectRef
+from tasks.manifests.subject import ImageMeasures, InstanceImage, SubjectSet
 from tasks.services.store.base import Store
 from tasks.subject.captions.captioning import ImageInspection
 from tasks.subject.photos.ingest import CheckedPhotos, check_photos
@@ -38,3 +40,23 @@ def call_tools(*calls: tuple[str, Any]) -> tuple[int, dict[str, str], bytes]:
     whole = completion(None, finish_reason="tool_calls")
     whole["choices"][0]["message"]["tool_calls"] = asked
     return 200, {}, json.dumps(whole).encode()
+
+
+def make_subject_set(*, num: int = 3) -> SubjectSet:
+    """Return a subject set whose pictures exist nowhere."""
+
+    def make_image(number: int) -> InstanceImage:
+        name, sha256 = f"{number}.png", f"{number:064x}"
+        return InstanceImage(
+            image=ObjectRef(key=f"01-subject/k/images/{name}", sha256=sha256, size_bytes=1),
+            source_name=name, source_sha256=sha256, inspection={}, caption="", instance_prompt="a photo of sks fish",
+            surroundings=f"at place {number}", view="from above",
+            measures=ImageMeasures(
+                width=64, height=64, sharpness=1, brightness=1, contrast=1, perceptual_hash="0" * 16
+            ),
+        )  # fmt: skip
+
+    return SubjectSet(
+        stage="subject", stage_key="0123456789abcdef" * 2, stage_version=1, seconds=0, counts={}, objects=(),
+        class_noun="fish", identifier_token="sks", images=tuple(map(make_image, range(num))), rejected=(),
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`likeness runs`, `report`, `generate` and `review`."""
+"""`likeness runs`, `report`, `approve`, `generate` and `review`."""
 
 import json
 from pathlib import Path
@@ -47,6 +47,26 @@ def report(
 
         webbrowser.open(path.absolute().as_uri())
     return 0
+
+
+@app.command("approve", rich_help_panel=RESULTS)
+def approve(  # noqa: PLR0913, PLR0917 - a command's options
+    run: RunName = "latest",
+    reject: Annotated[
+        list[str] | None, typer.Option("--reject", metavar="PHOTO", help="Leave a photo out; may be repeated.")
+    ] = None,
+    captions: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Changed captions: photo,surroundings,view.", show_default=False)
+    ] = None,
+    refuse: Annotated[bool, typer.Option("--refuse", help="Refuse all photos: the run fails.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask no question.")] = False,
+    output_dir: OutputDir = OUTPUT,
+) -> int:
+    """Approve the photos and captions of a run that waits for it (subject.approval=ask), and resume the run."""
+    from flows.cli.results.approve import Decision
+    from flows.cli.results.approve import approve as approve_run
+
+    return approve_run(output_dir, run, Decision(tuple(reject or ()), captions, is_refused=refuse, is_confirmed=yes))
 
 
 @app.command("generate", rich_help_panel=RESULTS)

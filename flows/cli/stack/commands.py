@@ -10,7 +10,7 @@ from flows.cli.arguments import OUTPUT, OutputDir, Settings
 
 
 @app.command("up", rich_help_panel=STACK)
-def up(
+def up(  # noqa: PLR0913 - a command's options
     output_dir: OutputDir = OUTPUT,
     *,
     prefect_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of Prefect; 0: any.")] = 4200,
@@ -18,6 +18,15 @@ def up(
     max_runs: Annotated[
         int, typer.Option(min=1, max=1_000, help="Runs at a time; each GPU trains one, others wait for it.")
     ] = 2,
+    notify: Annotated[
+        str,
+        typer.Option(
+            metavar="URL",
+            envvar="LIKENESS_NOTIFY_URL",
+            help="Post a message when a run ends or waits for approval: a webhook, or Slack's.",
+            show_default=False,
+        ),
+    ] = "",
     postgres: Annotated[
         str, typer.Option(metavar="URL", help="Database of Prefect; default: SQLite.", show_default=False)
     ] = "",
@@ -27,7 +36,10 @@ def up(
     from flows.cli.stack.stack import StackOptions
 
     output = Path(output_dir).absolute()
-    return start_stack(StackOptions(output, prefect_port, mlflow_port, max_runs=max_runs, database_url=postgres))
+    options = StackOptions(
+        output, prefect_port, mlflow_port, max_runs=max_runs, notify_url=notify, database_url=postgres
+    )
+    return start_stack(options)
 
 
 @app.command("down", rich_help_panel=STACK)

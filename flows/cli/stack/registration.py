@@ -5,28 +5,59 @@ import datetime
 import os
 import subprocess
 import sys
+import uuid
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
 
 from flows.cli.stack.processes import last_line
 from flows.cli.stack.stack import POOL
 from flows.subjects.dispatch import BULK_QUEUE
-from tasks.errors import ServiceUnavailable
+from tasks.errors import ConfigError, ServiceUnavailable
+from tasks.redaction import register_secret
 from tasks.stage.worker_process import SOURCE_ROOT
 
+if TYPE_CHECKING:
+    from prefect.events.schemas.automations import AutomationCore
+
 TAG = "likeness"
+TAGGED = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
+NOTIFIED = ("Completed", "Failed", "Cancelled", "Suspended")
+NOTIFY_BLOCK, NOTIFY_VARIABLE = "likeness-notify", "LIKENESS_NOTIFY_URL"
 BULK_PRIORITY = 10  # the default queue has 1, and lower numbers are served first
 # Heartbeats come every 180 s. A window below three of them marks living runs as crashed.
 HEARTBEAT_WINDOW = datetime.timedelta(seconds=540)
 ENDED = ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
 
 
-def register(environment: dict[str, str], *, log: Path) -> None:
+def register(environment: dict[str, str], *, log: Path, notify: "Notify | None" = None) -> None:
     """Register pool, deployments and automations; again with every `up`, since options of the form may be new."""
     run_prefect(["work-pool", "create", POOL, "--type", "process", "--overwrite"], environment, log=log)
     file = SOURCE_ROOT / "deployments" / "prefect.yaml"
     run_prefect(["--no-prompt", "deploy", "--all", "--prefect-file", str(file)], environment, log=log)
     code = "from flows.cli.stack import registration as r; r.register_queue(); r.register_automations()"
     run([sys.executable, "-c", code], environment, log=log)
+    if notify is not None:
+        code = f"from flows.cli.stack.registration import register_notification as r; r({notify.kind!r})"
+        run([sys.executable, "-c", code], {**environment, NOTIFY_VARIABLE: notify.url}, log=log)
+
+
+@dataclass(frozen=True)
+class Notify:
+    """Where messages about runs go."""
+
+    url: str = field(repr=False)
+    kind: Literal["slack", "webhook"]
+
+    @classmethod
+    def parse(cls, url: str) -> "Notify":
+        """Return where an address leads: Slack by its host, else a webhook. Raises ConfigError."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError("--notify takes an http or https address")
+        register_secret(url)  # whoever knows it can post
+        return cls(url, kind="slack" if parts.hostname == "hooks.slack.com" else "webhook")
 
 
 def run_prefect(words: list[str], environment: dict[str, str], *, log: Path) -> None:
@@ -54,25 +85,78 @@ def register_queue() -> None:
         client.create_work_queue(BULK_QUEUE, work_pool_name=POOL, priority=BULK_PRIORITY)
 
 
+def register_notification(kind: str) -> None:
+    """Create or update the automation that sends a message when a run ends or waits for a person.
+
+    Runs in a process of its own: its address, which may hold a key, comes by the environment.
+
+    Args:
+        kind: `slack` for an incoming webhook of Slack or Mattermost, `webhook` for a POST of JSON.
+
+    """
+    from prefect.blocks.notifications import CustomWebhookNotificationBlock, SlackWebhook
+    from prefect.events.actions import SendNotification
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+    from pydantic import SecretStr
+
+    url = os.environ[NOTIFY_VARIABLE]
+    block: CustomWebhookNotificationBlock | SlackWebhook
+    if kind == "slack":
+        block = SlackWebhook(url=SecretStr(url))
+    else:
+        body = {"subject": "{{subject}}", "text": "{{body}}"}
+        block = CustomWebhookNotificationBlock(name=NOTIFY_BLOCK, url=url, json_data=body)
+    block_id = block.save(NOTIFY_BLOCK, overwrite=True)
+    assert isinstance(block_id, uuid.UUID)  # a coroutine only within an event loop
+    replace_automation(
+        AutomationCore(
+            name="likeness: notify when a run ends or waits for approval",
+            trigger=EventTrigger(
+                expect={f"prefect.flow-run.{state}" for state in NOTIFIED},
+                match={"prefect.resource.id": "prefect.flow-run.*"},
+                match_related=TAGGED,
+                for_each={"prefect.resource.id"},
+                posture=Posture.Reactive,
+                threshold=1,
+            ),
+            actions=[
+                SendNotification(
+                    block_document_id=block_id,
+                    subject="likeness: {{ flow_run.name }} {{ flow_run.state.name }}",
+                    body="{{ flow_run.state.message }} {{ flow_run|ui_url }}",
+                )
+            ],
+        )
+    )
+
+
+def replace_automation(automation: "AutomationCore") -> None:
+    """Create an automation in place of an earlier one of its name."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        for old in client.read_automations_by_name(automation.name):
+            client.delete_automation(old.id)
+        client.create_automation(automation)
+
+
 def register_automations() -> None:
     """Create or update the automations of lost runs. Runs in a process of its own, with the stack's environment.
 
     A run whose process is gone sends no heartbeat: it is marked Crashed, and a crashed one is scheduled again. Finished
     stages are cached and training resumes from its newest checkpoint, so nothing is computed or paid twice.
     """
-    from prefect.client.orchestration import get_client
     from prefect.client.schemas.objects import StateType
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
-    tagged = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
     lost = AutomationCore(
         name="likeness: mark runs without heartbeat as crashed",
         trigger=EventTrigger(
             after={"prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ENDED)},
             match={"prefect.resource.id": "prefect.flow-run.*"},
-            match_related=tagged,
+            match_related=TAGGED,
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
@@ -85,15 +169,12 @@ def register_automations() -> None:
         trigger=EventTrigger(
             expect={"prefect.flow-run.Crashed"},
             match={"prefect.resource.id": "prefect.flow-run.*"},
-            match_related=tagged,
+            match_related=TAGGED,
             for_each={"prefect.resource.id"},
             posture=Posture.Reactive,
             threshold=1,
         ),
         actions=[ChangeFlowRunState(state=StateType.SCHEDULED, message="rescheduled after a crash: it resumes")],
     )
-    with get_client(sync_client=True) as client:
-        for automation in (lost, crashed):
-            for old in client.read_automations_by_name(automation.name):
-                client.delete_automation(old.id)
-            client.create_automation(automation)
+    for automation in (lost, crashed):
+        replace_automation(automation)

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from flows.cli.stack.processes import StackProcess, answers
-from flows.cli.stack.registration import register
+from flows.cli.stack.registration import Notify, register
 from flows.cli.stack.stack import (
     MLFLOW,
     PREFECT,
@@ -30,6 +30,7 @@ def start_stack(options: StackOptions) -> int:
     """Start what does not run and print one screen of addresses and next steps."""
     if options.database_url:
         register_secret(options.database_url)  # it may hold a password, and errors quote what they are about
+    notify = Notify.parse(options.notify_url) if options.notify_url else None
     with locked(options.output):
         is_running = read_state(options.output).find(WORKER) is not None
         note("starting Prefect and MLflow" if not is_running else "found a running stack")
@@ -37,7 +38,7 @@ def start_stack(options: StackOptions) -> int:
         environment = prefect_environment(options, servers[0].port)
         if not is_running:
             note("registering work pool, deployments and automations")
-            register(environment, log=options.folder / "logs" / "registration.log")
+            register(environment, log=options.folder / "logs" / "registration.log", notify=notify)
         worker = start_worker(options, servers)
     print_processes([*servers, worker])
     print(f"logs      {options.folder / 'logs'}\n{NEXT}")

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -46,6 +46,8 @@ class StackOptions:
     mlflow_port: int
     max_runs: int = 2
     """Runs that the worker executes at a time."""
+    notify_url: str = field(default="", repr=False)
+    """Where messages about runs are posted; empty: nowhere."""
     database_url: str = ""
     """Prefect's database; empty: SQLite in the stack's folder."""
 

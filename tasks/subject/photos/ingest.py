@@ -207,7 +207,7 @@ def check_photo(name: str, data: bytes, config: SubjectConfig) -> Photo | Reject
     width, height = decoded.size
     # Measured before shrinking, with the original size, which SDXL's micro-conditioning uses.
     measures = measure(decoded.image).model_copy(update={"width": width, "height": height})
-    fault = find_fault(measures, config)
+    fault = "excluded by subject.excluded_photos" if name in config.excluded_photos else find_fault(measures, config)
     image = shrink(decoded.image, short_side=config.working_side or min(decoded.image.size))
     mask = decoded.mask
     if fault is None:

@@ -46,6 +46,7 @@ def shade(low: float, high: float, *, size: tuple[int, int] = (128, 128)) -> byt
         (shade(0.0, 1.0), {"max_brightness": 0.3}, "too bright"),
         (shade(0.4, 0.6), {"min_contrast": 0.2}, "almost one tone"),
         (encode(draw_photo(size=256)), {"min_sharpness": 1e6}, "blurred"),
+        (shade(0.0, 1.0), {"excluded_photos": ["b.png", "a.png"]}, "excluded by subject.excluded_photos"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

@@ -7,17 +7,17 @@ from botocore.exceptions import ClientError
 
 
 def main(names: list[str]) -> None:
-    """Create each bucket; one that this account owns already is left as it is."""
+    """Create each bucket; one that exists is left as it is. Raises ClientError for one that is somebody else's."""
     client = boto3.client("s3")
     for name in names:
         try:
+            client.head_bucket(Bucket=name)
+            print(f"bucket {name} exists")
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "404":
+                raise
             client.create_bucket(Bucket=name)
             print(f"created bucket {name}")
-        except ClientError as error:
-            if error.response["Error"]["Code"] not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
-                raise
-            client.head_bucket(Bucket=name)  # BucketAlreadyExists may also be somebody else's
-            print(f"bucket {name} exists")
 
 
 if __name__ == "__main__":

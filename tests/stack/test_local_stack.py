@@ -7,20 +7,27 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 import pytest
 
 from flows.cli.stack.stack import PREFECT, read_state
-from flows.runs.records import list_run_folders, read_request, read_summary
+from flows.cli.stack.submit import make_request
+from flows.runs.records import list_run_folders, list_summaries, read_request, read_summary
 from tasks.subject.photos.ingest import DEMO_FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 LIKENESS = [sys.executable, "-m", "flows.cli.main"]
 SECONDS = 900
+SETTINGS = ["experiment=smoke", "training.max_train_steps=60", "training.checkpointing_steps=2"]
+"""Of all runs, so that they share what the first one computes."""
 
 
 def environment() -> dict[str, str]:
@@ -35,10 +42,35 @@ def likeness(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def receiver() -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """The address of a webhook, and the messages that it received."""
+    messages: list[dict[str, str]] = []
+
+    class Webhook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:  # the name that http.server looks for
+            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Webhook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/hook", messages
+        server.shutdown()
+
+
+@pytest.fixture
+def messages(receiver: tuple[str, list[dict[str, str]]]) -> list[dict[str, str]]:
+    return receiver[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, receiver: tuple[str, list[dict[str, str]]]) -> Iterator[Path]:
     """A folder with a running stack."""
     folder = tmp_path_factory.mktemp("a stack")
-    done = likeness(folder, "up", "--prefect-port", "0", "--mlflow-port", "0")
+    done = likeness(folder, "up", "--prefect-port", "0", "--mlflow-port", "0", "--notify", receiver[0])
     try:
         assert done.returncode == 0, done.stderr
         yield folder
@@ -75,10 +107,9 @@ def find_trainer(pid: int) -> psutil.Process | None:
 
 @pytest.mark.timeout(SECONDS)
 def test_a_submitted_run_whose_process_is_killed_is_rescheduled_and_resumes(folder: Path) -> None:
-    words = ["experiment=smoke", "training.max_train_steps=60", "training.checkpointing_steps=2"]
     follower = subprocess.Popen(
-        [*LIKENESS, "submit", *words], cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True,
+        [*LIKENESS, "submit", *SETTINGS], cwd=folder, env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     worker = read_state(folder / "runs").find("worker")
     assert worker is not None
@@ -111,9 +142,9 @@ def read_table(folder: Path) -> dict[str, dict[str, str]]:
 @pytest.mark.timeout(SECONDS)
 def test_many_subjects_run_on_the_pool_each_once(folder: Path) -> None:
     (folder / "subjects.csv").write_text(
-        "source,class_noun,name,seed\ndemo,fish,one,11\ndemo,fish,two,12\nnowhere,fish,none,\n"
+        "source,class_noun,name,publishing.title\ndemo,fish,one,One\ndemo,fish,two,Two\nnowhere,fish,none,\n"
     )
-    words = ["run-many", "subjects.csv", "experiment=smoke"]
+    words = ["run-many", "subjects.csv", *SETTINGS]
     done = likeness(folder, *words)
     assert done.returncode == 1, done.stderr
     rows = read_table(folder)
@@ -133,9 +164,9 @@ def test_many_subjects_run_on_the_pool_each_once(folder: Path) -> None:
 def test_a_new_folder_of_the_inbox_becomes_exactly_one_run(folder: Path) -> None:
     rex = folder / "runs" / "store" / "subjects" / "rex"
     shutil.copytree(DEMO_FOLDER, rex)
-    (rex / "subject.yaml").write_text("class_noun: fish\nsettings: {seed: 13, training.max_train_steps: 4}\n")
-    request = {"subjects": "store:subjects/", "wait": False, "settle_seconds": 0,
-               "base": {"experiment": "smoke", "settings": {"output_dir": str(folder / "runs")}}}  # fmt: skip
+    (rex / "subject.yaml").write_text("class_noun: fish\nsettings: {training.max_train_steps: 60}\n")
+    base = make_request(SETTINGS, folder / "runs").model_dump(mode="json", exclude_unset=True)
+    request = {"subjects": "store:subjects/", "wait": False, "settle_seconds": 0, "base": base}
     command = ["deployment", "run", "personalize-many/personalize-many", "--watch", "--param"]
     for _ in range(2):  # as a schedule does
         done = prefect(folder, *command, f"request={json.dumps(request)}")
@@ -152,7 +183,52 @@ def test_a_new_folder_of_the_inbox_becomes_exactly_one_run(folder: Path) -> None
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = find_runs(folder, source="store:subjects/rex/")
     assert read_summary(run).status == "finished"
-    assert read_summary(run).training_steps == 4
+    # The photos are those of the demo, wherever they lie: nothing is trained again.
+    assert read_summary(run).stages["training"].cached
+
+
+@pytest.mark.timeout(SECONDS)
+def test_a_person_decides_in_the_form_and_is_notified(folder: Path, messages: list[dict[str, str]]) -> None:
+    done = likeness(folder, "submit", *SETTINGS, "subject.approval=ask", "--detach")
+    assert done.returncode == 0, done.stderr
+    run_id = done.stdout.strip().rsplit("/", 1)[-1]
+    with api_client(folder) as client:
+        run = wait_for_state(client, run_id, "Suspended")
+        resume = f"/flow_runs/{run_id}/resume"
+        assert run["state"]["state_details"]["run_input_keyset"]
+        refused = client.post(resume, json={"run_input": {"photo_1": "perhaps"}}).json()
+        assert refused["status"] == "REJECT"
+        accepted = client.post(resume, json={"run_input": {"photo_1": "reject", "caption_2": "in a red room"}}).json()
+        assert accepted["status"] == "ACCEPT", accepted
+        wait_for_state(client, run_id, "Completed")
+    [summary] = [s for s in list_summaries(folder / "runs") if s.flow_run_id == run_id and s.status == "finished"]
+    assert summary.stages["subject"].counts["photos"] == 4
+    manifest = json.loads(Path(str(summary.paths and summary.paths.manifests["subject"])).read_text())
+    assert "in a red room" in [image["surroundings"] for image in manifest["images"]]
+    subjects = [message["subject"] for message in messages]
+    for state in ("Suspended", "Completed"):
+        deadline = time.monotonic() + 60
+        while not any(run["name"] in text and text.endswith(state) for text in subjects):
+            assert time.monotonic() < deadline, subjects
+            time.sleep(0.5)
+            subjects = [message["subject"] for message in messages]
+
+
+def api_client(folder: Path) -> httpx.Client:
+    server = read_state(folder / "runs").find(PREFECT)
+    assert server is not None
+    return httpx.Client(base_url=f"http://127.0.0.1:{server.port}/api", timeout=60, trust_env=False)
+
+
+def wait_for_state(client: httpx.Client, run_id: str, name: str) -> dict[str, Any]:
+    deadline = time.monotonic() + SECONDS
+    while True:
+        run: dict[str, Any] = client.get(f"/flow_runs/{run_id}").json()
+        if run["state"]["name"] == name:
+            return run
+        assert run["state"]["type"] not in ("FAILED", "CANCELLED"), run["state"]
+        assert time.monotonic() < deadline, run["state"]
+        time.sleep(1)
 
 
 def find_runs(folder: Path, *, source: str) -> list[Path]:

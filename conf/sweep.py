@@ -301,6 +301,13 @@ def parse_sweep(overrides: Iterable[str], options: Mapping[str, object] | None =
         ConfigError: an argument is invalid, or a value or an end of a range is out of its setting's bounds.
 
     """
+    request = read_sweep(overrides, options or {})
+    check_sweep(request)
+    return request
+
+
+def read_sweep(overrides: Iterable[str], options: Mapping[str, object]) -> SweepRequest:
+    """Return a sweep whose values are not yet held to their settings' bounds. Raises ConfigError."""
     ranges: dict[str, Range] = {}
     others: list[str] = []
     for override in overrides:
@@ -314,13 +321,11 @@ def parse_sweep(overrides: Iterable[str], options: Mapping[str, object] | None =
         ranges[key] = searched
     fixed, space = split_sweep(others)
     try:
-        request = SweepRequest.model_validate(
-            {"base": parse_overrides(fixed), "space": space, "ranges": ranges, **(options or {})}
+        return SweepRequest.model_validate(
+            {"base": parse_overrides(fixed), "space": space, "ranges": ranges, **options}
         )
     except ValidationError as error:
         raise ConfigError(describe_invalid(error)) from error
-    check_sweep(request)
-    return request
 
 
 def parse_range(override: str) -> Range | None:
@@ -372,14 +377,15 @@ def list_choices(name: str) -> tuple[str, ...]:
 
 
 def check_sweep(request: SweepRequest, *, roots: tuple[Path, ...] | None = None) -> RunConfig:
-    """Validate every value, and both ends of every range, alone; return the base's configuration.
+    """Validate every value, and both ends of every range; return the base's configuration.
 
-    Before the first trial is paid for, and one setting at a time: the number of combinations multiplies.
+    Before the first trial is paid for, without trying every combination.
 
     Raises:
         ConfigError: names the setting; or an option needs a setting that the base lacks.
 
     """
+    values: dict[str, list[Value]] = dict(request.space)
     for key, searched in request.ranges.items():
         kind = find_kind(key)
         if kind == "other":
@@ -387,16 +393,19 @@ def check_sweep(request: SweepRequest, *, roots: tuple[Path, ...] | None = None)
             raise ConfigError(f"{key} is no number, so it has no range: give values, as {key}={','.join(choices)}")
         if kind == "integer" and not searched.integer:
             raise ConfigError(f"{key} takes integers, and {searched} is no integer range")
-        for end in (searched.low, searched.top):
-            compile_request(request.make_trial({key: int(end) if searched.integer else end}), roots=roots)
-    for key, values in request.space.items():
-        for value in values:
-            compile_request(request.make_trial({key: value}), roots=roots)
+        values[key] = [int(end) if searched.integer else end for end in (searched.low, searched.top)]
     config = compile_request(request.base, roots=roots)
+    for index in range(max(map(len, values.values()))):
+        together = {key: found[min(index, len(found) - 1)] for key, found in values.items()}
+        try:
+            compile_request(request.make_trial(together), roots=roots)
+        except ConfigError:
+            # One at a time: the error is to name the value, and values may only exclude each other.
+            for key, value in together.items():
+                compile_request(request.make_trial({key: value}), roots=roots)
     if request.publish_best and config.tracking.kind == "none":
         raise ConfigError("publish_best needs a registry: set tracking=mlflow")
     steps = "training.validation.validation_steps"
-    is_searched = steps in {*request.space, *request.ranges}
-    if request.pruner != "none" and config.training.validation.validation_steps == 0 and not is_searched:
+    if request.pruner != "none" and config.training.validation.validation_steps == 0 and steps not in values:
         raise ConfigError(f"pruner {request.pruner} needs intermediate values: set {steps} above 0")
     return config

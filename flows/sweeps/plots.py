@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 log = logging.getLogger(__name__)
-MAX_CONTOUR = 4  # settings; a grid of as many squared panels stays readable
+MAX_CONTOUR = 2  # settings: as many squared panels, of a quarter of a megabyte each
 SIZE = (8.0, 4.6)  # inches
 
 
@@ -36,6 +36,9 @@ def draw_plots(study: SweepStudy) -> list[Plot]:
     from optuna.visualization import matplotlib as visual
 
     optuna_study = study.study
+    # Ticks of a logarithmic axis are mathematics; a value to try that holds `$` is not.
+    has_math = not any("$" in str(value) for values in study.request.space.values() for value in values)
+    draw = partial(draw_plot, has_math=has_math)
     plots: list[Plot] = []
     names = [str(objective) for objective in study.objectives]
     if len(names) > 1:
@@ -50,9 +53,23 @@ def draw_plots(study: SweepStudy) -> list[Plot]:
         ):
             plots.append(draw(f"{title}{suffix}", partial(plot, optuna_study, target=target, target_name=name)))
     if len(names) == 1 and len(study.distributions) > 1:
-        params = list(study.distributions)[:MAX_CONTOUR]
+        params = rank_settings(study)[:MAX_CONTOUR]
         plots.append(draw("Contour", lambda: visual.plot_contour(optuna_study, params=params, target_name=names[0])))
     return plots
+
+
+def rank_settings(study: SweepStudy) -> list[str]:
+    """Return the searched settings, the most important first; in their own order where the study is too small."""
+    from optuna.importance import get_param_importances
+
+    names = list(study.distributions)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ranked = list(get_param_importances(study.study))
+    except (ValueError, RuntimeError):
+        return names
+    return ranked + [name for name in names if name not in ranked]
 
 
 def pick(index: int) -> "Callable[[FrozenTrial], float]":
@@ -60,10 +77,10 @@ def pick(index: int) -> "Callable[[FrozenTrial], float]":
     return lambda trial: float(trial.values[index])
 
 
-def draw(title: str, plot: "Callable[[], object]") -> Plot:
+def draw_plot(title: str, plot: Callable[[], object], *, has_math: bool) -> Plot:
     """Return a plot as SVG; a study that is too small for it, or a value it can't show, costs this plot alone."""
     try:
-        with quiet_matplotlib():
+        with quiet_matplotlib(has_math=has_math):
             return Plot(title, to_svg(plot()))
     except Exception as error:
         log.debug("%s was not drawn", title, exc_info=True)
@@ -71,15 +88,15 @@ def draw(title: str, plot: "Callable[[], object]") -> Plot:
 
 
 @contextmanager
-def quiet_matplotlib() -> Iterator[None]:
-    """Draw without a display, without reading `$` as mathematics, and with text as text."""
+def quiet_matplotlib(*, has_math: bool) -> Iterator[None]:
+    """Draw without a display, with text as text; `has_math` reads what is between two `$` as mathematics."""
     import matplotlib
     from matplotlib import pyplot as plt
 
-    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": False}):
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": has_math}):
         warnings.simplefilter("ignore")  # Optuna calls these plots experimental
         before = plt.get_backend()
-        plt.switch_backend("svg")
+        plt.switch_backend("agg")  # Optuna measures labels, which the SVG backend cannot
         try:
             yield
         finally:

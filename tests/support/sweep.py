@@ -3,11 +3,13 @@
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from conf.compose import compile_request
 from conf.request import RunRequest, Value
-from conf.sweep import SweepRequest, parse_sweep
+from conf.schema import RunConfig
+from conf.sweep import SweepRequest, read_sweep
 from flows.sweep_settings import run_sweep
 from flows.sweeps.outcome import SweepOutcome
 from tasks.manifests.run_summary import RegisteredModel, RunSummary, StageSummary
@@ -52,12 +54,18 @@ class FakeRuns:
 
 def sweep_request(output: Path, *words: str, **options: object) -> SweepRequest:
     """Return a sweep in a folder, without tracking."""
-    return parse_sweep([f"output_dir={output}", "tracking=none", *words], options)
+    return read_sweep([f"output_dir={output}", "tracking=none", *words], options)
 
 
 def sweep(request: SweepRequest, run: Callable[[RunRequest], RunSummary]) -> SweepOutcome:
     """Run a sweep over a cheap function."""
-    return run_sweep(request, compile_request(request.base), run)
+    return run_sweep(request, compile_base(request.base.model_dump_json()), run)
+
+
+@cache
+def compile_base(request: str) -> RunConfig:
+    """Return the configuration of a request; composing takes a third of a second."""
+    return compile_request(RunRequest.model_validate_json(request))
 
 
 def interrupt_after(number: int, run: Callable[[RunRequest], RunSummary]) -> Callable[[RunRequest], RunSummary]:

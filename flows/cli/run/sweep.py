@@ -40,7 +40,7 @@ def print_sweep(outcome: "SweepOutcome") -> None:
     print(f"\n{outcome.study}: {', '.join(outcome.objectives)}")
     best = [trial.trial for trial in outcome.best]
     names = list(dict.fromkeys(name for trial in outcome.trials for name in trial.settings))
-    table = Table(box=None, header_style="bold")
+    table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("", "trial", " ; ".join(outcome.objectives), *names, "cached", "USD", "run"):
         table.add_column(make_cell(name), overflow="fold")
     for trial in sort_trials(outcome):

@@ -1,4 +1,4 @@
-"""Run a command and, on SIGTERM, give all processes below it time to save: `python -m deployments.images.drain COMMAND`.
+"""Run a command and, on SIGTERM, let all processes below it save: `python -m deployments.images.drain COMMAND`.
 
 A Prefect worker starts each flow run in a process group of its own and leaves it behind when it ends; a container would
 then kill it without notice. Here the worker ends first and takes no further run, then every flow run gets SIGTERM:

@@ -4,7 +4,7 @@ import ast
 import fnmatch
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def meets(condition: dict[str, dict[str, str]], context: dict[str, str]) -> bool
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Request]]:
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """The S3 requests of clients that are made from here on."""
     requests: list[Request] = []
     make = boto3.client
@@ -121,7 +121,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Request]]:
         return client
 
     monkeypatch.setattr(boto3, "client", make_recording)
-    yield requests
+    return requests
 
 
 def test_the_worker_policy_grants_exactly_what_the_store_calls() -> None:

@@ -151,9 +151,12 @@ def test_an_image_has_to_be_named(kind: str) -> None:
     assert variables["required"] == ["image"] and "default" not in variables["properties"]["image"]
 
 
-def test_a_default_is_no_secret() -> None:
+def test_a_default_is_no_secret_and_a_stopped_container_reschedules_its_run() -> None:
     for kind in TEMPLATES:
-        for name, value in read_template(kind)["variables"]["properties"]["env"]["default"].items():
+        default = read_template(kind)["variables"]["properties"]["env"]["default"]
+        if kind == "docker":  # a kubernetes worker sets it itself
+            assert default.pop("PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR") == "reschedule"
+        for name, value in default.items():
             assert value == f"{{{{ ${name} }}}}", "a reference to the worker's environment"
 
 

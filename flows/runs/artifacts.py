@@ -25,10 +25,9 @@ def show_artifacts(summary: RunSummary, publication: Publication, runtime: Runti
     assert summary.paths is not None
     # Prefect's artifact keys hold lowercase letters, digits and dashes only.
     noun, paths = summary.subject.class_noun.replace(" ", "-").lower(), summary.paths
-    report = Path(paths.report)
-    create_link_artifact(
-        link=report.absolute().as_uri(), link_text="report", key=f"report-{noun}", description="The run's report"
-    )
+    # Browsers refuse file:// links from a page on http.
+    report = summary.links.get("report") or Path(paths.report).absolute().as_uri()
+    create_link_artifact(link=report, link_text="report", key=f"report-{noun}", description="The run's report")
     create_table_artifact(table=metric_table(summary), key=f"metrics-{noun}", description="Base against tuned")
     create_table_artifact(table=stage_table(summary), key=f"stages-{noun}", description="Stages of this run")
     # Inline, since Prefect's UI can't read the store.
@@ -36,7 +35,9 @@ def show_artifacts(summary: RunSummary, publication: Publication, runtime: Runti
     create_image_artifact(
         image_url=f"data:image/png;base64,{grid}", key=f"samples-{noun}", description="Above base, below tuned"
     )
-    create_markdown_artifact(markdown=f"Run `{summary.run_id}`\n\nModel: `{paths.model}`", key=f"run-{noun}")
+    links = "".join(f"\n\n[{name}]({url})" for name, url in summary.links.items() if name != "prefect")
+    text = f"Run `{summary.run_id}`\n\nModel: `{paths.model}`{links}"
+    create_markdown_artifact(markdown=text, key=f"run-{noun}")
 
 
 def metric_table(summary: RunSummary) -> list[dict[str, object]]:

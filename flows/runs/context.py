@@ -2,6 +2,7 @@
 
 import contextvars
 import json
+import os
 import re
 import secrets
 import time
@@ -26,7 +27,7 @@ from flows.runs.records import (
     write_start,
     write_summary,
 )
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, LikenessError
 from tasks.manifests.base import ModelRef
 from tasks.manifests.evaluation import Evaluation
 from tasks.manifests.publishing import Publication
@@ -51,6 +52,10 @@ if TYPE_CHECKING:
     from tasks.services.llm.budget.spending_cap import Budget
     from tasks.services.tracking.base import Tracker
 
+EMBEDDED_VARIABLE = "LIKENESS_EMBEDDED_SERVER"
+"""Set where the Prefect server ends with the run: nobody can follow a link to it."""
+REPORTS_VARIABLE = "LIKENESS_REPORTS_URL"
+"""Address of the `likeness serve` that shows the output folder."""
 progress_of_run: contextvars.ContextVar[ProgressView | None] = contextvars.ContextVar("progress", default=None)
 trust_of_run: contextvars.ContextVar[bool] = contextvars.ContextVar("trust", default=True)
 """False while requests of a deployment are resumed."""
@@ -99,9 +104,20 @@ class Run:
             checkpoints=scores.checkpoints,
             registered=RegisteredModel(model=publication.registered_model, version=publication.registered_version),
             paths=self.list_paths(publication),
+            links=self.list_links(publication),
         )
         write_summary(self.folder, summary)
         return resolve_paths(summary, self.folder)
+
+    def list_links(self, publication: Publication) -> dict[str, str]:
+        """Return the addresses by which others see this run."""
+        links = find_links(self.run_id)
+        if publication.tracking_run_id:
+            try:
+                links["mlflow"] = self.runtime.tracker.find_link(publication.tracking_run_id)
+            except LikenessError as error:  # the server is gone; the run is complete without a link
+                self.runtime.progress.note(f"warning: {error}")
+        return {name: url for name, url in links.items() if url}
 
     def list_paths(self, publication: Publication) -> RunPaths:
         """Return where report, model and manifests are, relative to the run's folder."""
@@ -129,11 +145,27 @@ def show_config(config: RunConfig) -> list[tuple[str, str]]:
     return [(name, MASK if names_secret(name) else redact(value)) for name, value in rows]
 
 
-def describe_run(config: RunConfig, request: RunRequest) -> dict[str, str]:
+def describe_run(config: RunConfig, request: RunRequest, *, run_id: str) -> dict[str, str]:
     """Return the tags that describe a run in the tracking server's UI."""
     words = " ".join(["likeness run", *to_overrides(request)])
     text = f"One {config.subject.class_noun}, tuned from {config.diffusion.pretrained_model_name_or_path}.\n\n`{words}`"
-    return {"mlflow.note.content": text, "likeness.config": compute_config_digest(config)}
+    links = find_links(run_id)
+    text += "".join(f"\n\n[{name.capitalize()}]({url})" for name, url in links.items())
+    tags = {f"likeness.link.{name}": url for name, url in links.items()}
+    return {"mlflow.note.content": text, "likeness.config": compute_config_digest(config), **tags}
+
+
+def find_links(run_id: str) -> dict[str, str]:
+    """Return the addresses of this run in Prefect's UI and on the report server, where they outlive the run."""
+    from prefect.runtime import flow_run
+
+    links = {}
+    if not os.environ.get(EMBEDDED_VARIABLE) and flow_run.id:
+        links["prefect"] = str(flow_run.ui_url or "")
+    server = os.environ.get(REPORTS_VARIABLE, "")
+    if server:
+        links["report"] = f"{server.rstrip('/')}/runs/{run_id}/report.html"
+    return {name: url for name, url in links.items() if url}
 
 
 def summarize_stage(record: StageRecord) -> StageSummary:
@@ -214,7 +246,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
             tracker,
             run_id,
             dict(show_config(config)),
-            describe_run(config, request),
+            describe_run(config, request, run_id=run_id),
             reopen=lambda: open_tracker(config.tracking, folder=output),
         ),
         progress=shared or open_progress(is_trusted=is_trusted),

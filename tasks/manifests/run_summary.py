@@ -101,6 +101,8 @@ class RunSummary(Record):
     registered: RegisteredModel | None = None
     paths: RunPaths | None = None
     error: RunError | None = None
+    links: dict[str, str] = Field(default_factory=dict)
+    """Addresses of `prefect`, `mlflow` and `report`, where servers show this run."""
     resumed_by: str | None = None
     """The run that finished what this one began."""
 

@@ -70,14 +70,16 @@ def messages(receiver: tuple[str, list[dict[str, str]]]) -> list[dict[str, str]]
 def folder(tmp_path_factory: pytest.TempPathFactory, receiver: tuple[str, list[dict[str, str]]]) -> Iterator[Path]:
     """A folder with a running stack."""
     folder = tmp_path_factory.mktemp("a stack")
-    done = likeness(folder, "up", "--prefect-port", "0", "--mlflow-port", "0", "--notify", receiver[0])
+    done = likeness(
+        folder, "up", "--prefect-port", "0", "--mlflow-port", "0", "--reports-port", "0", "--notify", receiver[0]
+    )
     try:
         assert done.returncode == 0, done.stderr
         yield folder
     finally:
         processes = read_state(folder / "runs").processes
         down = likeness(folder, "down")
-        assert down.stdout == "stopped: worker, MLflow server, Prefect server\n", down.stderr
+        assert down.stdout == "stopped: worker, report server, MLflow server, Prefect server\n", down.stderr
         assert not any(process.is_alive() for process in processes)
 
 
@@ -90,7 +92,7 @@ def test_a_second_up_finds_the_running_stack(folder: Path) -> None:
     assert read_state(folder / "runs") == before
     status = likeness(folder, "status")
     assert status.returncode == 0, status.stdout
-    assert status.stdout.count(" running ") == 3
+    assert status.stdout.count(" running ") == 4
 
 
 def find_trainer(pid: int) -> psutil.Process | None:
@@ -205,6 +207,17 @@ def test_a_person_decides_in_the_form_and_is_notified(folder: Path, messages: li
     assert summary.stages["subject"].counts["photos"] == 4
     manifest = json.loads(Path(str(summary.paths and summary.paths.manifests["subject"])).read_text())
     assert "in a red room" in [image["surroundings"] for image in manifest["images"]]
+    links = summary.links
+    assert links["prefect"].endswith(f"/runs/flow-run/{run_id}")
+    report = httpx.get(links["report"], trust_env=False)
+    assert report.status_code == 200
+    assert links["prefect"] in report.text
+    assert links["mlflow"] in report.text
+    mlflow, _, tracking_run = links["mlflow"].partition("/#/experiments/1/runs/")
+    tracked = httpx.get(f"{mlflow}/api/2.0/mlflow/runs/get", params={"run_id": tracking_run}, trust_env=False).json()
+    tags = {tag["key"]: tag["value"] for tag in tracked["run"]["data"]["tags"]}
+    assert tags["likeness.link.prefect"] == links["prefect"]
+    assert tags["likeness.link.report"] == links["report"]
     subjects = [message["subject"] for message in messages]
     for state in ("Suspended", "Completed"):
         deadline = time.monotonic() + 60

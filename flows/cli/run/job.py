@@ -153,6 +153,7 @@ def prepare_environment(*, is_embedded: bool) -> None:
     if is_embedded:
         # The embedded server ends with the run, often before the last log lines are sent.
         defaults["PREFECT_LOGGING_TO_API_ENABLED"] = "false"
+        defaults["LIKENESS_EMBEDDED_SERVER"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     for name in ("NO_PROXY", "no_proxy"):

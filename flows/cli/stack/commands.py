@@ -15,6 +15,7 @@ def up(  # noqa: PLR0913 - a command's options
     *,
     prefect_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of Prefect; 0: any.")] = 4200,
     mlflow_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of MLflow; 0: any.")] = 5000,
+    reports_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of `likeness serve`; 0: any.")] = 4300,
     max_runs: Annotated[
         int, typer.Option(min=1, max=1_000, help="Runs at a time; each GPU trains one, others wait for it.")
     ] = 2,
@@ -31,13 +32,13 @@ def up(  # noqa: PLR0913 - a command's options
         str, typer.Option(metavar="URL", help="Database of Prefect; default: SQLite.", show_default=False)
     ] = "",
 ) -> int:
-    """Start Prefect, MLflow and a worker on loopback, with deployments and automations; find a running stack."""
+    """Start Prefect, MLflow, a report server and a worker on loopback; find a running stack."""
     from flows.cli.stack.screen import start_stack
     from flows.cli.stack.stack import StackOptions
 
     output = Path(output_dir).absolute()
     options = StackOptions(
-        output, prefect_port, mlflow_port, max_runs=max_runs, notify_url=notify, database_url=postgres
+        output, prefect_port, mlflow_port, reports_port, max_runs=max_runs, notify_url=notify, database_url=postgres
     )
     return start_stack(options)
 

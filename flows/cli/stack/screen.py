@@ -8,6 +8,7 @@ from flows.cli.stack.registration import Notify, register
 from flows.cli.stack.stack import (
     MLFLOW,
     PREFECT,
+    REPORTS,
     WORKER,
     StackOptions,
     locked,
@@ -33,14 +34,14 @@ def start_stack(options: StackOptions) -> int:
     notify = Notify.parse(options.notify_url) if options.notify_url else None
     with locked(options.output):
         is_running = read_state(options.output).find(WORKER) is not None
-        note("starting Prefect and MLflow" if not is_running else "found a running stack")
+        note("starting Prefect, MLflow and the report server" if not is_running else "found a running stack")
         servers = start_servers(options)
-        environment = prefect_environment(options, servers[0].port)
+        environment = prefect_environment(options, servers.prefect.port)
         if not is_running:
             note("registering work pool, deployments and automations")
             register(environment, log=options.folder / "logs" / "registration.log", notify=notify)
         worker = start_worker(options, servers)
-    print_processes([*servers, worker])
+    print_processes([*servers.ordered(), worker])
     print(f"logs      {options.folder / 'logs'}\n{NEXT}")
     return 0
 
@@ -62,12 +63,12 @@ def show_status(output: Path) -> int:
         return 4
     print_processes(list(state.processes))
     names = {process.name for process in state.processes if is_healthy(process)}
-    return 0 if names == {PREFECT, MLFLOW, WORKER} else 4
+    return 0 if names == {PREFECT, MLFLOW, REPORTS, WORKER} else 4
 
 
 def is_healthy(process: StackProcess) -> bool:
     """Whether a process runs and answers."""
-    paths = {PREFECT: "api/health", MLFLOW: "health"}
+    paths = {PREFECT: "api/health", MLFLOW: "health", REPORTS: "health"}
     url = f"http://127.0.0.1:{process.port}/{paths.get(process.name, '')}"
     return process.is_alive() and (process.name not in paths or answers(url))
 

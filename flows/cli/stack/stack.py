@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -21,7 +22,7 @@ from tasks.stage.files import write_atomic
 from tasks.stage.worker_process import SOURCE_ROOT
 
 POOL = "likeness"
-PREFECT, MLFLOW, WORKER = "Prefect server", "MLflow server", "worker"
+PREFECT, MLFLOW, REPORTS, WORKER = "Prefect server", "MLflow server", "report server", "worker"
 START_SECONDS = 180.0
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 
@@ -44,6 +45,7 @@ class StackOptions:
     output: Path
     prefect_port: int
     mlflow_port: int
+    reports_port: int
     max_runs: int = 2
     """Runs that the worker executes at a time."""
     notify_url: str = field(default="", repr=False)
@@ -96,34 +98,64 @@ def locked(output: Path) -> Iterator[None]:
         yield
 
 
-def start_servers(options: StackOptions) -> tuple[StackProcess, StackProcess]:
-    """Start Prefect and MLflow where they don't run, both at once, and wait until they answer."""
+@dataclass(frozen=True)
+class Servers:
+    """The servers of a stack."""
+
+    prefect: StackProcess
+    mlflow: StackProcess
+    reports: StackProcess
+
+    def ordered(self) -> tuple[StackProcess, ...]:
+        """Return them in the order in which they are shown."""
+        return self.prefect, self.mlflow, self.reports
+
+
+def start_servers(options: StackOptions) -> Servers:
+    """Start the servers that don't run, all at once, and wait until they answer."""
     state = read_state(options.output)
-    prefect, mlflow = state.find(PREFECT), state.find(MLFLOW)
+    found = {name: state.find(name) for name in (PREFECT, MLFLOW, REPORTS)}
+    wanted = {
+        PREFECT: (options.prefect_port, "--prefect-port"),
+        MLFLOW: (options.mlflow_port, "--mlflow-port"),
+        REPORTS: (options.reports_port, "--reports-port"),
+    }
     # Ports are checked before anything starts.
-    prefect_port = prefect.port if prefect else check_port(options.prefect_port, option="--prefect-port")
-    mlflow_port = mlflow.port if mlflow else check_port(options.mlflow_port, option="--mlflow-port")
-    logs = options.folder / "logs"
-    prefect = prefect or start_detached(
-        PREFECT,
-        [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--lifespan", "on",
-         "--host", "127.0.0.1", "--port", str(prefect_port), "--log-level", "warning"],
-        log=logs / "prefect-server.log", environment=prefect_environment(options, prefect_port), port=prefect_port,
-    )  # fmt: skip
-    write_state(options.output, *[process for process in (prefect, mlflow, state.find(WORKER)) if process])
-    mlflow = mlflow or start_detached(
-        MLFLOW,
-        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{options.output / 'mlflow.db'}",
-         "--artifacts-destination", str(options.output / "artifacts"), "--host", "127.0.0.1",
-         "--port", str(mlflow_port), "--workers", "1"],
+    ports = {
+        name: process.port if process else check_port(wanted[name][0], option=wanted[name][1])
+        for name, process in found.items()
+    }
+    started: dict[str, StackProcess] = {}
+    for name, process in found.items():
+        started[name] = process or start_server(options, name, ports[name])
+        others = [each for each in found.values() if each and each.name not in started]
+        # After each: what a killed `up` has started is found by the next one, and stopped by `down`.
+        write_state(options.output, *started.values(), *others, *filter(None, [state.find(WORKER)]))
+    for name, path in ((PREFECT, "api/health"), (MLFLOW, "health"), (REPORTS, "health")):
+        url = f"http://127.0.0.1:{ports[name]}/{path}"
+        wait_healthy(started[name], partial(answers, url), seconds=START_SECONDS)
+    return Servers(started[PREFECT], started[MLFLOW], started[REPORTS])
+
+
+def start_server(options: StackOptions, name: str, port: int) -> StackProcess:
+    """Start one server, detached."""
+    commands = {
+        PREFECT: ["uvicorn", "--factory", "prefect.server.api.server:create_app", "--lifespan", "on",
+                  "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"],
+        MLFLOW: ["mlflow", "server", "--backend-store-uri", f"sqlite:///{options.output / 'mlflow.db'}",
+                 "--artifacts-destination", str(options.output / "artifacts"), "--host", "127.0.0.1",
+                 "--port", str(port), "--workers", "1"],
+        REPORTS: ["flows.cli.main", "serve", "--port", str(port), "--output-dir", str(options.output)],
+    }  # fmt: skip
+    environments = {
+        PREFECT: prefect_environment(options, port),
         # The job runner takes a gigabyte and nine processes, and nothing here uses it.
-        log=logs / "mlflow-server.log", port=mlflow_port,
-        environment={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
-    )  # fmt: skip
-    write_state(options.output, *[process for process in (prefect, mlflow, state.find(WORKER)) if process])
-    wait_healthy(prefect, lambda: answers(f"http://127.0.0.1:{prefect_port}/api/health"), seconds=START_SECONDS)
-    wait_healthy(mlflow, lambda: answers(f"http://127.0.0.1:{mlflow_port}/health"), seconds=START_SECONDS)
-    return prefect, mlflow
+        MLFLOW: {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+        REPORTS: {"PYTHONPATH": str(SOURCE_ROOT)},
+    }
+    log = options.folder / "logs" / f"{name.lower().replace(' ', '-')}.log"
+    command = [sys.executable, "-m", *commands[name]]
+    return start_detached(name, command, log=log, environment=environments[name], port=port)
 
 
 def prefect_environment(options: StackOptions, port: int) -> dict[str, str]:
@@ -146,7 +178,7 @@ def prefect_environment(options: StackOptions, port: int) -> dict[str, str]:
     return environment
 
 
-def start_worker(options: StackOptions, servers: tuple[StackProcess, StackProcess]) -> StackProcess:
+def start_worker(options: StackOptions, servers: Servers) -> StackProcess:
     """Start a worker of the process pool where none runs."""
     worker = read_state(options.output).find(WORKER)
     if worker is None:
@@ -166,9 +198,13 @@ def start_worker(options: StackOptions, servers: tuple[StackProcess, StackProces
                 str(options.max_runs),
             ],
             log=options.folder / "logs" / "worker.log",
-            environment=prefect_environment(options, servers[0].port),
+            environment={
+                **prefect_environment(options, servers.prefect.port),
+                "LIKENESS_MLFLOW_URL": f"http://127.0.0.1:{servers.mlflow.port}",
+                "LIKENESS_REPORTS_URL": f"http://127.0.0.1:{servers.reports.port}",
+            },
         )
-    write_state(options.output, *servers, worker)
+    write_state(options.output, *servers.ordered(), worker)
     return worker
 
 

@@ -27,6 +27,9 @@ class Tracker(Protocol):
     def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
         """Open a tracking run and return its id."""
 
+    def find_link(self, run_id: str) -> str:
+        """Return the address of a tracking run in a UI; empty where no server is known to show it."""
+
     def forget(self, *, tag: str, value: str) -> None:
         """Delete the runs with a tag, and their model versions: the traces of an interrupted attempt."""
 
@@ -67,6 +70,10 @@ class NoTracker:
     def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
         """There is no run."""
         return None
+
+    def find_link(self, run_id: str) -> str:
+        """There is no UI."""
+        return ""
 
     def forget(self, *, tag: str, value: str) -> None:
         """Nothing is kept."""

@@ -133,6 +133,10 @@ class Trackers:
         """Forward to the first tracker."""
         self.first.log_datasets(datasets)
 
+    def find_link(self, run_id: str) -> str:
+        """Forward to the first tracker."""
+        return self.first.find_link(run_id)
+
     def forget(self, *, tag: str, value: str) -> None:
         """Forward to the first tracker."""
         self.first.forget(tag=tag, value=value)

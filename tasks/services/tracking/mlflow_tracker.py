@@ -2,6 +2,7 @@
 
 import http.client
 import logging
+import os
 import socket
 import sqlite3
 import time
@@ -14,11 +15,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tasks.errors import ConfigError, LikenessError, ServiceUnavailable, first_line
+from tasks.redaction import redact_url
 from tasks.services.config import TrackingConfig
 from tasks.services.tracking.base import DatasetInfo
 from tasks.services.tracking.mlflow_files import first_use, relocate_artifacts
 
 log = logging.getLogger(__name__)
+UI_VARIABLE = "LIKENESS_MLFLOW_URL"
+"""Address of a server that shows the same database, such as that of `likeness up`."""
 BATCH_SIZE = 500
 CHECK_SECONDS = 5.0
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -102,6 +106,15 @@ class MlflowTracker:
             self.run_id = str(run.info.run_id)
             self.log_params(params)
         return self.run_id
+
+    def find_link(self, run_id: str) -> str:
+        """Return the address of a run in MLflow's UI: of the tracking server, or of one that shows our database."""
+        server = self.uri if self.uri.startswith(("http://", "https://")) else os.environ.get(UI_VARIABLE, "")
+        if not server:
+            return ""
+        with translated(self.uri):
+            # Without a password: the address is shown to people.
+            return f"{redact_url(server).rstrip('/')}/#/experiments/{self.find_experiment()}/runs/{run_id}"
 
     def forget(self, *, tag: str, value: str) -> None:
         """Delete the runs with a tag, and the model versions made from them."""

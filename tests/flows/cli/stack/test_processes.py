@@ -50,7 +50,7 @@ def test_a_port_in_use_is_a_one_line_error_naming_the_option(tmp_path: Path) -> 
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port {port} is in use .* choose one with --mlflow-port"):
-            start_servers(StackOptions(tmp_path, 0, port))
+            start_servers(StackOptions(tmp_path, 0, port, 0))
     assert read_state(tmp_path).processes == ()  # nothing was started
 
 

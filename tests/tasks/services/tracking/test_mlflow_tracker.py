@@ -247,3 +247,14 @@ def test_artifacts_and_versions_missing_on_the_server_are_detected(place: Path) 
     assert not tracker.has_version("none", "1")
     tracker.client.delete_run(run_id)
     assert not tracker.has_artifacts(run_id, ("report",))
+
+
+def test_a_run_has_a_link_where_a_server_shows_its_database(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = MlflowTracker(make_config(TrackingConfig), folder=place)
+    monkeypatch.delenv("LIKENESS_MLFLOW_URL", raising=False)
+    assert tracker.find_link("r1") == ""
+    monkeypatch.setenv("LIKENESS_MLFLOW_URL", "http://me:secret@127.0.0.1:5000/")
+    link = tracker.find_link("r1")
+    assert link.endswith(f"/#/experiments/{tracker.find_experiment()}/runs/r1")
+    assert "secret" not in link
+    assert open_tracker(make_config(TrackingConfig, kind="none"), folder=place).find_link("r1") == ""

@@ -1,0 +1,1 @@
+"""`likeness serve`: runs and reports by http."""

@@ -1,0 +1,157 @@
+"""A read-only web server of an output folder: runs, reports, pages of many subjects and of sweeps.
+
+Nothing but a fixed set of files is served, each below a folder whose name was found by listing, so that no path of a
+request is ever opened.
+"""
+
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import FrameType
+from urllib.parse import unquote, urlsplit
+
+from flows.cli.serve.pages import render_index, with_links
+from flows.runs.records import list_run_folders, list_summaries, read_summary
+from tasks.errors import ConfigError
+
+HOST = "127.0.0.1"
+KINDS = {
+    "index.html": "text/html; charset=utf-8",
+    "report.html": "text/html; charset=utf-8",
+    "table.csv": "text/csv; charset=utf-8",
+    "summary.json": "application/json",
+}
+# The pages hold their styles and pictures; a script or a request to anywhere would not be ours.
+SECURITY = {
+    "Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'; "
+    "base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+ROUTE = re.compile(r"/(?P<kind>runs|many|sweeps)/(?P<name>[\w.-]+)/(?P<file>[\w.-]+)")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request gets."""
+
+    status: HTTPStatus
+    kind: str
+    body: bytes
+
+
+def find_answer(output: Path, target: str) -> Answer:
+    """Return the answer to a request's target."""
+    path = unquote(urlsplit(target).path)
+    if path in ("/", "/index.html"):
+        page = render_index(list_summaries(output), pages=list_pages(output))
+        return Answer(HTTPStatus.OK, KINDS["index.html"], page.encode())
+    if path == "/health":
+        return Answer(HTTPStatus.OK, "application/json", b'{"status": "ok"}')
+    if path == "/runs.json":
+        rows = [summary.model_dump(mode="json", exclude_unset=True) for summary in list_summaries(output)]
+        return Answer(HTTPStatus.OK, KINDS["summary.json"], json.dumps(rows).encode())
+    found = ROUTE.fullmatch(path)
+    file = find_file(output, **found.groupdict()) if found else None
+    if file is None:
+        return Answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"there is no such page; / lists the runs\n")
+    body = file.read_bytes()
+    if file.name == "report.html" and file.parent.parent == output:
+        body = with_links(body.decode(errors="replace"), read_summary(file.parent)).encode()
+    return Answer(HTTPStatus.OK, KINDS[file.name], body)
+
+
+def find_file(output: Path, *, kind: str, name: str, file: str) -> Path | None:
+    """Return a file that may be served, or None."""
+    if file not in KINDS:
+        return None
+    folders = list_run_folders(output) if kind == "runs" else sorted((output / kind).glob("*/"))
+    wanted = [folder / file for folder in folders if folder.name == name]
+    # A link could lead anywhere.
+    return next((path for path in wanted if path.is_file() and not path.is_symlink()), None)
+
+
+def list_pages(output: Path) -> list[str]:
+    """Return the addresses of the pages of many subjects and of sweeps."""
+    found = [*sorted(output.glob("many/*/index.html")), *sorted(output.glob("sweeps/*/report.html"))]
+    return [path.relative_to(output).as_posix() for path in found]
+
+
+def make_handler(output: Path) -> type[BaseHTTPRequestHandler]:
+    """Return the handler of an output folder."""
+
+    class Handler(BaseHTTPRequestHandler):
+        server_version = "likeness"
+        sys_version = ""
+        timeout = 30  # seconds; an idle connection holds a thread
+
+        def do_GET(self) -> None:  # the name that http.server looks for
+            self.respond()
+
+        def do_HEAD(self) -> None:
+            self.respond()
+
+        def respond(self) -> None:
+            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+            # A web page elsewhere whose name resolves to loopback (DNS rebinding) sends its own name.
+            if host not in (HOST, "localhost", "::1"):
+                answer = Answer(HTTPStatus.FORBIDDEN, "text/plain", b"this server answers loopback addresses alone\n")
+            else:
+                try:
+                    answer = find_answer(output, self.path)
+                except (OSError, ValueError) as error:  # a run that is being deleted, a malformed address
+                    text = f"{type(error).__name__}\n".encode()
+                    answer = Answer(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", text)
+            self.send_response(answer.status)
+            for name, value in {
+                "Content-Type": answer.kind,
+                "Content-Length": str(len(answer.body)),
+                **SECURITY,
+            }.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(answer.body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Log nothing: requests are of no interest."""
+
+    return Handler
+
+
+def serve_runs(output: Path, port: int, *, is_opened: bool) -> int:
+    """Serve until interrupted. Raises ConfigError where the port is in use."""
+    output = output.absolute()
+    try:
+        server = ThreadingHTTPServer((HOST, port), make_handler(output))
+    except OSError as error:
+        raise ConfigError(f"port {port} is in use by another program; choose one with --port") from error
+    signal.signal(signal.SIGTERM, make_stop(server))
+    url = f"http://{HOST}:{server.server_address[1]}"
+    print(f"{url}  runs in {output}; Ctrl-C stops", flush=True)
+    if is_opened:
+        import webbrowser
+
+        webbrowser.open(url)
+    with server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+    return 0
+
+
+def make_stop(server: ThreadingHTTPServer) -> Callable[[int, FrameType | None], None]:
+    """Return a signal handler that ends `serve_forever` as Ctrl-C does."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    return stop

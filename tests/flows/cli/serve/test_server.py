@@ -1,0 +1,115 @@
+"""The report server: an index, reports with links, and nothing else of the disk."""
+
+import http.client
+import threading
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from conf.request import RunRequest
+from flows.cli.serve.server import HOST, make_handler, serve_runs
+from flows.runs.records import read_summary, write_request, write_start, write_summary
+from tasks.errors import ConfigError
+
+RUN = "20260101-000000-fish-0001"
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """An output folder with a finished run, a running one, and files beside them that are nobody's business."""
+    output = tmp_path / "runs"
+    for name in (RUN, "20260102-000000-fish-0002"):
+        (output / name).mkdir(parents=True)
+        write_request(output / name, RunRequest(), is_trusted=True)
+        write_start(output / name, name)
+    links = {"prefect": "http://127.0.0.1:4200/runs/1?a=1&b=2", "mlflow": "javascript:alert(1)"}
+    finished = read_summary(output / RUN).model_copy(update={"status": "finished", "links": links})
+    write_summary(output / RUN, finished)
+    (output / RUN / "report.html").write_text("<html><body><h1>Our fish</h1></body></html>")
+    (output / RUN / "ledger.jsonl").write_text("secret")
+    (output / "many" / "x").mkdir(parents=True)
+    (output / "many" / "x" / "index.html").write_text("<p>many</p>")
+    (output / "many" / "x" / "table.csv").symlink_to(output / RUN / "ledger.jsonl")
+    (output / "mlflow.db").write_text("secret")
+    (tmp_path / "report.html").write_text("secret")
+    return output
+
+
+@pytest.fixture
+def server(output: Path) -> Iterator[int]:
+    with ThreadingHTTPServer((HOST, 0), make_handler(output)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def get(port: int, path: str, *, method: str = "GET", host: str = "") -> tuple[int, str, dict[str, str]]:
+    connection = http.client.HTTPConnection(HOST, port, timeout=30)
+    connection.request(method, path, headers={"Host": host or f"{HOST}:{port}"})
+    reply = connection.getresponse()
+    text = reply.read().decode()
+    connection.close()
+    return reply.status, text, {name.lower(): value for name, value in reply.getheaders()}
+
+
+def test_the_index_lists_runs_with_reports_and_pages(server: int) -> None:
+    status, text, headers = get(server, "/")
+    assert status == 200
+    assert f'href="/runs/{RUN}/report.html"' in text
+    assert "20260102-000000-fish-0002" in text
+    assert 'href="/many/x/index.html"' in text
+    assert 'href="http://127.0.0.1:4200/runs/1?a=1&amp;b=2"' in text
+    assert "javascript:" not in text
+    assert "default-src 'none'" in headers["content-security-policy"]
+
+
+def test_a_report_has_links_to_the_other_servers(server: int) -> None:
+    status, text, _ = get(server, f"/runs/{RUN}/report.html")
+    assert status == 200
+    assert "<h1>Our fish</h1>" in text
+    assert text.index("Prefect run") < text.index("Our fish")
+    assert "javascript:" not in text
+    assert get(server, "/many/x/index.html")[1] == "<p>many</p>"
+    assert '"status": "finished"' in get(server, f"/runs/{RUN}/summary.json")[1]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        f"/runs/{RUN}/ledger.jsonl",
+        f"/runs/{RUN}/request.json",
+        f"/runs/{RUN}/../../mlflow.db",
+        f"/runs/{RUN}/..%2f..%2fmlflow.db",
+        "/runs/../report.html",
+        "/runs/..%2f/report.html",
+        "/runs/%2e%2e/report.html",
+        "/many/../report.html",
+        "/many/x/table.csv",  # a link that leads elsewhere
+        "/mlflow.db",
+        "//etc/passwd",
+        "/runs/none/report.html",
+        f"/runs/{RUN}/report.html%00",
+        "/sweeps/x/report.html",
+        "http://[/",
+    ],
+)
+def test_nothing_else_is_served(server: int, path: str) -> None:
+    status, text, _ = get(server, path)
+    assert status in (400, 404, 500)
+    assert "secret" not in text
+
+
+def test_other_hosts_and_methods_are_refused(server: int) -> None:
+    assert get(server, "/", host="evil.example")[0] == 403
+    assert get(server, "/", host="localhost")[0] == 200
+    assert get(server, "/", method="POST")[0] == 501
+    status, text, headers = get(server, "/", method="HEAD")
+    assert (status, text) == (200, "")
+    assert int(headers["content-length"]) > 0
+
+
+def test_a_port_in_use_is_one_line_with_the_way_out(server: int, output: Path) -> None:
+    with pytest.raises(ConfigError, match="choose one with --port"):
+        serve_runs(output, server, is_opened=False)

@@ -1,28 +1,47 @@
-"""A sweep: trials share what they don't change, and a stopped study goes on."""
+"""Sweeps with whole runs: trials share stages, are pruned, and run on a work pool."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
-from conf.request import Value
-from conf.sweep import SweepRequest, parse_sweep
-from flows.sweep_settings import compute_objective
-from tasks.errors import ConfigError
-from tasks.manifests.run_summary import RunSummary
-from tasks.manifests.scoring import SideScores
-from tests.support.cli_sandbox import QUICK, CliSandbox
+from conf.sweep import read_sweep
+from flows.runs.records import list_summaries
+from flows.sweep_settings import NO_POOL
+from flows.sweeps.study import SweepStudy
+from tests.support.cli_sandbox import LIKENESS, QUICK, ROOT, CliSandbox, end, serve_prefect
+
+RATE = "training.learning_rate"
 
 
-def test_trials_share_cached_stages_and_the_best_trial_is_marked(
+def test_trials_share_cached_stages_and_the_best_trial_alone_is_registered(
     first_run: dict[str, object], sandbox: CliSandbox
 ) -> None:
-    words = ["sweep", *QUICK, "training.learning_rate=1e-4,3e-4", "tracking=mlflow"]
+    words = ["sweep", *QUICK, f"{RATE}=1e-4,3e-4", "tracking=mlflow", "--publish-best"]
+    before = {summary.run_id for summary in list_summaries(sandbox.output)}
     done = sandbox.likeness(*words, timeout=290)
     assert done.returncode == 0, done.stderr[-3000:]
     # The first value is the default, which the first run already trained; the second is new.
     assert "2 new trials; cached stages: subject 2, prior 2, training 1, evaluation 1" in done.stdout
     assert done.stdout.count("\n* ") == 1
-    again = sandbox.likeness(*words)
+    runs = [summary for summary in list_summaries(sandbox.output) if summary.run_id not in before]
+    versions = [summary.registered and summary.registered.version for summary in reversed(runs)]
+    assert versions[:2] == [None, None]
+    assert len(versions) == 3
+    assert f"\npublished likeness-fish, version {versions[2]}\n" in done.stdout
+    # Only a work pool takes several at once; the embedded server has none.
+    again = sandbox.embedded().likeness(*words[:-1], "--parallel", "2")
     assert "0 new trials" in again.stdout
+    assert NO_POOL in again.stderr
 
 
 def test_parent_and_child_runs_are_tracked(first_run: dict[str, object], sandbox: CliSandbox) -> None:
@@ -36,47 +55,106 @@ def test_parent_and_child_runs_are_tracked(first_run: dict[str, object], sandbox
     children = [run for run in runs if run.data.tags.get("likeness.kind") == "trial"]
     assert len(children) == 2
     assert all(run.data.tags["mlflow.parentRunId"] in parents for run in children)
+    assert all({"objective", "tuned/dino"} <= set(run.data.metrics) for run in children)
 
 
-def test_a_sweep_without_a_multi_valued_setting_is_rejected() -> None:
-    with pytest.raises(ConfigError, match="no setting has several values"):
-        parse_sweep(["training.learning_rate=1e-5"])
-
-
-def test_every_sweep_value_is_validated_before_the_first_trial() -> None:
-    with pytest.raises(ConfigError, match="greater than 0"):
-        parse_sweep(["training.learning_rate=1e-5,-1,1e-4"])
-    with pytest.raises(ConfigError, match="did you mean training.learning_rate"):
-        parse_sweep(["training.lerning_rate=1e-5,1e-4"])
-
-
-def test_equal_sweeps_have_the_same_study_name() -> None:
-    words = ["training.learning_rate=1e-5,1e-4"]
-    assert parse_sweep(words).study_name == parse_sweep(words).study_name
-    assert parse_sweep(words).study_name != parse_sweep(["seed=1,2"]).study_name
-
-
-def test_objectives_are_read_from_the_summary() -> None:
-    scores = SideScores(concept_preservation=3.0, prompt_following=4.0, image_quality=4.0)
-    metrics = {"tuned": {"dino": 0.5, "clip_t": 0.4, "clip_i": 0.7}}
-    summary = RunSummary(run_id="r", status="finished", metrics=metrics, scores={"tuned": scores})
-    assert compute_objective(summary, "dino_x_clip_t") == pytest.approx(0.2)
-    assert compute_objective(summary, "concept_preservation") == 3.0
-    assert compute_objective(summary, "clip_i") == 0.7
-
-
-@pytest.mark.parametrize(
-    ("space", "message"),
-    [
-        ({"evil\x1b[31m key": [1]}, "is not a dotted name of a setting"),
-        ({"training.prompt": ["x" * 10_000]}, "10,000 characters, at most 4,000"),
-        ({"training.prompt": ["a\x1b[31m"]}, "control characters are not accepted"),
-        ({"seed": []}, "0 values to try"),
-        ({f"a{number}": list(range(100)) for number in range(4)}, "100,000,000 combinations, at most 1,000"),
-    ],
-)
-def test_an_invalid_or_oversized_search_space_is_rejected_before_enumeration(
-    space: dict[str, list[Value]], message: str
+def test_a_training_behind_the_median_is_stopped_at_its_first_validation(
+    first_run: dict[str, object], sandbox: CliSandbox
 ) -> None:
-    with pytest.raises(ValidationError, match=message):
-        SweepRequest(space=space)
+    from optuna.trial import create_trial
+
+    words = [
+        *QUICK,
+        "tracking=none",
+        "publishing=local",
+        "training.validation.validation_steps=2",
+        f"{RATE}=1e-4..3e-4",
+    ]
+    options = {"num_trials": 4, "sampler": "random", "pruner": "median", "study": "pruned"}
+    # Three trials with an unreachable validation.
+    study = SweepStudy(read_sweep(words, options), sandbox.output / "sweeps", seed=23)
+    for rate in (1e-4, 2e-4, 3e-4):
+        study.study.add_trial(
+            create_trial(
+                values=[1.0], params={RATE: rate}, distributions=study.distributions, intermediate_values={2: 1e6}
+            )
+        )
+    done = sandbox.likeness(
+        "sweep", *words, "--trials", "4", "--sampler", "random", "--pruner", "median", "--study", "pruned"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "trial 3 pruned: pruned at step 2: its validation is behind the median" in done.stdout
+    summary = sandbox.newest()
+    assert summary["status"] == "cancelled"
+    training = sandbox.output / "work" / "training" / summary["stages"]["training"]["key"]
+    events = [json.loads(line) for line in (training / "events.jsonl").read_text().splitlines()]
+    assert max(event.get("step", 0) for event in events) < 6
+
+
+@pytest.fixture(scope="module")
+def pool(
+    sandbox: CliSandbox, first_run: dict[str, object], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[CliSandbox]:
+    """The sandbox with a server of its own, which has the deployment and a worker."""
+    folder = tmp_path_factory.mktemp("pool")
+    with serve_prefect(folder) as url, (folder / "worker.log").open("wb") as log:
+        place = replace(sandbox, server_url=url)
+        environment = {**place.environment(), "PREFECT_HOME": str(folder / "prefect"), "LIKENESS_HOME": str(ROOT)}
+        environment["PREFECT_WORKER_QUERY_SECONDS"] = "1"
+        prefect = [sys.executable, "-m", "prefect"]
+        file = ["--prefect-file", "deployments/prefect.yaml"]
+        for words in (
+            ["work-pool", "create", "likeness", "--type", "process"],
+            ["--no-prompt", "deploy", "--name", "personalize-subject", *file],
+        ):
+            subprocess.run([*prefect, *words], cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
+        worker = subprocess.Popen(
+            [*prefect, "worker", "start", "--pool", "likeness"],
+            cwd=place.folder,
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            yield place
+        finally:
+            end(worker, seconds=5)
+
+
+def list_sub_runs(place: CliSandbox) -> list[dict[str, Any]]:
+    """Return the runs of the main job on the server of a sandbox."""
+    body = json.dumps({"flows": {"name": {"any_": ["personalize-subject"]}}}).encode()
+    request = urllib.request.Request(f"{place.server_url}/flow_runs/filter", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        found: list[dict[str, Any]] = json.loads(response.read())
+    return found
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float, log: Path) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.5)
+
+
+def test_trials_on_a_work_pool_run_at_once_and_a_killed_sweep_finds_them_again(
+    pool: CliSandbox, tmp_path: Path
+) -> None:
+    words = ["sweep", *QUICK, f"{RATE}=7e-4,8e-4", "tracking=none", "publishing=local", "--parallel", "2"]
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        killed = subprocess.Popen(
+            [*LIKENESS, *words], cwd=pool.folder, env=pool.environment(), stdout=file, stderr=file
+        )
+        # The study names a trial's process before its run is sent.
+        wait_until(lambda: len(list_sub_runs(pool)) == 2, seconds=120, log=log)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+    done = pool.likeness(*words, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 new trials" in done.stdout
+    assert done.stdout.count("interrupted") == 2
+    runs = list_sub_runs(pool)
+    assert [run["state"]["type"] for run in runs] == ["COMPLETED", "COMPLETED"]  # these two, not two more
+    starts, ends = ([datetime.fromisoformat(run[name]) for run in runs] for name in ("start_time", "end_time"))
+    assert max(starts) < min(ends)

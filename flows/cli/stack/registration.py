@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from flows.cli.stack.processes import last_line
-from flows.cli.stack.stack import POOL
+from flows.cli.stack.stack import POOL, StackOptions
 from flows.subjects.dispatch import BULK_QUEUE
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.redaction import register_secret
@@ -31,14 +31,17 @@ HEARTBEAT_WINDOW = datetime.timedelta(seconds=540)
 ENDED = ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
 
 
-def register(environment: dict[str, str], *, log: Path, notify: "Notify | None" = None) -> None:
+def register(environment: dict[str, str], options: StackOptions) -> None:
     """Register pool, deployments and automations; again with every `up`, since options of the form may be new."""
+    log = options.folder / "logs" / "registration.log"
     run_prefect(["work-pool", "create", POOL, "--type", "process", "--overwrite"], environment, log=log)
+    run_prefect(["work-pool", "set-concurrency-limit", POOL, str(options.max_runs)], environment, log=log)
     file = SOURCE_ROOT / "deployments" / "prefect.yaml"
     run_prefect(["--no-prompt", "deploy", "--all", "--prefect-file", str(file)], environment, log=log)
     code = "from flows.cli.stack import registration as r; r.register_queue(); r.register_automations()"
     run([sys.executable, "-c", code], environment, log=log)
-    if notify is not None:
+    if options.notify_url:
+        notify = Notify.parse(options.notify_url)
         code = f"from flows.cli.stack.registration import register_notification as r; r({notify.kind!r})"
         run([sys.executable, "-c", code], {**environment, NOTIFY_VARIABLE: notify.url}, log=log)
 

@@ -31,7 +31,8 @@ def start_stack(options: StackOptions) -> int:
     """Start what does not run and print one screen of addresses and next steps."""
     if options.database_url:
         register_secret(options.database_url)  # it may hold a password, and errors quote what they are about
-    notify = Notify.parse(options.notify_url) if options.notify_url else None
+    if options.notify_url:
+        Notify.parse(options.notify_url)  # refused before anything starts
     with locked(options.output):
         is_running = read_state(options.output).find(WORKER) is not None
         note("starting Prefect, MLflow and the report server" if not is_running else "found a running stack")
@@ -39,7 +40,7 @@ def start_stack(options: StackOptions) -> int:
         environment = prefect_environment(options, servers.prefect.port)
         if not is_running:
             note("registering work pool, deployments and automations")
-            register(environment, log=options.folder / "logs" / "registration.log", notify=notify)
+            register(environment, options)
         worker = start_worker(options, servers)
     print_processes([*servers.ordered(), worker])
     print(f"logs      {options.folder / 'logs'}\n{NEXT}")

@@ -47,7 +47,7 @@ class StackOptions:
     mlflow_port: int
     reports_port: int
     max_runs: int = 2
-    """Runs that the worker executes at a time."""
+    """Runs of the pool at a time, whichever worker executes them."""
     notify_url: str = field(default="", repr=False)
     """Where messages about runs are posted; empty: nowhere."""
     database_url: str = ""
@@ -184,19 +184,9 @@ def start_worker(options: StackOptions, servers: Servers) -> StackProcess:
     if worker is None:
         worker = start_detached(
             WORKER,
-            [
-                sys.executable,
-                "-m",
-                "prefect",
-                "worker",
-                "start",
-                "--pool",
-                POOL,
-                "--type",
-                "process",
-                "--limit",
-                str(options.max_runs),
-            ],
+            # Without --limit: a worker with one dies of a run that is rescheduled while it still holds the run's slot
+            # (RuntimeError of anyio's CapacityLimiter, unhandled by prefect 3.8.8). The pool's limit is the server's.
+            [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"],
             log=options.folder / "logs" / "worker.log",
             environment={
                 **prefect_environment(options, servers.prefect.port),

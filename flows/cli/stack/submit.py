@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from conf.request import RunRequest
-from flows.cli.stack.stack import find_api_url
+from flows.cli.stack.stack import POOL, find_api_url
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.redaction import clean_text
 
@@ -80,7 +80,7 @@ def follow(client: "SyncPrefectClient", run_id: uuid.UUID) -> int:
 
     since = datetime.datetime.fromtimestamp(0, datetime.UTC)
     shown: set[uuid.UUID] = set()
-    state_name = ""
+    state_name = shown_reason = ""
     while True:
         run = client.read_flow_run(run_id)
         state = run.state
@@ -93,10 +93,38 @@ def follow(client: "SyncPrefectClient", run_id: uuid.UUID) -> int:
         if state is not None and state.name != state_name:
             state_name = state.name or ""
             print(f"-- {state_name}{f': {clean_text(state.message)}' if state.message else ''}", flush=True)
+        if state is not None and state.is_scheduled():
+            reason = explain_wait(client)
+            if reason and reason != shown_reason:
+                print(f"-- waiting: {reason}", flush=True)
+            shown_reason = reason
         # A crashed run is scheduled again by the stack's automation, and is followed on.
         if state is not None and state.is_final() and not state.is_crashed():
             return 0 if state.is_completed() else CANCEL_CODE if state.is_cancelled() else FAILED_CODE
         time.sleep(POLL_SECONDS)
+
+
+def explain_wait(client: "SyncPrefectClient") -> str:
+    """Return what a scheduled run waits for: a worker, or a slot of the pool; empty where it is about to start."""
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+        WorkerFilter,
+        WorkerFilterStatus,
+        WorkPoolFilter,
+        WorkPoolFilterName,
+    )
+    from prefect.client.schemas.objects import StateType, WorkerStatus
+
+    online = WorkerFilter(status=WorkerFilterStatus(any_=[WorkerStatus.ONLINE]))
+    if not client.read_workers_for_work_pool(POOL, worker_filter=online, limit=1):
+        return f"no worker of the pool {POOL} is online; `likeness up` starts one"
+    limit = client.read_work_pool(POOL).concurrency_limit
+    active = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING]))
+    pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
+    num_active = len(client.read_flow_runs(flow_run_filter=FlowRunFilter(state=active), work_pool_filter=pool))
+    return f"all {limit} slots of the pool {POOL} are in use" if limit is not None and num_active >= limit else ""
 
 
 def find_flow_run(client: "SyncPrefectClient", name: str) -> "FlowRun":

@@ -47,13 +47,16 @@ DOCS = sorted(
     if "weights/" not in path.as_posix()
 )
 DIFFUSERS_FILES = {"train_dreambooth.py"}
+USER_FILES = {"subject.yaml"}
+"""Files that people write; no settings of the section `subject`."""
 SECTIONS = tuple(f"{name}." for name in RunConfig.model_fields)
 OF_A_RUN = ("runs/", "report/", "model/", "build/", "<", "..", "-")
 """How names of files begin that runs make, or that stand for others."""
 
 
 def list_quoted(path: Path) -> list[str]:
-    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL))
+    quoted = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL))
+    return [text for text in quoted if text not in USER_FILES]
 
 
 def list_commands(path: Path) -> list[str]:

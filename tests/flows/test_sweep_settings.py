@@ -137,10 +137,12 @@ def wait_until(condition: Callable[[], bool], *, seconds: float, log: Path) -> N
         time.sleep(0.5)
 
 
+@pytest.mark.timeout(600)  # it starts a server, a worker and two runs at once
 def test_trials_on_a_work_pool_run_at_once_and_a_killed_sweep_finds_them_again(
     pool: CliSandbox, tmp_path: Path
 ) -> None:
-    words = ["sweep", *QUICK, f"{RATE}=7e-4,8e-4", "tracking=none", "publishing=local", "--parallel", "2"]
+    # Trained by the sweep above, where it ran.
+    words = ["sweep", *QUICK, f"{RATE}=1e-4,3e-4", "tracking=none", "publishing=local", "--parallel", "2"]
     log = tmp_path / "log"
     with log.open("wb") as file:
         killed = subprocess.Popen(

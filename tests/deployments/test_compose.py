@@ -85,6 +85,13 @@ def test_a_dependency_is_waited_for_until_it_is_ready(name: str) -> None:
         assert condition["condition"] == expected
 
 
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_a_service_that_runs_on_waits_for_each_one_shot_service(profile: str) -> None:
+    """Else `up --wait` takes the end of a one-shot service for a failure."""
+    active = [service for service in SERVICES.values() if profile in service.get("profiles", [profile])]
+    assert {other for service in active for other in service.get("depends_on", {})} >= ONE_SHOT
+
+
 @EACH
 def test_a_port_is_bound_to_loopback(name: str) -> None:
     for port in SERVICES[name].get("ports", ()):

@@ -20,6 +20,12 @@ class StoreConfig(Section):
     request_checksums: Literal["when_supported", "when_required"] = Field(
         description="when_required suits stores that refuse new checksum headers"
     )
+    addressing_style: Annotated[Literal["auto", "path", "virtual"], OPERATOR_ONLY] = Field(
+        description="path suits S3-compatible stores without a host name for each bucket"
+    )
+    max_upload_rate: float | None = Field(
+        gt=0, le=1e6, description="bound on uploads of files such as checkpoints, in MB/s; null: no bound"
+    )
 
 
 TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")

@@ -197,6 +197,8 @@ OPTION_TESTS = {
     "store.endpoint_url": _BUCKET,
     "store.region": _CLIENT,
     "store.request_checksums": _CLIENT,
+    "store.addressing_style": f"{_SERVICES}test_the_bucket_is_named_in_the_path_or_in_the_host",
+    "store.max_upload_rate": f"{_SERVICES}test_uploads_of_files_are_bounded_to_the_configured_rate",
     "tracking.kind": f"{_SERVICES}test_tracking_kind_selects_the_tracker",
     "tracking.loggers": "tasks/services/tracking/test_loggers.py::test_additional_trackers_receive_the_same_run",
     "tracking.wandb_mode": "tasks/services/tracking/test_loggers.py::test_wandb_needs_a_key_only_online",

@@ -12,6 +12,7 @@ from tasks.services.store.base import StoredObject, check_key
 from tasks.stage.digests import digest_file
 
 SHA256_METADATA = "sha256"
+PROBE = "leases/conditional-write-probe"
 
 
 class S3Store:
@@ -19,6 +20,7 @@ class S3Store:
 
     def __init__(self, config: StoreConfig) -> None:
         import boto3
+        from boto3.s3.transfer import TransferConfig
         from botocore.config import Config
 
         if not config.bucket:
@@ -37,8 +39,12 @@ class S3Store:
                 retries={"mode": "standard", "total_max_attempts": 5},
                 request_checksum_calculation=config.request_checksums,
                 response_checksum_validation=config.request_checksums,
+                s3={"addressing_style": config.addressing_style},
             ),
         )
+        rate = config.max_upload_rate
+        self.transfer = TransferConfig(max_bandwidth=None if rate is None else max(1, round(rate * 1e6)))
+        self.has_conditional_writes = False
         # Wrong credentials or bucket names fail here, not at the first write after an expensive stage.
         with _translated(f"bucket {self.bucket}"):
             self.client.head_bucket(Bucket=self.bucket)
@@ -52,6 +58,21 @@ class S3Store:
             self.client.put_object(**self._name(key), Body=data, **self._checksum(data))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
+        if not self.has_conditional_writes:
+            self._check_conditional_writes()
+        return self._put_new(key, data)
+
+    def _check_conditional_writes(self) -> None:
+        """Raise ConfigError where the store takes a conditional write for a plain one: no lease would hold."""
+        # The first write creates the object, in the bucket's first run; one of the two must be refused.
+        if self._put_new(PROBE, b"probe") and self._put_new(PROBE, b"probe"):
+            raise ConfigError(
+                f"the store of bucket {self.bucket} ignores conditional writes (If-None-Match), so two runs would "
+                "overwrite each other; use one that supports them, such as AWS S3 or SeaweedFS"
+            )
+        self.has_conditional_writes = True
+
+    def _put_new(self, key: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
 
         try:
@@ -69,7 +90,7 @@ class S3Store:
         with _translated(key):
             # `upload_file` splits large files into parts; the digest of the whole goes into the metadata.
             extra = {"Metadata": {SHA256_METADATA: digest_file(path)}}
-            self.client.upload_file(str(path), **self._name(key), ExtraArgs=extra)
+            self.client.upload_file(str(path), **self._name(key), ExtraArgs=extra, Config=self.transfer)
 
     def find_bytes(self, key: str) -> bytes | None:
         with _translated(key):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,33 @@ def test_the_s3_client_uses_the_configured_region_and_checksums(s3_config: Store
     assert store.client.meta.region_name == "eu-west-3"
     assert store.client.meta.config.request_checksum_calculation == "when_required"
     assert not store.has_checksums
+
+
+def test_the_bucket_is_named_in_the_path_or_in_the_host(s3_config: StoreConfig) -> None:
+    styles = {
+        style: S3Store(s3_config.model_copy(update={"addressing_style": style})).client.meta.config.s3
+        for style in ("auto", "path")  # not `virtual`: no host of the bucket's name exists here
+    }
+    assert styles == {"auto": {"addressing_style": "auto"}, "path": {"addressing_style": "path"}}
+
+
+def test_uploads_of_files_are_bounded_to_the_configured_rate(
+    s3_config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    rates = []
+    for rate in (None, 2.5):
+        store = S3Store(s3_config.model_copy(update={"max_upload_rate": rate}))
+        upload = store.client.upload_file
+
+        def record(*names: str, Config: Any, upload: Any = upload, **options: Any) -> None:
+            rates.append(Config.max_bandwidth)
+            upload(*names, Config=Config, **options)
+
+        monkeypatch.setattr(store.client, "upload_file", record)
+        store.put_file("x", tmp_path / "file")
+        assert store.find_bytes("x") == b"x"
+    assert rates == [None, 2_500_000]  # bytes per second
 
 
 def test_tracking_kind_selects_the_tracker(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,22 @@ def test_exactly_one_of_many_concurrent_put_new_calls_succeeds(any_store: Store)
         thread.join()
     assert len(wins) == 1
     assert any_store.find_bytes("once") == str(wins[0]).encode()
+
+
+def test_a_store_that_ignores_conditional_writes_is_refused(s3_config: StoreConfig) -> None:
+    store = S3Store(s3_config)
+    with_conditions = S3Store(s3_config)
+
+    def ignore(request: Any, **_: object) -> None:
+        del request.headers["If-None-Match"]
+
+    store.client.meta.events.register("before-sign.s3.PutObject", ignore)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="ignores conditional writes"):
+            store.put_if_absent("once", b"1")
+    assert store.find_bytes("once") is None
+    assert with_conditions.put_if_absent("once", b"1")
+    assert not with_conditions.put_if_absent("once", b"2")
 
 
 @pytest.mark.parametrize("key", ["/etc/passwd", "../outside", "a/../../b", ""])

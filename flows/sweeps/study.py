@@ -63,6 +63,7 @@ class SweepStudy:
         except OSError as error:
             raise ConfigError(f"cannot write to {folder}: {error.strerror}; set output_dir") from error
         with locked(self.lock):
+            drop_torn_line(self.journal)
             self.study: Study = optuna.create_study(
                 # A journal file, not SQLite: its appends are safe on network file systems.
                 storage=JournalStorage(JournalFileBackend(str(self.journal))),
@@ -193,6 +194,21 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def drop_torn_line(journal: Path) -> None:
+    """Remove an unfinished last line of a journal, as a full disk or a power cut leaves: Optuna would append to it."""
+    from optuna.storages.journal import JournalFileSymlinkLock
+
+    lock = JournalFileSymlinkLock(str(journal))  # held by whoever appends
+    lock.acquire()
+    try:
+        data = journal.read_bytes() if journal.exists() else b""
+        if not data.endswith(b"\n") and data:
+            with journal.open("r+b") as file:
+                file.truncate(data.rfind(b"\n") + 1)
+    finally:
+        lock.release()
 
 
 def make_distributions(request: SweepRequest) -> "dict[str, BaseDistribution]":

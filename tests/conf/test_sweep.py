@@ -126,6 +126,16 @@ def test_hostile_fields_of_the_form_are_refused(fields: dict[str, object]) -> No
         SweepRequest.model_validate(fields)
 
 
+def test_every_field_of_the_form_has_a_description_and_every_number_bounds() -> None:
+    schema = SweepRequest.model_json_schema()
+    fields = {**schema["properties"], **schema["$defs"]["Range"]["properties"]}
+    assert all("description" in field for field in fields.values())
+    for name, field in fields.items():
+        kinds = [field, *field.get("anyOf", [])]
+        numbers = [kind for kind in kinds if kind.get("type") in ("number", "integer")]
+        assert all({"maximum", "exclusiveMaximum"} & set(kind) for kind in numbers), name
+
+
 def test_values_of_a_form_are_validated_like_those_of_the_command_line() -> None:
     ranges = {"training.lora.rank": Range(low=0, high=8, integer=True)}
     with pytest.raises(ConfigError, match="greater than or equal to 1"):

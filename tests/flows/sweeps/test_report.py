@@ -50,7 +50,10 @@ def test_the_report_is_self_contained_and_holds_no_script(page: str) -> None:
     elements.feed(page)
     assert not {"script", "link", "iframe", "object"} & set(elements.names)
     # Parts of the plots, and the reports of the runs.
-    assert all(re.match(r"#|data:image/png;base64,|\.\./\.\./run-\d+/report\.html$", reference) for reference in elements.references)
+    assert all(
+        re.match(r"#|data:image/png;base64,|\.\./\.\./run-\d+/report\.html$", reference)
+        for reference in elements.references
+    )
     assert re.findall(r"url\((?!#)", page) == []
 
 

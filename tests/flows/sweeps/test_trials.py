@@ -11,9 +11,11 @@ import pytest
 from conf.compose import compile_request
 from conf.request import RunRequest, Value
 from conf.sweep import SweepRequest
+from flows.runs.context import make_run_folder
 from flows.sweeps.study import OWNER, SweepStudy
 from tasks.errors import ConfigError, TrainingFailed
 from tasks.manifests.run_summary import ProcessOwner, RunSummary
+from tasks.services.llm.budget.ledger import Ledger, LedgerRow
 from tests.support.sweep import RATE, STEPS, FakeRuns, interrupt_after, sweep, sweep_request
 
 RANGES = (f"{RATE}=1e-6..1e-2:log", f"{STEPS}=10..50:10")
@@ -136,6 +138,15 @@ def test_a_trial_of_a_living_process_is_left_to_it(tmp_path: Path, other_process
     assert [trial.number for trial in open_study(request).trials("RUNNING")] == [taken[0].number]
 
 
+def test_a_journal_with_a_torn_last_line_resumes(tmp_path: Path) -> None:
+    runs = FakeRuns()
+    outcome = sweep(sweep_request(tmp_path, *RANGES, num_trials=2, study="torn"), runs)
+    with Path(outcome.journal).open("a") as file:
+        file.write('{"op_code": 4, "work')
+    assert len(sweep(sweep_request(tmp_path, *RANGES, num_trials=4, study="torn"), runs).trials) == 4
+    assert len(runs.requests) == 4
+
+
 def test_a_finished_sweep_runs_nothing_again(tmp_path: Path) -> None:
     request, runs = sweep_request(tmp_path, f"{RATE}=1e-5,1e-4"), FakeRuns()
     assert sweep(request, runs).num_new_trials == 2
@@ -242,6 +253,24 @@ def test_no_trial_starts_once_the_cost_limit_is_reached(tmp_path: Path) -> None:
     assert outcome.ended_by == "--usd 0.6 are spent (0.75000)"
     assert outcome.cost_usd == 0.75
     assert sweep(request, runs).num_new_trials == 0  # the limit is the study's
+
+
+def test_the_cost_of_a_failed_run_counts(tmp_path: Path) -> None:
+    runs = FakeRuns()
+
+    def fail(run: RunRequest) -> RunSummary:
+        config = compile_request(run)
+        folder = make_run_folder(tmp_path, config, run, is_trusted=True)
+        row = LedgerRow(role="judge", profile="p", requested_model="m", outcome="ok", cost_usd=0.5)
+        Ledger(folder / "ledger.jsonl").record(row)
+        if not runs.requests:
+            runs(run)
+            raise TrainingFailed("no gradient")
+        return runs(run)
+
+    outcome = sweep(sweep_request(tmp_path, *RANGES, max_usd=0.7), fail)
+    assert [(trial.status, trial.cost_usd) for trial in outcome.trials] == [("failed", 0.5), ("complete", 0.25)]
+    assert outcome.cost_usd == 0.75
 
 
 def test_an_unknown_price_ends_a_sweep_with_a_cost_limit(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ class StoreConfig(Section):
     request_checksums: Literal["when_supported", "when_required"] = Field(
         description="when_required suits stores that refuse new checksum headers"
     )
-    addressing_style: Annotated[Literal["auto", "path", "virtual"], OPERATOR_ONLY] = Field(
+    addressing_style: Literal["auto", "path", "virtual"] = Field(
         description="path suits S3-compatible stores without a host name for each bucket"
     )
     max_upload_rate: float | None = Field(

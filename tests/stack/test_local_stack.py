@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -22,23 +21,11 @@ from flows.cli.stack.stack import PREFECT, read_state
 from flows.cli.stack.submit import make_request
 from flows.runs.records import list_run_folders, list_summaries, read_request, read_summary
 from tasks.subject.photos.ingest import DEMO_FOLDER
+from tests.stack.commands import LIKENESS, environment, likeness
 
-ROOT = Path(__file__).resolve().parents[2]
-LIKENESS = [sys.executable, "-m", "flows.cli.main"]
 SECONDS = 900
-SETTINGS = ["experiment=smoke", "training.max_train_steps=60", "training.checkpointing_steps=2"]
+SETTINGS = ["experiment=smoke", "training.max_train_steps=24", "training.checkpointing_steps=3"]
 """Of all runs, so that they share what the first one computes."""
-
-
-def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    return {**kept, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-
-
-def likeness(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [*LIKENESS, *words], cwd=folder, env=environment(), capture_output=True, text=True, timeout=SECONDS, check=False
-    )
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +153,7 @@ def test_many_subjects_run_on_the_pool_each_once(folder: Path) -> None:
 def test_a_new_folder_of_the_inbox_becomes_exactly_one_run(folder: Path) -> None:
     rex = folder / "runs" / "store" / "subjects" / "rex"
     shutil.copytree(DEMO_FOLDER, rex)
-    (rex / "subject.yaml").write_text("class_noun: fish\nsettings: {training.max_train_steps: 60}\n")
+    (rex / "subject.yaml").write_text("class_noun: fish\nsettings: {training.max_train_steps: 24}\n")
     base = make_request(SETTINGS, folder / "runs").model_dump(mode="json", exclude_unset=True)
     request = {"subjects": "store:subjects/", "wait": False, "settle_seconds": 0, "base": base}
     command = ["deployment", "run", "personalize-many/personalize-many", "--watch", "--param"]

@@ -1,7 +1,9 @@
 """What `likeness up`, `down` and `status` do and print."""
 
+import socket
 import sys
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from flows.cli.stack.processes import StackProcess, answers
 from flows.cli.stack.registration import Notify, register
@@ -18,6 +20,7 @@ from flows.cli.stack.stack import (
     start_worker,
     stop_stack,
 )
+from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.redaction import register_secret
 
 NEXT = """
@@ -30,7 +33,7 @@ NEXT = """
 def start_stack(options: StackOptions) -> int:
     """Start what does not run and print one screen of addresses and next steps."""
     if options.database_url:
-        register_secret(options.database_url)  # it may hold a password, and errors quote what they are about
+        check_database(options.database_url)
     if options.notify_url:
         Notify.parse(options.notify_url)  # refused before anything starts
     with locked(options.output):
@@ -45,6 +48,31 @@ def start_stack(options: StackOptions) -> int:
     print_processes([*servers.ordered(), worker])
     print(f"logs      {options.folder / 'logs'}\n{NEXT}")
     return 0
+
+
+def check_database(url: str) -> None:
+    """Connect to the database's port before anything starts.
+
+    Raises:
+        ConfigError: the address is of another form.
+        ServiceUnavailable: nothing answers there.
+
+    """
+    try:
+        address = urlsplit(url)
+        host, port = address.hostname, address.port or 5432
+    except ValueError:  # a port that is no number
+        host, port = None, 0
+    if not url.startswith("postgresql+asyncpg://") or not host:
+        raise ConfigError("--postgres takes postgresql+asyncpg://USER:PASSWORD@HOST:PORT/DATABASE")
+    # Errors quote what they are about: as it was typed, and as it is.
+    for password in filter(None, (address.password, unquote(address.password or ""))):
+        register_secret(password)
+    try:
+        socket.create_connection((host, port), timeout=10).close()
+    except OSError as error:
+        reason = f"the database at {host}:{port} does not answer ({error.strerror or error})"
+        raise ServiceUnavailable(f"{reason}; start it, or leave out --postgres") from error
 
 
 def end_stack(output: Path) -> int:

@@ -99,7 +99,7 @@ class Objective:
     is_minimized: bool
 
     def __str__(self) -> str:
-        """Return the name with its direction, as the command line writes it."""
+        """Return it as the command line writes it."""
         return f"{self.name}:{'min' if self.is_minimized else 'max'}"
 
 
@@ -109,20 +109,13 @@ class SweepRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     base: RunRequest = Field(default_factory=RunRequest, description="what every trial shares")
-    space: dict[str, list[Value]] = Field(
-        default_factory=dict, max_length=MAX_PARAMETERS, description="setting: the values to try"
-    )
-    ranges: dict[str, Range] = Field(
-        default_factory=dict, max_length=MAX_PARAMETERS, description="setting: the range to sample from"
-    )
+    space: dict[str, list[Value]] = Field({}, max_length=MAX_PARAMETERS, description="setting: the values to try")
+    ranges: dict[str, Range] = Field({}, max_length=MAX_PARAMETERS, description="setting: the range to sample from")
     sampler: Literal["auto", "tpe", "grid", "random", "nsga2"] = Field(
         "auto", description="auto: grid where it is finite and every combination is wanted, else tpe"
     )
     objectives: list[Annotated[str, Field(max_length=200)]] = Field(
-        [DINO_X_CLIP_T],
-        min_length=1,
-        max_length=2,
-        description="figure of the summary by dotted name, :min or :max after it; two: a Pareto front",
+        [DINO_X_CLIP_T], min_length=1, max_length=2, description="figures of the summary; two: a Pareto front"
     )
     num_trials: int = Field(0, ge=0, le=MAX_TRIALS, description="finished trials in all; 0: every combination")
     max_hours: float | None = Field(None, gt=0, le=24 * 365, description="hours of trials after which none starts")
@@ -148,14 +141,6 @@ class SweepRequest(BaseModel):
             raise ValueError(f"more than {MAX_TRIALS:,} values to try over all settings")
         return space
 
-    @field_validator("ranges")
-    @classmethod
-    def check_ranges(cls, ranges: dict[str, Range]) -> dict[str, Range]:
-        """Reject names that no trial could set."""
-        for key, searched in ranges.items():
-            check_setting(key, searched.low)
-        return ranges
-
     @field_validator("objectives")
     @classmethod
     def check_objectives(cls, objectives: list[str]) -> list[str]:
@@ -169,6 +154,8 @@ class SweepRequest(BaseModel):
         """Reject searches without a setting, and options that exclude each other."""
         if not self.space and not self.ranges:
             raise ValueError("no setting has several values; give one, for example training.learning_rate=1e-5,3e-5")
+        for key, searched in self.ranges.items():
+            check_setting(key, searched.low)
         twice = sorted(set(self.space) & set(self.ranges))
         if twice:
             raise ValueError(f"{twice[0]} has both values and a range; give one of them")
@@ -212,8 +199,7 @@ class SweepRequest(BaseModel):
     @property
     def num_combinations(self) -> float:
         """The number of combinations; infinite for a range without a step."""
-        counts = [len(values) for values in self.space.values()]
-        return math.prod([*counts, *(searched.count for searched in self.ranges.values())])
+        return math.prod([*map(len, self.space.values()), *(searched.count for searched in self.ranges.values())])
 
     @property
     def is_grid(self) -> bool:
@@ -234,8 +220,7 @@ class SweepRequest(BaseModel):
     def combinations(self) -> list[dict[str, Value]]:
         """Return the settings of every trial of a grid."""
         values: dict[str, list[Value]] = dict(self.space)
-        for key, searched in self.ranges.items():
-            values[key] = [searched.value(index) for index in range(int(searched.count))]
+        values |= {key: [r.value(index) for index in range(int(r.count))] for key, r in self.ranges.items()}
         return [dict(zip(values, found, strict=True)) for found in itertools.product(*values.values())]
 
     def make_trial(self, values: Mapping[str, Value]) -> RunRequest:
@@ -260,10 +245,8 @@ def list_figures() -> list[str]:
     """Return the names of all numbers of a run's summary that are known beforehand."""
     fields = RunSummary.model_fields.items()
     names = [name for name, field in fields if is_number(field.annotation) and name != "schema_version"]
-    sides = [("metrics", (SubjectMetrics, DriftMetrics)), ("scores", (SideScores,))]
-    for section, models in sides:
-        # The tuned side first: it is what short names stand for.
-        names += [f"{section}.{side}.{name}" for side in ("tuned", "base") for m in models for name in m.model_fields]
+    for section, model in (("metrics", SubjectMetrics), ("metrics", DriftMetrics), ("scores", SideScores)):
+        names += [f"{section}.{side}.{name}" for side in ("tuned", "base") for name in model.model_fields]
     names += [f"metrics.ceiling.{name}" for name in CeilingMetrics.model_fields]
     names += [f"judge.pairs.{name}" for name in PairResult.model_fields]
     return names + [f"stages.{stage}.{name}" for stage in PREFIXES for name in ("seconds", "cost_usd")]
@@ -289,7 +272,7 @@ def parse_objective(text: str) -> Objective:
 
 
 def suggest_figures(name: str, figures: Iterable[str]) -> str:
-    """Return the figures of the nearest names, as the end of a sentence."""
+    """Return the nearest names, as the end of a sentence."""
     near = difflib.get_close_matches(name, [DINO_X_CLIP_T, *figures], n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else "; flows/README.md lists the figures of a summary"
 
@@ -354,24 +337,29 @@ def parse_range(override: str) -> Range | None:
         raise ConfigError(f"{key}: {describe_invalid(error)}") from error
 
 
-def find_kind(name: str) -> Literal["integer", "number", "other", "unknown"]:
-    """Return the type of values that a setting takes."""
+def find_annotation(name: str) -> object:
+    """Return the type of a setting; None where there is no such setting."""
     annotation: object = RunConfig
     for part in name.split("."):
         is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        if not is_section or part not in annotation.model_fields:  # type: ignore[attr-defined]
-            return "unknown"
-        annotation = annotation.model_fields[part].annotation  # type: ignore[attr-defined]
+        field = annotation.model_fields.get(part) if is_section else None  # type: ignore[attr-defined]
+        if field is None:
+            return None
+        annotation = field.annotation
+    return annotation
+
+
+def find_kind(name: str) -> Literal["integer", "number", "other", "unknown"]:
+    """Return the type of values that a setting takes."""
+    annotation = find_annotation(name)
     if not is_number(annotation):
-        return "other"
+        return "unknown" if annotation is None else "other"
     return "number" if annotation is float or float in get_args(annotation) else "integer"
 
 
 def list_choices(name: str) -> tuple[str, ...]:
     """Return the fixed choices of a setting; none where it has no such type."""
-    annotation: object = RunConfig
-    for part in name.split("."):
-        annotation = annotation.model_fields[part].annotation  # type: ignore[attr-defined]
+    annotation = find_annotation(name)
     parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     return tuple(str(value) for part in parts if get_origin(part) is Literal for value in get_args(part))
 
@@ -389,8 +377,8 @@ def check_sweep(request: SweepRequest, *, roots: tuple[Path, ...] | None = None)
     for key, searched in request.ranges.items():
         kind = find_kind(key)
         if kind == "other":
-            choices = list_choices(key) or ("VALUE", "VALUE")
-            raise ConfigError(f"{key} is no number, so it has no range: give values, as {key}={','.join(choices)}")
+            choices = ",".join(list_choices(key) or ("VALUE", "VALUE"))
+            raise ConfigError(f"{key} is no number, so it has no range: give values, as {key}={choices}")
         if kind == "integer" and not searched.integer:
             raise ConfigError(f"{key} takes integers, and {searched} is no integer range")
         values[key] = [int(end) if searched.integer else end for end in (searched.low, searched.top)]

@@ -21,6 +21,7 @@ from flows.sweeps.study import SweepStudy
 from tests.support.cli_sandbox import LIKENESS, QUICK, ROOT, CliSandbox, end, serve_prefect
 
 RATE = "training.learning_rate"
+pytestmark = pytest.mark.timeout(600)  # several whole runs each, two of them at once
 
 
 def test_trials_share_cached_stages_and_the_best_trial_alone_is_registered(
@@ -137,7 +138,6 @@ def wait_until(condition: Callable[[], bool], *, seconds: float, log: Path) -> N
         time.sleep(0.5)
 
 
-@pytest.mark.timeout(600)  # it starts a server, a worker and two runs at once
 def test_trials_on_a_work_pool_run_at_once_and_a_killed_sweep_finds_them_again(
     pool: CliSandbox, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from conf.subjects import ManyRequest
 from conf.trust import allowed_roots, check_path
 from flows.personalize_subject import personalize_subject
 from flows.subjects.dispatch import Batch, follow_runs, has_deployment, submit_subject
-from flows.subjects.index_page import name_batch, write_index
+from flows.subjects.index_page import name_batch, show_name, write_index
 from flows.subjects.listing import Origin, Subject, list_subjects
 from flows.subjects.records import (
     FOLDER,
@@ -50,7 +50,7 @@ def personalize_many(request: ManyRequest = ManyRequest()) -> ManyOutcome:  # no
     order = {subject.name: number for number, subject in enumerate(subjects)}
     outcomes.sort(key=lambda outcome: order[outcome.name])
     name = name_batch(request)
-    folder = write_index(batch.output / "many" / name, outcomes, title=request.subjects, store=batch.store)
+    folder = write_index(batch.output / "many" / name, outcomes, title=show_name(request.subjects), store=batch.store)
     return ManyOutcome(name=name, outcomes=outcomes, folder=str(folder))
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL.Image import Image
+
 from conf.subjects import ManyRequest
 from flows.subjects.records import SubjectOutcome
 from tasks.errors import LikenessError
@@ -35,6 +37,8 @@ class Row:
     """Relative link to the run's report; empty where there is none here."""
     picture: str
     """Data URL of the sample grid."""
+    is_small: bool = False
+    """Whether the picture is enlarged on the page, where smoothing would blur its pixels."""
 
     @property
     def metrics(self) -> dict[str, float | None]:
@@ -59,6 +63,11 @@ def name_batch(request: ManyRequest) -> str:
     return f"{stem or 'subjects'}-{digest([request.subjects, request.base.model_dump(mode='json')])[:6]}"
 
 
+def show_name(subjects: str) -> str:
+    """Return what the page is called: the name of the file or folder, or the prefix."""
+    return subjects if subjects.startswith("store:") else Path(subjects).name
+
+
 def write_index(folder: Path, outcomes: Sequence[SubjectOutcome], *, title: str, store: Store) -> Path:
     """Write page and table, and return their folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,21 +82,23 @@ def make_row(folder: Path, outcome: SubjectOutcome, store: Store) -> Row:
     summary = outcome.summary
     if summary is None or summary.paths is None:
         return Row(outcome, report="", picture="")
-    return Row(outcome, report=os.path.relpath(summary.paths.report, folder), picture=find_picture(store, summary))
+    report = os.path.relpath(summary.paths.report, folder)
+    picture = find_picture(store, summary)
+    if picture is None:
+        return Row(outcome, report=report, picture="")
+    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    url = f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(picture)).decode()}"
+    return Row(outcome, report=report, picture=url, is_small=picture.width < PICTURE_SIDE)
 
 
-def find_picture(store: Store, summary: RunSummary) -> str:
-    """Return a run's sample grid as a data URL; empty where it can't be had."""
+def find_picture(store: Store, summary: RunSummary) -> Image | None:
+    """Return a run's sample grid; None where it can't be had."""
     stage = summary.stages.get("publishing")
     try:
         found = find_manifest(store, Publication, stage="publishing", key=stage.key) if stage else None
-        picture = decode_png(read_verified(store, found.sample_grid)) if found else None
+        return decode_png(read_verified(store, found.sample_grid)) if found else None
     except (LikenessError, OSError):  # a page without one picture is better than none
-        return ""
-    if picture is None:
-        return ""
-    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    return f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(picture)).decode()}"
+        return None
 
 
 def render_table(rows: Sequence[Row]) -> str:

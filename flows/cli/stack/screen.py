@@ -64,7 +64,9 @@ def check_database(url: str) -> None:
     except ValueError:  # a port that is no number
         host, port = None, 0
     if not url.startswith("postgresql+asyncpg://") or not host:
-        raise ConfigError("--postgres takes postgresql+asyncpg://HOST:PORT/DATABASE, with user and password before HOST")
+        raise ConfigError(
+            "--postgres takes postgresql+asyncpg://HOST:PORT/DATABASE, with user and password before HOST"
+        )
     # Errors quote what they are about: as it was typed, and as it is.
     for password in filter(None, (address.password, unquote(address.password or ""))):
         register_secret(password)

@@ -29,11 +29,14 @@ CANCEL_CODE, FAILED_CODE = 130, 1
 def submit(settings: Sequence[str], output: Path, *, is_detached: bool) -> int:
     """Send a run to the work pool; follow it to its end unless detached.
 
+    Without a stack here, PREFECT_API_URL leads to workers elsewhere: paths are theirs, and left as they are.
+
     Raises:
         ConfigError: no stack runs, or a setting is invalid: nothing was sent.
 
     """
-    request = make_request(settings, output)
+    is_local = bool(find_api_url(output))
+    request = make_request(settings, output) if is_local else parse_overrides(settings)
     # Checked here with the deployment's restrictions left to the worker: its folders are not those of this machine.
     compile_request(request)
     connect(output)
@@ -54,7 +57,10 @@ def submit(settings: Sequence[str], output: Path, *, is_detached: bool) -> int:
 
 
 def make_request(settings: Sequence[str], output: Path) -> RunRequest:
-    """Return the request of the settings, with folders as absolute paths: the worker has another working directory."""
+    """Return the request of the settings, with folders as absolute paths: the worker has another working directory.
+
+    For a worker on this machine: one elsewhere has its own output folder, and other paths.
+    """
     request = parse_overrides(settings)
     values = dict(request.settings)
     source = values.get("subject.source")

@@ -1,6 +1,7 @@
 """`likeness run-many` in a terminal: one line per subject as it ends, then the table and its page."""
 
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from conf.compose import describe_invalid
 from conf.overrides import parse_overrides
 from conf.subjects import ManyRequest
 from flows.cli.run.job import ready_for_flows
+from flows.cli.stack.stack import find_api_url
 from flows.cli.stack.submit import make_request
 from flows.subjects.records import ManyOutcome
 from tasks.errors import ConfigError
@@ -23,7 +25,10 @@ def run_many_in_terminal(subjects: str, settings: list[str], options: Mapping[st
     try:
         # Absolute folders: a worker has another working directory.
         where = subjects if "://" in subjects or subjects.startswith("store:") else str(Path(subjects).absolute())
-        request = ManyRequest(subjects=where, base=make_request(settings, output), **options)
+        # A pool elsewhere has its own output folder.
+        is_remote = bool(os.environ.get("PREFECT_API_URL")) and not find_api_url(output)
+        base = parse_overrides(settings) if is_remote else make_request(settings, output)
+        request = ManyRequest(subjects=where, base=base, **options)
     except ValidationError as error:
         raise ConfigError(describe_invalid(error)) from error
     if "://" not in where and not where.startswith("store:") and not Path(where).exists():

@@ -66,6 +66,14 @@ class SubjectFile(BaseModel):
     settings: dict[str, Value] = Field(default_factory=dict, max_length=500)
     """Settings and config groups, as on the command line."""
 
+    @field_validator("settings", mode="before")
+    @classmethod
+    def read_nulls(cls, settings: object) -> object:
+        """Read a plain `null` as none: the file's scalars arrive as text."""
+        if not isinstance(settings, dict):
+            return settings
+        return {key: None if value in ("null", "~") else value for key, value in settings.items()}
+
     @field_validator("settings")
     @classmethod
     def check_settings(cls, settings: dict[str, Value]) -> dict[str, Value]:
@@ -89,11 +97,13 @@ def parse_subject_file(data: bytes) -> SubjectFile:
         # A few aliases can stand for gigabytes, and nothing here needs one.
         if any(isinstance(token, yaml.AnchorToken | yaml.AliasToken) for token in yaml.scan(text)):
             raise ConfigError(f"{SUBJECT_FILE}: anchors and aliases are not accepted")
-        return SubjectFile.model_validate(yaml.safe_load(text))
+        # Every scalar as text: YAML's own types raise errors of all kinds, and the schema knows the right ones.
+        plain = yaml.load(text, Loader=yaml.BaseLoader)
+        return SubjectFile.model_validate(plain)
     except ValidationError as error:
         raise ConfigError(f"{SUBJECT_FILE}: {describe_invalid(error)}") from error
-    # ValueError: not UTF-8, or a date that is none; RecursionError: deep nesting.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    # ValueError: not UTF-8; RecursionError: deep nesting; TypeError: a list as a key.
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{SUBJECT_FILE} is not YAML: {first_line(error)}") from error
 
 

@@ -19,12 +19,13 @@ from flows.subjects.records import (
     ManyOutcome,
     SubjectOutcome,
     SubjectRun,
+    SubjectStatus,
     next_attempt,
     read_record,
     write_record,
 )
 from tasks.config_base import RequestRule
-from tasks.errors import LikenessError, StillPending
+from tasks.errors import LikenessError, StillPending, first_line
 from tasks.services.store.lease import hold_lease
 from tasks.services.store.open import open_store
 
@@ -58,8 +59,8 @@ def list_unready(subjects: list[Subject]) -> Iterator[SubjectOutcome]:
     """Yield the outcomes of subjects that can't be run, or not yet."""
     for subject in subjects:
         if subject.request is None:
-            log.info("%s: %s", subject.name, subject.problem or "still being written; looked at again the next time")
-            status = "incomplete" if subject.is_incomplete else "refused"
+            status: SubjectStatus = "incomplete" if subject.is_incomplete else "refused"
+            log.info("%s: %s (%s)", subject.name, status, subject.problem)
             yield SubjectOutcome(name=subject.name, status=status, reason=subject.problem)
 
 
@@ -69,9 +70,14 @@ def run_on_pool(batch: Batch, subjects: list[Subject]) -> Iterator[SubjectOutcom
         done = batch.find_done(subject)
         if done is not None:
             yield done
-        else:
+            continue
+        try:
             submit_subject(batch, subject)
-    yield from follow_runs(batch, is_waiting=batch.request.wait)
+        except Exception as error:  # the server refuses this request; the others may be right
+            log.info("%s: failed (%s)", subject.name, first_line(error))
+            yield SubjectOutcome(name=subject.name, status="failed", reason=f"not submitted: {first_line(error)}")
+    # In a deployment it would hold the slot of the pool that its runs need.
+    yield from follow_runs(batch, is_waiting=batch.request.wait and deployment.id is None)
 
 
 def run_here(batch: Batch, subjects: list[Subject]) -> Iterator[SubjectOutcome]:
@@ -101,8 +107,9 @@ def run_subject(batch: Batch, subject: Subject) -> SubjectOutcome:
         summary = personalize_subject(subject.request)
     except StillPending as error:  # `likeness pending`, or the next call, collects its batch job
         return SubjectOutcome(name=subject.name, status="pending", reason=str(error))
-    except LikenessError as error:
-        failed = SubjectRun(status="failed", attempt=attempt, reason=f"{error.kind}: {error}"[:500])
+    except Exception as error:  # whatever one subject's run raises must not stop the others
+        kind = error.kind if isinstance(error, LikenessError) else type(error).__name__
+        failed = SubjectRun(status="failed", attempt=attempt, reason=f"{kind}: {first_line(error)}"[:500])
         write_record(batch.store, subject.key, failed)
         return SubjectOutcome(name=subject.name, status="failed", reason=failed.reason)
     write_record(batch.store, subject.key, SubjectRun(status="finished", attempt=attempt, run_id=summary.run_id))

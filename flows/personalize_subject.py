@@ -40,7 +40,7 @@ def personalize_subject(request: RunRequest = RunRequest()) -> RunSummary:  # no
         )
         subject = result_of(prepare_subject(SubjectInputs(config.subject, config.llm, photos), runtime))
         if config.subject.approval == "ask":
-            decided = ask_approval(subject, config.subject, store=runtime.store, folder=run.folder)
+            decided = ask_approval(run.question(subject))
             if decided != config.subject:  # prepared again: all replies of LLMs on accepted photos are cached
                 photos = check_photos(decided, runtime, is_drawn_world=config.is_mini)
                 subject = result_of(prepare_subject(SubjectInputs(decided, config.llm, photos), runtime))

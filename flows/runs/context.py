@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 from conf.compose import compile_request, compute_config_digest
 from conf.request import RunRequest
 from conf.schema import RunConfig
+from flows.runs.approval import Question, check_policy
 from flows.runs.records import (
+    close_earlier,
     relate,
     resolve_paths,
     stamp,
@@ -42,6 +44,7 @@ from tasks.manifests.run_summary import (
     SubjectNames,
 )
 from tasks.manifests.scoring import Scorecard
+from tasks.manifests.subject import SubjectSet
 from tasks.redaction import MASK, install_log_redaction, names_secret, redact
 from tasks.stage.cache import PREFIXES, read_verified
 from tasks.stage.context import Runtime, StageRecord
@@ -77,6 +80,11 @@ class Run:
     def config_rows(self) -> tuple[tuple[str, str], ...]:
         """Return the configuration as dotted names and values, as it is shown to others."""
         return tuple(show_config(self.config))
+
+    def question(self, subject: SubjectSet) -> Question:
+        """Return what a person is asked before training."""
+        digest = compute_config_digest(self.config)
+        return Question(subject, self.config.subject, digest, self.runtime.store, self.folder)
 
     def summarize(self, manifests: RunManifests, publication: Publication) -> RunSummary:
         """Write `summary.json` and return it, with absolute paths."""
@@ -288,6 +296,7 @@ def check_first(config: RunConfig, tracker: "Tracker") -> ModelRef:
     base_model = identify_model(config.diffusion)
     find_encoders(config.evaluation.encoders)
     check_files(config)
+    check_policy(config.subject)
     tracker.check()
     return base_model
 
@@ -329,7 +338,9 @@ def make_run_folder(output: Path, config: RunConfig, request: RunRequest, *, is_
     write_atomic(folder / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
     # The request makes the folder a run (`list_run_folders`); killed before its first summary, it counts as killed.
     write_request(folder, request, is_trusted=is_trusted)
-    write_start(folder, folder.name, compute_config_digest(config), flow_run_id=find_flow_run_id())
+    flow_run_id = find_flow_run_id()
+    write_start(folder, folder.name, compute_config_digest(config), flow_run_id=flow_run_id)
+    close_earlier(folder, flow_run_id)
     return folder
 
 

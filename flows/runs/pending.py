@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flows.runs.approval import Question
 from flows.runs.records import REQUEST, list_run_folders, read_request, read_run, read_summary
-from tasks.errors import ArtifactCorrupt, LikenessError
+from tasks.errors import ApprovalPending, ArtifactCorrupt, LikenessError
 from tasks.manifests.run_summary import RunSummary
+from tasks.manifests.subject import SubjectSet
 from tasks.stage.digests import load_lines
 
 JOB_LOG = "jobs.jsonl"
@@ -33,11 +35,36 @@ def list_pending(output: Path) -> list[list[Path]]:
     """Return the folders of pending runs, oldest first, grouped by equal requests."""
     groups: dict[str, list[Path]] = {}
     for folder in list_run_folders(output):
-        status = read_summary(folder).status
+        summary = read_summary(folder)
+        status = summary.status
+        if summary.error is not None and summary.error.kind == ApprovalPending.__name__ and not is_decided(folder):
+            continue  # until a person has decided, another attempt could only wait as well
         if status == "pending" or (status in INTERRUPTED and has_live_job(folder)):
             # Equal requests have equal keys: resuming one run collects the batch job for all of them.
             groups.setdefault((folder / REQUEST).read_text(errors="replace"), []).append(folder)
     return list(groups.values())
+
+
+def is_decided(folder: Path) -> bool:
+    """Whether a person has decided on the photos of a run at a terminal, or had the configured time.
+
+    A suspended flow run of a deployment is resumed by Prefect, never from here.
+    """
+    from tasks.services.store.open import open_store
+    from tasks.stage.cache import find_manifest
+
+    try:
+        if not read_request(folder).is_trusted:
+            return False
+        run = read_run(folder)
+        store = open_store(run.config.store)
+        subject = find_manifest(store, SubjectSet, stage="subject", key=run.summary.stages["subject"].key)
+        if subject is None:
+            return True  # it is prepared and asked for again
+        question = Question(subject, run.config.subject, run.summary.config_digest, store, folder)
+        return question.read() is not None or question.is_expired()
+    except (LikenessError, OSError, ValueError, KeyError):
+        return False
 
 
 def find_readable(groups: list[list[Path]]) -> Path:

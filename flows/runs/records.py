@@ -3,6 +3,7 @@
 Both carry their own digest. A torn or modified record affects its own run only and never fails a command.
 """
 
+import errno
 import json
 import os
 import shlex
@@ -90,6 +91,14 @@ def write_start(folder: Path, run_id: str, config_digest: str = "", *, flow_run_
     write_summary(folder, summary)
 
 
+def close_earlier(folder: Path, flow_run_id: str) -> None:
+    """Mark suspended attempts of the same flow run as resumed by this one: nobody has to decide or wait for them."""
+    for earlier in list_run_folders(folder.parent) if flow_run_id else ():
+        summary = read_summary(earlier) if earlier != folder else None
+        if summary is not None and summary.flow_run_id == flow_run_id and summary.status == "pending":
+            write_summary(earlier, summary.model_copy(update={"status": "resumed", "resumed_by": folder.name}))
+
+
 def write_stages(folder: Path, keys: dict[str, str]) -> None:
     """Record the keys of the stages that a run has begun, so that `likeness gc` keeps their objects."""
     summary = read_summary(folder)
@@ -140,7 +149,7 @@ def read_summary(folder: Path) -> RunSummary:
     A run that is marked as running and whose process is gone was killed.
     """
     try:
-        summary = RunSummary.model_validate(verify_signed(parse_json((folder / SUMMARY).read_bytes())))
+        summary = RunSummary.model_validate(verify_signed(parse_json(read_plain(folder / SUMMARY))))
     except FileNotFoundError:  # killed between `write_request` and `write_start`
         return make_head(folder.name, "killed")
     except (ArtifactCorrupt, OSError) as error:
@@ -151,6 +160,13 @@ def read_summary(folder: Path) -> RunSummary:
     if summary.status == "running" and not is_alive(summary.owner):
         return summary.model_copy(update={"status": "killed"})
     return summary
+
+
+def read_plain(path: Path) -> bytes:
+    """Return a file's content. Raises OSError for anything but a regular file: opening a FIFO would block."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no regular file")
+    return path.read_bytes()
 
 
 def is_alive(owner: ProcessOwner | None) -> bool:

@@ -1,5 +1,6 @@
 """Runs of many subjects on a work pool: each is submitted once, and followed to its end."""
 
+import datetime
 import logging
 import time
 import uuid
@@ -12,6 +13,7 @@ from conf.subjects import ManyRequest
 from flows.runs.records import list_summaries
 from flows.subjects.listing import Subject
 from flows.subjects.records import SubjectOutcome, SubjectRun, next_attempt, read_record, write_record
+from flows.subjects.waiting import explain_wait
 from tasks.manifests.run_summary import RunSummary
 from tasks.redaction import clean_text
 from tasks.services.store.base import Store
@@ -77,7 +79,7 @@ def submit_subject(batch: Batch, subject: Subject) -> None:
 
     assert subject.request is not None
     record = read_record(batch.store, subject.key)
-    if record is not None and record.status == "submitted":
+    if record is not None and record.status == "submitted" and record.flow_run_id:
         batch.followed[uuid.UUID(record.flow_run_id)] = subject
         return
     attempt = next_attempt(record)
@@ -85,6 +87,8 @@ def submit_subject(batch: Batch, subject: Subject) -> None:
         DEPLOYMENT,
         parameters={"request": subject.request.model_dump(mode="json", exclude_unset=True)},
         timeout=0,
+        # A run with a parent can't be suspended, as it is while a person approves its photos.
+        as_subflow=False,
         tags=["likeness"],
         idempotency_key=f"{subject.key}-{attempt}",
         work_queue_name=BULK_QUEUE,
@@ -101,20 +105,38 @@ def follow_runs(batch: Batch, *, is_waiting: bool) -> Iterator[SubjectOutcome]:
     """Yield the outcomes of submitted runs as they end; those that still run where nobody waits for them."""
     from prefect.client.orchestration import get_client
 
-    crashed: dict[uuid.UUID, float] = {}
+    reason = ""
     with get_client(sync_client=True) as client:
         while batch.followed:
-            for run in read_runs(client, list(batch.followed)):
-                if is_over(run, crashed):
+            runs = {run.id: run for run in read_runs(client, list(batch.followed))}
+            for run_id in [each for each in batch.followed if each not in runs]:
+                yield forget(batch, batch.followed.pop(run_id), run_id)
+            for run in runs.values():
+                if is_over(run):
                     yield collect(batch, batch.followed.pop(run.id), run)
             if not is_waiting:
                 yield from (SubjectOutcome(name=each.name, status="submitted") for each in batch.followed.values())
                 return
+            reason = tell_wait(client, [runs[each] for each in batch.followed], reason)
             time.sleep(POLL_SECONDS)
 
 
+def tell_wait(client: "SyncPrefectClient", runs: list["FlowRun"], told: str) -> str:
+    """Log what runs wait for, where it changed; return it."""
+    paused = [run.name for run in runs if run.state and run.state.is_paused()]
+    waiting = [run for run in runs if run.state and run.state.is_scheduled()]
+    reason = ""
+    if paused:
+        reason = f"{', '.join(paused[:3])} waits for approval, in Prefect's UI or by `likeness approve`"
+    elif waiting and len(waiting) == len(runs):  # none is at work
+        reason = explain_wait(client, waiting[0])
+    if reason and reason != told:
+        log.info("waiting: %s", reason)
+    return reason
+
+
 def read_runs(client: "SyncPrefectClient", ids: list[uuid.UUID]) -> Iterator["FlowRun"]:
-    """Yield flow runs by id; a run that was deleted counts as crashed by being absent from the server."""
+    """Yield those flow runs that the server knows."""
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
     for start in range(0, len(ids), PAGE):
@@ -122,14 +144,23 @@ def read_runs(client: "SyncPrefectClient", ids: list[uuid.UUID]) -> Iterator["Fl
         yield from client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=page)), limit=PAGE)
 
 
-def is_over(run: "FlowRun", crashed: dict[uuid.UUID, float]) -> bool:
-    """Whether a flow run has ended for good; `crashed` holds when a crash was first seen."""
+def is_over(run: "FlowRun") -> bool:
+    """Whether a flow run has ended for good: a crashed one is about to be scheduled again."""
     if run.state is None or not run.state.is_final():
-        crashed.pop(run.id, None)
         return False
-    if not run.state.is_crashed():
-        return True
-    return time.monotonic() - crashed.setdefault(run.id, time.monotonic()) > CRASH_SECONDS
+    age = datetime.datetime.now(datetime.UTC) - run.state.timestamp
+    return not run.state.is_crashed() or age.total_seconds() > CRASH_SECONDS
+
+
+def forget(batch: Batch, subject: Subject, run_id: uuid.UUID) -> SubjectOutcome:
+    """Record that a flow run was deleted, or belongs to another server's database."""
+    reason = "the server no longer knows its flow run"
+    record = read_record(batch.store, subject.key)
+    attempt = record.attempt if record else 1
+    failed = SubjectRun(status="failed", attempt=attempt, flow_run_id=str(run_id), reason=reason)
+    write_record(batch.store, subject.key, failed)
+    log.info("%s: failed (%s)", subject.name, reason)
+    return SubjectOutcome(name=subject.name, status="failed", reason=reason)
 
 
 def collect(batch: Batch, subject: Subject, run: "FlowRun") -> SubjectOutcome:

@@ -7,17 +7,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.compose import compile_request
+from conf.groups import FIELDS
 from conf.overrides import parse_override
 from conf.request import RunRequest
-from conf.subjects import MAX_SUBJECTS, SUBJECT_FILE, ManyRequest, SubjectFile, make_request, parse_subject_file
+from conf.subjects import (
+    MAX_FILE_BYTES,
+    MAX_SUBJECTS,
+    SUBJECT_FILE,
+    ManyRequest,
+    SubjectFile,
+    make_request,
+    parse_subject_file,
+)
+from conf.trust import check_request
 from tasks.csv_files import read_table
-from tasks.errors import ConfigError, LikenessError
+from tasks.errors import ConfigError, LikenessError, first_line
 from tasks.redaction import clean_text, show_value
 from tasks.services.store.base import Store, StoredObject
+from tasks.services.store.local import LocalStore
 from tasks.stage.digests import digest
+from tasks.subject.photos.decoding import SUFFIXES
 from tasks.subject.photos.ingest import list_source
 
 COLUMNS = ("source", "class_noun")
+ANY_FAULT = (LikenessError, OSError, RuntimeError, ValueError)
+"""What one subject's files can raise; the others are not affected."""
 STORE = "store:"
 
 
@@ -45,9 +59,9 @@ class Origin:
     roots: tuple[Path, ...] | None
     """Folders that paths must lie in; None: a person's terminal."""
 
-    def is_settled(self, modified: Iterable[float]) -> bool:
-        """Whether the newest of some files is older than the settling time."""
-        return time.time() - max(modified, default=0.0) >= self.request.settle_seconds
+    def is_settled(self, changed: Iterable[float]) -> bool:
+        """Whether the newest of some files was written longer ago than the settling time."""
+        return time.time() - max(changed, default=0.0) >= self.request.settle_seconds
 
     def identify(self, name: str, request: RunRequest) -> Subject:
         """Check a subject's configuration, digest its photos, and return it."""
@@ -55,10 +69,13 @@ class Origin:
         source = list_source(config.subject, self.store)
         if config.subject.source.startswith(STORE):
             prefix = config.subject.source.removeprefix(STORE)
-            photos = [(key, self.store.compute_sha256(key)) for key in self.store.list_keys(prefix)]
+            keys = [key for key in self.store.list_keys(prefix) if key.lower().endswith(SUFFIXES)]
+            photos = [(key.rsplit("/", 1)[-1], self.store.compute_sha256(key) or "") for key in keys]
         else:
             photos = [(photo, hashlib.sha256(read()).hexdigest()) for photo, read in source.files]
-        return Subject(name, request, key=digest([request.model_dump(mode="json"), photos])[:32])
+        # Not where they lie, nor where results go: the same photos in another folder are the same subject.
+        settings = config.model_dump(mode="json", exclude={"output_dir": True, "store": True, "subject": {"source"}})
+        return Subject(name, request, key=digest([settings, sorted(photos)])[:32])
 
 
 def list_subjects(origin: Origin) -> Iterator[Subject]:
@@ -83,9 +100,11 @@ def list_subjects(origin: Origin) -> Iterator[Subject]:
     for count, subject in enumerate(found, 1):
         if count > MAX_SUBJECTS:
             raise ConfigError(f"{where}: more than {MAX_SUBJECTS:,} subjects; divide them")
-        first = names.setdefault(subject.key, subject.name) if subject.key else subject.name
-        is_repeated = subject.key and first != subject.name
-        yield Subject(subject.name, problem=f"the same photos and settings as {first}") if is_repeated else subject
+        if subject.key and subject.key in names:
+            yield Subject(subject.name, problem=f"the same photos and settings as {names[subject.key]}")
+            continue
+        names[subject.key] = subject.name
+        yield subject
     if not count and origin.request.wait:  # an empty inbox is none of a person's errors
         raise ConfigError(f"{where}: no subjects; a subject is a folder of photos with a {SUBJECT_FILE}")
 
@@ -105,8 +124,8 @@ def list_rows(origin: Origin, path: Path) -> Iterator[Subject]:
         name = clean_text(cells.pop("name", "")) or f"line {number}"
         try:
             yield origin.identify(name, read_row(origin, path, cells))
-        except LikenessError as error:
-            yield Subject(name, problem=f"{path.name}, line {number}: {error}")
+        except ANY_FAULT as error:
+            yield Subject(name, problem=f"{path.name}, line {number}: {explain(error)}")
 
 
 def read_row(origin: Origin, path: Path, cells: dict[str, str]) -> RunRequest:
@@ -122,20 +141,25 @@ def read_row(origin: Origin, path: Path, cells: dict[str, str]) -> RunRequest:
 
 def list_folders(origin: Origin, folder: Path) -> Iterator[Subject]:
     """Yield one subject per folder that holds a `subject.yaml`."""
+    root = folder.resolve()
     for path in sorted(folder.glob(f"*/{SUBJECT_FILE}")):
         name = clean_text(path.parent.name)
         try:
-            files = [file for file in path.parent.iterdir() if file.is_file()]
-            described = parse_subject_file(path.read_bytes())
-            present = {file.name: file.stat().st_mtime for file in files}
-            if is_complete(origin, described, present):
-                yield identify_described(origin, name, described, source=str(path.parent))
-            else:
-                yield Subject(name, is_incomplete=True)
-        except LikenessError as error:
-            yield Subject(name, problem=str(error))
-        except OSError as error:  # a folder that is being moved
-            yield Subject(name, problem=f"{path}: {error.strerror}")
+            # A link could lead to any folder of the machine, and a FIFO would block.
+            if path.resolve().parent.parent != root or not path.is_file():
+                raise ConfigError(f"{SUBJECT_FILE} is no plain file of a folder here")
+            described = parse_subject_file(read_bounded(path))
+            # The time of the last change of the file itself: copies keep the time of modification of their originals.
+            present = {file.name: file.stat().st_ctime for file in path.parent.iterdir() if file.is_file()}
+            yield from describe_folder(origin, name, described, present=present, source=str(path.parent))
+        except ANY_FAULT as error:
+            yield Subject(name, problem=explain(error))
+
+
+def read_bounded(path: Path) -> bytes:
+    """Return at most a byte more than a description may have."""
+    with path.open("rb") as file:
+        return file.read(MAX_FILE_BYTES + 1)
 
 
 def list_stored(origin: Origin, prefix: str) -> Iterator[Subject]:
@@ -147,29 +171,52 @@ def list_stored(origin: Origin, prefix: str) -> Iterator[Subject]:
         name, sign, rest = item.key.removeprefix(prefix).partition("/")
         if sign and rest:
             folders.setdefault(name, []).append(item)
-    for name, items in sorted(folders.items()):
-        start = f"{prefix}{name}/"
-        present = {item.key.removeprefix(start): item.modified for item in items}
-        if SUBJECT_FILE not in present:
+    for folder, items in sorted(folders.items()):
+        start, name = f"{prefix}{folder}/", clean_text(folder)
+        sizes = {item.key.removeprefix(start): item.size_bytes for item in items}
+        if SUBJECT_FILE not in sizes:
             continue
         try:
+            if sizes[SUBJECT_FILE] > MAX_FILE_BYTES:  # before it is read into memory
+                raise ConfigError(f"{SUBJECT_FILE} has more than {MAX_FILE_BYTES:,} bytes")
             described = parse_subject_file(origin.store.find_bytes(start + SUBJECT_FILE) or b"")
-            if is_complete(origin, described, present):
-                yield identify_described(origin, clean_text(name), described, source=f"{STORE}{start}")
-            else:
-                yield Subject(clean_text(name), is_incomplete=True)
-        except LikenessError as error:
-            yield Subject(clean_text(name), problem=str(error))
+            present = {item.key.removeprefix(start): find_change(origin.store, item) for item in items}
+            yield from describe_folder(origin, name, described, present=present, source=f"{STORE}{start}")
+        except ANY_FAULT as error:
+            yield Subject(name, problem=explain(error))
 
 
-def is_complete(origin: Origin, described: SubjectFile, present: dict[str, float]) -> bool:
-    """Whether all files that a subject names are there, and none was written just now."""
-    return set(described.photos) <= set(present) and origin.is_settled(present.values())
+def find_change(store: Store, item: StoredObject) -> float:
+    """Return when an object was written: a copy into a local store's folder may keep an older time."""
+    return (store.root / item.key).stat().st_ctime if isinstance(store, LocalStore) else item.modified
 
 
-def identify_described(origin: Origin, name: str, described: SubjectFile, *, source: str) -> Subject:
-    """Return a subject that its `subject.yaml` describes. Raises ConfigError."""
+def describe_folder(
+    origin: Origin, name: str, described: SubjectFile, *, present: dict[str, float], source: str
+) -> Iterator[Subject]:
+    """Yield the subject of a folder; incomplete where a photo is missing, or a file was written just now.
+
+    Args:
+        origin: where subjects are listed from.
+        name: of the subject.
+        described: its `subject.yaml`.
+        present: when each file was written, by name.
+        source: the folder, as a request names it.
+
+    """
+    missing = sorted(set(described.photos) - set(present))
+    if missing or not origin.is_settled(present.values()):
+        reason = f"{missing[0]} is missing" if missing else "a file was written just now"
+        yield Subject(name, problem=reason, is_incomplete=True)
+        return
+    # Whoever may upload photos must not reach hosts, keys or folders, wherever the description is read.
+    check_request({key: value for key, value in described.settings.items() if key not in FIELDS}, origin.roots or ())
     request = make_request(
         origin.request.base, source=source, class_noun=described.class_noun, settings=described.settings
     )
-    return origin.identify(name, request)
+    yield origin.identify(name, request)
+
+
+def explain(error: Exception) -> str:
+    """Return an error as a reason."""
+    return str(error) if isinstance(error, LikenessError) else f"{type(error).__name__}: {first_line(error)}"

@@ -1,16 +1,6 @@
-"""Sweeps with whole runs: trials share stages, are pruned, and run on a work pool."""
+"""Sweeps with whole runs: trials share stages, and are pruned."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from datetime import datetime
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,7 +8,7 @@ from conf.sweep import read_sweep
 from flows.runs.records import list_summaries
 from flows.sweep_settings import NO_POOL
 from flows.sweeps.study import SweepStudy
-from tests.support.cli_sandbox import LIKENESS, QUICK, ROOT, CliSandbox, end, serve_prefect
+from tests.support.cli_sandbox import QUICK, CliSandbox
 
 RATE = "training.learning_rate"
 pytestmark = pytest.mark.timeout(600)  # several whole runs each, two of them at once
@@ -90,73 +80,3 @@ def test_a_training_behind_the_median_is_stopped_at_its_first_validation(
     training = sandbox.output / "work" / "training" / summary["stages"]["training"]["key"]
     events = [json.loads(line) for line in (training / "events.jsonl").read_text().splitlines()]
     assert max(event.get("step", 0) for event in events) < 6
-
-
-@pytest.fixture(scope="module")
-def pool(
-    sandbox: CliSandbox, first_run: dict[str, object], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[CliSandbox]:
-    """The sandbox with a server of its own, which has the deployment and a worker."""
-    folder = tmp_path_factory.mktemp("pool")
-    with serve_prefect(folder) as url, (folder / "worker.log").open("wb") as log:
-        place = replace(sandbox, server_url=url)
-        environment = {**place.environment(), "PREFECT_HOME": str(folder / "prefect"), "LIKENESS_HOME": str(ROOT)}
-        environment["PREFECT_WORKER_QUERY_SECONDS"] = "1"
-        prefect = [sys.executable, "-m", "prefect"]
-        file = ["--prefect-file", "deployments/prefect.yaml"]
-        for words in (
-            ["work-pool", "create", "likeness", "--type", "process"],
-            ["--no-prompt", "deploy", "--name", "personalize-subject", *file],
-        ):
-            subprocess.run([*prefect, *words], cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
-        worker = subprocess.Popen(
-            [*prefect, "worker", "start", "--pool", "likeness"],
-            cwd=place.folder,
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            yield place
-        finally:
-            end(worker, seconds=5)
-
-
-def list_sub_runs(place: CliSandbox) -> list[dict[str, Any]]:
-    """Return the runs of the main job on the server of a sandbox."""
-    body = json.dumps({"flows": {"name": {"any_": ["personalize-subject"]}}}).encode()
-    request = urllib.request.Request(f"{place.server_url}/flow_runs/filter", body, {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as response:
-        found: list[dict[str, Any]] = json.loads(response.read())
-    return found
-
-
-def wait_until(condition: Callable[[], bool], *, seconds: float, log: Path) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.5)
-
-
-def test_trials_on_a_work_pool_run_at_once_and_a_killed_sweep_finds_them_again(
-    pool: CliSandbox, tmp_path: Path
-) -> None:
-    # Trained by the sweep above, where it ran.
-    words = ["sweep", *QUICK, f"{RATE}=1e-4,3e-4", "tracking=none", "publishing=local", "--parallel", "2"]
-    log = tmp_path / "log"
-    with log.open("wb") as file:
-        killed = subprocess.Popen(
-            [*LIKENESS, *words], cwd=pool.folder, env=pool.environment(), stdout=file, stderr=file
-        )
-        # The study names a trial's process before its run is sent.
-        wait_until(lambda: len(list_sub_runs(pool)) == 2, seconds=120, log=log)
-        killed.send_signal(signal.SIGKILL)
-        killed.wait()
-    done = pool.likeness(*words, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 new trials" in done.stdout
-    assert done.stdout.count("interrupted") == 2
-    runs = list_sub_runs(pool)
-    assert [run["state"]["type"] for run in runs] == ["COMPLETED", "COMPLETED"]  # these two, not two more
-    starts, ends = ([datetime.fromisoformat(run[name]) for run in runs] for name in ("start_time", "end_time"))
-    assert max(starts) < min(ends)

@@ -187,7 +187,9 @@ def test_a_person_decides_in_the_form_and_is_notified(folder: Path, messages: li
         assert run["state"]["state_details"]["run_input_keyset"]
         refused = client.post(resume, json={"run_input": {"photo_1": "perhaps"}}).json()
         assert refused["status"] == "REJECT"
-        accepted = client.post(resume, json={"run_input": {"photo_1": "reject", "caption_2": "in a red room"}}).json()
+        accepted = client.post(
+            resume, json={"run_input": {"photo_1": "reject", "surroundings_2": "in a red room"}}
+        ).json()
         assert accepted["status"] == "ACCEPT", accepted
         wait_for_state(client, run_id, "Completed")
     [summary] = [s for s in list_summaries(folder / "runs") if s.flow_run_id == run_id and s.status == "finished"]

@@ -1,7 +1,6 @@
 """`likeness approve`: a person's decision on the photos and captions of a run that waits for it."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ from uuid import UUID
 
 from flows.cli.console import make_cell
 from flows.cli.results.runs import find_run
-from flows.cli.stack.stack import find_api_url
-from flows.runs.approval import Approval, join_caption, write_approval
-from flows.runs.records import REQUEST, read_run
-from tasks.errors import ConfigError
+from flows.cli.stack.submit import connect
+from flows.runs.approval import Approval, EditedCaption, Question, fill_form, join_caption
+from flows.runs.records import REQUEST, read_request, read_run
+from tasks.errors import ConfigError, ServiceUnavailable, first_line
 from tasks.manifests.subject import SubjectSet
 from tasks.redaction import clean_text, show_value
 from tasks.services.store.open import open_store
@@ -52,10 +51,11 @@ def approve(output: Path, name: str, decision: Decision, *, read: Callable[[str]
     if not decision.is_confirmed and not confirm(approval, read):
         print("nothing was decided", file=sys.stderr)
         return 1
-    write_approval(store, subject.stage_key, approval)
-    if summary.flow_run_id and resume_in_prefect(output, UUID(summary.flow_run_id)):
+    if not read_request(folder).is_trusted:  # a suspended flow run of a deployment: Prefect's form holds the decision
+        answer_form(output, UUID(summary.flow_run_id), fill_form(subject, approval))
         print("decided; the suspended flow run goes on")
         return 0
+    Question(subject, run.config.subject, summary.config_digest, store, folder).write(approval)
     from flows.cli.run.resume import resume
 
     return resume(output, folder.name)
@@ -71,12 +71,12 @@ def make_approval(subject: SubjectSet, decision: Decision) -> Approval:
     return Approval(is_approved=not decision.is_refused, rejected=tuple(decision.rejected), captions=captions)
 
 
-def read_captions(path: Path) -> dict[str, str]:
+def read_captions(path: Path) -> dict[str, EditedCaption]:
     """Return captions by photo, from a CSV of photo, surroundings and view as `likeness review` writes it."""
     from tasks.csv_files import read_rows
 
     rows = read_rows(path, ("photo", "surroundings", "view"), setting="--captions")
-    return {row["photo"]: ", ".join(filter(None, (row["surroundings"], row["view"]))) for _, row in rows}
+    return {row["photo"]: EditedCaption(surroundings=row["surroundings"], view=row["view"]) for _, row in rows}
 
 
 def show_photos(subject: SubjectSet) -> None:
@@ -104,23 +104,28 @@ def confirm(approval: Approval, read: Callable[[str], str]) -> bool:
     return False
 
 
-def resume_in_prefect(output: Path, flow_run_id: UUID) -> bool:
-    """Resume the suspended flow run of a deployment; return whether there was one."""
-    url = os.environ.get("PREFECT_API_URL") or find_api_url(output.absolute())
-    if not url:
-        return False
-    os.environ["PREFECT_API_URL"] = url
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+def answer_form(output: Path, flow_run_id: UUID, answer: dict[str, str]) -> None:
+    """Fill in the form of a suspended flow run.
+
+    Raises:
+        ConfigError: no server is known, or the run is not suspended any more.
+        ServiceUnavailable: the server does not answer.
+
+    """
+    connect(output.absolute())
+    import httpx
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 
-    with get_client(sync_client=True) as client:
-        try:
-            run = client.read_flow_run(flow_run_id)
-        except ObjectNotFound:
-            return False
-        if run.state is None or not run.state.is_paused():
-            return False
-        # The form's defaults; the decision in the store takes precedence over them.
-        client.resume_flow_run(flow_run_id, run_input={})
-    return True
+    try:
+        with get_client(sync_client=True) as client:
+            result = client.resume_flow_run(flow_run_id, run_input=answer)
+    except ObjectNotFound as error:
+        raise ConfigError("the Prefect server does not know this run any more; submit it again") from error
+    except httpx.HTTPError as error:
+        raise ServiceUnavailable(
+            f"the Prefect server did not answer: {first_line(error)}; nothing was decided"
+        ) from error
+    if result.status != "ACCEPT":
+        reason = getattr(result.details, "reason", None) or result.status
+        raise ConfigError(f"the flow run can't be resumed: {reason}; submit it again")

@@ -82,12 +82,13 @@ def finish_pending(output: Path) -> int:
 
 @contextlib.contextmanager
 def ready_for_flows(
-    request: RunRequest, *, is_trusted: bool = True
+    request: RunRequest, *, is_trusted: bool = True, is_subject_known: bool = True
 ) -> Iterator[tuple[RunConfig, ProgressView, EmbeddedServer | None]]:
-    """Run the early checks while the embedded Prefect server starts."""
+    """Run the early checks while the embedded Prefect server starts; of photos too, where the request names them."""
     config = compile_request(request, roots=None if is_trusted else allowed_roots())
     # Printed at once, since imports delay further output by seconds.
-    print(describe_start(config), flush=True)
+    if is_subject_known:
+        print(describe_start(config), flush=True)
     # Before the server starts, so that an early SIGTERM also stops it in the `finally` below.
     signal.signal(signal.SIGTERM, raise_interrupt)
     if needs_server() and (url := find_api_url(Path(config.output_dir).absolute())):
@@ -98,7 +99,7 @@ def ready_for_flows(
         if server is not None:
             # Started first and awaited last: the checks run while it starts.
             server.start()
-        check_early(config)
+        check_early(config, is_subject_known=is_subject_known)
         # Imports of torch and Prefect take seconds; they overlap the server's start.
         importlib.import_module("flows.personalize_subject")
         if server is not None:
@@ -125,7 +126,7 @@ def raise_interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def check_early(config: RunConfig) -> None:
+def check_early(config: RunConfig, *, is_subject_known: bool = True) -> None:
     """Validate photos, folders and keys before anything is started."""
     from tasks.services.llm.chat.transport import read_key
     from tasks.services.store.open import open_store
@@ -137,6 +138,8 @@ def check_early(config: RunConfig) -> None:
     open_tracker(config.tracking, folder=Path(config.output_dir)).check()
     for name in config.llm.used_profiles():
         read_key(config.llm.profiles[name])
+    if not is_subject_known:  # that of many subjects is another one each time
+        return
     if config.is_mini:
         check_class_noun(config.subject)
     # The flow checks them again; here they are refused before torch and Prefect are imported.

@@ -4,6 +4,7 @@ Nothing but a fixed set of files is served, each below a folder whose name was f
 request is ever opened.
 """
 
+import contextlib
 import json
 import re
 import signal
@@ -35,7 +36,8 @@ SECURITY = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-ROUTE = re.compile(r"/(?P<kind>runs|many|sweeps)/(?P<name>[\w.-]+)/(?P<file>[\w.-]+)")
+# The page of many subjects links to `../../RUN/report.html`, which holds in the output folder too.
+ROUTE = re.compile(r"(?:/(?P<kind>runs|many|sweeps))?/(?P<name>[^/]+)/(?P<file>[\w.-]+)")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def find_answer(output: Path, target: str) -> Answer:
         rows = [summary.model_dump(mode="json", exclude_unset=True) for summary in list_summaries(output)]
         return Answer(HTTPStatus.OK, KINDS["summary.json"], json.dumps(rows).encode())
     found = ROUTE.fullmatch(path)
-    file = find_file(output, **found.groupdict()) if found else None
+    file = find_file(output, found["kind"] or "runs", found["name"], file=found["file"]) if found else None
     if file is None:
         return Answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"there is no such page; / lists the runs\n")
     body = file.read_bytes()
@@ -68,20 +70,42 @@ def find_answer(output: Path, target: str) -> Answer:
     return Answer(HTTPStatus.OK, KINDS[file.name], body)
 
 
-def find_file(output: Path, *, kind: str, name: str, file: str) -> Path | None:
+def find_safely(output: Path, target: str, *, host: str) -> Answer:
+    """Return the answer to a request: a refusal where another site sent it, an error where the page can't be read."""
+    try:
+        name = urlsplit(f"//{host}").hostname
+        # A web page elsewhere whose name resolves to loopback (DNS rebinding) sends its own name.
+        if name not in (HOST, "localhost", "::1"):
+            return Answer(HTTPStatus.FORBIDDEN, "text/plain", b"this server answers loopback addresses alone\n")
+        return find_answer(output, target)
+    except (OSError, ValueError) as error:  # a run that is being deleted, a malformed address
+        return Answer(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", f"{type(error).__name__}\n".encode())
+
+
+def find_file(output: Path, kind: str, name: str, *, file: str) -> Path | None:
     """Return a file that may be served, or None."""
     if file not in KINDS:
         return None
     folders = list_run_folders(output) if kind == "runs" else sorted((output / kind).glob("*/"))
     wanted = [folder / file for folder in folders if folder.name == name]
-    # A link could lead anywhere.
-    return next((path for path in wanted if path.is_file() and not path.is_symlink()), None)
+    # A link, of the file or of its folder, could lead anywhere.
+    root = output.resolve()
+    return next((path for path in wanted if path.is_file() and path.resolve() == root / path.relative_to(output)), None)
 
 
 def list_pages(output: Path) -> list[str]:
     """Return the addresses of the pages of many subjects and of sweeps."""
     found = [*sorted(output.glob("many/*/index.html")), *sorted(output.glob("sweeps/*/report.html"))]
     return [path.relative_to(output).as_posix() for path in found]
+
+
+class QuietServer(ThreadingHTTPServer):
+    """A server that prints nothing of broken connections."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Drop the error: it concerns one connection alone."""
 
 
 def make_handler(output: Path) -> type[BaseHTTPRequestHandler]:
@@ -99,16 +123,11 @@ def make_handler(output: Path) -> type[BaseHTTPRequestHandler]:
             self.respond()
 
         def respond(self) -> None:
-            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-            # A web page elsewhere whose name resolves to loopback (DNS rebinding) sends its own name.
-            if host not in (HOST, "localhost", "::1"):
-                answer = Answer(HTTPStatus.FORBIDDEN, "text/plain", b"this server answers loopback addresses alone\n")
-            else:
-                try:
-                    answer = find_answer(output, self.path)
-                except (OSError, ValueError) as error:  # a run that is being deleted, a malformed address
-                    text = f"{type(error).__name__}\n".encode()
-                    answer = Answer(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", text)
+            answer = find_safely(output, self.path, host=self.headers.get("Host", ""))
+            with contextlib.suppress(OSError):  # whoever asked has gone
+                self.send(answer)
+
+        def send(self, answer: Answer) -> None:
             self.send_response(answer.status)
             for name, value in {
                 "Content-Type": answer.kind,
@@ -130,7 +149,7 @@ def serve_runs(output: Path, port: int, *, is_opened: bool) -> int:
     """Serve until interrupted. Raises ConfigError where the port is in use."""
     output = output.absolute()
     try:
-        server = ThreadingHTTPServer((HOST, port), make_handler(output))
+        server = QuietServer((HOST, port), make_handler(output))
     except OSError as error:
         raise ConfigError(f"port {port} is in use by another program; choose one with --port") from error
     signal.signal(signal.SIGTERM, make_stop(server))

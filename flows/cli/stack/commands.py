@@ -29,7 +29,13 @@ def up(  # noqa: PLR0913 - a command's options
         ),
     ] = "",
     postgres: Annotated[
-        str, typer.Option(metavar="URL", help="Database of Prefect; default: SQLite.", show_default=False)
+        str,
+        typer.Option(
+            metavar="URL",
+            envvar="LIKENESS_DATABASE_URL",
+            help="Database of Prefect; default: SQLite.",
+            show_default=False,
+        ),
     ] = "",
 ) -> int:
     """Start Prefect, MLflow, a report server and a worker on loopback; find a running stack."""

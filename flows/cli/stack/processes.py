@@ -16,6 +16,8 @@ from pydantic import BaseModel
 from tasks.errors import ConfigError, ServiceUnavailable
 
 CLOCK_SLACK_SECONDS = 2.0
+OWN_SECRETS = ("LIKENESS_NOTIFY_URL", "LIKENESS_DATABASE_URL")
+"""Variables of `likeness up` that no other process needs."""
 STOP_SECONDS = 40.0  # training saves its checkpoint within `training.grace_seconds`
 
 
@@ -59,7 +61,7 @@ def start_detached(
     pid = os.posix_spawn(
         command[0],
         command,
-        {**os.environ, **environment},
+        {**{name: value for name, value in os.environ.items() if name not in OWN_SECRETS}, **environment},
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),

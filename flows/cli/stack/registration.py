@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from prefect.events.schemas.automations import AutomationCore
 
 TAG = "likeness"
+RUN_TAG = "likeness-run"
+"""Of the main job alone: nobody wants a message of each look into an inbox."""
 TAGGED = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
 NOTIFIED = ("Completed", "Failed", "Cancelled", "Suspended")
 NOTIFY_BLOCK, NOTIFY_VARIABLE = "likeness-notify", "LIKENESS_NOTIFY_URL"
@@ -100,6 +102,7 @@ def register_notification(kind: str) -> None:
     from prefect.blocks.notifications import CustomWebhookNotificationBlock, SlackWebhook
     from prefect.events.actions import SendNotification
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+    from prefect.types import SecretDict
     from pydantic import SecretStr
 
     url = os.environ[NOTIFY_VARIABLE]
@@ -108,7 +111,10 @@ def register_notification(kind: str) -> None:
         block = SlackWebhook(url=SecretStr(url))
     else:
         body = {"subject": "{{subject}}", "text": "{{body}}"}
-        block = CustomWebhookNotificationBlock(name=NOTIFY_BLOCK, url=url, json_data=body)
+        # The address may hold a key: secrets are stored encrypted and never shown.
+        block = CustomWebhookNotificationBlock(
+            name=NOTIFY_BLOCK, url="{{address}}", json_data=body, secrets=SecretDict({"address": url})
+        )
     block_id = block.save(NOTIFY_BLOCK, overwrite=True)
     assert isinstance(block_id, uuid.UUID)  # a coroutine only within an event loop
     replace_automation(
@@ -117,7 +123,7 @@ def register_notification(kind: str) -> None:
             trigger=EventTrigger(
                 expect={f"prefect.flow-run.{state}" for state in NOTIFIED},
                 match={"prefect.resource.id": "prefect.flow-run.*"},
-                match_related=TAGGED,
+                match_related={"prefect.resource.id": f"prefect.tag.{RUN_TAG}", "prefect.resource.role": "tag"},
                 for_each={"prefect.resource.id"},
                 posture=Posture.Reactive,
                 threshold=1,

@@ -50,7 +50,7 @@ class StackOptions:
     """Runs of the pool at a time, whichever worker executes them."""
     notify_url: str = field(default="", repr=False)
     """Where messages about runs are posted; empty: nowhere."""
-    database_url: str = ""
+    database_url: str = field(default="", repr=False)
     """Prefect's database; empty: SQLite in the stack's folder."""
 
     @property
@@ -148,7 +148,7 @@ def start_server(options: StackOptions, name: str, port: int) -> StackProcess:
         REPORTS: ["flows.cli.main", "serve", "--port", str(port), "--output-dir", str(options.output)],
     }  # fmt: skip
     environments = {
-        PREFECT: prefect_environment(options, port),
+        PREFECT: {**prefect_environment(options, port), **database_environment(options)},
         # The job runner takes a gigabyte and nine processes, and nothing here uses it.
         MLFLOW: {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
         REPORTS: {"PYTHONPATH": str(SOURCE_ROOT)},
@@ -173,9 +173,12 @@ def prefect_environment(options: StackOptions, port: int) -> dict[str, str]:
         "LIKENESS_ROOTS": os.environ.get("LIKENESS_ROOTS") or os.pathsep.join((str(Path.cwd()), str(options.output))),
         "NO_PROXY": "127.0.0.1,localhost",
     }
-    if options.database_url:
-        environment["PREFECT_API_DATABASE_CONNECTION_URL"] = options.database_url
     return environment
+
+
+def database_environment(options: StackOptions) -> dict[str, str]:
+    """Return the database's address, which may hold a password: of the server alone."""
+    return {"PREFECT_API_DATABASE_CONNECTION_URL": options.database_url} if options.database_url else {}
 
 
 def start_worker(options: StackOptions, servers: Servers) -> StackProcess:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from conf.request import RunRequest
-from flows.cli.stack.stack import POOL, find_api_url
+from flows.cli.stack.stack import find_api_url
+from flows.subjects.waiting import explain_wait
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.redaction import clean_text
 
@@ -100,7 +101,7 @@ def follow(client: "SyncPrefectClient", run_id: uuid.UUID) -> int:
             state_name = state.name or ""
             print(f"-- {state_name}{f': {clean_text(state.message)}' if state.message else ''}", flush=True)
         if state is not None and state.is_scheduled():
-            reason = explain_wait(client)
+            reason = explain_wait(client, run)
             if reason and reason != shown_reason:
                 print(f"-- waiting: {reason}", flush=True)
             shown_reason = reason
@@ -108,29 +109,6 @@ def follow(client: "SyncPrefectClient", run_id: uuid.UUID) -> int:
         if state is not None and state.is_final() and not state.is_crashed():
             return 0 if state.is_completed() else CANCEL_CODE if state.is_cancelled() else FAILED_CODE
         time.sleep(POLL_SECONDS)
-
-
-def explain_wait(client: "SyncPrefectClient") -> str:
-    """Return what a scheduled run waits for: a worker, or a slot of the pool; empty where it is about to start."""
-    from prefect.client.schemas.filters import (
-        FlowRunFilter,
-        FlowRunFilterState,
-        FlowRunFilterStateType,
-        WorkerFilter,
-        WorkerFilterStatus,
-        WorkPoolFilter,
-        WorkPoolFilterName,
-    )
-    from prefect.client.schemas.objects import StateType, WorkerStatus
-
-    online = WorkerFilter(status=WorkerFilterStatus(any_=[WorkerStatus.ONLINE]))
-    if not client.read_workers_for_work_pool(POOL, worker_filter=online, limit=1):
-        return f"no worker of the pool {POOL} is online; `likeness up` starts one"
-    limit = client.read_work_pool(POOL).concurrency_limit
-    active = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING]))
-    pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
-    num_active = len(client.read_flow_runs(flow_run_filter=FlowRunFilter(state=active), work_pool_filter=pool))
-    return f"all {limit} slots of the pool {POOL} are in use" if limit is not None and num_active >= limit else ""
 
 
 def find_flow_run(client: "SyncPrefectClient", name: str) -> "FlowRun":
@@ -159,7 +137,9 @@ def cancel(name: str, output: Path) -> int:
         result: OrchestrationResult[object] = client.set_flow_run_state(
             run.id, Cancelling(message="cancelled by `likeness cancel`")
         )
-        if result.status != "ACCEPT":
+        # A run without a process is cancelled at once, which the server reports as a rejected Cancelling.
+        state = client.read_flow_run(run.id).state
+        if state is None or not (state.is_cancelling() or state.is_cancelled()):
             raise ServiceUnavailable(f"the server does not cancel {name}: {result.status}")
     print(f"{name} is being cancelled; running it again resumes it")
     return 0

@@ -18,6 +18,8 @@ from flows.subjects.records import ManyOutcome
 from tasks.errors import ConfigError
 from tasks.redaction import clean_text, redact
 
+PENDING_CODE = 11  # as of `likeness pending`
+
 
 def run_many_in_terminal(subjects: str, settings: list[str], options: Mapping[str, bool | int]) -> int:
     """Run all subjects and print what became of each; 1: some failed."""
@@ -34,7 +36,7 @@ def run_many_in_terminal(subjects: str, settings: list[str], options: Mapping[st
     if "://" not in where and not where.startswith("store:") and not Path(where).exists():
         raise ConfigError(f"{subjects}: there is no such file or folder")
     show_progress()
-    with ready_for_flows(request.base) as (_, progress, _):
+    with ready_for_flows(request.base, is_subject_known=False) as (_, progress, _):
         from flows.personalize_many import personalize_many
         from flows.runs.context import progress_of_run
 
@@ -78,4 +80,6 @@ def print_outcome(outcome: ManyOutcome) -> int:
             print(clean_text(redact(f"{each.status}: {each.name}: {each.reason}")), file=sys.stderr)
     print(f"page      {Path(outcome.folder) / 'index.html'}")
     print(f"table     {Path(outcome.folder) / 'table.csv'}")
-    return 1 if outcome.count("failed", "refused", "cancelled") else 0
+    if outcome.count("failed", "refused", "cancelled"):
+        return 1
+    return PENDING_CODE if outcome.count("pending") else 0

@@ -13,6 +13,10 @@ from tasks.stage.digests import digest_file
 
 SHA256_METADATA = "sha256"
 PROBE = "leases/conditional-write-probe"
+NO_CONDITIONS = (
+    "only they (If-None-Match) keep two runs from overwriting each other; use a store that supports them, "
+    "such as AWS S3 or SeaweedFS"
+)
 
 
 class S3Store:
@@ -54,7 +58,7 @@ class S3Store:
         return {"Bucket": self.bucket, "Key": f"{self.prefix}/{key}" if self.prefix else key}
 
     def put_bytes(self, key: str, data: bytes) -> None:
-        with _translated(key):
+        with _translated(key, is_write=True):
             self.client.put_object(**self._name(key), Body=data, **self._checksum(data))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
@@ -66,28 +70,31 @@ class S3Store:
         """Raise ConfigError where the store takes a conditional write for a plain one: no lease would hold."""
         # The first write creates the object, in the bucket's first run; one of the two must be refused.
         if self._put_new(PROBE, b"probe") and self._put_new(PROBE, b"probe"):
-            raise ConfigError(
-                f"the store of bucket {self.bucket} ignores conditional writes (If-None-Match), so two runs would "
-                "overwrite each other; use one that supports them, such as AWS S3 or SeaweedFS"
-            )
+            raise ConfigError(f"the store of bucket {self.bucket} ignores conditional writes; {NO_CONDITIONS}")
         self.has_conditional_writes = True
 
     def _put_new(self, key: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
 
-        try:
-            with _translated(key):
-                self.client.put_object(**self._name(key), Body=data, IfNoneMatch="*", **self._checksum(data))
-        except ServiceUnavailable as error:
-            cause = error.__cause__
-            # 412: the object exists; 409: a concurrent conditional write succeeded first.
-            if isinstance(cause, ClientError) and _status(cause) in (409, 412):
-                return False
-            raise
-        return True
+        for is_last in (False, False, True):
+            try:
+                with _translated(key, is_write=True):
+                    self.client.put_object(**self._name(key), Body=data, IfNoneMatch="*", **self._checksum(data))
+            except ServiceUnavailable as error:
+                status = _status(error.__cause__) if isinstance(error.__cause__, ClientError) else 0
+                if status == 412:  # the object exists
+                    return False
+                if status in (400, 501) and key == PROBE:
+                    raise ConfigError(f"{error}; {NO_CONDITIONS}") from error
+                # 409: another write or a delete of the key was under way, so it has to be asked again.
+                if status != 409 or is_last:
+                    raise
+            else:
+                return True
+        raise AssertionError("unreachable")
 
     def put_file(self, key: str, path: Path) -> None:
-        with _translated(key):
+        with _translated(key, is_write=True):
             # `upload_file` splits large files into parts; the digest of the whole goes into the metadata.
             extra = {"Metadata": {SHA256_METADATA: digest_file(path)}}
             self.client.upload_file(str(path), **self._name(key), ExtraArgs=extra, Config=self.transfer)
@@ -165,8 +172,9 @@ class S3Store:
 class _translated:  # noqa: N801 - reads as a statement
     """Map boto3's errors to ours; a missing object ends the block without an error."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, *, is_write: bool = False) -> None:
         self.what = what
+        self.is_write = is_write  # then a missing bucket is an error, and no missing object
 
     def __enter__(self) -> None:
         """Nothing to prepare."""
@@ -181,7 +189,7 @@ class _translated:  # noqa: N801 - reads as a statement
             ) from error
         if isinstance(error, ClientError):
             # A HEAD response has no body, so botocore takes the bare status, `404`, as its code.
-            if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
+            if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404") and not self.is_write:
                 if self.what.startswith("bucket "):
                     raise ConfigError(f"{self.what} does not exist; create it or set store.bucket") from error
                 return True

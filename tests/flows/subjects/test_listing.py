@@ -1,12 +1,14 @@
 """Which subjects there are: CSV lines, folders, and a prefix of the store; a bad one is refused alone."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from conf.request import RunRequest
 from conf.subjects import MAX_FILE_BYTES, ManyRequest, parse_subject_file
@@ -23,11 +25,9 @@ def find(where: str, tmp_path: Path, **options: object) -> list[Subject]:
     return list(list_subjects(Origin(request, LocalStore(tmp_path / "store"), None)))
 
 
-def make_folder(folder: Path, text: str = "class_noun: fish\n", *, age: float = 3600) -> Path:
+def make_folder(folder: Path, text: str = "class_noun: fish\n") -> Path:
     draw_photos(folder, num=2)
     (folder / "subject.yaml").write_text(text)
-    for path in folder.iterdir():
-        os.utime(path, (time.time() - age,) * 2)
     return folder
 
 
@@ -91,8 +91,9 @@ def test_folders_with_a_description_are_subjects_and_take_the_common_settings(tm
     first, second = find(str(tmp_path / "in"), tmp_path, base=base)
     assert first.request is not None
     assert second.request is not None
-    # PyYAML reads 2e-6 as text; the schema makes it the number that it is.
+    # All of YAML's scalars are read as text; the schema makes it the number that it is.
     assert first.request.settings == {"training.max_train_steps": 7, "training.learning_rate": "2e-6"}
+    assert compile_request(first.request).training.learning_rate == 2e-6
     assert second.request.method == "lora"
     assert second.request.settings == {"training.max_train_steps": 7}
 
@@ -111,22 +112,72 @@ def test_a_subject_below_a_prefix_is_known_by_its_content(tmp_path: Path) -> Non
     assert other.key != changed.key
 
 
-def test_a_folder_that_is_still_being_written_is_left_for_later(tmp_path: Path) -> None:
-    make_folder(tmp_path / "in" / "fresh", age=2)
-    make_folder(tmp_path / "in" / "old", age=100)
-    make_folder(tmp_path / "in" / "partial", "class_noun: fish\nphotos: [photo-0.png, late.png]\n", age=100)
-    found = {each.name: each for each in find(str(tmp_path / "in"), tmp_path, settle_seconds=60)}
-    assert found["fresh"].is_incomplete
-    assert found["partial"].is_incomplete
-    assert found["old"].request is not None
-    assert all(each.request for each in find(str(tmp_path / "in"), tmp_path) if each.name != "partial")
+def test_a_folder_that_is_still_being_written_is_left_for_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_folder(tmp_path / "in" / "whole")
+    make_folder(tmp_path / "in" / "partial", "class_noun: fish\nphotos: [photo-0.png, late.png]\n")
+    for path in tmp_path.glob("in/*/*"):
+        os.utime(path, (1, 1))  # as `cp -a`, `rsync -t` and `unzip` do
+    fresh = {each.name: each for each in find(str(tmp_path / "in"), tmp_path, settle_seconds=60)}
+    assert fresh["whole"].is_incomplete
+    assert fresh["whole"].problem == "a file was written just now"
+    now = time.time()
+    monkeypatch.setattr(listing.time, "time", lambda: now + 61)
+    later = {each.name: each for each in find(str(tmp_path / "in"), tmp_path, settle_seconds=60)}
+    assert later["whole"].request is not None
+    assert later["partial"].is_incomplete
+    assert later["partial"].problem == "late.png is missing"
+
+
+def test_a_subject_is_known_by_photos_and_settings_wherever_it_lies(tmp_path: Path) -> None:
+    make_folder(tmp_path / "in" / "rex")
+    (rex,) = find(str(tmp_path / "in"), tmp_path)
+    (tmp_path / "in").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "rex" / "subject.yaml").write_text("# a comment\nclass_noun: fish\n")
+    (moved,) = find(str(tmp_path / "moved"), tmp_path, base=parse_overrides([f"output_dir={tmp_path}/elsewhere"]))
+    assert moved.key == rex.key
+    shutil.copytree(tmp_path / "moved" / "rex", tmp_path / "store" / "subjects" / "rex")
+    (stored,) = find("store:subjects/", tmp_path)
+    assert stored.key == rex.key
+
+
+def test_descriptions_reach_no_host_key_or_folder_from_a_terminal_either(tmp_path: Path) -> None:
+    for number, setting in enumerate(("llm.profiles.local.base_url: http://evil.example/v1", "output_dir: /etc")):
+        make_folder(tmp_path / "in" / str(number), f"class_noun: fish\nsettings:\n  {setting}\n")
+    make_folder(tmp_path / "in" / "good")
+    *bad, good = find(str(tmp_path / "in"), tmp_path)
+    assert [subject.request for subject in bad] == [None, None]
+    assert good.request is not None
+
+
+def test_links_and_special_files_are_no_descriptions(tmp_path: Path) -> None:
+    make_folder(tmp_path / "elsewhere")
+    (tmp_path / "in" / "fifo").mkdir(parents=True)
+    os.mkfifo(tmp_path / "in" / "fifo" / "subject.yaml")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    make_folder(tmp_path / "in" / "good")
+    (tmp_path / "in" / "huge").mkdir()
+    (tmp_path / "in" / "huge" / "subject.yaml").write_bytes(b"x" * (MAX_FILE_BYTES + 1))
+    found = {subject.name: subject for subject in find(str(tmp_path / "in"), tmp_path)}
+    assert found.pop("good").request is not None
+    assert len(found) == 3
+    assert all(subject.problem and subject.request is None for subject in found.values())
+
+
+def test_one_line_with_an_unknown_home_folder_is_refused_alone(tmp_path: Path) -> None:
+    (tmp_path / "subjects.csv").write_text("source,class_noun\n~nosuchuser/x,fish\ndemo,fish\n")
+    first, second = find(str(tmp_path / "subjects.csv"), tmp_path)
+    assert "line 2" in first.problem
+    assert second.request is not None
 
 
 def test_equal_subjects_are_run_once(tmp_path: Path) -> None:
-    (tmp_path / "subjects.csv").write_text("source,class_noun,name\ndemo,fish,a\ndemo,fish,b\n")
-    first, second = find(str(tmp_path / "subjects.csv"), tmp_path)
+    (tmp_path / "subjects.csv").write_text("source,class_noun,name\ndemo,fish,a\ndemo,fish,b\ndemo,fish,a\n")
+    first, second, third = find(str(tmp_path / "subjects.csv"), tmp_path)
     assert first.request is not None
-    assert (second.request, second.problem) == (None, "the same photos and settings as a")
+    for again in (second, third):
+        assert (again.request, again.problem) == (None, "the same photos and settings as a")
 
 
 @pytest.mark.parametrize(
@@ -138,12 +189,15 @@ def test_equal_subjects_are_run_once(tmp_path: Path) -> None:
         ("class_noun: fish\nsettings: {training/method: [lora]}\n", "training/method: name one option"),
         ("class_noun: fish\nsettings: {llm.profiles: {a: 1}}\n", "settings"),
         ("class_noun: &a [*a]\n", "anchors and aliases"),
-        ("!!python/object/apply:os.system [true]\n", "not YAML"),
+        ("!!python/object/apply:os.system [true]\n", "subject.yaml"),
+        ("class_noun: !!bool maybe\nphotos: !!int ''\n", "subject.yaml"),
+        ("class_noun: fish\nsettings: {seed: 0x" + "f" * 20_000 + "}\n", "characters"),
+        ("? [a]\n: b\n", "subject.yaml"),
         ("just text\n", "subject.yaml"),
         ("a: [\n", "not YAML"),
         ("[" * 5_000, "not YAML"),
         ("x" * (MAX_FILE_BYTES + 1), "at most"),
-        ("class_noun: 2026-99-99\n", "not YAML"),
+        ("class_noun:\n  - 2026-99-99\n", "subject.yaml"),
         ("\xff\xfe", "not YAML|subject.yaml"),
     ],
     ids=lambda value: value[:20],

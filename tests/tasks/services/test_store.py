@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.services.config import StoreConfig
 from tasks.services.store.base import Store
 from tasks.services.store.local import LocalStore
@@ -70,6 +70,14 @@ def test_a_store_that_ignores_conditional_writes_is_refused(s3_config: StoreConf
     assert store.find_bytes("once") is None
     assert with_conditions.put_if_absent("once", b"1")
     assert not with_conditions.put_if_absent("once", b"2")
+
+
+def test_a_bucket_that_goes_away_loses_no_write_silently(s3_config: StoreConfig) -> None:
+    store = S3Store(s3_config)
+    store.client.delete_bucket(Bucket=store.bucket)
+    for write in (store.put_bytes, store.put_if_absent):
+        with pytest.raises(ServiceUnavailable):
+            write("key", b"1")
 
 
 @pytest.mark.parametrize("key", ["/etc/passwd", "../outside", "a/../../b", ""])

@@ -1,6 +1,7 @@
 """The report server: an index, reports with links, and nothing else of the disk."""
 
 import http.client
+import os
 import threading
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
@@ -32,6 +33,12 @@ def output(tmp_path: Path) -> Path:
     (output / "many" / "x").mkdir(parents=True)
     (output / "many" / "x" / "index.html").write_text("<p>many</p>")
     (output / "many" / "x" / "table.csv").symlink_to(output / RUN / "ledger.jsonl")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "index.html").write_text("secret")
+    (output / "many" / "y").symlink_to(tmp_path / "elsewhere")
+    (output / "damaged").mkdir()
+    os.mkfifo(output / "damaged" / "summary.json")
+    write_request(output / "damaged", RunRequest(), is_trusted=True)
     (output / "mlflow.db").write_text("secret")
     (tmp_path / "report.html").write_text("secret")
     return output
@@ -72,6 +79,7 @@ def test_a_report_has_links_to_the_other_servers(server: int) -> None:
     assert text.index("Prefect run") < text.index("Our fish")
     assert "javascript:" not in text
     assert get(server, "/many/x/index.html")[1] == "<p>many</p>"
+    assert get(server, f"/{RUN}/report.html")[0] == 200  # as that page links it: `../../RUN/report.html`
     assert '"status": "finished"' in get(server, f"/runs/{RUN}/summary.json")[1]
 
 
@@ -87,6 +95,7 @@ def test_a_report_has_links_to_the_other_servers(server: int) -> None:
         "/runs/%2e%2e/report.html",
         "/many/../report.html",
         "/many/x/table.csv",  # a link that leads elsewhere
+        "/many/y/index.html",  # a folder that is one
         "/mlflow.db",
         "//etc/passwd",
         "/runs/none/report.html",
@@ -104,6 +113,7 @@ def test_nothing_else_is_served(server: int, path: str) -> None:
 def test_other_hosts_and_methods_are_refused(server: int) -> None:
     assert get(server, "/", host="evil.example")[0] == 403
     assert get(server, "/", host="localhost")[0] == 200
+    assert get(server, "/", host="[")[0] == 500
     assert get(server, "/", method="POST")[0] == 501
     status, text, headers = get(server, "/", method="HEAD")
     assert (status, text) == (200, "")

@@ -43,6 +43,8 @@ def sweep_settings(request: SweepRequest) -> SweepOutcome:
         config = compile_request(request.base)  # its values were checked where it was typed
     else:
         config = check_sweep(request, roots=allowed_roots())
+    if config.subject.approval == "ask":
+        raise ConfigError("a sweep asks nobody: approve the photos in one run, then leave out subject.approval=ask")
     return run_sweep(request, config, personalize_subject)
 
 

@@ -76,6 +76,8 @@ def test_a_second_up_finds_the_running_stack(folder: Path) -> None:
     done = likeness(folder, "up")
     assert done.returncode == 0, done.stderr
     assert "found a running stack" in done.stderr
+    assert "keeps its options" not in done.stderr
+    assert "keeps its options" in likeness(folder, "up", "--max-runs", "3").stderr
     assert read_state(folder / "runs") == before
     status = likeness(folder, "status")
     assert status.returncode == 0, status.stdout
@@ -141,6 +143,10 @@ def test_many_subjects_run_on_the_pool_each_once(folder: Path) -> None:
     assert statuses == {"one": "finished", "two": "finished", "none": "refused"}, done.stderr
     assert float(rows["one"]["dino"]) > 0
     assert done.stderr.count(": submitted as ") == 2
+    with api_client(folder) as client:
+        runs = client.post("/flow_runs/filter", json={}).json()
+    # A run with a parent could not be suspended for approval.
+    assert {run["parent_task_run_id"] for run in runs if run["name"].startswith(("one-", "two-"))} == {None}
     count = len(list((folder / "runs").glob("*/request.json")))
     again = likeness(folder, *words)
     assert {name: row["status"] for name, row in read_table(folder).items()} == {

@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 from flows.cli.stack.processes import StackProcess, answers
 from flows.cli.stack.registration import Notify, register
 from flows.cli.stack.stack import (
+    DEFAULT_MAX_RUNS,
     MLFLOW,
     PREFECT,
     REPORTS,
@@ -39,6 +40,8 @@ def start_stack(options: StackOptions) -> int:
     with locked(options.output):
         is_running = read_state(options.output).find(WORKER) is not None
         note("starting Prefect, MLflow and the report server" if not is_running else "found a running stack")
+        if is_running and (options.notify_url or options.database_url or options.max_runs != DEFAULT_MAX_RUNS):
+            note("warning: a running stack keeps its options; `likeness down` first")
         servers = start_servers(options)
         environment = prefect_environment(options, servers.prefect.port)
         if not is_running:

@@ -24,6 +24,7 @@ from tasks.stage.worker_process import SOURCE_ROOT
 POOL = "likeness"
 PREFECT, MLFLOW, REPORTS, WORKER = "Prefect server", "MLflow server", "report server", "worker"
 START_SECONDS = 180.0
+DEFAULT_MAX_RUNS = 2
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 
 
@@ -46,7 +47,7 @@ class StackOptions:
     prefect_port: int
     mlflow_port: int
     reports_port: int
-    max_runs: int = 2
+    max_runs: int = DEFAULT_MAX_RUNS
     """Runs of the pool at a time, whichever worker executes them."""
     notify_url: str = field(default="", repr=False)
     """Where messages about runs are posted; empty: nowhere."""

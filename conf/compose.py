@@ -5,6 +5,7 @@ so `${...}` in a request means nothing.
 """
 
 import difflib
+import os
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from tasks.stage.digests import digest
 
 Tree = dict[str, object]
 """Values of a configuration by name, nested, before they are validated."""
+OUTPUT_VARIABLE = "LIKENESS_OUTPUT_DIR"
+"""The default of output_dir on a worker: its working directory is the checkout's."""
 COMPOSING = threading.Lock()  # GlobalHydra is one per process
 
 
@@ -55,6 +58,8 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
         check_request(settings, roots)
     # The request's choices are names of options, validated by RunRequest; only its settings are free values.
     plain = compose_groups(choices)
+    if os.environ.get(OUTPUT_VARIABLE):
+        assign(plain, "output_dir", os.environ[OUTPUT_VARIABLE])
     operators_cap = find_cap(plain, choices) if roots is not None else None
     # Before the overlay: as the operator has set them, whatever the request says.
     operators_folders = (str(lookup(plain, "output_dir")), str(lookup(plain, "store.folder")))

@@ -1,11 +1,13 @@
 """Resume runs whose batch jobs were still running: earlier stages are cached, so only the jobs are read."""
 
 import logging
+import os
 from pathlib import Path
 
 from prefect import flow
 from prefect.runtime import deployment
 
+from conf.compose import OUTPUT_VARIABLE
 from conf.trust import allowed_roots, check_path
 from flows.personalize_subject import personalize_subject
 from flows.runs.context import trust_of_run
@@ -17,11 +19,12 @@ log = logging.getLogger(__name__)
 
 
 @flow(name="score-pending", persist_result=False)
-def score_pending(output_dir: str = "runs") -> PendingReport:
+def score_pending(output_dir: str = "") -> PendingReport:
     """Resume every pending run whose batch job has ended, and report the state of each.
 
     Safe to run at any time and again: a job that is still running stays pending, and nothing is paid twice.
     """
+    output_dir = output_dir or os.environ.get(OUTPUT_VARIABLE) or "runs"
     if deployment.id is not None:
         # A deployment's parameter is as untrusted as the settings of a request.
         check_path("output_dir", output_dir, allowed_roots())

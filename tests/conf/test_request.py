@@ -177,3 +177,11 @@ def test_working_side_scales_with_the_training_resolution(words: list[str], expe
 def test_a_mistyped_config_group_is_refused_with_the_nearest_names(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         parse_overrides([override])
+
+
+def test_a_workers_output_folder_is_the_default_of_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIKENESS_OUTPUT_DIR", "/srv/runs")
+    assert compile_request(RunRequest()).output_dir == "/srv/runs"
+    assert compile_request(RunRequest(settings={"output_dir": "/elsewhere"})).output_dir == "/elsewhere"
+    monkeypatch.delenv("LIKENESS_OUTPUT_DIR")
+    assert compile_request(RunRequest()).output_dir == "runs"

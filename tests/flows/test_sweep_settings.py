@@ -6,8 +6,9 @@ import pytest
 
 from conf.sweep import read_sweep
 from flows.runs.records import list_summaries
-from flows.sweep_settings import NO_POOL
+from flows.sweep_settings import NO_POOL, sweep_settings
 from flows.sweeps.study import SweepStudy
+from tasks.errors import ConfigError
 from tests.support.cli_sandbox import QUICK, CliSandbox
 
 RATE = "training.learning_rate"
@@ -80,3 +81,9 @@ def test_a_training_behind_the_median_is_stopped_at_its_first_validation(
     training = sandbox.output / "work" / "training" / summary["stages"]["training"]["key"]
     events = [json.loads(line) for line in (training / "events.jsonl").read_text().splitlines()]
     assert max(event.get("step", 0) for event in events) < 6
+
+
+def test_a_sweep_that_would_ask_a_person_is_refused_before_its_first_trial() -> None:
+    request = read_sweep([f"{RATE}=1e-5,1e-4", "subject.approval=ask"], {})
+    with pytest.raises(ConfigError, match="asks nobody"):
+        sweep_settings.fn(request)

@@ -161,6 +161,7 @@ def test_a_new_folder_of_the_inbox_becomes_exactly_one_run(folder: Path) -> None
     shutil.copytree(DEMO_FOLDER, rex)
     (rex / "subject.yaml").write_text("class_noun: fish\nsettings: {training.max_train_steps: 24}\n")
     base = make_request(SETTINGS, folder / "runs").model_dump(mode="json", exclude_unset=True)
+    del base["settings"]["output_dir"]  # as in the schedule: the worker knows its own
     request = {"subjects": "store:subjects/", "wait": False, "settle_seconds": 0, "base": base}
     command = ["deployment", "run", "personalize-many/personalize-many", "--watch", "--param"]
     for _ in range(2):  # as a schedule does

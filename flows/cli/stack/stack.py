@@ -194,6 +194,7 @@ def start_worker(options: StackOptions, servers: Servers) -> StackProcess:
             log=options.folder / "logs" / "worker.log",
             environment={
                 **prefect_environment(options, servers.prefect.port),
+                "LIKENESS_OUTPUT_DIR": str(options.output),
                 "LIKENESS_MLFLOW_URL": f"http://127.0.0.1:{servers.mlflow.port}",
                 "LIKENESS_REPORTS_URL": f"http://127.0.0.1:{servers.reports.port}",
             },

@@ -11,7 +11,7 @@ from conf.compose import compile_request
 from conf.subjects import ManyRequest
 from conf.trust import allowed_roots, check_path
 from flows.personalize_subject import personalize_subject
-from flows.subjects.dispatch import Batch, follow_runs, has_deployment, submit_subject
+from flows.subjects.dispatch import Batch, follow_runs, has_pool, submit_subject
 from flows.subjects.index_page import name_batch, show_name, write_index
 from flows.subjects.listing import Origin, Subject, list_subjects
 from flows.subjects.records import (
@@ -46,7 +46,7 @@ def personalize_many(request: ManyRequest = ManyRequest()) -> ManyOutcome:  # no
     config = compile_request(request.base, roots=roots)
     batch = Batch(request, open_store(config.store), Path(config.output_dir).absolute())
     subjects = list(list_subjects(Origin(request, batch.store, roots)))
-    run_all = run_on_pool if has_deployment() else run_here
+    run_all = run_on_pool if has_pool() else run_here
     outcomes = [*list_unready(subjects), *run_all(batch, [each for each in subjects if each.request])]
     order = {subject.name: number for number, subject in enumerate(subjects)}
     outcomes.sort(key=lambda outcome: order[outcome.name])

@@ -55,17 +55,23 @@ class Batch:
         return SubjectOutcome(name=subject.name, status=record.status, run_id=record.run_id, reason=record.reason)
 
 
-def has_deployment() -> bool:
-    """Whether the Prefect server knows the deployment of the main job, so that work pools can run it."""
+def has_pool() -> bool:
+    """Whether a work pool can run the main job: its deployment is registered, and a worker is online."""
     from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import WorkerFilter, WorkerFilterStatus
+    from prefect.client.schemas.objects import WorkerStatus
     from prefect.exceptions import ObjectNotFound
 
     with get_client(sync_client=True) as client:
         try:
-            client.read_deployment_by_name(DEPLOYMENT)
+            pool = client.read_deployment_by_name(DEPLOYMENT).work_pool_name
         except ObjectNotFound:
             return False
-    return True
+        online = WorkerFilter(status=WorkerFilterStatus(any_=[WorkerStatus.ONLINE]))
+        if pool and client.read_workers_for_work_pool(pool, worker_filter=online, limit=1):
+            return True
+    log.info("no worker of the pool %s is online: the subjects run here, in turn", pool)
+    return False
 
 
 def submit_subject(batch: Batch, subject: Subject) -> None:

@@ -105,7 +105,7 @@ def test_every_command_is_in_a_panel(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capfd.readouterr().out
     register_commands()
-    assert len(app.registered_commands) == 19
+    assert len(app.registered_commands) == 22
     for command in app.registered_commands:
         assert re.search(rf"^  {command.name} ", text, re.MULTILINE)
 

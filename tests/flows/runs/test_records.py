@@ -86,7 +86,7 @@ def test_a_running_run_without_a_live_process_is_reported_as_killed(tmp_path: Pa
         "write_start(Path(sys.argv[1]), 'one')"
     )
     folder = make_run(tmp_path, "one")
-    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=Path(__file__).parents[3])
     assert read_summary(folder).status == "killed"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["owner"]["pid"] != os.getpid()

@@ -29,7 +29,7 @@ test-slow: setup-dev  ## run the slow layers: LLM servers, the stack, browsers; 
 NUMERIC := tests/tasks/diffusion tests/tasks/encoders tests/tasks/evaluation tests/tasks/training/test_losses.py \
 	tests/tasks/training/data/test_dataset.py tests/tasks/training/test_known_defects.py tests/tasks/training/data/test_buckets.py
 test-numerics: setup-dev  ## compare numbers as other CPUs compute them
-	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(NUMERIC)
+	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=2 $(PYTEST) $(NUMERIC)
 	@# The second is what `make test` has just run where the CPU has no AVX-512.
 	@if ! grep -qs -m1 avx512f /proc/cpuinfo; then echo "no AVX-512: avx2 is the default here"; else \
 	  ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(PYTEST) $(NUMERIC); fi

@@ -20,10 +20,12 @@ from tasks.redaction import clean_text
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas import OrchestrationResult
-    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.objects import FlowRun, State
 
 DEPLOYMENT = "personalize-subject/personalize-subject"
 POLL_SECONDS = 1.0
+RESCHEDULE_SECONDS = 30.0
+"""After which a crashed run is scheduled again from here; the automation needs less."""
 CANCEL_CODE, FAILED_CODE = 130, 1
 
 
@@ -88,6 +90,7 @@ def follow(client: "SyncPrefectClient", run_id: uuid.UUID) -> int:
     since = datetime.datetime.fromtimestamp(0, datetime.UTC)
     shown: set[uuid.UUID] = set()
     state_name = shown_reason = ""
+    was_alive = False  # `logs` of a run that crashed long ago starts nothing
     while True:
         run = client.read_flow_run(run_id)
         state = run.state
@@ -105,10 +108,29 @@ def follow(client: "SyncPrefectClient", run_id: uuid.UUID) -> int:
             if reason and reason != shown_reason:
                 print(f"-- waiting: {reason}", flush=True)
             shown_reason = reason
+        was_alive = was_alive or (state is not None and not state.is_final())
+        if state is not None and was_alive and state.is_crashed() and age_of(state) > RESCHEDULE_SECONDS:
+            reschedule(client, run.id)
         # A crashed run is scheduled again by the stack's automation, and is followed on.
         if state is not None and state.is_final() and not state.is_crashed():
             return 0 if state.is_completed() else CANCEL_CODE if state.is_cancelled() else FAILED_CODE
         time.sleep(POLL_SECONDS)
+
+
+def age_of(state: "State") -> float:
+    """Return for how many seconds a state has been there."""
+    return (datetime.datetime.now(datetime.UTC) - state.timestamp).total_seconds()
+
+
+def reschedule(client: "SyncPrefectClient", run_id: uuid.UUID) -> None:
+    """Schedule a crashed run again, as the stack's automation does.
+
+    On SQLite the server may drop the event of a crash ("database is locked", dead letter queue) and handle the next one
+    only a quarter of an hour later. A run that crashed too often fails by itself (`flows/runs/attempts.py`).
+    """
+    from prefect.states import Scheduled
+
+    client.set_flow_run_state(run_id, Scheduled(message="rescheduled after a crash: it resumes"), force=True)
 
 
 def find_flow_run(client: "SyncPrefectClient", name: str) -> "FlowRun":

@@ -190,14 +190,16 @@ def test_a_person_decides_in_the_form_and_is_notified(folder: Path, messages: li
     run_id = done.stdout.strip().rsplit("/", 1)[-1]
     with api_client(folder) as client:
         run = wait_for_state(client, run_id, "Suspended")
-        resume = f"/flow_runs/{run_id}/resume"
         assert run["state"]["state_details"]["run_input_keyset"]
-        refused = client.post(resume, json={"run_input": {"photo_1": "perhaps"}}).json()
-        assert refused["status"] == "REJECT"
-        accepted = client.post(
-            resume, json={"run_input": {"photo_1": "reject", "surroundings_2": "in a red room"}}
-        ).json()
-        assert accepted["status"] == "ACCEPT", accepted
+        refused = client.post(f"/flow_runs/{run_id}/resume", json={"run_input": {"photo_1": "perhaps"}})
+        assert "ACCEPT" not in refused.text
+        [asked] = [s for s in list_summaries(folder / "runs") if s.flow_run_id == run_id]
+        assert asked.status == "pending"
+        first, second = sorted(path.name for path in DEMO_FOLDER.glob("*.jpg"))[:2]
+        (folder / "captions.csv").write_text(f"photo,surroundings,view\n{second},in a red room,\n")
+        words = ["approve", asked.run_id, "--reject", first, "--captions", "captions.csv", "--yes"]
+        approved = likeness(folder, *words)
+        assert approved.returncode == 0, approved.stderr
         wait_for_state(client, run_id, "Completed")
     [summary] = [s for s in list_summaries(folder / "runs") if s.flow_run_id == run_id and s.status == "finished"]
     assert summary.stages["subject"].counts["photos"] == 4

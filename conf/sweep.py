@@ -36,7 +36,7 @@ DINO_X_CLIP_T = "dino_x_clip_t"
 TUNED = ("metrics.tuned.", "scores.tuned.")
 """Sections whose figures have short names: `dino` is `metrics.tuned.dino`."""
 MINIMIZED = ("seconds", "wall_seconds", "overhead_seconds", "cost_usd", "llm_calls", "training_steps", "pres")
-"""Last parts of the names of figures that are minimized unless told otherwise."""
+"""Last parts of the names of figures that are minimized by default."""
 OPEN_NAMES = re.compile(rf"(stages\.({'|'.join(PREFIXES)})\.counts|judge\.(alpha|spearman))\.\w+")
 """Figures whose names are known only once a run has finished."""
 

@@ -123,11 +123,11 @@ def follow_runs(batch: Batch, *, is_waiting: bool) -> Iterator[SubjectOutcome]:
             if not is_waiting:
                 yield from (SubjectOutcome(name=each.name, status="submitted") for each in batch.followed.values())
                 return
-            reason = tell_wait(client, [runs[each] for each in batch.followed], reason)
+            reason = log_wait(client, [runs[each] for each in batch.followed], reason)
             time.sleep(POLL_SECONDS)
 
 
-def tell_wait(client: "SyncPrefectClient", runs: list["FlowRun"], told: str) -> str:
+def log_wait(client: "SyncPrefectClient", runs: list["FlowRun"], last_reason: str) -> str:
     """Log what runs wait for, where it changed; return it."""
     paused = [run.name for run in runs if run.state and run.state.is_paused()]
     waiting = [run for run in runs if run.state and run.state.is_scheduled()]
@@ -136,7 +136,7 @@ def tell_wait(client: "SyncPrefectClient", runs: list["FlowRun"], told: str) -> 
         reason = f"{', '.join(paused[:3])} waits for approval, in Prefect's UI or by `likeness approve`"
     elif waiting and len(waiting) == len(runs):  # none is at work
         reason = explain_wait(client, waiting[0])
-    if reason and reason != told:
+    if reason and reason != last_reason:
         log.info("waiting: %s", reason)
     return reason
 

@@ -60,7 +60,7 @@ class Origin:
     """Folders that paths must lie in; None: a person's terminal."""
 
     def is_settled(self, changed: Iterable[float]) -> bool:
-        """Whether the newest of some files was written longer ago than the settling time."""
+        """Whether the newest of some files was written at least `settle_seconds` ago."""
         return time.time() - max(changed, default=0.0) >= self.request.settle_seconds
 
     def identify(self, name: str, request: RunRequest) -> Subject:

@@ -45,7 +45,7 @@ class Trials:
     runner: Runner
     config: RunConfig
     on_complete: Callable[["Trial", Sequence[RunSummary]], None]
-    """Called with each complete trial and its runs, before the study is told."""
+    """Called with each complete trial and its runs, before it is reported to the study."""
     ended: list[int] = field(default_factory=list)
     """Numbers of the trials that ended here."""
     num_failures: int = 0

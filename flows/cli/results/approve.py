@@ -53,7 +53,7 @@ def approve(output: Path, name: str, decision: Decision, *, read: Callable[[str]
         return 1
     if not read_request(folder).is_trusted:  # a suspended flow run of a deployment: Prefect's form holds the decision
         answer_form(output, UUID(summary.flow_run_id), fill_form(subject, approval))
-        print("decided; the suspended flow run goes on")
+        print("decided; the suspended flow run resumes")
         return 0
     Question(subject, run.config.subject, summary.config_digest, store, folder).write(approval)
     from flows.cli.run.resume import resume

@@ -166,10 +166,12 @@ def describe_run(config: RunConfig, request: RunRequest, *, run_id: str) -> dict
 def find_links(run_id: str) -> dict[str, str]:
     """Return the addresses of this run in Prefect's UI and on the report server, where they outlive the run."""
     from prefect.runtime import flow_run
+    from prefect.utilities.urls import url_for
 
     links = {}
     if not os.environ.get(EMBEDDED_VARIABLE) and flow_run.id:
-        links["prefect"] = str(flow_run.ui_url or "")
+        # Not `flow_run.ui_url`: that is a path of Prefect 2, which the UI of Prefect 3 redirects at best.
+        links["prefect"] = url_for("flow-run", obj_id=flow_run.id) or ""
     server = os.environ.get(REPORTS_VARIABLE, "")
     if server:
         links["report"] = f"{server.rstrip('/')}/runs/{run_id}/report.html"

@@ -44,12 +44,13 @@ def submit(settings: Sequence[str], output: Path, *, is_detached: bool) -> int:
     compile_request(request)
     connect(output)
     from prefect.client.orchestration import get_client
+    from prefect.utilities.urls import url_for
 
     with get_client(sync_client=True) as client:
         deployment = client.read_deployment_by_name(DEPLOYMENT)
         plain = request.model_dump(mode="json", exclude_unset=True)
         run = client.create_flow_run_from_deployment(deployment.id, parameters={"request": plain}, tags=["likeness"])
-        print(f"submitted {run.name}: {os.environ['PREFECT_API_URL'].removesuffix('/api')}/runs/flow-run/{run.id}")
+        print(f"submitted {run.name}: {url_for('flow-run', obj_id=run.id)}")
         if is_detached:
             return 0
         try:

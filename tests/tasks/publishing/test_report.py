@@ -1,25 +1,32 @@
 """The report's figures and curves."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tasks.images import decode_png, encode_png
-from tasks.manifests.base import Manifest, ObjectRef
+from tasks.manifests.base import Manifest, ModelRef, ObjectRef
 from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Evaluation, Sample, SubjectMetrics
-from tasks.manifests.scoring import CheckpointRank, Scorecard
-from tasks.manifests.training import LossRow
+from tasks.manifests.prior import ClassImageSet
+from tasks.manifests.run import RunManifests
+from tasks.manifests.scoring import CheckpointRank, JudgeReliability, Scorecard
+from tasks.manifests.subject import RejectedImage
+from tasks.manifests.training import LossRow, TunedModel
 from tasks.publishing.export import headline_metrics, sum_llm_costs
 from tasks.publishing.report import (
+    ReportInputs,
     draw_curves,
     draw_sample_grid,
     list_checkpoints,
     list_metrics,
     list_samples,
+    render_report,
     smoothed,
 )
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
+from tests.support.subject import make_subject_set
 from tests.support.tiny import draw_photo
 
 
@@ -50,6 +57,52 @@ def make_evaluation(store: LocalStore) -> Evaluation:
             published_step=800,
         )
     )
+
+
+def make_inputs(store: LocalStore) -> ReportInputs:
+    """Return a run of which a person captioned the only accepted photo and an LLM rejected another."""
+
+    def head(stage: str) -> dict[str, Any]:
+        return StageFolder(store, stage, "k").head(1, counts={})
+
+    base = ModelRef(location="m", revision=None, sha256="b")
+    reliability = JudgeReliability(controls=(), alpha={}, num_repeated=0, is_comparable=True, is_reliable=False)
+    subject = make_subject_set(num=1)
+    photo = StageFolder(store, "subject", "k").put("images/0.png", encode_png(draw_photo(0, size=64)))
+    [image] = subject.images
+    run = RunManifests(
+        subject=subject.model_copy(update={
+            "images": (image.model_copy(update={"image": photo, "surroundings": "at <b>sea</b>"}),),
+            "rejected": (RejectedImage(source_name="<i>.jpg", source_sha256="r", reason="no fish & no sea"),),
+        }),
+        prior=ClassImageSet(**head("prior"), class_prompt="a fish", base_model=base, images=()),
+        training=TunedModel(
+            **head("training"), base_model=base, model=(), family="stable_diffusion", method="full", num_steps=3,
+            published_step=3, trainable_parameters=1, total_parameters=2, final_loss=0.5, peak_memory_bytes=1,
+            subject_sha256="s", prior_sha256="p",
+        ),
+        evaluation=make_evaluation(store),
+        scoring=Scorecard(
+            **head("scoring"), served_model="j", judgements=(), failed=(), scores={}, intervals={},
+            reliability=reliability,
+        ),
+    )  # fmt: skip
+    return ReportInputs(
+        title="a <fish>", manifests=run, losses=[LossRow(step=1, loss=1.0)], config_rows=[("a.b", "<c>")],
+    )  # fmt: skip
+
+
+def test_a_photo_without_inspection_and_a_run_without_grades_or_class_images_are_shown(store: LocalStore) -> None:
+    html = render_report(store, make_inputs(store))
+    assert "1 accepted, 1 rejected" in html
+    assert "a photo of sks fish" in html
+
+
+def test_names_and_values_are_escaped(store: LocalStore) -> None:
+    html = render_report(store, make_inputs(store))
+    for raw, shown in (("<i>.jpg", "&lt;i&gt;.jpg"), ("a <fish>", "a &lt;fish&gt;"), ("<c>", "&lt;c&gt;")):
+        assert raw not in html
+        assert shown in html
 
 
 def test_gap_closed_is_the_fraction_between_base_and_ceiling(store: LocalStore) -> None:
@@ -105,7 +158,7 @@ def test_smoothing_leaves_a_constant_curve_unchanged() -> None:
 
 
 def test_headline_metrics_are_flat_and_complete(store: LocalStore) -> None:
-    from tasks.manifests.scoring import JudgeReliability, SideScores
+    from tasks.manifests.scoring import SideScores
 
     scores = StageFolder(store, "scoring", "k").finish(
         Scorecard(

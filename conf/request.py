@@ -5,9 +5,10 @@ A request's values are data: plain strings, numbers and lists, without interpola
 
 import math
 import re
-from typing import Annotated
+from typing import Annotated, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic.config import JsonDict
 
 from conf.groups import OptionOf, read_default_options
 from tasks.redaction import clean_text
@@ -48,59 +49,72 @@ def check_setting(key: str, value: Value) -> None:
             check_number(key, item)
 
 
+def order_form(schema: JsonDict) -> None:
+    """Prepare the JSON schema for Prefect's form: fields in the order of the class, no toggle between value and None.
+
+    The form sorts by `position` and puts fields without one first.
+    """
+    properties = cast(dict[str, JsonDict], schema["properties"])
+    for position, field in enumerate(properties.values()):
+        field["position"] = position
+        choices = field.get("anyOf")
+        if isinstance(choices, list) and {"type": "null"} in choices:
+            choices.remove({"type": "null"})
+            if len(choices) == 1:
+                del field["anyOf"]
+                field.update(cast(JsonDict, choices[0]))
+            if field.get("default", 0) is None:
+                del field["default"]
+
+
 class RunRequest(BaseModel):
     """What to run. Every field has a default; with none set, it is the demo."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=order_form)
 
+    source: str | None = Field(None, description="folder of 3-5 photos, or store:PREFIX in the object store")
+    class_noun: str | None = Field(None, max_length=60, description="what the subject is, for example dog")
     subject: Annotated[str, OptionOf("subject")] = Field(
-        OPTIONS["subject"],
-        description="the shipped demo photos, or your own folder",
-        json_schema_extra={"position": 0},
+        OPTIONS["subject"], description="where photos come from, if no source is given"
     )
-    source: str | None = Field(
-        None,
-        description="folder of photos, or store:PREFIX in the object store",
-        json_schema_extra={"position": 1},
-    )
-    class_noun: str | None = Field(
-        None,
-        max_length=60,
-        description="what the subject is, for example dog",
-        json_schema_extra={"position": 2},
-    )
-    diffusion: Annotated[str, OptionOf("diffusion")] = Field(
-        OPTIONS["diffusion"], description="base model", json_schema_extra={"position": 3}
-    )
+    diffusion: Annotated[str, OptionOf("diffusion")] = Field(OPTIONS["diffusion"], description="base model")
     experiment: Annotated[str, OptionOf("experiment")] = Field(
-        OPTIONS["experiment"], description="a named set of changes to the defaults", json_schema_extra={"position": 4}
+        OPTIONS["experiment"], description="a named set of changes to the defaults"
     )
-    prior: Annotated[str, OptionOf("prior")] = Field(OPTIONS["prior"], description="prior preservation")
     method: Annotated[str, OptionOf("training/method")] = Field(
         OPTIONS["training/method"],
         description="what is learned: all weights, adapters, a new token, or a token and one of these; "
         "auto: as the base model's preset says",
     )
-    devices: Annotated[str, OptionOf("training/devices")] = Field(
-        OPTIONS["training/devices"],
-        description="one GPU or the CPU, all GPUs of the machine, weights sharded over them, several machines",
-    )
+    prior: Annotated[str, OptionOf("prior")] = Field(OPTIONS["prior"], description="prior preservation")
     evaluation: Annotated[str, OptionOf("evaluation")] = Field(OPTIONS["evaluation"], description="how much is sampled")
+    llm: Annotated[str, OptionOf("llm")] = Field(OPTIONS["llm"], title="LLM", description="LLM provider")
     scoring: Annotated[str, OptionOf("scoring")] = Field(
-        OPTIONS["scoring"], description="how the judge is called; auto: as llm says"
+        OPTIONS["scoring"], description="how the judge is called; auto: as the LLM provider allows"
     )
     publishing: Annotated[str, OptionOf("publishing")] = Field(
         OPTIONS["publishing"], description="where the model goes"
     )
-    llm: Annotated[str, OptionOf("llm")] = Field(OPTIONS["llm"], description="LLM provider")
+    devices: Annotated[str, OptionOf("training/devices")] = Field(
+        OPTIONS["training/devices"],
+        description="one GPU or the CPU, all GPUs of the machine, weights sharded over them, several machines",
+    )
     store: Annotated[str, OptionOf("store")] = Field(OPTIONS["store"], description="where objects live")
     tracking: Annotated[str, OptionOf("tracking")] = Field(OPTIONS["tracking"], description="where metrics are tracked")
-    seed: int | None = Field(None, ge=0, le=2**31 - 1, description="seed of training; empty: the default")
+    seed: int | None = Field(
+        None, ge=0, le=2**31 - 1, description="seed of training, 0 to 2147483647; empty: the default"
+    )
     settings: dict[str, Value] = Field(
         default_factory=dict,
         max_length=MAX_SETTINGS,
-        description="single values by dotted name, for example training.learning_rate: 2e-6",
+        description='other settings by dotted name, as JSON, for example {"training.learning_rate": 2e-6}',
     )
+
+    @field_validator("source", "class_noun", mode="before")
+    @classmethod
+    def read_empty_field(cls, value: object) -> object:
+        """Take a form's empty field as no value."""
+        return None if isinstance(value, str) and not value.strip() else value
 
     @field_validator("source", "class_noun")
     @classmethod

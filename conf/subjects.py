@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from conf.compose import describe_invalid
 from conf.groups import FIELDS
 from conf.overrides import override_request
-from conf.request import RunRequest, Value, check_setting, check_string
+from conf.request import RunRequest, Value, check_setting, check_string, order_form
 from tasks.errors import ConfigError, first_line
 
 SUBJECT_FILE = "subject.yaml"
@@ -18,32 +18,24 @@ TAKEN = ("source", "subject.source", "subject")
 class ManyRequest(BaseModel):
     """Which subjects, and what their runs share."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=order_form)
 
     subjects: str = Field(
         "store:subjects/",
         max_length=4_000,
         description="a CSV file, a folder of subject folders, or store:PREFIX/ in the object store",
-        json_schema_extra={"position": 0},
-    )
-    base: RunRequest = Field(
-        default_factory=RunRequest, description="what all runs share", json_schema_extra={"position": 1}
     )
     wait: bool = Field(
-        True,
-        description="follow the runs to their ends; false: submit new subjects and return, as an inbox does",
-        json_schema_extra={"position": 2},
+        True, description="follow the runs to their ends; false: submit new subjects and return, as an inbox does"
     )
-    retry_failed: bool = Field(
-        True, description="run subjects again whose last run failed", json_schema_extra={"position": 3}
-    )
+    retry_failed: bool = Field(True, description="run subjects again whose last run failed")
     settle_seconds: int = Field(
         30,
         ge=0,
         le=86_400,
         description="leave a folder for later whose files are younger, in seconds: it is still being written",
-        json_schema_extra={"position": 4},
     )
+    base: RunRequest = Field(default_factory=RunRequest, description="what all runs share")
 
     @field_validator("subjects")
     @classmethod

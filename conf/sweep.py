@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from conf.compose import compile_request, describe_invalid, suggest
 from conf.defaults import list_settings
 from conf.overrides import parse_overrides, split_sweep
-from conf.request import RunRequest, Value, check_setting
+from conf.request import RunRequest, Value, check_setting, order_form
 from conf.schema import RunConfig
 from tasks.config_base import is_number
 from tasks.errors import ConfigError
@@ -106,9 +106,8 @@ class Objective:
 class SweepRequest(BaseModel):
     """A base request and what to search."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, json_schema_extra=order_form)
 
-    base: RunRequest = Field(default_factory=RunRequest, description="what every trial shares")
     space: dict[str, list[Value]] = Field({}, max_length=MAX_PARAMETERS, description="setting: the values to try")
     ranges: dict[str, Range] = Field({}, max_length=MAX_PARAMETERS, description="setting: the range to sample from")
     sampler: Literal["auto", "tpe", "grid", "random", "nsga2"] = Field(
@@ -127,6 +126,7 @@ class SweepRequest(BaseModel):
     study: str = Field(
         "", pattern=r"^[A-Za-z0-9_-]{0,100}$", description="name to resume it by; empty: derived from the request"
     )
+    base: RunRequest = Field(default_factory=RunRequest, description="what every trial shares")
 
     @field_validator("space")
     @classmethod

@@ -1,5 +1,7 @@
 """Rewrite the three lock files from pyproject.toml (needs `uv`, a network and nothing else).
 
+Locked versions stay where pyproject.toml allows them; with `--upgrade` all are resolved anew.
+
 `deployments/requirements.lock` is what runs, `requirements-dev.lock` what the tests and checks add, and
 `requirements-cuda.lock` the CUDA libraries that only the public Linux build of torch asks for.
 They are installed without dependency resolution, so together they have to be complete.
@@ -9,6 +11,7 @@ import hashlib
 import re
 import subprocess
 import sys
+import tempfile
 import urllib.parse
 from pathlib import Path
 
@@ -17,6 +20,7 @@ LOCKS = ROOT / "deployments"
 CUDA = re.compile(r"^(nvidia-|cuda-|triton==)")
 # One lock for all platforms and Python versions: markers select entries at installation.
 COMPILE = ["uv", "pip", "compile", "--universal", "--python-version", "3.11", "--generate-hashes"]
+NAMES = ("requirements.lock", "requirements-dev.lock", "requirements-cuda.lock")
 HEADER = "# Written by deployments/refresh_lock.py; do not edit.\n"
 
 
@@ -29,18 +33,20 @@ def main() -> None:
     runtime = [e for e in everything if requirement_name(e) in names and e not in cuda]
     dev = [e for e in everything if requirement_name(e) not in names and e not in cuda]
     runtime = [add_offline_hashes(e) if e.startswith("torch==") else e for e in runtime]
-    for name, entries in (
-        ("requirements.lock", runtime),
-        ("requirements-dev.lock", dev),
-        ("requirements-cuda.lock", cuda),
-    ):
+    for name, entries in zip(NAMES, (runtime, dev, cuda), strict=True):
         (LOCKS / name).write_text(HEADER + "".join(entries))
 
 
 def compile_lock(*options: str) -> list[str]:
     """Return the resolved entries, each with its hash lines."""
-    command = [*COMPILE, "--no-annotate", "--no-header", *options, "pyproject.toml"]
-    text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "all.lock")
+        if "--upgrade" not in sys.argv[1:]:
+            # uv keeps the versions that its output file has already.
+            output.write_text("".join((LOCKS / name).read_text() for name in NAMES))
+        command = [*COMPILE, "--no-annotate", "--no-header", "--output-file", str(output), *options, "pyproject.toml"]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        text = output.read_text()
     return re.findall(r"^[A-Za-z0-9].*\n(?:    .*\n)*", text, flags=re.MULTILINE)
 
 

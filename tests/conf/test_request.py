@@ -5,13 +5,15 @@ import re
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from conf.compose import compile_request, compute_config_digest
 from conf.groups import CONFIG_DIR, GROUPS
 from conf.overrides import parse_overrides, split_sweep
 from conf.request import RunRequest
 from conf.schema import RunConfig
+from conf.subjects import ManyRequest
+from conf.sweep import SweepRequest
 from tasks.errors import ConfigError
 
 OVERRIDES = [
@@ -56,6 +58,25 @@ def test_every_group_option_composes(group: str, option: str) -> None:
     extra += ["llm.profiles.azure-nano.base_url=https://x.example/v1"] if option == "azure" else []
     words = [f"{group}={option}", "subject.source=x", "subject.class_noun=dog", *extra]
     assert isinstance(compile_request(parse_overrides([*words, "store.bucket=b"])), RunConfig)
+
+
+@pytest.mark.parametrize("form", [RunRequest, ManyRequest, SweepRequest])
+def test_a_form_shows_its_fields_in_order_and_without_a_toggle_for_none(form: type[BaseModel]) -> None:
+    properties = form.model_json_schema()["properties"]
+    assert [field["position"] for field in properties.values()] == list(range(len(form.model_fields)))
+    assert list(properties) == list(form.model_fields)
+    assert not any({"type": "null"} in field.get("anyOf", []) for field in properties.values())
+    assert all("description" in field for field in properties.values())
+
+
+def test_source_and_class_noun_are_first_and_plain_strings() -> None:
+    properties = RunRequest.model_json_schema()["properties"]
+    assert list(properties)[:2] == ["source", "class_noun"]
+    assert [properties[name]["type"] for name in ("source", "class_noun", "seed")] == ["string", "string", "integer"]
+
+
+def test_an_empty_field_of_a_form_is_no_value() -> None:
+    assert RunRequest.model_validate({"source": "", "class_noun": " "}) == RunRequest(source=None, class_noun=None)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ Hydra's and OmegaConf's objects never leave this module. Values are overlaid aft
 so `${...}` in a request means nothing.
 """
 
+import copy
 import difflib
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -98,6 +100,21 @@ def compose_groups(choices: dict[str, str]) -> Tree:
         # Escaped for Hydra's override grammar: the path may hold quotes or backslashes.
         escaped = str(extra).replace("\\", "\\\\").replace('"', '\\"')
         overrides.append(f'hydra.searchpath=["file://{escaped}"]')
+    # Composing takes half a second on a small machine, and a list of subjects or a sweep composes the same options
+    # again and again.
+    return copy.deepcopy(compose_options(tuple(overrides), stamp_options()))
+
+
+def stamp_options() -> tuple[object, ...]:
+    """Return what a composition depends on besides its overrides: the files of options, and the environment."""
+    folders = [CONFIG_DIR, *filter(None, [extra_config_dir()])]
+    files = [(str(path), path.stat().st_mtime_ns) for folder in folders for path in sorted(folder.rglob("*.yaml"))]
+    return (*files, *sorted(os.environ.items()))
+
+
+@lru_cache(maxsize=32)
+def compose_options(overrides: tuple[str, ...], stamp: tuple[object, ...]) -> Tree:
+    """Return the composition of overrides; `stamp` tells when a cached one is out of date."""
     with COMPOSING:
         # Hydra refuses to initialize twice in a process.
         GlobalHydra.instance().clear()

@@ -1,6 +1,7 @@
 """From a request to a configuration, by every way in."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -155,6 +156,28 @@ def test_split_sweep_separates_fixed_settings_from_the_search_space() -> None:
     assert space == {"training.learning_rate": [1e-5, 3e-5], "seed": [1, 2]}
     with pytest.raises(ConfigError, match="not groups"):
         split_sweep(["prior=none,class_images"])
+
+
+def test_a_changed_file_of_options_is_composed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    option = tmp_path / "experiment" / "mine.yaml"
+    option.parent.mkdir()
+    monkeypatch.setenv("LIKENESS_CONF", str(tmp_path))
+    monkeypatch.setenv("MY_SEED", "21")
+    seeds = []
+    for time_ns, text in enumerate(["seed: 11", "seed: 12", "seed: ${oc.decode:${oc.env:MY_SEED}}"], 1):
+        option.write_text(f"# @package _global_\n{text}\n")
+        os.utime(option, ns=(time_ns, time_ns))
+        seeds.append(compile_request(RunRequest(experiment="mine")).seed)
+    monkeypatch.setenv("MY_SEED", "22")
+    assert [*seeds, compile_request(RunRequest(experiment="mine")).seed] == [11, 12, 21, 22]
+
+
+def test_a_request_does_not_change_what_the_next_one_starts_from() -> None:
+    changed = compile_request(RunRequest(settings={"evaluation.prompts": ["{subject}"], "training.learning_rate": 1.0}))
+    plain = compile_request(RunRequest())
+    assert changed.training.learning_rate == 1.0
+    assert plain.training.learning_rate != 1.0
+    assert len(plain.evaluation.prompts) > 1
 
 
 def test_composing_from_many_threads_is_safe() -> None:

@@ -120,7 +120,7 @@ def compose_options(overrides: tuple[str, ...], stamp: tuple[object, ...]) -> Tr
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-                composed = compose("run", overrides=overrides)
+                composed = compose("run", overrides=list(overrides))
             # Interpolations are resolved here, before any value of a request is present.
             plain = OmegaConf.to_container(composed, resolve=True)
         except (HydraException, OmegaConfBaseException) as error:

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from tasks.config_base import LocalPath, Section
 from tasks.diffusion.config import DiffusionConfig
 from tasks.evaluation.config import EvaluationConfig
+from tasks.evaluation.prompt_sets import resolve_prompts
 from tasks.prior.config import PriorConfig
 from tasks.publishing.config import PublishingConfig
 from tasks.scoring.config import ScoringConfig
@@ -63,6 +64,21 @@ class RunConfig(Section):
         if isinstance(subject, dict) and subject.get("working_side") is None and isinstance(resolution, int):
             return {**values, "subject": {**subject, "working_side": derive_working_side(resolution)}}
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_prompts(cls, values: object) -> object:
+        """Replace `set:NAME` and `file:PATH` by the prompts themselves; which ones depends on the class noun."""
+        if not isinstance(values, dict):
+            return values
+        subject, evaluation = values.get("subject"), values.get("evaluation")
+        if not (isinstance(subject, dict) and isinstance(evaluation, dict)):
+            return values
+        source, kind = evaluation.get("prompts"), evaluation.get("subject_kind", "auto")
+        if not isinstance(source, str) or kind not in ("auto", "object", "living"):
+            return values
+        prompts = resolve_prompts(source, class_noun=str(subject.get("class_noun")), subject_kind=kind)
+        return {**values, "evaluation": {**evaluation, "prompts": prompts}}
 
     @model_validator(mode="after")
     def check_prior(self) -> "RunConfig":

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from tasks.manifests.base import Record
+from tasks.manifests.evaluation import PromptRow, Table
 from tasks.manifests.scoring import CheckpointRank, PairResult, SideScores
 
 SUMMARY_VERSION = 1
@@ -95,6 +96,12 @@ class RunSummary(Record):
     stages: dict[str, StageSummary] = Field(default_factory=dict)
     metrics: dict[str, dict[str, float | None]] = Field(default_factory=dict)
     """By side (`base`, `tuned`) and `ceiling`."""
+    estimates: Table = Field(default_factory=dict)
+    """Means with 95 % intervals by metric, then `base`, `tuned` and `gain`."""
+    kinds: dict[str, Table] = Field(default_factory=dict)
+    """The same by kind of prompt."""
+    prompts: tuple[PromptRow, ...] = ()
+    """The same by prompt."""
     scores: dict[str, SideScores] = Field(default_factory=dict)
     judge: JudgeSummary | None = None
     checkpoints: tuple[CheckpointRank, ...] = ()

@@ -91,6 +91,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def check_sampling(self) -> "RunConfig":
+        """Reject sampling options that the family's pipeline lacks, before anything is trained."""
+        family, evaluation = self.diffusion.family, self.evaluation
+        if evaluation.guidance_rescale > 0 and family in ("stable_diffusion_3", "flux"):
+            raise ValueError(f"evaluation.guidance_rescale: {family} has no guidance_rescale; set it to 0")
+        if evaluation.negative_prompt and family == "flux":
+            raise ValueError("evaluation.negative_prompt: guidance of flux is distilled; set it to an empty text")
+        return self
+
+    @model_validator(mode="after")
     def check_validation(self) -> "RunConfig":
         """Reject settings that need validation where it is disabled."""
         validation = self.training.validation

@@ -95,9 +95,13 @@ def generate_samples(
             chunk = missing[start : start + config.batch_size]
             assert model is not None
             pictures = model.sample(
-                [SamplingRequest(prompt=plan.prompt, seed=plan.seed) for plan in chunk],
+                [
+                    SamplingRequest(prompt=plan.prompt, seed=plan.seed, negative_prompt=config.negative_prompt)
+                    for plan in chunk
+                ],
                 num_inference_steps=config.num_inference_steps,
                 guidance_scale=config.guidance_scale,
+                guidance_rescale=config.guidance_rescale,
             )
             for plan, picture in zip(chunk, pictures, strict=True):
                 # Reusable by the next attempt even where this one fails before its manifest.

@@ -88,7 +88,8 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
         if isinstance(source, int):
             refs, below = tuple(candidates[source]), f"candidates/step-{source:08d}"
         local = runtime.work_folder / "models" / tuned.stage_key / below
-        return load_model(diffusion, folder=fetch_folder(runtime.store, refs, below=below, folder=local))
+        weights = fetch_folder(runtime.store, refs, below=below, folder=local)
+        return load_model(diffusion, folder=weights, lora_scale=config.lora_scale)
 
     planned = plan_samples(
         config,

@@ -56,6 +56,14 @@ class JudgeSummary(Record):
     pairs: PairResult | None
 
 
+class EvaluatedModel(Record):
+    """A model from elsewhere that was evaluated, not trained."""
+
+    location: str
+    kind: Literal["pipeline", "lora", "textual_inversion"]
+    sha256: str
+
+
 class RegisteredModel(Record):
     """Name and version in the registry; None where nothing was registered."""
 
@@ -93,6 +101,8 @@ class RunSummary(Record):
     cost_usd: float | None = None
     """None where a price is unknown."""
     subject: SubjectNames | None = None
+    evaluated: EvaluatedModel | None = None
+    """The model of `likeness evaluate`; None for a run that trained its own."""
     stages: dict[str, StageSummary] = Field(default_factory=dict)
     metrics: dict[str, dict[str, float | None]] = Field(default_factory=dict)
     """By side (`base`, `tuned`) and `ceiling`."""

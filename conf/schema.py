@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from tasks.config_base import LocalPath, Section
 from tasks.diffusion.config import DiffusionConfig
 from tasks.evaluation.config import EvaluationConfig
+from tasks.evaluation.prompt_sets import resolve_prompts
 from tasks.prior.config import PriorConfig
 from tasks.publishing.config import PublishingConfig
 from tasks.scoring.config import ScoringConfig
@@ -64,6 +65,21 @@ class RunConfig(Section):
             return {**values, "subject": {**subject, "working_side": derive_working_side(resolution)}}
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def fill_prompts(cls, values: object) -> object:
+        """Replace `set:NAME` and `file:PATH` by the prompts themselves; which ones depends on the class noun."""
+        if not isinstance(values, dict):
+            return values
+        subject, evaluation = values.get("subject"), values.get("evaluation")
+        if not (isinstance(subject, dict) and isinstance(evaluation, dict)):
+            return values
+        source, kind = evaluation.get("prompts"), evaluation.get("subject_kind", "auto")
+        if not isinstance(source, str) or kind not in ("auto", "object", "living"):
+            return values
+        prompts = resolve_prompts(source, class_noun=str(subject.get("class_noun")), subject_kind=kind)
+        return {**values, "evaluation": {**evaluation, "prompts": prompts}}
+
     @model_validator(mode="after")
     def check_prior(self) -> "RunConfig":
         """Refuse prior preservation without class images."""
@@ -72,6 +88,16 @@ class RunConfig(Section):
                 "training.prior_loss_weight is above 0 but prior.num_class_images is 0: set prior=none, or "
                 "prior.num_class_images"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_sampling(self) -> "RunConfig":
+        """Reject sampling options that the family's pipeline lacks, before anything is trained."""
+        family, evaluation = self.diffusion.family, self.evaluation
+        if evaluation.guidance_rescale > 0 and family in ("stable_diffusion_3", "flux"):
+            raise ValueError(f"evaluation.guidance_rescale: {family} has no guidance_rescale; set it to 0")
+        if evaluation.negative_prompt and family == "flux":
+            raise ValueError("evaluation.negative_prompt: guidance of flux is distilled; set it to an empty text")
         return self
 
     @model_validator(mode="after")

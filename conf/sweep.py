@@ -20,9 +20,10 @@ from conf.request import RunRequest, Value, check_setting, order_form
 from conf.schema import RunConfig
 from tasks.config_base import is_number
 from tasks.errors import ConfigError
-from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, SubjectMetrics
+from tasks.manifests.evaluation import CeilingMetrics
 from tasks.manifests.run_summary import RunSummary
 from tasks.manifests.scoring import PairResult, SideScores
+from tasks.metrics import METRICS
 from tasks.redaction import show_value
 from tasks.stage.cache import PREFIXES
 from tasks.stage.digests import digest
@@ -35,7 +36,7 @@ RANGE_FORM = "LOW..HIGH, then :log, :int or :STEP, for example 1e-6..1e-4:log or
 DINO_X_CLIP_T = "dino_x_clip_t"
 TUNED = ("metrics.tuned.", "scores.tuned.")
 """Sections whose figures have short names: `dino` is `metrics.tuned.dino`."""
-MINIMIZED = ("seconds", "wall_seconds", "overhead_seconds", "cost_usd", "llm_calls", "training_steps", "pres")
+MINIMIZED = ("seconds", "wall_seconds", "overhead_seconds", "cost_usd", "llm_calls", "training_steps", "pres", "copies")
 """Last parts of the names of figures that are minimized by default."""
 OPEN_NAMES = re.compile(rf"(stages\.({'|'.join(PREFIXES)})\.counts|judge\.(alpha|spearman))\.\w+")
 """Figures whose names are known only once a run has finished."""
@@ -245,8 +246,8 @@ def list_figures() -> list[str]:
     """Return the names of all numbers of a run's summary that are known beforehand."""
     fields = RunSummary.model_fields.items()
     names = [name for name, field in fields if is_number(field.annotation) and name != "schema_version"]
-    for section, model in (("metrics", SubjectMetrics), ("metrics", DriftMetrics), ("scores", SideScores)):
-        names += [f"{section}.{side}.{name}" for side in ("tuned", "base") for name in model.model_fields]
+    for section, own in (("metrics", METRICS), ("scores", SideScores.model_fields)):
+        names += [f"{section}.{side}.{name}" for side in ("tuned", "base") for name in own]
     names += [f"metrics.ceiling.{name}" for name in CeilingMetrics.model_fields]
     names += [f"judge.pairs.{name}" for name in PairResult.model_fields]
     return names + [f"stages.{stage}.{name}" for stage in PREFIXES for name in ("seconds", "cost_usd")]

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from conf.schema import RunConfig
 from tasks.config_base import RequestRule
 from tasks.errors import ConfigError
+from tasks.evaluation.prompt_sets import FILE, SET
 from tasks.redaction import show_value
 from tasks.stage.cache import PREFIXES
 
@@ -92,7 +93,10 @@ def check_request(settings: Mapping[str, object], roots: tuple[Path, ...]) -> No
         # Unclassified fields are refused as well: a new field is closed until someone opens it.
         if rule is None or rule.kind == "operator_only":
             raise ConfigError(f"{name} is set in conf/ on the worker's machine, not by a request")
-        if rule.kind != "checked" and isinstance(value, str):
+        if rule.kind == "prompts" and isinstance(value, str):
+            if not value.startswith(SET):  # whatever is no name of a set is taken for a path
+                check_path(name, value.removeprefix(FILE), roots)
+        elif rule.kind != "checked" and isinstance(value, str):
             check_path(name, value, roots, rule=rule)
 
 

@@ -47,10 +47,11 @@ class RequestRule:
     """What a request through a deployment may set a field to.
 
     operator_only: nothing, it is set on the worker's machine; path: a path below the allowed roots; photos: a path, or
-    `store:PREFIX`; model: a path, or a hub repository; checked: whatever the field's own validator accepts.
+    `store:PREFIX`; model: a path, or a hub repository; prompts: a list that the field's own validator accepts,
+    `set:NAME`, or `file:` and a path; checked: whatever the field's own validator accepts.
     """
 
-    kind: Literal["operator_only", "path", "photos", "model", "checked"]
+    kind: Literal["operator_only", "path", "photos", "model", "prompts", "checked"]
 
 
 OPERATOR_ONLY = RequestRule("operator_only")

@@ -39,14 +39,15 @@ def name_subject(*, identifier_token: str, class_noun: str) -> str:
 
 
 def write_subject_prompt(template: str, *, identifier_token: str, class_noun: str) -> str:
-    """Return an evaluation prompt with the subject."""
+    """Return an evaluation prompt with the subject: both {subject} and {noun} become `sks dog`."""
     name = name_subject(identifier_token=identifier_token, class_noun=class_noun)
-    return template.replace("{subject}", name)
+    return template.replace("{subject}", name).replace("{noun}", name)
 
 
 def write_plain_prompt(template: str, *, class_noun: str) -> str:
-    """Return the same prompt with the class noun in place of the identifier, as CLIP-T takes it."""
-    return template.replace("{subject}", f"{choose_article(class_noun)} {class_noun}")
+    """Return the same prompt without the identifier, as CLIP-T takes it: {subject} becomes `a dog`, {noun} `dog`."""
+    plain = template.replace("{subject}", f"{choose_article(class_noun)} {class_noun}")
+    return plain.replace("{noun}", class_noun)
 
 
 def truncate_prompt(prompt: str, *, fits: Callable[[str], bool]) -> str:

@@ -1,6 +1,7 @@
 """The base class of all model families: VAE, tokenization, sampling through a pipeline, saving."""
 
 import gc
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.device import choose_device
 from tasks.diffusion.loading import load_components, load_scheduler
 from tasks.diffusion.lora.kohya import OriginalLayer
-from tasks.diffusion.noise_schedulers import GaussianDiffusion, NoiseProcess, RectifiedFlow
+from tasks.diffusion.noise_schedulers import GaussianDiffusion, NoiseProcess, RectifiedFlow, make_sampler
 from tasks.diffusion.textual_inversion import (
     LearnedEmbedding,
     add_placeholder_tokens,
@@ -25,6 +26,7 @@ from tasks.diffusion.textual_inversion import (
     write_prompt,
 )
 from tasks.diffusion.types import Conditioning, Posterior, SamplingRequest
+from tasks.errors import ConfigError
 from tasks.prompts import truncate_prompt
 
 DECODED_PIXELS = 8 * 512**2  # at a time: the VAE's activations are large
@@ -237,18 +239,29 @@ class DiffusionModel(ABC):
 
     @torch.no_grad()
     def sample(
-        self, requests: Sequence[SamplingRequest], *, num_inference_steps: int, guidance_scale: float
+        self,
+        requests: Sequence[SamplingRequest],
+        *,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_rescale: float = 0.0,
     ) -> list[Image.Image]:
         """Sample one image per request through diffusers' pipeline.
 
-        Each has its own generator, so an image doesn't depend on its batch.
+        Each has its own generator, so an image doesn't depend on its batch. Raises ConfigError where the pipeline
+        can't rescale guidance.
         """
         pipeline = self.make_pipeline()
+        if guidance_rescale and "guidance_rescale" not in inspect.signature(pipeline.__call__).parameters:
+            raise ConfigError(f"{self.pipeline_class} has no guidance_rescale; set evaluation.guidance_rescale=0")
+        optional = {"guidance_rescale": guidance_rescale} if guidance_rescale else {}
+        negative = [request.negative_prompt for request in requests]
         # CPU generators: the same start noise on every device.
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         with self.autocast():
             latents: Tensor = pipeline(
-                **self.pipeline_inputs([request.prompt for request in requests]),
+                **self.pipeline_inputs([request.prompt for request in requests], negative),
+                **optional,
                 generator=generators,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
@@ -301,13 +314,13 @@ class DiffusionModel(ABC):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    @abstractmethod
     def make_sampler(self) -> Any:
-        """Return a new scheduler for sampling, on the base model's schedule."""
+        """Return a new scheduler for sampling, on the base model's schedule. Raises ConfigError for another's."""
+        return make_sampler(self.config.sampler, self.noise_scheduler)  # type: ignore[arg-type]
 
     @abstractmethod
-    def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
-        """Return the prompts as embedding arguments of the pipeline.
+    def pipeline_inputs(self, prompts: list[str], negative_prompts: list[str] | None = None) -> dict[str, Any]:
+        """Return the prompts as embedding arguments of the pipeline; negative ones are empty unless given.
 
         Encoded here, not by the pipeline: it knows neither placeholder tokens nor our shortening of long prompts.
         """

@@ -4,12 +4,14 @@ Gaussian diffusion (Stable Diffusion 1.x, 2.x, XL) and rectified flow (3, Flux).
 uniform draw per sample, so that it depends on the sample alone.
 """
 
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
+import diffusers
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from tasks.diffusion.config import SAMPLERS
 from tasks.errors import ConfigError
 
 
@@ -124,3 +126,24 @@ class RectifiedFlow:
         """Return sigma as `(B, 1, 1, 1)` in the dtype of `like`."""
         sigma = (timesteps / self.num_train_timesteps).to(like.dtype)
         return sigma.view(-1, *([1] * (like.ndim - 1)))
+
+
+def make_sampler(name: str, noise: GaussianDiffusion | RectifiedFlow) -> Any:
+    """Return a new scheduler for sampling, on the base model's schedule.
+
+    The short names of `diffusion.sampler` mean the Euler scheduler of flow matching for rectified flow.
+
+    Raises:
+        ConfigError: the scheduler is for another noise process.
+
+    """
+    is_flow = isinstance(noise, RectifiedFlow)
+    class_name = "FlowMatchEulerDiscreteScheduler" if is_flow and name in SAMPLERS else SAMPLERS.get(name, name)
+    # diffusers lists which schedulers take each other's configuration; those of flow matching list none.
+    known = {each.__name__ for each in noise.scheduler.compatibles}
+    fits = class_name.startswith("FlowMatch") if is_flow else class_name in known
+    if not fits or not hasattr(diffusers, class_name):
+        kind = "rectified flow" if is_flow else "Gaussian diffusion"
+        listed = ", ".join(sorted(known)) or "FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler"
+        raise ConfigError(f"diffusion.sampler={name} doesn't suit {kind}; such schedulers are {listed}")
+    return getattr(diffusers, class_name).from_config(noise.scheduler.config)

@@ -34,7 +34,7 @@ def find_family(name: str) -> "type[DiffusionModel]":
 
 
 def load_model(
-    config: DiffusionConfig, *, folder: Path | None = None, precision: str | None = None
+    config: DiffusionConfig, *, folder: Path | None = None, precision: str | None = None, lora_scale: float = 1.0
 ) -> "DiffusionModel":
     """Load the configured base model, or the tuned one in a folder: a whole model, or adapters for the base model.
 
@@ -43,6 +43,7 @@ def load_model(
         folder: the tuned model; None: the base model.
         precision: dtype of all weights but the VAE's (`fp32`, `bf16`, `fp16`): half precision halves their memory.
             None: the dtype that sampling computes in.
+        lora_scale: factor of a LoRA's weights in the folder.
 
     """
     import torch
@@ -53,11 +54,11 @@ def load_model(
     source = folder if folder is not None and is_whole else find_folder(config)
     model = find_family(config.family).load(source, config, dtype=dtypes[precision or config.precision])
     if folder is not None:
-        apply_adapters(model, folder)
+        apply_adapters(model, folder, lora_scale=lora_scale)
     return model
 
 
-def apply_adapters(model: "DiffusionModel", folder: Path) -> None:
+def apply_adapters(model: "DiffusionModel", folder: Path, *, lora_scale: float = 1.0) -> None:
     """Load textual inversion embeddings and LoRA weights from a folder where present, and merge them."""
     from tasks.diffusion.textual_inversion import EMBEDS_FILE, load_tokens
 
@@ -68,4 +69,4 @@ def apply_adapters(model: "DiffusionModel", folder: Path) -> None:
     if (folder / LORA_FILE).is_file():
         from tasks.diffusion.lora.adapters import fuse_lora
 
-        fuse_lora(model, folder)
+        fuse_lora(model, folder, scale=lora_scale)

@@ -40,3 +40,4 @@ class SamplingRequest:
 
     prompt: str
     seed: int
+    negative_prompt: str = ""

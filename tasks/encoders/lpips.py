@@ -81,10 +81,13 @@ def load_lpips(files: tuple[Path, Path], device: torch.device) -> Lpips:
     return Lpips(trunk, linear).to(device)
 
 
-def mean_pairwise_distance(lpips: Lpips, pictures: Sequence[Image.Image]) -> float:
-    """Return the mean distance over all unordered pairs of at least two images of equal size."""
+def pairwise_distances(lpips: Lpips, pictures: Sequence[Image.Image]) -> Tensor:
+    """Return the distances `(N, N)` of N images of equal size, on the CPU."""
     device = next(lpips.parameters()).device
     arrays = [np.asarray(picture.convert("RGB"), np.float32) / 127.5 - 1 for picture in pictures]
     tensors = [torch.from_numpy(array).permute(2, 0, 1)[None].to(device) for array in arrays]  # HWC -> (1, 3, H, W)
-    distances = [lpips(tensors[i], tensors[j]) for i in range(len(tensors)) for j in range(i)]
-    return float(torch.cat(distances).mean())
+    distances = torch.zeros(len(tensors), len(tensors))
+    for i in range(len(tensors)):
+        for j in range(i):
+            distances[i, j] = distances[j, i] = float(lpips(tensors[i], tensors[j]))
+    return distances

@@ -1,113 +1,153 @@
-"""Subject fidelity, prompt fidelity and prior drift (arXiv 2208.12242, section 4).
+"""One function for each metric of `tasks/metrics.py`: a value per sample `(N,)`, whose mean is the metric.
 
-All but DIV are cosines between L2-normalized embeddings, `(N, D)`.
+Cosines are between L2-normalized embeddings `(N, D)`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from tasks.encoders.embeddings import Encoders
-from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Side, SubjectMetrics
+from tasks.metrics import METRICS
+
+MEASURED_SIDE = 256
 
 
 @dataclass(frozen=True)
 class Features:
-    """Embeddings of N images by both encoders and of their prompts by CLIP, each `(N, D)`."""
+    """N images, their embeddings by both encoders and of their prompts by CLIP, each `(N, D)`."""
 
     clip: Tensor
     dino: Tensor
     texts: Tensor
+    images: tuple[Image.Image, ...] = ()
+    distances: Callable[[Sequence[Image.Image]], Tensor] | None = None
+    """Perceptual distances of N images `(N, N)`; None where LPIPS has no weights."""
+
+    def take(self, rows: Sequence[int]) -> "Features":
+        """Return some of the images, by index."""
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.dino.device)
+        images = tuple(self.images[row] for row in rows) if self.images else ()
+        return Features(self.clip[index], self.dino[index], self.texts[index], images, self.distances)
+
+
+MetricFunction = Callable[[Features, Features], Tensor | Sequence[float] | None]
+"""Takes samples and the subject's photos; returns a value per sample, or None where it can't be measured."""
 
 
 def extract_features(encoders: Encoders, images: Sequence[Image.Image], prompts: Sequence[str]) -> Features:
     """Encode images and their prompts, paired by index."""
     pictures = list(images)
-    return Features(
-        encoders.encode_clip(pictures), encoders.encode_dino(pictures), encoders.encode_texts(list(prompts))
-    )
+    embedded = (encoders.encode_clip(pictures), encoders.encode_dino(pictures), encoders.encode_texts(list(prompts)))
+    return Features(*embedded, images=tuple(pictures))
 
 
-def mean_similarity(first: Tensor, second: Tensor) -> float:
-    """Return the mean cosine over all pairs of two sets."""
-    return float((first @ second.T).mean())  # (N, D) @ (D, M) -> (N, M)
+def find_functions() -> dict[str, MetricFunction]:
+    """Return the functions of the registry's metrics by name."""
+    return {name: globals()[f"measure_{name}"] for name in METRICS}
+
+
+def measure_dino(samples: Features, photos: Features) -> Tensor:
+    """Return each sample's mean cosine to the photos."""
+    return (samples.dino @ photos.dino.T).mean(1)  # (N, D) @ (D, M) -> (N, M)
+
+
+def measure_clip_i(samples: Features, photos: Features) -> Tensor:
+    """Return each sample's mean cosine to the photos."""
+    return (samples.clip @ photos.clip.T).mean(1)
+
+
+def measure_clip_t(samples: Features, photos: Features) -> Tensor:
+    """Return each sample's cosine to its own prompt."""
+    return (samples.clip * samples.texts).sum(1)
+
+
+def measure_pres(samples: Features, photos: Features) -> Tensor:
+    """Return each class sample's mean cosine to the subject's photos."""
+    return measure_dino(samples, photos)
+
+
+def measure_div(samples: Features, photos: Features) -> Tensor | None:
+    """Return jackknife pseudo-values of the mean LPIPS distance among samples."""
+    if samples.distances is None or len(samples.images) < 2:
+        return None
+    return spread(samples.distances(samples.images))
+
+
+def measure_dino_div(samples: Features, photos: Features) -> Tensor | None:
+    """Return jackknife pseudo-values of the mean DINO distance among class samples."""
+    return measure_dino_spread(samples, photos)
+
+
+def measure_dino_spread(samples: Features, photos: Features) -> Tensor | None:
+    """Return jackknife pseudo-values of the mean DINO distance among samples."""
+    return spread(1 - samples.dino @ samples.dino.T) if len(samples.dino) > 1 else None
+
+
+def measure_nearest(samples: Features, photos: Features) -> Tensor:
+    """Return each sample's largest cosine to a photo."""
+    return (samples.dino @ photos.dino.T).max(1).values
+
+
+def measure_copies(samples: Features, photos: Features) -> Tensor | None:
+    """Return 1 for each sample that is nearer to a photo than any two photos are to each other, else 0."""
+    ceiling = find_nearest_pair(photos)
+    return None if ceiling is None else (measure_nearest(samples, photos) > ceiling).float()
+
+
+def measure_sharpness(samples: Features, photos: Features) -> list[float]:
+    """Return the variance of each sample's Laplacian, as QC measures it on photos."""
+    return [measure_laplacian(image) for image in samples.images]
+
+
+def measure_laplacian(image: Image.Image) -> float:
+    """Return the variance of the 4-neighbour Laplacian of luma (0 to 255) at a short side of 256 px."""
+    scale = MEASURED_SIDE / min(image.size)
+    size = (max(3, round(image.width * scale)), max(3, round(image.height * scale)))
+    luma = np.asarray(image.convert("L").resize(size, Image.Resampling.BICUBIC), np.float64)
+    inner = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * luma[1:-1, 1:-1]
+    return float(inner.var())
+
+
+def spread(distances: Tensor) -> Tensor:
+    """Return jackknife pseudo-values `(N,)` of the mean over pairs of a distance matrix `(N, N)`, N > 1.
+
+    Their mean is that of all pairs. A sample's mean distance to the others would do for the mean as well, but it varies
+    half as much as the sample's influence on it, since each pair belongs to two samples: intervals would be too narrow.
+    """
+    num = len(distances)
+    # Without the diagonal, whose zeros would lower the mean of small sets.
+    others = (distances.sum(1) - distances.diagonal()) / (num - 1)
+    mean = others.mean()
+    # Pseudo-value: N U - (N - 1) U(-i), where U(-i) = (N U - 2 others_i) / (N - 2).
+    return (2 * (num - 1) * others - num * mean) / (num - 2) if num > 2 else mean.expand(num)
 
 
 def mean_pairwise_similarity(rows: Tensor) -> float:
     """Return the mean cosine over pairs of different rows; 1 for a single row."""
-    # Without the diagonal, whose cosines of 1 would inflate the mean of small sets.
-    num = len(rows)
+    return 1 - float(spread(1 - rows @ rows.T).mean()) if len(rows) > 1 else 1.0
+
+
+def find_nearest_pair(photos: Features) -> float | None:
+    """Return the largest DINO cosine of two different photos; None for a single one."""
+    num = len(photos.dino)
     if num < 2:
-        return 1.0
-    # Sum over all N^2 pairs less the N on the diagonal: N (N - 1) ordered pairs of different rows.
-    total = float((rows @ rows.T).sum()) - float((rows * rows).sum())
-    return total / (num * (num - 1))
+        return None
+    cosines = photos.dino @ photos.dino.T
+    return float(cosines[~torch.eye(num, dtype=torch.bool, device=cosines.device)].max())
 
 
-def measure_subject(samples: Features, photos: Features) -> SubjectMetrics:
-    """Return DINO and CLIP-I against the photos, CLIP-T against the class prompts."""
-    return SubjectMetrics(
-        dino=mean_similarity(samples.dino, photos.dino),
-        clip_i=mean_similarity(samples.clip, photos.clip),
-        # Row by row: each sample with its own prompt.
-        clip_t=float((samples.clip * samples.texts).sum(1).mean()),
-    )
-
-
-def measure_each(samples: Features, photos: Features) -> list[SubjectMetrics]:
-    """Return each sample's metrics; their means are those of `measure_subject`."""
-    return [
-        measure_subject(Features(samples.clip[i : i + 1], samples.dino[i : i + 1], samples.texts[i : i + 1]), photos)
-        for i in range(len(samples.dino))
-    ]
-
-
-def measure_ceiling(photos: Features) -> CeilingMetrics:
-    """Return the same metrics among the real photos: what a perfect model could reach."""
-    return CeilingMetrics(
-        dino=mean_pairwise_similarity(photos.dino),
-        clip_i=mean_pairwise_similarity(photos.clip),
-        clip_t=float((photos.clip * photos.texts).sum(1).mean()),
-    )
-
-
-def measure_drift(class_samples: Features, photos: Features, *, div: float | None = None) -> DriftMetrics:
-    """Return PRES (lower is better) and the given DIV of the paper, and DINO distance among class samples."""
-    return DriftMetrics(
-        pres=mean_similarity(class_samples.dino, photos.dino),
-        dino_div=1.0 - mean_pairwise_similarity(class_samples.dino),
-        div=div,
-    )
-
-
-def measure_div(prompts: Sequence[Sequence[Image.Image]], distance: Callable[[Sequence[Image.Image]], float]) -> float:
-    """Return DIV: the mean distance among samples of a prompt, averaged over prompts with several samples."""
-    values = [distance(pictures) for pictures in prompts if len(pictures) > 1]
-    return sum(values) / len(values)  # not empty: the caller requires two samples per prompt
-
-
-@dataclass(frozen=True)
-class Measured:
-    """All metrics of one evaluation."""
-
-    metrics: dict[Side, SubjectMetrics]
-    drift: dict[Side, DriftMetrics]
-    ceiling: CeilingMetrics
-
-
-def measure_all(
-    photos: Features,
-    subjects: dict[Side, Features],
-    classes: dict[Side, Features],
-    *,
-    div: Mapping[Side, float] = MappingProxyType({}),
-) -> Measured:
-    """Compute fidelity and drift of both sides, and the ceiling."""
-    return Measured(
-        metrics={side: measure_subject(rows, photos) for side, rows in subjects.items()},
-        drift={side: measure_drift(rows, photos, div=div.get(side)) for side, rows in classes.items()},
-        ceiling=measure_ceiling(photos),
-    )
+def measure_ceiling(photos: Features) -> dict[str, float]:
+    """Return the metrics among the real photos: what a perfect model could reach."""
+    found = {
+        "dino": mean_pairwise_similarity(photos.dino),
+        "clip_i": mean_pairwise_similarity(photos.clip),
+        "clip_t": float(measure_clip_t(photos, photos).mean()),
+        "nearest": find_nearest_pair(photos),
+        "sharpness": float(np.mean(measure_sharpness(photos, photos))) if photos.images else None,
+    }
+    return {name: value for name, value in found.items() if value is not None}

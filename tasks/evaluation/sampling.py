@@ -28,6 +28,8 @@ class PlannedSample:
     class_prompt: str
     seed: int
     name: str
+    template: str = ""
+    prompt_kind: str = ""
     step: int | None = None
 
     @property
@@ -48,13 +50,14 @@ def plan_samples(
     planned = []
     sides: tuple[Side, ...] = ("base", "tuned")
     for side in sides:
-        for row, template in enumerate(config.prompts):
-            prompt = write_subject_prompt(template, identifier_token=identifier_token, class_noun=class_noun)
+        for row, own in enumerate(config.prompts):
+            prompt = write_subject_prompt(own.text, identifier_token=identifier_token, class_noun=class_noun)
             # CLIP-T compares with the plain prompt: CLIP doesn't know the identifier token.
-            plain = write_plain_prompt(template, class_noun=class_noun)
+            plain = write_plain_prompt(own.text, class_noun=class_noun)
             for i in range(config.num_images_per_prompt):
                 name = f"{side}/subject-{row:02d}-{i:02d}.png"
-                planned.append(PlannedSample(side, "subject", prompt, plain, config.seed + i, name))
+                sample = PlannedSample(side, "subject", prompt, plain, config.seed + i, name)
+                planned.append(replace(sample, template=own.text, prompt_kind=own.kind))
         for i in range(config.num_class_images):
             name = f"{side}/class-{i:03d}.png"
             # Without the identifier token: these samples measure prior drift.
@@ -92,9 +95,13 @@ def generate_samples(
             chunk = missing[start : start + config.batch_size]
             assert model is not None
             pictures = model.sample(
-                [SamplingRequest(prompt=plan.prompt, seed=plan.seed) for plan in chunk],
+                [
+                    SamplingRequest(prompt=plan.prompt, seed=plan.seed, negative_prompt=config.negative_prompt)
+                    for plan in chunk
+                ],
                 num_inference_steps=config.num_inference_steps,
                 guidance_scale=config.guidance_scale,
+                guidance_rescale=config.guidance_rescale,
             )
             for plan, picture in zip(chunk, pictures, strict=True):
                 # Reusable by the next attempt even where this one fails before its manifest.
@@ -114,6 +121,8 @@ def to_sample(plan: PlannedSample, ref: object) -> Sample:
             "prompt": plan.prompt,
             "class_prompt": plan.class_prompt,
             "seed": plan.seed,
+            "template": plan.template,
+            "prompt_kind": plan.prompt_kind,
             "step": plan.step,
         }
     )

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import ConfigDict, Field
+
 from tasks.manifests.base import Manifest, ObjectRef, Record
 
 Side = Literal["base", "tuned"]
@@ -18,19 +20,30 @@ class Sample(Record):
     class_prompt: str
     """The prompt without the identifier token, used for CLIP-T."""
     seed: int
+    template: str = ""
+    """The prompt before subject and class noun were filled in; empty for class samples."""
+    prompt_kind: str = ""
+    """What the prompt tests, for example `scene` or `style`; empty for class samples."""
     step: int | None = None
     """The checkpoint that a candidate's sample is from."""
 
 
-class SubjectMetrics(Record):
-    """Means over samples; higher is better."""
+class OpenRecord(Record):
+    """A record with further metrics by name: the registry's, and installed ones."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, float] = Field(init=False)
+
+
+class SubjectMetrics(OpenRecord):
+    """Means over samples, or one sample's values; of DINO, CLIP-I and CLIP-T, higher is better."""
 
     dino: float
     clip_i: float
     clip_t: float
 
 
-class CeilingMetrics(Record):
+class CeilingMetrics(OpenRecord):
     """The same metrics among the real photos: what copies of them would reach."""
 
     dino: float
@@ -49,6 +62,34 @@ class DriftMetrics(Record):
     """Mean LPIPS distance of samples of one prompt of the subject; higher is better. None: LPIPS has no weights."""
 
 
+class Estimate(Record):
+    """A mean with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    """None where there are too few independent values for an interval."""
+    num: int
+    """Independent values: prompts, class samples, or the samples of one prompt."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+Table = dict[str, dict[str, Estimate]]
+"""Estimates by metric, then by `base`, `tuned` and `gain`: tuned less base, paired by prompt and seed."""
+
+
+class PromptRow(Record):
+    """The metrics of one prompt."""
+
+    template: str
+    kind: str
+    values: Table
+
+
 class Evaluation(Manifest):
     """Samples of base and tuned model, and their metrics."""
 
@@ -58,4 +99,10 @@ class Evaluation(Manifest):
     ceiling: CeilingMetrics
     sample_metrics: dict[str, SubjectMetrics]
     """Metrics of each sample but those of the class, by object key."""
+    estimates: Table = Field(default_factory=dict)
+    kinds: dict[str, Table] = Field(default_factory=dict)
+    """The same by kind of prompt, without class samples."""
+    prompts: tuple[PromptRow, ...] = ()
+    class_metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Metrics of each class sample, by object key; their means are those of the class."""
     published_step: int

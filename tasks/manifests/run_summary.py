@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from tasks.manifests.base import Record
+from tasks.manifests.evaluation import PromptRow, Table
 from tasks.manifests.scoring import CheckpointRank, PairResult, SideScores
 
 SUMMARY_VERSION = 1
@@ -55,6 +56,14 @@ class JudgeSummary(Record):
     pairs: PairResult | None
 
 
+class EvaluatedModel(Record):
+    """A model from elsewhere that was evaluated, not trained."""
+
+    location: str
+    kind: Literal["pipeline", "lora", "textual_inversion"]
+    sha256: str
+
+
 class RegisteredModel(Record):
     """Name and version in the registry; None where nothing was registered."""
 
@@ -92,9 +101,17 @@ class RunSummary(Record):
     cost_usd: float | None = None
     """None where a price is unknown."""
     subject: SubjectNames | None = None
+    evaluated: EvaluatedModel | None = None
+    """The model of `likeness evaluate`; None for a run that trained its own."""
     stages: dict[str, StageSummary] = Field(default_factory=dict)
     metrics: dict[str, dict[str, float | None]] = Field(default_factory=dict)
     """By side (`base`, `tuned`) and `ceiling`."""
+    estimates: Table = Field(default_factory=dict)
+    """Means with 95 % intervals by metric, then `base`, `tuned` and `gain`."""
+    kinds: dict[str, Table] = Field(default_factory=dict)
+    """The same by kind of prompt."""
+    prompts: tuple[PromptRow, ...] = ()
+    """The same by prompt."""
     scores: dict[str, SideScores] = Field(default_factory=dict)
     judge: JudgeSummary | None = None
     checkpoints: tuple[CheckpointRank, ...] = ()

@@ -9,7 +9,7 @@ README = Path(__file__).resolve().parent.parent.parent / "README.md"
 
 
 def test_every_metric_documents_its_comparability() -> None:
-    assert set(METRICS) == {*SubjectMetrics.model_fields, *DriftMetrics.model_fields}
+    assert {*SubjectMetrics.model_fields, *DriftMetrics.model_fields} <= set(METRICS)
     glossary = " ".join(README.read_text().split())
     for metric in METRICS.values():
         assert f"**{metric.name}**: {metric.text}. Comparable: {metric.comparable}." in glossary

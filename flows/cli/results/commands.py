@@ -1,4 +1,4 @@
-"""`likeness runs`, `report`, `approve`, `generate` and `review`."""
+"""`likeness runs`, `report`, `compare`, `approve`, `generate` and `review`."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from flows.cli.app import RESULTS, app
-from flows.cli.arguments import MAX_INTEGER, OUTPUT, OutputDir, RunName
+from flows.cli.arguments import MAX_INTEGER, OUTPUT, OutputDir, RunName, complete_run
+from flows.cli.results.tables import Format
 from tasks.errors import ConfigError
 
 
@@ -46,6 +47,28 @@ def report(
         import webbrowser
 
         webbrowser.open(path.absolute().as_uri())
+    return 0
+
+
+@app.command("compare", rich_help_panel=RESULTS)
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN RUN ...", help="Runs, the first is what others are compared with.", autocompletion=complete_run
+        ),
+    ],
+    *,
+    unpaired: Annotated[
+        bool, typer.Option("--unpaired", help="Compare means of other prompts, seeds or photos; wider intervals.")
+    ] = False,
+    as_format: Annotated[Format, typer.Option("--format", help="How the tables are written.")] = "table",
+    output_dir: OutputDir = OUTPUT,
+) -> int:
+    """Say which of several models is better and how sure that is, paired by prompt and seed."""
+    from flows.cli.results.compare import compare_runs
+
+    print(compare_runs(output_dir, runs, is_paired=not unpaired, as_format=as_format))
     return 0
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from flows.cli.console import show_usd
 from tasks.errors import ConfigError
+from tasks.manifests.evaluation import Estimate
 from tasks.manifests.run_summary import RunSummary
 from tasks.metrics import METRICS
 
@@ -55,12 +56,13 @@ def print_summary(summary: RunSummary, config: "RunConfig") -> None:
     assert summary.paths is not None
     assert summary.subject is not None
     metrics, scores = summary.metrics, {side: dict(score) for side, score in summary.scores.items()}
-    print(f"\n{'':22}{'base':>8}{'tuned':>8}{'photos':>8}")
+    print(f"\n{'':22}{'base':>8}{'tuned':>8}{'photos':>8}  tuned - base, 95 % interval")
     for key, metric in METRICS.items():
         cells = [metrics[side].get(key) for side in ("base", "tuned", "ceiling")]
         if cells[0] is None:
             continue
-        print(f"{metric.name:22}" + "".join(f"{cell:8.3f}" if cell is not None else f"{'':8}" for cell in cells))
+        line = f"{metric.name:22}" + "".join(f"{show_cell(cell):>8}" for cell in cells)
+        print(f"{line}  {show_gain(summary.estimates.get(key, {}).get('gain'))}".rstrip())
     axes = (("concept_preservation", "subject"), ("prompt_following", "prompt"), ("image_quality", "image quality"))
     for key, name in ((key, f"judge: {axis}") for key, axis in axes):
         cells = [scores.get(side, {}).get(key) for side in ("base", "tuned")]
@@ -81,6 +83,20 @@ def print_summary(summary: RunSummary, config: "RunConfig") -> None:
     )
     noun, token = summary.subject.class_noun, summary.subject.identifier_token
     print(f'try       likeness generate latest "a photo of {token} {noun} in the snow"')
+
+
+def show_cell(value: float | None) -> str:
+    """Return a metric in at most seven characters."""
+    return "" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def show_gain(gain: Estimate | None) -> str:
+    """Return a difference with its interval, or why it has none."""
+    if gain is None:
+        return ""
+    if gain.low is None or gain.high is None:
+        return f"{gain.mean:+.3f} (no interval from {gain.num})"
+    return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
 
 
 def show_number(value: float | None, *, digits: int) -> str:

@@ -152,7 +152,7 @@ def make_judge_context(config: RunConfig) -> "JudgeContext":
         Sample(
             image=ObjectRef(key=plan.name, sha256="", size_bytes=0),
             side=plan.side, kind=plan.kind, prompt=plan.prompt, class_prompt=plan.class_prompt, seed=plan.seed,
-            step=plan.step,
+            template=plan.template, prompt_kind=plan.prompt_kind, step=plan.step,
         )
         for plan in planned
     ]  # fmt: skip

@@ -3,7 +3,6 @@
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from tasks.diffusion.adapter import DiffusionModel
@@ -11,6 +10,7 @@ from tasks.diffusion.families.stable_diffusion import CLIP_LORA_TARGETS
 from tasks.diffusion.lora.kohya import OriginalLayer
 from tasks.diffusion.noise_schedulers import RectifiedFlow
 from tasks.diffusion.types import Conditioning
+from tasks.errors import ConfigError
 
 T5_LENGTH = 512
 # Photos follow the data distribution, which the distilled guidance models at scale 1.
@@ -107,12 +107,15 @@ class Flux(DiffusionModel):
         # A 2x2 patch holds 4 values per channel.
         return unpack(latents, (len(latents), latents.shape[-1] // 4, side, side))
 
-    def make_sampler(self) -> Any:
-        """Return the flow-matching Euler scheduler; `diffusion.sampler` doesn't apply."""
-        return FlowMatchEulerDiscreteScheduler.from_config(self.noise_scheduler.scheduler.config)
+    def pipeline_inputs(self, prompts: list[str], negative_prompts: list[str] | None = None) -> dict[str, Any]:
+        """Return prompt embeddings; distilled guidance needs no second forward.
 
-    def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
-        """Return prompt embeddings; distilled guidance needs no negative prompt and no second forward."""
+        Raises:
+            ConfigError: there is a negative prompt.
+
+        """
+        if any(negative_prompts or ()):
+            raise ConfigError("guidance of Flux is distilled and takes no negative prompt; set it to an empty text")
         conditioning = self.encode_prompts(self.tokenize(prompts))
         return {
             "prompt_embeds": conditioning.encoder_hidden_states,

@@ -1,10 +1,11 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet, noise or velocity prediction."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -12,11 +13,6 @@ from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.noise_schedulers import GaussianDiffusion
 from tasks.diffusion.types import Conditioning, SamplingRequest
 
-SAMPLERS = {
-    "ddim": DDIMScheduler,
-    "dpm++": DPMSolverMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-}
 UNET_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 CLIP_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -60,7 +56,12 @@ class StableDiffusion(DiffusionModel):
 
     @torch.no_grad()
     def sample(
-        self, requests: Sequence[SamplingRequest], *, num_inference_steps: int, guidance_scale: float
+        self,
+        requests: Sequence[SamplingRequest],
+        *,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_rescale: float = 0.0,
     ) -> list[Image.Image]:
         """Sample one image per request, with both halves of classifier-free guidance in one forward.
 
@@ -69,36 +70,37 @@ class StableDiffusion(DiffusionModel):
         with self.autocast():
             prompts = [request.prompt for request in requests]
             # Unconditional half first, as the split of the prediction expects.
-            states = self.encode_prompts(self.tokenize([*([""] * len(prompts)), *prompts]))
+            states = self.encode_prompts(self.tokenize([*(request.negative_prompt for request in requests), *prompts]))
             sampler = self.make_sampler()
+            generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+            # Schedulers that add noise at each step draw it from the image's own generator, as the initial noise.
+            drawn = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
             sampler.set_timesteps(num_inference_steps, device=self.device)
             # Euler starts from noise of a standard deviation near sigma_max, the others from unit noise.
-            latents = self.draw_latents(requests) * sampler.init_noise_sigma
+            latents = self.draw_latents(generators) * sampler.init_noise_sigma
             for timestep in sampler.timesteps:
                 # (2B, C, h, w); Euler divides by sqrt(sigma^2 + 1).
                 doubled = sampler.scale_model_input(torch.cat([latents, latents]), timestep)
                 # float32 before the scheduler step: its arithmetic would lose precision in half.
                 plain, prompted = self.predict(doubled, timestep, states, time_ids=torch.empty(0)).float().chunk(2)
                 guided = plain + guidance_scale * (prompted - plain)  # classifier-free guidance (arXiv 2207.12598)
-                latents = sampler.step(guided, timestep, latents, return_dict=False)[0]
+                if guidance_rescale:
+                    guided = rescale_guidance(guided, prompted, guidance_rescale)
+                latents = sampler.step(guided, timestep, latents, **drawn, return_dict=False)[0]
         return self.decode(latents)
 
-    def draw_latents(self, requests: Sequence[SamplingRequest]) -> Tensor:
+    def draw_latents(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Return initial noise of unit variance `(B, C, h, w)`; a row depends on its own seed alone."""
         side = self.config.resolution // (2 ** (len(self.vae.config.block_out_channels) - 1))
         shape = (self.denoiser.config.in_channels, side, side)
         # CPU generators: the same initial noise on every device.
-        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)) for request in requests]
+        rows = [torch.randn(shape, generator=generator) for generator in generators]
         return torch.stack(rows).to(self.device)
 
-    def make_sampler(self) -> Any:
-        """Return the configured scheduler, with the base model's betas and prediction type."""
-        return SAMPLERS[self.config.sampler].from_config(self.noise_scheduler.scheduler.config)
-
-    def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
-        """Return embeddings of the prompts and of the empty negative prompt."""
+    def pipeline_inputs(self, prompts: list[str], negative_prompts: list[str] | None = None) -> dict[str, Any]:
+        """Return embeddings of the prompts and of the negative prompts."""
         prompt_embeds, negative_prompt_embeds = (
-            self.encode_prompts(self.tokenize(texts)) for texts in (prompts, [""] * len(prompts))
+            self.encode_prompts(self.tokenize(texts)) for texts in (prompts, negative_prompts or [""] * len(prompts))
         )
         return {
             "prompt_embeds": prompt_embeds.encoder_hidden_states,
@@ -108,3 +110,13 @@ class StableDiffusion(DiffusionModel):
     def saved_scheduler(self) -> Any:
         """Return DDIM, the most widely supported."""
         return DDIMScheduler.from_config(self.noise_scheduler.scheduler.config)
+
+
+def rescale_guidance(guided: Tensor, prompted: Tensor, rescale: float) -> Tensor:
+    """Return guided predictions `(B, C, h, w)`, blended with ones of the prompted standard deviation per image.
+
+    arXiv 2305.08891, section 3.4: guidance alone raises the deviation, which over-exposes.
+    """
+    axes = (1, 2, 3)
+    matched = guided * (prompted.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
+    return rescale * matched + (1 - rescale) * guided

@@ -4,7 +4,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from tasks.diffusion.adapter import DiffusionModel
@@ -133,14 +132,10 @@ class StableDiffusion3(DiffusionModel):
         )[0]
         return prediction
 
-    def make_sampler(self) -> Any:
-        """Return the flow-matching Euler scheduler; `diffusion.sampler` doesn't apply."""
-        return FlowMatchEulerDiscreteScheduler.from_config(self.noise_scheduler.scheduler.config)
-
-    def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
-        """Return embeddings of the prompts and of the empty negative prompt."""
+    def pipeline_inputs(self, prompts: list[str], negative_prompts: list[str] | None = None) -> dict[str, Any]:
+        """Return embeddings of the prompts and of the negative prompts."""
         prompt_embeds = self.encode_prompts(self.tokenize(prompts))
-        negative_prompt_embeds = self.encode_prompts(self.tokenize([""] * len(prompts)))
+        negative_prompt_embeds = self.encode_prompts(self.tokenize(negative_prompts or [""] * len(prompts)))
         return {
             "prompt_embeds": prompt_embeds.encoder_hidden_states,
             "pooled_prompt_embeds": prompt_embeds.pooled_prompt_embeds,

@@ -7,7 +7,7 @@ from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
 from tasks.diffusion.adapter import DiffusionModel
-from tasks.diffusion.families.stable_diffusion import CLIP_LORA_TARGETS, SAMPLERS, UNET_LORA_TARGETS
+from tasks.diffusion.families.stable_diffusion import CLIP_LORA_TARGETS, UNET_LORA_TARGETS
 from tasks.diffusion.noise_schedulers import GaussianDiffusion
 from tasks.diffusion.types import Conditioning
 
@@ -57,18 +57,14 @@ class StableDiffusionXl(DiffusionModel):
         )[0]
         return prediction
 
-    def make_sampler(self) -> Any:
-        """Return the configured scheduler, with the base model's betas and prediction type."""
-        return SAMPLERS[self.config.sampler].from_config(self.noise_scheduler.scheduler.config)
-
     def saved_scheduler(self) -> Any:
         """Return Euler, the base model's default."""
         return EulerDiscreteScheduler.from_config(self.noise_scheduler.scheduler.config)
 
-    def pipeline_inputs(self, prompts: list[str]) -> dict[str, Any]:
-        """Return embeddings of the prompts and of the empty negative prompt."""
+    def pipeline_inputs(self, prompts: list[str], negative_prompts: list[str] | None = None) -> dict[str, Any]:
+        """Return embeddings of the prompts and of the negative prompts."""
         conditioning = self.encode_prompts(self.tokenize(prompts))
-        negative = self.encode_prompts(self.tokenize([""] * len(prompts)))
+        negative = self.encode_prompts(self.tokenize(negative_prompts or [""] * len(prompts)))
         return {
             "prompt_embeds": conditioning.encoder_hidden_states,
             "pooled_prompt_embeds": conditioning.pooled_prompt_embeds,

@@ -291,8 +291,8 @@ def predict_once(model: DiffusionModel) -> Tensor:
 
 
 @torch.no_grad()
-def fuse_lora(model: DiffusionModel, folder: Path) -> None:
-    """Merge a saved adapter into the weights, through diffusers' loader.
+def fuse_lora(model: DiffusionModel, folder: Path, *, scale: float = 1.0) -> None:
+    """Merge a saved adapter, times `scale`, into the weights, through diffusers' loader.
 
     Raises:
         AdapterSaveFailed: the loader ignores tensors of the file.
@@ -313,5 +313,5 @@ def fuse_lora(model: DiffusionModel, folder: Path) -> None:
             if ".lora_" in key:
                 parameter.data = parameter.data.float()  # else lora_B @ lora_A is rounded before it is added
     pipeline = model.make_pipeline()
-    pipeline.fuse_lora(components=names)  # Flux's default omits the text encoder
+    pipeline.fuse_lora(components=names, lora_scale=scale)  # Flux's default omits the text encoder
     pipeline.unload_lora_weights()

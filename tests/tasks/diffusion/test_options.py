@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
+from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.device import choose_device
+from tasks.diffusion.families.stable_diffusion import rescale_guidance
 from tasks.diffusion.hub import find_folder, identify_model
 from tasks.diffusion.registry import load_model
 from tasks.diffusion.types import SamplingRequest
@@ -27,6 +30,43 @@ def draw(folder: Path, **changes: Any) -> np.ndarray:
 @pytest.mark.parametrize("changes", [{"sampler": "ddim"}, {"sampler": "euler"}, {"precision": "bf16"}])
 def test_sampler_and_precision_change_the_image(tiny_model_folder: Path, changes: dict[str, Any]) -> None:
     assert not np.array_equal(draw(tiny_model_folder, sampler="dpm++"), draw(tiny_model_folder, **changes))
+
+
+def test_any_scheduler_of_diffusers_that_suits_the_model_is_a_sampler(tiny_model_folder: Path) -> None:
+    pictures = [draw(tiny_model_folder, sampler=name) for name in ("DDIMScheduler", "ddim", "UniPCMultistepScheduler")]
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+    with pytest.raises(ValidationError, match="did you mean DDIMScheduler"):
+        tiny_diffusion_config(tiny_model_folder, sampler="DDIMSheduler")
+    with pytest.raises(ConfigError, match="FlowMatchHeunDiscreteScheduler doesn't suit Gaussian diffusion"):
+        draw(tiny_model_folder, sampler="FlowMatchHeunDiscreteScheduler")
+
+
+@pytest.mark.parametrize("sampler", ["DDPMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverSDEScheduler"])
+def test_a_sampler_that_adds_noise_at_each_step_draws_it_from_the_images_seed(
+    tiny_model_folder: Path, sampler: str
+) -> None:
+    if sampler == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
+    first = draw(tiny_model_folder, sampler=sampler)
+    torch.manual_seed(99)  # the global generator has no part in it
+    assert np.array_equal(first, draw(tiny_model_folder, sampler=sampler))
+
+
+def test_guidance_rescale_lowers_the_deviation_of_guided_predictions_to_the_prompted_one() -> None:
+    torch.manual_seed(0)
+    guided, prompted = 3 * torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    full = rescale_guidance(guided, prompted, 1.0)
+    torch.testing.assert_close(full.std((1, 2, 3)), prompted.std((1, 2, 3)))
+    assert torch.equal(rescale_guidance(guided, prompted, 0.0), guided)
+
+
+def test_the_pipelines_guidance_rescale_gives_the_same_image(tiny_model_folder: Path) -> None:
+    model = load_model(tiny_diffusion_config(tiny_model_folder, sampler="ddim"))
+    options = {"num_inference_steps": 3, "guidance_scale": 6.0, "guidance_rescale": 0.7}
+    request = [SamplingRequest("a photo of a fish", 3, "snow")]
+    ours, theirs = model.sample(request, **options)[0], DiffusionModel.sample(model, request, **options)[0]
+    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1  # another order of summation
 
 
 def test_images_have_the_configured_resolution(tiny_model_folder: Path) -> None:

@@ -3,9 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from conf.compose import compile_request
+from conf.overrides import parse_overrides
 from tasks.diffusion.registry import load_model
+from tasks.errors import ConfigError
 from tasks.evaluation.config import EvaluationConfig
 from tasks.evaluation.sampling import generate_samples, plan_samples
 from tasks.services.store.local import LocalStore
@@ -44,8 +49,14 @@ def test_the_sampling_plan_follows_the_configured_prompts_counts_and_seed() -> N
     assert [p.seed for p in tuned if p.kind == "class"] == [50, 51, 52, 53]
 
 
-@pytest.mark.parametrize("changes", [{"num_inference_steps": 4}, {"guidance_scale": 2.0}])
-def test_num_inference_steps_and_guidance_scale_change_the_samples(
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_inference_steps": 4}, {"guidance_scale": 2.0}, {"negative_prompt": "snow on the beach"},
+        {"guidance_rescale": 0.9},
+    ],
+)  # fmt: skip
+def test_the_sampling_options_change_the_samples(
     tmp_path: Path, tiny_model_folder: Path, changes: dict[str, Any]
 ) -> None:
     plain, _ = draw(tmp_path / "plain", tiny_model_folder)
@@ -56,3 +67,44 @@ def test_num_inference_steps_and_guidance_scale_change_the_samples(
 def test_samples_are_generated_in_batches_of_batch_size(tmp_path: Path, tiny_model_folder: Path) -> None:
     _, sizes = draw(tmp_path, tiny_model_folder, batch_size=3)
     assert sizes == [3, 1, 3, 1]
+
+
+def test_a_sample_does_not_depend_on_the_prompts_and_seeds_that_share_its_batch(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    prompts = ("a photo of {subject}", "{subject} in the snow", "{subject} on the beach")
+    pictures = []
+    for size in (1, 5):
+        draw(tmp_path / str(size), tiny_model_folder, prompts=prompts, batch_size=size)
+        paths = sorted((tmp_path / str(size)).rglob("*.png"))
+        pictures.append([np.asarray(Image.open(path), int) for path in paths])
+    assert len(pictures[0]) == 2 * (3 * 2 + 2)
+    # Matrix products sum in another order for another batch size: one level of 255 at most.
+    assert max(np.abs(one - other).max() for one, other in zip(*pictures, strict=True)) <= 1
+
+
+def test_sampling_resumes_after_the_last_stored_image(tmp_path: Path, tiny_model_folder: Path) -> None:
+    draw(tmp_path, tiny_model_folder)
+    lost = sorted(tmp_path.rglob("*.png.ref"))[3]
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png") if f"{path.name}.ref" != lost.name}
+    lost.unlink()
+    _, sizes = draw(tmp_path, tiny_model_folder)
+    assert sizes == [1]
+    assert {path: path.stat().st_mtime_ns for path in kept if path.parent != lost.parent} == {
+        path: at for path, at in kept.items() if path.parent != lost.parent
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["diffusion=flux-dev", "evaluation.negative_prompt=fog"], "evaluation.negative_prompt: guidance of flux"),
+        (
+            ["diffusion=sd35-medium", "evaluation.guidance_rescale=0.5"],
+            "evaluation.guidance_rescale: stable_diffusion_3",
+        ),
+    ],
+)
+def test_a_sampling_option_that_the_family_lacks_is_rejected_before_training(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compile_request(parse_overrides(["subject.source=x", "subject.class_noun=dog", "llm=openai", *words]))

@@ -31,7 +31,10 @@ def test_sampling_agrees_with_the_reference_pipeline(tiny_model_folder: Path) ->
     assert difference.max() <= 1
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "euler"])
+@pytest.mark.parametrize(
+    "sampler",
+    ["ddim", "dpm++", "euler", "UniPCMultistepScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"],
+)
 def test_an_image_depends_on_its_seed_not_on_its_batch(tiny_model_folder: Path, sampler: str) -> None:
     model = load_model(tiny_diffusion_config(tiny_model_folder, sampler=sampler))
     together = model.sample(REQUESTS, num_inference_steps=3, guidance_scale=3.0)

@@ -125,3 +125,21 @@ def test_unmatched_target_modules_raise_an_error_naming_the_setting(folders: dic
     for targets in (("no_such_layer",), ("norm1",)):
         with pytest.raises(ConfigError, match="training.lora.target_modules"):
             add_lora(model, ["unet"], LoraHyperparameters(rank=2, lora_alpha=2.0, target_modules=targets))
+
+
+def test_lora_scale_scales_the_adapters_effect(folders: dict[str, Path], tmp_path: Path) -> None:
+    family = "stable_diffusion"
+    model = open_family(family, folders[family])
+    save_lora(model, tmp_path, adapt(model, ("to_q", "to_v")), export=EXPORT)
+    config, plain = family_config(family, folders[family]), open_family(family, folders[family])
+
+    def change(scale: float) -> torch.Tensor:
+        tuned = load_model(config, folder=tmp_path, lora_scale=scale)
+        key = next(key for key in tuned.denoiser.state_dict() if key.endswith("to_q.weight"))
+        found: torch.Tensor = tuned.denoiser.state_dict()[key] - plain.denoiser.state_dict()[key]
+        return found
+
+    assert float(change(1.0).abs().max()) > 1e-3
+    # float32 weights plus a product in float32: one rounding each.
+    torch.testing.assert_close(change(0.5), change(1.0) / 2, rtol=1e-3, atol=1e-6)
+    assert float(change(0.0).abs().max()) < 1e-6

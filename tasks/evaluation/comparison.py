@@ -1,0 +1,177 @@
+"""Compare evaluated models: differences of every metric, paired by prompt and seed where both have them."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tasks.errors import ConfigError
+from tasks.evaluation.intervals import Values, estimate_samples, estimate_unpaired, subtract
+from tasks.manifests.evaluation import Estimate, Evaluation
+from tasks.metrics import METRICS, Metric
+
+JUDGE_TEXT = "mean grade of the judge, 0 to 4; higher is better"
+JUDGED = {
+    "concept_preservation": Metric("judge: subject", JUDGE_TEXT, "the same judge alone", range=(0, 4)),
+    "prompt_following": Metric("judge: prompt", JUDGE_TEXT, "the same judge alone", range=(0, 4)),
+    "image_quality": Metric("judge: image quality", JUDGE_TEXT, "the same judge alone", range=(0, 4)),
+}
+HEADLINE = {"dino": "subject fidelity", "clip_t": "prompt fidelity"}
+"""What the conclusion is about, by metric."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An evaluated model: its name, its evaluation, the photos by digest, and grades by sample where it was judged."""
+
+    name: str
+    evaluation: Evaluation
+    photos: frozenset[str]
+    grades: Mapping[str, Mapping[str, float]]
+    """By axis, then by the sample's object key."""
+    judge: str = ""
+
+
+@dataclass(frozen=True)
+class MetricComparison:
+    """One metric: the mean of every model, and the difference of all but the first to the first."""
+
+    key: str
+    metric: Metric
+    means: tuple[Estimate, ...]
+    differences: tuple[Estimate, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All metrics, and what may be concluded from them."""
+
+    names: tuple[str, ...]
+    is_paired: bool
+    metrics: tuple[MetricComparison, ...]
+    notes: tuple[str, ...]
+    conclusion: str
+
+
+def compare(candidates: Sequence[Candidate], *, is_paired: bool = True) -> Comparison:
+    """Compare every model with the first.
+
+    Raises:
+        ConfigError: paired, but the models were measured on other photos, or share no prompt and seed.
+
+    """
+    first = candidates[0]
+    tables = [collect_values(candidate) for candidate in candidates]
+    notes = check_shared(candidates, tables) if is_paired else []
+    rows = []
+    for key, metric in {**METRICS, **JUDGED}.items():
+        if key in JUDGED and len({candidate.judge for candidate in candidates}) > 1:
+            continue  # grades of different judges are no common scale
+        if not all(key in table for table in tables):
+            continue
+        values = [table[key] for table in tables]
+        differences = [measure_difference(other, values[0], is_paired=is_paired) for other in values[1:]]
+        rows.append(
+            MetricComparison(key, metric, tuple(map(estimate_samples, values)), tuple(filter(None, differences)))
+        )
+    rows = [row for row in rows if len(row.differences) == len(candidates) - 1]
+    names = tuple(candidate.name for candidate in candidates)
+    conclusions = [
+        conclude(name, first.name, {row.key: row.differences[number] for row in rows})
+        for number, name in enumerate(names[1:])
+    ]
+    return Comparison(names, is_paired, tuple(rows), tuple(notes), " ".join([*conclusions, limit(is_paired)]))
+
+
+def collect_values(candidate: Candidate) -> dict[str, Values]:
+    """Return the tuned model's value of each metric by prompt and seed. Raises ConfigError for an older evaluation."""
+    evaluation = candidate.evaluation
+    found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for sample in evaluation.samples:
+        if sample.side != "tuned" or sample.kind == "candidate":
+            continue
+        key = sample.image.key
+        if sample.kind == "subject" and not sample.template:
+            raise ConfigError(f"{candidate.name} was evaluated by an earlier version of likeness; run it again")
+        own = evaluation.sample_metrics.get(key)
+        values = dict(own.model_dump() if own else evaluation.class_metrics.get(key, {}))
+        values |= {axis: grades[key] for axis, grades in candidate.grades.items() if key in grades}
+        for name, value in values.items():
+            found[name][sample.template][sample.seed] = value
+    for row in evaluation.prompts:  # metrics among the samples of a prompt have one value per prompt
+        for name in METRICS:
+            if METRICS[name].level == "prompt" and name in row.values:
+                found[name][row.template][0] = row.values[name]["tuned"].mean
+    return dict(found)
+
+
+def check_shared(candidates: Sequence[Candidate], tables: Sequence[Mapping[str, Values]]) -> list[str]:
+    """Return notes on what is shared in part. Raises ConfigError where nothing can be paired."""
+    first, notes = candidates[0], []
+    draws = [{(prompt, seed) for prompt, row in table["dino"].items() for seed in row} for table in tables]
+    for candidate, drawn in zip(candidates[1:], draws[1:], strict=True):
+        shared = draws[0] & drawn
+        if candidate.photos != first.photos:
+            raise ConfigError(
+                f"{candidate.name} was measured on other photos than {first.name}: differences can't be paired; "
+                "--unpaired compares the means"
+            )
+        if not shared:
+            raise ConfigError(
+                f"{candidate.name} and {first.name} share no prompt and seed: differences can't be paired; "
+                "--unpaired compares the means"
+            )
+        if shared != draws[0] | drawn:
+            notes.append(f"{candidate.name}: {len(shared)} samples of {len(drawn)} have the prompt and seed of another")
+    return notes
+
+
+def measure_difference(second: Values, first: Values, *, is_paired: bool) -> Estimate | None:
+    """Return second less first; None where nothing is shared."""
+    if not is_paired:
+        return estimate_unpaired(second, first)
+    differences = subtract(second, first)
+    return estimate_samples(differences) if differences else None
+
+
+def conclude(name: str, reference: str, differences: Mapping[str, Estimate]) -> str:
+    """Return one sentence that says which headline differences are decided."""
+    parts = []
+    for key, meaning in HEADLINE.items():
+        found = differences.get(key)
+        if found is None:
+            continue
+        label = f"{METRICS[key].name} ({meaning})"
+        if found.low is None or found.high is None:
+            parts.append(f"{label} differs by {found.mean:+.3f} over {found.num} prompts, too few for an interval")
+        elif found.is_decided:
+            word = "higher" if found.mean > 0 else "lower"
+            parts.append(f"{label} is {word} by {abs(found.mean):.3f} [{found.low:+.3f}, {found.high:+.3f}]")
+        else:
+            parts.append(f"{label} is undecided at {found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]")
+    copies = differences.get("copies")
+    if copies is not None and copies.is_decided and copies.mean > 0:
+        parts.append("more of its samples are near-duplicates of photos, so its fidelity is partly copying")
+    text = f"{name} against {reference}: {'; '.join(parts)}"
+    return f"{text}; {judge_headline(differences)}."
+
+
+def judge_headline(differences: Mapping[str, Estimate]) -> str:
+    """Return which of two models is better, as far as the headline metrics decide it."""
+    found = [differences[key] for key in HEADLINE if key in differences]
+    if any(each.low is None for each in found) or not found:
+        return "nothing may be concluded"
+    signs = {each.mean > 0 for each in found if each.is_decided}
+    if not signs:
+        return "neither model may be called better"
+    if len(signs) == 2:
+        return "it trades one for the other, so neither is better in both"
+    return "it is the better of the two" if signs == {True} else "it is the worse of the two"
+
+
+def limit(is_paired: bool) -> str:
+    """Return what may not be concluded."""
+    how = "" if is_paired else " Unpaired means also differ by their prompts and seeds."
+    return (
+        "This holds for this subject and prompts like these; one training seed each says which model is better, not "
+        f"which settings are, and intervals are not adjusted for the number of metrics.{how}"
+    )

@@ -1,0 +1,83 @@
+"""Intervals of means over samples: a bootstrap over prompts, of differences where prompts and seeds are shared.
+
+Samples of one prompt resemble each other, so prompts are what is resampled; a resampled prompt brings its seeds along
+(Davison & Hinkley 1997, section 3.8: resampling within clusters too would count their variation twice).
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from scipy import stats
+
+from tasks.manifests.evaluation import Estimate
+
+NUM_RESAMPLES = 9999
+LEVEL = 0.95
+MIN_CLUSTERS = 5
+"""With fewer, not even the interval from the smallest to the largest value covers a median with 95 %."""
+Values = Mapping[str, Mapping[int, float]]
+"""By prompt, then by seed."""
+
+
+def estimate_mean(clusters: Iterable[Sequence[float]]) -> Estimate:
+    """Return the mean of all values with its 95 % interval; a cluster's values depend on each other.
+
+    Percentile bootstrap, expanded for few clusters: the normal quantile is replaced by Student's, times
+    sqrt(n / (n - 1)) (Hesterberg 2015, arXiv 1411.5279, section 4.3). Fixed seed: equal values have equal intervals.
+    """
+    rows = [np.asarray(cluster, float) for cluster in clusters if len(cluster)]
+    sums, sizes = np.array([row.sum() for row in rows]), np.array([len(row) for row in rows])
+    num = len(rows)
+    mean = float(sums.sum() / sizes.sum())
+    if num < MIN_CLUSTERS:
+        return Estimate(mean=mean, num=num)
+    if np.ptp(np.concatenate(rows)) == 0:
+        return Estimate(mean=mean, low=mean, high=mean, num=num)
+    quantile = math.sqrt(num / (num - 1)) * stats.t.ppf((1 + LEVEL) / 2, num - 1)
+
+    def mean_of(index: np.ndarray, axis: int) -> np.ndarray:
+        return np.asarray(sums[index].sum(axis) / sizes[index].sum(axis))
+
+    found = stats.bootstrap(
+        (np.arange(num),),
+        mean_of,
+        n_resamples=NUM_RESAMPLES,
+        vectorized=True,
+        confidence_level=float(1 - 2 * stats.norm.sf(quantile)),
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Estimate(mean=mean, low=float(found.low), high=float(found.high), num=num)
+
+
+def estimate_samples(values: Values) -> Estimate:
+    """Return the mean over prompts and seeds; the seeds of a single prompt are independent of each other."""
+    if len(values) == 1:
+        return estimate_mean([value] for by_seed in values.values() for value in by_seed.values())
+    return estimate_mean(list(by_seed.values()) for by_seed in values.values())
+
+
+def subtract(second: Values, first: Values) -> dict[str, dict[int, float]]:
+    """Return second less first, for the prompts and seeds that both have."""
+    paired = {
+        prompt: {seed: value - first[prompt][seed] for seed, value in by_seed.items() if seed in first[prompt]}
+        for prompt, by_seed in second.items()
+        if prompt in first
+    }
+    return {prompt: by_seed for prompt, by_seed in paired.items() if by_seed}
+
+
+def estimate_unpaired(second: Values, first: Values) -> Estimate:
+    """Return the difference of two means over different prompts or seeds, by Welch's interval over prompt means."""
+    means = [np.array([np.mean(list(by_seed.values())) for by_seed in values.values()]) for values in (second, first)]
+    totals = [np.mean([v for by_seed in values.values() for v in by_seed.values()]) for values in (second, first)]
+    difference, num = float(totals[0] - totals[1]), min(len(row) for row in means)
+    if num < MIN_CLUSTERS:
+        return Estimate(mean=difference, num=num)
+    errors = [float(row.var(ddof=1) / len(row)) for row in means]
+    if sum(errors) == 0:
+        return Estimate(mean=difference, low=difference, high=difference, num=num)
+    freedom = sum(errors) ** 2 / sum(e**2 / (len(row) - 1) for e, row in zip(errors, means, strict=True))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(sum(errors))
+    return Estimate(mean=difference, low=difference - half, high=difference + half, num=num)

@@ -1,0 +1,81 @@
+"""Intervals cover the true mean as often as they say, and pairing narrows them."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from tasks.evaluation import intervals
+from tasks.evaluation.intervals import estimate_mean, estimate_samples, estimate_unpaired, subtract
+from tasks.manifests.evaluation import Estimate
+
+NUM_STUDIES = 400
+
+
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coverage needs hundreds of intervals; 1999 resamples place their ends well enough."""
+    monkeypatch.setattr(intervals, "NUM_RESAMPLES", 1999)
+
+
+def measure_coverage(draw: Callable[[np.random.Generator], Estimate], truth: float) -> float:
+    rng = np.random.default_rng(5)
+    found = [draw(rng) for _ in range(NUM_STUDIES)]
+    return float(np.mean([each.low <= truth <= each.high for each in found]))  # type: ignore[operator]
+
+
+@pytest.mark.usefixtures("few_resamples")
+@pytest.mark.parametrize("num_prompts", [6, 25])
+@pytest.mark.parametrize("between", [0.0, 0.1])
+def test_an_interval_covers_the_true_mean_nineteen_times_in_twenty(num_prompts: int, between: float) -> None:
+    def draw(rng: np.random.Generator) -> Estimate:
+        prompts = rng.normal(0.6, between, (num_prompts, 1))
+        return estimate_mean((prompts + rng.normal(0, 0.1, (num_prompts, 4))).tolist())
+
+    # The standard error of a share of 0.95 in 400 studies is 0.011: three of them, and a hundredth for the bootstrap's
+    # own error with six prompts.
+    assert measure_coverage(draw, 0.6) == pytest.approx(0.95, abs=3 * math.sqrt(0.95 * 0.05 / NUM_STUDIES) + 0.01)
+
+
+@pytest.mark.usefixtures("few_resamples")
+def test_an_interval_that_takes_samples_of_a_prompt_for_independent_covers_too_rarely() -> None:
+    def draw(rng: np.random.Generator) -> Estimate:
+        values = rng.normal(0.6, 0.1, (6, 1)) + rng.normal(0, 0.02, (6, 4))
+        return estimate_mean([[value] for value in values.ravel()])
+
+    assert measure_coverage(draw, 0.6) < 0.8
+
+
+def test_pairing_by_prompt_and_seed_narrows_the_interval_of_a_difference() -> None:
+    rng = np.random.default_rng(0)
+    prompts = rng.normal(0.5, 0.2, (8, 1)) + rng.normal(0, 0.05, (8, 2))
+    base = {f"p{i}": dict(enumerate(row)) for i, row in enumerate(prompts.tolist())}
+    tuned = {
+        name: {seed: value + 0.05 + rng.normal(0, 0.01) for seed, value in row.items()} for name, row in base.items()
+    }
+    paired, unpaired = estimate_samples(subtract(tuned, base)), estimate_unpaired(tuned, base)
+    assert paired.mean == pytest.approx(unpaired.mean)
+    assert paired.is_decided
+    assert not unpaired.is_decided
+
+
+def test_only_prompts_and_seeds_that_both_have_are_paired() -> None:
+    first, second = {"a": {1: 0.1, 2: 0.2}, "b": {1: 0.5}}, {"a": {2: 0.5, 3: 0.9}, "c": {1: 1.0}}
+    assert subtract(second, first) == {"a": {2: pytest.approx(0.3)}}
+
+
+def test_too_few_prompts_have_a_mean_and_no_interval() -> None:
+    few = estimate_mean([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6], [0.7, 0.8]])
+    assert (few.mean, few.low, few.high, few.num) == (pytest.approx(0.45), None, None, 4)
+    assert estimate_mean([[0.1], [0.3], [0.5], [0.7], [0.9]]).low is not None
+
+
+def test_seeds_of_a_single_prompt_are_independent_of_each_other() -> None:
+    assert estimate_samples({"a": {seed: seed / 10 for seed in range(6)}}).num == 6
+
+
+def test_equal_values_have_an_interval_of_no_width_and_intervals_repeat() -> None:
+    assert estimate_mean([[1.0]] * 6) == Estimate(mean=1.0, low=1.0, high=1.0, num=6)
+    values = [[float(i)] for i in range(7)]
+    assert estimate_mean(values) == estimate_mean(values)

@@ -1,0 +1,101 @@
+"""A metric of another package is measured where the package is installed."""
+
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import ConfigError
+from tasks.evaluation.measurement import Registry, measure_each
+from tasks.evaluation.metrics import Features
+from tasks.evaluation.own_metrics import identify_own_metrics, load_own_metrics
+from tasks.manifests.base import ObjectRef
+from tasks.manifests.evaluation import Sample
+
+CODE = '''
+"""Metrics of a test."""
+
+from tasks.evaluation.own_metrics import OwnMetric
+from tasks.metrics import Metric
+
+
+def redness(samples, photos):
+    """Mean red level of a sample, 0 to 1.
+
+    More follows.
+    """
+    return [image.resize((1, 1)).getpixel((0, 0))[0] / 255 for image in samples.images]
+
+
+def too_few(samples, photos):
+    return [1.0]
+
+
+def broken(samples, photos):
+    raise RuntimeError("no weights")
+
+
+described = OwnMetric(Metric("Redness", "as redness", "nothing", direction="lower"), redness)
+number = 3
+'''
+
+
+def install(folder: Path, monkeypatch: pytest.MonkeyPatch, entries: str, *, module: str) -> None:
+    """Install a distribution as `pip install --target` leaves it: a module and its metadata."""
+    (folder / f"{module}.py").write_text(CODE)
+    info = folder / f"{module}-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text(f"[likeness.metrics]\n{entries}\n")
+    monkeypatch.syspath_prepend(folder)
+
+
+def measure(num: int = 2) -> dict[str, dict[str, float]]:
+    import torch
+    from PIL import Image
+
+    rows = torch.eye(num)
+    pictures = tuple(Image.new("RGB", (8, 8), (255 * number, 0, 0)) for number in range(num))
+    samples = [
+        Sample(image=ObjectRef(key=f"k{number}", sha256="", size_bytes=0), side="tuned", kind="subject", prompt="",
+               class_prompt="", seed=number, template="t")
+        for number in range(num)
+    ]  # fmt: skip
+    features = Features(rows, rows, rows, pictures)
+    return measure_each(samples, features, features, registry=Registry().extended(load_own_metrics()))
+
+
+def test_without_other_packages_there_are_no_own_metrics() -> None:
+    assert load_own_metrics() == {}
+    assert identify_own_metrics() == []
+
+
+def test_an_installed_metric_is_measured_and_its_version_is_part_of_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch, "redness = metrics_a:redness\nredness2 = metrics_a:described", module="metrics_a")
+    assert identify_own_metrics() == ["redness metrics_a 1.2", "redness2 metrics_a 1.2"]
+    loaded = load_own_metrics()
+    assert loaded["redness"].metric.text == "Mean red level of a sample, 0 to 1"
+    assert (loaded["redness2"].metric.name, loaded["redness2"].metric.direction) == ("Redness", "lower")
+    assert measure()["redness"] == {"k0": 0.0, "k1": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("dino = {0}:redness", "metric dino of {0} 1.2 has the name of another metric"),
+        ("mine = {0}:missing", "metric mine of {0} 1.2 can't be imported"),
+        ("mine = nowhere_at_all:redness", "can't be imported: No module named"),
+        ("mine = {0}:number", "is no function"),
+        ("mine = {0}:too_few", "metric mine returned 1 values for 2 samples"),
+        ("mine = {0}:broken", "metric mine failed: RuntimeError: no weights"),
+        ("my-metric = {0}:redness", "must be a Python identifier"),
+    ],
+)
+def test_a_metric_that_cannot_be_used_is_named_with_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, message: str, request: pytest.FixtureRequest
+) -> None:
+    module = f"metrics_{abs(hash(request.node.name)) % 10**8}"
+    install(tmp_path, monkeypatch, entry.format(module), module=module)
+    with pytest.raises(ConfigError, match=message.format(module)):
+        measure()

@@ -51,7 +51,7 @@ def personalize_subject(request: RunRequest = RunRequest()) -> RunSummary:  # no
         evaluation = result_of(evaluate(EvaluationInputs(config.evaluation, diffusion, tuned, subject), runtime))
         scores = result_of(score_samples(ScoringInputs(config.scoring, config.llm, evaluation, subject), runtime))
         manifests = RunManifests(subject, prior, tuned, evaluation, scores)
-        inputs = PublishingInputs(config.publishing, config.tracking, manifests, run.config_rows)
+        inputs = PublishingInputs(config.publishing, config.tracking, manifests, run.config_rows, run.default_rows)
         publication = result_of(publish(inputs, runtime))
         summary = run.summarize(manifests, publication)
         show_artifacts(summary, publication, runtime)

@@ -81,6 +81,11 @@ class Run:
         """Return the configuration as dotted names and values, as it is shown to others."""
         return tuple(show_config(self.config))
 
+    @property
+    def default_rows(self) -> tuple[tuple[str, str], ...]:
+        """The configuration of a run without any setting, as names and values."""
+        return tuple(show_config(compile_request(RunRequest())))
+
     def question(self, subject: SubjectSet) -> Question:
         """Return what a person is asked before training."""
         digest = compute_config_digest(self.config)

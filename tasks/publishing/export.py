@@ -8,6 +8,7 @@ from tasks.manifests.base import Manifest, ObjectRef
 from tasks.manifests.evaluation import Evaluation
 from tasks.manifests.run import RunManifests
 from tasks.manifests.scoring import Scorecard
+from tasks.manifests.subject import SubjectSet
 from tasks.manifests.training import LossRow, TunedModel, parse_losses
 from tasks.prompts import name_subject
 from tasks.services.store.base import Store
@@ -80,16 +81,49 @@ def write_loading(tuned: TunedModel, identifier_token: str) -> str:
     return "\n".join(lines)
 
 
+def write_snippets(run: RunManifests) -> list[tuple[str, str]]:
+    """Return how to use the tuned model: a name and the text to copy."""
+    subject, tuned = run.subject, run.training
+    spoken = name_subject(identifier_token=subject.identifier_token, class_noun=subject.class_noun)
+    prompt = f"a photo of {speak_in_diffusers(subject, tuned)}"
+    python = (
+        "from diffusers import DiffusionPipeline\n\n"
+        f"{write_loading(tuned, subject.identifier_token)}\n"
+        f'pipeline("{prompt}").images[0].save("sample.png")'
+    )
+    snippets = [
+        ("Command line", f'likeness generate latest "a photo of {spoken} in the snow"'),
+        ("diffusers; THIS FOLDER is the run's model folder, which `likeness runs` shows", python),
+    ]
+    if tuned.method == "lora":
+        text = (
+            "Copy pytorch_lora_weights.safetensors to models/loras/ (ComfyUI) or models/Lora/ (A1111),"
+            f"\nload it at strength 1.0 with the base model {tuned.base_model.location}, and write:\n{spoken}"
+        )
+        snippets.append(("ComfyUI, A1111", text))
+    elif tuned.method == "textual_inversion":
+        text = (
+            "Copy learned_embeds.safetensors to models/embeddings/ (ComfyUI) or embeddings/ (A1111)"
+            f"\nand name it in the prompt: embedding:learned_embeds {subject.class_noun}"
+        )
+        snippets.append(("ComfyUI, A1111", text))
+    return snippets
+
+
+def speak_in_diffusers(subject: SubjectSet, tuned: TunedModel) -> str:
+    """Return how a prompt names the subject in diffusers, which expands a learned token's first placeholder."""
+    token = subject.identifier_token
+    token = f"<{token}>" if tuned.method.startswith("textual_inversion") else token
+    return name_subject(identifier_token=token, class_noun=subject.class_noun)
+
+
 def export_model(folder: StageFolder, run: RunManifests, *, title: str, local: Path) -> tuple[ObjectRef, ...]:
     """Store the tuned model with model card and lineage; `local` receives the same files."""
     subject, tuned, evaluation = run.subject, run.training, run.evaluation
-    spoken = subject.identifier_token
-    if tuned.method.startswith("textual_inversion"):
-        spoken = f"<{spoken}>"  # diffusers expands the first placeholder to all vectors
     card = CARD.format(
         title=title,
         loading=write_loading(tuned, subject.identifier_token),
-        spoken=name_subject(identifier_token=spoken, class_noun=subject.class_noun),
+        spoken=speak_in_diffusers(subject, tuned),
         class_noun=subject.class_noun,
         subject=name_subject(identifier_token=subject.identifier_token, class_noun=subject.class_noun),
         num_photos=len(subject.images),

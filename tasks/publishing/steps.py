@@ -1,7 +1,10 @@
 """The publishing stage: model folder, report, registry."""
 
+import contextlib
+import platform
 import tempfile
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from prefect import task
@@ -18,7 +21,9 @@ from tasks.stage.context import Runtime
 from tasks.stage.files import PART_PREFIX, write_atomic
 from tasks.stage.states import finished, should_retry
 
-STAGE_VERSION = 3
+STAGE_VERSION = 4
+VERSIONED = ("likeness", "torch", "diffusers", "transformers", "pytorch-lightning", "prefect")
+"""Packages whose versions a report names."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class PublishingInputs:
     manifests: RunManifests
     config_rows: tuple[tuple[str, str], ...]
     """The run's configuration as it is shown: dotted names and values. Not part of the key."""
+    default_rows: tuple[tuple[str, str], ...] = ()
+    """The same of a run without any setting."""
 
     def stage(self) -> Stage[Publication]:
         """Return the stage with its cache key."""
@@ -75,6 +82,15 @@ def find_missing_effect(publication: Publication, tracker: Tracker) -> str:
     return ""
 
 
+def list_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that made the model, and the machine's kind."""
+    found = {"Python": platform.python_version()}
+    for name in VERSIONED:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # likeness itself, run from a checkout
+            found[name] = metadata.version(name)
+    return {**found, "on": f"{platform.system()} {platform.machine()}"}
+
+
 def name_model(tracking: TrackingConfig, subject: SubjectSet) -> str:
     """Return the tuned model's name in the registry."""
     return tracking.registered_model or f"likeness-{subject.class_noun.replace(' ', '-').lower()}"
@@ -82,9 +98,9 @@ def name_model(tracking: TrackingConfig, subject: SubjectSet) -> str:
 
 def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: Runtime) -> Publication:
     """Write model folder and report, log to the tracking server, write the manifest."""
-    from tasks.publishing.export import export_model, headline_metrics, read_losses, sum_llm_costs
+    from tasks.publishing.export import export_model, headline_metrics, read_losses, sum_llm_costs, write_snippets
     from tasks.publishing.registry import SAMPLES, TrackedRun, track_run
-    from tasks.publishing.report import ReportInputs, draw_sample_grid, render_report
+    from tasks.publishing.report.page import ReportInputs, draw_sample_grid, render_report
 
     manifests = inputs.manifests
     subject, tuned, evaluation, scores = (
@@ -98,7 +114,10 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
         local = Path(name)
         model = export_model(folder, manifests, title=inputs.title, local=local / "model")
         runtime.progress_callback("publishing")(1, 3)
-        report_inputs = ReportInputs(inputs.title, manifests, losses, inputs.config_rows)
+        report_inputs = ReportInputs(
+            inputs.title, manifests, losses, inputs.config_rows, dict(inputs.default_rows), list_versions(),
+            write_snippets(manifests),
+        )  # fmt: skip
         html = render_report(runtime.store, report_inputs).encode()
         grid = draw_sample_grid(runtime.store, evaluation)
         report = folder.put("report/index.html", html)

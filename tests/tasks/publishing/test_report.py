@@ -1,95 +1,26 @@
-"""The report's figures and curves."""
+"""The report's tables, galleries and curves."""
 
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tasks.images import decode_png, encode_png
-from tasks.manifests.base import Manifest, ModelRef, ObjectRef
-from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Evaluation, Sample, SubjectMetrics
-from tasks.manifests.prior import ClassImageSet
-from tasks.manifests.run import RunManifests
+from tasks.images import decode_png
+from tasks.manifests.base import Manifest, ObjectRef
+from tasks.manifests.evaluation import CeilingMetrics, SubjectMetrics
 from tasks.manifests.scoring import CheckpointRank, JudgeReliability, Scorecard
-from tasks.manifests.subject import RejectedImage
-from tasks.manifests.training import LossRow, TunedModel
+from tasks.manifests.training import LossRow
 from tasks.publishing.export import headline_metrics, sum_llm_costs
-from tasks.publishing.report import (
-    ReportInputs,
-    draw_curves,
-    draw_sample_grid,
-    list_checkpoints,
-    list_metrics,
-    list_samples,
-    render_report,
-    smoothed,
-)
+from tasks.publishing.report.page import ReportInputs, draw_losses, draw_sample_grid, render_report, smooth
+from tasks.publishing.report.tables import list_checkpoints, list_metrics, list_samples
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
-from tests.support.subject import make_subject_set
-from tests.support.tiny import draw_photo
-
-
-def make_evaluation(store: LocalStore) -> Evaluation:
-    folder = StageFolder(store, "evaluation", "k")
-    samples = []
-    for side in ("base", "tuned"):
-        for number, prompt in enumerate(["a photo of sks fish", "sks fish at night"]):
-            image = folder.put(f"{side}-{number}.png", encode_png(draw_photo(number, size=64)))
-            samples.append(
-                Sample.model_validate(
-                    {"image": image, "side": side, "kind": "subject", "prompt": prompt, "class_prompt": "c", "seed": 1}
-                )
-            )
-    return folder.finish(
-        Evaluation(
-            **folder.head(1, counts={}),
-            samples=tuple(samples),
-            metrics={
-                "base": SubjectMetrics(dino=0.2, clip_i=0.5, clip_t=0.4),
-                "tuned": SubjectMetrics(dino=0.5, clip_i=0.7, clip_t=0.3),
-            },
-            drift={"base": DriftMetrics(pres=0.1, dino_div=0.9), "tuned": DriftMetrics(pres=0.2, dino_div=0.8)},
-            ceiling=CeilingMetrics(dino=0.8, clip_i=0.9, clip_t=0.5),
-            sample_metrics={
-                s.image.key: SubjectMetrics(dino=0.1 * n, clip_i=0, clip_t=0) for n, s in enumerate(samples)
-            },
-            published_step=800,
-        )
-    )
+from tests.support.report import make_evaluation, make_run
 
 
 def make_inputs(store: LocalStore) -> ReportInputs:
-    """Return a run of which a person captioned the only accepted photo and an LLM rejected another."""
-
-    def head(stage: str) -> dict[str, Any]:
-        return StageFolder(store, stage, "k").head(1, counts={})
-
-    base = ModelRef(location="m", revision=None, sha256="b")
-    reliability = JudgeReliability(controls=(), alpha={}, num_repeated=0, is_comparable=True, is_reliable=False)
-    subject = make_subject_set(num=1)
-    photo = StageFolder(store, "subject", "k").put("images/0.png", encode_png(draw_photo(0, size=64)))
-    [image] = subject.images
-    run = RunManifests(
-        subject=subject.model_copy(update={
-            "images": (image.model_copy(update={"image": photo, "surroundings": "at <b>sea</b>"}),),
-            "rejected": (RejectedImage(source_name="<i>.jpg", source_sha256="r", reason="no fish & no sea"),),
-        }),
-        prior=ClassImageSet(**head("prior"), class_prompt="a fish", base_model=base, images=()),
-        training=TunedModel(
-            **head("training"), base_model=base, model=(), family="stable_diffusion", method="full", num_steps=3,
-            published_step=3, trainable_parameters=1, total_parameters=2, final_loss=0.5, peak_memory_bytes=1,
-            subject_sha256="s", prior_sha256="p",
-        ),
-        evaluation=make_evaluation(store),
-        scoring=Scorecard(
-            **head("scoring"), served_model="j", judgements=(), failed=(), scores={}, intervals={},
-            reliability=reliability,
-        ),
-    )  # fmt: skip
-    return ReportInputs(
-        title="a <fish>", manifests=run, losses=[LossRow(step=1, loss=1.0)], config_rows=[("a.b", "<c>")],
-    )  # fmt: skip
+    rows = [("a.b", "<c>")]
+    return ReportInputs("a <fish>", make_run(store), losses=[LossRow(step=1, loss=1.0)], config_rows=rows)
 
 
 def test_a_photo_without_inspection_and_a_run_without_grades_or_class_images_are_shown(store: LocalStore) -> None:
@@ -106,16 +37,18 @@ def test_names_and_values_are_escaped(store: LocalStore) -> None:
 
 
 def test_gap_closed_is_the_fraction_between_base_and_ceiling(store: LocalStore) -> None:
-    rows = {row["name"]: row for row in list_metrics(make_evaluation(store))}
-    assert rows["DINO"]["share"] == pytest.approx(0.5)
-    assert rows["CLIP-I"]["share"] == pytest.approx(0.5)
-    assert rows["CLIP-T"]["share"] is None
+    rows = {row.key: row for row in list_metrics(make_evaluation(store))}
+    assert rows["dino"].share == pytest.approx(0.5)
+    assert rows["clip_i"].share == pytest.approx(0.5)
+    assert rows["clip_t"].share is None
 
 
-def test_samples_are_grouped_by_prompt_in_configured_order(store: LocalStore) -> None:
-    rows = list_samples(make_evaluation(store).samples, {})
-    assert [row["prompt"] for row in rows] == ["a photo of sks fish", "sks fish at night"]
-    assert all(len(row["base"]) == len(row["tuned"]) == 1 for row in rows)
+def test_samples_are_paired_by_prompt_and_seed_in_configured_order(store: LocalStore) -> None:
+    pairs = list_samples(make_evaluation(store), {})
+    assert [pair.shown.prompt for pair in pairs] == ["a photo of sks fish", "sks fish at night"]
+    assert all(pair.base and pair.tuned and pair.base.prompt == pair.tuned.prompt for pair in pairs)
+    assert [pair.rank("dino") for pair in pairs] == pytest.approx([0.2, 0.3])
+    assert pairs[0].rank("judge") is None
 
 
 def test_the_checkpoint_table_shows_the_mean_metrics_of_compared_samples(store: LocalStore) -> None:
@@ -135,7 +68,7 @@ def test_the_checkpoint_table_shows_the_mean_metrics_of_compared_samples(store: 
     ]
     scores = Scorecard.model_construct(checkpoints=tuple(ranks))
     rows = list_checkpoints(evaluation, scores)
-    assert [(row["rank"].step, row["dino"]) for row in rows] == [(400, 0.9), (800, pytest.approx(0.2))]
+    assert [(row.rank.step, row.dino) for row in rows] == [(400, 0.9), (800, pytest.approx(0.2))]
 
 
 def test_the_grid_has_base_above_tuned(store: LocalStore) -> None:
@@ -143,18 +76,24 @@ def test_the_grid_has_base_above_tuned(store: LocalStore) -> None:
     assert grid.size == (128, 128)
 
 
-def test_loss_curves_share_one_scale_and_stay_within_the_plot() -> None:
+def test_loss_curves_share_one_scale_and_stay_within_the_axes() -> None:
     losses = [LossRow(step=i, loss=1.0, instance_loss=2.0 - i / 50, prior_loss=0.5) for i in range(100)]
-    curves = draw_curves(losses, width=100, height=50)
-    assert [curve["name"] for curve in curves] == ["instance loss", "prior loss"]
-    points = [tuple(map(float, p.split(","))) for curve in curves for p in curve["points"].split()]
-    assert all(0 <= x <= 100.1 and 0 <= y <= 50 for x, y in points)
-    assert curves[0]["last"] < curves[0]["first"]
-    assert draw_curves([]) == []
+    losses[50] = losses[50].model_copy(update={"validation_loss": 1.5})
+    chart = draw_losses(losses)
+    lines = re.findall(r'polyline class="line (\w+)" points="([^"]*)"', chart)
+    assert [role for role, _ in lines] == ["tuned", "base", "other"]
+    _, _, width, height = (float(v) for v in re.search(r'viewBox="([^"]*)"', chart)[1].split())  # type: ignore[index]
+    points = [tuple(map(float, point.split(","))) for _, text in lines for point in text.split()]
+    assert all(0 <= x <= width and 0 <= y <= height for x, y in points)
+    instance = [tuple(map(float, point.split(","))) for point in lines[0][1].split()]
+    assert instance[-1][1] > instance[0][1]  # it falls, and y points downwards
+    assert "optimizer step" in chart
+    assert draw_losses([]) == ""
 
 
 def test_smoothing_leaves_a_constant_curve_unchanged() -> None:
-    assert smoothed([3.0] * 40) == [3.0] * 40
+    constant = [(float(step), 3.0) for step in range(40)]
+    assert smooth(constant) == constant
 
 
 def test_headline_metrics_are_flat_and_complete(store: LocalStore) -> None:

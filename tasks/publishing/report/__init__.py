@@ -1,0 +1,1 @@
+"""The report: one self-contained HTML file with all images and figures of a run."""

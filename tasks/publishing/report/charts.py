@@ -1,0 +1,160 @@
+"""Charts as inline SVG, with axes, ticks and intervals; colours are those of the page, light or dark."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from tasks.manifests.evaluation import Estimate
+
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 46
+"""Margins in px, for tick labels and axis titles."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: its points by x and y, and the CSS class of its colour."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    role: str
+    has_dots: bool = False
+
+
+@dataclass(frozen=True)
+class PlanePoint:
+    """A model on the plane of two metrics, with the interval of each where it is known."""
+
+    name: str
+    x: Estimate
+    y: Estimate
+    role: str
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps values of an axis to px; `flip` for y, which SVG counts downwards."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def place(self, value: float) -> float:
+        """Return the position of a value, in px."""
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def ticks(self, num: int = 5) -> list[float]:
+        """Return round values within the axis, about `num` of them."""
+        raw = (self.high - self.low) / num
+        power = 10.0 ** math.floor(math.log10(raw))
+        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
+        first = math.ceil(self.low / step - 1e-9)
+        last = math.floor(self.high / step + 1e-9)
+        return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def make_scale(values: Sequence[float], start: float, end: float, *, margin: float = 0.06) -> Scale:
+    """Return a scale that holds all values, a margin around them; equal values get an axis of width 1."""
+    low, high = min(values), max(values)
+    space = (high - low) * margin or 0.5
+    return Scale(low - space, high + space, start, end)
+
+
+def show(value: float) -> str:
+    """Return a tick's label."""
+    return f"{value:.6g}".replace("-", "−")
+
+
+def draw_axes(x: Scale, y: Scale, titles: tuple[str, str]) -> str:
+    """Return grid, ticks and titles of both axes."""
+    parts = []
+    for value in x.ticks():
+        at = x.place(value)
+        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{y.start:.1f}" y2="{y.end:.1f}"/>')
+        parts.append(f'<text x="{at:.1f}" y="{y.start + 17:.1f}" text-anchor="middle">{show(value)}</text>')
+    for value in y.ticks():
+        at = y.place(value)
+        parts.append(f'<line class="grid" x1="{x.start:.1f}" x2="{x.end:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text x="{x.start - 7:.1f}" y="{at + 4:.1f}" text-anchor="end">{show(value)}</text>')
+    across, up = (x.start + x.end) / 2, (y.start + y.end) / 2
+    turned = f'transform="translate(14 {up:.1f}) rotate(-90)"'
+    for place, title in zip((f'x="{across:.1f}" y="{y.start + 37:.1f}"', turned), titles, strict=True):
+        parts.append(f'<text class="title" text-anchor="middle" {place}>{escape(title)}</text>')
+    return "".join(parts)
+
+
+def frame(body: str, size: tuple[int, int], label: str) -> Markup:
+    """Return an SVG element that scales with the page."""
+    head = f'<svg class="chart" viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{escape(label)}">'
+    return Markup(f"{head}{body}</svg>")  # noqa: S704 - numbers, and texts that are escaped
+
+
+def draw_lines(series: Sequence[Series], titles: tuple[str, str], *, size: tuple[int, int] = (680, 280)) -> Markup:
+    """Return lines over a common x axis; y starts at 0. Empty without points."""
+    points = [point for line in series for point in line.points]
+    if not points:
+        return Markup("")
+    x = make_scale([p[0] for p in points], LEFT, size[0] - RIGHT, margin=0.0)
+    high = max(p[1] for p in points)
+    y = Scale(0, high * 1.06 or 1, size[1] - BOTTOM, TOP)
+    parts = [draw_axes(x, y, titles)]
+    for line in series:
+        placed = [(x.place(a), y.place(b)) for a, b in line.points]
+        text = " ".join(f"{a:.1f},{b:.1f}" for a, b in placed)
+        parts.append(f'<polyline class="line {line.role}" points="{text}"/>')
+        if line.has_dots:
+            parts += [f'<circle class="dot {line.role}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in placed]
+    names = ", ".join(f"{line.name} {show(line.points[0][1])} to {show(line.points[-1][1])}" for line in series)
+    return frame("".join(parts), size, f"{titles[1]} by {titles[0]}: {names}")
+
+
+def draw_whisker(role: str, start: tuple[float, float], end: tuple[float, float]) -> str:
+    """Return an interval as a line between two points, in px."""
+    ends = f'x1="{start[0]:.1f}" y1="{start[1]:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}"'
+    return f'<line class="whisker {role}" {ends}/>'
+
+
+def draw_values(values: Sequence[tuple[str, Estimate]], ceiling: float | None, *, low: float, high: float) -> Markup:
+    """Return base and tuned on one axis, one above the other, with intervals; a mark where the photos are."""
+    width, row = 220, 15
+    height = row * len(values) + 6
+    x = Scale(low, high, 8, width - 8)
+    parts = []
+    for number, (role, estimate) in enumerate(values):
+        at = 3 + row * number + row / 2
+        parts.append(f'<line class="grid" x1="8" x2="{width - 8}" y1="{at}" y2="{at}"/>')
+        if estimate.low is not None and estimate.high is not None:
+            parts.append(draw_whisker(role, (x.place(estimate.low), at), (x.place(estimate.high), at)))
+        parts.append(f'<circle class="dot {role}" cx="{x.place(estimate.mean):.1f}" cy="{at}" r="4.5"/>')
+    if ceiling is not None:
+        at = x.place(ceiling)
+        parts.append(f'<line class="ceiling" x1="{at:.1f}" x2="{at:.1f}" y1="1" y2="{height - 1}"/>')
+    names = ", ".join(f"{role} {estimate.mean:.3f}" for role, estimate in values)
+    return frame("".join(parts), (width, height), f"{names}; axis from {show(low)} to {show(high)}")
+
+
+def draw_plane(points: Sequence[PlanePoint], titles: tuple[str, str], *, size: tuple[int, int] = (680, 340)) -> Markup:
+    """Return models on the plane of two metrics; checkpoints are joined in the order given."""
+
+    def extent(estimates: Sequence[Estimate]) -> list[float]:
+        return [v for e in estimates for v in (e.mean, e.low, e.high) if v is not None]
+
+    x = make_scale(extent([p.x for p in points]), LEFT, size[0] - RIGHT - 60)
+    y = make_scale(extent([p.y for p in points]), size[1] - BOTTOM, TOP)
+    parts = [draw_axes(x, y, titles)]
+    path = [p for p in points if p.role != "base"]
+    if len(path) > 1:
+        text = " ".join(f"{x.place(p.x.mean):.1f},{y.place(p.y.mean):.1f}" for p in path)
+        parts.append(f'<polyline class="line path" points="{text}"/>')
+    for p in points:
+        at = x.place(p.x.mean), y.place(p.y.mean)
+        if p.x.low is not None and p.x.high is not None:
+            parts.append(draw_whisker(p.role, (x.place(p.x.low), at[1]), (x.place(p.x.high), at[1])))
+        if p.y.low is not None and p.y.high is not None:
+            parts.append(draw_whisker(p.role, (at[0], y.place(p.y.low)), (at[0], y.place(p.y.high))))
+        parts.append(f'<circle class="dot {p.role}" cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="6"/>')
+        parts.append(f'<text class="name" x="{at[0] + 9:.1f}" y="{at[1] - 8:.1f}">{escape(p.name)}</text>')
+    names = "; ".join(f"{p.name}: {p.x.mean:.3f}, {p.y.mean:.3f}" for p in points)
+    return frame("".join(parts), size, f"{titles[0]} and {titles[1]} of {names}")

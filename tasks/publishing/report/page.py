@@ -1,0 +1,190 @@
+"""Renders the report; the template, its style sheet and its script lie beside this file."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+from PIL import Image
+
+from tasks.images import decode_png, encode_png
+from tasks.manifests.base import ObjectRef
+from tasks.manifests.evaluation import Estimate, Evaluation
+from tasks.manifests.run import RunManifests
+from tasks.manifests.training import LossRow
+from tasks.metrics import METRICS
+from tasks.publishing.report import charts
+from tasks.publishing.report.tables import (
+    CheckpointRow,
+    find_knee,
+    list_checkpoints,
+    list_metrics,
+    list_prompts,
+    list_samples,
+)
+from tasks.publishing.report.verdict import reach_verdict
+from tasks.services.store.base import Store
+from tasks.stage.cache import read_verified
+
+FOLDER = Path(__file__).resolve().parent
+MAX_SIDE, SMALL_SIDE = 512, 128
+"""Pictures are shown at 512 px at most; those of 128 px at most keep their pixels."""
+MAX_PICTURE_BYTES = 9_000_000
+"""All pictures together; as text in the page they take a third more, and the page stays below 15 MB."""
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """The manifests that a report shows."""
+
+    title: str
+    manifests: RunManifests
+    losses: Sequence[LossRow]
+    config_rows: Sequence[tuple[str, str]]
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    """Default values by name, to show what was changed."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Packages and the machine that published."""
+    snippets: Sequence[tuple[str, str]] = ()
+    """How to use the model: a name and the text to copy."""
+
+
+def render_report(store: Store, inputs: ReportInputs) -> str:
+    """Return the report as one self-contained HTML page."""
+    # Names, captions and evidence are untrusted text: everything is escaped.
+    # `default=True`, since select_autoescape decides by suffix and the template's is .jinja.
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=select_autoescape(default=True),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    run = inputs.manifests
+    side = choose_side(run)
+    environment.filters["picture"] = lambda ref: to_data_url(store, ref, max_side=side)
+    environment.filters["gain"] = show_gain
+    environment.globals["draw_values"] = charts.draw_values
+    graded = {judgement.sample.key: judgement for judgement in run.scoring.judgements}
+    checkpoints = list_checkpoints(run.evaluation, run.scoring)
+    return environment.get_template("report.html.jinja").render(
+        inputs=inputs,
+        # Both are this package's own files.
+        style=Markup((FOLDER / "report.css").read_text()),  # noqa: S704
+        script=Markup((FOLDER / "report.js").read_text()),  # noqa: S704
+        verdict=reach_verdict(run),
+        subject=run.subject,
+        prior=run.prior,
+        tuned=run.training,
+        evaluation=run.evaluation,
+        scores=run.scoring.scores,
+        intervals=run.scoring.intervals,
+        reliability=run.scoring.reliability,
+        pairs=run.scoring.pairs,
+        num_tie_breaks=sum(bool(judgement.tie_breaks) for judgement in run.scoring.judgements),
+        checkpoints=checkpoints,
+        knee=find_knee(checkpoints),
+        plane=draw_plane(run.evaluation, checkpoints),
+        judge=run.scoring.served_model,
+        metric_rows=list_metrics(run.evaluation),
+        names={key: metric.name for key, metric in METRICS.items()},
+        prompt_rows=list_prompts(run.evaluation),
+        samples=list_samples(run.evaluation, graded),
+        class_samples={
+            side: [s for s in run.evaluation.samples if s.side == side and s.kind == "class"]
+            for side in ("base", "tuned")
+        },
+        curves=draw_losses(inputs.losses),
+        training_grids=[ref for ref in run.training.objects if "/samples/" in ref.key],
+        stages=run.ordered(),
+        changed=[row for row in inputs.config_rows if inputs.defaults.get(row[0]) != row[1]],
+    )
+
+
+def show_gain(estimate: Estimate) -> str:
+    """Return a difference with its interval."""
+    text = f"{estimate.mean:+.3f}"
+    if estimate.low is not None and estimate.high is not None:
+        text += f" ({estimate.low:+.3f} to {estimate.high:+.3f})"
+    return text.replace("-", "−")
+
+
+def choose_side(run: RunManifests) -> int:
+    """Return the side in px at which all pictures together stay below the limit."""
+    num = len(run.evaluation.samples) + len(run.subject.images) + min(48, len(run.prior.images))
+    for side in (MAX_SIDE, 384, 256):
+        # WebP of photos at quality 82 takes about a quarter of a byte per pixel.
+        if num * side * side / 4 < MAX_PICTURE_BYTES:
+            return side
+    return 192
+
+
+def to_data_url(store: Store, ref: ObjectRef, *, max_side: int = MAX_SIDE) -> str:
+    """Return a stored image as a data URL: PNG where it is small, else WebP of at most `max_side` px."""
+    data = read_verified(store, ref)
+    picture = decode_png(data)
+    if max(picture.size) <= SMALL_SIDE:
+        return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=82)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def draw_sample_grid(store: Store, evaluation: Evaluation, *, side: int = 128) -> bytes:
+    """Return a PNG grid: base samples in the first row, tuned ones in the second."""
+    rows = [[s for s in evaluation.samples if s.side == name and s.kind == "subject"] for name in ("base", "tuned")]
+    width = max(len(row) for row in rows)
+    grid = Image.new("RGB", (width * side, len(rows) * side), "white")
+    for y, row in enumerate(rows):
+        for x, sample in enumerate(row):
+            picture = decode_png(read_verified(store, sample.image))
+            # Upscaled, a small image keeps its pixels visible.
+            resample = Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
+            grid.paste(picture.resize((side, side), resample), (x * side, y * side))
+    return encode_png(grid)
+
+
+def draw_losses(losses: Sequence[LossRow]) -> Markup:
+    """Return the chart of instance, prior and validation loss by step; training losses are running means."""
+    series = []
+    for name, role in (("instance_loss", "tuned"), ("prior_loss", "base"), ("validation_loss", "other")):
+        points = [(float(row.step), float(value)) for row in losses if (value := getattr(row, name)) is not None]
+        if points:
+            is_measured = name == "validation_loss"
+            shown = points if is_measured else smooth(points)
+            series.append(charts.Series(name.replace("_", " "), shown, role, has_dots=is_measured))
+    return charts.draw_lines(series, ("optimizer step", "loss (mean squared error)"))
+
+
+def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return a centered running mean, thinned to at most 400 points; single losses vary with their timesteps."""
+    window = max(1, len(points) // 12)
+    result = []
+    for i, (step, _) in enumerate(points):
+        part = [value for _, value in points[max(0, i - window) : i + window + 1]]
+        result.append((step, sum(part) / len(part)))
+    return result[:: max(1, len(result) // 200)]
+
+
+def draw_plane(evaluation: Evaluation, checkpoints: Sequence[CheckpointRow]) -> Markup:
+    """Return base, tuned and retained checkpoints by subject fidelity and prompt fidelity."""
+    rows = {row.key: row for row in list_metrics(evaluation)}
+    if "dino" not in rows or "clip_t" not in rows:
+        return Markup("")
+    x, y = rows["dino"], rows["clip_t"]
+    points = [
+        charts.PlanePoint(
+            f"step {row.rank.step}", Estimate(mean=row.dino, num=0), Estimate(mean=row.clip_t, num=0), "other"
+        )
+        for row in checkpoints
+        if not row.rank.is_published
+    ]
+    published = charts.PlanePoint("tuned", x.tuned, y.tuned, "tuned")
+    steps = [row.rank.step for row in checkpoints if not row.rank.is_published]
+    points.insert(sum(step < evaluation.published_step for step in steps), published)
+    base = charts.PlanePoint("base", x.base, y.base, "base")
+    return charts.draw_plane([base, *points], ("DINO: subject fidelity", "CLIP-T: prompt fidelity"))

@@ -1,0 +1,158 @@
+"""The rows of the report's tables and galleries."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tasks.manifests.evaluation import Estimate, Evaluation, PromptRow, Sample, Side, SubjectMetrics
+from tasks.manifests.scoring import CheckpointRank, Judgement, Scorecard
+from tasks.metrics import METRICS, Metric
+
+HEADLINE = ("dino", "clip_i", "clip_t")
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One metric of both sides."""
+
+    key: str
+    metric: Metric
+    base: Estimate
+    tuned: Estimate
+    gain: Estimate | None
+    ceiling: float | None
+    share: float | None
+    """Fraction of the gap between base and photos that is closed; None where photos are no upper bound."""
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Ends of an axis that holds all values of the row."""
+        values = [v for e in (self.base, self.tuned) for v in (e.mean, e.low, e.high) if v is not None]
+        values += [self.ceiling] if self.ceiling is not None else []
+        space = (max(values) - min(values)) * 0.08 or 0.05
+        return min(values) - space, max(values) + space
+
+
+@dataclass(frozen=True)
+class CheckpointRow:
+    """A ranked checkpoint with the means of the draws that all checkpoints have."""
+
+    rank: CheckpointRank
+    dino: float
+    clip_t: float
+
+
+@dataclass(frozen=True)
+class SamplePair:
+    """The samples of both sides for one prompt and seed."""
+
+    base: Sample | None
+    tuned: Sample | None
+    metrics: Mapping[str, SubjectMetrics] = field(default_factory=dict)
+    """By side."""
+    grades: Mapping[str, Judgement] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> Sample:
+        """The sample that names prompt and seed."""
+        sample = self.tuned or self.base
+        assert sample is not None
+        return sample
+
+    def rank(self, key: str) -> float | None:
+        """Return the tuned sample's value that the gallery is sorted by."""
+        if key == "judge":
+            grade = self.grades.get("tuned")
+            return None if grade is None else grade.concept_preservation + grade.prompt_following
+        found = self.metrics.get("tuned")
+        return None if found is None else getattr(found, key, None)
+
+
+def list_metrics(evaluation: Evaluation) -> list[MetricRow]:
+    """Return a row per metric that was measured on both sides, headline metrics first."""
+    rows = []
+    for key in dict.fromkeys([*HEADLINE, *METRICS, *evaluation.estimates]):
+        table = evaluation.estimates.get(key, {})
+        base = table.get("base") or find_mean(evaluation, "base", key)
+        tuned = table.get("tuned") or find_mean(evaluation, "tuned", key)
+        if base is None or tuned is None:
+            continue
+        metric = METRICS.get(key, Metric(key.upper(), "of another package", "not known", direction="none"))
+        ceiling = getattr(evaluation.ceiling, key, None)
+        room = None if ceiling is None else ceiling - base.mean
+        # Real photos are no upper bound of what is not a similarity to them.
+        share = (tuned.mean - base.mean) / room if key in ("dino", "clip_i") and room and room > 1e-6 else None
+        rows.append(MetricRow(key, metric, base, tuned, table.get("gain"), ceiling, share))
+    return rows
+
+
+def find_mean(evaluation: Evaluation, side: Side, key: str) -> Estimate | None:
+    """Return a mean without an interval, from where means stand; None where it was not measured."""
+    for means in (evaluation.metrics[side], evaluation.drift[side]):
+        value = getattr(means, key, None)
+        if value is not None:
+            return Estimate(mean=value, num=0)
+    return None
+
+
+def list_prompts(evaluation: Evaluation) -> list[PromptRow]:
+    """Return the prompts with the smallest gain in DINO first."""
+
+    def gain(row: PromptRow) -> float:
+        found = row.values.get("dino", {}).get("gain")
+        return found.mean if found else 0.0
+
+    return sorted(evaluation.prompts, key=gain)
+
+
+def list_checkpoints(evaluation: Evaluation, scores: Scorecard) -> list[CheckpointRow]:
+    """Return a row per ranked checkpoint with its mean DINO and CLIP-T, in the order of steps.
+
+    Published weights have more samples than the others; only the draws that all have are averaged.
+    """
+    drawn = [s for s in evaluation.samples if s.kind == "candidate"]
+    draws = {(sample.prompt, sample.seed) for sample in drawn}
+    drawn += [
+        s for s in evaluation.samples if s.kind == "subject" and s.side == "tuned" and (s.prompt, s.seed) in draws
+    ]
+    rows = []
+    for rank in sorted(scores.checkpoints, key=lambda rank: rank.step):
+        own = [s for s in drawn if (evaluation.published_step if s.step is None else s.step) == rank.step]
+        values = [evaluation.sample_metrics[sample.image.key] for sample in own]
+        dino, clip_t = (sum(getattr(v, name) for v in values) / len(values) for name in ("dino", "clip_t"))
+        rows.append(CheckpointRow(rank, dino, clip_t))
+    return rows
+
+
+def find_knee(rows: Sequence[CheckpointRow]) -> int | None:
+    """Return the step after which fidelity costs more editability than before; None with fewer than three steps.
+
+    The point farthest above the chord from the first to the last checkpoint, both axes scaled to their range
+    (Satopaa et al. 2011, "Finding a Kneedle in a Haystack").
+    """
+    if len(rows) < 3:
+        return None
+    x, y = [row.dino for row in rows], [row.clip_t for row in rows]
+    wide, tall = x[-1] - x[0], y[-1] - y[0]
+    if wide <= 0 or tall >= 0:  # no trade-off: more training is not better in one and worse in the other
+        return None
+    heights = [(b - y[0]) / -tall + (a - x[0]) / wide for a, b in zip(x, y, strict=True)]
+    best = max(range(len(rows)), key=heights.__getitem__)
+    return rows[best].rank.step
+
+
+def list_samples(evaluation: Evaluation, grades: Mapping[str, Judgement]) -> list[SamplePair]:
+    """Return the samples of the subject in pairs of one prompt and seed, in the prompts' configured order."""
+    found: dict[tuple[str, int], dict[str, Sample]] = {}
+    for sample in evaluation.samples:
+        if sample.kind == "subject":
+            found.setdefault((sample.prompt, sample.seed), {})[sample.side] = sample
+    measured = evaluation.sample_metrics
+    return [
+        SamplePair(
+            sides.get("base"),
+            sides.get("tuned"),
+            {side: measured[s.image.key] for side, s in sides.items() if s.image.key in measured},
+            {side: grades[s.image.key] for side, s in sides.items() if s.image.key in grades},
+        )
+        for sides in found.values()
+    ]

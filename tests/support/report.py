@@ -1,0 +1,75 @@
+"""The manifests of a small drawn run, for report and publishing."""
+
+from typing import Any
+
+from tasks.images import encode_png
+from tasks.manifests.base import ModelRef
+from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Evaluation, Sample, SubjectMetrics
+from tasks.manifests.prior import ClassImageSet
+from tasks.manifests.run import RunManifests
+from tasks.manifests.scoring import JudgeReliability, Scorecard
+from tasks.manifests.subject import RejectedImage
+from tasks.manifests.training import TunedModel
+from tasks.services.store.local import LocalStore
+from tasks.stage.cache import StageFolder
+from tests.support.subject import make_subject_set
+from tests.support.tiny import draw_photo
+
+
+def make_evaluation(store: LocalStore) -> Evaluation:
+    folder = StageFolder(store, "evaluation", "k")
+    samples = []
+    for side in ("base", "tuned"):
+        for number, prompt in enumerate(["a photo of sks fish", "sks fish at night"]):
+            image = folder.put(f"{side}-{number}.png", encode_png(draw_photo(number, size=64)))
+            samples.append(
+                Sample.model_validate(
+                    {"image": image, "side": side, "kind": "subject", "prompt": prompt, "class_prompt": "c", "seed": 1}
+                )
+            )
+    return folder.finish(
+        Evaluation(
+            **folder.head(1, counts={}),
+            samples=tuple(samples),
+            metrics={
+                "base": SubjectMetrics(dino=0.2, clip_i=0.5, clip_t=0.4),
+                "tuned": SubjectMetrics(dino=0.5, clip_i=0.7, clip_t=0.3),
+            },
+            drift={"base": DriftMetrics(pres=0.1, dino_div=0.9), "tuned": DriftMetrics(pres=0.2, dino_div=0.8)},
+            ceiling=CeilingMetrics(dino=0.8, clip_i=0.9, clip_t=0.5),
+            sample_metrics={
+                s.image.key: SubjectMetrics(dino=0.1 * n, clip_i=0, clip_t=0) for n, s in enumerate(samples)
+            },
+            published_step=800,
+        )
+    )
+
+
+def make_run(store: LocalStore) -> RunManifests:
+    """Return a run of which a person captioned the only accepted photo and an LLM rejected another."""
+
+    def head(stage: str) -> dict[str, Any]:
+        return StageFolder(store, stage, "k").head(1, counts={})
+
+    base = ModelRef(location="m", revision=None, sha256="b")
+    reliability = JudgeReliability(controls=(), alpha={}, num_repeated=0, is_comparable=True, is_reliable=False)
+    subject = make_subject_set(num=1)
+    photo = StageFolder(store, "subject", "k").put("images/0.png", encode_png(draw_photo(0, size=64)))
+    [image] = subject.images
+    return RunManifests(
+        subject=subject.model_copy(update={
+            "images": (image.model_copy(update={"image": photo, "surroundings": "at <b>sea</b>"}),),
+            "rejected": (RejectedImage(source_name="<i>.jpg", source_sha256="r", reason="no fish & no sea"),),
+        }),
+        prior=ClassImageSet(**head("prior"), class_prompt="a fish", base_model=base, images=()),
+        training=TunedModel(
+            **head("training"), base_model=base, model=(), family="stable_diffusion", method="full", num_steps=3,
+            published_step=3, trainable_parameters=1, total_parameters=2, final_loss=0.5, peak_memory_bytes=1,
+            subject_sha256="s", prior_sha256="p",
+        ),
+        evaluation=make_evaluation(store),
+        scoring=Scorecard(
+            **head("scoring"), served_model="j", judgements=(), failed=(), scores={}, intervals={},
+            reliability=reliability,
+        ),
+    )  # fmt: skip

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import psutil
@@ -22,6 +22,10 @@ from flows.cli.stack.submit import make_request
 from flows.runs.records import list_run_folders, list_summaries, read_request, read_summary
 from tasks.subject.photos.ingest import DEMO_FOLDER
 from tests.stack.commands import LIKENESS, environment, likeness
+from tests.support.browser import keep_screenshot, open_page
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
 
 SECONDS = 900
 SETTINGS = ["experiment=smoke", "training.max_train_steps=24", "training.checkpointing_steps=3"]
@@ -123,6 +127,43 @@ def test_a_submitted_run_whose_process_is_killed_is_rescheduled_and_resumes(fold
     ]  # fmt: skip
     assert finished["stages"]["training"]["counts"]["resumed_from_step"] > 0
     assert finished["stages"]["subject"]["cached"]
+
+
+def find_field(page: "Page", label: str) -> "Locator":
+    """Return the field of Prefect's form with a label."""
+    named = page.locator(".schema-form-property__label", has_text=label)
+    return page.locator(".schema-form-property").filter(has=named).last
+
+
+@pytest.mark.timeout(SECONDS)
+def test_a_run_starts_from_the_form_and_its_page_shows_stages_artifacts_and_the_tracked_run(folder: Path) -> None:
+    with api_client(folder) as client, open_page(1280, 1500) as page:
+        prefect = str(client.base_url).removesuffix("/api/")
+        deployment = client.get("/deployments/name/personalize-subject/personalize-subject").json()
+        page.goto(f"{prefect}/deployments/deployment/{deployment['id']}/run")
+        find_field(page, "Class Noun").locator("textarea").fill("fish", timeout=60_000)
+        # A click alone does not open the list of Prefect's own select.
+        find_field(page, "Experiment").locator(".p-select-button__control").press("ArrowDown")
+        page.get_by_text("smoke", exact=True).last.click()
+        settings = dict(override.split("=") for override in SETTINGS[1:])
+        find_field(page, "Settings").locator("textarea").fill(json.dumps({k: int(v) for k, v in settings.items()}))
+        keep_screenshot(page, "form")
+        page.get_by_role("button", name="Submit").click()
+        deadline = time.monotonic() + 60
+        while not (found := find_requests(client, class_noun="fish")):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        [run] = found
+        wait_for_state(client, run["id"], "Completed")
+        page.goto(f"{prefect}/runs/flow-run/{run['id']}")
+        page.get_by_text("Completed", exact=True).first.wait_for(timeout=60_000)
+        page.get_by_text("Artifacts", exact=True).first.click()
+        page.get_by_text("report-fish").first.wait_for(timeout=60_000)
+        keep_screenshot(page, "run")
+        [summary] = [s for s in list_summaries(folder / "runs") if s.flow_run_id == run["id"]]
+        page.goto(summary.links["mlflow"])
+        page.get_by_text("tuned/dino").first.wait_for(timeout=60_000)
+        keep_screenshot(page, "mlflow")
 
 
 def read_table(folder: Path) -> dict[str, dict[str, str]]:
@@ -240,6 +281,12 @@ def wait_for_state(client: httpx.Client, run_id: str, name: str) -> dict[str, An
         assert run["state"]["type"] not in ("FAILED", "CANCELLED"), run["state"]
         assert time.monotonic() < deadline, run["state"]
         time.sleep(1)
+
+
+def find_requests(client: httpx.Client, *, class_noun: str) -> list[dict[str, Any]]:
+    """Return the flow runs whose request names a class noun by its field."""
+    runs: list[dict[str, Any]] = client.post("/flow_runs/filter", json={}).json()
+    return [run for run in runs if run["parameters"].get("request", {}).get("class_noun") == class_noun]
 
 
 def find_runs(folder: Path, *, source: str) -> list[Path]:

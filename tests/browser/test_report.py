@@ -1,0 +1,124 @@
+"""The report in a browser: three widths, with and without scripts, by keyboard, and what axe-core says of it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tasks.manifests.scoring import Judgement
+from tasks.manifests.training import LossRow
+from tasks.publishing.report.page import ReportInputs, render_report
+from tasks.services.store.local import LocalStore
+from tests.support.browser import keep_screenshot, open_page
+from tests.support.report import make_run
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+WIDTHS = (390, 1280, 2560)
+
+
+@pytest.fixture
+def report(store: LocalStore, tmp_path: Path) -> Path:
+    """A report of a small run with grades."""
+    run = make_run(store)
+    grades = tuple(
+        Judgement(
+            sample=sample.image, side=sample.side, prompt=sample.prompt, evidence=f"evidence {number} <script>",
+            concept_preservation=number, prompt_following=3, image_quality=2,
+        )
+        for number, sample in enumerate(run.evaluation.samples)
+    )  # fmt: skip
+    object.__setattr__(run, "scoring", run.scoring.model_copy(update={"judgements": grades}))
+    losses = [LossRow(step=step, loss=1.0, instance_loss=1 / step, prior_loss=0.5) for step in range(1, 50)]
+    rows = [("training.learning_rate", "1e-5"), ("seed", "23")]
+    inputs = ReportInputs(
+        "One fish", run, losses, rows, {"training.learning_rate": "2e-6", "seed": "23"}, {"torch": "2"},
+        [("Command line", 'likeness generate latest "a photo of sks fish"')],
+    )  # fmt: skip
+    path = tmp_path / "report.html"
+    path.write_text(render_report(store, inputs))
+    return path
+
+
+@pytest.fixture(params=WIDTHS)
+def page(request: pytest.FixtureRequest, report: Path) -> Iterator["Page"]:
+    """The report at one width; fails for a request to elsewhere or a message on the console."""
+    found: list[str] = []
+    with open_page(request.param) as page:
+        page.on("console", lambda message: found.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: found.append(f"error: {error}"))
+        page.on("request", lambda sent: None if sent.url.startswith(("file:", "data:")) else found.append(sent.url))
+        page.goto(report.as_uri())
+        yield page
+    assert found == []
+
+
+def test_the_page_fits_its_width_and_axe_finds_nothing_serious(page: "Page") -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    keep_screenshot(page, f"report-{page.viewport_size['width'] if page.viewport_size else 0}")
+    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        serious = [
+            violation
+            for violation in Axe().run(page).response["violations"]
+            if violation["impact"] in ("serious", "critical")
+        ]
+        assert serious == [], json.dumps(serious, indent=1)[:3000]
+
+
+def test_the_slider_moves_and_the_light_box_opens_by_keyboard(page: "Page") -> None:
+    slider = page.locator(".pair input").first
+    slider.focus()
+    before = page.locator(".pair").first.evaluate("e => e.style.getPropertyValue('--cut')")
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".pair").first.evaluate("e => e.style.getPropertyValue('--cut')") != before
+    page.locator(".open").first.focus()
+    page.keyboard.press("Enter")
+    box = page.locator("dialog")
+    assert box.is_visible()
+    assert box.locator("img").count() == 2
+    first = box.locator("h3").inner_text()
+    page.keyboard.press("ArrowRight")
+    assert box.locator("h3").inner_text() != first
+    assert "evidence" in box.inner_text()
+    page.keyboard.press("Escape")
+    assert not box.is_visible()
+    assert page.evaluate("document.activeElement.classList.contains('open')")
+
+
+def test_samples_are_sorted_by_metric(page: "Page") -> None:
+    def order() -> list[str]:
+        return page.locator("#gallery h3").all_inner_texts()
+
+    configured = order()
+    page.locator("#order").select_option("dino best")
+    best = order()
+    page.locator("#order").select_option("dino worst")
+    assert order() == best[::-1]
+    page.locator("#order").select_option("prompt")
+    assert order() == configured
+    assert best == configured[::-1]  # the second prompt has the larger DINO
+
+
+def test_without_scripts_both_pictures_and_the_evidence_are_there(report: Path) -> None:
+    with open_page(1280) as page:
+        browser = page.context.browser
+        assert browser is not None
+        plain = browser.new_context(java_script_enabled=False).new_page()
+        plain.goto(report.as_uri())
+        assert plain.locator(".pair").first.locator("img").count() == 2
+        assert all(image.is_visible() for image in plain.locator(".pair img").all())
+        assert not plain.locator("#order").is_visible()
+        plain.locator("details.told summary").first.click()
+        assert "evidence 0 <script>" in plain.locator("details.told").first.inner_text()
+
+
+def test_only_changed_settings_are_listed_as_changed(page: "Page") -> None:
+    assert page.get_by_role("region", name="Changed settings").locator("tbody tr").all_inner_texts() == [
+        "training.learning_rate\t1e-5\t2e-6"
+    ]

@@ -77,7 +77,9 @@ def test_an_embedding_is_stored_under_the_identifier_token(folders: dict[str, Pa
         opened = load_model(family_config(FAMILY, folders[FAMILY]), folder=out)
         assert opened.insert_placeholder_tokens(["a zwx cat"], "text_encoder")[0].startswith("a <zwx>")
         table = opened.components["text_encoder"].get_input_embeddings().weight
-        torch.testing.assert_close(table[-len(vectors[:1] if name == "diffusers" else vectors) :].float().cpu()[0], vectors[0])
+        torch.testing.assert_close(
+            table[-len(vectors[:1] if name == "diffusers" else vectors) :].float().cpu()[0], vectors[0]
+        )
 
 
 def test_an_embedding_of_another_width_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

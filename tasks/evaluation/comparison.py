@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tasks.errors import ConfigError
-from tasks.evaluation.intervals import Values, estimate_samples, estimate_unpaired, subtract
+from tasks.evaluation.intervals import MIN_CLUSTERS, Values, estimate_samples, estimate_unpaired, subtract
 from tasks.manifests.evaluation import Estimate, Evaluation
 from tasks.metrics import METRICS, Metric
 
@@ -141,7 +141,9 @@ def conclude(name: str, reference: str, differences: Mapping[str, Estimate]) -> 
         if found is None:
             continue
         label = f"{METRICS[key].name} ({meaning})"
-        if found.low is None or found.high is None:
+        if found.low is None and found.num >= MIN_CLUSTERS:
+            parts.append(f"{label} differs by {found.mean:+.3f} on every prompt alike")
+        elif found.low is None or found.high is None:
             parts.append(f"{label} differs by {found.mean:+.3f} over {found.num} prompts, too few for an interval")
         elif found.is_decided:
             word = "higher" if found.mean > 0 else "lower"

@@ -47,7 +47,8 @@ def make_run(
                        template=f"{template}{prompt}", prompt_kind="scene")
             )  # fmt: skip
             dino = 0.5 + float(NOISE[prompt, number] + own[prompt, number]) + shift
-            values[ref.key] = SubjectMetrics(dino=dino, clip_i=0.5, clip_t=0.3)
+            clip_t = 0.3 + float(NOISE[prompt, number] - own[prompt, number])
+            values[ref.key] = SubjectMetrics(dino=dino, clip_i=0.5, clip_t=clip_t)
     mean = float(np.mean([value.dino for value in values.values()]))
     evaluation.finish(
         Evaluation(
@@ -125,7 +126,7 @@ def test_runs_without_a_shared_prompt_and_seed_are_compared_unpaired_only(tmp_pa
 def test_runs_that_cannot_be_compared_are_one_line_errors(tmp_path: Path) -> None:
     make_run(tmp_path, "run-a")
     make_run(tmp_path, "run-b", status="failed")
-    make_run(tmp_path, "run-c", "evaluation.encoders.dino_resize=null")
+    make_run(tmp_path, "run-c", "evaluation.encoders.dino_resize=300")
     make_run(tmp_path, "run-d", template="")
     for names, message in (
         (("run-a",), "at least two runs"),

@@ -6,7 +6,7 @@ from prefect.runtime import deployment
 from conf.evaluation_request import EvaluationRequest
 from conf.trust import allowed_roots, check_path
 from flows.runs.attempts import check_attempts
-from flows.runs.context import open_run
+from flows.runs.context import open_run, trust_of_run
 from flows.runs.evaluated import summarize_model
 from tasks.config_base import RequestRule
 from tasks.evaluation.steps import EvaluationInputs, evaluate
@@ -24,10 +24,11 @@ def evaluate_model(request: EvaluationRequest) -> RunSummary:
     Photos are inspected as in a run, so that the same photos of both are compared.
     """
     check_attempts()
-    if deployment.id is not None:
-        # As untrusted as the settings of a request; no hub repository, which would be downloaded.
+    is_trusted = deployment.id is None
+    if not (is_trusted and trust_of_run.get()):  # a deployment's request stays restricted when resumed
+        # As untrusted as the settings of a request.
         check_path("model", request.model, allowed_roots(), rule=RequestRule("path"))
-    with open_run(request.base, is_trusted=deployment.id is None, model=request.model) as run:
+    with open_run(request.base, is_trusted=is_trusted, model=request.model) as run:
         config, runtime, diffusion = run.config, run.runtime, run.config.diffusion
         photos = check_photos(config.subject, runtime, is_drawn_world=config.is_mini)
         subject = result_of(prepare_subject(SubjectInputs(config.subject, config.llm, photos), runtime))

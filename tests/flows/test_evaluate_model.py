@@ -1,11 +1,14 @@
 """A model from elsewhere gets the figures that a run gives its own."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from conf.evaluation_request import EvaluationRequest
 from flows.runs.records import list_summaries, read_request, suggest_next
 from tests.support.cli_sandbox import QUICK, ROOT, CliSandbox
 
@@ -33,6 +36,26 @@ def test_an_evaluated_model_has_the_metrics_of_the_run_that_trained_it(
         assert evaluated["metrics"][side] == pytest.approx(first_run["metrics"][side], abs=1e-4)
     assert set(evaluated["stages"]) == {"subject", "training", "evaluation", "scoring"}
     assert evaluated["estimates"]["dino"]["gain"]["num"] == 2
+
+
+def test_a_runs_summary_has_intervals_by_prompt_and_by_kind(first_run: dict[str, Any]) -> None:
+    assert first_run["estimates"]["dino"]["gain"]["num"] == 2
+    assert set(first_run["kinds"]) == {"scene"}
+    templates = [row["template"] for row in first_run["prompts"]]
+    assert templates == ["a photo of {subject}", "a photo of {subject} in the snow"]
+    means = [row["values"]["dino"]["tuned"]["mean"] for row in first_run["prompts"]]
+    assert sum(means) / 2 == pytest.approx(first_run["metrics"]["tuned"]["dino"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["prefect.yaml", "prefect-shared.yaml"])
+def test_a_deployment_evaluates_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIKENESS_CONF", str(ROOT / "deployments" / "options"))  # has the option `shared`
+    listed = yaml.safe_load((ROOT / "deployments" / name).read_text())["deployments"]
+    [found] = [each for each in listed if each["name"] == "evaluate-model"]
+    module, _, function = found["entrypoint"].rpartition(".")
+    assert getattr(importlib.import_module(module), function).name == "evaluate-model"
+    request = EvaluationRequest.model_validate({**found["parameters"].get("request", {}), "model": "x"})
+    assert request.base.store == ("shared" if "shared" in name else "local")
 
 
 def test_an_evaluated_model_is_compared_with_a_run(

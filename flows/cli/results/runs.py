@@ -78,11 +78,12 @@ def print_metrics(summary: RunSummary) -> None:
     assert summary.judge is not None
     metrics, scores = summary.metrics, {side: dict(score) for side, score in summary.scores.items()}
     print(f"\n{'':22}{'base':>8}{'tuned':>8}{'photos':>8}  tuned - base, 95 % interval")
-    for key, metric in METRICS.items():
+    names = {key: metric.name for key, metric in METRICS.items()}
+    for key, name in {**names, **{key: key for key in summary.estimates if key not in names}}.items():
         cells = [metrics[side].get(key) for side in ("base", "tuned", "ceiling")]
         if cells[0] is None:
             continue
-        line = f"{metric.name:22}" + "".join(f"{show_cell(cell):>8}" for cell in cells)
+        line = f"{name:22}" + "".join(f"{show_cell(cell):>8}" for cell in cells)
         print(f"{line}  {show_gain(summary.estimates.get(key, {}).get('gain'))}".rstrip())
     axes = (("concept_preservation", "subject"), ("prompt_following", "prompt"), ("image_quality", "image quality"))
     for key, name in ((key, f"judge: {axis}") for key, axis in axes):

@@ -48,7 +48,7 @@ def make_run(
             )  # fmt: skip
             dino = 0.5 + float(NOISE[prompt, number] + own[prompt, number]) + shift
             clip_t = 0.3 + float(NOISE[prompt, number] - own[prompt, number])
-            values[ref.key] = SubjectMetrics(dino=dino, clip_i=0.5, clip_t=clip_t)
+            values[ref.key] = SubjectMetrics(dino=dino, clip_i=0.5, clip_t=clip_t, redness=dino / 2)
     mean = float(np.mean([value.dino for value in values.values()]))
     evaluation.finish(
         Evaluation(
@@ -91,6 +91,8 @@ def test_a_paired_comparison_decides_what_the_means_alone_do_not(tmp_path: Path)
     assert "it is the better of the two" in paired["conclusion"]
     assert "neither model may be called better" in unpaired["conclusion"]
     assert "not which settings are" in paired["conclusion"]
+    [difference] = paired["metrics"]["redness"]["differences"]  # a metric of another package
+    assert difference["mean"] == pytest.approx(0.015, abs=0.005)
     assert paired["configuration"] == {"training.max_train_steps": ["300", "400"]}
 
 

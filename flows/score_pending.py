@@ -8,7 +8,9 @@ from prefect import flow
 from prefect.runtime import deployment
 
 from conf.compose import OUTPUT_VARIABLE
+from conf.evaluation_request import EvaluationRequest
 from conf.trust import allowed_roots, check_path
+from flows.evaluate_model import evaluate_model
 from flows.personalize_subject import personalize_subject
 from flows.runs.context import trust_of_run
 from flows.runs.pending import PendingReport, list_pending
@@ -35,7 +37,11 @@ def score_pending(output_dir: str = "") -> PendingReport:
             stored = read_request(folders[0])  # equal for all runs of a group, see list_pending
             token = trust_of_run.set(stored.is_trusted)
             try:
-                summary = personalize_subject(relocate(stored.request, folders[0]))
+                request = relocate(stored.request, folders[0])
+                if stored.model:
+                    summary = evaluate_model(EvaluationRequest(model=stored.model, base=request))
+                else:
+                    summary = personalize_subject(request)
             finally:
                 trust_of_run.reset(token)
         except StillPending as error:

@@ -25,6 +25,8 @@ EXAMPLES = (
     ("likeness run --request runs/RUN/request.json seed=7", "repeat a run with another seed"),
     ("likeness sweep training.learning_rate=5e-5,1e-4", "one trial for each value"),
     ("likeness runs", "list runs"),
+    ("likeness compare RUN RUN", "which of two models is better, and how sure that is"),
+    ("likeness evaluate lora.safetensors --photos photos --class-noun mug", "a model that was trained elsewhere"),
     ('likeness generate latest "a photo of sks fish at night"', ""),
     ("likeness doctor llm=openai", "check keys and models before anything is billed"),
     ("likeness cost", "what the newest run's configuration cost, reruns included"),

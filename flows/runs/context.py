@@ -226,8 +226,8 @@ def collect_metrics(evaluation: Evaluation) -> dict[str, dict[str, float | None]
 
 
 @contextmanager
-def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
-    """Compile a request, open its services, and close them whatever happens."""
+def open_run(request: RunRequest, *, is_trusted: bool, model: str = "") -> Iterator[Run]:
+    """Compile a request, open its services, and close them whatever happens; `model` is one from elsewhere."""
     from conf.trust import allowed_roots
     from tasks.mini.vision_server.launch import LocalServer
     from tasks.services.llm.budget.ledger import Ledger
@@ -244,7 +244,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     output = Path(config.output_dir).absolute()
     tracker = open_tracker(config.tracking, folder=output)
     # Before any work: a process that is killed from here on leaves a run that `likeness runs` lists.
-    folder = make_run_folder(output, config, request, is_trusted=is_trusted)
+    folder = make_run_folder(output, config, request, is_trusted=is_trusted, model=model)
     run_id = folder.name
     server = LocalServer(folder / "vision-server.log")
     llm = LlmService(
@@ -335,7 +335,7 @@ def make_run_id(class_noun: str) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{noun}-{secrets.token_hex(2)}"
 
 
-def make_run_folder(output: Path, config: RunConfig, request: RunRequest, *, is_trusted: bool) -> Path:
+def make_run_folder(output: Path, config: RunConfig, request: RunRequest, *, is_trusted: bool, model: str = "") -> Path:
     """Create a run's folder, named after its id, with configuration, request and initial summary.
 
     Raises ConfigError where it can't be written.
@@ -347,7 +347,7 @@ def make_run_folder(output: Path, config: RunConfig, request: RunRequest, *, is_
         raise ConfigError(f"cannot write to {output}: {error.strerror}; set output_dir") from error
     write_atomic(folder / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
     # The request makes the folder a run (`list_run_folders`); killed before its first summary, it counts as killed.
-    write_request(folder, request, is_trusted=is_trusted)
+    write_request(folder, request, is_trusted=is_trusted, model=model)
     flow_run_id = find_flow_run_id()
     write_start(folder, folder.name, compute_config_digest(config), flow_run_id=flow_run_id)
     close_earlier(folder, flow_run_id)

@@ -45,11 +45,14 @@ class StoredRequest(BaseModel):
 
     request: RunRequest
     is_trusted: bool
+    model: str = ""
+    """The model from elsewhere that is evaluated; empty: the run trains its own."""
 
 
-def write_request(folder: Path, request: RunRequest, *, is_trusted: bool) -> None:
+def write_request(folder: Path, request: RunRequest, *, is_trusted: bool, model: str = "") -> None:
     """Write `request.json` to the run's folder."""
-    write_atomic(folder / REQUEST, dump_signed(StoredRequest(request=request, is_trusted=is_trusted), indent=1))
+    stored = StoredRequest(request=request, is_trusted=is_trusted, model=model)
+    write_atomic(folder / REQUEST, dump_signed(stored, indent=1))
 
 
 def read_request(folder: Path) -> StoredRequest:
@@ -222,7 +225,10 @@ def suggest_next(summary: RunSummary, folder: Path) -> str:
     if status in ("finished", "resumed", "running"):
         return ""
     try:
-        return " ".join(["likeness run", *to_overrides(relocate(read_request(folder).request, folder))])
+        stored = read_request(folder)
+        if stored.model:
+            return f"likeness resume {summary.run_id}"
+        return " ".join(["likeness run", *to_overrides(relocate(stored.request, folder))])
     except ArtifactCorrupt:
         return "its request is damaged: start it again by hand"
 
@@ -275,6 +281,8 @@ class PastRun:
         """Return the key of a stage's manifest. Raises ConfigError where the run did not finish."""
         if self.summary.status != "finished":
             raise ConfigError(f"run {self.summary.run_id} did not finish ({self.summary.status})")
+        if stage not in self.summary.stages:
+            raise ConfigError(f"run {self.summary.run_id} evaluated a model from elsewhere: it has no {stage} stage")
         return self.summary.stages[stage].key
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tasks.errors import ConfigError
-from tasks.evaluation.intervals import Values, estimate_samples, estimate_unpaired, subtract
+from tasks.evaluation.intervals import MIN_CLUSTERS, Values, estimate_samples, estimate_unpaired, subtract
 from tasks.manifests.evaluation import Estimate, Evaluation
 from tasks.metrics import METRICS, Metric
 
@@ -63,7 +63,7 @@ def compare(candidates: Sequence[Candidate], *, is_paired: bool = True) -> Compa
     tables = [collect_values(candidate) for candidate in candidates]
     notes = check_shared(candidates, tables) if is_paired else []
     rows = []
-    for key, metric in {**METRICS, **JUDGED}.items():
+    for key, metric in {**METRICS, **find_others(tables), **JUDGED}.items():
         if key in JUDGED and len({candidate.judge for candidate in candidates}) > 1:
             continue  # grades of different judges are no common scale
         if not all(key in table for table in tables):
@@ -80,6 +80,12 @@ def compare(candidates: Sequence[Candidate], *, is_paired: bool = True) -> Compa
         for number, name in enumerate(names[1:])
     ]
     return Comparison(names, is_paired, tuple(rows), tuple(notes), " ".join([*conclusions, limit(is_paired)]))
+
+
+def find_others(tables: Sequence[Mapping[str, Values]]) -> dict[str, Metric]:
+    """Return the metrics of other packages by name; they need not be installed to be compared."""
+    names = sorted({name for table in tables for name in table} - {*METRICS, *JUDGED})
+    return {name: Metric(name, "of another package", "runs with the same package", direction="none") for name in names}
 
 
 def collect_values(candidate: Candidate) -> dict[str, Values]:
@@ -141,7 +147,9 @@ def conclude(name: str, reference: str, differences: Mapping[str, Estimate]) -> 
         if found is None:
             continue
         label = f"{METRICS[key].name} ({meaning})"
-        if found.low is None or found.high is None:
+        if found.low is None and found.num >= MIN_CLUSTERS:
+            parts.append(f"{label} differs by {found.mean:+.3f} on every prompt alike")
+        elif found.low is None or found.high is None:
             parts.append(f"{label} differs by {found.mean:+.3f} over {found.num} prompts, too few for an interval")
         elif found.is_decided:
             word = "higher" if found.mean > 0 else "lower"

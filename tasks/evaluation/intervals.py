@@ -30,10 +30,9 @@ def estimate_mean(clusters: Iterable[Sequence[float]]) -> Estimate:
     sums, sizes = np.array([row.sum() for row in rows]), np.array([len(row) for row in rows])
     num = len(rows)
     mean = float(sums.sum() / sizes.sum())
-    if num < MIN_CLUSTERS:
+    # Equal values tell nothing of how much others would vary: no copies among 12 samples are no proof of none.
+    if num < MIN_CLUSTERS or np.ptp(np.concatenate(rows)) == 0:
         return Estimate(mean=mean, num=num)
-    if np.ptp(np.concatenate(rows)) == 0:
-        return Estimate(mean=mean, low=mean, high=mean, num=num)
     quantile = math.sqrt(num / (num - 1)) * stats.t.ppf((1 + LEVEL) / 2, num - 1)
 
     def mean_of(index: np.ndarray, axis: int) -> np.ndarray:
@@ -73,11 +72,9 @@ def estimate_unpaired(second: Values, first: Values) -> Estimate:
     means = [np.array([np.mean(list(by_seed.values())) for by_seed in values.values()]) for values in (second, first)]
     totals = [np.mean([v for by_seed in values.values() for v in by_seed.values()]) for values in (second, first)]
     difference, num = float(totals[0] - totals[1]), min(len(row) for row in means)
-    if num < MIN_CLUSTERS:
+    errors = [float(row.var(ddof=1) / len(row)) if len(row) > 1 else 0.0 for row in means]
+    if num < MIN_CLUSTERS or sum(errors) == 0:
         return Estimate(mean=difference, num=num)
-    errors = [float(row.var(ddof=1) / len(row)) for row in means]
-    if sum(errors) == 0:
-        return Estimate(mean=difference, low=difference, high=difference, num=num)
     freedom = sum(errors) ** 2 / sum(e**2 / (len(row) - 1) for e, row in zip(errors, means, strict=True))
     half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(sum(errors))
     return Estimate(mean=difference, low=difference - half, high=difference + half, num=num)

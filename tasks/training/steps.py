@@ -2,19 +2,22 @@
 
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.client.schemas.objects import State
 
-from tasks.manifests.base import ObjectRef
+from tasks import diffusion as diffusion_code
+from tasks.diffusion.config import DiffusionConfig
+from tasks.manifests.base import ModelRef, ObjectRef
 from tasks.manifests.prior import ClassImageSet
 from tasks.manifests.subject import InstanceImage, SubjectSet
 from tasks.manifests.training import TunedModel
 from tasks.services.store.base import Store
 from tasks.services.tracking.base import DatasetInfo
-from tasks.stage.cache import PREFIXES, StageFolder, fetch_folder, find_manifest
+from tasks.stage.cache import PREFIXES, Stage, StageFolder, fetch_folder, find_manifest
 from tasks.stage.context import Runtime
 from tasks.stage.states import finished
 from tasks.training.config import TrainingConfig
@@ -22,6 +25,7 @@ from tasks.training.data.holdout import resolve_validation, split_photos
 from tasks.training.inputs import STAGE_VERSION, TrainingInputs
 
 if TYPE_CHECKING:
+    from tasks.diffusion.external.detection import ExternalModel
     from tasks.training.process.worker_spec import TrainingImage, TrainingSpec, WorkerResult
 
 TRAINING_TAG = "likeness.training"
@@ -231,3 +235,69 @@ def store_result(
 def list_files(paths: Iterable[Path]) -> list[Path]:
     """Return the regular files among the paths, sorted."""
     return sorted(path for path in paths if path.is_file())
+
+
+@dataclass(frozen=True)
+class ImportInputs:
+    """A model that another trainer made, and the base model that it is for."""
+
+    location: str
+    diffusion: DiffusionConfig
+    base_model: ModelRef
+    subject: SubjectSet
+
+    def stage(self, external: "ExternalModel") -> Stage[TunedModel]:
+        """Return the stage that imports it."""
+        resolution = self.diffusion.model_dump(mode="json", include={"family", "resolution"})
+        # An embedding is stored under the identifier token.
+        token = self.subject.identifier_token if external.kind == "textual_inversion" else ""
+        settings = ["external", diffusion_code.VERSION, resolution, token]
+        inputs = (self.base_model.sha256, external.compute_digest())
+        return Stage("training", TunedModel, STAGE_VERSION, settings=settings, inputs=inputs)
+
+
+@task(name="import model", persist_result=False)
+def import_model(inputs: ImportInputs, runtime: Runtime) -> State[TunedModel]:
+    """Bring a model of another trainer into the store, in place of a trained one.
+
+    Raises:
+        ConfigError: it is for another family, or a part of it is missing, a pickle, or doesn't load.
+
+    """
+    from tasks.diffusion.external.detection import detect
+
+    external = detect(inputs.location)
+    stage = inputs.stage(external)
+    manifest = runtime.run_stage(stage, lambda folder: store_external(folder, inputs, external, runtime=runtime))
+    return finished(manifest, runtime)
+
+
+def store_external(
+    folder: StageFolder, inputs: ImportInputs, external: "ExternalModel", *, runtime: Runtime
+) -> TunedModel:
+    """Convert and store a model, then write the manifest; counts and losses of its training are not known."""
+    from tasks.diffusion.external.conversion import convert
+
+    local = runtime.work_folder / "external" / folder.stage_key
+    convert(external, inputs.diffusion, local, identifier_token=inputs.subject.identifier_token)
+    names = [path.relative_to(local).as_posix() for path in list_files(local.rglob("*"))]
+    model = tuple(folder.put_file(f"model/{name}", local / name) for name in names)
+    manifest = folder.finish(
+        TunedModel(
+            **folder.head(STAGE_VERSION, counts={"files": len(model)}),
+            base_model=inputs.base_model,
+            model=model,
+            num_steps=0,
+            published_step=0,
+            family=inputs.diffusion.family,
+            method=f"external {external.kind}",
+            trainable_parameters=0,
+            total_parameters=0,
+            final_loss=0.0,
+            peak_memory_bytes=0,
+            subject_sha256="",
+            prior_sha256="",
+        )
+    )
+    shutil.rmtree(local)
+    return manifest

@@ -9,6 +9,7 @@ from conf.compose import compile_request
 from conf.request import RunRequest
 from conf.trust import allowed_roots
 from flows import score_pending as module
+from flows.evaluate_model import evaluate_model
 from flows.personalize_subject import personalize_subject
 from flows.runs.records import list_run_folders, write_request, write_summary
 from tasks.manifests.run_summary import RunSummary, make_head
@@ -16,11 +17,11 @@ from tasks.manifests.run_summary import RunSummary, make_head
 COMMAND = {"llm.profiles.local.capabilities.batch": "file", "llm.profiles.local.batch_command": ["sh", "-c", "id"]}
 
 
-def make_pending(output: Path, request: RunRequest, *, is_trusted: bool) -> None:
+def make_pending(output: Path, request: RunRequest, *, is_trusted: bool, model: str = "") -> None:
     folder = output / "one"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(compile_request(request).model_dump_json())
-    write_request(folder, request, is_trusted=is_trusted)
+    write_request(folder, request, is_trusted=is_trusted, model=model)
     write_summary(folder, make_head("one", "pending"))
 
 
@@ -50,6 +51,22 @@ def test_a_photo_folder_replaced_by_an_external_symlink_is_rejected_on_resume(
     photos.rmdir()
     photos.symlink_to(secret)
     [failed] = module.score_pending.fn(str(root / "runs")).failed
+    assert "lies outside the allowed folders" in failed
+
+
+def test_an_evaluated_model_replaced_by_an_external_symlink_is_rejected_on_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, secret = tmp_path / "root", tmp_path / "secret.safetensors"
+    root.mkdir()
+    secret.touch()
+    (root / "lora.safetensors").symlink_to(secret)
+    monkeypatch.setenv("LIKENESS_ROOTS", str(root))
+    monkeypatch.setattr(module, "evaluate_model", evaluate_model.fn)
+    request = RunRequest(settings={"output_dir": str(root / "runs")})
+    make_pending(root / "runs", request, is_trusted=False, model=str(root / "lora.safetensors"))
+    [failed] = module.score_pending.fn(str(root / "runs")).failed
+    assert "model: " in failed
     assert "lies outside the allowed folders" in failed
 
 

@@ -1,4 +1,4 @@
-"""`likeness runs`, `report`, `compare`, `approve`, `generate` and `review`."""
+"""`likeness runs`, `report`, `compare`, `evaluate`, `approve`, `generate` and `review`."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.app import RESULTS, app
-from flows.cli.arguments import MAX_INTEGER, OUTPUT, OutputDir, RunName, complete_run
+from flows.cli.app import RESULTS, ConfigCommand, app
+from flows.cli.arguments import MAX_INTEGER, OUTPUT, OutputDir, RunName, Settings, complete_run
 from flows.cli.results.tables import Format
 from tasks.errors import ConfigError
 
@@ -70,6 +70,29 @@ def compare(
 
     print(compare_runs(output_dir, runs, is_paired=not unpaired, as_format=as_format))
     return 0
+
+
+@app.command("evaluate", rich_help_panel=RESULTS, cls=ConfigCommand)
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Diffusers folder; or LoRA or embedding in safetensors.", show_default=False
+        ),
+    ],
+    settings: Settings = None,
+    *,
+    photos: Annotated[Path, typer.Option(metavar="DIR", help="Photos of the subject.", show_default=False)],
+    class_noun: Annotated[str, typer.Option(metavar="NOUN", help="What the subject is.", show_default=False)],
+    token: Annotated[
+        str | None, typer.Option(metavar="TOKEN", help="How the model calls it; default sks.", show_default=False)
+    ] = None,
+) -> int:
+    """Measure and judge a model that was trained elsewhere, comparable with runs."""
+    from flows.cli.results.evaluate import evaluate_in_terminal, list_words, make_request
+
+    words = list_words(photos, class_noun, token=token)
+    return evaluate_in_terminal(make_request(model, [*words, *(settings or [])]))
 
 
 @app.command("approve", rich_help_panel=RESULTS)

@@ -52,23 +52,11 @@ def print_runs(summaries: list[RunSummary], *, folder: Path) -> None:
 
 def print_summary(summary: RunSummary, config: "RunConfig") -> None:
     """Print headline metrics and the paths of the results."""
-    assert summary.judge is not None
-    assert summary.paths is not None
     assert summary.subject is not None
-    metrics, scores = summary.metrics, {side: dict(score) for side, score in summary.scores.items()}
-    print(f"\n{'':22}{'base':>8}{'tuned':>8}{'photos':>8}  tuned - base, 95 % interval")
-    for key, metric in METRICS.items():
-        cells = [metrics[side].get(key) for side in ("base", "tuned", "ceiling")]
-        if cells[0] is None:
-            continue
-        line = f"{metric.name:22}" + "".join(f"{show_cell(cell):>8}" for cell in cells)
-        print(f"{line}  {show_gain(summary.estimates.get(key, {}).get('gain'))}".rstrip())
-    axes = (("concept_preservation", "subject"), ("prompt_following", "prompt"), ("image_quality", "image quality"))
-    for key, name in ((key, f"judge: {axis}") for key, axis in axes):
-        cells = [scores.get(side, {}).get(key) for side in ("base", "tuned")]
-        print(f"{name:22}" + "".join(f"{cell:8.2f}" if cell is not None else f"{'–':>8}" for cell in cells))
-    if not summary.judge.is_reliable:
-        print(f"warning: judge scores are unreliable: {summary.judge.reason}")
+    print_metrics(summary)
+    if summary.paths is None:  # a model from elsewhere, evaluated only
+        print(f"\nrun       {summary.run_id}: {summary.wall_seconds:.1f} s, {summary.llm_calls} LLM calls")
+        return
     # This environment's, since PATH may hold another MLflow or none.
     mlflow = Path(sys.executable).parent / "mlflow"
     print(f"\nreport    {shorten(summary.paths.report)}")
@@ -83,6 +71,26 @@ def print_summary(summary: RunSummary, config: "RunConfig") -> None:
     )
     noun, token = summary.subject.class_noun, summary.subject.identifier_token
     print(f'try       likeness generate latest "a photo of {token} {noun} in the snow"')
+
+
+def print_metrics(summary: RunSummary) -> None:
+    """Print metrics and grades of both sides, with the interval of the difference."""
+    assert summary.judge is not None
+    metrics, scores = summary.metrics, {side: dict(score) for side, score in summary.scores.items()}
+    print(f"\n{'':22}{'base':>8}{'tuned':>8}{'photos':>8}  tuned - base, 95 % interval")
+    names = {key: metric.name for key, metric in METRICS.items()}
+    for key, name in {**names, **{key: key for key in summary.estimates if key not in names}}.items():
+        cells = [metrics[side].get(key) for side in ("base", "tuned", "ceiling")]
+        if cells[0] is None:
+            continue
+        line = f"{name:22}" + "".join(f"{show_cell(cell):>8}" for cell in cells)
+        print(f"{line}  {show_gain(summary.estimates.get(key, {}).get('gain'))}".rstrip())
+    axes = (("concept_preservation", "subject"), ("prompt_following", "prompt"), ("image_quality", "image quality"))
+    for key, name in ((key, f"judge: {axis}") for key, axis in axes):
+        cells = [scores.get(side, {}).get(key) for side in ("base", "tuned")]
+        print(f"{name:22}" + "".join(f"{cell:8.2f}" if cell is not None else f"{'–':>8}" for cell in cells))
+    if not summary.judge.is_reliable:
+        print(f"warning: judge scores are unreliable: {summary.judge.reason}")
 
 
 def show_cell(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from conf.evaluation_request import EvaluationRequest
 from flows.cli.results.runs import find_run
 from flows.cli.run.job import run_in_terminal
 from flows.runs.records import (
@@ -34,7 +35,12 @@ def resume(output: Path, name: str) -> int:
         raise ConfigError(f"run {folder.name} is running: {who}; stop that one first, or wait for it")
     stored = read_request(folder)
     request = relocate(stored.request, folder.absolute())
-    code = run_in_terminal(StoredRequest(request=request, is_trusted=stored.is_trusted))
+    if stored.model:
+        from flows.cli.results.evaluate import evaluate_in_terminal
+
+        code = evaluate_in_terminal(EvaluationRequest(model=stored.model, base=request), is_trusted=stored.is_trusted)
+    else:
+        code = run_in_terminal(StoredRequest(request=request, is_trusted=stored.is_trusted))
     if code == 0:
         newest = next(run for run in list_summaries(output) if run.status == "finished")
         write_summary(folder, summary.model_copy(update={"status": "resumed", "resumed_by": newest.run_id}))

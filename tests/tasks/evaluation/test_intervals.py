@@ -75,7 +75,11 @@ def test_seeds_of_a_single_prompt_are_independent_of_each_other() -> None:
     assert estimate_samples({"a": {seed: seed / 10 for seed in range(6)}}).num == 6
 
 
-def test_equal_values_have_an_interval_of_no_width_and_intervals_repeat() -> None:
-    assert estimate_mean([[1.0]] * 6) == Estimate(mean=1.0, low=1.0, high=1.0, num=6)
+def test_values_that_do_not_vary_have_no_interval() -> None:
+    assert estimate_mean([[1.0]] * 6) == Estimate(mean=1.0, num=6)
+    assert estimate_unpaired({str(i): {0: 1.0} for i in range(6)}, {str(i): {0: 0.5} for i in range(6)}).low is None
+
+
+def test_the_interval_of_the_same_values_repeats() -> None:
     values = [[float(i)] for i in range(7)]
     assert estimate_mean(values) == estimate_mean(values)

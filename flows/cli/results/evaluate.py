@@ -1,0 +1,48 @@
+"""`likeness evaluate`: measure a model that was trained elsewhere, as a run measures its own."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from conf.evaluation_request import EvaluationRequest
+from conf.overrides import parse_overrides
+from flows.cli.results.runs import print_metrics
+from tasks.errors import ConfigError
+
+
+def make_request(model: str, words: Sequence[str]) -> EvaluationRequest:
+    """Return the request of the arguments; nothing is tracked or registered unless they say so. Raises ConfigError."""
+    from tasks.diffusion.external.detection import detect
+
+    detect(model)  # before torch and Prefect are imported
+    tracked = any(word.partition("=")[0] == "tracking" for word in words)
+    base = parse_overrides(words if tracked else ["tracking=none", *words])
+    return EvaluationRequest(model=str(Path(model).expanduser().absolute()), base=base)
+
+
+def list_words(photos: Path, class_noun: str, *, token: str | None) -> list[str]:
+    """Return the options of the command as settings. Raises ConfigError where there are no photos."""
+    if not photos.is_dir():
+        raise ConfigError(f"--photos: {photos} is not a folder")
+    words = [f"subject.source={photos.absolute()}", f"subject.class_noun={class_noun}"]
+    return [*words, *([f"subject.identifier_token={token}"] if token else [])]
+
+
+def evaluate_in_terminal(request: EvaluationRequest, *, is_trusted: bool = True) -> int:
+    """Evaluate a model, and print its metrics beside those of the base model."""
+    from flows.cli.run.job import ready_for_flows
+
+    with ready_for_flows(request.base, is_trusted=is_trusted) as (_, progress, _):
+        from flows.evaluate_model import evaluate_model
+        from flows.runs.context import progress_of_run, trust_of_run
+
+        tokens = progress_of_run.set(progress), trust_of_run.set(is_trusted)
+        try:
+            summary = evaluate_model(request)
+        finally:
+            progress_of_run.reset(tokens[0])
+            trust_of_run.reset(tokens[1])
+            progress.close()
+    print_metrics(summary)
+    print(f"\nrun       {summary.run_id}: {summary.wall_seconds:.1f} s, {summary.llm_calls} LLM calls")
+    print(f"compare   likeness compare RUN {summary.run_id}")
+    return 0

@@ -1,0 +1,40 @@
+"""Evaluate a model that was trained elsewhere: the prompts, seeds, metrics and judge of a run, comparable with runs."""
+
+from prefect import flow
+from prefect.runtime import deployment
+
+from conf.evaluation_request import EvaluationRequest
+from conf.trust import allowed_roots, check_path
+from flows.runs.attempts import check_attempts
+from flows.runs.context import open_run, trust_of_run
+from flows.runs.evaluated import summarize_model
+from tasks.config_base import RequestRule
+from tasks.evaluation.steps import EvaluationInputs, evaluate
+from tasks.manifests.run_summary import RunSummary
+from tasks.scoring.steps import ScoringInputs, score_samples
+from tasks.stage.states import result_of
+from tasks.subject.steps import SubjectInputs, check_photos, prepare_subject
+from tasks.training.steps import ImportInputs, import_model
+
+
+@flow(name="evaluate-model", persist_result=False)
+def evaluate_model(request: EvaluationRequest) -> RunSummary:
+    """Measure and judge a diffusers folder, a LoRA or an embedding beside its base model.
+
+    Photos are inspected as in a run, so that the same photos of both are compared.
+    """
+    check_attempts()
+    is_trusted = deployment.id is None
+    if not (is_trusted and trust_of_run.get()):  # a deployment's request stays restricted when resumed
+        # As untrusted as the settings of a request.
+        check_path("model", request.model, allowed_roots(), rule=RequestRule("path"))
+    with open_run(request.base, is_trusted=is_trusted, model=request.model) as run:
+        config, runtime, diffusion = run.config, run.runtime, run.config.diffusion
+        photos = check_photos(config.subject, runtime, is_drawn_world=config.is_mini)
+        subject = result_of(prepare_subject(SubjectInputs(config.subject, config.llm, photos), runtime))
+        imported = ImportInputs(request.model, diffusion, run.base_model, subject)
+        tuned = result_of(import_model(imported, runtime))
+        evaluation = result_of(evaluate(EvaluationInputs(config.evaluation, diffusion, tuned, subject), runtime))
+        scores = result_of(score_samples(ScoringInputs(config.scoring, config.llm, evaluation, subject), runtime))
+        summary = summarize_model(run, subject, evaluation, scores=scores)
+    return summary

@@ -1,0 +1,175 @@
+"""Which of several models is better: paired where prompts and seeds are shared, refused or unpaired where not."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conf.compose import compile_request
+from conf.overrides import parse_overrides
+from conf.request import RunRequest
+from flows.cli.results.compare import compare_runs
+from flows.cli.results.tables import Format, Grid, render
+from flows.runs.records import write_request, write_summary
+from tasks.errors import ConfigError
+from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Evaluation, Sample, SubjectMetrics
+from tasks.manifests.run_summary import JudgeSummary, RunSummary, StageSummary, Status
+from tasks.manifests.subject import ImageMeasures, InstanceImage, SubjectSet
+from tasks.services.store.local import LocalStore
+from tasks.stage.cache import StageFolder
+
+PROMPTS = 8
+NOISE = np.random.default_rng(3).normal(0, 0.1, (PROMPTS, 2))
+"""Of prompts and seeds, the same for every model: what pairing removes."""
+
+
+def make_run(
+    output: Path, name: str, *words: str, shift: float = 0.0, status: Status = "finished", first_seed: int = 1000,
+    photo: bytes = b"photo", template: str = "{subject} ",
+) -> Path:  # fmt: skip
+    """Write a run's folder and manifests, its DINO above 0.5 by `shift` and some noise of prompts and seeds."""
+    store, folder = LocalStore(output / "store"), output / name
+    config = compile_request(parse_overrides([f"output_dir={output}", *words]))
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
+    write_request(folder, RunRequest(), is_trusted=True)
+    evaluation, subject = (StageFolder(store, stage, name) for stage in ("evaluation", "subject"))
+    samples, values = [], {}
+    own = np.random.default_rng(sum(map(ord, name))).normal(0, 0.005, NOISE.shape)
+    for prompt in range(PROMPTS):
+        for number in range(2):
+            ref = evaluation.put(f"tuned/{prompt}-{number}.png", f"{name}{prompt}{number}".encode())
+            samples.append(
+                Sample(image=ref, side="tuned", kind="subject", prompt="", class_prompt="", seed=first_seed + number,
+                       template=f"{template}{prompt}", prompt_kind="scene")
+            )  # fmt: skip
+            dino = 0.5 + float(NOISE[prompt, number] + own[prompt, number]) + shift
+            clip_t = 0.3 + float(NOISE[prompt, number] - own[prompt, number])
+            values[ref.key] = SubjectMetrics(dino=dino, clip_i=0.5, clip_t=clip_t, redness=dino / 2)
+    mean = float(np.mean([value.dino for value in values.values()]))
+    evaluation.finish(
+        Evaluation(
+            **evaluation.head(4, counts={}), samples=tuple(samples),
+            metrics={"tuned": SubjectMetrics(dino=mean, clip_i=0.5, clip_t=0.3)},
+            drift={"tuned": DriftMetrics(pres=0, dino_div=0)}, ceiling=CeilingMetrics(dino=1, clip_i=1, clip_t=1),
+            sample_metrics=values, published_step=1,
+        )
+    )  # fmt: skip
+    image = subject.put("images/a.png", photo)
+    measures = ImageMeasures(width=1, height=1, sharpness=0, brightness=0, contrast=0, perceptual_hash="")
+    subject.finish(
+        SubjectSet(
+            **subject.head(6, counts={}), class_noun="fish", identifier_token="sks", rejected=(),
+            images=(InstanceImage(image=image, source_name="a", source_sha256=image.sha256, measures=measures,
+                                  inspection={}, caption="", surroundings="", view="", instance_prompt=""),),
+        )
+    )  # fmt: skip
+    judge = JudgeSummary(is_reliable=False, reason="controls failed: blur", alpha={}, spearman={}, pairs=None)
+    stages = {stage: StageSummary(key=name) for stage in ("evaluation", "subject")}
+    write_summary(folder, RunSummary(run_id=name, status=status, stages=stages, judge=judge))
+    return folder
+
+
+def compare(output: Path, *names: str, is_paired: bool = True, as_format: Format = "table") -> str:
+    return compare_runs(output, names, is_paired=is_paired, as_format=as_format)
+
+
+def test_a_paired_comparison_decides_what_the_means_alone_do_not(tmp_path: Path) -> None:
+    make_run(tmp_path, "run-a")
+    make_run(tmp_path, "run-b", "training.max_train_steps=400", shift=0.03)
+    paired = json.loads(compare(tmp_path, "run-a", "run-b", as_format="json"))
+    unpaired = json.loads(compare(tmp_path, "run-a", "run-b", is_paired=False, as_format="json"))
+    for found, is_decided in ((paired, True), (unpaired, False)):
+        [difference] = found["metrics"]["dino"]["differences"]
+        assert difference["mean"] == pytest.approx(0.03, abs=0.01)
+        assert (difference["low"] > 0) is is_decided
+    assert "DINO (subject fidelity) is higher by 0.03" in paired["conclusion"]
+    assert "CLIP-T (prompt fidelity) is undecided" in paired["conclusion"]
+    assert "it is the better of the two" in paired["conclusion"]
+    assert "neither model may be called better" in unpaired["conclusion"]
+    assert "not which settings are" in paired["conclusion"]
+    [difference] = paired["metrics"]["redness"]["differences"]  # a metric of another package
+    assert difference["mean"] == pytest.approx(0.015, abs=0.005)
+    assert paired["configuration"] == {"training.max_train_steps": ["300", "400"]}
+
+
+def test_every_other_run_is_compared_with_the_first(tmp_path: Path) -> None:
+    for name, shift in (("run-a", 0.0), ("run-b", 0.05), ("run-c", -0.05)):
+        make_run(tmp_path, name, shift=shift)
+    text = compare(tmp_path, "run-a", "run-b", "run-c")
+    header = next(line for line in text.splitlines() if line.startswith("metric"))
+    assert header.split("  ")[-1].strip() == "run-c - run-a"
+    row = next(line for line in text.splitlines() if line.startswith("DINO "))
+    assert row.count("*") == 2
+    assert "run-b against run-a" in text
+    assert "it is the worse of the two" in text
+    assert "warning: the grades of run-c are unreliable: controls failed: blur" in text
+
+
+def test_runs_without_a_shared_prompt_and_seed_are_compared_unpaired_only(tmp_path: Path) -> None:
+    make_run(tmp_path, "run-a")
+    make_run(tmp_path, "run-b", first_seed=2000)
+    make_run(tmp_path, "run-c", photo=b"another subject")
+    make_run(tmp_path, "run-d", first_seed=1001)
+    with pytest.raises(ConfigError, match="run-b and run-a share no prompt and seed.*--unpaired"):
+        compare(tmp_path, "run-a", "run-b")
+    with pytest.raises(ConfigError, match="run-c was measured on other photos than run-a.*--unpaired"):
+        compare(tmp_path, "run-a", "run-c")
+    for name in ("run-b", "run-c"):
+        assert "Unpaired means also differ by their prompts and seeds" in compare(
+            tmp_path, "run-a", name, is_paired=False
+        )
+    assert "run-d: 8 samples of 16 have the prompt and seed of another" in compare(tmp_path, "run-a", "run-d")
+
+
+def test_runs_that_cannot_be_compared_are_one_line_errors(tmp_path: Path) -> None:
+    make_run(tmp_path, "run-a")
+    make_run(tmp_path, "run-b", status="failed")
+    make_run(tmp_path, "run-c", "evaluation.encoders.dino_resize=300")
+    make_run(tmp_path, "run-d", template="")
+    for names, message in (
+        (("run-a",), "at least two runs"),
+        (("run-a", "run-a"), "named twice"),
+        (("run-a", "nowhere"), "no run 'nowhere'"),
+        (("run-a", "run-b"), r"run run-b did not finish \(failed\)"),
+        (("run-a", "run-c"), "other encoders"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            compare(tmp_path, *names)
+        assert "\n" not in str(caught.value)
+
+
+def test_samples_that_have_left_the_store_are_reported(tmp_path: Path) -> None:
+    make_run(tmp_path, "run-a")
+    make_run(tmp_path, "run-b")
+    (tmp_path / "store" / "04-evaluation" / "run-b" / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="the samples of run run-b are missing from the store"):
+        compare(tmp_path, "run-a", "run-b")
+
+
+def test_each_format_has_the_same_figures(tmp_path: Path) -> None:
+    make_run(tmp_path, "run-a")
+    make_run(tmp_path, "run-b", shift=0.05)
+    difference = json.loads(compare(tmp_path, "run-a", "run-b", as_format="json"))["metrics"]["dino"]["differences"][0]
+    cell = f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}] *"
+    for as_format in ("table", "md", "latex", "html", "csv"):
+        text = compare(tmp_path, "run-a", "run-b", as_format=as_format)  # type: ignore[arg-type]
+        assert cell in text, as_format
+    rows = list(csv.reader(io.StringIO(compare(tmp_path, "run-a", "run-b", as_format="csv"))))
+    assert next(row for row in rows if row[0] == "DINO")[-1] == cell
+
+
+def test_cells_are_escaped_in_every_format() -> None:
+    grid = Grid("T", ("a|b", "c"), (("50% & <b>", "x_1 | \x1b[2J"), ("=cmd()", "")))
+    texts = {
+        name: render([grid], ["1 < 2"], as_format=name, data={}) for name in ("table", "md", "csv", "latex", "html")
+    }  # type: ignore[arg-type]
+    assert not any("\x1b" in text for text in texts.values())
+    assert r"| a\|b | c |" in texts["md"]
+    assert r"50\% \& <b> & x\_1" in texts["latex"]
+    assert "50% &amp; &lt;b&gt;" in texts["html"]
+    assert "<p>1 &lt; 2</p>" in texts["html"]
+    assert "'=cmd()" in texts["csv"]

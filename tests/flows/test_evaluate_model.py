@@ -1,0 +1,113 @@
+"""A model from elsewhere gets the figures that a run gives its own."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from conf.evaluation_request import EvaluationRequest
+from flows.runs.records import list_summaries, read_request, suggest_next
+from tests.support.cli_sandbox import QUICK, ROOT, CliSandbox
+
+DEMO = ROOT / "tasks" / "mini" / "demo_subject"
+
+
+@pytest.fixture(scope="module")
+def evaluated(sandbox: CliSandbox, first_run: dict[str, Any]) -> dict[str, Any]:
+    """The summary of an evaluation of the first run's published model, as if another trainer had made it."""
+    done = sandbox.likeness(
+        "evaluate", first_run["paths"]["model"], *QUICK, "--photos", str(DEMO), "--class-noun", "fish"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "likeness compare RUN" in done.stdout
+    return sandbox.newest()
+
+
+def test_an_evaluated_model_has_the_metrics_of_the_run_that_trained_it(
+    first_run: dict[str, Any], evaluated: dict[str, Any]
+) -> None:
+    assert evaluated["evaluated"]["kind"] == "pipeline"
+    assert evaluated["stages"]["subject"]["key"] == first_run["stages"]["subject"]["key"]
+    for side in ("base", "tuned"):
+        # The same weights, prompts and seeds.
+        assert evaluated["metrics"][side] == pytest.approx(first_run["metrics"][side], abs=1e-4)
+    assert set(evaluated["stages"]) == {"subject", "training", "evaluation", "scoring"}
+    assert evaluated["estimates"]["dino"]["gain"]["num"] == 2
+
+
+def test_a_runs_summary_has_intervals_by_prompt_and_by_kind(first_run: dict[str, Any]) -> None:
+    assert first_run["estimates"]["dino"]["gain"]["num"] == 2
+    assert set(first_run["kinds"]) == {"scene"}
+    templates = [row["template"] for row in first_run["prompts"]]
+    assert templates == ["a photo of {subject}", "a photo of {subject} in the snow"]
+    means = [row["values"]["dino"]["tuned"]["mean"] for row in first_run["prompts"]]
+    assert sum(means) / 2 == pytest.approx(first_run["metrics"]["tuned"]["dino"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["prefect.yaml", "prefect-shared.yaml"])
+def test_a_deployment_evaluates_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIKENESS_CONF", str(ROOT / "deployments" / "options"))  # has the option `shared`
+    listed = yaml.safe_load((ROOT / "deployments" / name).read_text())["deployments"]
+    [found] = [each for each in listed if each["name"] == "evaluate-model"]
+    module, _, function = found["entrypoint"].rpartition(".")
+    assert getattr(importlib.import_module(module), function).name == "evaluate-model"
+    request = EvaluationRequest.model_validate({**found["parameters"].get("request", {}), "model": "x"})
+    assert request.base.store == ("shared" if "shared" in name else "local")
+
+
+def test_an_evaluated_model_is_compared_with_a_run(
+    sandbox: CliSandbox, first_run: dict[str, Any], evaluated: dict[str, Any]
+) -> None:
+    done = sandbox.likeness("compare", first_run["run_id"], evaluated["run_id"], "--format", "json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["metrics"]["dino"]["differences"][0]["mean"] == pytest.approx(0, abs=1e-4)
+    assert found["configuration"]["model"][1].endswith("/model")
+    assert "training.max_train_steps" not in found["configuration"]
+    assert "nothing may be concluded" in found["conclusion"]  # two prompts
+
+
+def test_the_model_of_an_evaluation_is_recorded_and_what_it_lacks_is_named(
+    sandbox: CliSandbox, evaluated: dict[str, Any]
+) -> None:
+    folder = sandbox.output / evaluated["run_id"]
+    assert read_request(folder).model.endswith("/model")
+    [summary] = [each for each in list_summaries(sandbox.output) if each.run_id == evaluated["run_id"]]
+    killed = summary.model_copy(update={"status": "killed"})
+    assert suggest_next(killed, folder) == f"likeness resume {evaluated['run_id']}"
+    done = sandbox.likeness("generate", evaluated["run_id"], "a photo of sks fish")
+    assert done.returncode == 2
+    assert "evaluated a model from elsewhere: it has no publishing stage" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "photos", "message"),
+    [
+        ("nowhere", "photos", "there is no model at nowhere"),
+        ("model.ckpt", "photos", "is a pickle"),
+        ("{published}", "no photos", "--photos: no photos is not a folder"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line_before_anything_starts(
+    sandbox: CliSandbox, first_run: dict[str, Any], model: str, photos: str, message: str
+) -> None:
+    (sandbox.folder / "photos").mkdir(exist_ok=True)
+    (sandbox.folder / "model.ckpt").touch()
+    before = len(list_summaries(sandbox.output))
+    words = (
+        "evaluate",
+        model.format(published=first_run["paths"]["model"]),
+        "--photos",
+        photos,
+        "--class-noun",
+        "fish",
+    )
+    done = sandbox.likeness(*words)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert len(list_summaries(sandbox.output)) == before
+    assert not Path(sandbox.folder / "nowhere").exists()

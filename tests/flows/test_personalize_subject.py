@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from safetensors.torch import load, save
 
+from tasks.images import SOURCE_TYPE, XMP_KEY, decode_png, read_mark
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import PREFIXES
 from tasks.stage.digests import parse_json, sign, verify_signed
@@ -63,14 +63,23 @@ def test_a_changed_setting_recomputes_only_dependent_stages(first_run: dict[str,
     }  # fmt: skip
 
 
-def test_generate_samples_an_image_with_the_tuned_model(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
+def test_generate_samples_images_with_the_tuned_model_and_marks_them(
+    first_run: dict[str, Any], sandbox: CliSandbox
+) -> None:
     folder = sandbox.output / first_run["run_id"]  # as a shell completes it
     words = ["generate", str(folder), "a photo of sks fish at night", "--steps", "2", "--seed", "4"]
-    done = sandbox.likeness(*words, "--out", "new folder/one.png")
+    done = sandbox.likeness(*words, "--num", "2", "--grid", "--out", "new folder/one.png")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "new folder/one.png  seed 4"
-    with Image.open(sandbox.folder / "new folder" / "one.png") as picture:
-        assert picture.size == (64, 64)
+    assert done.stdout.splitlines() == [
+        "new folder/one-000.png  seed 4", "new folder/one-001.png  seed 5", "new folder/one-grid.png  grid",
+    ]  # fmt: skip
+    assert "images: 2/2" in done.stderr
+    data = (sandbox.folder / "new folder" / "one-000.png").read_bytes()
+    assert decode_png(data).size == (64, 64)
+    mark = read_mark(data)
+    assert mark["Title"] == "a photo of sks fish at night"
+    assert SOURCE_TYPE in mark[XMP_KEY]
+    assert decode_png((sandbox.folder / "new folder" / "one-grid.png").read_bytes()).size == (128, 64)
 
 
 def test_runs_and_reports_are_listed(first_run: dict[str, Any], sandbox: CliSandbox) -> None:

@@ -119,25 +119,53 @@ def approve(  # noqa: PLR0913, PLR0917 - a command's options
 def generate(  # noqa: PLR0913, PLR0917 - a command's options
     run: RunName,
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help='For example "a photo of sks fish in the snow".', show_default=False)
-    ],
-    seed: Annotated[int | None, typer.Option(min=0, max=MAX_INTEGER, help="Random unless given.")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="PNG", help="Output file; default: in the run's folder.")] = None,
+        str | None,
+        typer.Argument(metavar="PROMPT", help='For example "a photo of sks fish in the snow".', show_default=False),
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, max=1000, help="Images per prompt.")] = 1,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MAX_INTEGER, help="Of the first image; random unless given.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=8, max=4096, metavar="PX", help="Side of the image; default: the model's.")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(metavar="NAME", help="ddim, dpm++, euler, or a scheduler class of diffusers.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps; default: evaluation's.")] = None,
     guidance: Annotated[float | None, typer.Option(min=1, max=30, help="Default: evaluation's.")] = None,
+    negative: Annotated[str, typer.Option(metavar="PROMPT", help="What images should not show.")] = "",
+    lora_scale: Annotated[float, typer.Option(min=0, max=2, help="Strength of a LoRA; 1: as trained.")] = 1.0,
+    prompts_file: Annotated[
+        Path | None, typer.Option(metavar="TXT", help="Prompts, one per line.", show_default=False)
+    ] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="Write all images as one grid too.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="PNG", help="Output file; default: in the run's folder.")] = None,
     candidate: Annotated[
         int | None, typer.Option(min=0, max=MAX_INTEGER, metavar="STEP", help="Use the weights retained of this step.")
     ] = None,
+    is_opened: Annotated[bool, typer.Option("--open", help="Show the image, or the grid.")] = False,
     output_dir: OutputDir = OUTPUT,
 ) -> int:
-    """Generate one image with a run's tuned model."""
-    from flows.cli.results.generate import ImageRequest
-    from flows.cli.results.generate import generate as generate_image
+    """Generate images with a run's tuned model. They are marked as generated, in PNG text and XMP."""
+    from flows.cli.results import generate as images
     from flows.cli.results.runs import find_run
 
-    request = ImageRequest(prompt, seed, steps, guidance, candidate)
-    path, used_seed = generate_image(find_run(output_dir, run), request, out=out)
-    print(f"{path}  seed {used_seed}")
+    if (prompt is None) == (prompts_file is None):
+        raise ConfigError("give a prompt, or --prompts-file")
+    prompts = (prompt,) if prompt is not None else images.read_prompts(prompts_file or Path())
+    request = images.ImageRequest(
+        prompts, num, seed, steps, guidance, candidate, size, sampler, lora_scale, negative
+    )  # fmt: skip
+    folder = find_run(output_dir, run)
+    target = images.Target(folder, out, has_grid=grid)
+    done = images.generate(folder, request, target, on_progress=images.show_progress)
+    for path, used_seed in done:
+        print(f"{path}  seed {used_seed}")
+    if grid:
+        print(f"{target.grid()}  grid")
+    if is_opened:
+        typer.launch(str(target.grid() if grid else done[0][0]))
     return 0
 
 

@@ -1,64 +1,189 @@
-"""Generate single images with a run's tuned model."""
+"""Generate images with a run's tuned model."""
 
 import gc
+import math
 import re
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
 
 from flows.runs.records import read_run
-from tasks.errors import ConfigError
+from tasks.diffusion.config import DiffusionConfig
+from tasks.diffusion.types import LORA_FILE
+from tasks.errors import ConfigError, first_line
+from tasks.images import encode_png
 from tasks.manifests.publishing import Publication
 from tasks.manifests.training import TunedModel
+from tasks.publishing.prompt_policy import check_prompt
+from tasks.redaction import clean_text
 from tasks.services.store.base import Store
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+
+MAX_IMAGES, MAX_PROMPTS, MAX_LINE = 1_000, 1_000, 2_000
+GRID_SIDE = 256
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to generate; None: as the run's evaluation says."""
+    """Images to generate; None: as the run's evaluation says."""
 
-    prompt: str
+    prompts: tuple[str, ...]
+    num: int = 1
+    """Images per prompt; their seeds follow each other."""
     seed: int | None = None
     """None: random."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     candidate: int | None = None
     """The step whose retained weights draw; None: the published ones."""
+    size: int | None = None
+    """Side of the square image, in px."""
+    sampler: str | None = None
+    lora_scale: float = 1.0
+    negative_prompt: str = ""
 
 
-def generate(folder: Path, request: ImageRequest, *, out: Path | None = None) -> tuple[Path, int]:
-    """Generate one image with a run's weights; return its file and seed.
+@dataclass(frozen=True)
+class Target:
+    """Where images go: a file, or files of a folder; and whether a grid of all is written too."""
+
+    folder: Path
+    file: Path | None = None
+    has_grid: bool = False
+
+    def name(self, seed: int, number: int, *, num: int) -> Path:
+        """Return the file of one image."""
+        if num == 1:
+            return self.file or self.folder / f"image-{seed}.png"
+        if self.file is None:
+            return self.folder / f"image-{seed}-{number:03d}.png"
+        return self.file.with_name(f"{self.file.stem}-{number:03d}{self.file.suffix or '.png'}")
+
+    def grid(self) -> Path:
+        """Return the grid's file."""
+        return self.file.with_name(f"{self.file.stem}-grid.png") if self.file else self.folder / "grid.png"
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Return the prompts of a file, one per line; empty lines and `#` comments are left out. Raises ConfigError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts-file: {path} cannot be read: {first_line(error)}") from error
+    prompts = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    if not 0 < len(prompts) <= MAX_PROMPTS:
+        raise ConfigError(f"--prompts-file: {path} has {len(prompts):,} prompts, must be 1 to {MAX_PROMPTS:,}")
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) > MAX_LINE or clean_text(prompt) != prompt:
+            raise ConfigError(f"--prompts-file: prompt {number} has control characters, or more than {MAX_LINE:,}")
+    return prompts
+
+
+def check_request(request: ImageRequest) -> None:
+    """Refuse what no model could draw, before anything is loaded. Raises ConfigError."""
+    for prompt in request.prompts:
+        check_prompt(prompt)
+    if request.size is not None and request.size % 8:
+        raise ConfigError(f"--size {request.size} is not a multiple of 8; use {round(request.size / 8) * 8}")
+    if request.num * len(request.prompts) > MAX_IMAGES:
+        raise ConfigError(f"{request.num * len(request.prompts):,} images, at most {MAX_IMAGES:,} at once")
+
+
+def generate(
+    folder: Path, request: ImageRequest, target: Target, *, on_progress: Callable[[int, int], None]
+) -> list[tuple[Path, int]]:
+    """Generate images with a run's weights; return their files and seeds. Each is written as soon as it is there.
 
     Raises:
-        ConfigError: the run did not finish, or retained no weights of that step.
+        ConfigError: the run did not finish, retained no weights of that step, or a prompt is refused.
 
     """
     from tasks.diffusion.registry import load_model
     from tasks.diffusion.types import SamplingRequest
     from tasks.services.store.open import open_store
 
+    check_request(request)
     run = read_run(folder)
     config, key = run.config, run.find_stage_key("publishing" if request.candidate is None else "training")
+    diffusion = change_diffusion(config.diffusion, request)
     store, work = open_store(config.store), Path(config.output_dir) / "work"
     weights = fetch_weights(store, folder.name, key, candidate=request.candidate, work=work)
-    seed = secrets.randbelow(2**31) if request.seed is None else request.seed
+    if request.lora_scale != 1 and not (weights / LORA_FILE).is_file():
+        raise ConfigError("--lora-scale needs a LoRA; the run's model has none (training.method=lora trains one)")
+    first = secrets.randbelow(2**31 - request.num) if request.seed is None else request.seed
+    planned = [(prompt, first + number) for prompt in request.prompts for number in range(request.num)]
     with fast_imports(weights):
-        model = load_model(config.diffusion, folder=weights)
-    picture = model.sample(
-        [SamplingRequest(prompt=request.prompt, seed=seed)],
-        num_inference_steps=request.num_inference_steps or config.evaluation.num_inference_steps,
-        guidance_scale=request.guidance_scale or config.evaluation.guidance_scale,
-    )[0]
-    path = out or folder / f"image-{seed}.png"
+        model = load_model(diffusion, folder=weights, lora_scale=request.lora_scale)
+    done, pictures = [], []
+    for number, (prompt, seed) in enumerate(planned):
+        on_progress(number, len(planned))
+        # One at a time: each is on disk before the next begins, and the first one soon.
+        [picture] = model.sample(
+            [SamplingRequest(prompt=prompt, seed=seed, negative_prompt=request.negative_prompt)],
+            num_inference_steps=request.num_inference_steps or config.evaluation.num_inference_steps,
+            guidance_scale=request.guidance_scale or config.evaluation.guidance_scale,
+        )
+        path = target.name(seed, number, num=len(planned))
+        facts = {"Title": prompt, "Comment": f"seed {seed}, run {folder.name}, step {request.candidate or 'published'}"}
+        write(path, encode_png(picture, is_generated=True, facts=facts))
+        done.append((path, seed))
+        pictures.append(picture)
+    on_progress(len(planned), len(planned))
+    if target.has_grid:
+        write(target.grid(), encode_png(draw_grid(pictures, columns=request.num), is_generated=True))
+    return done
+
+
+def change_diffusion(config: DiffusionConfig, request: ImageRequest) -> DiffusionConfig:
+    """Return a run's model configuration with the request's size and sampler. Raises ConfigError."""
+    changes: dict[str, object] = {}
+    if request.size is not None:
+        changes["resolution"] = request.size
+    if request.sampler is not None:
+        changes["sampler"] = request.sampler
+    try:
+        return DiffusionConfig.model_validate({**config.model_dump(), **changes})
+    except ValidationError as error:
+        found = error.errors()[0]
+        name = {"resolution": "--size", "sampler": "--sampler"}.get(str(found["loc"][0]), str(found["loc"][0]))
+        raise ConfigError(f"{name}: {found['msg'].removeprefix('Value error, ')}") from error
+
+
+def draw_grid(pictures: Sequence["Picture"], *, columns: int) -> "Picture":
+    """Return the pictures in rows of one prompt each; all in one near-square grid where each prompt has one."""
+    from PIL import Image
+
+    columns = columns if columns > 1 else math.ceil(math.sqrt(len(pictures)))
+    side = min(GRID_SIDE, pictures[0].width)
+    grid = Image.new("RGB", (columns * side, math.ceil(len(pictures) / columns) * side), "white")
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, columns)
+        grid.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (column * side, row * side))
+    return grid
+
+
+def show_progress(done: int, total: int) -> None:
+    """Print how far several images are."""
+    if total > 1:
+        print(f"images: {done}/{total}", file=sys.stderr)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a picture. Raises ConfigError that names the option."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, format="PNG")
+        path.write_bytes(data)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}; set --out") from error
-    return path, seed
 
 
 @contextmanager

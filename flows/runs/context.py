@@ -17,6 +17,7 @@ from conf.compose import compile_request, compute_config_digest
 from conf.request import RunRequest
 from conf.schema import RunConfig
 from flows.runs.approval import Question, check_policy
+from flows.runs.promotion import Contender, promote
 from flows.runs.records import (
     close_earlier,
     relate,
@@ -118,12 +119,24 @@ class Run:
             scores=dict(scores.scores),
             judge=summarize_judge(scores),
             checkpoints=scores.checkpoints,
-            registered=RegisteredModel(model=publication.registered_model, version=publication.registered_version),
+            registered=self.promote(manifests, publication),
             paths=self.list_paths(publication),
             links=self.list_links(publication),
         )
         write_summary(self.folder, summary)
         return resolve_paths(summary, self.folder)
+
+    def promote(self, manifests: RunManifests, publication: Publication) -> RegisteredModel:
+        """Return the registered model, made the champion of its subject where it passes the gate."""
+        from tasks.publishing.gate import find_blockers
+
+        model, version = publication.registered_model, publication.registered_version
+        publishing = self.config.publishing
+        if model is None or version is None or not publishing.is_promoted:
+            return RegisteredModel(model=model, version=version)
+        keys = {stage: self.runtime.records[stage].key for stage in ("evaluation", "subject", "scoring")}
+        contender = Contender(model, version, keys, tuple(find_blockers(manifests, publishing.gate)))
+        return promote(self.runtime.tracker, self.runtime.store, contender)
 
     def list_links(self, publication: Publication) -> dict[str, str]:
         """Return the addresses by which others see this run."""

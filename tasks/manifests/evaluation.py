@@ -77,6 +77,13 @@ class Estimate(Record):
         """Whether the interval excludes zero."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
+    def show_gain(self) -> str:
+        """Return a difference with its interval, where it has one."""
+        text = f"{self.mean:+.3f}"
+        if self.low is not None and self.high is not None:
+            text += f" ({self.low:+.3f} to {self.high:+.3f})"
+        return text.replace("-", "\N{MINUS SIGN}")
+
 
 Table = dict[str, dict[str, Estimate]]
 """Estimates by metric, then by `base`, `tuned` and `gain`: tuned less base, paired by prompt and seed."""

@@ -69,6 +69,9 @@ class RegisteredModel(Record):
 
     model: str | None
     version: str | None
+    is_champion: bool = False
+    blockers: tuple[str, ...] = ()
+    """Why the alias `champion` did not move to it; empty where it did, or nobody asked."""
 
 
 class RunPaths(Record):

@@ -45,7 +45,11 @@ class PublishingInputs:
             Publication,
             STAGE_VERSION,
             # The tracking server is part of the key: a publication names a run and a version on it.
-            settings=[self.config.model_dump(mode="json"), self.tracking.model_dump(mode="json")],
+            # Promotion is no part of it: the alias moves after the run is published, and by command.
+            settings=[
+                self.config.model_dump(mode="json", exclude={"is_promoted"}),
+                self.tracking.model_dump(mode="json"),
+            ],
             inputs=self.manifests.content_digests(),
         )
 
@@ -115,8 +119,8 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
         model = export_model(folder, manifests, title=inputs.title, local=local / "model")
         runtime.progress_callback("publishing")(1, 3)
         report_inputs = ReportInputs(
-            inputs.title, manifests, losses, inputs.config_rows, dict(inputs.default_rows), list_versions(),
-            write_snippets(manifests),
+            inputs.title, manifests, losses, inputs.config_rows, inputs.config.gate, dict(inputs.default_rows),
+            list_versions(), write_snippets(manifests),
         )  # fmt: skip
         html = render_report(runtime.store, report_inputs).encode()
         grid = draw_sample_grid(runtime.store, evaluation)
@@ -133,6 +137,8 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
             tags={
                 "likeness.training": tuned.stage_key,
                 "likeness.subject": subject.stage_key,
+                "likeness.evaluation": evaluation.stage_key,
+                "likeness.scoring": scores.stage_key,
                 "likeness.llm_cost": cost,
             },
             publication_key=folder.stage_key,

@@ -12,7 +12,7 @@ from tasks.manifests.training import LossRow
 from tasks.publishing.report.page import ReportInputs, render_report
 from tasks.services.store.local import LocalStore
 from tests.support.browser import keep_screenshot, open_page
-from tests.support.report import make_run
+from tests.support.report import GATE, make_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -35,7 +35,7 @@ def report(store: LocalStore, tmp_path: Path) -> Path:
     losses = [LossRow(step=step, loss=1.0, instance_loss=1 / step, prior_loss=0.5) for step in range(1, 50)]
     rows = [("training.learning_rate", "1e-5"), ("seed", "23")]
     inputs = ReportInputs(
-        "One fish", run, losses, rows, {"training.learning_rate": "2e-6", "seed": "23"}, {"torch": "2"},
+        "One fish", run, losses, rows, GATE, {"training.learning_rate": "2e-6", "seed": "23"}, {"torch": "2"},
         [("Command line", 'likeness generate latest "a photo of sks fish"')],
     )  # fmt: skip
     path = tmp_path / "report.html"

@@ -10,10 +10,14 @@ from tasks.manifests.run import RunManifests
 from tasks.manifests.scoring import JudgeReliability, Scorecard
 from tasks.manifests.subject import RejectedImage
 from tasks.manifests.training import TunedModel
+from tasks.publishing.config import GateConfig
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
+from tests.support.config import make_config
 from tests.support.subject import make_subject_set
 from tests.support.tiny import draw_photo
+
+GATE = make_config(GateConfig)
 
 
 def make_evaluation(store: LocalStore) -> Evaluation:

@@ -169,6 +169,26 @@ def generate(  # noqa: PLR0913, PLR0917 - a command's options
     return 0
 
 
+@app.command("promote", rich_help_panel=RESULTS)
+def promote(
+    run: RunName = "latest",
+    force: Annotated[bool, typer.Option("--force", help="Whatever the gate and the comparison say.")] = False,
+    output_dir: OutputDir = OUTPUT,
+) -> int:
+    """Make a run's registered model the champion: where it passes the gate and beats the present one, or by force."""
+    from flows.cli.results.promote import promote_run
+
+    return promote_run(output_dir, run, is_forced=force)
+
+
+@app.command("demote", rich_help_panel=RESULTS)
+def demote(run: RunName = "latest", output_dir: OutputDir = OUTPUT) -> int:
+    """Take the alias champion from a run's registered model."""
+    from flows.cli.results.promote import demote_run
+
+    return demote_run(output_dir, run)
+
+
 @app.command("review", rich_help_panel=RESULTS)
 def review(run: RunName = "latest", output_dir: OutputDir = OUTPUT) -> int:
     """Review and edit a run's captions in a chat with an LLM."""

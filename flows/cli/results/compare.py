@@ -9,11 +9,8 @@ from flows.cli.results.runs import find_run, show_cell, show_gain
 from flows.cli.results.tables import Format, Grid, render
 from flows.runs.records import PastRun, read_run
 from tasks.errors import ConfigError
-from tasks.manifests.evaluation import Estimate, Evaluation
-from tasks.manifests.scoring import Scorecard, SideScores
-from tasks.manifests.subject import SubjectSet
+from tasks.manifests.evaluation import Estimate
 from tasks.services.store.open import open_store
-from tasks.stage.cache import find_manifest
 
 if TYPE_CHECKING:
     from tasks.evaluation.comparison import Candidate, Comparison
@@ -68,24 +65,12 @@ def compare_runs(output: Path, names: Sequence[str], *, is_paired: bool, as_form
 
 def load_candidate(run: PastRun) -> "Candidate":
     """Return a run's evaluation with its grades. Raises ConfigError for an unfinished run, or missing manifests."""
-    from tasks.evaluation.comparison import Candidate
+    from flows.runs.candidates import load_evaluated
 
-    store, name = open_store(run.config.store), run.summary.run_id
-    evaluation = find_manifest(store, Evaluation, stage="evaluation", key=run.find_stage_key("evaluation"))
-    subject = find_manifest(store, SubjectSet, stage="subject", key=run.find_stage_key("subject"))
-    if evaluation is None or subject is None:
-        raise ConfigError(f"the samples of run {name} are missing from the store; run it again")
-    scores = None
+    keys = {stage: run.find_stage_key(stage) for stage in ("evaluation", "subject")}
     if "scoring" in run.summary.stages:
-        scores = find_manifest(store, Scorecard, stage="scoring", key=run.find_stage_key("scoring"))
-    graded = scores.judgements if scores else ()
-    return Candidate(
-        name,
-        evaluation,
-        frozenset(image.source_sha256 for image in subject.images),
-        {axis: {each.sample.key: getattr(each, axis) for each in graded} for axis in SideScores.model_fields},
-        scores.served_model if scores else "",
-    )
+        keys["scoring"] = run.find_stage_key("scoring")
+    return load_evaluated(open_store(run.config.store), run.summary.run_id, keys)
 
 
 def check_encoders(runs: Sequence[PastRun]) -> None:

@@ -64,6 +64,11 @@ def print_summary(summary: RunSummary, config: "RunConfig") -> None:
     if config.tracking.kind == "mlflow":
         uri = config.tracking.uri or f"sqlite:///{shorten(str(Path(config.output_dir).absolute() / 'mlflow.db'))}"
         print(f"tracking  {shorten(str(mlflow))} ui --backend-store-uri '{uri}'")
+    registered = summary.registered
+    if registered is not None and registered.model is not None:
+        print(f"registry  {registered.model} version {registered.version}{', the champion' * registered.is_champion}")
+        for blocker in registered.blockers:
+            print(f"          not the champion: {blocker}")
     cost = summary.cost_usd
     print(
         f"run       {summary.run_id}: {summary.wall_seconds:.1f} s, {summary.llm_calls} LLM calls, "

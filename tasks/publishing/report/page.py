@@ -16,6 +16,7 @@ from tasks.manifests.evaluation import Estimate, Evaluation
 from tasks.manifests.run import RunManifests
 from tasks.manifests.training import LossRow
 from tasks.metrics import METRICS
+from tasks.publishing.config import GateConfig
 from tasks.publishing.report import charts
 from tasks.publishing.report.tables import (
     CheckpointRow,
@@ -44,6 +45,8 @@ class ReportInputs:
     manifests: RunManifests
     losses: Sequence[LossRow]
     config_rows: Sequence[tuple[str, str]]
+    gate: GateConfig
+    """The limits of the verdict."""
     defaults: Mapping[str, str] = field(default_factory=dict)
     """Default values by name, to show what was changed."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -66,7 +69,6 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
     run = inputs.manifests
     side = choose_side(run)
     environment.filters["picture"] = lambda ref: to_data_url(store, ref, max_side=side)
-    environment.filters["gain"] = show_gain
     environment.globals["draw_values"] = charts.draw_values
     graded = {judgement.sample.key: judgement for judgement in run.scoring.judgements}
     checkpoints = list_checkpoints(run.evaluation, run.scoring)
@@ -75,7 +77,7 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         # Both are this package's own files.
         style=Markup((FOLDER / "report.css").read_text()),  # noqa: S704
         script=Markup((FOLDER / "report.js").read_text()),  # noqa: S704
-        verdict=reach_verdict(run),
+        verdict=reach_verdict(run, inputs.gate),
         subject=run.subject,
         prior=run.prior,
         tuned=run.training,
@@ -102,14 +104,6 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         stages=run.ordered(),
         changed=[row for row in inputs.config_rows if inputs.defaults.get(row[0]) != row[1]],
     )
-
-
-def show_gain(estimate: Estimate) -> str:
-    """Return a difference with its interval."""
-    text = f"{estimate.mean:+.3f}"
-    if estimate.low is not None and estimate.high is not None:
-        text += f" ({estimate.low:+.3f} to {estimate.high:+.3f})"
-    return text.replace("-", "−")
 
 
 def choose_side(run: RunManifests) -> int:

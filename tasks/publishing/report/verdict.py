@@ -6,16 +6,11 @@ from typing import Literal
 from tasks.manifests.evaluation import Estimate, Evaluation
 from tasks.manifests.run import RunManifests
 from tasks.manifests.subject import SubjectSet
+from tasks.publishing.config import GateConfig
 from tasks.publishing.report.tables import find_knee, list_checkpoints
 
 Level = Literal["good", "caution", "bad"]
 MIN_PHOTOS = 3
-PROMPT_LOSS = 0.05
-"""Fraction of the base model's CLIP-T below which prompts are followed noticeably less."""
-DRIFT = 0.05
-"""Increase of PRES above which samples of the class resemble the subject."""
-COPIES = 0.1
-"""Share of samples above which the model is said to copy its photos."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +31,16 @@ class Verdict:
     findings: tuple[Finding, ...]
 
 
-def reach_verdict(run: RunManifests) -> Verdict:
+def reach_verdict(run: RunManifests, gate: GateConfig) -> Verdict:
     """Return what may be concluded about a run."""
     findings = [
-        *check_fidelity(run.evaluation), *check_prompts(run), *check_drift(run.evaluation),
-        *check_copies(run.evaluation), *check_judge(run), *check_subject(run.subject),
-    ]  # fmt: skip
+        *check_fidelity(run.evaluation),
+        *check_prompts(run, max_loss=gate.max_clip_t_loss),
+        *check_drift(run.evaluation, max_gain=gate.max_pres_gain),
+        *check_copies(run.evaluation, max_share=gate.max_copies),
+        *check_judge(run),
+        *check_subject(run.subject),
+    ]
     order: tuple[Level, ...] = ("bad", "caution", "good")
     findings.sort(key=lambda finding: order.index(finding.level))
     level = findings[0].level
@@ -62,9 +61,8 @@ def reach_verdict(run: RunManifests) -> Verdict:
 
 def show_gain(estimate: Estimate) -> str:
     """Return a difference with its interval, as text."""
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.mean:+.3f}, no interval from {estimate.num} prompts"
-    return f"{estimate.mean:+.3f}, 95 % interval {estimate.low:+.3f} to {estimate.high:+.3f}, {estimate.num} prompts"
+    kind = "95 % interval" if estimate.low is not None else "no interval"
+    return f"{estimate.show_gain()}, {kind} from {estimate.num} prompts"
 
 
 def check_fidelity(evaluation: Evaluation) -> list[Finding]:
@@ -94,7 +92,7 @@ def check_fidelity(evaluation: Evaluation) -> list[Finding]:
     ]  # fmt: skip
 
 
-def check_prompts(run: RunManifests) -> list[Finding]:
+def check_prompts(run: RunManifests, *, max_loss: float) -> list[Finding]:
     """Return whether prompts are still followed; if not, which checkpoint to take."""
     evaluation = run.evaluation
     gain = evaluation.estimates.get("clip_t", {}).get("gain")
@@ -102,7 +100,7 @@ def check_prompts(run: RunManifests) -> list[Finding]:
     if gain is None or gain.high is None or gain.low is None:
         return []
     told = f"CLIP-T {show_gain(gain)}"
-    if gain.high < 0 and gain.mean < -PROMPT_LOSS * abs(base):
+    if gain.high < 0 and gain.mean < -max_loss * abs(base):
         knee = find_knee(list_checkpoints(evaluation, run.scoring))
         is_earlier = knee is not None and knee != run.training.published_step
         advice = (
@@ -110,17 +108,17 @@ def check_prompts(run: RunManifests) -> list[Finding]:
             else "Train fewer steps, or keep checkpoints to choose from: training.validation.save_top_k=3"
         )  # fmt: skip
         return [Finding("caution", f"Prompts are followed less, a sign of over-training: {told}.", advice)]
-    if gain.low > -PROMPT_LOSS * abs(base):
+    if gain.low > -max_loss * abs(base):
         return [Finding("good", f"Prompts are followed as before: {told}.")]
     return [
         Finding("caution", f"A loss of prompt fidelity is not excluded: {told}.", "Sample more: evaluation=thorough")
     ]
 
 
-def check_drift(evaluation: Evaluation) -> list[Finding]:
+def check_drift(evaluation: Evaluation, *, max_gain: float) -> list[Finding]:
     """Return whether samples of the class have drifted to the subject."""
     base, tuned = evaluation.drift["base"].pres, evaluation.drift["tuned"].pres
-    if tuned - base <= DRIFT:
+    if tuned - base <= max_gain:
         return [Finding("good", f"The class is kept: PRES {base:.3f} before, {tuned:.3f} after.")]
     return [
         Finding(
@@ -130,10 +128,10 @@ def check_drift(evaluation: Evaluation) -> list[Finding]:
     ]  # fmt: skip
 
 
-def check_copies(evaluation: Evaluation) -> list[Finding]:
+def check_copies(evaluation: Evaluation, *, max_share: float) -> list[Finding]:
     """Return whether samples are near-duplicates of photos."""
     copies = evaluation.estimates.get("copies", {}).get("tuned")
-    if copies is None or copies.mean <= COPIES:
+    if copies is None or copies.mean <= max_share:
         return []
     return [
         Finding(

@@ -18,6 +18,14 @@ class DatasetInfo:
     """What it is for, such as training."""
 
 
+@dataclass(frozen=True)
+class Version:
+    """A registered version of a model, with its tags."""
+
+    version: str
+    tags: dict[str, str]
+
+
 class Tracker(Protocol):
     """The interface of tracking servers."""
 
@@ -56,6 +64,15 @@ class Tracker(Protocol):
 
     def has_version(self, name: str, version: str) -> bool:
         """Whether the registry has a version of a model."""
+
+    def find_alias(self, name: str, alias: str) -> "Version | None":
+        """Return the model version that an alias names; None where there is none."""
+
+    def set_alias(self, name: str, alias: str, version: str) -> None:
+        """Move an alias to a version of a model."""
+
+    def remove_alias(self, name: str, alias: str) -> None:
+        """Remove an alias of a model, if there is one."""
 
     def finish(self, *, is_failed: bool) -> None:
         """Close the tracking run."""
@@ -104,6 +121,16 @@ class NoTracker:
     def has_version(self, name: str, version: str) -> bool:
         """There is no registry."""
         return True
+
+    def find_alias(self, name: str, alias: str) -> "Version | None":
+        """There is no registry."""
+        return None
+
+    def set_alias(self, name: str, alias: str, version: str) -> None:
+        """There is no registry."""
+
+    def remove_alias(self, name: str, alias: str) -> None:
+        """There is no registry."""
 
     def finish(self, *, is_failed: bool) -> None:
         """There is no run."""

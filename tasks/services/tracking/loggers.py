@@ -9,7 +9,7 @@ from typing import Any
 
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.services.config import TrackingConfig
-from tasks.services.tracking.base import DatasetInfo, NoTracker, Tracker
+from tasks.services.tracking.base import DatasetInfo, NoTracker, Tracker, Version
 
 
 class TensorboardLogger(NoTracker):
@@ -163,6 +163,18 @@ class Trackers:
     def has_version(self, name: str, version: str) -> bool:
         """Ask the first."""
         return self.first.has_version(name, version)
+
+    def find_alias(self, name: str, alias: str) -> Version | None:
+        """Ask the first."""
+        return self.first.find_alias(name, alias)
+
+    def set_alias(self, name: str, alias: str, version: str) -> None:
+        """Only the first has a registry."""
+        self.first.set_alias(name, alias, version)
+
+    def remove_alias(self, name: str, alias: str) -> None:
+        """Only the first has a registry."""
+        self.first.remove_alias(name, alias)
 
     def finish(self, *, is_failed: bool) -> None:
         """Close every tracker, even if one fails, then raise the first error."""

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from tasks.errors import ConfigError, LikenessError, ServiceUnavailable, first_line
 from tasks.redaction import redact_url
 from tasks.services.config import TrackingConfig
-from tasks.services.tracking.base import DatasetInfo
+from tasks.services.tracking.base import DatasetInfo, Version
 from tasks.services.tracking.mlflow_files import first_use, relocate_artifacts
 
 log = logging.getLogger(__name__)
@@ -240,6 +240,30 @@ class MlflowTracker:
                     return False
                 raise
         return True
+
+    def find_alias(self, name: str, alias: str) -> Version | None:
+        """Return the model version that an alias names; None where there is none."""
+        from mlflow.exceptions import MlflowException
+
+        with translated(self.uri):
+            try:
+                found = self.client.get_model_version_by_alias(name, alias)
+            except MlflowException as error:
+                # A model without the alias is reported as an invalid parameter.
+                if error.error_code in {*MISSING_CODES, "INVALID_PARAMETER_VALUE"}:
+                    return None
+                raise
+        return Version(str(found.version), {str(tag): str(value) for tag, value in found.tags.items()})
+
+    def set_alias(self, name: str, alias: str, version: str) -> None:
+        """Move an alias to a version of a model."""
+        with translated(self.uri):
+            self.client.set_registered_model_alias(name, alias, version)
+
+    def remove_alias(self, name: str, alias: str) -> None:
+        """Remove an alias of a model, if there is one."""
+        with translated(self.uri):
+            self.client.delete_registered_model_alias(name, alias)
 
     def finish(self, *, is_failed: bool) -> None:
         """Close the run."""

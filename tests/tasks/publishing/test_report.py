@@ -15,12 +15,12 @@ from tasks.publishing.report.page import ReportInputs, draw_losses, draw_sample_
 from tasks.publishing.report.tables import list_checkpoints, list_metrics, list_samples
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
-from tests.support.report import make_evaluation, make_run
+from tests.support.report import GATE, make_evaluation, make_run
 
 
 def make_inputs(store: LocalStore) -> ReportInputs:
     rows = [("a.b", "<c>")]
-    return ReportInputs("a <fish>", make_run(store), losses=[LossRow(step=1, loss=1.0)], config_rows=rows)
+    return ReportInputs("a <fish>", make_run(store), losses=[LossRow(step=1, loss=1.0)], config_rows=rows, gate=GATE)
 
 
 def test_a_photo_without_inspection_and_a_run_without_grades_or_class_images_are_shown(store: LocalStore) -> None:

@@ -10,7 +10,7 @@ from tasks.manifests.scoring import CheckpointRank
 from tasks.publishing.report.tables import CheckpointRow, find_knee
 from tasks.publishing.report.verdict import reach_verdict
 from tasks.services.store.local import LocalStore
-from tests.support.report import make_run
+from tests.support.report import GATE, make_run
 
 
 def estimate(mean: float, spread: float | None = 0.01) -> Estimate:
@@ -41,7 +41,7 @@ def with_gains(run: RunManifests, **gains: Estimate) -> RunManifests:
 def test_the_headline_follows_from_the_interval_of_the_gain(
     store: LocalStore, gains: dict[str, Any], headline: str, told: str
 ) -> None:
-    verdict = reach_verdict(with_gains(make_run(store), **gains))
+    verdict = reach_verdict(with_gains(make_run(store), **gains), GATE)
     assert headline in verdict.headline
     assert any(told in f"{finding.text} {finding.advice}" for finding in verdict.findings)
 
@@ -50,7 +50,7 @@ def test_a_drawn_world_without_the_subjects_kind_must_not_be_used(store: LocalSt
     run = make_run(store)
     subject = run.subject.model_copy(update={"unknown_world": "no boats here"})
     odd = with_gains(RunManifests(subject, run.prior, run.training, run.evaluation, run.scoring), dino=estimate(0.1))
-    verdict = reach_verdict(odd)
+    verdict = reach_verdict(odd, GATE)
     assert verdict.level == "bad"
     assert "should not be used" in verdict.headline
     assert "no boats here" in verdict.findings[0].text

@@ -1,0 +1,83 @@
+"""`likeness promote` and `likeness demote`: the champion of a registered model, moved by hand."""
+
+from pathlib import Path
+
+from flows.cli.results.runs import find_run
+from flows.runs.promotion import CHAMPION, Contender, promote
+from flows.runs.records import PastRun, read_run
+from tasks.errors import ConfigError
+from tasks.manifests.evaluation import Evaluation
+from tasks.manifests.prior import ClassImageSet
+from tasks.manifests.run import RunManifests
+from tasks.manifests.scoring import Scorecard
+from tasks.manifests.subject import SubjectSet
+from tasks.manifests.training import TunedModel
+from tasks.publishing.gate import find_blockers
+from tasks.services.store.base import Store
+from tasks.services.store.open import open_store
+from tasks.services.tracking.base import Tracker
+from tasks.services.tracking.open import open_tracker
+from tasks.stage.cache import M, find_manifest
+
+
+def find_registered(run: PastRun) -> tuple[str, str, Tracker]:
+    """Return the name and version that a run registered, and its tracker. Raises ConfigError where there is none."""
+    name = run.summary.run_id
+    run.find_stage_key("publishing")
+    registered = run.summary.registered
+    if registered is None or registered.model is None or registered.version is None:
+        raise ConfigError(f"run {name} registered no model; run it again with publishing=registry tracking=mlflow")
+    tracker = open_tracker(run.config.tracking, folder=Path(run.config.output_dir))
+    tracker.check()
+    if not tracker.has_version(registered.model, registered.version):
+        raise ConfigError(f"version {registered.version} of {registered.model} is gone; run {name} again")
+    return registered.model, registered.version, tracker
+
+
+def promote_run(output: Path, name: str, *, is_forced: bool) -> int:
+    """Move the alias to a run's model; return 1 where gate or comparison speak against it."""
+    run = read_run(find_run(output, name))
+    model, version, tracker = find_registered(run)
+    if is_forced:
+        tracker.set_alias(model, CHAMPION, version)
+        print(f"{model} version {version} is the champion, by force")
+        return 0
+    store = open_store(run.config.store)
+    blockers = find_blockers(load_manifests(store, run), run.config.publishing.gate)
+    keys = {stage: run.find_stage_key(stage) for stage in ("evaluation", "subject", "scoring")}
+    found = promote(tracker, store, Contender(model, version, keys, tuple(blockers)))
+    if found.is_champion:
+        print(f"{model} version {version} is the champion")
+        return 0
+    print(f"{model} version {version} is not the champion:")
+    for blocker in found.blockers:
+        print(f"  {blocker}")
+    print("--force makes it the champion nevertheless")
+    return 1
+
+
+def demote_run(output: Path, name: str) -> int:
+    """Remove the alias from a run's model. Raises ConfigError where another version has it."""
+    model, version, tracker = find_registered(read_run(find_run(output, name)))
+    champion = tracker.find_alias(model, CHAMPION)
+    if champion is None or champion.version != version:
+        held = f"version {champion.version} is" if champion else "no version is"
+        raise ConfigError(f"{model} version {version} is not the champion; {held}")
+    tracker.remove_alias(model, CHAMPION)
+    print(f"{model} has no champion; promote another run: likeness promote RUN")
+    return 0
+
+
+def load_manifests(store: Store, run: PastRun) -> RunManifests:
+    """Return the manifests of a finished run. Raises ConfigError where one is missing."""
+
+    def load(kind: type[M], stage: str) -> M:
+        found = find_manifest(store, kind, stage=stage, key=run.find_stage_key(stage))
+        if found is None:
+            raise ConfigError(f"the {stage} of run {run.summary.run_id} is missing from the store; run it again")
+        return found
+
+    return RunManifests(
+        load(SubjectSet, "subject"), load(ClassImageSet, "prior"), load(TunedModel, "training"),
+        load(Evaluation, "evaluation"), load(Scorecard, "scoring"),
+    )  # fmt: skip

@@ -1,0 +1,55 @@
+"""The gate: each limit alone keeps a model from becoming the champion."""
+
+from typing import Any
+
+import pytest
+
+from tasks.manifests.evaluation import DriftMetrics, Estimate
+from tasks.manifests.run import RunManifests
+from tasks.publishing.gate import find_blockers
+from tasks.services.store.local import LocalStore
+from tests.support.report import GATE, make_run
+
+
+def gain(mean: float, spread: float | None = 0.01) -> dict[str, Estimate]:
+    low, high = (None, None) if spread is None else (mean - spread, mean + spread)
+    estimate = Estimate(mean=mean, low=low, high=high, num=12)
+    return {"gain": estimate, "tuned": estimate}
+
+
+def change(run: RunManifests, **changes: Any) -> RunManifests:
+    estimates = {"dino": gain(0.1), "clip_t": gain(0.0), "copies": gain(0.0)} | changes.pop("estimates", {})
+    drift = {side: DriftMetrics(pres=0.1, dino_div=0.5) for side in ("base", "tuned")} | changes.pop("drift", {})
+    evaluation = run.evaluation.model_copy(update={"estimates": estimates, "drift": drift})
+    reliability = run.scoring.reliability.model_copy(update={"is_reliable": changes.pop("is_reliable", True)})
+    subject = run.subject.model_copy(update=changes)
+    scoring = run.scoring.model_copy(update={"reliability": reliability})
+    return RunManifests(subject, run.prior, run.training, evaluation, scoring)
+
+
+def test_a_good_model_passes(store: LocalStore) -> None:
+    assert find_blockers(change(make_run(store)), GATE) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"estimates": {"dino": gain(0.005)}}, "the gain in DINO may be as low as -0.005"),
+        ({"estimates": {"dino": gain(0.1, None)}}, "too few prompts"),
+        ({"estimates": {"clip_t": gain(-0.2)}}, "CLIP-T changed by -0.200"),
+        ({"estimates": {"copies": gain(0.5)}}, "50% of samples copy a photo"),
+        ({"drift": {"tuned": DriftMetrics(pres=0.5, dino_div=0.5)}}, "PRES rose by 0.400"),
+        ({"is_reliable": False}, "the judge is not reliable"),
+        ({"unknown_world": "no boats here"}, "out of domain: no boats here"),
+    ],
+)
+def test_each_limit_alone_blocks(store: LocalStore, changes: dict[str, Any], told: str) -> None:
+    [blocker] = find_blockers(change(make_run(store), **changes), GATE)
+    assert told in blocker
+
+
+def test_limits_are_those_of_the_configuration(store: LocalStore) -> None:
+    run = change(make_run(store), estimates={"dino": gain(0.005), "copies": gain(0.5)}, is_reliable=False)
+    loose = GATE.model_copy(update={"min_dino_gain": -0.1, "max_copies": 1.0, "needs_reliable_judge": False})
+    assert len(find_blockers(run, GATE)) == 3
+    assert find_blockers(run, loose) == []

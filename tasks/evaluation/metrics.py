@@ -15,9 +15,9 @@ from tasks.encoders.embeddings import Encoders
 from tasks.metrics import METRICS
 
 MEASURED_SIDE = 256
-# Of the distance of the two nearest photos. That distance itself would raise false alarms: among M photos and a new one
-# of the same subject, the nearest pair holds the new one with a chance of 2 / (M + 1), a third for five. A quarter takes
-# at most one new photo in twenty of drawn subjects for a copy, and finds all that were scaled, blurred or noised.
+# Of the distance of the two nearest photos. That distance itself would raise false alarms: among M photos and a new
+# one of the same subject, the nearest pair holds the new one with a chance of 2 / (M + 1), a third for five. A quarter
+# takes at most one new photo in twenty of drawn subjects for a copy, and finds all that were scaled, blurred or noised.
 COPY_FRACTION = 0.25
 
 

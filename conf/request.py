@@ -1,4 +1,4 @@
-"""`RunRequest`: the common input of command line, deployment form, schedule and sweep.
+"""`RunRequest`: the common input of command line, deployment form, schedule and sweep; and that of `likeness evaluate`.
 
 A request's values are data: plain strings, numbers and lists, without interpolation.
 """
@@ -131,3 +131,30 @@ class RunRequest(BaseModel):
         for key, value in settings.items():
             check_setting(key, value)
         return settings
+
+
+class EvaluationRequest(BaseModel):
+    """Which model, and the photos and settings that a run of the same subject has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(
+        max_length=4_000,
+        description="a diffusers folder; or a LoRA (diffusers or kohya keys) or textual-inversion embedding in "
+        "safetensors, for the configured base model",
+        json_schema_extra={"position": 0},
+    )
+    base: RunRequest = Field(
+        default_factory=RunRequest,
+        description="photos, class noun and settings, as of a run; those of training are not used",
+        json_schema_extra={"position": 1},
+    )
+
+    @field_validator("model")
+    @classmethod
+    def check_model(cls, value: str) -> str:
+        """Refuse control characters and an empty name."""
+        check_string("model", value)
+        if not value.strip():
+            raise ValueError("name a folder or a file")
+        return value

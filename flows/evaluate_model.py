@@ -3,7 +3,7 @@
 from prefect import flow
 from prefect.runtime import deployment
 
-from conf.evaluation_request import EvaluationRequest
+from conf.request import EvaluationRequest
 from conf.trust import allowed_roots, check_path
 from flows.runs.attempts import check_attempts
 from flows.runs.context import open_run, trust_of_run

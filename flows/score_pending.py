@@ -8,7 +8,7 @@ from prefect import flow
 from prefect.runtime import deployment
 
 from conf.compose import OUTPUT_VARIABLE
-from conf.evaluation_request import EvaluationRequest
+from conf.request import EvaluationRequest
 from conf.trust import allowed_roots, check_path
 from flows.evaluate_model import evaluate_model
 from flows.personalize_subject import personalize_subject

@@ -91,8 +91,9 @@ METRICS = {
     ),
     "copies": Metric(
         "COPIES",
-        "share of samples that are nearer to a photo, by DINO, than any two photos are to each other; lower is better",
-        "no published table; scores above those among real photos mean copying, so look at these samples",
+        "share of samples whose DINO distance to a photo is at most a quarter of that of the two nearest photos; lower "
+        "is better",
+        "no published table; such samples repeat a photo, so look at them",
         range=SHARE,
         direction="lower",
     ),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from conf.evaluation_request import EvaluationRequest
+from conf.request import EvaluationRequest
 from flows.runs.records import list_summaries, read_request, suggest_next
 from tests.support.cli_sandbox import QUICK, ROOT, CliSandbox
 

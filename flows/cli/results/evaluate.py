@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from conf.evaluation_request import EvaluationRequest
 from conf.overrides import parse_overrides
+from conf.request import EvaluationRequest
 from flows.cli.results.runs import print_metrics
 from tasks.errors import ConfigError
 

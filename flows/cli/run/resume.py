@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from conf.evaluation_request import EvaluationRequest
+from conf.request import EvaluationRequest
 from flows.cli.results.runs import find_run
 from flows.cli.run.job import run_in_terminal
 from flows.runs.records import (

@@ -39,7 +39,9 @@ def store_evaluation(store: LocalStore, key: str, *, dino: float, clip_t: float)
                 template=f"t{number}", prompt_kind="scene",
             )
         )  # fmt: skip
-        metrics[image.key] = SubjectMetrics(dino=dino + number / 1000, clip_i=0.5, clip_t=clip_t + number / 1000)
+        # In proportion, so that differences vary too: those that do not have no interval.
+        vary = 1 + number / 100
+        metrics[image.key] = SubjectMetrics(dino=dino * vary, clip_i=0.5, clip_t=clip_t * vary)
     values = whole.model_dump(exclude={"stage_key", "objects", "samples", "sample_metrics", "seconds"})
     head = folder.head(1, counts={})
     folder.finish(Evaluation(**{**values, **head, "samples": tuple(samples), "sample_metrics": metrics}))

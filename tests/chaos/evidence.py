@@ -20,6 +20,7 @@ from tasks.stage.files import PART_PREFIX
 from tests.chaos.invariants import Account, Answer
 from tests.chaos.processes import list_processes
 from tests.chaos.site import Place, Site
+from tests.support import prefect_api
 
 UNPAID = ("cached", "cancelled", "ServiceUnavailable")
 """Outcomes of ledger rows of attempts that brought no reply."""
@@ -49,16 +50,14 @@ class Change:
 def read_flow_run(site: Site, flow_run_id: str) -> dict[str, Any]:
     """Return a flow run as the server knows it."""
     with site.api() as client:
-        found: dict[str, Any] = client.get(f"/flow_runs/{flow_run_id}").raise_for_status().json()
-    return found
+        return prefect_api.read_flow_run(client, flow_run_id)
 
 
 def read_history(site: Site, flow_run_id: str) -> list[Change]:
     """Return a flow run's states, oldest first."""
     with site.api() as client:
-        found = client.get("/flow_run_states/", params={"flow_run_id": flow_run_id}).raise_for_status().json()
-    changes = [Change(datetime.fromisoformat(state["timestamp"]).timestamp(), state["type"]) for state in found]
-    return sorted(changes, key=lambda change: change.at)
+        states = prefect_api.read_states(client, flow_run_id)
+    return [Change(datetime.fromisoformat(state["timestamp"]).timestamp(), state["type"]) for state in states]
 
 
 def find_run_folders(run: Submitted) -> list[Path]:

@@ -17,7 +17,7 @@ from tests.chaos.processes import Found, find_processes, list_processes
 from tests.chaos.site import MLFLOW, PREFECT, WORKER, Site
 from tests.support.fault_proxy import FaultProxy, Mode
 
-TARGET_SECONDS = 20.0
+TARGET_SECONDS = 60.0
 """For which a fault waits for a process or a lease that it could hit."""
 FILE_BYTES = 4096
 """The largest file during a full disk: logs and small records still fit, weights do not."""

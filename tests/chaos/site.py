@@ -14,15 +14,14 @@ from pathlib import Path
 
 import httpx
 
-from conf.overrides import parse_overrides
 from flows.cli.stack.processes import StackProcess, start_detached, stop
 from flows.cli.stack.stack import MLFLOW, POOL, PREFECT, WORKER, StackOptions, prefect_environment, read_state
-from flows.cli.stack.submit import DEPLOYMENT
 from tasks.services.store.base import Store
 from tasks.services.store.local import LocalStore
 from tests.chaos.processes import MARKER
 from tests.support.cli_sandbox import LIKENESS, ROOT
 from tests.support.fault_proxy import FaultProxy
+from tests.support.prefect_api import QUICK_HEARTBEATS, create_flow_run, open_api, shorten_heartbeat_window
 
 BUCKET = "chaos"
 SETTINGS = (
@@ -31,8 +30,6 @@ SETTINGS = (
     "training.max_train_steps=12",
     "training.checkpointing_steps=3",
 )
-HEARTBEAT_SECONDS, WINDOW_SECONDS = 30, 100.0
-"""Prefect's shortest heartbeat, and three of them: the shipped automation waits for three of 180 s."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ class Site:
             "AWS_ACCESS_KEY_ID": "testing",
             "AWS_SECRET_ACCESS_KEY": "testing",
             "MLFLOW_DISABLE_TELEMETRY": "true",
-            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+            **QUICK_HEARTBEATS,
             "PREFECT_WORKER_QUERY_SECONDS": "2",
         }
 
@@ -137,26 +134,12 @@ class Site:
 
     def api(self) -> httpx.Client:
         """Return a client of the Prefect server."""
-        port = next(process.port for process in read_state(self.output).processes if process.name == PREFECT)
-        return httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60, trust_env=False)
-
-    def shorten_heartbeats(self) -> None:
-        """Let the shipped automation wait for three of this campaign's heartbeats."""
-        with self.api() as client:
-            for automation in client.post("/automations/filter", json={}).json():
-                if "heartbeat" in automation["name"]:
-                    kept = {name: automation[name] for name in ("name", "description", "trigger", "actions")}
-                    kept["trigger"]["within"] = WINDOW_SECONDS
-                    client.put(f"/automations/{automation['id']}", json=kept).raise_for_status()
+        return open_api(self.output)
 
     def submit(self, place: Place, seed: int) -> str:
         """Create a flow run as Prefect's UI does, and return its id."""
-        request = parse_overrides(place.settings(seed)).model_dump(mode="json", exclude_unset=True)
         with self.api() as client:
-            deployment = client.get(f"/deployments/name/{DEPLOYMENT}").raise_for_status().json()
-            body = {"parameters": {"request": request}, "state": {"type": "SCHEDULED"}}
-            run = client.post(f"/deployments/{deployment['id']}/create_flow_run", json=body).raise_for_status().json()
-        return str(run["id"])
+            return create_flow_run(client, place.settings(seed))
 
     # Services
 
@@ -201,7 +184,9 @@ class Site:
     def start_vision(self) -> None:
         """Start the vision server, on the port that it had."""
         words = [sys.executable, "-m", "tasks.mini.vision_server", "--port", str(self.vision_port)]
-        self.vision = subprocess.Popen(words, cwd=self.root, env=self.environment(), stdout=subprocess.PIPE, text=True)
+        self.vision = subprocess.Popen(
+            words, cwd=self.root, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         assert self.vision.stdout is not None
         address = self.vision.stdout.readline().strip()
         self.vision_port = int(address.rsplit(":", 1)[1].split("/")[0])
@@ -252,7 +237,8 @@ def start_stack(site: Site) -> None:
     """Start the stack and the other workers; the places must be there."""
     site.up()
     site.start_workers()
-    site.shorten_heartbeats()
+    with site.api() as client:
+        shorten_heartbeat_window(client)
 
 
 def close(site: Site) -> None:

@@ -221,6 +221,7 @@ def collect_metrics(evaluation: Evaluation) -> dict[str, dict[str, float | None]
 def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     """Compile a request, open its services, and close them whatever happens."""
     from conf.trust import allowed_roots
+    from flows.runs.attempts import leave_to_earlier_attempt
     from tasks.mini.vision_server.launch import LocalServer
     from tasks.services.llm.budget.ledger import Ledger
     from tasks.services.llm.service import LlmService, LocalServices
@@ -237,6 +238,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     tracker = open_tracker(config.tracking, folder=output)
     # Before any work: a process that is killed from here on leaves a run that `likeness runs` lists.
     folder = make_run_folder(output, config, request, is_trusted=is_trusted)
+    leave_to_earlier_attempt(folder)
     run_id = folder.name
     server = LocalServer(folder / "vision-server.log")
     llm = LlmService(

@@ -18,6 +18,7 @@ from tests.chaos.evidence import (
     Submitted,
     find_active,
     find_run_folders,
+    list_finished,
     list_orphans,
     list_temporary_files,
     read_account,
@@ -177,6 +178,7 @@ def collect(
                 tuple(run.resume_codes),
                 read_weights(site.open_store(run.place), run),
                 read_weights(site.open_store(twin.place), twin),
+                list_finished(run),
             )
         )
     # The next start, of runs whose stages are cached; through the pool, so that a leaked slot would show.

@@ -66,6 +66,17 @@ def find_run_folders(run: Submitted) -> list[Path]:
     return [folder for folder in folders if read_summary(folder).flow_run_id == run.flow_run_id]
 
 
+def list_finished(run: Submitted) -> tuple[tuple[float, float], ...]:
+    """Return begin and end of each attempt of a flow run that finished."""
+    found = []
+    for folder in find_run_folders(run):
+        summary = read_summary(folder)
+        if summary.status == "finished":
+            ended = (folder / "summary.json").stat().st_mtime
+            found.append((ended - summary.wall_seconds, ended))
+    return tuple(found)
+
+
 def read_weights(store: Store, run: Submitted) -> dict[str, str]:
     """Return the SHA-256 of the bytes of each weights file of a run; none where no attempt finished."""
     for folder in reversed(list_run_folders(run.place.folder)):

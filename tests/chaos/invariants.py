@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 IN_FLIGHT_SECONDS = 3.0
 """Before a fault: a reply that was delivered so shortly before it may not have been stored."""
@@ -21,6 +22,8 @@ class RunOutcome:
     """SHA-256 of the bytes of each weights file in the store; none where there is no finished run."""
     expected: Mapping[str, str]
     """Those of the undisturbed run with the same settings."""
+    finished: tuple[tuple[float, float], ...] = ()
+    """Begin and end of each attempt that finished, Unix time in seconds."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def check(evidence: Evidence) -> list[str]:
     return [
         *check_ends(evidence.runs),
         *check_weights(evidence.runs),
+        *check_doubles(evidence.runs),
         *(text for account in evidence.accounts for text in check_account(account, evidence.fault_times)),
         *check_slots(evidence),
         *(f"a process outlived the stack: {command}" for command in evidence.orphans),
@@ -93,6 +97,14 @@ def check_weights(runs: Sequence[RunOutcome]) -> Iterator[str]:
             changed = [name for name in run.expected if run.weights.get(name) != run.expected[name]]
             names = ", ".join(changed) or "more files"
             yield f"the weights of run {run.name} differ from those of the undisturbed run: {names}"
+
+
+def check_doubles(runs: Sequence[RunOutcome]) -> Iterator[str]:
+    """No run is executed twice at once. Twice in turn is none: a process may die between its result and its state."""
+    for run in runs:
+        spans = sorted(run.finished)
+        if any(later[0] < earlier[1] for earlier, later in pairwise(spans)):
+            yield f"run {run.name} was executed twice at once"
 
 
 def check_account(account: Account, fault_times: Sequence[float]) -> Iterator[str]:

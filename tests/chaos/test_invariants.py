@@ -62,6 +62,11 @@ def test_a_run_without_an_undisturbed_twin_is_a_violation() -> None:
     assert len(check_run(weights=WEIGHTS, expected={})) == 1
 
 
+def test_a_run_executed_twice_at_once_is_a_violation_and_twice_in_turn_is_none() -> None:
+    assert check_run(finished=((10.0, 20.0), (20.0, 25.0))) == []
+    assert check_run(finished=((19.0, 25.0), (10.0, 20.0))) == ["run place-0/1 was executed twice at once"]
+
+
 def test_a_question_that_is_answered_once_too_often_is_a_violation() -> None:
     again = replace(ACCOUNT, answers=(*ACCOUNT.answers, Answer("aa", 50.0)))
     [found] = check_changed(accounts=(again,))

@@ -48,11 +48,12 @@ from tasks.manifests.subject import SubjectSet
 from tasks.redaction import MASK, install_log_redaction, names_secret, redact
 from tasks.stage.cache import PREFIXES, read_verified
 from tasks.stage.context import Runtime, StageRecord
-from tasks.stage.files import explain_full_disk, write_atomic
+from tasks.stage.files import explain_full_disk, remove_stale_parts, write_atomic
 from tasks.stage.progress import ProgressView, make_progress
 
 if TYPE_CHECKING:
     from tasks.services.llm.budget.spending_cap import Budget
+    from tasks.services.store.base import Store
     from tasks.services.tracking.base import Tracker
 
 EMBEDDED_VARIABLE = "LIKENESS_EMBEDDED_SERVER"
@@ -236,6 +237,7 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     store = open_store(config.store)
     output = Path(config.output_dir).absolute()
     tracker = open_tracker(config.tracking, folder=output)
+    remove_leftovers(output, store)
     # Before any work: a process that is killed from here on leaves a run that `likeness runs` lists.
     folder = make_run_folder(output, config, request, is_trusted=is_trusted)
     leave_to_earlier_attempt(folder)
@@ -280,6 +282,15 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
             runtime.progress.close()
         llm.close()
         server.stop()
+
+
+def remove_leftovers(output: Path, store: "Store") -> None:
+    """Remove what killed processes of this host left in the middle of a write."""
+    from tasks.services.store.local import LocalStore
+
+    roots = [output, *([store.root] if isinstance(store, LocalStore) else [])]
+    for root in roots[: 1 if roots[-1].is_relative_to(output) else 2]:
+        remove_stale_parts(root)
 
 
 def open_progress(*, is_trusted: bool) -> ProgressView:

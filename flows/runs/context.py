@@ -222,7 +222,6 @@ def collect_metrics(evaluation: Evaluation) -> dict[str, dict[str, float | None]
 def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     """Compile a request, open its services, and close them whatever happens."""
     from conf.trust import allowed_roots
-    from flows.runs.attempts import leave_to_earlier_attempt
     from tasks.mini.vision_server.launch import LocalServer
     from tasks.services.llm.budget.ledger import Ledger
     from tasks.services.llm.service import LlmService, LocalServices
@@ -234,13 +233,11 @@ def open_run(request: RunRequest, *, is_trusted: bool) -> Iterator[Run]:
     is_trusted = is_trusted and trust_of_run.get()  # a deployment's request stays restricted when resumed
     started = time.monotonic()
     config = compile_request(request, roots=None if is_trusted else allowed_roots())
-    store = open_store(config.store)
-    output = Path(config.output_dir).absolute()
+    store, output = open_store(config.store), Path(config.output_dir).absolute()
     tracker = open_tracker(config.tracking, folder=output)
     remove_leftovers(output, store)
     # Before any work: a process that is killed from here on leaves a run that `likeness runs` lists.
     folder = make_run_folder(output, config, request, is_trusted=is_trusted)
-    leave_to_earlier_attempt(folder)
     run_id = folder.name
     server = LocalServer(folder / "vision-server.log")
     llm = LlmService(
@@ -343,8 +340,10 @@ def make_run_id(class_noun: str) -> str:
 def make_run_folder(output: Path, config: RunConfig, request: RunRequest, *, is_trusted: bool) -> Path:
     """Create a run's folder, named after its id, with configuration, request and initial summary.
 
-    Raises ConfigError where it can't be written.
+    Raises ConfigError where it can't be written, Prefect's Abort where another process executes this flow run.
     """
+    from flows.runs.attempts import leave_to_earlier_attempt  # imports Prefect
+
     folder = output / make_run_id(config.subject.class_noun)
     try:
         folder.mkdir(parents=True)
@@ -356,6 +355,7 @@ def make_run_folder(output: Path, config: RunConfig, request: RunRequest, *, is_
     flow_run_id = find_flow_run_id()
     write_start(folder, folder.name, compute_config_digest(config), flow_run_id=flow_run_id)
     close_earlier(folder, flow_run_id)
+    leave_to_earlier_attempt(folder)
     return folder
 
 

@@ -1,6 +1,7 @@
 """What tests ask of a Prefect server as its UI does."""
 
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,32 @@ from flows.cli.stack.submit import DEPLOYMENT
 
 HEARTBEAT_SECONDS, WINDOW_SECONDS = 30, 100.0
 """Prefect's shortest heartbeat, and three of them: the shipped automation waits for three of 180 s."""
+PATIENCE_SECONDS = 180.0
 QUICK_HEARTBEATS = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}
+
+
+class PatientTransport(httpx.HTTPTransport):
+    """Asks again while the server restarts, or answers 503 since its database is locked."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                response = super().handle_request(request)
+            except httpx.TransportError:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                if response.status_code < 500 or time.monotonic() > deadline:
+                    return response
+                response.close()
+            time.sleep(1)
 
 
 def open_api(output: Path) -> httpx.Client:
     """Return a client of the Prefect server of a stack."""
     port = next(process.port for process in read_state(output).processes if process.name == PREFECT)
-    return httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60, trust_env=False)
+    return httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60, transport=PatientTransport())
 
 
 def shorten_heartbeat_window(client: httpx.Client) -> None:
@@ -34,7 +54,9 @@ def create_flow_run(client: httpx.Client, words: list[str]) -> str:
     """Create a flow run of the main job's deployment and return its id."""
     request = parse_overrides(words).model_dump(mode="json", exclude_unset=True)
     deployment = client.get(f"/deployments/name/{DEPLOYMENT}").raise_for_status().json()
-    body = {"parameters": {"request": request}, "state": {"type": "SCHEDULED"}}
+    # With a key: a request that is repeated creates no second run.
+    key = {"idempotency_key": str(uuid.uuid4())}
+    body = {"parameters": {"request": request}, "state": {"type": "SCHEDULED"}, **key}
     run = client.post(f"/deployments/{deployment['id']}/create_flow_run", json=body).raise_for_status().json()
     return str(run["id"])
 

@@ -1,6 +1,6 @@
 """Overhead, triggers, recovery and queues of runs on a local stack, and a sweep against single runs.
 
-    python -m tests.bench.orchestration [--runs 8] [--trials 12] [--parts overhead,trigger,recovery,queue,sweep,storage]
+    python -m tests.bench.orchestration [--runs 8] [--trials 12] [--repeats 3] [--parts ...]
 
 Prints Markdown. With PostgreSQL's programs installed, `--postgres URL` measures overhead on that database too.
 """
@@ -42,6 +42,7 @@ class Bench:
     sandbox: CliSandbox
     runs: int
     trials: int
+    repeats: int = 3
     postgres: str = ""
 
     @property
@@ -71,13 +72,13 @@ def measure_overhead(bench: Bench) -> list[Row]:
     What such a run takes is overhead by definition: processes, imports, checks, states and records.
     """
     run_plainly(bench)
-    embedded = [time_command(bench, "run", *bench.words()) for _ in range(3)]
+    embedded = [time_command(bench, "run", *bench.words()) for _ in range(bench.repeats)]
     rows = [("cached run, `likeness run`, embedded server", show(embedded))]
     databases = {"SQLite": [], **({"PostgreSQL": [f"--postgres={bench.postgres}"]} if bench.postgres else {})}
     for name, options in databases.items():
         with running_stack(bench, *options), open_api(bench.output) as client:
             alone, whole = [], []
-            for _ in range(3):
+            for _ in range(bench.repeats):
                 begun = time.time()
                 run = create_flow_run(client, bench.words())
                 alone.append(float(wait_for_type(client, run, *FINAL, seconds=SECONDS)["total_run_time"]))
@@ -122,7 +123,7 @@ def measure_trigger(bench: Bench) -> list[Row]:
     """Measure from `create_flow_run`, as the UI calls it, to the first training step."""
     spans: dict[str, list[float]] = {"Running": [], "first training step": []}
     with running_stack(bench), open_api(bench.output) as client:
-        for seed in range(601, 604):
+        for seed in range(601, 601 + bench.repeats):
             begun = time.time()
             run = create_flow_run(client, bench.words(f"seed={seed}"))
             wait_until(lambda: bool(list_training(bench, "*/losses.jsonl")))
@@ -147,7 +148,7 @@ def measure_recovery(bench: Bench) -> list[Row]:
     """Measure from kill -9 of a flow's process during training to its next attempt and to its next step."""
     again, lost = [], []
     with running_stack(bench), open_api(bench.output) as client:
-        for seed in range(701, 704):
+        for seed in range(701, 701 + bench.repeats):
             words = bench.words(f"seed={seed}", "training.max_train_steps=30", "training.checkpointing_steps=2")
             run = create_flow_run(client, words)
             wait_until(lambda: bool(list_training(bench, "*/checkpoints/step-*/manifest.json")))
@@ -250,6 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=8, help="runs of the queue")
     parser.add_argument("--trials", type=int, default=12, help="trials of the sweep")
+    parser.add_argument("--repeats", type=int, default=3, help="of each measured run")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--postgres", default="", metavar="URL", help="postgresql+asyncpg://...: measured too")
     parser.add_argument("--out", type=Path, default=Path("build/bench-orchestration"))
@@ -257,7 +259,7 @@ def main() -> None:
     folder = options.out.absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    bench = Bench(CliSandbox(folder), options.runs, options.trials, options.postgres)
+    bench = Bench(CliSandbox(folder), options.runs, options.trials, options.repeats, options.postgres)
     parts: dict[str, Callable[[Bench], list[Row]]] = {
         "overhead": measure_overhead, "trigger": measure_trigger, "recovery": measure_recovery,
         "queue": measure_queue, "sweep": measure_sweep, "storage": measure_storage,

@@ -119,3 +119,15 @@ def test_a_run_that_dies_together_with_its_worker_is_rescheduled_and_resumes(fol
     newest, killed = find_summaries(folder, run)
     assert (newest.status, killed.status) == ("finished", "killed")
     assert newest.stages["training"].counts["resumed_from_step"] > 0
+
+
+def test_a_run_that_is_rescheduled_while_it_runs_is_left_to_its_first_process(folder: Path) -> None:
+    with open_api(folder / "runs") as client:
+        run = create_flow_run(client, [*SETTINGS, "seed=4", f"output_dir={folder / 'runs'}"])
+        wait_until(lambda: is_training(folder, "*/heartbeat*"))
+        # As the automation does where the death of an earlier process is reported late.
+        again = {"state": {"type": "SCHEDULED"}, "force": True}
+        client.post(f"/flow_runs/{run}/set_state", json=again).raise_for_status()
+        wait_for_type(client, run, "COMPLETED", "FAILED", "CANCELLED", "CRASHED", seconds=SECONDS)
+        assert [state["type"] for state in read_states(client, run)].count("RUNNING") == 2
+    assert [each.status for each in find_summaries(folder, run)] == ["finished"]

@@ -73,7 +73,7 @@ def list_finished(run: Submitted) -> tuple[tuple[float, float], ...]:
         summary = read_summary(folder)
         if summary.status == "finished":
             ended = (folder / "summary.json").stat().st_mtime
-            found.append((ended - summary.wall_seconds, ended))
+            found.append((ended - (summary.wall_seconds or 0.0), ended))
     return tuple(found)
 
 

@@ -174,8 +174,11 @@ def break_proxy(mode: Mode) -> Callable[[Strike], bool]:
         strike.hit += select_runs(strike, "s3")
         if not strike.hit:
             return False
+        deadline = time.monotonic() + TARGET_SECONDS
         with set_mode(bucket, mode):
-            strike.wait()
+            while sum(bucket.faults.values()) == before and time.monotonic() < deadline:
+                time.sleep(0.1)
+            strike.wait()  # from the first request that it hit
         return sum(bucket.faults.values()) > before  # else no run talked to the bucket meanwhile
 
     return strike_bucket

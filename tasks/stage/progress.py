@@ -127,4 +127,9 @@ def outlive_reader() -> None:
 
     The worker of a deployment reads it through a pipe: killed, it would take the run with it by a BrokenPipeError.
     """
-    sys.stdout, sys.stderr = (cast(TextIO, DetachableOutput(stream)) for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = map(detachable, (sys.stdout, sys.stderr))
+
+
+def detachable(stream: TextIO) -> TextIO:
+    """Return a stream as one that outlives its reader."""
+    return stream if isinstance(stream, DetachableOutput) else cast(TextIO, DetachableOutput(stream))

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow test-numerics test-llm-servers check bench lock clean
+.PHONY: help setup setup-dev demo test test-slow test-numerics test-llm-servers check bench chaos lock clean
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -42,6 +42,10 @@ check: setup-dev  ## format, lint, types
 
 bench: setup-dev  ## measure the main job's figures and print them
 	@$(BIN)/python -m tests.bench.main_job
+
+CHAOS := --seed 0 --runs 20 --workers 2
+chaos: setup-dev  ## run a campaign of faults against real servers, check invariants and print a table (half an hour)
+	@$(BIN)/python -m tests.chaos $(CHAOS)
 
 lock: setup-dev  ## resolve the dependencies anew
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python deployments/refresh_lock.py

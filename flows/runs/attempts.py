@@ -1,8 +1,16 @@
-"""How often a run may be started: crashed runs are rescheduled by an automation, which counts nothing itself."""
+"""Attempts of one flow run: crashed ones are rescheduled by an automation, which counts nothing itself."""
 
+import shutil
+import socket
+from pathlib import Path
+
+import psutil
+from prefect.exceptions import Abort
 from prefect.runtime import flow_run
 
+from flows.runs.records import is_alive, list_run_folders, read_summary
 from tasks.errors import LikenessError
+from tasks.manifests.run_summary import ProcessOwner
 
 MAX_ATTEMPTS = 5
 
@@ -15,3 +23,43 @@ def check_attempts() -> None:
         raise LikenessError(
             f"the run crashed {MAX_ATTEMPTS} times; look at its logs, then `likeness resume` it by hand"
         )
+
+
+def leave_to_earlier_attempt(folder: Path) -> None:
+    """End this process where another one of this host already executes the same flow run.
+
+    A worker reports the death of a process twice, on a loaded machine a minute apart: the automation then reschedules
+    an attempt that runs again already.
+
+    Raises:
+        Abort: Prefect's; the process exits and leaves the flow run's state to the other one.
+
+    """
+    summary = read_summary(folder)
+    own = summary.owner
+    if own is None or not summary.flow_run_id:
+        return
+    for other in list_run_folders(folder.parent):
+        found = read_summary(other) if other != folder else None
+        if found is None or found.flow_run_id != summary.flow_run_id or found.status != "running":
+            continue
+        # Of two that see each other, the later one goes.
+        if found.owner is not None and is_working(found.owner) and start_of(found.owner) < start_of(own):
+            shutil.rmtree(folder, ignore_errors=True)
+            raise Abort(f"process {found.owner.pid} executes this run already, as {other.name}")
+
+
+def is_working(owner: ProcessOwner) -> bool:
+    """Whether a process of this host runs and is not suspended."""
+    # Nothing is known of other hosts. There, and where a process is suspended, the leases of stages decide.
+    if owner.host != socket.gethostname() or not is_alive(owner):
+        return False
+    try:
+        return bool(psutil.Process(owner.pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE))
+    except psutil.Error:
+        return False
+
+
+def start_of(owner: ProcessOwner) -> tuple[float, int]:
+    """Return what orders processes by their start."""
+    return owner.started, owner.pid

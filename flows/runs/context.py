@@ -49,11 +49,12 @@ from tasks.manifests.subject import SubjectSet
 from tasks.redaction import MASK, install_log_redaction, names_secret, redact
 from tasks.stage.cache import PREFIXES, read_verified
 from tasks.stage.context import Runtime, StageRecord
-from tasks.stage.files import explain_full_disk, write_atomic
+from tasks.stage.files import explain_full_disk, remove_stale_parts, write_atomic
 from tasks.stage.progress import ProgressView, make_progress
 
 if TYPE_CHECKING:
     from tasks.services.llm.budget.spending_cap import Budget
+    from tasks.services.store.base import Store
     from tasks.services.tracking.base import Tracker
 
 EMBEDDED_VARIABLE = "LIKENESS_EMBEDDED_SERVER"
@@ -253,9 +254,9 @@ def open_run(request: RunRequest, *, is_trusted: bool, model: str = "") -> Itera
     is_trusted = is_trusted and trust_of_run.get()  # a deployment's request stays restricted when resumed
     started = time.monotonic()
     config = compile_request(request, roots=None if is_trusted else allowed_roots())
-    store = open_store(config.store)
-    output = Path(config.output_dir).absolute()
+    store, output = open_store(config.store), Path(config.output_dir).absolute()
     tracker = open_tracker(config.tracking, folder=output)
+    remove_leftovers(output, store)
     # Before any work: a process that is killed from here on leaves a run that `likeness runs` lists.
     folder = make_run_folder(output, config, request, is_trusted=is_trusted, model=model)
     run_id = folder.name
@@ -299,6 +300,15 @@ def open_run(request: RunRequest, *, is_trusted: bool, model: str = "") -> Itera
             runtime.progress.close()
         llm.close()
         server.stop()
+
+
+def remove_leftovers(output: Path, store: "Store") -> None:
+    """Remove what killed processes of this host left in the middle of a write."""
+    from tasks.services.store.local import LocalStore
+
+    roots = [output, *([store.root] if isinstance(store, LocalStore) else [])]
+    for root in roots[: 1 if roots[-1].is_relative_to(output) else 2]:
+        remove_stale_parts(root)
 
 
 def open_progress(*, is_trusted: bool) -> ProgressView:
@@ -351,8 +361,10 @@ def make_run_id(class_noun: str) -> str:
 def make_run_folder(output: Path, config: RunConfig, request: RunRequest, *, is_trusted: bool, model: str = "") -> Path:
     """Create a run's folder, named after its id, with configuration, request and initial summary.
 
-    Raises ConfigError where it can't be written.
+    Raises ConfigError where it can't be written, Prefect's Abort where another process executes this flow run.
     """
+    from flows.runs.attempts import leave_to_earlier_attempt  # imports Prefect
+
     folder = output / make_run_id(config.subject.class_noun)
     try:
         folder.mkdir(parents=True)
@@ -364,6 +376,7 @@ def make_run_folder(output: Path, config: RunConfig, request: RunRequest, *, is_
     flow_run_id = find_flow_run_id()
     write_start(folder, folder.name, compute_config_digest(config), flow_run_id=flow_run_id)
     close_earlier(folder, flow_run_id)
+    leave_to_earlier_attempt(folder)
     return folder
 
 

@@ -9,7 +9,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
-from tasks.stage.progress import ProgressView, make_progress
+from tasks.stage.progress import ProgressView, make_progress, outlive_reader
 
 UPDATE_SECONDS = 5.0
 
@@ -56,5 +56,6 @@ class LoggedProgress:
 
 def make_run_progress() -> ProgressView:
     """Return progress that Prefect shows too, where this is a flow run."""
+    outlive_reader()
     view = make_progress()
     return view if FlowRunContext.get() is None else LoggedProgress(view)

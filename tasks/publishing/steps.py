@@ -18,7 +18,7 @@ from tasks.services.config import TrackingConfig
 from tasks.services.tracking.base import Tracker
 from tasks.stage.cache import Stage, StageFolder, fetch_folder
 from tasks.stage.context import Runtime
-from tasks.stage.files import PART_PREFIX, write_atomic
+from tasks.stage.files import make_part_prefix, write_atomic
 from tasks.stage.states import finished, should_retry
 
 STAGE_VERSION = 4
@@ -114,7 +114,7 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
     runtime.progress_callback("publishing")(0, 3)
     # In the output folder: on the store's file system, files are hard-linked instead of copied.
     runtime.work_folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=runtime.work_folder, prefix=PART_PREFIX) as name:
+    with tempfile.TemporaryDirectory(dir=runtime.work_folder, prefix=make_part_prefix()) as name:
         local = Path(name)
         model = export_model(folder, manifests, title=inputs.title, local=local / "model")
         runtime.progress_callback("publishing")(1, 3)

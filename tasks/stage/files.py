@@ -1,15 +1,51 @@
 """Atomic file writes."""
 
 import errno
+import hashlib
 import os
+import re
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from tasks.errors import StorageFull
 
 PART_PREFIX = ".part-"
+HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+OWNED_PART = re.compile(rf"{re.escape(PART_PREFIX)}{HOST}-(\d+)-.+")
+
+
+def make_part_prefix() -> str:
+    """Return how names of this process's temporary files begin: `remove_stale_parts` tells by it whose they are."""
+    return f"{PART_PREFIX}{HOST}-{os.getpid()}-"
+
+
+def remove_stale_parts(root: Path) -> None:
+    """Remove the temporary files and folders below a folder whose process, on this host, was killed."""
+    for folder, folders, names in os.walk(root):  # unlike `rglob`, it tolerates folders that vanish
+        for name in [*folders, *names]:
+            owner = OWNED_PART.fullmatch(name)
+            if owner is None or is_running(int(owner[1])):
+                continue
+            path = Path(folder, name)
+            if name in folders:
+                folders.remove(name)
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs; a zombie does no work any more."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 @contextmanager
@@ -23,7 +59,7 @@ def staged_file(target: Path, *, size_bytes: int | None = None) -> Iterator[Path
 
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=PART_PREFIX)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=make_part_prefix())
     os.close(handle)
     staged = Path(name)
     try:

@@ -1,9 +1,10 @@
 """Progress of long stages: bars on a terminal, lines elsewhere."""
 
+import os
 import sys
 import threading
 import time
-from typing import Protocol
+from typing import Protocol, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -88,3 +89,47 @@ class BarProgress:
 def make_progress() -> ProgressView:
     """Return bars on a terminal, lines elsewhere."""
     return BarProgress() if sys.stderr.isatty() else LineProgress()
+
+
+class DetachableOutput:
+    """A stream that outlives its reader: its output is dropped once nobody reads it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it."""
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self.drop()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush what was written, or drop it."""
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.drop()
+
+    def drop(self) -> None:
+        """Let the descriptor lead nowhere: what the stream has buffered, and libraries write, goes there too."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
+def outlive_reader() -> None:
+    """Let this process go on where whoever reads its output is gone.
+
+    The worker of a deployment reads it through a pipe: killed, it would take the run with it by a BrokenPipeError.
+    """
+    sys.stdout, sys.stderr = map(detachable, (sys.stdout, sys.stderr))
+
+
+def detachable(stream: TextIO) -> TextIO:
+    """Return a stream as one that outlives its reader."""
+    return stream if isinstance(stream, DetachableOutput) else cast(TextIO, DetachableOutput(stream))

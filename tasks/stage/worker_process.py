@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from tasks.stage.guard import LIFELINE
+from tasks.stage.guard import LIFELINE, has_parent
 
 SOURCE_ROOT = Path(__file__).resolve().parent.parent.parent
 GUARD = "tasks.stage.guard"
+LIFELINE_PREFIX, LIFELINE_NAME = "likeness-", "lifeline"
 OPENING = threading.Lock()
 
 
@@ -42,11 +43,28 @@ def open_lifeline() -> str:
 
     A FIFO rather than a pipe, since torchrun starts the ranks without passing on descriptors.
     """
-    folder = tempfile.mkdtemp(prefix="likeness-")
-    path = os.path.join(folder, "lifeline")
-    os.mkfifo(path, 0o600)
+    remove_stale_lifelines(Path(tempfile.gettempdir()))
+    folder = tempfile.mkdtemp(prefix=LIFELINE_PREFIX)
+    path, opening = os.path.join(folder, LIFELINE_NAME), os.path.join(folder, "opening")
+    os.mkfifo(opening, 0o600)
     # O_RDWR, since opening for writing alone blocks until there is a reader. O_CLOEXEC, since a child that inherited
     # the descriptor would keep its own lifeline open. It is never closed explicitly: process exit closes it.
-    os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    os.open(opening, os.O_RDWR | os.O_CLOEXEC)
+    os.rename(opening, path)  # under its name it always has a writer, unless its process is gone
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return path
+
+
+def remove_stale_lifelines(folder: Path) -> None:
+    """Remove the FIFOs of processes that were killed, which no exit handler removes."""
+    for path in folder.glob(f"{LIFELINE_PREFIX}*/{LIFELINE_NAME}"):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:  # another user's, or just removed
+            continue
+        try:
+            is_stale = not has_parent(descriptor)
+        finally:
+            os.close(descriptor)
+        if is_stale:
+            shutil.rmtree(path.parent, ignore_errors=True)

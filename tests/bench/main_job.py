@@ -43,7 +43,7 @@ class Measured:
         """Wall time less the stages' own work; class images are drawn beside the captions."""
         stages = self.summary["stages"]
         beside = min(stages["prior"]["seconds"], stages["subject"]["seconds"])
-        return self.seconds - sum(stage["seconds"] for stage in stages.values()) + beside
+        return float(self.seconds - sum(stage["seconds"] for stage in stages.values()) + beside)
 
 
 def measure(out: Path, *words: str, environment: dict[str, str] | None = None) -> Measured:

@@ -10,6 +10,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent.parent
 LAYERS = {
     "architecture": "unit",
+    "chaos": "unit",
     "conf": "unit",
     "tasks": "unit",
     "tasks/diffusion": "stage",

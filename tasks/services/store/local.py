@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.services.store.base import StoredObject, check_key
 from tasks.stage.digests import digest_file
-from tasks.stage.files import PART_PREFIX, explain_full_disk, quarantine, staged_file, write_atomic
+from tasks.stage.files import PART_PREFIX, explain_full_disk, make_part_prefix, quarantine, staged_file, write_atomic
 
 READ_ONLY = 0o444  # a file may have several hard links: an edit in place of one would change the others
 
@@ -46,7 +46,7 @@ class LocalStore:
     def put_if_absent(self, key: str, data: bytes) -> bool:
         target = self.free_path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=PART_PREFIX)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=make_part_prefix())
         try:
             with explain_full_disk(target, size_bytes=len(data)), os.fdopen(handle, "wb") as file:
                 file.write(data)

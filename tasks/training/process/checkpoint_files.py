@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tasks.config_base import Section
-from tasks.stage.files import PART_PREFIX
+from tasks.stage.files import make_part_prefix
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
@@ -44,7 +44,7 @@ def link_checkpoint(path: Path) -> Iterator[Path]:
 
     Raises FileNotFoundError where it is deleted before it is linked.
     """
-    with tempfile.TemporaryDirectory(dir=path.parent.parent, prefix=PART_PREFIX) as name:
+    with tempfile.TemporaryDirectory(dir=path.parent.parent, prefix=make_part_prefix()) as name:
         for file in sorted(path.iterdir()):
             try:
                 os.link(file, Path(name) / file.name)

@@ -1,9 +1,22 @@
-"""A run that crashes again and again is not rescheduled for ever."""
+"""A run that crashes again and again is not rescheduled for ever, and no flow run is executed twice at once."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
 import pytest
+from prefect.exceptions import Abort
 
-from flows.runs.attempts import MAX_ATTEMPTS, check_attempts
+from conf.request import RunRequest
+from flows.runs.attempts import MAX_ATTEMPTS, check_attempts, leave_to_earlier_attempt
+from flows.runs.records import read_summary, write_request, write_start, write_summary
 from tasks.errors import LikenessError
+from tasks.manifests.run_summary import ProcessOwner
 
 
 def test_a_run_that_crashed_too_often_fails_instead_of_being_rescheduled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -13,3 +26,60 @@ def test_a_run_that_crashed_too_often_fails_instead_of_being_rescheduled(monkeyp
     monkeypatch.setenv(variable, str(MAX_ATTEMPTS + 1))
     with pytest.raises(LikenessError, match="the run crashed 5 times"):
         check_attempts()
+
+
+@pytest.fixture
+def earlier() -> Iterator[ProcessOwner]:
+    """A process that started before the attempts of these tests."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    started = round(psutil.Process(process.pid).create_time(), 2)
+    yield ProcessOwner(host=socket.gethostname(), pid=process.pid, started=started)
+    process.kill()
+    process.wait()
+
+
+def make_attempt(output: Path, name: str, owner: ProcessOwner, *, flow_run_id: str = "f1") -> Path:
+    folder = output / name
+    folder.mkdir(parents=True)
+    write_request(folder, RunRequest(), is_trusted=False)
+    write_start(folder, name, flow_run_id=flow_run_id)
+    write_summary(folder, read_summary(folder).model_copy(update={"owner": owner}))
+    return folder
+
+
+def later_than(owner: ProcessOwner) -> ProcessOwner:
+    return owner.model_copy(update={"pid": os.getpid(), "started": owner.started + 60})
+
+
+def test_a_second_process_of_a_flow_run_leaves_it_to_the_first_and_leaves_no_record(
+    tmp_path: Path, earlier: ProcessOwner
+) -> None:
+    first = make_attempt(tmp_path, "20260101-a", earlier)
+    second = make_attempt(tmp_path, "20260101-b", later_than(earlier))
+    with pytest.raises(Abort, match=f"process {earlier.pid} executes this run already, as 20260101-a"):
+        leave_to_earlier_attempt(second)
+    assert not second.exists()
+    assert read_summary(first).status == "running"
+
+
+def test_an_attempt_goes_on_beside_later_other_ended_and_remote_ones(tmp_path: Path, earlier: ProcessOwner) -> None:
+    own = make_attempt(tmp_path, "20260101-b", later_than(earlier))
+    later = earlier.model_copy(update={"started": earlier.started + 1})  # within the slack: the same process
+    for name, owner, flow_run_id in (
+        ("20260101-c", earlier, "another flow run"),
+        ("20260101-d", earlier.model_copy(update={"pid": 2**22 - 1}), "f1"),
+        ("20260101-e", earlier.model_copy(update={"host": "elsewhere"}), "f1"),
+    ):
+        make_attempt(tmp_path, name, owner, flow_run_id=flow_run_id)
+    leave_to_earlier_attempt(own)
+    make_attempt(tmp_path, "20260101-f", later)
+    leave_to_earlier_attempt(make_attempt(tmp_path, "20260101-0", earlier))
+
+
+def test_a_suspended_process_does_not_keep_its_flow_run(tmp_path: Path, earlier: ProcessOwner) -> None:
+    make_attempt(tmp_path, "20260101-a", earlier)
+    own = make_attempt(tmp_path, "20260101-b", later_than(earlier))
+    os.kill(earlier.pid, signal.SIGSTOP)
+    while psutil.Process(earlier.pid).status() != psutil.STATUS_STOPPED:
+        pass
+    leave_to_earlier_attempt(own)

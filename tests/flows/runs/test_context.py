@@ -1,9 +1,13 @@
-"""The links of a run to the servers that show it."""
+"""What surrounds a run: links to the servers that show it, leftovers of killed processes."""
+
+from pathlib import Path
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.runs.context import EMBEDDED_VARIABLE, REPORTS_VARIABLE, find_links
+from flows.runs.context import EMBEDDED_VARIABLE, REPORTS_VARIABLE, find_links, remove_leftovers
+from tasks.services.store.local import LocalStore
+from tasks.stage.files import HOST, PART_PREFIX
 
 RUN_ID = "446afecd-aae1-4443-8f37-c744c69db6c2"
 
@@ -25,3 +29,15 @@ def test_an_embedded_server_is_not_linked(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", RUN_ID)
     monkeypatch.delenv(REPORTS_VARIABLE, raising=False)
     assert find_links("20261128-a") == {}
+
+
+@pytest.mark.parametrize("place", ["runs/store", "elsewhere"])
+def test_a_start_removes_leftovers_in_the_output_folder_and_in_the_store(tmp_path: Path, place: str) -> None:
+    store = LocalStore(tmp_path / place)
+    gone = f"{PART_PREFIX}{HOST}-{2**22 - 1}-x"  # above the largest pid
+    parts = [tmp_path / "runs" / "20260101-a" / gone, store.root / "02-prior" / "k" / gone]
+    for part in parts:
+        part.parent.mkdir(parents=True)
+        part.touch()
+    remove_leftovers(tmp_path / "runs", store)
+    assert [part.exists() for part in parts] == [False, False]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import StorageFull
-from tasks.stage.files import staged_file, write_atomic
+from tasks.stage.files import OWNED_PART, remove_stale_parts, staged_file, write_atomic
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
@@ -42,3 +42,38 @@ def test_a_full_disk_is_a_one_line_error_with_path_and_size(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1000
     assert issubclass(StorageFull, Exception)
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from tasks.stage.files import staged_file
+with staged_file(Path(sys.argv[1]) / "a.json"):
+    print(flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_next_start_removes_the_temporary_files_of_killed_processes_and_no_others(tmp_path: Path) -> None:
+    writers = {
+        name: subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / name)], stdout=subprocess.PIPE)
+        for name in ("killed", "living")
+    }
+    for writer in writers.values():
+        assert writer.stdout is not None
+        writer.stdout.readline()
+    writers["killed"].kill()
+    writers["killed"].communicate()
+    [part] = (tmp_path / "killed").iterdir()
+    assert OWNED_PART.fullmatch(part.name)
+    folder = tmp_path / f"{part.name}-folder"
+    (folder / "below").mkdir(parents=True)
+    remote = tmp_path / part.name.replace(part.name.split("-")[1], "00000000")  # a process of another host
+    remote.touch()
+    remove_stale_parts(tmp_path)
+    assert list((tmp_path / "killed").iterdir()) == []
+    assert len(list((tmp_path / "living").iterdir())) == 1
+    assert not folder.exists()
+    assert remote.exists()
+    writers["living"].kill()
+    writers["living"].communicate()

@@ -89,3 +89,24 @@ def test_a_folder_named_like_our_package_is_not_imported(tmp_path: Path) -> None
     command = [sys.executable, "-c", code, str(tmp_path), str(tmp_path / "lib")]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert done.stdout.strip() == str(ROOT / "tasks" / "__init__.py"), done.stderr
+
+
+def test_the_next_start_removes_the_lifelines_of_killed_processes_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "idle.py").write_text("import time; time.sleep(600)\n")
+    killed, _ = start_parent(tmp_path, "idle")
+    living, _ = start_parent(tmp_path, "idle")
+    before = set(tmp_path.glob("likeness-*"))
+    assert len(before) == 2
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    (tmp_path / "likeness-0").mkdir()  # locks of GPUs lie in such a folder
+    started, _ = start_parent(tmp_path, "idle")
+    after = set(tmp_path.glob("likeness-*")) - {tmp_path / "likeness-0"}
+    assert len(after & before) == 1
+    assert len(after) == 2
+    for process in (living, started):
+        process.kill()
+        process.communicate()

@@ -1,11 +1,20 @@
 """Which registered model is the champion of its subject: the alias moves where the gate and a comparison allow it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tasks.errors import ConfigError, ServiceUnavailable
+from tasks.manifests.evaluation import Evaluation
 from tasks.manifests.run_summary import RegisteredModel
+from tasks.manifests.scoring import Scorecard, SideScores
+from tasks.manifests.subject import SubjectSet
 from tasks.services.store.base import Store
 from tasks.services.tracking.base import Tracker, Version
+from tasks.stage.cache import find_manifest
+
+if TYPE_CHECKING:
+    from tasks.evaluation.comparison import Candidate
 
 CHAMPION = "champion"
 
@@ -39,7 +48,6 @@ def promote(tracker: Tracker, store: Store, contender: Contender) -> RegisteredM
 
 def find_weaknesses(store: Store, contender: Contender, champion: Version) -> list[str]:
     """Return why a version does not beat the champion, by the paired comparison of DINO and CLIP-T."""
-    from flows.runs.candidates import load_evaluated
     from tasks.evaluation.comparison import compare
 
     held = f"version {champion.version}, the champion"
@@ -61,3 +69,24 @@ def find_weaknesses(store: Store, contender: Contender, champion: Version) -> li
         return []
     told = f"DINO {dino.show_gain()}, CLIP-T {clip_t.show_gain()}"
     return [f"it is not shown to be better than {held}: {told}"]
+
+
+def load_evaluated(store: Store, name: str, keys: Mapping[str, str]) -> "Candidate":
+    """Return an evaluation with its grades, by the keys of its stages. Raises ConfigError for missing manifests."""
+    from tasks.evaluation.comparison import Candidate
+
+    evaluation = find_manifest(store, Evaluation, stage="evaluation", key=keys["evaluation"])
+    subject = find_manifest(store, SubjectSet, stage="subject", key=keys["subject"])
+    if evaluation is None or subject is None:
+        raise ConfigError(f"the samples of run {name} are missing from the store; run it again")
+    scores = None
+    if "scoring" in keys:
+        scores = find_manifest(store, Scorecard, stage="scoring", key=keys["scoring"])
+    graded = scores.judgements if scores else ()
+    return Candidate(
+        name,
+        evaluation,
+        frozenset(image.source_sha256 for image in subject.images),
+        {axis: {each.sample.key: getattr(each, axis) for each in graded} for axis in SideScores.model_fields},
+        scores.served_model if scores else "",
+    )

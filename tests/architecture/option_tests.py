@@ -7,6 +7,7 @@ _INGEST = "tasks/subject/photos/test_ingest.py::"
 _WEB = f"{_SUBJECT}test_web_lookup_uses_the_configured_query_and_domains"
 _APPROVAL = "flows/runs/test_approval.py::test_the_policy_decides_after_the_configured_hours"
 _RUN = "flows/test_options.py::"
+_GATE = "tasks/publishing/test_gate.py::"
 _PRIOR = "tasks/prior/test_options.py::"
 _EFFECTS = "tasks/training/test_option_effects.py::"
 _LEARNED = f"{_EFFECTS}test_an_option_changes_the_trained_weights"
@@ -173,6 +174,12 @@ OPTION_TESTS = {
     "scoring.deadline_seconds": f"{_SHOWN}test_a_batch_job_past_deadline_seconds_is_cancelled",
     "scoring.max_failed_fraction": f"{_SHOWN}test_the_configured_fraction_of_judge_requests_may_fail",
     "publishing.is_registered": f"{_RUN}test_no_model_is_registered_if_is_registered_is_false",
+    "publishing.is_promoted": f"{_RUN}test_the_gate_is_asked_unless_is_promoted_is_false",
+    "publishing.gate.min_dino_gain": f"{_GATE}test_each_limit_is_that_of_the_configuration",
+    "publishing.gate.max_clip_t_loss": f"{_GATE}test_each_limit_is_that_of_the_configuration",
+    "publishing.gate.max_pres_gain": f"{_GATE}test_each_limit_is_that_of_the_configuration",
+    "publishing.gate.max_copies": f"{_GATE}test_each_limit_is_that_of_the_configuration",
+    "publishing.gate.needs_reliable_judge": f"{_GATE}test_each_limit_is_that_of_the_configuration",
     "publishing.title": f"{_RUN}test_the_report_has_the_configured_title",
     "diffusion.family": f"{_DIFFUSION}test_a_model_of_another_family_is_rejected",
     "diffusion.pretrained_model_name_or_path": f"{_DIFFUSION}test_the_configured_model_is_loaded",

@@ -22,6 +22,7 @@ def changed(sandbox: CliSandbox, first_run: dict[str, Any]) -> dict[str, Any]:
     done = sandbox.run(
         "output_dir=elsewhere", "seed=24", "subject.identifier_token=zwx", "prior.class_prompt=one {class_noun}",
         "publishing.title=Our own title", "tracking.experiment=a study", "tracking.registered_model=our-model",
+        "publishing.is_promoted=false",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     [summary] = list_summaries(sandbox.folder / "elsewhere")
@@ -74,6 +75,12 @@ def test_the_model_is_registered_under_the_configured_name(sandbox: CliSandbox, 
         experiments = {name for (name,) in connection.execute("select name from experiments")}
     assert "our-model" in models
     assert "a study" in experiments
+
+
+def test_the_gate_is_asked_unless_is_promoted_is_false(first_run: dict[str, Any], changed: dict[str, Any]) -> None:
+    assert "too few prompts" in first_run["registered"]["blockers"][0]  # two prompts have no interval
+    assert changed["registered"]["version"] is not None
+    assert changed["registered"]["blockers"] == []
 
 
 def test_no_model_is_registered_if_is_registered_is_false(sandbox: CliSandbox, first_run: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ def compare_runs(output: Path, names: Sequence[str], *, is_paired: bool, as_form
 
 def load_candidate(run: PastRun) -> "Candidate":
     """Return a run's evaluation with its grades. Raises ConfigError for an unfinished run, or missing manifests."""
-    from flows.runs.candidates import load_evaluated
+    from flows.runs.promotion import load_evaluated
 
     keys = {stage: run.find_stage_key(stage) for stage in ("evaluation", "subject")}
     if "scoring" in run.summary.stages:

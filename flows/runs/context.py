@@ -20,6 +20,7 @@ from flows.runs.approval import Question, check_policy
 from flows.runs.promotion import Contender, promote
 from flows.runs.records import (
     close_earlier,
+    link_model,
     relate,
     resolve_paths,
     stamp,
@@ -99,6 +100,7 @@ class Run:
         report = self.folder / "report.html"
         # A copy beside the summary: a run's folder stays readable after the store is garbage-collected.
         write_atomic(report, read_verified(runtime.store, publication.report))
+        link_model(self.folder, self.list_paths(publication).model)
         summary = RunSummary(
             schema_version=SUMMARY_VERSION,
             run_id=self.run_id,

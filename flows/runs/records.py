@@ -9,6 +9,7 @@ import os
 import shlex
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from tasks.redaction import clean_text, redact
 from tasks.stage.digests import digest, dump_signed, load_signed, parse_json, sign, verify_signed
 from tasks.stage.files import write_atomic
 
-SUMMARY, REQUEST = "summary.json", "request.json"
+SUMMARY, REQUEST, MODEL_LINK = "summary.json", "request.json", "model"
 PAUSE = "Pause"
 """Name of the exception by which Prefect suspends a flow run."""
 # psutil adds a process's start to the boot time, which shifts when the system clock is adjusted.
@@ -193,6 +194,15 @@ def list_run_folders(output: Path) -> list[Path]:
 def list_summaries(output: Path) -> list[RunSummary]:
     """Return the summaries of all runs in a folder, newest first, with paths as they are from here."""
     return [resolve_paths(read_summary(folder), folder) for folder in reversed(list_run_folders(output))]
+
+
+def link_model(folder: Path, model: str) -> None:
+    """Make `model` in a run's folder a link to the published model, relative, so that both may move together."""
+    link = folder / MODEL_LINK
+    # A model in a bucket has no link, and file systems without links have none either.
+    if "://" not in model and not link.is_symlink():
+        with suppress(OSError):
+            link.symlink_to(model, target_is_directory=True)
 
 
 def resolve_paths(summary: RunSummary, folder: Path) -> RunSummary:

@@ -1,6 +1,7 @@
-"""`likeness runs`, `report`, `compare`, `evaluate`, `approve`, `generate` and `review`."""
+"""Commands that read and use finished runs."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -169,6 +170,19 @@ def generate(  # noqa: PLR0913, PLR0917 - a command's options
     return 0
 
 
+@app.command("publish", rich_help_panel=RESULTS)
+def publish(
+    run: RunName,
+    to: Annotated[str, typer.Option(metavar="DEST", help="A folder, or s3://BUCKET/PREFIX.", show_default=False)],
+    output_dir: OutputDir = OUTPUT,
+) -> int:
+    """Copy a run's model and report elsewhere; each file is verified there, and the manifest comes last."""
+    from flows.cli.results.generate import show_progress
+    from flows.cli.results.publishing import publish_run
+
+    return publish_run(output_dir, run, to, on_progress=partial(show_progress, name="files"))
+
+
 @app.command("promote", rich_help_panel=RESULTS)
 def promote(
     run: RunName = "latest",
@@ -176,7 +190,7 @@ def promote(
     output_dir: OutputDir = OUTPUT,
 ) -> int:
     """Make a run's registered model the champion: where it passes the gate and beats the present one, or by force."""
-    from flows.cli.results.promote import promote_run
+    from flows.cli.results.publishing import promote_run
 
     return promote_run(output_dir, run, is_forced=force)
 
@@ -184,7 +198,7 @@ def promote(
 @app.command("demote", rich_help_panel=RESULTS)
 def demote(run: RunName = "latest", output_dir: OutputDir = OUTPUT) -> int:
     """Take the alias champion from a run's registered model."""
-    from flows.cli.results.promote import demote_run
+    from flows.cli.results.publishing import demote_run
 
     return demote_run(output_dir, run)
 

@@ -171,10 +171,10 @@ def draw_grid(pictures: Sequence["Picture"], *, columns: int) -> "Picture":
     return grid
 
 
-def show_progress(done: int, total: int) -> None:
-    """Print how far several images are."""
+def show_progress(done: int, total: int, *, name: str = "images") -> None:
+    """Print how far several images or files are."""
     if total > 1:
-        print(f"images: {done}/{total}", file=sys.stderr)
+        print(f"{name}: {done}/{total}", file=sys.stderr)
 
 
 def write(path: Path, data: bytes) -> None:

@@ -57,10 +57,13 @@ def print_summary(summary: RunSummary, config: "RunConfig") -> None:
     if summary.paths is None:  # a model from elsewhere, evaluated only
         print(f"\nrun       {summary.run_id}: {summary.wall_seconds:.1f} s, {summary.llm_calls} LLM calls")
         return
+    from flows.runs.records import MODEL_LINK
+
     # This environment's, since PATH may hold another MLflow or none.
     mlflow = Path(sys.executable).parent / "mlflow"
     print(f"\nreport    {shorten(summary.paths.report)}")
-    print(f"model     {shorten(summary.paths.model)}")
+    link = Path(summary.paths.report).parent / MODEL_LINK
+    print(f"model     {shorten(str(link) if link.is_dir() else summary.paths.model)}")
     if config.tracking.kind == "mlflow":
         uri = config.tracking.uri or f"sqlite:///{shorten(str(Path(config.output_dir).absolute() / 'mlflow.db'))}"
         print(f"tracking  {shorten(str(mlflow))} ui --backend-store-uri '{uri}'")

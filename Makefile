@@ -23,7 +23,8 @@ test: setup-dev check  ## run all checks, all tests but slow layers, and test-nu
 	@$(MAKE) --no-print-directory test-numerics
 
 test-slow: setup-dev  ## run the slow layers: LLM servers, the stack, browsers; what is not installed is skipped
-	@$(PYTEST) -m "$(SLOW)" -rs
+	@# With a cache of what failed, for REPEAT=--last-failed.
+	@$(PYTEST) -o "addopts=-q --strict-markers" -o cache_dir=build/pytest -m "$(SLOW)" -rs $(REPEAT)
 
 # What is compared with other code, with the kernels of CPUs without AVX-512, with AVX2 alone, and on two threads.
 NUMERIC := tests/tasks/diffusion tests/tasks/encoders tests/tasks/evaluation tests/tasks/training/test_losses.py \

@@ -4,6 +4,7 @@ import ast
 import fnmatch
 import inspect
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import boto3
 import pytest
 from boto3.s3.transfer import TransferConfig
 
+from flows.cli.maintenance import gc
+from flows.cli.maintenance.gc import list_stale_uploads
 from tasks.services.config import StoreConfig
 from tasks.services.store import s3
 from tasks.services.store.s3 import S3Store
@@ -30,6 +33,7 @@ PERMISSIONS = {
     "CompleteMultipartUpload": "s3:PutObject",
     "AbortMultipartUpload": "s3:AbortMultipartUpload",
     "DeleteObject": "s3:DeleteObject",
+    "ListMultipartUploads": "s3:ListBucketMultipartUploads",
 }
 # Operations by method of boto3's client. Transfers split large files, and abort an upload that fails.
 OPERATIONS = {
@@ -39,11 +43,15 @@ OPERATIONS = {
     "head_object": {"HeadObject"},
     "delete_object": {"DeleteObject"},
     "list_objects_v2": {"ListObjectsV2"},
+    "list_multipart_uploads": {"ListMultipartUploads"},
+    "abort_multipart_upload": {"AbortMultipartUpload"},
     "download_file": {"HeadObject", "GetObject"},
     "upload_file": {
         "PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "AbortMultipartUpload",
     },
 }  # fmt: skip
+GARBAGE_COLLECTION = {"list_multipart_uploads", "abort_multipart_upload"}
+"""What no worker calls."""
 INDIRECT = {"get_paginator", "generate_presigned_url"}
 """Methods that name their operation in the first argument."""
 
@@ -125,7 +133,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
 
 
 def test_the_worker_policy_grants_exactly_what_the_store_calls() -> None:
-    operations = {operation for method in called_methods() for operation in OPERATIONS[method]}
+    operations = {operation for method in called_methods() - GARBAGE_COLLECTION for operation in OPERATIONS[method]}
     assert {PERMISSIONS[operation] for operation in operations} == granted("worker")
 
 
@@ -189,7 +197,29 @@ def test_another_prefix_of_the_bucket_is_out_of_reach(name: str) -> None:
 
 def test_a_reader_writes_nothing_and_garbage_collection_only_deletes() -> None:
     assert granted("reader") == {"s3:GetObject", "s3:ListBucket"}
-    assert granted("gc") == granted("reader") | {"s3:DeleteObject"}
+    removing = {"s3:DeleteObject", "s3:AbortMultipartUpload", "s3:ListBucketMultipartUploads"}
+    assert granted("gc") == granted("reader") | removing
+
+
+def test_abandoned_uploads_are_listed_and_aborted_which_the_gc_policy_allows(
+    s3_config: StoreConfig, sent: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = S3Store(s3_config.model_copy(update={"prefix": "likeness"}))
+    for key in ("likeness/models/a", "likeness/models/b", "elsewhere/c"):
+        store.client.create_multipart_upload(Bucket=store.bucket, Key=key)
+    begun = {upload.key: upload.begun for upload in store.list_uploads()}
+    assert set(begun) == {"models/a", "models/b"}
+    with monkeypatch.context() as patch:  # moto dates every upload to 2010
+        patch.setattr(gc, "UPLOAD_AGE", time.time())
+        assert list(list_stale_uploads(store)) == []  # younger ones may be in progress
+    sent.clear()
+    for item in list(list_stale_uploads(store)):
+        gc.remove(item, store)
+    assert store.list_uploads() == []
+    assert {request.operation for request in sent} == {"ListMultipartUploads", "AbortMultipartUpload"}
+    assert all(is_allowed("gc", request) for request in sent)
+    left = store.client.list_multipart_uploads(Bucket=store.bucket)["Uploads"]
+    assert [upload["Key"] for upload in left] == ["elsewhere/c"]
 
 
 def test_every_policy_denies_unencrypted_connections() -> None:

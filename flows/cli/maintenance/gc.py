@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flows.runs.records import list_run_folders, read_run, read_summary
 from tasks.errors import ConfigError
-from tasks.services.store.base import Store
+from tasks.services.store.base import Store, Upload
 from tasks.services.store.lease import LEASES, read_lease
 from tasks.services.store.local import LocalStore
 from tasks.services.store.open import open_store
@@ -17,6 +17,7 @@ from tasks.stage.files import PART_PREFIX
 
 HOUR, DAY = 3_600.0, 86_400.0
 PART_AGE = HOUR  # a younger one may belong to a write in progress
+UPLOAD_AGE = DAY  # the same; a large model may take hours at a bounded rate
 MAX_DAYS = 36_500
 # Copies and latents: made again when they are missing.
 CACHES = ("models", "published", "candidates", "latents")
@@ -32,6 +33,7 @@ class Item:
     path: Path | None = None
     keys: tuple[str, ...] = ()
     """Objects in the store, where it is not a path."""
+    upload: Upload | None = None
 
 
 def collect_garbage(output: Path, *, days: float, is_deleting: bool) -> list[Item]:
@@ -58,6 +60,7 @@ def collect_garbage(output: Path, *, days: float, is_deleting: bool) -> list[Ite
         *stages,
         *list_leftovers(output, store),
         *list_stale_leases(store),
+        *list_stale_uploads(store),
         *list_work(output, limit),
     ]
     if is_deleting:
@@ -141,6 +144,13 @@ def list_stale_leases(store: Store) -> Iterator[Item]:
             yield Item("lease of a process that is gone", key, 0, keys=(key,))
 
 
+def list_stale_uploads(store: Store) -> Iterator[Item]:
+    """Yield uploads in parts that a killed process left behind; the bucket bills their parts."""
+    for upload in store.list_uploads():
+        if time.time() - upload.begun > UPLOAD_AGE:
+            yield Item("abandoned upload", upload.key, 0, upload=upload)
+
+
 def list_leftovers(output: Path, store: Store) -> Iterator[Item]:
     """Yield temporary files of interrupted writes."""
     roots = [output]
@@ -191,6 +201,8 @@ def remove(item: Item, store: Store) -> None:
     """Remove one item; manifests first, so that a partly removed stage counts as incomplete."""
     for key in sorted(item.keys, key=lambda key: not key.endswith("/manifest.json")):
         store.delete(key)
+    if item.upload is not None:
+        store.abort_upload(item.upload)
     if item.path is not None and item.path.is_dir():
         shutil.rmtree(item.path, ignore_errors=True)
     elif item.path is not None:

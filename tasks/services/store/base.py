@@ -20,6 +20,16 @@ class StoredObject:
     """Seconds since 1970."""
 
 
+@dataclass(frozen=True)
+class Upload:
+    """An upload in parts that was begun and neither completed nor aborted."""
+
+    key: str
+    upload_id: str
+    begun: float
+    """Seconds since 1970."""
+
+
 class Store(Protocol):
     """The interface of object stores."""
 
@@ -49,6 +59,12 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove an object; removing none is not an error."""
+
+    def list_uploads(self) -> "list[Upload]":
+        """Return the unfinished uploads of this store; a folder has none."""
+
+    def abort_upload(self, upload: "Upload") -> None:
+        """Discard the parts of an upload; one that is gone is not an error."""
 
     def presign(self, key: str, *, seconds: int) -> str:
         """Return a URL by which anybody can read an object for `seconds`. Raises ConfigError if unsupported."""

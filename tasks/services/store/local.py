@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path, PurePosixPath
 
 from tasks.errors import ConfigError, ServiceUnavailable
-from tasks.services.store.base import StoredObject, check_key
+from tasks.services.store.base import StoredObject, Upload, check_key
 from tasks.stage.digests import digest_file
 from tasks.stage.files import PART_PREFIX, explain_full_disk, make_part_prefix, quarantine, staged_file, write_atomic
 
@@ -110,6 +110,12 @@ class LocalStore:
 
     def delete(self, key: str) -> None:
         self.path(key).unlink(missing_ok=True)
+
+    def list_uploads(self) -> list[Upload]:
+        return []
+
+    def abort_upload(self, upload: Upload) -> None:
+        raise ConfigError("a folder has no uploads in parts")
 
     def presign(self, key: str, *, seconds: int) -> str:
         raise ConfigError("image_urls=presigned needs a bucket: set store=s3, or image_urls=inline for the LLM profile")

@@ -8,7 +8,7 @@ from typing import Any
 
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.services.config import StoreConfig
-from tasks.services.store.base import StoredObject, check_key
+from tasks.services.store.base import StoredObject, Upload, check_key
 from tasks.stage.digests import digest_file
 
 SHA256_METADATA = "sha256"
@@ -158,6 +158,20 @@ class S3Store:
     def delete(self, key: str) -> None:
         with _translated(key):
             self.client.delete_object(**self._name(key))
+
+    def list_uploads(self) -> list[Upload]:
+        cut = len(self.prefix) + 1 if self.prefix else 0
+        found = []
+        with _translated("uploads"):
+            pages = self.client.get_paginator("list_multipart_uploads")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=f"{self.prefix}/" if self.prefix else ""):
+                for item in page.get("Uploads", ()):
+                    found.append(Upload(item["Key"][cut:], item["UploadId"], item["Initiated"].timestamp()))
+        return found
+
+    def abort_upload(self, upload: Upload) -> None:
+        with _translated(upload.key):
+            self.client.abort_multipart_upload(**self._name(upload.key), UploadId=upload.upload_id)
 
     def presign(self, key: str, *, seconds: int) -> str:
         # Signed locally, without a request: a missing object is noticed by whoever fetches the URL.

@@ -108,8 +108,10 @@ def compose_groups(choices: dict[str, str]) -> Tree:
 def stamp_options() -> tuple[object, ...]:
     """Return what a composition depends on besides its overrides: the files of options, and the environment."""
     folders = [CONFIG_DIR, *filter(None, [extra_config_dir()])]
-    files = [(str(path), path.stat().st_mtime_ns) for folder in folders for path in sorted(folder.rglob("*.yaml"))]
-    return (*files, *sorted(os.environ.items()))
+    # Editors leave links to nowhere beside an open file.
+    files = [path for folder in folders for path in sorted(folder.rglob("*.yaml")) if path.is_file()]
+    stamps = [(str(path), found.st_mtime_ns, found.st_size) for path in files if (found := path.stat())]
+    return (*stamps, *sorted(os.environ.items()))
 
 
 @lru_cache(maxsize=32)

@@ -377,8 +377,8 @@ def make_run_folder(output: Path, config: RunConfig, request: RunRequest, *, is_
     write_request(folder, request, is_trusted=is_trusted, model=model)
     flow_run_id = find_flow_run_id()
     write_start(folder, folder.name, compute_config_digest(config), flow_run_id=flow_run_id)
+    leave_to_earlier_attempt(folder)  # before earlier attempts are closed: this process may go
     close_earlier(folder, flow_run_id)
-    leave_to_earlier_attempt(folder)
     return folder
 
 

@@ -223,7 +223,8 @@ def resolve_paths(summary: RunSummary, folder: Path) -> RunSummary:
 
 def relate(path: str, folder: Path) -> str:
     """Return a path relative to a run's folder; an address in a bucket stays as it is."""
-    return path if "://" in path else os.path.relpath(path, folder.absolute())
+    # Resolved: `..` after a link leads elsewhere.
+    return path if "://" in path else os.path.relpath(Path(path).resolve(), folder.resolve())
 
 
 def suggest_next(summary: RunSummary, folder: Path) -> str:

@@ -1,5 +1,6 @@
 """Atomic file writes."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -16,7 +17,18 @@ import psutil
 from tasks.errors import StorageFull
 
 PART_PREFIX = ".part-"
-HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def identify_host() -> str:
+    """Return what names the processes that this one can see: containers may share a host's name, not its processes."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # Linux alone has both
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
+HOST = identify_host()
 OWNED_PART = re.compile(rf"{re.escape(PART_PREFIX)}{HOST}-(\d+)-.+")
 
 
@@ -45,7 +57,8 @@ def is_running(pid: int) -> bool:
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
-        return False
+        # Of another user, where /proc hides it: its id is taken nevertheless.
+        return bool(psutil.pid_exists(pid))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import threading
@@ -59,7 +60,11 @@ def remove_stale_lifelines(folder: Path) -> None:
     """Remove the FIFOs of processes that were killed, which no exit handler removes."""
     for path in folder.glob(f"{LIFELINE_PREFIX}*/{LIFELINE_NAME}"):
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            # Only what `open_lifeline` makes: names in a shared folder are anybody's.
+            found, names = path.lstat(), sorted(os.listdir(path.parent))
+            if not stat.S_ISFIFO(found.st_mode) or found.st_uid != os.getuid() or names != [LIFELINE_NAME]:
+                continue
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         except OSError:  # another user's, or just removed
             continue
         try:

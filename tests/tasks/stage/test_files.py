@@ -9,6 +9,7 @@ import pytest
 
 from tasks.errors import StorageFull
 from tasks.stage.files import OWNED_PART, remove_stale_parts, staged_file, write_atomic
+from tests.support.cli_sandbox import ROOT
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
@@ -77,3 +78,17 @@ def test_the_next_start_removes_the_temporary_files_of_killed_processes_and_no_o
     assert remote.exists()
     writers["living"].kill()
     writers["living"].communicate()
+
+
+def test_containers_with_one_host_name_leave_each_others_temporary_files(tmp_path: Path) -> None:
+    # Another namespace of process ids, as a container has: the writer's id means nothing there.
+    code = (
+        "import sys; from pathlib import Path; from tasks.stage.files import *; remove_stale_parts(Path(sys.argv[1]))"
+    )
+    command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code]
+    with staged_file(tmp_path / "model") as part:
+        done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False, cwd=ROOT)
+        if "unshare" in done.stderr:
+            pytest.skip(f"no namespaces here: {done.stderr.strip()[:80]}")
+        assert done.returncode == 0, done.stderr
+        assert part.exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tasks.stage.worker_process import LIFELINE_NAME, LIFELINE_PREFIX, remove_stale_lifelines
 from tests.support.cli_sandbox import ROOT
 
 PARENT = """
@@ -89,6 +90,19 @@ def test_a_folder_named_like_our_package_is_not_imported(tmp_path: Path) -> None
     command = [sys.executable, "-c", code, str(tmp_path), str(tmp_path / "lib")]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert done.stdout.strip() == str(ROOT / "tasks" / "__init__.py"), done.stderr
+
+
+def test_what_only_looks_like_a_lifeline_is_left_alone(tmp_path: Path) -> None:
+    for name in ("a file", "more files", "a link"):
+        (tmp_path / f"{LIFELINE_PREFIX}{name}").mkdir()
+    (tmp_path / f"{LIFELINE_PREFIX}a file" / LIFELINE_NAME).touch()
+    os.mkfifo(tmp_path / f"{LIFELINE_PREFIX}more files" / LIFELINE_NAME)
+    (tmp_path / f"{LIFELINE_PREFIX}more files" / "thesis.tex").touch()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / f"{LIFELINE_PREFIX}a link" / LIFELINE_NAME).symlink_to(tmp_path / "fifo")
+    before = sorted(tmp_path.rglob("*"))
+    remove_stale_lifelines(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_next_start_removes_the_lifelines_of_killed_processes_and_no_others(

@@ -90,10 +90,9 @@ def evaluate(
     ] = None,
 ) -> int:
     """Measure and judge a model that was trained elsewhere, comparable with runs."""
-    from flows.cli.results.evaluate import evaluate_in_terminal, list_words, make_request
+    from flows.cli.results.evaluate import Subject, evaluate_in_terminal, make_request
 
-    words = list_words(photos, class_noun, token=token)
-    return evaluate_in_terminal(make_request(model, [*words, *(settings or [])]))
+    return evaluate_in_terminal(make_request(model, Subject(photos, class_noun, token), settings or []))
 
 
 @app.command("approve", rich_help_panel=RESULTS)

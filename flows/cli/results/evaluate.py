@@ -1,30 +1,49 @@
 """`likeness evaluate`: measure a model that was trained elsewhere, as a run measures its own."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from conf.compose import describe_invalid
 from conf.overrides import parse_overrides
-from conf.request import EvaluationRequest
+from conf.request import EvaluationRequest, RunRequest
 from flows.cli.results.runs import print_metrics
 from tasks.errors import ConfigError
 
 
-def make_request(model: str, words: Sequence[str]) -> EvaluationRequest:
+@dataclass(frozen=True)
+class Subject:
+    """Whose model is evaluated: values as typed, never read as settings."""
+
+    photos: Path
+    class_noun: str
+    token: str | None = None
+
+
+def make_request(model: str, subject: Subject, words: Sequence[str]) -> EvaluationRequest:
     """Return the request of the arguments; nothing is tracked or registered unless they say so. Raises ConfigError."""
     from tasks.diffusion.external.detection import detect
 
+    if not subject.photos.is_dir():
+        raise ConfigError(f"--photos: {subject.photos} is not a folder")
     detect(model)  # before torch and Prefect are imported
     tracked = any(word.partition("=")[0] == "tracking" for word in words)
     base = parse_overrides(words if tracked else ["tracking=none", *words])
-    return EvaluationRequest(model=str(Path(model).expanduser().absolute()), base=base)
-
-
-def list_words(photos: Path, class_noun: str, *, token: str | None) -> list[str]:
-    """Return the options of the command as settings. Raises ConfigError where there are no photos."""
-    if not photos.is_dir():
-        raise ConfigError(f"--photos: {photos} is not a folder")
-    words = [f"subject.source={photos.absolute()}", f"subject.class_noun={class_noun}"]
-    return [*words, *([f"subject.identifier_token={token}"] if token else [])]
+    settings = dict(base.settings)
+    if subject.token is not None:
+        settings["subject.identifier_token"] = subject.token
+    values = {
+        **base.model_dump(exclude_unset=True),
+        "source": str(subject.photos.absolute()),
+        "class_noun": subject.class_noun,
+        "settings": settings,
+    }
+    try:
+        return EvaluationRequest(model=str(Path(model).expanduser().absolute()), base=RunRequest.model_validate(values))
+    except ValidationError as error:
+        raise ConfigError(describe_invalid(error)) from error
 
 
 def evaluate_in_terminal(request: EvaluationRequest, *, is_trusted: bool = True) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ def test_six_stages_turn_photos_into_a_published_model(first_run: dict[str, Any]
     assert first_run["judge"]["is_reliable"] in (True, False)
     assert first_run["cost_usd"] == 0.0
     for side in ("base", "tuned"):
-        assert set(first_run["metrics"][side]) == {"dino", "clip_i", "clip_t", "pres", "dino_div"}
+        assert set(first_run["metrics"][side]) == {
+            "dino", "clip_i", "clip_t", "pres", "dino_div", "nearest", "copies", "sharpness",
+        }  # fmt: skip
         assert set(first_run["scores"][side]) == {"concept_preservation", "prompt_following", "image_quality"}
     model = Path(first_run["paths"]["model"])
     assert {"README.md", "lineage.json", "model_index.json", "unet", "vae", "text_encoder"} <= {
@@ -34,10 +37,10 @@ def test_six_stages_turn_photos_into_a_published_model(first_run: dict[str, Any]
 
 def test_the_report_is_self_contained(first_run: dict[str, Any]) -> None:
     html = Path(first_run["paths"]["report"]).read_text()
-    assert html.count("data:image/png;base64,") >= 5 + 4 + 4 + 4
+    assert len(re.findall("data:image/(png|webp);base64,", html)) >= 5 + 4 + 4 + 4
     assert "http://" not in html
     assert "https://" not in html
-    for text in ("DINO", "CLIP-T", "PRES", "sks fish", "loss", "Runtime and cost"):
+    for text in ("DINO", "CLIP-T", "PRES", "sks fish", "loss", "Lineage, time and cost"):
         assert text in html
 
 

@@ -53,10 +53,10 @@ class PromptPolicy(BaseModel):
     @model_validator(mode="after")
     def check_rules(self) -> "PromptPolicy":
         """Refuse a rule that could never match, or always would, and an invalid pattern."""
-        sides = list(self.rules.items())
+        sides: list[tuple[str, Lists]] = [*self.rules.items(), *(("guards", [guard]) for guard in self.guards)]
         for name, rule in self.negative_rules.items():
             sides += [(name, rule.negative_prompt), (name, rule.prompt)]
-        for name, lists in [*sides, *(("guards", [guard]) for guard in self.guards)]:
+        for name, lists in sides:
             named = [one for group in lists for one in (group if isinstance(group, list) else [group])]
             unknown = [one for one in named if not self.words.get(one) and not self.patterns.get(one)]
             if unknown or not lists or [] in lists:

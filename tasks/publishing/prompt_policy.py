@@ -53,7 +53,8 @@ class PromptPolicy(BaseModel):
     @model_validator(mode="after")
     def check_rules(self) -> "PromptPolicy":
         """Refuse a rule that could never match, or always would, and an invalid pattern."""
-        sides: list[tuple[str, Lists]] = [*self.rules.items(), *(("guards", [guard]) for guard in self.guards)]
+        sides: list[tuple[str, Lists]] = list(self.rules.items())
+        sides += [("guards", [guard]) for guard in self.guards]
         for name, rule in self.negative_rules.items():
             sides += [(name, rule.negative_prompt), (name, rule.prompt)]
         for name, lists in sides:

@@ -334,7 +334,7 @@ def fetch_weights(store: Store, name: str, key: str, *, candidate: int | None, w
     if candidate not in candidates:
         retained = ", ".join(map(str, sorted(candidates))) or "none; see training.validation.save_top_k"
         raise ConfigError(
-            f"run {name} retained no weights of step {candidate} besides the published ones (retained: {retained})"
+            f"run {name} retained no checkpoint of step {candidate} besides the published one (retained: {retained})"
         )
     below = f"candidates/step-{candidate:08d}"
     return fetch_folder(store, candidates[candidate], below=below, folder=work / "candidates" / key / str(candidate))

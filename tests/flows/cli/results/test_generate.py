@@ -51,7 +51,7 @@ def test_a_retained_checkpoint_is_fetched_and_an_unknown_step_raises(tmp_path: P
     )
     weights = fetch_weights(store, "r", "k", candidate=400, work=tmp_path)
     assert (weights / "unet" / "weights.safetensors").read_bytes() == b"kept"
-    with pytest.raises(ConfigError, match=r"no weights of step 300 besides the published ones \(retained: 400\)"):
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 300 besides the published one \(retained: 400\)"):
         fetch_weights(store, "r", "k", candidate=300, work=tmp_path)
 
 

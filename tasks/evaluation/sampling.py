@@ -105,7 +105,8 @@ def generate_samples(
             )
             for plan, picture in zip(chunk, pictures, strict=True):
                 # Reusable by the next attempt even where this one fails before its manifest.
-                ref = folder.put_resumable(plan.name, encode_png(picture, is_generated=True))
+                facts = {"Title": plan.prompt, "Comment": f"seed {plan.seed}"}
+                ref = folder.put_resumable(plan.name, encode_png(picture, is_generated=True, facts=facts))
                 done[plan.name] = to_sample(plan, ref)
             on_progress(len(done), len(planned))
     return tuple(done[plan.name] for plan in planned)

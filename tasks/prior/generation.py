@@ -38,7 +38,7 @@ def generate_class_images(
     for seed, picture in draw(missing) if missing else ():
         check_picture(picture, seed=seed)
         # Stored one by one: an interrupted run loses a batch at most.
-        ref = folder.put_resumable(name_of(seed), encode_png(picture))
+        ref = folder.put_resumable(name_of(seed), encode_png(picture, is_generated=True))
         done[seed] = ClassImage(image=ref, seed=seed)
         on_progress(len(done), config.num_class_images)
     return tuple(done[seed] for seed in seeds)

@@ -1,6 +1,7 @@
 """The published model folder: weights, model card, lineage."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,15 +12,12 @@ from tasks.manifests.scoring import Scorecard
 from tasks.manifests.subject import SubjectSet
 from tasks.manifests.training import LossRow, TunedModel, parse_losses
 from tasks.prompts import name_subject
+from tasks.publishing.model_card import write_front_matter
 from tasks.services.store.base import Store
 from tasks.stage.cache import StageFolder, fetch_folder, read_verified
 from tasks.stage.files import write_atomic
 
-CARD = """---
-library_name: diffusers
-tags: [text-to-image, dreambooth]
----
-
+CARD = """
 # {title}
 
 A text-to-image model tuned on {num_photos} photos of one {class_noun} (DreamBooth, arXiv 2208.12242).
@@ -29,7 +27,7 @@ Write `{subject}` in a prompt to name the subject.
 from diffusers import DiffusionPipeline
 
 {loading}
-pipeline("a photo of {spoken}").images[0].save("sample.png")
+pipeline({prompt}).images[0].save("sample.png")
 ```
 
 | | base | tuned | real photos |
@@ -46,19 +44,19 @@ them, and don't tune models on people without their consent.
 
 
 WHOLE = 'pipeline = DiffusionPipeline.from_pretrained("THIS FOLDER")'
-BASE = 'pipeline = DiffusionPipeline.from_pretrained("{location}", revision={revision!r})'
+BASE = "pipeline = DiffusionPipeline.from_pretrained({location!r}, revision={revision!r})"
 LORA = 'pipeline.load_lora_weights("THIS FOLDER", weight_name="pytorch_lora_weights.safetensors")'
 ONE_ENCODER = (
-    'pipeline.load_textual_inversion("THIS FOLDER", weight_name="learned_embeds.safetensors", token="<{token}>")'
+    'pipeline.load_textual_inversion("THIS FOLDER", weight_name="learned_embeds.safetensors", token={token!r})'
 )
 TWO_ENCODERS = """from safetensors.torch import load_file
 
 vectors = load_file("THIS FOLDER/learned_embeds.safetensors")
 pipeline.load_textual_inversion(
-    vectors["clip_l"], token="<{token}>", text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer
+    vectors["clip_l"], token={token!r}, text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer
 )
 pipeline.load_textual_inversion(
-    vectors["clip_g"], token="<{token}>", text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2
+    vectors["clip_g"], token={token!r}, text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2
 )"""
 
 
@@ -75,7 +73,7 @@ def write_loading(tuned: TunedModel, identifier_token: str) -> str:
     elif tuned.method.startswith("textual_inversion"):
         # Only CLIP encoders learn tokens, and Flux has one of them beside T5.
         has_one_encoder = tuned.family in ("stable_diffusion", "flux")
-        lines.append((ONE_ENCODER if has_one_encoder else TWO_ENCODERS).format(token=identifier_token))
+        lines.append((ONE_ENCODER if has_one_encoder else TWO_ENCODERS).format(token=f"<{identifier_token}>"))
     if tuned.method.endswith("lora"):
         lines.append(LORA)
     return "\n".join(lines)
@@ -89,10 +87,10 @@ def write_snippets(run: RunManifests) -> list[tuple[str, str]]:
     python = (
         "from diffusers import DiffusionPipeline\n\n"
         f"{write_loading(tuned, subject.identifier_token)}\n"
-        f'pipeline("{prompt}").images[0].save("sample.png")'
+        f'pipeline({prompt!r}).images[0].save("sample.png")'
     )
     snippets = [
-        ("Command line", f'likeness generate latest "a photo of {spoken} in the snow"'),
+        ("Command line", f"likeness generate latest {shlex.quote(f'a photo of {spoken} in the snow')}"),
         ("diffusers; THIS FOLDER is the run's model folder, which `likeness runs` shows", python),
     ]
     if tuned.method == "lora":
@@ -120,10 +118,11 @@ def speak_in_diffusers(subject: SubjectSet, tuned: TunedModel) -> str:
 def export_model(folder: StageFolder, run: RunManifests, *, title: str, local: Path) -> tuple[ObjectRef, ...]:
     """Store the tuned model with model card and lineage; `local` receives the same files."""
     subject, tuned, evaluation = run.subject, run.training, run.evaluation
-    card = CARD.format(
+    prompt = f"a photo of {speak_in_diffusers(subject, tuned)}"
+    card = write_front_matter(run, title=title, instance_prompt=prompt) + CARD.format(
         title=title,
         loading=write_loading(tuned, subject.identifier_token),
-        spoken=speak_in_diffusers(subject, tuned),
+        prompt=repr(prompt),
         class_noun=subject.class_noun,
         subject=name_subject(identifier_token=subject.identifier_token, class_noun=subject.class_noun),
         num_photos=len(subject.images),

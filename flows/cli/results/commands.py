@@ -134,7 +134,7 @@ def generate(  # noqa: PLR0913, PLR0917 - a command's options
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps; default: evaluation's.")] = None,
     guidance: Annotated[float | None, typer.Option(min=1, max=30, help="Default: evaluation's.")] = None,
-    negative: Annotated[str, typer.Option(metavar="PROMPT", help="What images should not show.")] = "",
+    negative: Annotated[str, typer.Option(metavar="PROMPT", help="Negative prompt.")] = "",
     lora_scale: Annotated[float, typer.Option(min=0, max=2, help="Strength of a LoRA; 1: as trained.")] = 1.0,
     prompts_file: Annotated[
         Path | None, typer.Option(metavar="TXT", help="Prompts, one per line.", show_default=False)
@@ -142,7 +142,7 @@ def generate(  # noqa: PLR0913, PLR0917 - a command's options
     grid: Annotated[bool, typer.Option("--grid", help="Write all images as one grid too.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="PNG", help="Output file; default: in the run's folder.")] = None,
     candidate: Annotated[
-        int | None, typer.Option(min=0, max=MAX_INTEGER, metavar="STEP", help="Use the weights retained of this step.")
+        int | None, typer.Option(min=0, max=MAX_INTEGER, metavar="STEP", help="Use the checkpoint of this step.")
     ] = None,
     is_opened: Annotated[bool, typer.Option("--open", help="Show the image, or the grid.")] = False,
     output_dir: OutputDir = OUTPUT,
@@ -160,12 +160,12 @@ def generate(  # noqa: PLR0913, PLR0917 - a command's options
     folder = find_run(output_dir, run)
     target = images.Target(folder, out, has_grid=grid)
     done = images.generate(folder, request, target, on_progress=images.show_progress)
-    for path, used_seed in done:
+    for path, used_seed in done.images:
         print(f"{path}  seed {used_seed}")
-    if grid:
-        print(f"{target.grid()}  grid")
+    if done.grid is not None:
+        print(f"{done.grid}  grid")
     if is_opened:
-        typer.launch(str(target.grid() if grid else done[0][0]))
+        typer.launch(str(done.grid or done.images[0][0]))
     return 0
 
 

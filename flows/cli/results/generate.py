@@ -1,28 +1,32 @@
 """Generate images with a run's tuned model."""
 
 import gc
+import json
 import math
+import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from flows.cli.arguments import MAX_INTEGER
 from flows.runs.records import read_run
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.types import LORA_FILE
 from tasks.errors import ConfigError, first_line
-from tasks.images import encode_png
+from tasks.images import SOURCE_TYPE, XMP_KEY, encode_png, read_mark
 from tasks.manifests.publishing import Publication
 from tasks.manifests.training import TunedModel
 from tasks.publishing.prompt_policy import check_prompt
-from tasks.redaction import clean_text
 from tasks.services.store.base import Store
+from tasks.stage.files import write_atomic
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -44,12 +48,17 @@ class ImageRequest:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     candidate: int | None = None
-    """The step whose retained weights draw; None: the published ones."""
+    """The step of the retained checkpoint to use; None: the published weights."""
     size: int | None = None
     """Side of the square image, in px."""
     sampler: str | None = None
     lora_scale: float = 1.0
     negative_prompt: str = ""
+
+    def describe(self) -> str:
+        """Return the settings that shape the images, as JSON for a PNG text chunk."""
+        left_out = ("prompts", "num", "seed", "candidate")
+        return json.dumps({name: value for name, value in asdict(self).items() if name not in left_out})
 
 
 @dataclass(frozen=True)
@@ -66,53 +75,142 @@ class Target:
             return self.file or self.folder / f"image-{seed}.png"
         if self.file is None:
             return self.folder / f"image-{seed}-{number:03d}.png"
-        return self.file.with_name(f"{self.file.stem}-{number:03d}{self.file.suffix or '.png'}")
+        return self.file.with_name(f"{self.file.stem}-{number:03d}{self.file.suffix}")
 
     def grid(self) -> Path:
         """Return the grid's file."""
         return self.file.with_name(f"{self.file.stem}-grid.png") if self.file else self.folder / "grid.png"
 
+    def check(self, *, num: int) -> None:
+        """Refuse an output file that cannot be written, or would replace anything but a generated image.
+
+        Raises:
+            ConfigError: names the file.
+
+        """
+        if self.file is None:
+            return
+        if self.file.suffix.lower() != ".png":
+            raise ConfigError(f"--out {str(self.file)!r} must name a file that ends in .png")
+        for path in [self.name(0, n, num=num) for n in range(num)] + ([self.grid()] if self.has_grid else []):
+            check_replaceable(path)
+        parent = next(folder for folder in self.file.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise ConfigError(f"--out {self.file}: {parent} is no folder that can be written; choose another")
+
+    def write(self, path: Path, picture: "Picture", *, facts: Mapping[str, str]) -> Path:
+        """Write one image and return its file: a default name that another image has is numbered."""
+        if self.file is None:
+            path = find_free(path, facts)
+        write(path, encode_png(picture, is_generated=True, facts=facts))
+        return path
+
+
+@dataclass(frozen=True)
+class GeneratedImages:
+    """The files written, with their seeds, and the grid's."""
+
+    images: tuple[tuple[Path, int], ...]
+    grid: Path | None = None
+
+
+def read_generated(path: Path) -> dict[str, str] | None:
+    """Return the text chunks of a PNG marked as generated; None for any other file."""
+    from PIL.Image import DecompressionBombError
+
+    try:
+        mark = read_mark(path.read_bytes())
+    except (OSError, SyntaxError, ValueError, DecompressionBombError):  # no image, damaged, or too large
+        return None
+    return mark if mark.get("Software") == "likeness" and SOURCE_TYPE in mark.get(XMP_KEY, "") else None
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise ConfigError where a file exists that is no image of `likeness generate`."""
+    if not os.path.lexists(path):
+        return
+    # A read-only file is an object of the store.
+    if not path.is_file() or not path.stat().st_mode & 0o200 or read_generated(path) is None:
+        raise ConfigError(f"--out: {path} exists and is no generated image; choose another file")
+
+
+def find_free(path: Path, facts: Mapping[str, str]) -> Path:
+    """Return a path, numbered from 2 where other images have the names; the same image is replaced."""
+    free, number = path, 1
+    while os.path.lexists(free):
+        mark = read_generated(free)
+        if mark is not None and all(mark.get(name) == value for name, value in facts.items()):
+            break
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
+
 
 def read_prompts(path: Path) -> tuple[str, ...]:
     """Return the prompts of a file, one per line; empty lines and `#` comments are left out. Raises ConfigError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        # Lines end at "\n" only: `splitlines` also splits at characters that a prompt may hold.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a NUL
         raise ConfigError(f"--prompts-file: {path} cannot be read: {first_line(error)}") from error
     prompts = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
     if not 0 < len(prompts) <= MAX_PROMPTS:
         raise ConfigError(f"--prompts-file: {path} has {len(prompts):,} prompts, must be 1 to {MAX_PROMPTS:,}")
     for number, prompt in enumerate(prompts, 1):
-        if len(prompt) > MAX_LINE or clean_text(prompt) != prompt:
-            raise ConfigError(f"--prompts-file: prompt {number} has control characters, or more than {MAX_LINE:,}")
+        check_text(prompt, f"--prompts-file: prompt {number}")
     return prompts
 
 
-def check_request(request: ImageRequest) -> None:
-    """Refuse what no model could draw, before anything is loaded. Raises ConfigError."""
-    for prompt in request.prompts:
-        check_prompt(prompt)
+def check_text(text: str, name: str) -> None:
+    """Raise ConfigError for a prompt with control characters or invalid UTF-8, or a long one."""
+    # Surrogates (Cs) stand for bytes of an argument that are not UTF-8.
+    if any(unicodedata.category(char) in ("Cc", "Cs") and char != "\t" for char in text):
+        raise ConfigError(f"{name} has control characters or invalid UTF-8; write it as plain text")
+    if len(text) > MAX_LINE:
+        raise ConfigError(f"{name} has {len(text):,} characters, at most {MAX_LINE:,}; shorten it")
+
+
+def check_request(request: ImageRequest, *, subject: tuple[str, str] | None = None) -> None:
+    """Refuse an invalid request before anything is loaded; `subject`: identifier token and class noun.
+
+    Raises:
+        ConfigError: names the option, and the number of the prompt where there are several.
+
+    """
+    check_text(request.negative_prompt, "--negative")
+    for number, prompt in enumerate(request.prompts, 1):
+        check_text(prompt, "the prompt")
+        try:
+            check_prompt(prompt, negative_prompt=request.negative_prompt, subject=subject)
+        except ConfigError as error:
+            if len(request.prompts) == 1:
+                raise
+            raise ConfigError(f"--prompts-file: prompt {number}: {error}") from error
     if request.size is not None and request.size % 8:
         raise ConfigError(f"--size {request.size} is not a multiple of 8; use {round(request.size / 8) * 8}")
     if request.num * len(request.prompts) > MAX_IMAGES:
         raise ConfigError(f"{request.num * len(request.prompts):,} images, at most {MAX_IMAGES:,} at once")
+    if request.seed is not None and request.seed + request.num - 1 > MAX_INTEGER:
+        raise ConfigError(f"--seed {request.seed}: at most {MAX_INTEGER - request.num + 1} with --num {request.num}")
 
 
 def generate(
     folder: Path, request: ImageRequest, target: Target, *, on_progress: Callable[[int, int], None]
-) -> list[tuple[Path, int]]:
+) -> GeneratedImages:
     """Generate images with a run's weights; return their files and seeds. Each is written as soon as it is there.
 
     Raises:
-        ConfigError: the run did not finish, retained no weights of that step, or a prompt is refused.
+        ConfigError: the run did not finish, retained no checkpoint of that step, or a prompt or file is refused.
 
     """
     from tasks.diffusion.registry import load_model
     from tasks.diffusion.types import SamplingRequest
     from tasks.services.store.open import open_store
 
-    check_request(request)
     run = read_run(folder)
+    names = run.summary.subject
+    check_request(request, subject=(names.identifier_token, names.class_noun) if names else None)
+    target.check(num=request.num * len(request.prompts))
     config, key = run.config, run.find_stage_key("publishing" if request.candidate is None else "training")
     diffusion = change_diffusion(config.diffusion, request)
     store, work = open_store(config.store), Path(config.output_dir) / "work"
@@ -124,6 +222,7 @@ def generate(
     with fast_imports(weights):
         model = load_model(diffusion, folder=weights, lora_scale=request.lora_scale)
     done, pictures = [], []
+    origin = f"run {folder.name}, step {'published' if request.candidate is None else request.candidate}"
     for number, (prompt, seed) in enumerate(planned):
         on_progress(number, len(planned))
         # One at a time: each is on disk before the next begins, and the first one soon.
@@ -132,15 +231,19 @@ def generate(
             num_inference_steps=request.num_inference_steps or config.evaluation.num_inference_steps,
             guidance_scale=request.guidance_scale or config.evaluation.guidance_scale,
         )
-        path = target.name(seed, number, num=len(planned))
-        facts = {"Title": prompt, "Comment": f"seed {seed}, run {folder.name}, step {request.candidate or 'published'}"}
-        write(path, encode_png(picture, is_generated=True, facts=facts))
-        done.append((path, seed))
+        facts = {"Title": prompt, "Comment": f"seed {seed}, {origin}", "Description": request.describe()}
+        done.append((target.write(target.name(seed, number, num=len(planned)), picture, facts=facts), seed))
         pictures.append(picture)
     on_progress(len(planned), len(planned))
-    if target.has_grid:
-        write(target.grid(), encode_png(draw_grid(pictures, columns=request.num), is_generated=True))
-    return done
+    if not target.has_grid:
+        return GeneratedImages(tuple(done))
+    facts = {
+        "Title": "\n".join(request.prompts),
+        "Comment": f"seeds {first} to {first + request.num - 1}, {origin}",
+        "Description": request.describe(),
+    }
+    grid = target.write(target.grid(), draw_grid(pictures, columns=request.num), facts=facts)
+    return GeneratedImages(tuple(done), grid)
 
 
 def change_diffusion(config: DiffusionConfig, request: ImageRequest) -> DiffusionConfig:
@@ -180,8 +283,7 @@ def show_progress(done: int, total: int, *, name: str = "images") -> None:
 def write(path: Path, data: bytes) -> None:
     """Write a picture. Raises ConfigError that names the option."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        write_atomic(path, data)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}; set --out") from error
 
@@ -232,7 +334,7 @@ def fetch_weights(store: Store, name: str, key: str, *, candidate: int | None, w
     if candidate not in candidates:
         retained = ", ".join(map(str, sorted(candidates))) or "none; see training.validation.save_top_k"
         raise ConfigError(
-            f"run {name} retained no weights of step {candidate} besides the published ones (retained: {retained})"
+            f"run {name} retained no checkpoint of step {candidate} besides the published one (retained: {retained})"
         )
     below = f"candidates/step-{candidate:08d}"
     return fetch_folder(store, candidates[candidate], below=below, folder=work / "candidates" / key / str(candidate))

@@ -1,15 +1,18 @@
 """`likeness publish`, `promote` and `demote`: a run's model copied elsewhere, and the champion moved by hand."""
 
 import json
+import os
 import re
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from flows.cli.results.runs import find_run
 from flows.runs.promotion import CHAMPION, Contender, promote
-from flows.runs.records import PastRun, read_run
+from flows.runs.records import PastRun, list_run_folders, read_run
 from tasks.errors import ArtifactCorrupt, ConfigError
+from tasks.manifests.base import ObjectRef
 from tasks.manifests.evaluation import Evaluation
 from tasks.manifests.prior import ClassImageSet
 from tasks.manifests.publishing import Publication
@@ -20,10 +23,13 @@ from tasks.manifests.training import TunedModel
 from tasks.publishing.gate import find_blockers
 from tasks.services.config import StoreConfig
 from tasks.services.store.base import Store
+from tasks.services.store.local import LocalStore
 from tasks.services.store.open import open_store
 from tasks.services.tracking.base import Tracker
 from tasks.services.tracking.open import open_tracker
 from tasks.stage.cache import M, fetch_folder, find_manifest
+from tasks.stage.digests import digest_file
+from tasks.stage.files import make_part_prefix, remove_stale_parts, staged_file
 
 PUBLISHED = "likeness.json"
 """The manifest of a published folder, written last: a folder without it is incomplete."""
@@ -96,53 +102,137 @@ def publish_run(output: Path, name: str, to: str, *, on_progress: Callable[[int,
     """Copy a run's model and report to a folder or bucket, each file verified there, the manifest last.
 
     Raises:
-        ConfigError: the run did not finish, or the destination holds another model.
-        ArtifactCorrupt: a file arrived changed.
+        ConfigError: the run did not finish, or the destination belongs to a store or run, or is in use.
+        ArtifactCorrupt: checksum mismatch at the destination.
 
     """
     run = read_run(find_run(output, name))
     key = run.find_stage_key("publishing")
-    store, destination = open_store(run.config.store), open_destination(to, run.config.store)
+    config, work = run.config.store, Path(run.config.output_dir) / "work"
+    store = open_store(config)
     publication = find_manifest(store, Publication, stage="publishing", key=key)
     if publication is None:
         raise ConfigError(f"the model of run {run.summary.run_id} is missing from the store; run it again")
+    destination = open_destination(to, config, output=Path(run.config.output_dir))
     refs = [*publication.model, publication.report]
     files = {ref.key.split(f"/{key}/", 1)[1]: ref for ref in refs}
-    told = {
+    manifest = {
         "run": run.summary.run_id,
         "files": {path: {"sha256": ref.sha256, "size_bytes": ref.size_bytes} for path, ref in sorted(files.items())},
     }
-    held = destination.find_bytes(PUBLISHED)
-    if held is not None and read_files(held) != told["files"]:
-        raise ConfigError(f"{to} holds another model ({PUBLISHED}); choose an empty folder or prefix")
-    with tempfile.TemporaryDirectory() as scratch:
+    check_contents(destination, manifest, to=to)
+    work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work, prefix=make_part_prefix()) as scratch:
         for number, (path, ref) in enumerate(files.items()):
             on_progress(number, len(files))
             fetch_folder(store, [ref], below=key, folder=Path(scratch))
-            destination.put_file(path, Path(scratch) / path)
-            if destination.compute_sha256(path) != ref.sha256:
-                raise ArtifactCorrupt(f"{destination.describe(path)} arrived changed; publish again")
+            copy_verified(Path(scratch) / path, destination, path, ref=ref)
         on_progress(len(files), len(files))
-    destination.put_bytes(PUBLISHED, json.dumps(told, indent=1).encode())
+    destination.put_bytes(PUBLISHED, json.dumps(manifest, indent=1).encode())
     print(f"{destination.describe('model')}  {len(files)} files, verified")
     return 0
 
 
-def open_destination(to: str, config: StoreConfig) -> Store:
-    """Return the store of a folder or `s3://bucket/prefix`; a bucket is reached as the run's store is configured."""
+def copy_verified(source: Path, destination: Store, path: str, *, ref: ObjectRef) -> None:
+    """Move one file to the destination and hash what was written there. Raises ArtifactCorrupt."""
+    destination.put_file(path, source)
+    source.unlink()  # before the next file: a model of gigabytes is never staged whole
+    if isinstance(destination, LocalStore):
+        written = digest_file(destination.path(path))
+    else:  # an object's metadata only repeats what the upload claimed
+        destination.get_file(path, source)
+        written = digest_file(source)
+        source.unlink()
+    if written != ref.sha256:
+        raise ArtifactCorrupt(f"{destination.describe(path)}: checksum mismatch at the destination; publish again")
+
+
+def check_contents(destination: Store, manifest: Mapping[str, object], *, to: str) -> None:
+    """Raise ConfigError unless the destination is empty, or holds this model or the beginning of its copy."""
+    found, files = destination.find_bytes(PUBLISHED), manifest["files"]
+    assert isinstance(files, dict)
+    if found is not None:
+        if read_files(found) != files:
+            raise ConfigError(f"{to} already contains another model ({PUBLISHED}); choose an empty folder or prefix")
+    else:
+        other = next((key for key in destination.list_keys("") if key not in files), None)
+        if other is not None:
+            raise ConfigError(f"{to} is not empty ({other}); choose an empty folder or prefix")
+    if isinstance(destination, LocalStore):
+        for path in files:
+            destination.path(path)
+        remove_stale_parts(destination.root)
+
+
+class FolderDestination(LocalStore):
+    """A folder outside the store: files are copies, which their owner may edit, and no links are followed."""
+
+    def path(self, key: str) -> Path:
+        """Return the file of a key. Raises ConfigError where a folder on the way is a symbolic link."""
+        path = super().path(key)
+        for folder in path.parents:
+            if folder == self.root:
+                break
+            if folder.is_symlink():
+                raise ConfigError(f"{folder} is a symbolic link; remove it or choose another destination")
+        return path
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Copy a file's content, with mode 0644: a hard link would let an edit of the copy change the store."""
+        with staged_file(self.free_path(key), size_bytes=path.stat().st_size) as staged:
+            shutil.copyfile(path, staged)
+
+
+def open_destination(to: str, config: StoreConfig, *, output: Path) -> Store:
+    """Return the store of a folder or `s3://bucket/prefix`; a bucket is reached as the run's store is configured.
+
+    Raises:
+        ConfigError: another kind of address, a folder that cannot be written, or one of a store or run.
+
+    """
     bucket = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?", to)
     if bucket:
-        changes = {"kind": "s3", "bucket": bucket[1], "prefix": (bucket[2] or "").strip("/")}
-        return open_store(config.model_copy(update=changes))
-    if "://" in to:
-        raise ConfigError(f"--to {to}: give a folder or s3://BUCKET/PREFIX")
-    return open_store(config.model_copy(update={"kind": "local", "folder": str(Path(to).expanduser().absolute())}))
+        prefix = (bucket[2] or "").strip("/")
+        check_prefix(to, bucket[1], prefix, config=config)
+        return open_store(config.model_copy(update={"kind": "s3", "bucket": bucket[1], "prefix": prefix}))
+    if not to.strip() or not to.isprintable() or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", to):
+        raise ConfigError(f"--to {to!r}: give a folder or s3://BUCKET/PREFIX")
+    try:
+        root = Path(to).expanduser().resolve()
+        check_folder(root, config, output=output)
+        root.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a home folder that is not known
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--to {to}: {reason}; give a folder that can be written") from error
+    if not os.access(root, os.W_OK | os.X_OK):
+        raise ConfigError(f"--to {to}: not writable; give a folder that can be written")
+    return FolderDestination(root)
+
+
+def check_folder(root: Path, config: StoreConfig, *, output: Path) -> None:
+    """Raise ConfigError for a folder that equals, lies in or contains the store's, a run's or the working folder."""
+    stores = [Path(config.folder)] if config.kind == "local" and config.folder else []
+    for folder in [*stores, output / "store", output / "work", *list_run_folders(output)]:
+        own = folder.resolve()
+        if root.is_relative_to(own) or own.is_relative_to(root):
+            raise ConfigError(f"--to {root} overlaps {own}, which belongs to likeness; choose a folder elsewhere")
+
+
+def check_prefix(to: str, bucket: str, prefix: str, *, config: StoreConfig) -> None:
+    """Raise ConfigError for a prefix that equals, lies in or contains the store's."""
+    if config.kind != "s3" or bucket != config.bucket:
+        return
+    own, other = Path(config.prefix.strip("/")), Path(prefix)
+    # A store without a prefix uses folders such as `06-publishing`; others in the bucket are free.
+    is_free = not own.parts and other.parts and not re.match(r"\d\d-", other.parts[0])
+    if not is_free and (own.is_relative_to(other) or other.is_relative_to(own)):
+        raise ConfigError(f"--to {to} overlaps the run's store, s3://{bucket}/{config.prefix}; choose another prefix")
 
 
 def read_files(data: bytes) -> object:
     """Return what a published folder's manifest lists; None for one that is damaged."""
     try:
-        told = json.loads(data)
-    except ValueError:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError):
         return None
-    return told.get("files") if isinstance(told, dict) else None
+    return manifest.get("files") if isinstance(manifest, dict) else None

@@ -7,6 +7,7 @@ from tasks.diffusion.registry import load_model
 from tasks.encoders.config import EncoderConfig
 from tasks.evaluation.config import EvaluationConfig
 from tasks.evaluation.sampling import Source, generate_samples, plan_samples
+from tasks.images import read_mark
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config
@@ -69,3 +70,5 @@ def test_samples_of_an_earlier_attempt_are_reused(tmp_path: Path, tiny_model_fol
     assert loads == ["base", "tuned"]
     assert runs[0] == runs[1]
     assert len(runs[0]) == 14
+    mark = read_mark(store.find_bytes(runs[0][0].image.key) or b"")
+    assert (mark["Title"], mark["Comment"]) == (runs[0][0].prompt, f"seed {runs[0][0].seed}")

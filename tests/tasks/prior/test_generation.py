@@ -9,6 +9,7 @@ from PIL import Image
 from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.registry import load_model
 from tasks.errors import ConfigError
+from tasks.images import SOURCE_TYPE, XMP_KEY, read_mark
 from tasks.prior.config import PriorConfig
 from tasks.prior.generation import check_picture, generate_class_images, generate_images
 from tasks.prior.sharding import generate_on_devices
@@ -58,6 +59,7 @@ def test_a_foreign_file_is_replaced_by_the_generated_image(tmp_path: Path, tiny_
     store.put_bytes("02-prior/k/images/000001.png", b"not ours")
     images = generate(store, model)
     assert store.compute_sha256("02-prior/k/images/000001.png") == images[1].image.sha256  # type: ignore[attr-defined]
+    assert SOURCE_TYPE in read_mark(store.find_bytes("02-prior/k/images/000001.png") or b"")[XMP_KEY]
     assert images[1].image.size_bytes > 100  # type: ignore[attr-defined]
 
 

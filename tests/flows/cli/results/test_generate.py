@@ -20,6 +20,7 @@ from flows.cli.results.generate import (
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.hub import MINI_FOLDER
 from tasks.errors import ConfigError
+from tasks.images import read_mark
 from tasks.manifests.base import ModelRef
 from tasks.manifests.training import TunedModel
 from tasks.services.store.local import LocalStore
@@ -50,7 +51,7 @@ def test_a_retained_checkpoint_is_fetched_and_an_unknown_step_raises(tmp_path: P
     )
     weights = fetch_weights(store, "r", "k", candidate=400, work=tmp_path)
     assert (weights / "unet" / "weights.safetensors").read_bytes() == b"kept"
-    with pytest.raises(ConfigError, match=r"no weights of step 300 besides the published ones \(retained: 400\)"):
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 300 besides the published one \(retained: 400\)"):
         fetch_weights(store, "r", "k", candidate=300, work=tmp_path)
 
 
@@ -58,6 +59,8 @@ def test_prompts_of_a_file_leave_out_comments_and_empty_lines(tmp_path: Path) ->
     path = tmp_path / "prompts.txt"
     path.write_text("# scenes\na fish at sea\n\n  a fish at night \n")
     assert read_prompts(path) == ("a fish at sea", "a fish at night")
+    path.write_bytes(b"\xef\xbb\xbfa fish\xe2\x80\xa8at sea\r\n# none\n")
+    assert read_prompts(path) == ("a fish\u2028at sea",)
 
 
 @pytest.mark.parametrize(
@@ -80,11 +83,19 @@ def test_a_file_without_usable_prompts_is_a_one_line_error(tmp_path: Path, data:
         (ImageRequest(("fish", "a nude boy")), "the prompt is refused"),
         (ImageRequest(("fish",), size=100), "not a multiple of 8; use 96"),
         (ImageRequest(("fish",) * 11, num=100), "1,100 images, at most 1,000"),
+        (ImageRequest(("fish", "a nude boy")), "--prompts-file: prompt 2: the prompt is refused"),
+        (ImageRequest(("a woman",), negative_prompt="clothes"), "the prompt is refused"),
+        (ImageRequest(("fish\udcff",)), "the prompt has control characters or invalid UTF-8"),
+        (ImageRequest(("fish\x1b[31m",)), "the prompt has control characters"),
+        (ImageRequest(("fish",), negative_prompt="\0"), "--negative has control characters"),
+        (ImageRequest(("f" * 2001,)), "the prompt has 2,001 characters, at most 2,000"),
+        (ImageRequest(("fish",), seed=2**63 - 2, num=3), "--seed 9223372036854775806: at most 9223372036854775805"),
     ],
 )
 def test_a_request_that_cannot_be_drawn_is_refused_before_a_model_is_loaded(request_: ImageRequest, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         check_request(request_)
+    check_request(ImageRequest(("a naked sks",), seed=2**63 - 2, num=2), subject=("sks", "mole rat"))
 
 
 def test_size_and_sampler_change_the_models_configuration() -> None:
@@ -102,6 +113,61 @@ def test_several_images_have_files_of_their_own_and_one_keeps_the_name_that_was_
     assert [target.name(7, n, num=2) for n in (0, 1)] == [Path("out/a-000.png"), Path("out/a-001.png")]
     assert Target(Path("run")).name(7, 1, num=2) == Path("run/image-7-001.png")
     assert len({target.grid(), *(target.name(7, n, num=3) for n in range(3))}) == 4
+
+
+@pytest.mark.parametrize("out", [".", "/", "adir", "image.jpg", "image", "taken.png", "photo.png", "file/image.png"])
+def test_an_output_file_that_is_no_generated_image_is_refused_before_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adir").mkdir()
+    (tmp_path / "taken.png").mkdir()
+    (tmp_path / "file").write_text("x")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    with pytest.raises(ConfigError, match=r"^--out"):
+        Target(tmp_path, Path(out)).check(num=1)
+
+
+def test_a_generated_image_is_replaced_and_an_object_of_the_store_is_not(tmp_path: Path) -> None:
+    path, picture = tmp_path / "image.PNG", Image.new("RGB", (8, 8))
+    target = Target(tmp_path, path, has_grid=True)
+    target.check(num=1)
+    for title in ("a", "b"):
+        assert target.write(path, picture, facts={"Title": title}) == path
+        target.check(num=1)
+        assert read_mark(path.read_bytes())["Title"] == title
+    path.chmod(0o444)
+    with pytest.raises(ConfigError, match="is no generated image"):
+        target.check(num=1)
+    (tmp_path / "image-grid.png").write_text("notes")
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match=r"image-grid.png exists"):
+        target.check(num=1)
+
+
+def test_a_default_name_of_another_image_is_numbered(tmp_path: Path) -> None:
+    target, picture = Target(tmp_path), Image.new("RGB", (8, 8))
+    path = target.name(7, 0, num=1)
+    names = [target.write(path, picture, facts={"Title": title}).name for title in ("a", "b", "a", "c", "b")]
+    assert names == ["image-7.png", "image-7-2.png", "image-7.png", "image-7-3.png", "image-7-2.png"]
+    (tmp_path / "grid.png").write_text("mine")
+    assert target.write(target.grid(), picture, facts={"Title": "a"}).name == "grid-2.png"
+    assert (tmp_path / "grid.png").read_text() == "mine"
+
+
+def test_an_image_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, picture = Target(tmp_path, tmp_path / "a.png"), Image.new("RGB", (8, 8))
+    target.write(tmp_path / "a.png", picture, facts={})
+    before = (tmp_path / "a.png").read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "disk error")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(ConfigError, match="disk error; set --out"):
+        target.write(tmp_path / "a.png", picture, facts={"Title": "new"})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes() == before
 
 
 def test_a_grid_has_one_row_per_prompt() -> None:

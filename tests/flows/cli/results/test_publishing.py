@@ -1,6 +1,7 @@
 """A run's model copied elsewhere: complete and verified, or without a manifest."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from tasks.errors import ArtifactCorrupt, ConfigError
 from tasks.manifests.publishing import Publication
 from tasks.services.config import StoreConfig
 from tasks.services.store.base import Store
-from tasks.services.store.local import LocalStore
 from tasks.services.store.open import open_store
 from tasks.stage.cache import StageFolder
 
@@ -20,8 +20,8 @@ from tasks.stage.cache import StageFolder
 class OneRun:
     """A finished run, as far as publishing reads it."""
 
-    def __init__(self, config: StoreConfig) -> None:
-        self.config = type("Config", (), {"store": config})
+    def __init__(self, config: StoreConfig, output: Path) -> None:
+        self.config = type("Config", (), {"store": config, "output_dir": str(output)})
         self.summary = type("Summary", (), {"run_id": "a-run"})
 
     def find_stage_key(self, stage: str) -> str:
@@ -47,7 +47,7 @@ def config(s3_config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     own = s3_config.model_copy(update={"kind": "local", "folder": str(tmp_path / "store")})
     store_publication(open_store(own))
     monkeypatch.setattr(publishing, "find_run", lambda output, name: output / name)
-    monkeypatch.setattr(publishing, "read_run", lambda folder: OneRun(own))
+    monkeypatch.setattr(publishing, "read_run", lambda folder: OneRun(own, tmp_path / "runs"))
     return own
 
 
@@ -70,7 +70,7 @@ def test_a_model_is_copied_to_a_folder_and_again_without_harm(config: StoreConfi
 
 def test_a_model_is_copied_to_a_bucket(config: StoreConfig, s3_config: StoreConfig) -> None:
     publish(f"s3://{s3_config.bucket}/models/rex/")
-    there = open_destination(f"s3://{s3_config.bucket}/models/rex", config)
+    there = open_destination(f"s3://{s3_config.bucket}/models/rex", config, output=Path("runs"))
     assert there.find_bytes("model/README.md") == b"card"
     assert there.find_bytes(PUBLISHED) is not None
 
@@ -78,7 +78,7 @@ def test_a_model_is_copied_to_a_bucket(config: StoreConfig, s3_config: StoreConf
 def test_another_model_at_the_destination_is_not_overwritten(config: StoreConfig, tmp_path: Path) -> None:
     publish(str(tmp_path / "to"))
     store_publication(open_store(config), weights=b"other weights")
-    with pytest.raises(ConfigError, match="holds another model"):
+    with pytest.raises(ConfigError, match="already contains another model"):
         publish(str(tmp_path / "to"))
     assert (tmp_path / "to" / "model" / "unet" / "weights.safetensors").read_bytes() == b"weights"
 
@@ -86,24 +86,109 @@ def test_another_model_at_the_destination_is_not_overwritten(config: StoreConfig
 def test_without_all_files_there_is_no_manifest(
     config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = LocalStore.compute_sha256
+    copy = shutil.copyfile
 
-    def compute_changed(store: LocalStore, key: str) -> str | None:
-        return "0" * 64 if key == "model/README.md" else compute(store, key)
+    def copy_damaged(source: Path, target: Path) -> None:
+        copy(source, target)
+        if Path(source).name == "README.md":
+            Path(target).write_bytes(b"damaged")
 
-    monkeypatch.setattr(LocalStore, "compute_sha256", compute_changed)
-    with pytest.raises(ArtifactCorrupt, match="arrived changed; publish again"):
+    monkeypatch.setattr(shutil, "copyfile", copy_damaged)
+    with pytest.raises(ArtifactCorrupt, match="checksum mismatch at the destination; publish again"):
         publish(str(tmp_path / "to"))
     assert not (tmp_path / "to" / PUBLISHED).exists()
-    monkeypatch.setattr(LocalStore, "compute_sha256", compute)
+    monkeypatch.setattr(shutil, "copyfile", copy)
     publish(str(tmp_path / "to"))
     assert (tmp_path / "to" / PUBLISHED).exists()
 
 
-@pytest.mark.parametrize("to", ["http://x/y", "s3://UPPER/x", "gs://bucket"])
-def test_a_destination_of_another_kind_is_refused(config: StoreConfig, to: str) -> None:
+@pytest.mark.parametrize(
+    "to", ["http://x/y", "s3://UPPER/x", "gs://bucket", "", " ", "s3:/bucket/x", "file:/x", "a\x1b[0m", "a\0"]
+)
+def test_a_destination_of_another_kind_is_refused(config: StoreConfig, tmp_path: Path, to: str) -> None:
     with pytest.raises(ConfigError, match="give a folder or s3://BUCKET/PREFIX"):
-        open_destination(to, config)
+        open_destination(to, config, output=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "to",
+    ["store", "store/06-publishing/k", "runs/one", "runs/one/model", "link", "runs/work/x", "runs/store", ".", "runs"],
+)
+def test_a_destination_that_overlaps_a_store_or_a_run_is_refused(config: StoreConfig, tmp_path: Path, to: str) -> None:
+    run = tmp_path / "runs" / "one"
+    run.mkdir(parents=True)
+    (run / "request.json").write_text("{}")
+    stored = next((tmp_path / "store").rglob("README.md"))
+    (run / "model").symlink_to(stored.parent)
+    (tmp_path / "link").symlink_to(run)
+    with pytest.raises(ConfigError, match=r"overlaps .*; choose a folder elsewhere"):
+        publish(str(tmp_path / to))
+    assert stored.read_bytes() == b"card"
+    publish(str(tmp_path / "runs" / "published"))
+
+
+def test_a_prefix_that_overlaps_the_store_is_refused(s3_config: StoreConfig) -> None:
+    own = s3_config.model_copy(update={"prefix": "a/b"})
+    for prefix in ("", "a", "a/b", "a/b/c"):
+        with pytest.raises(ConfigError, match="overlaps the run's store"):
+            open_destination(f"s3://{own.bucket}/{prefix}", own, output=Path("runs"))
+    open_destination(f"s3://{own.bucket}/a/bc", own, output=Path("runs"))
+    whole = s3_config.model_copy(update={"prefix": ""})
+    open_destination(f"s3://{own.bucket}/models", whole, output=Path("runs"))
+    with pytest.raises(ConfigError, match="overlaps the run's store"):
+        open_destination(f"s3://{own.bucket}/06-publishing", whole, output=Path("runs"))
+
+
+def test_a_symbolic_link_inside_the_destination_is_not_followed(config: StoreConfig, tmp_path: Path) -> None:
+    to, elsewhere = tmp_path / "to", tmp_path / "elsewhere"
+    to.mkdir()
+    elsewhere.mkdir()
+    (to / "model").symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match="is a symbolic link; remove it"):
+        publish(str(to))
+    assert not list(elsewhere.iterdir())
+
+
+def test_editing_a_published_file_leaves_the_store_as_it_was(config: StoreConfig, tmp_path: Path) -> None:
+    publish(str(tmp_path / "to"))
+    card, stored = tmp_path / "to" / "model" / "README.md", next((tmp_path / "store").rglob("README.md"))
+    assert card.stat().st_ino != stored.stat().st_ino
+    assert card.stat().st_mode & 0o777 == 0o644
+    card.write_bytes(b"edited")
+    assert stored.read_bytes() == b"card"
+
+
+def test_a_folder_with_other_files_is_refused_and_an_interrupted_copy_resumes(
+    config: StoreConfig, tmp_path: Path
+) -> None:
+    to = tmp_path / "to"
+    (to / "model").mkdir(parents=True)
+    (to / "model" / "README.md").write_bytes(b"begun")
+    publish(str(to))
+    assert (to / "model" / "README.md").read_bytes() == b"card"
+    (to / PUBLISHED).unlink()
+    (to / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"is not empty \(notes.txt\)"):
+        publish(str(to))
+    (to / PUBLISHED).write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="already contains another model"):
+        publish(str(to))
+    with pytest.raises(ConfigError, match="give a folder that can be written"):
+        publish(str(to / "notes.txt"))
+
+
+def test_files_are_staged_one_at_a_time_in_the_output_folder(
+    config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def count_staged(done: int, total: int) -> None:
+        seen.append(sum(path.is_file() for path in (tmp_path / "runs" / "work").rglob("*")))
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    publish_run(Path("runs"), "a-run", str(tmp_path / "to"), on_progress=count_staged)
+    assert seen == [0, 0, 0, 0]
+    assert not list((tmp_path / "runs" / "work").iterdir())
 
 
 def test_a_runs_folder_links_its_model_and_both_may_move(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ import pytest
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from conf.request import RunRequest
-from flows.cli.results.compare import compare_runs
+from flows.cli.results.compare import compare_runs, load_candidate
 from flows.cli.results.tables import Format, Grid, render
-from flows.runs.records import write_request, write_summary
+from flows.runs.records import read_run, write_request, write_summary
 from tasks.errors import ConfigError
-from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Evaluation, Sample, SubjectMetrics
+from tasks.evaluation.comparison import Candidate
+from tasks.evaluation.comparison import compare as compare_candidates
+from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Evaluation, Protocol, Sample, SubjectMetrics
 from tasks.manifests.run_summary import JudgeSummary, RunSummary, StageSummary, Status
 from tasks.manifests.subject import ImageMeasures, InstanceImage, SubjectSet
 from tasks.services.store.local import LocalStore
@@ -87,10 +90,10 @@ def test_a_paired_comparison_decides_what_the_means_alone_do_not(tmp_path: Path)
         assert difference["mean"] == pytest.approx(0.03, abs=0.01)
         assert (difference["low"] > 0) is is_decided
     assert "DINO (subject fidelity) is higher by 0.03" in paired["conclusion"]
-    assert "CLIP-T (prompt fidelity) is undecided" in paired["conclusion"]
+    assert "CLIP-T (prompt fidelity) is inconclusive" in paired["conclusion"]
     assert "it is the better of the two" in paired["conclusion"]
-    assert "neither model may be called better" in unpaired["conclusion"]
-    assert "not which settings are" in paired["conclusion"]
+    assert "no significant difference" in unpaired["conclusion"]
+    assert "One training seed per model compares models, not settings" in paired["conclusion"]
     [difference] = paired["metrics"]["redness"]["differences"]  # a metric of another package
     assert difference["mean"] == pytest.approx(0.015, abs=0.005)
     assert paired["configuration"] == {"training.max_train_steps": ["300", "400"]}
@@ -142,11 +145,27 @@ def test_runs_that_cannot_be_compared_are_one_line_errors(tmp_path: Path) -> Non
         assert "\n" not in str(caught.value)
 
 
+def test_the_comparison_itself_refuses_other_encoders_and_notes_other_sampling_settings(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path, name) for name in ("run-a", "run-b")]
+    first, second = (load_candidate(read_run(folder)) for folder in folders)
+
+    def measured(found: Candidate, encoders: str, scale: str) -> Candidate:
+        protocol = Protocol(encoders=encoders, sampling={"guidance_scale": scale})
+        return replace(found, evaluation=found.evaluation.model_copy(update={"protocol": protocol}))
+
+    first = measured(first, "e", "7.5")
+    with pytest.raises(ConfigError, match="run-b and run-a were measured with other encoders"):
+        compare_candidates([first, measured(second, "f", "7.5")], is_paired=False)
+    assert compare_candidates([first, measured(second, "e", "7.5")]).notes == ()
+    told = "run-b was sampled with other settings than run-a: guidance_scale 1.0, not 7.5"
+    assert compare_candidates([first, measured(second, "e", "1.0")]).notes == (told,)
+
+
 def test_samples_that_have_left_the_store_are_reported(tmp_path: Path) -> None:
     make_run(tmp_path, "run-a")
     make_run(tmp_path, "run-b")
     (tmp_path / "store" / "04-evaluation" / "run-b" / "manifest.json").unlink()
-    with pytest.raises(ConfigError, match="the samples of run run-b are missing from the store"):
+    with pytest.raises(ConfigError, match="the samples of run-b are missing from the store"):
         compare(tmp_path, "run-a", "run-b")
 
 

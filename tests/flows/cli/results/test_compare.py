@@ -70,7 +70,7 @@ def make_run(
                                   inspection={}, caption="", surroundings="", view="", instance_prompt=""),),
         )
     )  # fmt: skip
-    judge = JudgeSummary(is_reliable=False, reason="controls failed: blur", alpha={}, spearman={}, pairs=None)
+    judge = JudgeSummary(is_reliable=False, reason="failed controls: blur", alpha={}, spearman={}, pairs=None)
     stages = {stage: StageSummary(key=name) for stage in ("evaluation", "subject")}
     write_summary(folder, RunSummary(run_id=name, status=status, stages=stages, judge=judge))
     return folder
@@ -109,7 +109,7 @@ def test_every_other_run_is_compared_with_the_first(tmp_path: Path) -> None:
     assert row.count("*") == 2
     assert "run-b against run-a" in text
     assert "it is the worse of the two" in text
-    assert "warning: the grades of run-c are unreliable: controls failed: blur" in text
+    assert "warning: the grades of run-c are unreliable: failed controls: blur" in text
 
 
 def test_runs_without_a_shared_prompt_and_seed_are_compared_unpaired_only(tmp_path: Path) -> None:

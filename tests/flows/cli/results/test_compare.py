@@ -192,3 +192,21 @@ def test_cells_are_escaped_in_every_format() -> None:
     assert "50% &amp; &lt;b&gt;" in texts["html"]
     assert "<p>1 &lt; 2</p>" in texts["html"]
     assert "'=cmd()" in texts["csv"]
+
+
+@pytest.mark.parametrize("cell", ["+cmd|' /C calc'!A0", "-1+A1", "=1+1", "@SUM(A1)", "-cmd"])
+def test_a_cell_that_a_spreadsheet_would_compute_is_quoted_in_csv(cell: str) -> None:
+    text = render([Grid("T", ("a",), ((cell,),))], [], as_format="csv", data={})
+    assert next(csv.reader([text.splitlines()[1]])) == [f"'{cell}"]
+
+
+@pytest.mark.parametrize("cell", ["-", "-0.024", "+0.050 [-0.010, +0.110]", "+3.122 [+0.894, +4.970] *"])
+def test_figures_stay_as_they_are_in_csv(cell: str) -> None:
+    assert next(csv.reader([render([Grid("T", ("a",), ((cell,),))], [], as_format="csv", data={}).splitlines()[1]])) == [
+        cell
+    ]
+
+
+def test_a_backslash_before_a_pipe_does_not_end_a_markdown_cell() -> None:
+    text = render([Grid("T", ("a",), (("x\\|y",),))], [], as_format="md", data={})
+    assert text.splitlines()[2] == r"| x\\\|y |"

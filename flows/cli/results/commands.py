@@ -55,9 +55,7 @@ def report(
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(
-            metavar="RUN RUN ...", help="Runs; the first is the baseline.", autocompletion=complete_run
-        ),
+        typer.Argument(metavar="RUN RUN ...", help="Runs; the first is the baseline.", autocompletion=complete_run),
     ],
     *,
     unpaired: Annotated[

@@ -153,4 +153,6 @@ def explain_no_report(folder: Path) -> str:
         return f"{folder.name} evaluated a model from elsewhere, which has no report; use `likeness compare`"
     if summary.status == "finished":
         return f"the report of run {folder.name} was removed; run it again, the stages are cached"
-    return f"run {folder.name} has no report; it did not finish ({summary.status}); `likeness runs` shows how to resume it"
+    return (
+        f"run {folder.name} has no report; it did not finish ({summary.status}); `likeness runs` shows how to resume it"
+    )

@@ -202,9 +202,9 @@ def test_a_cell_that_a_spreadsheet_would_compute_is_quoted_in_csv(cell: str) -> 
 
 @pytest.mark.parametrize("cell", ["-", "-0.024", "+0.050 [-0.010, +0.110]", "+3.122 [+0.894, +4.970] *"])
 def test_figures_stay_as_they_are_in_csv(cell: str) -> None:
-    assert next(csv.reader([render([Grid("T", ("a",), ((cell,),))], [], as_format="csv", data={}).splitlines()[1]])) == [
-        cell
-    ]
+    assert next(
+        csv.reader([render([Grid("T", ("a",), ((cell,),))], [], as_format="csv", data={}).splitlines()[1]])
+    ) == [cell]
 
 
 def test_a_backslash_before_a_pipe_does_not_end_a_markdown_cell() -> None:

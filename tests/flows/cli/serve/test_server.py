@@ -12,9 +12,9 @@ import pytest
 from conf.request import RunRequest
 from flows.cli.results.runs import explain_no_report
 from flows.cli.serve.server import HOST, make_handler, serve_runs
-from tasks.manifests.run_summary import EvaluatedModel
 from flows.runs.records import read_summary, write_request, write_start, write_summary
 from tasks.errors import ConfigError
+from tasks.manifests.run_summary import EvaluatedModel
 
 RUN = "20260101-000000-fish-0001"
 

@@ -52,7 +52,7 @@ def make_gallery(store: Store, run: RunManifests, *, budget: int = MAX_CHARACTER
     shown_grids = thin(grids, MAX_SHOWN)
     rejects = [each.thumbnail for each in (*run.subject.quarantined, *run.subject.rejected) if each.thumbnail]
     photos = [image.image for image in run.subject.images]
-    others = [*photos, *rejects[:MAX_SHOWN], *sum(shown.values(), []), *shown_grids]
+    others = [*photos, *rejects[:MAX_SHOWN], *shown["base"], *shown["tuned"], *shown_grids]
     others += [image.image for image in run.prior.images[:MAX_SHOWN]]
     real = {ref.key for ref in (*photos, *rejects)}
     for side in SIDES:

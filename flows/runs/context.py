@@ -219,9 +219,9 @@ def summarize_judge(scores: Scorecard) -> JudgeSummary:
     failed = [control.name for control in reliability.controls if not control.is_passed]
     reason = ""
     if not reliability.controls:
-        reason = "no controls were judged"
+        reason = "no control samples were graded"
     elif failed:
-        reason = f"controls failed: {', '.join(failed)}"
+        reason = f"failed controls: {', '.join(failed)}"
     elif not reliability.is_comparable:
         reason = "another model than the requested one answered"
     return JudgeSummary(

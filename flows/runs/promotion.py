@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tasks.errors import ConfigError, ServiceUnavailable
+from tasks.errors import ArtifactCorrupt, ConfigError, LikenessError, first_line
 from tasks.manifests.evaluation import Evaluation
 from tasks.manifests.run_summary import RegisteredModel
 from tasks.manifests.scoring import Scorecard, SideScores
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tasks.evaluation.comparison import Candidate
 
 CHAMPION = "champion"
+FORCE = "promote with --force"
 
 
 @dataclass(frozen=True)
@@ -35,32 +36,47 @@ def promote(tracker: Tracker, store: Store, contender: Contender) -> RegisteredM
     blockers = list(contender.blockers)
     try:
         champion = tracker.find_alias(name, CHAMPION)
-        if champion is not None and champion.version == version:
-            return RegisteredModel(model=name, version=version, is_champion=True)
-        if champion is not None and not blockers:
-            blockers = find_weaknesses(store, contender, champion)
+        while True:
+            if champion is not None and champion.version == version:
+                return RegisteredModel(model=name, version=version, is_champion=True)
+            if champion is not None and not blockers:
+                blockers = find_weaknesses(store, contender, champion)
+            # A comparison takes seconds, in which another run may have become the champion.
+            held, champion = champion, tracker.find_alias(name, CHAMPION)
+            if blockers or find_version(held) == find_version(champion):
+                break
         if not blockers:
             tracker.set_alias(name, CHAMPION, version)
-    except ServiceUnavailable as error:  # the model is registered; its alias can be moved later
-        blockers.append(str(error))
+    except (LikenessError, OSError) as error:  # the model is registered; its alias can be moved later
+        blockers.append(f"the promotion failed: {first_line(error)}")
     return RegisteredModel(model=name, version=version, is_champion=not blockers, blockers=tuple(blockers))
+
+
+def find_version(champion: Version | None) -> str | None:
+    """Return the champion's version; None where there is no champion."""
+    return None if champion is None else champion.version
 
 
 def find_weaknesses(store: Store, contender: Contender, champion: Version) -> list[str]:
     """Return why a version does not beat the champion, by the paired comparison of DINO and CLIP-T."""
-    from tasks.evaluation.comparison import compare
+    from tasks.evaluation.comparison import UnpairedError, compare
 
     held = f"version {champion.version}, the champion"
     keys = {stage: champion.tags.get(f"likeness.{stage}", "") for stage in ("evaluation", "subject", "scoring")}
+    own = load_evaluated(store, f"version {contender.version}", contender.keys)
     try:
-        found = compare(
-            [
-                load_evaluated(store, held, keys),
-                load_evaluated(store, f"version {contender.version}", contender.keys),
-            ]
-        )
+        reference = load_evaluated(store, held, keys)
+    except (ConfigError, ArtifactCorrupt):
+        return [f"{held}, has no samples in the store to compare with; {FORCE}"]
+    refusal = find_mismatch(own, reference)
+    if refusal:
+        return [refusal]
+    try:
+        found = compare([reference, own])
+    except UnpairedError:
+        return [f"{held}, was evaluated with other prompts or seeds; {FORCE}"]
     except ConfigError as error:
-        return [f"it cannot be compared with {held}: {error}"]
+        return [f"it cannot be compared with {held}: {error}; {FORCE}"]
     differences = {row.key: row.differences[0] for row in found.metrics}
     dino, clip_t = differences["dino"], differences["clip_t"]
     is_better = [d.low is not None and d.low > 0 for d in (dino, clip_t)]
@@ -68,7 +84,24 @@ def find_weaknesses(store: Store, contender: Contender, champion: Version) -> li
     if any(is_better) and not any(is_worse):
         return []
     told = f"DINO {dino.show_gain()}, CLIP-T {clip_t.show_gain()}"
-    return [f"it is not shown to be better than {held}: {told}"]
+    return [f"no significant improvement over the champion (version {champion.version}): {told}"]
+
+
+def find_mismatch(own: "Candidate", champion: "Candidate") -> str:
+    """Return why two evaluations have no common scale; empty where they have."""
+    from tasks.evaluation.comparison import find_other_settings
+
+    if own.photos != champion.photos:
+        return f"{champion.name}, was tuned on other photos; {FORCE}, or set tracking.registered_model for this subject"
+    one, other = own.evaluation.protocol, champion.evaluation.protocol
+    if not (one.encoders and other.encoders):
+        older = f"{champion.name}," if one.encoders else own.name
+        return f"{older} was evaluated by an earlier version of likeness; run it again, or {FORCE}"
+    if one == other:
+        return ""
+    encoders = ["evaluation.encoders"] if one.encoders != other.encoders else []
+    told = ", ".join([*encoders, *find_other_settings(one, other)])
+    return f"{champion.name}, was evaluated with other encoders or sampling settings ({told}); {FORCE}"
 
 
 def load_evaluated(store: Store, name: str, keys: Mapping[str, str]) -> "Candidate":
@@ -78,7 +111,7 @@ def load_evaluated(store: Store, name: str, keys: Mapping[str, str]) -> "Candida
     evaluation = find_manifest(store, Evaluation, stage="evaluation", key=keys["evaluation"])
     subject = find_manifest(store, SubjectSet, stage="subject", key=keys["subject"])
     if evaluation is None or subject is None:
-        raise ConfigError(f"the samples of run {name} are missing from the store; run it again")
+        raise ConfigError(f"the samples of {name} are missing from the store; run it again")
     scores = None
     if "scoring" in keys:
         scores = find_manifest(store, Scorecard, stage="scoring", key=keys["scoring"])

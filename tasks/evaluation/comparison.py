@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tasks.errors import ConfigError
-from tasks.evaluation.intervals import MIN_CLUSTERS, Values, estimate_samples, estimate_unpaired, subtract
-from tasks.manifests.evaluation import Estimate, Evaluation
+from tasks.evaluation.intervals import Values, estimate_samples, estimate_unpaired, subtract
+from tasks.manifests.evaluation import MIN_CLUSTERS, Estimate, Evaluation, Protocol
 from tasks.metrics import METRICS, Metric
 
 JUDGE_TEXT = "mean grade of the judge, 0 to 4; higher is better"
@@ -17,6 +17,10 @@ JUDGED = {
 }
 HEADLINE = {"dino": "subject fidelity", "clip_t": "prompt fidelity"}
 """What the conclusion is about, by metric."""
+
+
+class UnpairedError(ConfigError):
+    """Differences can't be paired, but means can be compared."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,14 @@ def compare(candidates: Sequence[Candidate], *, is_paired: bool = True) -> Compa
     """Compare every model with the first.
 
     Raises:
-        ConfigError: paired, but the models were measured on other photos, or share no prompt and seed.
+        UnpairedError: paired, but the models were measured on other photos, or share no prompt and seed.
+        ConfigError: they were measured with other encoders.
 
     """
     first = candidates[0]
+    differing = check_protocols(candidates)
     tables = [collect_values(candidate) for candidate in candidates]
-    notes = check_shared(candidates, tables) if is_paired else []
+    notes = [*differing, *(check_shared(candidates, tables) if is_paired else ())]
     rows = []
     for key, metric in {**METRICS, **find_others(tables), **JUDGED}.items():
         if key in JUDGED and len({candidate.judge for candidate in candidates}) > 1:
@@ -110,21 +116,47 @@ def collect_values(candidate: Candidate) -> dict[str, Values]:
     return dict(found)
 
 
+def check_protocols(candidates: Sequence[Candidate]) -> list[str]:
+    """Return a note for each model that was sampled with other settings than the first.
+
+    Raises:
+        ConfigError: metrics were measured with other encoders: their cosines have no common scale.
+
+    """
+    first, notes = candidates[0], []
+    for candidate in candidates[1:]:
+        own, reference = candidate.evaluation.protocol, first.evaluation.protocol
+        if own.encoders and reference.encoders and own.encoders != reference.encoders:
+            raise ConfigError(
+                f"{candidate.name} and {first.name} were measured with other encoders (evaluation.encoders): none of "
+                "their metrics compare; evaluate both with the same ones"
+            )
+        names = find_other_settings(own, reference)
+        if names and own.sampling and reference.sampling:
+            notes.append(f"{candidate.name} was sampled with other settings than {first.name}: {', '.join(names)}")
+    return notes
+
+
+def find_other_settings(own: Protocol, reference: Protocol) -> list[str]:
+    """Return the names of sampling settings that differ, with both values."""
+    names = sorted({*own.sampling, *reference.sampling})
+    values = [(name, own.sampling.get(name, ""), reference.sampling.get(name, "")) for name in names]
+    return [f"{name} {one or 'none'}, not {other or 'none'}" for name, one, other in values if one != other]
+
+
 def check_shared(candidates: Sequence[Candidate], tables: Sequence[Mapping[str, Values]]) -> list[str]:
-    """Return notes on what is shared in part. Raises ConfigError where nothing can be paired."""
+    """Return notes on what is shared in part. Raises UnpairedError where nothing can be paired."""
     first, notes = candidates[0], []
     draws = [{(prompt, seed) for prompt, row in table["dino"].items() for seed in row} for table in tables]
     for candidate, drawn in zip(candidates[1:], draws[1:], strict=True):
         shared = draws[0] & drawn
         if candidate.photos != first.photos:
-            raise ConfigError(
-                f"{candidate.name} was measured on other photos than {first.name}: differences can't be paired; "
-                "--unpaired compares the means"
+            raise UnpairedError(
+                f"{candidate.name} was measured on other photos than {first.name}: differences can't be paired"
             )
         if not shared:
-            raise ConfigError(
-                f"{candidate.name} and {first.name} share no prompt and seed: differences can't be paired; "
-                "--unpaired compares the means"
+            raise UnpairedError(
+                f"{candidate.name} and {first.name} share no prompt and seed: differences can't be paired"
             )
         if shared != draws[0] | drawn:
             notes.append(f"{candidate.name}: {len(shared)} samples of {len(drawn)} have the prompt and seed of another")
@@ -155,7 +187,7 @@ def conclude(name: str, reference: str, differences: Mapping[str, Estimate]) -> 
             word = "higher" if found.mean > 0 else "lower"
             parts.append(f"{label} is {word} by {abs(found.mean):.3f} [{found.low:+.3f}, {found.high:+.3f}]")
         else:
-            parts.append(f"{label} is undecided at {found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]")
+            parts.append(f"{label} is inconclusive at {found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]")
     copies = differences.get("copies")
     if copies is not None and copies.is_decided and copies.mean > 0:
         parts.append("more of its samples are near-duplicates of photos, so its fidelity is partly copying")
@@ -167,10 +199,10 @@ def judge_headline(differences: Mapping[str, Estimate]) -> str:
     """Return which of two models is better, as far as the headline metrics decide it."""
     found = [differences[key] for key in HEADLINE if key in differences]
     if any(each.low is None for each in found) or not found:
-        return "nothing may be concluded"
+        return "inconclusive"
     signs = {each.mean > 0 for each in found if each.is_decided}
     if not signs:
-        return "neither model may be called better"
+        return "no significant difference"
     if len(signs) == 2:
         return "it trades one for the other, so neither is better in both"
     return "it is the better of the two" if signs == {True} else "it is the worse of the two"
@@ -180,6 +212,6 @@ def limit(is_paired: bool) -> str:
     """Return what may not be concluded."""
     how = "" if is_paired else " Unpaired means also differ by their prompts and seeds."
     return (
-        "This holds for this subject and prompts like these; one training seed each says which model is better, not "
-        f"which settings are, and intervals are not adjusted for the number of metrics.{how}"
+        "Valid for this subject and similar prompts. One training seed per model compares models, not settings. Not "
+        f"corrected for multiple comparisons.{how}"
     )

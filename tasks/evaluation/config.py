@@ -2,11 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from tasks.config_base import CHECKED, MAX_SEED, PlainName, PlainText, RequestRule, Section
 from tasks.encoders.config import EncoderConfig
-from tasks.evaluation.prompt_sets import OWN_KIND, check_prompt
+from tasks.evaluation.prompt_sets import OWN_KIND, check_distinct, check_prompt
 
 
 class PromptTemplate(Section):
@@ -49,3 +49,10 @@ class EvaluationConfig(Section):
     lora_scale: float = Field(ge=0, le=2, description="strength of a LoRA in samples; 1: as trained")
     batch_size: int = Field(ge=1, le=256, description="images per denoising batch")
     encoders: EncoderConfig
+
+    @field_validator("prompts")
+    @classmethod
+    def refuse_equal_prompts(cls, prompts: tuple[PromptTemplate, ...]) -> tuple[PromptTemplate, ...]:
+        """Refuse prompts that are the same once filled in: their samples would be paired with each other."""
+        check_distinct([prompt.text for prompt in prompts])
+        return prompts

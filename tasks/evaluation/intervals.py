@@ -10,12 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from scipy import stats
 
-from tasks.manifests.evaluation import Estimate
+from tasks.manifests.evaluation import MIN_CLUSTERS, Estimate
 
 NUM_RESAMPLES = 9999
 LEVEL = 0.95
-MIN_CLUSTERS = 5
-"""With fewer, not even the interval from the smallest to the largest value covers a median with 95 %."""
 Values = Mapping[str, Mapping[int, float]]
 """By prompt, then by seed."""
 
@@ -67,9 +65,15 @@ def subtract(second: Values, first: Values) -> dict[str, dict[int, float]]:
     return {prompt: by_seed for prompt, by_seed in paired.items() if by_seed}
 
 
+def list_independent(values: Values) -> list[float]:
+    """Return the means of prompts; of a single prompt its seeds, which are independent of each other."""
+    rows = [list(by_seed.values()) for by_seed in values.values() if by_seed]
+    return rows[0] if len(rows) == 1 else [float(np.mean(row)) for row in rows]
+
+
 def estimate_unpaired(second: Values, first: Values) -> Estimate:
-    """Return the difference of two means over different prompts or seeds, by Welch's interval over prompt means."""
-    means = [np.array([np.mean(list(by_seed.values())) for by_seed in values.values()]) for values in (second, first)]
+    """Return the difference of two means over different prompts or seeds, by Welch's interval."""
+    means = [np.array(list_independent(values)) for values in (second, first)]
     totals = [np.mean([v for by_seed in values.values() for v in by_seed.values()]) for values in (second, first)]
     difference, num = float(totals[0] - totals[1]), min(len(row) for row in means)
     errors = [float(row.var(ddof=1) / len(row)) if len(row) > 1 else 0.0 for row in means]

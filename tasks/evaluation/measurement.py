@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from tasks.errors import ConfigError, LikenessError, first_line
 from tasks.evaluation.intervals import estimate_samples, subtract
 from tasks.evaluation.metrics import Features, MetricFunction, find_functions, measure_ceiling
-from tasks.evaluation.own_metrics import OwnMetric, check_values
+from tasks.evaluation.own_metrics import OwnMetric, read_values
 from tasks.manifests.evaluation import (
     CeilingMetrics,
     DriftMetrics,
@@ -96,10 +96,15 @@ def measure_each(
     found: dict[str, dict[str, float]] = {}
     for name, metric in registry.metrics.items():
         values: dict[str, float] = {}
+        num_missing = 0
         for rows in group_samples(samples, metric.level):
             measured = call(name, registry.functions[name], (features.take(rows), photos))
-            if measured is not None:
+            if measured is None:
+                num_missing += 1
+            else:
                 values |= dict(zip([samples[row].image.key for row in rows], measured, strict=True))
+        if values and num_missing and name not in METRICS:
+            raise ConfigError(f"metric {name} returned None for {num_missing} groups of samples, but not for all")
         if values:
             found[name] = values
     return found
@@ -109,15 +114,12 @@ def call(name: str, function: MetricFunction, arguments: tuple[Features, Feature
     """Return a metric's values as plain numbers. Raises ConfigError for a metric that fails."""
     try:
         measured = function(*arguments)
+        # Inside: a generator runs while it is read.
+        return None if measured is None else read_values(name, measured, num=len(arguments[0].dino))
     except LikenessError:
         raise
     except Exception as error:  # a metric of another package may raise anything
         raise ConfigError(f"metric {name} failed: {type(error).__name__}: {first_line(error)}") from error
-    if measured is None:
-        return None
-    values = [float(value) for value in measured]
-    check_values(name, values, num=len(arguments[0].dino))
-    return values
 
 
 def group_samples(samples: Sequence[Sample], level: Level) -> Iterable[list[int]]:

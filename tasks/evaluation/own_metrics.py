@@ -4,18 +4,24 @@ An entry point's name is the metric's key; it names a function `(samples, photos
 an `OwnMetric` with its description. Installed means measured: version and name are part of the stage's key.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tasks.errors import ConfigError, first_line
+from tasks.manifests.scoring import SideScores
 from tasks.metrics import METRICS, Metric
 
 if TYPE_CHECKING:
     from tasks.evaluation.metrics import MetricFunction
 
 GROUP = "likeness.metrics"
+MAX_VALUE = 1e12
+"""Beyond, sums and squares of intervals lose all digits."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ def list_entry_points() -> list[EntryPoint]:
     found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
     names = [entry.name for entry in found]
     for entry in found:
+        if entry.name in SideScores.model_fields:
+            raise ConfigError(f"metric {entry.name} of {describe(entry)} has the name of a judge's axis; rename it")
         if entry.name in METRICS or names.count(entry.name) > 1:
             raise ConfigError(f"metric {entry.name} of {describe(entry)} has the name of another metric; rename it")
         if not entry.name.isidentifier():
@@ -62,10 +70,38 @@ def load_own_metrics() -> dict[str, OwnMetric]:
     return found
 
 
-def check_values(name: str, values: Sequence[float], *, num: int) -> None:
-    """Raise ConfigError unless a metric returned one finite number per sample."""
-    if len(values) != num or not all(abs(value) < float("inf") for value in values):
-        raise ConfigError(f"metric {name} returned {len(values)} values for {num} samples, or one that is not finite")
+def read_values(name: str, measured: object, *, num: int) -> list[float]:
+    """Return what a metric returned as one plain number per sample.
+
+    Raises:
+        ConfigError: it is a single value, a table, holds something else than numbers, or numbers out of bounds.
+
+    """
+    told = f"metric {name} returned"
+    shape = getattr(measured, "shape", None)
+    if isinstance(measured, str | bytes) or not isinstance(measured, Iterable) or shape == ():
+        raise ConfigError(f"{told} a single {type(measured).__name__}; return one number per sample")
+    if shape is not None and len(shape) != 1:
+        raise ConfigError(f"{told} an array of shape {tuple(shape)}; return one number per sample, shape ({num},)")
+    values: list[object] = measured.tolist() if hasattr(measured, "tolist") else list(measured)
+    if len(values) != num:
+        raise ConfigError(f"{told} {len(values)} values for {num} samples; return one number per sample")
+    return [read_value(told, value) for value in values]
+
+
+def read_value(told: str, value: object) -> float:
+    """Return one value as a plain number. Raises ConfigError."""
+    try:
+        if isinstance(value, str | bytes | complex | np.complexfloating):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{told} a {type(value).__name__} for a sample; return real numbers") from error
+    if not math.isfinite(number):
+        raise ConfigError(f"{told} {number}; return finite numbers")
+    if abs(number) > MAX_VALUE:
+        raise ConfigError(f"{told} {number:g}; return values of at most {MAX_VALUE:g}")
+    return number
 
 
 def describe(entry: EntryPoint) -> str:

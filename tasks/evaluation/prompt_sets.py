@@ -5,7 +5,7 @@ prompts themselves: a run's key and its repetition depend on the prompts, not on
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -44,6 +44,17 @@ def check_prompt(template: str) -> str:
     if not any(f"{{{name}}}" in template for name in PLACEHOLDERS):
         raise ValueError(f"{template[:80]!r} lacks {{subject}} or {{noun}}")
     return template
+
+
+def check_distinct(templates: Sequence[str]) -> None:
+    """Raise ValueError where prompts are the same once filled in, {subject} and {noun} both with the subject's name."""
+    first: dict[str, int] = {}
+    for number, template in enumerate(templates, 1):
+        filled = " ".join(template.replace("{noun}", "{subject}").split())
+        if first.setdefault(filled, number) != number:
+            raise ValueError(
+                f"prompts {first[filled]} and {number} are the same after filling in ({template[:80]!r}); remove one"
+            )
 
 
 def resolve_prompts(source: str, *, class_noun: str, subject_kind: str = "auto") -> list[Row]:

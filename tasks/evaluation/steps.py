@@ -14,12 +14,13 @@ from tasks.diffusion.config import DiffusionConfig
 from tasks.encoders.folders import find_lpips, identify_encoders
 from tasks.evaluation.config import EvaluationConfig
 from tasks.evaluation.own_metrics import identify_own_metrics
-from tasks.manifests.evaluation import Evaluation, Sample
+from tasks.manifests.evaluation import Evaluation, Protocol, Sample
 from tasks.manifests.subject import SubjectSet
 from tasks.manifests.training import TunedModel
 from tasks.prompts import write_class_prompt
 from tasks.stage.cache import Stage, StageFolder, fetch_folder, read_verified
 from tasks.stage.context import Runtime
+from tasks.stage.digests import digest
 from tasks.stage.states import finished
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from tasks.evaluation.measurement import Measured
     from tasks.evaluation.sampling import Source
 
-STAGE_VERSION = 4
+STAGE_VERSION = 5
+SAMPLING = ("num_inference_steps", "guidance_scale", "negative_prompt", "guidance_rescale", "lora_scale")
 CLASS_PROMPT = "a photo of {article} {class_noun}"
 
 
@@ -108,8 +110,22 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
             **folder.head(STAGE_VERSION, counts={"samples": len(samples)}),
             samples=samples,
             published_step=tuned.published_step,
+            protocol=describe_protocol(config, diffusion),
             **vars(measured),
         )
+    )
+
+
+def describe_protocol(config: EvaluationConfig, diffusion: DiffusionConfig) -> Protocol:
+    """Return the encoders and sampling settings, which runs must share to be compared."""
+    encoders = config.encoders.model_dump(exclude={"lpips"})
+    for name, own in zip(("clip", "dino"), identify_encoders(config.encoders), strict=False):
+        if own:  # a folder, by its content wherever it lies
+            encoders |= {name: own, f"{name}_revision": None}
+    sampling = {name: getattr(config, name) for name in SAMPLING}
+    sampling |= {"sampler": diffusion.sampler, "resolution": diffusion.resolution}
+    return Protocol(
+        encoders=digest([encoders_code.VERSION, encoders]), sampling={name: str(own) for name, own in sampling.items()}
     )
 
 

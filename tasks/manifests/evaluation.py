@@ -8,6 +8,8 @@ from tasks.manifests.base import Manifest, ObjectRef, Record
 
 Side = Literal["base", "tuned"]
 SampleKind = Literal["subject", "class", "candidate"]
+MIN_CLUSTERS = 5
+"""With fewer, not even the interval from the smallest to the largest value covers a median with 95 %."""
 
 
 class Sample(Record):
@@ -97,6 +99,15 @@ class PromptRow(Record):
     values: Table
 
 
+class Protocol(Record):
+    """How an evaluation was measured. Only equal ones are certain to compare; empty in older manifests."""
+
+    encoders: str = ""
+    """Digest of the encoders of the cosines, and of how pictures are prepared for them."""
+    sampling: dict[str, str] = Field(default_factory=dict)
+    """Sampling settings by name."""
+
+
 class Evaluation(Manifest):
     """Samples of base and tuned model, and their metrics."""
 
@@ -113,3 +124,4 @@ class Evaluation(Manifest):
     class_metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Metrics of each class sample, by object key; their means are those of the class."""
     published_step: int
+    protocol: Protocol = Field(default_factory=Protocol)

@@ -1,33 +1,108 @@
-"""The publishing gate: what speaks against making a model the champion of its subject."""
+"""The publishing gate: the checks that a model must pass to become the champion of its subject.
 
+The report's verdict is drawn from the same checks.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tasks.manifests.evaluation import MIN_CLUSTERS, Estimate, Evaluation
 from tasks.manifests.run import RunManifests
 from tasks.publishing.config import GateConfig
+
+CheckName = Literal["dino", "clip_t", "pres", "copies", "judge", "domain"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of the gate: the value that was measured, and why it blocks; an empty reason: passed."""
+
+    name: CheckName
+    blocker: str = ""
+    estimate: Estimate | None = None
+
+    @property
+    def is_passed(self) -> bool:
+        """Whether nothing blocks."""
+        return not self.blocker
 
 
 def find_blockers(run: RunManifests, gate: GateConfig) -> list[str]:
     """Return the reasons why a model does not pass the gate; none: it passes."""
-    evaluation, scoring = run.evaluation, run.scoring
-    base = evaluation.metrics["base"]
-    blockers = []
-    dino = evaluation.estimates.get("dino", {}).get("gain")
-    if dino is None or dino.low is None:
-        blockers.append("the gain in DINO has no interval: too few prompts were sampled")
-    elif dino.low <= gate.min_dino_gain:
-        blockers.append(f"the gain in DINO may be as low as {dino.low:+.3f}, must be above {gate.min_dino_gain:+.3f}")
-    clip_t = evaluation.estimates.get("clip_t", {}).get("gain")
-    limit = -gate.max_clip_t_loss * abs(base.clip_t)
-    if clip_t is not None and clip_t.mean < limit:
-        blockers.append(f"CLIP-T changed by {clip_t.mean:+.3f}, must be at least {limit:+.3f}")
-    drift = evaluation.drift["tuned"].pres - evaluation.drift["base"].pres
-    if drift > gate.max_pres_gain:
-        blockers.append(f"PRES rose by {drift:.3f}, at most {gate.max_pres_gain:.3f} is allowed: the class has drifted")
+    return [check.blocker for check in run_checks(run, gate).values() if not check.is_passed]
+
+
+def run_checks(run: RunManifests, gate: GateConfig) -> dict[CheckName, Check]:
+    """Return all checks by name. A metric that was not measured blocks, as does one that is not a number."""
+    evaluation = run.evaluation
+    checks = (
+        check_gain(evaluation, gate),
+        check_prompts(evaluation, gate),
+        check_drift(evaluation, gate),
+        check_copies(evaluation, gate),
+        check_judge(run, gate),
+        Check("domain", f"out of domain: {run.subject.unknown_world}" if run.subject.unknown_world else ""),
+    )
+    return {check.name: check for check in checks}
+
+
+def check_gain(evaluation: Evaluation, gate: GateConfig) -> Check:
+    """Check the lower bound of the gain in DINO."""
+    gain = evaluation.estimates.get("dino", {}).get("gain")
+    if gain is None:
+        return Check("dino", "DINO gain: not measured")
+    if gain.low is None:
+        return Check("dino", f"DINO gain: no interval, {explain_no_interval(gain)}", gain)
+    if gain.low > gate.min_dino_gain:
+        return Check("dino", estimate=gain)
+    told = f"lower bound of the DINO gain is {gain.low:+.3f}, required > {gate.min_dino_gain:+.3f}"
+    return Check("dino", told, gain)
+
+
+def explain_no_interval(estimate: Estimate) -> str:
+    """Return why an estimate has no interval."""
+    return "too few prompts were sampled" if estimate.num < MIN_CLUSTERS else "values do not vary between prompts"
+
+
+def limit_loss(evaluation: Evaluation, gate: GateConfig) -> float:
+    """Return the lowest change in CLIP-T that passes."""
+    return -gate.max_clip_t_loss * abs(evaluation.metrics["base"].clip_t)
+
+
+def check_prompts(evaluation: Evaluation, gate: GateConfig) -> Check:
+    """Check the mean change in CLIP-T, with or without an interval."""
+    gain, limit = evaluation.estimates.get("clip_t", {}).get("gain"), limit_loss(evaluation, gate)
+    if gain is None:
+        return Check("clip_t", "CLIP-T change: not measured")
+    if gain.mean >= limit:
+        return Check("clip_t", estimate=gain)
+    return Check("clip_t", f"CLIP-T changed by {gain.mean:+.3f}, required >= {limit:+.3f}", gain)
+
+
+def check_drift(evaluation: Evaluation, gate: GateConfig) -> Check:
+    """Check the rise of PRES."""
+    rise = evaluation.drift["tuned"].pres - evaluation.drift["base"].pres
+    if rise <= gate.max_pres_gain:
+        return Check("pres")
+    return Check("pres", f"prior drift: PRES rose by {rise:.3f}, allowed <= {gate.max_pres_gain:.3f}")
+
+
+def check_copies(evaluation: Evaluation, gate: GateConfig) -> Check:
+    """Check the share of near-duplicates of photos."""
     copies = evaluation.estimates.get("copies", {}).get("tuned")
-    if copies is not None and copies.mean > gate.max_copies:
-        blockers.append(f"{copies.mean:.0%} of samples copy a photo, at most {gate.max_copies:.0%} are allowed")
-    if gate.needs_reliable_judge and not scoring.reliability.is_reliable:
-        failed = [control.name for control in scoring.reliability.controls if not control.is_passed]
-        why = f"controls failed: {', '.join(failed)}" if failed else "it was not controlled, or another model served it"
-        blockers.append(f"the judge is not reliable ({why})")
-    if run.subject.unknown_world:
-        blockers.append(f"out of domain: {run.subject.unknown_world}")
-    return blockers
+    if copies is None:
+        return Check("copies", "near-duplicates of photos: not measured, which takes at least two photos")
+    if copies.mean <= gate.max_copies:
+        return Check("copies", estimate=copies)
+    told = f"{copies.mean:.0%} of samples are near-duplicates of a photo, allowed <= {gate.max_copies:.0%}"
+    return Check("copies", told, copies)
+
+
+def check_judge(run: RunManifests, gate: GateConfig) -> Check:
+    """Check the judge's reliability, where it is required."""
+    reliability = run.scoring.reliability
+    if reliability.is_reliable or not gate.needs_reliable_judge:
+        return Check("judge")
+    failed = [control.name for control in reliability.controls if not control.is_passed]
+    why = f"failed controls: {', '.join(failed)}" if failed else "no control samples, or another model served it"
+    return Check("judge", f"the judge is not reliable ({why})")

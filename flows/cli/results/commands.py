@@ -37,12 +37,12 @@ def report(
     output_dir: OutputDir = OUTPUT,
 ) -> int:
     """Print the path of a run's report."""
-    from flows.cli.results.runs import find_run
+    from flows.cli.results.runs import explain_no_report, find_run
 
     folder = find_run(output_dir, run)
     path = folder / "report.html"
     if not path.exists():
-        raise ConfigError(f"run {folder.name} has no report; it did not finish")
+        raise ConfigError(explain_no_report(folder))
     print(path)
     if is_opened:
         import webbrowser
@@ -55,18 +55,16 @@ def report(
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(
-            metavar="RUN RUN ...", help="Runs, the first is what others are compared with.", autocompletion=complete_run
-        ),
+        typer.Argument(metavar="RUN RUN ...", help="Runs; the first is the baseline.", autocompletion=complete_run),
     ],
     *,
     unpaired: Annotated[
         bool, typer.Option("--unpaired", help="Compare means of other prompts, seeds or photos; wider intervals.")
     ] = False,
-    as_format: Annotated[Format, typer.Option("--format", help="How the tables are written.")] = "table",
+    as_format: Annotated[Format, typer.Option("--format", help="Output format.")] = "table",
     output_dir: OutputDir = OUTPUT,
 ) -> int:
-    """Say which of several models is better and how sure that is, paired by prompt and seed."""
+    """Compare runs by paired differences with 95 % intervals."""
     from flows.cli.results.compare import compare_runs
 
     print(compare_runs(output_dir, runs, is_paired=not unpaired, as_format=as_format))
@@ -185,10 +183,10 @@ def publish(
 @app.command("promote", rich_help_panel=RESULTS)
 def promote(
     run: RunName = "latest",
-    force: Annotated[bool, typer.Option("--force", help="Whatever the gate and the comparison say.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Skip the gate and the comparison.")] = False,
     output_dir: OutputDir = OUTPUT,
 ) -> int:
-    """Make a run's registered model the champion: where it passes the gate and beats the present one, or by force."""
+    """Make a run's registered model the champion, if it passes the gate and beats the present one."""
     from flows.cli.results.publishing import promote_run
 
     return promote_run(output_dir, run, is_forced=force)
@@ -196,7 +194,7 @@ def promote(
 
 @app.command("demote", rich_help_panel=RESULTS)
 def demote(run: RunName = "latest", output_dir: OutputDir = OUTPUT) -> int:
-    """Take the alias champion from a run's registered model."""
+    """Remove the alias champion from a run's registered model."""
     from flows.cli.results.publishing import demote_run
 
     return demote_run(output_dir, run)

@@ -28,7 +28,7 @@ def compare_runs(output: Path, names: Sequence[str], *, is_paired: bool, as_form
         ConfigError: there are fewer than two, one is unknown or unfinished, or they can't be paired.
 
     """
-    from tasks.evaluation.comparison import compare
+    from tasks.evaluation.comparison import UnpairedError, compare
 
     if len(names) < 2:
         raise ConfigError("compare takes at least two runs; `likeness runs` lists them")
@@ -37,7 +37,10 @@ def compare_runs(output: Path, names: Sequence[str], *, is_paired: bool, as_form
         raise ConfigError("the same run is named twice; `likeness runs` lists all of them")
     runs = [read_run(folder) for folder in folders]
     check_encoders(runs)
-    found = compare([load_candidate(run) for run in runs], is_paired=is_paired)
+    try:
+        found = compare([load_candidate(run) for run in runs], is_paired=is_paired)
+    except UnpairedError as error:
+        raise ConfigError(f"{error}; --unpaired compares the means") from error
     rows = diff_configurations(runs)
     grids = [
         Grid("Configuration", ("setting", *found.names), rows),

@@ -55,7 +55,7 @@ def promote_run(output: Path, name: str, *, is_forced: bool) -> int:
     model, version, tracker = find_registered(run)
     if is_forced:
         tracker.set_alias(model, CHAMPION, version)
-        print(f"{model} version {version} is the champion, by force")
+        print(f"{model} version {version} is now the champion (forced)")
         return 0
     store = open_store(run.config.store)
     blockers = find_blockers(load_manifests(store, run), run.config.publishing.gate)
@@ -67,7 +67,7 @@ def promote_run(output: Path, name: str, *, is_forced: bool) -> int:
     print(f"{model} version {version} is not the champion:")
     for blocker in found.blockers:
         print(f"  {blocker}")
-    print("--force makes it the champion nevertheless")
+    print("use --force to promote it anyway")
     return 1
 
 

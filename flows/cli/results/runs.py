@@ -142,3 +142,17 @@ def find_run(output: Path, name: str, *, record: str = "report.html") -> Path:
     if len(matches) == 1:
         return matches[0]
     raise ConfigError(f"no run {name!r} in {output}; `likeness runs` lists them")
+
+
+def explain_no_report(folder: Path) -> str:
+    """Return why a run's folder has no report, and what to do."""
+    from flows.runs.records import read_summary
+
+    summary = read_summary(folder)
+    if summary.evaluated is not None:
+        return f"{folder.name} evaluated a model from elsewhere, which has no report; use `likeness compare`"
+    if summary.status == "finished":
+        return f"the report of run {folder.name} was removed; run it again, the stages are cached"
+    return (
+        f"run {folder.name} has no report; it did not finish ({summary.status}); `likeness runs` shows how to resume it"
+    )

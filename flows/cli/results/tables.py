@@ -4,6 +4,7 @@ import csv
 import html
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,10 @@ LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
 }  # fmt: skip
+
+
+FIGURE = re.compile(r"-|[+-]\d[\d.,e+-]*(?: \[[-+\d.,e ]+\])?(?: \*)?")
+"""A signed figure with its interval, or the dash of a missing one."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,9 @@ def write_plain(grid: Grid) -> str:
 def write_markdown(grid: Grid) -> str:
     """Return a GitHub table."""
     lines = [grid.header, ("---",) * len(grid.header), *grid.rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    # Backslashes too: one before a pipe would escape the backslash that escapes it.
+    escaped = [[cell.replace("\\", r"\\").replace("|", r"\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
 
 
 def write_csv(grid: Grid) -> str:
@@ -64,8 +71,13 @@ def write_csv(grid: Grid) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     for line in (grid.header, *grid.rows):
-        writer.writerow([f"'{cell}" if cell[:1] in "=@\t" and cell else cell for cell in line])
+        writer.writerow([f"'{cell}" if is_formula(cell) else cell for cell in line])
     return buffer.getvalue().rstrip("\n")
+
+
+def is_formula(cell: str) -> bool:
+    """Whether a spreadsheet would compute a cell; differences with their signs are plain figures."""
+    return cell.startswith(("=", "@", "+", "-", "\t", "\r")) and not FIGURE.fullmatch(cell)
 
 
 def write_latex(grid: Grid) -> str:

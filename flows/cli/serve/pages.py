@@ -1,7 +1,7 @@
 """The pages of `likeness serve`: the index of runs, and a report with its links."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from tasks.manifests.run_summary import RunSummary
@@ -10,8 +10,8 @@ TEMPLATE_FOLDER = Path(__file__).parent
 LINK_NAMES = {"prefect": "Prefect run", "mlflow": "MLflow run"}
 
 
-def render_index(summaries: Sequence[RunSummary], *, pages: Sequence[str]) -> str:
-    """Return the index: one row per run, newest first."""
+def render_index(summaries: Sequence[RunSummary], *, pages: Sequence[str], reports: Collection[str]) -> str:
+    """Return the index: one row per run, newest first; `reports` names those that have one."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -19,7 +19,7 @@ def render_index(summaries: Sequence[RunSummary], *, pages: Sequence[str]) -> st
     )
     environment.filters["number"] = lambda value, digits: "" if value is None else f"{value:.{digits}f}"
     template = environment.get_template("index.html.jinja")
-    return template.render(runs=summaries, pages=pages, links_of=safe_links)
+    return template.render(runs=summaries, pages=pages, reports=reports, links_of=safe_links)
 
 
 def safe_links(summary: RunSummary) -> dict[str, str]:

@@ -53,7 +53,8 @@ def find_answer(output: Path, target: str) -> Answer:
     """Return the answer to a request's target."""
     path = unquote(urlsplit(target).path)
     if path in ("/", "/index.html"):
-        page = render_index(list_summaries(output), pages=list_pages(output))
+        reports = [folder.name for folder in list_run_folders(output) if (folder / "report.html").is_file()]
+        page = render_index(list_summaries(output), pages=list_pages(output), reports=reports)
         return Answer(HTTPStatus.OK, KINDS["index.html"], page.encode())
     if path == "/health":
         return Answer(HTTPStatus.OK, "application/json", b'{"status": "ok"}')

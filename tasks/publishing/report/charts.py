@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup, escape
 
@@ -10,6 +10,8 @@ from tasks.manifests.evaluation import Estimate
 
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 46
 """Margins in px, for tick labels and axis titles."""
+LARGEST = 1e300
+"""Values beyond are left out: differences of larger ones are not finite."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,42 @@ class Scale:
     def ticks(self, num: int = 5) -> list[float]:
         """Return round values within the axis, about `num` of them."""
         raw = (self.high - self.low) / num
+        if not 1e-300 < raw < math.inf:  # no round steps at the ends of what a float holds
+            return []
         power = 10.0 ** math.floor(math.log10(raw))
         step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
-        return [round(i * step, 12) for i in range(first, last + 1)]
+        digits = max(0, 12 - math.floor(math.log10(step)))
+        return [round(i * step, digits) for i in range(first, last + 1)]
 
 
 def make_scale(values: Sequence[float], start: float, end: float, *, margin: float = 0.06) -> Scale:
-    """Return a scale that holds all values, a margin around them; equal values get an axis of width 1."""
-    low, high = min(values), max(values)
-    space = (high - low) * margin or 0.5
-    return Scale(low - space, high + space, start, end)
+    """Return a scale that holds all values, a margin around them; equal values get an axis around them."""
+    return Scale(*widen(min(values), max(values), margin=margin), start, end)
+
+
+def widen(low: float, high: float, *, margin: float, least: float = 0.5) -> tuple[float, float]:
+    """Return the ends of an axis: wider than values by a margin, and by `least` where they are equal."""
+    low, high = max(low, -LARGEST), min(high, LARGEST)
+    space = (high - low) * margin
+    if high - low <= 1e-9 * max(abs(low), abs(high)) or high - low < 1e-300:  # equal, up to rounding
+        space = max(least, 0.1 * abs(high))
+    return low - space, high + space
+
+
+def keep_finite(estimate: Estimate) -> Estimate | None:
+    """Return an estimate that can be drawn: without an interval that is not finite; None for such a mean."""
+    if not is_drawable(estimate.mean):
+        return None
+    if all(value is not None and is_drawable(value) for value in (estimate.low, estimate.high)):
+        return estimate
+    return estimate.model_copy(update={"low": None, "high": None})
+
+
+def is_drawable(value: float) -> bool:
+    """Whether a value is finite, and its distance to others is too."""
+    return math.isfinite(value) and abs(value) <= LARGEST
 
 
 def show(value: float) -> str:
@@ -92,13 +118,15 @@ def frame(body: str, size: tuple[int, int], label: str) -> Markup:
 
 
 def draw_lines(series: Sequence[Series], titles: tuple[str, str], *, size: tuple[int, int] = (680, 280)) -> Markup:
-    """Return lines over a common x axis; y starts at 0. Empty without points."""
+    """Return lines over a common x axis; y starts at 0, or below for negative values. Empty without points."""
+    series = [replace(line, points=[p for p in line.points if all(map(is_drawable, p))]) for line in series]
+    series = [line for line in series if line.points]
     points = [point for line in series for point in line.points]
     if not points:
         return Markup("")
     x = make_scale([p[0] for p in points], LEFT, size[0] - RIGHT, margin=0.0)
-    high = max(p[1] for p in points)
-    y = Scale(0, high * 1.06 or 1, size[1] - BOTTOM, TOP)
+    low, high = min(0.0, *(p[1] for p in points)), max(0.0, *(p[1] for p in points))
+    y = Scale(low * 1.06, high * 1.06 if high - low > 1e-300 else 1.0, size[1] - BOTTOM, TOP)
     parts = [draw_axes(x, y, titles)]
     for line in series:
         placed = [(x.place(a), y.place(b)) for a, b in line.points]
@@ -118,6 +146,9 @@ def draw_whisker(role: str, start: tuple[float, float], end: tuple[float, float]
 
 def draw_values(values: Sequence[tuple[str, Estimate]], ceiling: float | None, *, low: float, high: float) -> Markup:
     """Return base and tuned on one axis, one above the other, with intervals; a mark where the photos are."""
+    values = [(role, kept) for role, estimate in values if (kept := keep_finite(estimate)) is not None]
+    if not values or not (is_drawable(low) and is_drawable(high) and low < high):
+        return Markup("")
     width, row = 220, 15
     height = row * len(values) + 6
     x = Scale(low, high, 8, width - 8)
@@ -128,7 +159,7 @@ def draw_values(values: Sequence[tuple[str, Estimate]], ceiling: float | None, *
         if estimate.low is not None and estimate.high is not None:
             parts.append(draw_whisker(role, (x.place(estimate.low), at), (x.place(estimate.high), at)))
         parts.append(f'<circle class="dot {role}" cx="{x.place(estimate.mean):.1f}" cy="{at}" r="4.5"/>')
-    if ceiling is not None:
+    if ceiling is not None and is_drawable(ceiling):
         at = x.place(ceiling)
         parts.append(f'<line class="ceiling" x1="{at:.1f}" x2="{at:.1f}" y1="1" y2="{height - 1}"/>')
     names = ", ".join(f"{role} {estimate.mean:.3f}" for role, estimate in values)
@@ -136,7 +167,11 @@ def draw_values(values: Sequence[tuple[str, Estimate]], ceiling: float | None, *
 
 
 def draw_plane(points: Sequence[PlanePoint], titles: tuple[str, str], *, size: tuple[int, int] = (680, 340)) -> Markup:
-    """Return models on the plane of two metrics; checkpoints are joined in the order given."""
+    """Return models on the plane of two metrics; checkpoints are joined in the order given. Empty without points."""
+    kept = [(point, keep_finite(point.x), keep_finite(point.y)) for point in points]
+    points = [replace(point, x=x, y=y) for point, x, y in kept if x is not None and y is not None]
+    if not points:
+        return Markup("")
 
     def extent(estimates: Sequence[Estimate]) -> list[float]:
         return [v for e in estimates for v in (e.mean, e.low, e.high) if v is not None]

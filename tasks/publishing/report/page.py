@@ -1,7 +1,5 @@
 """Renders the report; the template, its style sheet and its script lie beside this file."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,30 +9,25 @@ from markupsafe import Markup
 from PIL import Image
 
 from tasks.images import decode_png, encode_png
-from tasks.manifests.base import ObjectRef
 from tasks.manifests.evaluation import Estimate, Evaluation
 from tasks.manifests.run import RunManifests
 from tasks.manifests.training import LossRow
 from tasks.metrics import METRICS
 from tasks.publishing.config import GateConfig
 from tasks.publishing.report import charts
+from tasks.publishing.report.pictures import make_gallery
 from tasks.publishing.report.tables import (
     CheckpointRow,
     find_knee,
     list_checkpoints,
     list_metrics,
     list_prompts,
-    list_samples,
 )
 from tasks.publishing.report.verdict import reach_verdict
 from tasks.services.store.base import Store
 from tasks.stage.cache import read_verified
 
 FOLDER = Path(__file__).resolve().parent
-MAX_SIDE, SMALL_SIDE = 512, 128
-"""Pictures are shown at 512 px at most; those of 128 px at most keep their pixels."""
-MAX_PICTURE_BYTES = 9_000_000
-"""All pictures together; as text in the page they take a third more, and the page stays below 15 MB."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +60,9 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         undefined=StrictUndefined,
     )
     run = inputs.manifests
-    side = choose_side(run)
-    environment.filters["picture"] = lambda ref: to_data_url(store, ref, max_side=side)
+    gallery = make_gallery(store, run)
+    environment.filters["picture"] = lambda ref: gallery.urls[ref.key]
     environment.globals["draw_values"] = charts.draw_values
-    graded = {judgement.sample.key: judgement for judgement in run.scoring.judgements}
     checkpoints = list_checkpoints(run.evaluation, run.scoring)
     return environment.get_template("report.html.jinja").render(
         inputs=inputs,
@@ -94,38 +86,11 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         metric_rows=list_metrics(run.evaluation),
         names={key: metric.name for key, metric in METRICS.items()},
         prompt_rows=list_prompts(run.evaluation),
-        samples=list_samples(run.evaluation, graded),
-        class_samples={
-            side: [s for s in run.evaluation.samples if s.side == side and s.kind == "class"]
-            for side in ("base", "tuned")
-        },
+        gallery=gallery,
         curves=draw_losses(inputs.losses),
-        training_grids=[ref for ref in run.training.objects if "/samples/" in ref.key],
         stages=run.ordered(),
         changed=[row for row in inputs.config_rows if inputs.defaults.get(row[0]) != row[1]],
     )
-
-
-def choose_side(run: RunManifests) -> int:
-    """Return the side in px at which all pictures together stay below the limit."""
-    num = len(run.evaluation.samples) + len(run.subject.images) + min(48, len(run.prior.images))
-    for side in (MAX_SIDE, 384, 256):
-        # WebP of photos at quality 82 takes about a quarter of a byte per pixel.
-        if num * side * side / 4 < MAX_PICTURE_BYTES:
-            return side
-    return 192
-
-
-def to_data_url(store: Store, ref: ObjectRef, *, max_side: int = MAX_SIDE) -> str:
-    """Return a stored image as a data URL: PNG where it is small, else WebP of at most `max_side` px."""
-    data = read_verified(store, ref)
-    picture = decode_png(data)
-    if max(picture.size) <= SMALL_SIDE:
-        return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=82)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def draw_sample_grid(store: Store, evaluation: Evaluation, *, side: int = 128) -> bytes:
@@ -146,7 +111,11 @@ def draw_losses(losses: Sequence[LossRow]) -> Markup:
     """Return the chart of instance, prior and validation loss by step; training losses are running means."""
     series = []
     for name, role in (("instance_loss", "tuned"), ("prior_loss", "base"), ("validation_loss", "other")):
-        points = [(float(row.step), float(value)) for row in losses if (value := getattr(row, name)) is not None]
+        points = [
+            (float(row.step), float(value))
+            for row in losses
+            if (value := getattr(row, name)) is not None and charts.is_drawable(value)
+        ]
         if points:
             is_measured = name == "validation_loss"
             shown = points if is_measured else smooth(points)

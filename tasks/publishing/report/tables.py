@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from tasks.manifests.evaluation import Estimate, Evaluation, PromptRow, Sample, Side, SubjectMetrics
 from tasks.manifests.scoring import CheckpointRank, Judgement, Scorecard
 from tasks.metrics import METRICS, Metric
+from tasks.publishing.report.charts import is_drawable, widen
 
 HEADLINE = ("dino", "clip_i", "clip_t")
 
@@ -26,10 +27,9 @@ class MetricRow:
     @property
     def limits(self) -> tuple[float, float]:
         """Ends of an axis that holds all values of the row."""
-        values = [v for e in (self.base, self.tuned) for v in (e.mean, e.low, e.high) if v is not None]
-        values += [self.ceiling] if self.ceiling is not None else []
-        space = (max(values) - min(values)) * 0.08 or 0.05
-        return min(values) - space, max(values) + space
+        values = [v for e in (self.base, self.tuned) for v in (e.mean, e.low, e.high, self.ceiling) if v is not None]
+        values = [value for value in values if is_drawable(value)] or [0.0]
+        return widen(min(values), max(values), margin=0.08, least=0.05)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ def list_checkpoints(evaluation: Evaluation, scores: Scorecard) -> list[Checkpoi
     rows = []
     for rank in sorted(scores.checkpoints, key=lambda rank: rank.step):
         own = [s for s in drawn if (evaluation.published_step if s.step is None else s.step) == rank.step]
-        values = [evaluation.sample_metrics[sample.image.key] for sample in own]
+        values = [found for sample in own if (found := evaluation.sample_metrics.get(sample.image.key)) is not None]
+        if not values:  # ranked by an earlier run, whose samples are not those of this evaluation
+            continue
         dino, clip_t = (sum(getattr(v, name) for v in values) / len(values) for name in ("dino", "clip_t"))
         rows.append(CheckpointRow(rank, dino, clip_t))
     return rows

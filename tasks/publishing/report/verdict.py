@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from tasks.manifests.evaluation import Estimate, Evaluation
+from tasks.manifests.evaluation import MIN_CLUSTERS, Estimate, Evaluation
 from tasks.manifests.run import RunManifests
 from tasks.manifests.subject import SubjectSet
 from tasks.publishing.config import GateConfig
+from tasks.publishing.gate import Check, explain_no_interval, limit_loss, run_checks
 from tasks.publishing.report.tables import find_knee, list_checkpoints
 
 Level = Literal["good", "caution", "bad"]
@@ -32,30 +33,40 @@ class Verdict:
 
 
 def reach_verdict(run: RunManifests, gate: GateConfig) -> Verdict:
-    """Return what may be concluded about a run."""
+    """Return what may be concluded about a run; the limits are those of the gate."""
+    checks = run_checks(run, gate)
     findings = [
-        *check_fidelity(run.evaluation),
-        *check_prompts(run, max_loss=gate.max_clip_t_loss),
-        *check_drift(run.evaluation, max_gain=gate.max_pres_gain),
-        *check_copies(run.evaluation, max_share=gate.max_copies),
+        *describe_gain(run.evaluation, checks["dino"]),
+        *describe_prompts(run, checks["clip_t"], limit=limit_loss(run.evaluation, gate)),
+        *describe_drift(run.evaluation, checks["pres"]),
+        *describe_copies(checks["copies"]),
         *check_judge(run),
         *check_subject(run.subject),
     ]
     order: tuple[Level, ...] = ("bad", "caution", "good")
     findings.sort(key=lambda finding: order.index(finding.level))
-    level = findings[0].level
-    gain = run.evaluation.estimates.get("dino", {}).get("gain")
-    if gain is None or gain.low is None:
-        headline = "Too few prompts for a verdict"
-        level = "bad" if level == "bad" else "caution"
+    is_good = all(check.is_passed for check in checks.values())
+    level = "caution" if findings[0].level == "good" and not is_good else findings[0].level
+    gain = checks["dino"].estimate
+    if gain is None:
+        headline = "DINO was not measured: no verdict"
+    elif gain.low is None or gain.high is None:
+        few = "too few prompts" if gain.num < MIN_CLUSTERS else "values do not vary between prompts"
+        headline = f"No verdict: {few}"
+    elif gain.high < 0:
+        headline = "Worse than the base model"
     elif gain.low <= 0:
-        headline = "Not shown to be better than the base model"
+        headline = "No significant improvement over the base model"
+    elif not checks["dino"].is_passed and level != "bad":
+        headline = "Better than the base model, by less than required"
     else:
         headline = {
-            "good": "Better than the base model, and nothing speaks against using it",
+            "good": "Better than the base model; all checks passed",
             "caution": "Better than the base model, with reservations",
-            "bad": "Resembles the subject more, but should not be used as it is",
+            "bad": "Resembles the subject more; not recommended for use",
         }[level]
+    if level == "good" and (gain is None or gain.low is None or gain.low <= 0):
+        level = "caution"
     return Verdict(level, headline, tuple(findings))
 
 
@@ -65,18 +76,20 @@ def show_gain(estimate: Estimate) -> str:
     return f"{estimate.show_gain()}, {kind} from {estimate.num} prompts"
 
 
-def check_fidelity(evaluation: Evaluation) -> list[Finding]:
+def describe_gain(evaluation: Evaluation, check: Check) -> list[Finding]:
     """Return whether samples resemble the subject more than the base model's."""
-    gain = evaluation.estimates.get("dino", {}).get("gain")
+    gain = check.estimate
     if gain is None:
-        return []
+        return [Finding("caution", f"{check.blocker}.", "Run the evaluation again")]
     told = f"DINO {show_gain(gain)}"
     if gain.low is None or gain.high is None:
-        return [Finding("caution", f"Subject fidelity is not known: {told}.", "Sample more: evaluation=standard")]
+        text = f"Subject fidelity is not known: {told}; {explain_no_interval(gain)}."
+        return [Finding("caution", text, "Sample more: evaluation=standard")]
     if gain.low > 0:
-        room = evaluation.ceiling.dino - evaluation.metrics["base"].dino
-        closed = f"; {gain.mean / room:.0%} of the gap to real photos is closed" if room > 1e-6 else ""
-        return [Finding("good", f"Samples resemble the subject more: {told}{closed}.")]
+        text = f"Samples resemble the subject more: {told}{show_share(evaluation, gain)}."
+        if check.is_passed:
+            return [Finding("good", text)]
+        return [Finding("caution", f"{text[:-1]}; the {check.blocker}.", "Train longer (training.max_train_steps)")]
     if gain.high < 0:
         return [
             Finding(
@@ -86,59 +99,71 @@ def check_fidelity(evaluation: Evaluation) -> list[Finding]:
         ]  # fmt: skip
     return [
         Finding(
-            "caution", f"A gain in subject fidelity is not shown: {told}.",
+            "caution", f"No significant gain in subject fidelity: {told}.",
             "Sample more (evaluation=thorough), or train longer (training.max_train_steps)",
         )
     ]  # fmt: skip
 
 
-def check_prompts(run: RunManifests, *, max_loss: float) -> list[Finding]:
+def show_share(evaluation: Evaluation, gain: Estimate) -> str:
+    """Return how much of the gap to real photos is closed, where there is one."""
+    room = evaluation.ceiling.dino - evaluation.metrics["base"].dino
+    if room <= 1e-6:
+        return ""
+    share = gain.mean / room
+    return (
+        f"; {share:.0%} of the gap to real photos is closed" if share <= 1 else "; above real photos among themselves"
+    )
+
+
+def describe_prompts(run: RunManifests, check: Check, *, limit: float) -> list[Finding]:
     """Return whether prompts are still followed; if not, which checkpoint to take."""
-    evaluation = run.evaluation
-    gain = evaluation.estimates.get("clip_t", {}).get("gain")
-    base = evaluation.metrics["base"].clip_t
-    if gain is None or gain.high is None or gain.low is None:
-        return []
+    gain = check.estimate
+    if gain is None:
+        return [Finding("caution", f"{check.blocker}.", "Run the evaluation again")]
     told = f"CLIP-T {show_gain(gain)}"
-    if gain.high < 0 and gain.mean < -max_loss * abs(base):
-        knee = find_knee(list_checkpoints(evaluation, run.scoring))
-        is_earlier = knee is not None and knee != run.training.published_step
-        advice = (
-            f"Take step {knee}: likeness generate latest --candidate {knee}" if is_earlier
-            else "Train fewer steps, or keep checkpoints to choose from: training.validation.save_top_k=3"
-        )  # fmt: skip
-        return [Finding("caution", f"Prompts are followed less, a sign of over-training: {told}.", advice)]
-    if gain.low > -max_loss * abs(base):
+    # Equal values have no interval; with enough prompts their mean is what it is.
+    low, high = (gain.mean, gain.mean) if gain.low is None and gain.num >= MIN_CLUSTERS else (gain.low, gain.high)
+    if check.is_passed and low is not None and low >= limit:
         return [Finding("good", f"Prompts are followed as before: {told}.")]
-    return [
-        Finding("caution", f"A loss of prompt fidelity is not excluded: {told}.", "Sample more: evaluation=thorough")
-    ]
+    if check.is_passed or high is None or high >= 0:
+        text = f"Prompt fidelity: inconclusive: {told}{'' if check.is_passed else f', required >= {limit:+.3f}'}."
+        return [Finding("caution", text, "Sample more: evaluation=thorough")]
+    knee = find_knee(list_checkpoints(run.evaluation, run.scoring))
+    prompt = f'"a photo of {run.subject.identifier_token} {run.subject.class_noun}"'
+    advice = (
+        f"Take step {knee}: likeness generate latest {prompt} --candidate {knee}"
+        if knee is not None and knee != run.training.published_step
+        else "Train fewer steps, or keep checkpoints to choose from: training.validation.save_top_k=3"
+    )
+    return [Finding("caution", f"Prompts are followed less, a sign of over-training: {told}.", advice)]
 
 
-def check_drift(evaluation: Evaluation, *, max_gain: float) -> list[Finding]:
+def describe_drift(evaluation: Evaluation, check: Check) -> list[Finding]:
     """Return whether samples of the class have drifted to the subject."""
-    base, tuned = evaluation.drift["base"].pres, evaluation.drift["tuned"].pres
-    if tuned - base <= max_gain:
-        return [Finding("good", f"The class is kept: PRES {base:.3f} before, {tuned:.3f} after.")]
+    told = f"PRES {evaluation.drift['base'].pres:.3f} before, {evaluation.drift['tuned'].pres:.3f} after"
+    if check.is_passed:
+        return [Finding("good", f"No prior drift: {told}.")]
     return [
         Finding(
-            "caution", f"Samples of the class resemble the subject: PRES {base:.3f} before, {tuned:.3f} after.",
+            "caution", f"Prior drift: {told}.",
             "Keep prior preservation on (prior=class_images), use more class images, or train fewer steps",
         )
     ]  # fmt: skip
 
 
-def check_copies(evaluation: Evaluation, *, max_share: float) -> list[Finding]:
+def describe_copies(check: Check) -> list[Finding]:
     """Return whether samples are near-duplicates of photos."""
-    copies = evaluation.estimates.get("copies", {}).get("tuned")
-    if copies is None or copies.mean <= max_share:
+    if check.is_passed:
         return []
-    return [
-        Finding(
-            "caution", f"{copies.mean:.0%} of samples are nearer to a photo than photos are to each other.",
-            "Compare them with the photos below; train fewer steps, or add photos in other surroundings",
-        )
-    ]  # fmt: skip
+    if check.estimate is None:
+        return [Finding("caution", f"Near-duplicates of photos: {check.blocker.partition(': ')[2]}.")]
+    text = (
+        f"{check.estimate.mean:.0%} of samples are near-duplicates of a photo: their DINO distance to it is at most a "
+        "quarter of that of the two nearest photos."
+    )
+    advice = "Compare them with the photos below; train fewer steps, or add photos in other surroundings"
+    return [Finding("caution", text, advice)]
 
 
 def check_judge(run: RunManifests) -> list[Finding]:
@@ -164,7 +189,8 @@ def check_subject(subject: SubjectSet) -> list[Finding]:
     if subject.unknown_world:
         findings.append(Finding("bad", f"Out of domain: {subject.unknown_world}."))
     if len(subject.images) < MIN_PHOTOS:
-        text = f"{len(subject.images)} photos were accepted; {MIN_PHOTOS} to 5 are usual."
+        num = len(subject.images)
+        text = f"{num} {'photo was' if num == 1 else 'photos were'} accepted; {MIN_PHOTOS} to 5 are usual."
         findings.append(Finding("caution", text, "Add photos from other sides and in other surroundings"))
     findings += [
         Finding("caution", f"{warning}.", "Check the photos and subject.class_noun") for warning in subject.warnings

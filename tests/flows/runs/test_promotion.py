@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from flows.runs import promotion
 from flows.runs.promotion import CHAMPION, Contender, promote
-from tasks.manifests.evaluation import Evaluation, Sample, SubjectMetrics
+from tasks.errors import ArtifactCorrupt
+from tasks.manifests.evaluation import Evaluation, Protocol, Sample, SubjectMetrics
 from tasks.manifests.subject import SubjectSet
 from tasks.services.config import TrackingConfig
 from tasks.services.store.local import LocalStore
@@ -17,6 +20,7 @@ from tests.support.report import make_evaluation
 from tests.support.subject import make_subject_set
 
 MODEL = "likeness-fish"
+PROTOCOL = Protocol(encoders="e", sampling={"guidance_scale": "7.5"})
 
 
 @pytest.fixture
@@ -26,7 +30,7 @@ def tracker(tmp_path: Path) -> MlflowTracker:
     return MlflowTracker(make_config(TrackingConfig), folder=tmp_path)
 
 
-def store_evaluation(store: LocalStore, key: str, *, dino: float, clip_t: float) -> None:
+def store_evaluation(store: LocalStore, key: str, *, dino: float, clip_t: float, protocol: Protocol = PROTOCOL) -> None:
     """Store an evaluation of eight prompts, all of about the same values."""
     whole = make_evaluation(store)
     folder = StageFolder(store, "evaluation", key)
@@ -44,7 +48,8 @@ def store_evaluation(store: LocalStore, key: str, *, dino: float, clip_t: float)
         metrics[image.key] = SubjectMetrics(dino=dino * vary, clip_i=0.5, clip_t=clip_t * vary)
     values = whole.model_dump(exclude={"stage_key", "objects", "samples", "sample_metrics", "seconds"})
     head = folder.head(1, counts={})
-    folder.finish(Evaluation(**{**values, **head, "samples": tuple(samples), "sample_metrics": metrics}))
+    own = {"samples": tuple(samples), "sample_metrics": metrics, "protocol": protocol}
+    folder.finish(Evaluation(**{**values, **head, **own}))
 
 
 def store_subject(store: LocalStore, key: str, *, first: int = 0) -> None:
@@ -54,8 +59,11 @@ def store_subject(store: LocalStore, key: str, *, first: int = 0) -> None:
     folder.finish(SubjectSet(**{**values, **folder.head(1, counts={}), "images": images}))
 
 
-def register(tracker: MlflowTracker, store: LocalStore, key: str, *, dino: float, clip_t: float = 0.5) -> Contender:
-    store_evaluation(store, key, dino=dino, clip_t=clip_t)
+def register(
+    tracker: MlflowTracker, store: LocalStore, key: str, *, dino: float, clip_t: float = 0.5,
+    protocol: Protocol = PROTOCOL,
+) -> Contender:  # fmt: skip
+    store_evaluation(store, key, dino=dino, clip_t=clip_t, protocol=protocol)
     keys = {"evaluation": key, "subject": "s"}
     tracker.start(name=key, params={}, tags={})
     tracker.log_folder(Path(tracker.folder) / "model", path="model")
@@ -83,7 +91,7 @@ def test_only_a_better_model_of_the_same_subject_takes_the_alias(tracker: Mlflow
 
     equal = promote(tracker, store, register(tracker, store, "b", dino=0.5))
     assert not equal.is_champion
-    assert "not shown to be better than version 1, the champion: DINO +0.000" in equal.blockers[0]
+    assert "no significant improvement over the champion (version 1): DINO +0.000" in equal.blockers[0]
     trade = promote(tracker, store, register(tracker, store, "c", dino=0.8, clip_t=0.3))
     assert not trade.is_champion  # more like the subject, but it follows prompts less
     better = register(tracker, store, "d", dino=0.8)
@@ -94,7 +102,10 @@ def test_only_a_better_model_of_the_same_subject_takes_the_alias(tracker: Mlflow
     store_subject(store, "other", first=5)
     other = register(tracker, store, "e", dino=0.9)
     refused = promote(tracker, store, replace(other, keys={"evaluation": "e", "subject": "other"}))
-    assert "on other photos" in refused.blockers[0]
+    assert refused.blockers == (
+        f"version {better.version}, the champion, was tuned on other photos; promote with --force, or set "
+        "tracking.registered_model for this subject",
+    )
     assert champion(tracker) == better.version
     tracker.remove_alias(MODEL, CHAMPION)
     assert champion(tracker) is None
@@ -107,4 +118,59 @@ def test_a_champion_whose_samples_are_gone_is_not_replaced_silently(tracker: Mlf
     store.delete("04-evaluation/a/manifest.json")
     found = promote(tracker, store, register(tracker, store, "b", dino=0.9))
     assert not found.is_champion
-    assert "missing from the store" in found.blockers[0]
+    told = "version 1, the champion, has no samples in the store to compare with; promote with --force"
+    assert found.blockers == (told,)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "told"),
+    [
+        (Protocol(encoders="f", sampling=PROTOCOL.sampling), "settings (evaluation.encoders); promote with --force"),
+        (Protocol(encoders="e", sampling={"guidance_scale": "1.0"}), "(guidance_scale 1.0, not 7.5)"),
+        (Protocol(), "was evaluated by an earlier version of likeness; run it again, or promote with --force"),
+    ],
+)
+def test_a_model_measured_with_another_protocol_is_not_compared_with_the_champion(
+    tracker: MlflowTracker, store: LocalStore, protocol: Protocol, told: str
+) -> None:
+    store_subject(store, "s")
+    promote(tracker, store, register(tracker, store, "a", dino=0.5))
+    found = promote(tracker, store, register(tracker, store, "b", dino=0.9, protocol=protocol))
+    assert not found.is_champion
+    assert told in found.blockers[0]
+    assert "--unpaired" not in found.blockers[0]
+
+
+def test_a_champion_promoted_during_the_comparison_is_compared_with_too(
+    tracker: MlflowTracker, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_subject(store, "s")
+    promote(tracker, store, register(tracker, store, "a", dino=0.3))
+    best = register(tracker, store, "b", dino=0.9)
+    middle = register(tracker, store, "c", dino=0.5)
+    compare = promotion.find_weaknesses
+
+    def compare_slowly(*arguments: Any) -> list[str]:
+        found = compare(*arguments)
+        tracker.set_alias(MODEL, CHAMPION, best.version)  # another run, meanwhile
+        return found
+
+    monkeypatch.setattr(promotion, "find_weaknesses", compare_slowly)
+    found = promote(tracker, store, middle)
+    assert "no significant improvement over the champion (version 2)" in found.blockers[0]
+    assert champion(tracker) == best.version
+
+
+@pytest.mark.parametrize("error", [OSError(40, "Too many levels of symbolic links"), ArtifactCorrupt("damaged")])
+def test_an_unreadable_store_keeps_the_alias_and_does_not_fail_the_run(
+    tracker: MlflowTracker, store: LocalStore, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any) -> list[str]:
+        raise error
+
+    store_subject(store, "s")
+    promote(tracker, store, register(tracker, store, "a", dino=0.3))
+    monkeypatch.setattr(promotion, "find_weaknesses", fail)
+    found = promote(tracker, store, register(tracker, store, "b", dino=0.9))
+    assert found.blockers == (f"the promotion failed: {error}",)
+    assert champion(tracker) == "1"

@@ -83,3 +83,13 @@ def test_values_that_do_not_vary_have_no_interval() -> None:
 def test_the_interval_of_the_same_values_repeats() -> None:
     values = [[float(i)] for i in range(7)]
     assert estimate_mean(values) == estimate_mean(values)
+
+
+def test_unpaired_seeds_of_a_single_prompt_are_independent_as_paired_ones_are() -> None:
+    rng = np.random.default_rng(0)
+    first = {"": dict(enumerate(rng.normal(0.3, 0.05, 20)))}
+    second = {"": dict(enumerate(rng.normal(0.5, 0.05, 20)))}
+    found = estimate_unpaired(second, first)
+    assert found.num == 20
+    assert found.low is not None
+    assert 0.1 < found.low < found.mean < 0.3

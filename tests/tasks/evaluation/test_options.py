@@ -11,8 +11,11 @@ from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from tasks.diffusion.registry import load_model
 from tasks.errors import ConfigError
+from tasks.evaluation.comparison import find_other_settings
 from tasks.evaluation.config import EvaluationConfig
 from tasks.evaluation.sampling import generate_samples, plan_samples
+from tasks.evaluation.steps import describe_protocol
+from tasks.manifests.evaluation import Protocol
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config
@@ -27,6 +30,25 @@ SMALL = {
 def plan(**changes: Any) -> tuple[EvaluationConfig, Any]:
     config = make_config(EvaluationConfig, **{**SMALL, **changes})
     return config, plan_samples(config, class_noun="fish", identifier_token="sks", class_prompt="a photo of a fish")
+
+
+def test_the_protocol_names_every_sampling_setting_and_the_encoders_but_not_lpips() -> None:
+    def describe(*words: str) -> Protocol:
+        config = compile_request(parse_overrides(list(words)))
+        return describe_protocol(config.evaluation, config.diffusion)
+
+    plain = describe()
+    assert plain.encoders
+    assert describe("evaluation.encoders.lpips=none", "evaluation.seed=3") == plain
+    assert describe("evaluation.encoders.dino_resize=300").encoders != plain.encoders
+    for name, value in {
+        "evaluation.num_inference_steps": "7", "evaluation.guidance_scale": "2.0", "diffusion.sampler": "euler",
+        "diffusion.resolution": "32", "evaluation.negative_prompt": "blurry", "evaluation.guidance_rescale": "0.5",
+        "evaluation.lora_scale": "0.5",
+    }.items():  # fmt: skip
+        found = describe(f"{name}={value}")
+        setting = name.rpartition(".")[2]
+        assert find_other_settings(found, plain)[0].startswith(f"{setting} {value}, not ")
 
 
 def draw(folder: Path, model: Path, **changes: Any) -> tuple[list[str], list[int]]:

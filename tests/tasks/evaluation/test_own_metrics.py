@@ -34,6 +34,52 @@ def broken(samples, photos):
     raise RuntimeError("no weights")
 
 
+def scalar(samples, photos):
+    return 0.5
+
+
+def text(samples, photos):
+    return "12"
+
+
+def texts(samples, photos):
+    return ["1", "2"]
+
+
+def table(samples, photos):
+    return samples.dino[:, :2]
+
+
+def single(samples, photos):
+    return samples.dino.sum()
+
+
+def imaginary(samples, photos):
+    return [1j, 2j]
+
+
+def huge(samples, photos):
+    return [1.0, 1e13]
+
+
+def endless(samples, photos):
+    return [1.0, float("inf")]
+
+
+def stops(samples, photos):
+    yield 1.0
+    raise RuntimeError("out of samples")
+
+
+calls = []
+
+
+def sometimes(samples, photos):
+    calls.append(1)
+    return None if len(calls) == 1 else [1.0] * len(samples.dino)
+
+
+partial = OwnMetric(Metric("Partial", "t", "nothing", level="prompt"), sometimes)
 described = OwnMetric(Metric("Redness", "as redness", "nothing", direction="lower"), redness)
 number = 3
 '''
@@ -57,7 +103,7 @@ def measure(num: int = 2) -> dict[str, dict[str, float]]:
     pictures = tuple(Image.new("RGB", (8, 8), (255 * number, 0, 0)) for number in range(num))
     samples = [
         Sample(image=ObjectRef(key=f"k{number}", sha256="", size_bytes=0), side="tuned", kind="subject", prompt="",
-               class_prompt="", seed=number, template="t")
+               class_prompt="", seed=number, template=f"t{number}")
         for number in range(num)
     ]  # fmt: skip
     features = Features(rows, rows, rows, pictures)
@@ -89,6 +135,17 @@ def test_an_installed_metric_is_measured_and_its_version_is_part_of_the_key(
         ("mine = {0}:number", "is no function"),
         ("mine = {0}:too_few", "metric mine returned 1 values for 2 samples"),
         ("mine = {0}:broken", "metric mine failed: RuntimeError: no weights"),
+        ("mine = {0}:scalar", "metric mine returned a single float; return one number per sample"),
+        ("mine = {0}:text", "metric mine returned a single str"),
+        ("mine = {0}:single", "metric mine returned a single Tensor"),
+        ("mine = {0}:table", r"metric mine returned an array of shape \(2, 2\)"),
+        ("mine = {0}:texts", "metric mine returned a str for a sample; return real numbers"),
+        ("mine = {0}:imaginary", "metric mine returned a complex for a sample"),
+        ("mine = {0}:huge", r"metric mine returned 1e\+13; return values of at most 1e\+12"),
+        ("mine = {0}:endless", "metric mine returned inf; return finite numbers"),
+        ("mine = {0}:stops", "metric mine failed: RuntimeError: out of samples"),
+        ("mine = {0}:partial", "metric mine returned None for 1 groups of samples, but not for all"),
+        ("concept_preservation = {0}:redness", "has the name of a judge's axis; rename it"),
         ("my-metric = {0}:redness", "must be a Python identifier"),
     ],
 )

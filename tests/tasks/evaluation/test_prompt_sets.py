@@ -164,3 +164,11 @@ def test_a_request_may_name_a_set_and_a_prompt_file_within_the_allowed_folders(t
     for path in ("file:/etc/hostname", "file:../../etc/hostname", f"file:{tmp_path / 'link.txt'}", "/etc/hostname"):
         with pytest.raises(ConfigError, match=r"evaluation.prompts: .*outside the allowed folders"):
             ask(path)
+
+
+@pytest.mark.parametrize(
+    "prompts", ['["a {subject}","b {noun}","a {noun}"]', '["a {subject}","b {noun}","a  {subject}"]']
+)
+def test_prompts_that_are_the_same_after_filling_in_are_refused_with_their_positions(prompts: str) -> None:
+    with pytest.raises(ConfigError, match="prompts 1 and 3 are the same after filling in"):
+        configure(f"evaluation.prompts={prompts}")

@@ -17,6 +17,10 @@ def gain(mean: float, spread: float | None = 0.01) -> dict[str, Estimate]:
     return {"gain": estimate, "tuned": estimate}
 
 
+def no_interval(mean: float, *, num: int) -> dict[str, Estimate]:
+    return {"gain": Estimate(mean=mean, num=num)}
+
+
 def change(run: RunManifests, **changes: Any) -> RunManifests:
     estimates = {"dino": gain(0.1), "clip_t": gain(0.0), "copies": gain(0.0)} | changes.pop("estimates", {})
     drift = {side: DriftMetrics(pres=0.1, dino_div=0.5) for side in ("base", "tuned")} | changes.pop("drift", {})
@@ -34,10 +38,15 @@ def test_a_good_model_passes(store: LocalStore) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"estimates": {"dino": gain(0.005)}}, "the gain in DINO may be as low as -0.005"),
-        ({"estimates": {"dino": gain(0.1, None)}}, "too few prompts"),
+        ({"estimates": {"dino": gain(0.005)}}, "lower bound of the DINO gain is -0.005, required > +0.000"),
+        ({"estimates": {"dino": no_interval(0.1, num=2)}}, "DINO gain: no interval, too few prompts were sampled"),
+        ({"estimates": {"dino": gain(0.1, None)}}, "DINO gain: no interval, values do not vary between prompts"),
+        ({"estimates": {"dino": {}}}, "DINO gain: not measured"),
+        ({"estimates": {"dino": gain(float("nan"))}}, "lower bound of the DINO gain is +nan"),
+        ({"estimates": {"clip_t": {}}}, "CLIP-T change: not measured"),
+        ({"estimates": {"copies": {}}}, "near-duplicates of photos: not measured"),
         ({"estimates": {"clip_t": gain(-0.2)}}, "CLIP-T changed by -0.200"),
-        ({"estimates": {"copies": gain(0.5)}}, "50% of samples copy a photo"),
+        ({"estimates": {"copies": gain(0.5)}}, "50% of samples are near-duplicates of a photo"),
         ({"drift": {"tuned": DriftMetrics(pres=0.5, dino_div=0.5)}}, "PRES rose by 0.400"),
         ({"is_reliable": False}, "the judge is not reliable"),
         ({"unknown_world": "no boats here"}, "out of domain: no boats here"),

@@ -71,6 +71,11 @@ def test_the_checkpoint_table_shows_the_mean_metrics_of_compared_samples(store: 
     assert [(row.rank.step, row.dino) for row in rows] == [(400, 0.9), (800, pytest.approx(0.2))]
 
 
+def test_a_rank_without_samples_is_left_out_of_the_checkpoint_table(store: LocalStore) -> None:
+    rank = CheckpointRank(step=7, is_published=False, strength=0.5, wins=0, losses=0, undecided=0)
+    assert list_checkpoints(make_evaluation(store), Scorecard.model_construct(checkpoints=(rank,))) == []
+
+
 def test_the_grid_has_base_above_tuned(store: LocalStore) -> None:
     grid = decode_png(draw_sample_grid(store, make_evaluation(store), side=64))
     assert grid.size == (128, 128)

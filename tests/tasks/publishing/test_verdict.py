@@ -6,7 +6,9 @@ import pytest
 
 from tasks.manifests.evaluation import Estimate
 from tasks.manifests.run import RunManifests
-from tasks.manifests.scoring import CheckpointRank
+from tasks.manifests.scoring import CheckpointRank, SideScores
+from tasks.publishing.config import GateConfig
+from tasks.publishing.gate import find_blockers
 from tasks.publishing.report.tables import CheckpointRow, find_knee
 from tasks.publishing.report.verdict import reach_verdict
 from tasks.services.store.local import LocalStore
@@ -29,13 +31,13 @@ def with_gains(run: RunManifests, **gains: Estimate) -> RunManifests:
     ("gains", "headline", "told"),
     [
         ({"dino": estimate(0.1)}, "Better than the base model, with reservations", "resemble the subject more"),
-        ({"dino": estimate(0.005)}, "Not shown to be better", "A gain in subject fidelity is not shown"),
-        ({"dino": estimate(-0.1)}, "Not shown to be better", "resemble the subject less"),
-        ({"dino": estimate(0.1, None)}, "Too few prompts for a verdict", "Sample more"),
-        ({}, "Too few prompts for a verdict", "No sample was graded"),
+        ({"dino": estimate(0.005)}, "No significant improvement over the base model", "No significant gain in"),
+        ({"dino": estimate(-0.1)}, "Worse than the base model", "resemble the subject less"),
+        ({"dino": estimate(0.1, None)}, "No verdict: too few prompts", "Sample more"),
+        ({}, "DINO was not measured: no verdict", "No sample was graded"),
         ({"dino": estimate(0.1), "clip_t": estimate(-0.1)}, "Better than the base model, with", "over-training"),
         ({"dino": estimate(0.1), "clip_t": estimate(0.0)}, "Better than the base model, with", "followed as before"),
-        ({"dino": estimate(0.1), "copies": estimate(0.5)}, "with reservations", "50% of samples are nearer to a photo"),
+        ({"dino": estimate(0.1), "copies": estimate(0.5)}, "with reservations", "50% of samples are near-duplicates"),
     ],
 )  # fmt: skip
 def test_the_headline_follows_from_the_interval_of_the_gain(
@@ -52,8 +54,59 @@ def test_a_drawn_world_without_the_subjects_kind_must_not_be_used(store: LocalSt
     odd = with_gains(RunManifests(subject, run.prior, run.training, run.evaluation, run.scoring), dino=estimate(0.1))
     verdict = reach_verdict(odd, GATE)
     assert verdict.level == "bad"
-    assert "should not be used" in verdict.headline
+    assert "not recommended for use" in verdict.headline
     assert "no boats here" in verdict.findings[0].text
+
+
+def describe(run: RunManifests, gate: GateConfig = GATE) -> tuple[str, str]:
+    """Return the headline and all findings as one text."""
+    verdict = reach_verdict(run, gate)
+    return verdict.headline, " ".join(f"{finding.text} {finding.advice}" for finding in verdict.findings)
+
+
+def test_a_gain_below_the_gates_limit_is_not_called_passed(store: LocalStore) -> None:
+    run = with_gains(make_run(store), dino=estimate(0.1), clip_t=estimate(0.0), copies=estimate(0.0))
+    gate = GATE.model_copy(update={"min_dino_gain": 0.3})
+    headline, told = describe(run, gate)
+    assert headline == "Better than the base model, by less than required"
+    assert "lower bound of the DINO gain is +0.090, required > +0.300" in told
+
+
+def test_a_loss_of_clip_t_without_an_interval_is_reported_as_the_gate_does(store: LocalStore) -> None:
+    run = with_gains(make_run(store), dino=estimate(0.1), clip_t=estimate(-0.3, None), copies=estimate(0.0))
+    assert any("CLIP-T changed by -0.300" in blocker for blocker in find_blockers(run, GATE))
+    headline, told = describe(run)
+    assert headline == "Better than the base model, with reservations"
+    assert "Prompt fidelity: inconclusive" in told
+
+
+def test_values_that_do_not_vary_are_not_called_too_few_prompts(store: LocalStore) -> None:
+    headline, told = describe(with_gains(make_run(store), dino=Estimate(mean=0.1, num=12)))
+    assert headline == "No verdict: values do not vary between prompts"
+    assert "too few" not in told
+
+
+def test_no_more_than_the_whole_gap_is_closed(store: LocalStore) -> None:
+    _, told = describe(with_gains(make_run(store), dino=estimate(0.9)))
+    assert "above real photos among themselves" in told
+    assert "150%" not in told
+
+
+def test_metrics_that_were_not_measured_are_findings(store: LocalStore) -> None:
+    _, told = describe(with_gains(make_run(store), dino=estimate(0.1)))
+    assert "CLIP-T change: not measured" in told
+    assert "Near-duplicates of photos: not measured" in told
+
+
+def test_all_checks_passed_is_said_only_where_the_gate_has_nothing_against_it(store: LocalStore) -> None:
+    run = with_gains(make_run(store), dino=estimate(0.1), clip_t=estimate(0.0), copies=estimate(0.0))
+    sides = {"tuned": SideScores(concept_preservation=3, prompt_following=4, image_quality=2)}
+    reliability = run.scoring.reliability.model_copy(update={"is_reliable": True})
+    scoring = run.scoring.model_copy(update={"scores": sides, "reliability": reliability})
+    subject = run.subject.model_copy(update={"images": run.subject.images * 3})
+    good = RunManifests(subject, run.prior, run.training, run.evaluation, scoring)
+    assert find_blockers(good, GATE) == []
+    assert reach_verdict(good, GATE).headline == "Better than the base model; all checks passed"
 
 
 def rows(*points: tuple[float, float]) -> list[CheckpointRow]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ import pytest
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from conf.request import RunRequest
-from flows.cli.results.compare import compare_runs
+from flows.cli.results.compare import compare_runs, load_candidate
 from flows.cli.results.tables import Format, Grid, render
-from flows.runs.records import write_request, write_summary
+from flows.runs.records import read_run, write_request, write_summary
 from tasks.errors import ConfigError
-from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Evaluation, Sample, SubjectMetrics
+from tasks.evaluation.comparison import Candidate
+from tasks.evaluation.comparison import compare as compare_candidates
+from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Evaluation, Protocol, Sample, SubjectMetrics
 from tasks.manifests.run_summary import JudgeSummary, RunSummary, StageSummary, Status
 from tasks.manifests.subject import ImageMeasures, InstanceImage, SubjectSet
 from tasks.services.store.local import LocalStore
@@ -67,7 +70,7 @@ def make_run(
                                   inspection={}, caption="", surroundings="", view="", instance_prompt=""),),
         )
     )  # fmt: skip
-    judge = JudgeSummary(is_reliable=False, reason="controls failed: blur", alpha={}, spearman={}, pairs=None)
+    judge = JudgeSummary(is_reliable=False, reason="failed controls: blur", alpha={}, spearman={}, pairs=None)
     stages = {stage: StageSummary(key=name) for stage in ("evaluation", "subject")}
     write_summary(folder, RunSummary(run_id=name, status=status, stages=stages, judge=judge))
     return folder
@@ -87,10 +90,10 @@ def test_a_paired_comparison_decides_what_the_means_alone_do_not(tmp_path: Path)
         assert difference["mean"] == pytest.approx(0.03, abs=0.01)
         assert (difference["low"] > 0) is is_decided
     assert "DINO (subject fidelity) is higher by 0.03" in paired["conclusion"]
-    assert "CLIP-T (prompt fidelity) is undecided" in paired["conclusion"]
+    assert "CLIP-T (prompt fidelity) is inconclusive" in paired["conclusion"]
     assert "it is the better of the two" in paired["conclusion"]
-    assert "neither model may be called better" in unpaired["conclusion"]
-    assert "not which settings are" in paired["conclusion"]
+    assert "no significant difference" in unpaired["conclusion"]
+    assert "One training seed per model compares models, not settings" in paired["conclusion"]
     [difference] = paired["metrics"]["redness"]["differences"]  # a metric of another package
     assert difference["mean"] == pytest.approx(0.015, abs=0.005)
     assert paired["configuration"] == {"training.max_train_steps": ["300", "400"]}
@@ -106,7 +109,7 @@ def test_every_other_run_is_compared_with_the_first(tmp_path: Path) -> None:
     assert row.count("*") == 2
     assert "run-b against run-a" in text
     assert "it is the worse of the two" in text
-    assert "warning: the grades of run-c are unreliable: controls failed: blur" in text
+    assert "warning: the grades of run-c are unreliable: failed controls: blur" in text
 
 
 def test_runs_without_a_shared_prompt_and_seed_are_compared_unpaired_only(tmp_path: Path) -> None:
@@ -142,11 +145,27 @@ def test_runs_that_cannot_be_compared_are_one_line_errors(tmp_path: Path) -> Non
         assert "\n" not in str(caught.value)
 
 
+def test_the_comparison_itself_refuses_other_encoders_and_notes_other_sampling_settings(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path, name) for name in ("run-a", "run-b")]
+    first, second = (load_candidate(read_run(folder)) for folder in folders)
+
+    def measured(found: Candidate, encoders: str, scale: str) -> Candidate:
+        protocol = Protocol(encoders=encoders, sampling={"guidance_scale": scale})
+        return replace(found, evaluation=found.evaluation.model_copy(update={"protocol": protocol}))
+
+    first = measured(first, "e", "7.5")
+    with pytest.raises(ConfigError, match="run-b and run-a were measured with other encoders"):
+        compare_candidates([first, measured(second, "f", "7.5")], is_paired=False)
+    assert compare_candidates([first, measured(second, "e", "7.5")]).notes == ()
+    told = "run-b was sampled with other settings than run-a: guidance_scale 1.0, not 7.5"
+    assert compare_candidates([first, measured(second, "e", "1.0")]).notes == (told,)
+
+
 def test_samples_that_have_left_the_store_are_reported(tmp_path: Path) -> None:
     make_run(tmp_path, "run-a")
     make_run(tmp_path, "run-b")
     (tmp_path / "store" / "04-evaluation" / "run-b" / "manifest.json").unlink()
-    with pytest.raises(ConfigError, match="the samples of run run-b are missing from the store"):
+    with pytest.raises(ConfigError, match="the samples of run-b are missing from the store"):
         compare(tmp_path, "run-a", "run-b")
 
 
@@ -173,3 +192,21 @@ def test_cells_are_escaped_in_every_format() -> None:
     assert "50% &amp; &lt;b&gt;" in texts["html"]
     assert "<p>1 &lt; 2</p>" in texts["html"]
     assert "'=cmd()" in texts["csv"]
+
+
+@pytest.mark.parametrize("cell", ["+cmd|' /C calc'!A0", "-1+A1", "=1+1", "@SUM(A1)", "-cmd"])
+def test_a_cell_that_a_spreadsheet_would_compute_is_quoted_in_csv(cell: str) -> None:
+    text = render([Grid("T", ("a",), ((cell,),))], [], as_format="csv", data={})
+    assert next(csv.reader([text.splitlines()[1]])) == [f"'{cell}"]
+
+
+@pytest.mark.parametrize("cell", ["-", "-0.024", "+0.050 [-0.010, +0.110]", "+3.122 [+0.894, +4.970] *"])
+def test_figures_stay_as_they_are_in_csv(cell: str) -> None:
+    assert next(
+        csv.reader([render([Grid("T", ("a",), ((cell,),))], [], as_format="csv", data={}).splitlines()[1]])
+    ) == [cell]
+
+
+def test_a_backslash_before_a_pipe_does_not_end_a_markdown_cell() -> None:
+    text = render([Grid("T", ("a",), (("x\\|y",),))], [], as_format="md", data={})
+    assert text.splitlines()[2] == r"| x\\\|y |"

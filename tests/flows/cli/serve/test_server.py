@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from conf.request import RunRequest
+from flows.cli.results.runs import explain_no_report
 from flows.cli.serve.server import HOST, make_handler, serve_runs
 from flows.runs.records import read_summary, write_request, write_start, write_summary
 from tasks.errors import ConfigError
+from tasks.manifests.run_summary import EvaluatedModel
 
 RUN = "20260101-000000-fish-0001"
 
@@ -70,6 +72,22 @@ def test_the_index_lists_runs_with_reports_and_pages(server: int) -> None:
     assert 'href="http://127.0.0.1:4200/runs/1?a=1&amp;b=2"' in text
     assert "javascript:" not in text
     assert "default-src 'none'" in headers["content-security-policy"]
+
+
+def test_a_run_without_a_report_is_listed_without_a_link(output: Path, server: int) -> None:
+    (output / RUN / "report.html").unlink()
+    text = get(server, "/")[1]
+    assert RUN in text
+    assert f'href="/runs/{RUN}/report.html"' not in text
+
+
+def test_the_command_says_why_there_is_no_report(output: Path) -> None:
+    (output / RUN / "report.html").unlink()
+    assert "was removed; run it again" in explain_no_report(output / RUN)
+    assert "did not finish (running)" in explain_no_report(output / "20260102-000000-fish-0002")
+    evaluated = EvaluatedModel(location="m", kind="lora", sha256="s")
+    write_summary(output / RUN, read_summary(output / RUN).model_copy(update={"evaluated": evaluated}))
+    assert "evaluated a model from elsewhere, which has no report" in explain_no_report(output / RUN)
 
 
 def test_a_report_has_links_to_the_other_servers(server: int) -> None:

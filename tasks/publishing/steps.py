@@ -21,7 +21,7 @@ from tasks.stage.context import Runtime
 from tasks.stage.files import make_part_prefix, write_atomic
 from tasks.stage.states import finished, should_retry
 
-STAGE_VERSION = 4
+STAGE_VERSION = 5
 VERSIONED = ("likeness", "torch", "diffusers", "transformers", "pytorch-lightning", "prefect")
 """Packages whose versions a report names."""
 

@@ -1,4 +1,4 @@
-"""A short campaign of faults: two runs on a local stack, in a bucket and in a folder."""
+"""A short campaign of faults against one run on a local stack with two workers; `make chaos` runs longer ones."""
 
 import subprocess
 import sys
@@ -9,13 +9,13 @@ import pytest
 from tests.stack.commands import ROOT, environment
 
 SECONDS = 1200
-FAULTS = ("flow", "trainer", "s3-503", "vision", "prefect")
+FAULTS = ("flow", "s3-503", "prefect")
 
 
 @pytest.mark.timeout(SECONDS)
-def test_runs_survive_a_short_campaign_of_faults_without_a_violation(tmp_path: Path) -> None:
+def test_a_run_survives_a_short_campaign_of_faults_without_a_violation(tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "tests.chaos", "--seed", "3", "--runs", "2", "--workers", "2", "--variants", "1",
+        sys.executable, "-m", "tests.chaos", "--seed", "3", "--runs", "1", "--workers", "2", "--variants", "1",
         "--faults", str(len(FAULTS)), "--kinds", ",".join(FAULTS), "--out", str(tmp_path / "site"),
     ]  # fmt: skip
     done = subprocess.run(

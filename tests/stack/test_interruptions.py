@@ -1,5 +1,6 @@
 """Runs on a local stack that are cancelled through the server's API, or lose their worker."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from tests.support.prefect_api import (
 SECONDS = 900
 SETTINGS = ["experiment=smoke", "training.num_threads=1", "training.max_train_steps=40"]
 pytestmark = pytest.mark.timeout(2 * SECONDS)
+by_make_chaos = pytest.mark.skipif("LIKENESS_CHAOS" not in os.environ, reason="takes minutes; run by make chaos")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,7 @@ def test_a_run_cancelled_in_the_ui_saves_training_and_the_next_submit_resumes_it
     assert finished.stages["training"].counts["resumed_from_step"] > 0
 
 
+@by_make_chaos
 def test_a_run_survives_the_death_of_its_worker(folder: Path) -> None:
     with open_api(folder / "runs") as client:
         run = create_flow_run(client, [*SETTINGS, "seed=2", f"output_dir={folder / 'runs'}"])
@@ -121,6 +124,7 @@ def test_a_run_that_dies_together_with_its_worker_is_rescheduled_and_resumes(fol
     assert newest.stages["training"].counts["resumed_from_step"] > 0
 
 
+@by_make_chaos
 def test_a_run_that_is_rescheduled_while_it_runs_is_left_to_its_first_process(folder: Path) -> None:
     with open_api(folder / "runs") as client:
         run = create_flow_run(client, [*SETTINGS, "seed=4", f"output_dir={folder / 'runs'}"])

@@ -106,6 +106,7 @@ def test_a_run_survives_the_death_of_its_worker(folder: Path) -> None:
     assert "finished" not in {each.status for each in earlier}
 
 
+@by_make_chaos
 def test_a_run_that_dies_together_with_its_worker_is_rescheduled_and_resumes(folder: Path) -> None:
     with open_api(folder / "runs") as client:
         words = [*SETTINGS, "seed=3", "training.checkpointing_steps=2", f"output_dir={folder / 'runs'}"]

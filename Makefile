@@ -46,7 +46,7 @@ bench: setup-dev  ## measure the main job's figures and print them
 
 CHAOS := --seed 0 --runs 20 --workers 2
 chaos: setup-dev  ## run a campaign of faults against real servers, check invariants and print a table (half an hour)
-	@LIKENESS_CHAOS=1 $(BIN)/python -m pytest -p no:xdist tests/stack/test_interruptions.py
+	@LIKENESS_CHAOS=1 $(BIN)/python -m pytest -p no:xdist tests/stack/test_interruptions.py tests/stack/test_chaos.py
 	@$(BIN)/python -m tests.chaos $(CHAOS)
 
 lock: setup-dev  ## resolve the dependencies anew

@@ -139,8 +139,9 @@ def test_a_run_killed_during_its_batch_job_resumes_with_the_same_job_and_its_cos
         busy = sandbox.likeness("pending")
         assert busy.stdout.strip().endswith("0 of 1 pending runs finished"), busy.stderr
         assert busy.returncode == 11
-        assert "still validating; `likeness pending` resumes the run" in busy.stderr
-        assert sandbox.newest()["status"] == "pending"
+        waiting = sandbox.newest()
+        assert waiting["status"] == "pending"
+        assert "still validating" in waiting["error"]["message"]
         server.batch_api.turn.release()
         wait_until(lambda: all(batch["status"] == "completed" for batch in server.batch_api.list_batches()))
         done = sandbox.likeness("pending")

@@ -83,8 +83,8 @@ def find_weaknesses(store: Store, contender: Contender, champion: Version) -> li
     is_worse = [d.high is not None and d.high < 0 for d in (dino, clip_t)]
     if any(is_better) and not any(is_worse):
         return []
-    told = f"DINO {dino.show_gain()}, CLIP-T {clip_t.show_gain()}"
-    return [f"no significant improvement over the champion (version {champion.version}): {told}"]
+    details = f"DINO {dino.show_gain()}, CLIP-T {clip_t.show_gain()}"
+    return [f"no significant improvement over the champion (version {champion.version}): {details}"]
 
 
 def find_mismatch(own: "Candidate", champion: "Candidate") -> str:
@@ -100,8 +100,8 @@ def find_mismatch(own: "Candidate", champion: "Candidate") -> str:
     if one == other:
         return ""
     encoders = ["evaluation.encoders"] if one.encoders != other.encoders else []
-    told = ", ".join([*encoders, *find_other_settings(one, other)])
-    return f"{champion.name}, was evaluated with other encoders or sampling settings ({told}); {FORCE}"
+    details = ", ".join([*encoders, *find_other_settings(one, other)])
+    return f"{champion.name}, was evaluated with other encoders or sampling settings ({details}); {FORCE}"
 
 
 def load_evaluated(store: Store, name: str, keys: Mapping[str, str]) -> "Candidate":

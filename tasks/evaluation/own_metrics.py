@@ -77,30 +77,30 @@ def read_values(name: str, measured: object, *, num: int) -> list[float]:
         ConfigError: it is a single value, a table, holds something else than numbers, or numbers out of bounds.
 
     """
-    told = f"metric {name} returned"
+    prefix = f"metric {name} returned"
     shape = getattr(measured, "shape", None)
     if isinstance(measured, str | bytes) or not isinstance(measured, Iterable) or shape == ():
-        raise ConfigError(f"{told} a single {type(measured).__name__}; return one number per sample")
+        raise ConfigError(f"{prefix} a single {type(measured).__name__}; return one number per sample")
     if shape is not None and len(shape) != 1:
-        raise ConfigError(f"{told} an array of shape {tuple(shape)}; return one number per sample, shape ({num},)")
+        raise ConfigError(f"{prefix} an array of shape {tuple(shape)}; return one number per sample, shape ({num},)")
     values: list[object] = measured.tolist() if hasattr(measured, "tolist") else list(measured)
     if len(values) != num:
-        raise ConfigError(f"{told} {len(values)} values for {num} samples; return one number per sample")
-    return [read_value(told, value) for value in values]
+        raise ConfigError(f"{prefix} {len(values)} values for {num} samples; return one number per sample")
+    return [read_value(prefix, value) for value in values]
 
 
-def read_value(told: str, value: object) -> float:
+def read_value(prefix: str, value: object) -> float:
     """Return one value as a plain number. Raises ConfigError."""
     try:
         if isinstance(value, str | bytes | complex | np.complexfloating):
             raise TypeError
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{told} a {type(value).__name__} for a sample; return real numbers") from error
+        raise ConfigError(f"{prefix} a {type(value).__name__} for a sample; return real numbers") from error
     if not math.isfinite(number):
-        raise ConfigError(f"{told} {number}; return finite numbers")
+        raise ConfigError(f"{prefix} {number}; return finite numbers")
     if abs(number) > MAX_VALUE:
-        raise ConfigError(f"{told} {number:g}; return values of at most {MAX_VALUE:g}")
+        raise ConfigError(f"{prefix} {number:g}; return values of at most {MAX_VALUE:g}")
     return number
 
 

@@ -55,8 +55,8 @@ def check_gain(evaluation: Evaluation, gate: GateConfig) -> Check:
         return Check("dino", f"DINO gain: no interval, {explain_no_interval(gain)}", gain)
     if gain.low > gate.min_dino_gain:
         return Check("dino", estimate=gain)
-    told = f"lower bound of the DINO gain is {gain.low:+.3f}, required > {gate.min_dino_gain:+.3f}"
-    return Check("dino", told, gain)
+    details = f"lower bound of the DINO gain is {gain.low:+.3f}, required > {gate.min_dino_gain:+.3f}"
+    return Check("dino", details, gain)
 
 
 def explain_no_interval(estimate: Estimate) -> str:
@@ -94,8 +94,8 @@ def check_copies(evaluation: Evaluation, gate: GateConfig) -> Check:
         return Check("copies", "near-duplicates of photos: not measured, which takes at least two photos")
     if copies.mean <= gate.max_copies:
         return Check("copies", estimate=copies)
-    told = f"{copies.mean:.0%} of samples are near-duplicates of a photo, allowed <= {gate.max_copies:.0%}"
-    return Check("copies", told, copies)
+    details = f"{copies.mean:.0%} of samples are near-duplicates of a photo, allowed <= {gate.max_copies:.0%}"
+    return Check("copies", details, copies)
 
 
 def check_judge(run: RunManifests, gate: GateConfig) -> Check:

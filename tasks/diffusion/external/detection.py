@@ -50,8 +50,8 @@ def detect(location: str) -> ExternalModel:
         raise ConfigError(f"{path} is no model: name a diffusers folder or a file in safetensors")
     header = read_header(path)
     metadata = header.pop("__metadata__", {})
-    told = tuple((name, str(value)) for name, value in sorted(metadata.items()))
-    return ExternalModel(path, find_kind(path, header), tuple(header), told)
+    entries = tuple((name, str(value)) for name, value in sorted(metadata.items()))
+    return ExternalModel(path, find_kind(path, header), tuple(header), entries)
 
 
 def find_weights(folder: Path) -> Path:

@@ -81,25 +81,25 @@ def describe_gain(evaluation: Evaluation, check: Check) -> list[Finding]:
     gain = check.estimate
     if gain is None:
         return [Finding("caution", f"{check.blocker}.", "Run the evaluation again")]
-    told = f"DINO {show_gain(gain)}"
+    details = f"DINO {show_gain(gain)}"
     if gain.low is None or gain.high is None:
-        text = f"Subject fidelity is not known: {told}; {explain_no_interval(gain)}."
+        text = f"Subject fidelity is not known: {details}; {explain_no_interval(gain)}."
         return [Finding("caution", text, "Sample more: evaluation=standard")]
     if gain.low > 0:
-        text = f"Samples resemble the subject more: {told}{show_share(evaluation, gain)}."
+        text = f"Samples resemble the subject more: {details}{show_share(evaluation, gain)}."
         if check.is_passed:
             return [Finding("good", text)]
         return [Finding("caution", f"{text[:-1]}; the {check.blocker}.", "Train longer (training.max_train_steps)")]
     if gain.high < 0:
         return [
             Finding(
-                "bad", f"Samples resemble the subject less: {told}.",
+                "bad", f"Samples resemble the subject less: {details}.",
                 "Look at the photos and the class noun; lower training.learning_rate",
             )
         ]  # fmt: skip
     return [
         Finding(
-            "caution", f"No significant gain in subject fidelity: {told}.",
+            "caution", f"No significant gain in subject fidelity: {details}.",
             "Sample more (evaluation=thorough), or train longer (training.max_train_steps)",
         )
     ]  # fmt: skip
@@ -121,13 +121,13 @@ def describe_prompts(run: RunManifests, check: Check, *, limit: float) -> list[F
     gain = check.estimate
     if gain is None:
         return [Finding("caution", f"{check.blocker}.", "Run the evaluation again")]
-    told = f"CLIP-T {show_gain(gain)}"
+    details = f"CLIP-T {show_gain(gain)}"
     # Equal values have no interval; with enough prompts their mean is what it is.
     low, high = (gain.mean, gain.mean) if gain.low is None and gain.num >= MIN_CLUSTERS else (gain.low, gain.high)
     if check.is_passed and low is not None and low >= limit:
-        return [Finding("good", f"Prompts are followed as before: {told}.")]
+        return [Finding("good", f"Prompts are followed as before: {details}.")]
     if check.is_passed or high is None or high >= 0:
-        text = f"Prompt fidelity: inconclusive: {told}{'' if check.is_passed else f', required >= {limit:+.3f}'}."
+        text = f"Prompt fidelity: inconclusive: {details}{'' if check.is_passed else f', required >= {limit:+.3f}'}."
         return [Finding("caution", text, "Sample more: evaluation=thorough")]
     knee = find_knee(list_checkpoints(run.evaluation, run.scoring))
     prompt = f'"a photo of {run.subject.identifier_token} {run.subject.class_noun}"'
@@ -136,17 +136,17 @@ def describe_prompts(run: RunManifests, check: Check, *, limit: float) -> list[F
         if knee is not None and knee != run.training.published_step
         else "Train fewer steps, or keep checkpoints to choose from: training.validation.save_top_k=3"
     )
-    return [Finding("caution", f"Prompts are followed less, a sign of over-training: {told}.", advice)]
+    return [Finding("caution", f"Prompts are followed less, a sign of over-training: {details}.", advice)]
 
 
 def describe_drift(evaluation: Evaluation, check: Check) -> list[Finding]:
     """Return whether samples of the class have drifted to the subject."""
-    told = f"PRES {evaluation.drift['base'].pres:.3f} before, {evaluation.drift['tuned'].pres:.3f} after"
+    details = f"PRES {evaluation.drift['base'].pres:.3f} before, {evaluation.drift['tuned'].pres:.3f} after"
     if check.is_passed:
-        return [Finding("good", f"No prior drift: {told}.")]
+        return [Finding("good", f"No prior drift: {details}.")]
     return [
         Finding(
-            "caution", f"Prior drift: {told}.",
+            "caution", f"Prior drift: {details}.",
             "Keep prior preservation on (prior=class_images), use more class images, or train fewer steps",
         )
     ]  # fmt: skip

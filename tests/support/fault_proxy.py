@@ -6,6 +6,7 @@ import select
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -64,13 +65,14 @@ class QuietServer(ThreadingHTTPServer):
         """Ignore clients that were killed in the middle of a request."""
 
 
-class ForwardingHandler(BaseHTTPRequestHandler):
+class ForwardingHandler(BaseHTTPRequestHandler, ABC):
     """Forwards one request."""
 
     protocol_version = "HTTP/1.1"
 
+    @abstractmethod
     def owner(self) -> FaultProxy:
-        raise NotImplementedError
+        """Return the proxy that this handler works for."""
 
     def forward(self) -> None:
         proxy = self.owner()

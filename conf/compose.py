@@ -212,6 +212,8 @@ def describe_invalid(error: ValidationError) -> str:
     where = "" if where == "settings" else where  # the message names the setting itself
     where = GROUPS.get(where, where) if error.title == RunRequest.__name__ else where
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden" and error.title not in (RunConfig.__name__, RunRequest.__name__):
+        return f"unknown field {show_value(where)}"  # of another file than a configuration
     if first["type"] == "extra_forbidden":
         names = {dotted for dotted, _ in walk(schema_names(RunConfig))}
         return f"unknown setting {show_value(where)}{suggest(where[:200], names)}"

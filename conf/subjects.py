@@ -1,5 +1,7 @@
 """`ManyRequest`: one run per subject; and `subject.yaml`, which describes one subject beside its photos."""
 
+from typing import TypeVar
+
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -11,6 +13,7 @@ from tasks.errors import ConfigError, first_line
 
 SUBJECT_FILE = "subject.yaml"
 MAX_SUBJECTS, MAX_FILE_BYTES = 10_000, 64_000
+Schema = TypeVar("Schema", bound=BaseModel)
 TAKEN = ("source", "subject.source", "subject")
 """Names that a subject's file may not set: its photos lie beside it."""
 
@@ -82,21 +85,26 @@ class SubjectFile(BaseModel):
 
 def parse_subject_file(data: bytes) -> SubjectFile:
     """Return a parsed `subject.yaml`. Raises ConfigError for anything else."""
+    return parse_yaml(data, SubjectFile, name=SUBJECT_FILE)
+
+
+def parse_yaml(data: bytes, schema: type[Schema], *, name: str) -> Schema:
+    """Return a file of YAML as a model. Raises ConfigError, with the file's name, for anything else."""
     if len(data) > MAX_FILE_BYTES:
-        raise ConfigError(f"{SUBJECT_FILE} has {len(data):,} bytes, at most {MAX_FILE_BYTES:,} are read")
+        raise ConfigError(f"{name} has {len(data):,} bytes, at most {MAX_FILE_BYTES:,} are read")
     try:
         text = data.decode("utf-8-sig")
         # A few aliases can stand for gigabytes, and nothing here needs one.
         if any(isinstance(token, yaml.AnchorToken | yaml.AliasToken) for token in yaml.scan(text)):
-            raise ConfigError(f"{SUBJECT_FILE}: anchors and aliases are not accepted")
+            raise ConfigError(f"{name}: anchors and aliases are not accepted")
         # Every scalar as text: YAML's own types raise errors of all kinds, and the schema knows the right ones.
         plain = yaml.load(text, Loader=yaml.BaseLoader)
-        return SubjectFile.model_validate(plain)
+        return schema.model_validate(plain)
     except ValidationError as error:
-        raise ConfigError(f"{SUBJECT_FILE}: {describe_invalid(error)}") from error
+        raise ConfigError(f"{name}: {describe_invalid(error)}") from error
     # ValueError: not UTF-8; RecursionError: deep nesting; TypeError: a list as a key.
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{SUBJECT_FILE} is not YAML: {first_line(error)}") from error
+        raise ConfigError(f"{name} is not YAML: {first_line(error)}") from error
 
 
 def make_request(base: RunRequest, *, source: str, class_noun: str, settings: dict[str, Value]) -> RunRequest:

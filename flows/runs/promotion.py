@@ -59,7 +59,7 @@ def find_version(champion: Version | None) -> str | None:
 
 def find_weaknesses(store: Store, contender: Contender, champion: Version) -> list[str]:
     """Return why a version does not beat the champion, by the paired comparison of DINO and CLIP-T."""
-    from tasks.evaluation.comparison import UnpairedError, compare
+    from tasks.evaluation.comparison import UnpairedError, compare, is_better
 
     held = f"version {champion.version}, the champion"
     keys = {stage: champion.tags.get(f"likeness.{stage}", "") for stage in ("evaluation", "subject", "scoring")}
@@ -78,12 +78,9 @@ def find_weaknesses(store: Store, contender: Contender, champion: Version) -> li
     except ConfigError as error:
         return [f"it cannot be compared with {held}: {error}; {FORCE}"]
     differences = {row.key: row.differences[0] for row in found.metrics}
-    dino, clip_t = differences["dino"], differences["clip_t"]
-    is_better = [d.low is not None and d.low > 0 for d in (dino, clip_t)]
-    is_worse = [d.high is not None and d.high < 0 for d in (dino, clip_t)]
-    if any(is_better) and not any(is_worse):
+    if is_better(differences):
         return []
-    details = f"DINO {dino.show_gain()}, CLIP-T {clip_t.show_gain()}"
+    details = f"DINO {differences['dino'].show_gain()}, CLIP-T {differences['clip_t'].show_gain()}"
     return [f"no significant improvement over the champion (version {champion.version}): {details}"]
 
 

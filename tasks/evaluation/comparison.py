@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tasks.errors import ConfigError
 from tasks.evaluation.intervals import Values, estimate_samples, estimate_unpaired, subtract
-from tasks.manifests.evaluation import MIN_CLUSTERS, Estimate, Evaluation, Protocol
+from tasks.manifests.evaluation import MIN_CLUSTERS, Estimate, Evaluation, Protocol, Side
 from tasks.metrics import METRICS, Metric
 
 JUDGE_TEXT = "mean grade of the judge, 0 to 4; higher is better"
@@ -33,6 +33,8 @@ class Candidate:
     grades: Mapping[str, Mapping[str, float]]
     """By axis, then by the sample's object key."""
     judge: str = ""
+    side: Side = "tuned"
+    """`base` compares what the base model makes of the same prompts and seeds."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,11 @@ def find_others(tables: Sequence[Mapping[str, Values]]) -> dict[str, Metric]:
 
 
 def collect_values(candidate: Candidate) -> dict[str, Values]:
-    """Return the tuned model's value of each metric by prompt and seed. Raises ConfigError for an older evaluation."""
+    """Return the value of each metric by prompt and seed. Raises ConfigError for an older evaluation."""
     evaluation = candidate.evaluation
     found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for sample in evaluation.samples:
-        if sample.side != "tuned" or sample.kind == "candidate":
+        if sample.side != candidate.side or sample.kind == "candidate":
             continue
         key = sample.image.key
         if sample.kind == "subject" and not sample.template:
@@ -112,7 +114,7 @@ def collect_values(candidate: Candidate) -> dict[str, Values]:
     for row in evaluation.prompts:  # metrics among the samples of a prompt have one value per prompt
         for name in METRICS:
             if METRICS[name].level == "prompt" and name in row.values:
-                found[name][row.template][0] = row.values[name]["tuned"].mean
+                found[name][row.template][0] = row.values[name][candidate.side].mean
     return dict(found)
 
 
@@ -193,6 +195,13 @@ def conclude(name: str, reference: str, differences: Mapping[str, Estimate]) -> 
         parts.append("more of its samples are near-duplicates of photos, so its fidelity is partly copying")
     text = f"{name} against {reference}: {'; '.join(parts)}"
     return f"{text}; {judge_headline(differences)}."
+
+
+def is_better(differences: Mapping[str, Estimate]) -> bool:
+    """Whether a model is better in a headline metric and worse in none, beyond the intervals."""
+    found = [differences[key] for key in HEADLINE if key in differences]
+    signs = {each.mean > 0 for each in found if each.is_decided}
+    return signs == {True}
 
 
 def judge_headline(differences: Mapping[str, Estimate]) -> str:

@@ -1,0 +1,227 @@
+"""The results of a scoreboard: means over subjects, differences, findings, and preferred methods by subject."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Literal
+
+from flows.runs.promotion import load_evaluated
+from flows.runs.records import read_run
+from flows.scoreboard.cells import Result
+from flows.scoreboard.plan import BASE, Direction, Plan
+from flows.sweeps.outcome import compute_interval
+from tasks.manifests.base import ObjectRef
+from tasks.manifests.evaluation import Estimate
+from tasks.manifests.subject import SubjectSet
+from tasks.services.store.base import Store
+from tasks.services.store.open import open_store
+from tasks.stage.cache import find_manifest
+
+if TYPE_CHECKING:
+    from tasks.evaluation.comparison import Candidate
+    from tasks.evaluation.intervals import Values
+
+Key = tuple[str, str, int]
+"""Method, subject and training seed."""
+Metrics = Mapping[str, "Values"]
+"""A model's values by metric, prompt and seed."""
+SEEDS = 2**32
+"""More than there are sampling seeds: the samples of several training seeds stay apart."""
+MIN_SUBJECTS = 3
+"""From here on an interval is over subjects; for fewer it is over the prompts of these subjects."""
+Verdict = Literal["holds", "opposite", "undecided", "not measured"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A finished cell: its evaluation, and a photo of its subject."""
+
+    store: Store
+    candidate: "Candidate"
+    photo: ObjectRef
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method: means over subjects, and differences to the reference, by metric."""
+
+    method: str
+    num_models: int
+    means: dict[str, Estimate] = field(default_factory=dict)
+    differences: dict[str, Estimate] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of a published finding."""
+
+    direction: Direction
+    metric: str
+    difference: Estimate | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One subject: the methods that no other one beats in DINO or CLIP-T without loss in the other."""
+
+    subject: str
+    preferred: tuple[str, ...]
+    gains: dict[str, dict[str, Estimate]]
+    """Difference to the base model by method, then metric."""
+    beaten: dict[str, tuple[str, ...]]
+    """By method, which others beat it."""
+
+
+@dataclass(frozen=True)
+class Standings:
+    """All tables of a scoreboard."""
+
+    metrics: tuple[str, ...]
+    ceiling: dict[str, float]
+    """Among real photos, mean over subjects."""
+    rows: tuple[Row, ...]
+    findings: tuple[Finding, ...]
+    preferences: tuple[Preference, ...]
+
+
+def rank(models: Mapping[Key, Loaded], plan: Plan) -> Standings:
+    """Return the tables of the finished cells."""
+    from tasks.evaluation.comparison import collect_values
+
+    candidates = {key: loaded.candidate for key, loaded in models.items()}
+    # The base model's samples are the same beside every model of a subject.
+    bases = {
+        (BASE, subject, seed): replace(candidate, side="base")
+        for (method, subject, seed), candidate in candidates.items()
+        if method == plan.reference
+    }
+    found: dict[str, dict[str, dict[int, Metrics]]] = defaultdict(lambda: defaultdict(dict))
+    for (method, subject, seed), candidate in {**bases, **candidates}.items():
+        found[method][subject][seed] = collect_values(candidate)
+    tables = {method: {name: merge_seeds(by_seed) for name, by_seed in by.items()} for method, by in found.items()}
+    metrics = dict.fromkeys(metric for table in tables.values() for own in table.values() for metric in own)
+    reference = tables.get(plan.reference, {})
+    rows = tuple(
+        Row(
+            method,
+            sum(map(len, found[method].values())),
+            collect(metrics, table),
+            {} if method == plan.reference else collect(metrics, differ(table, reference)),
+        )
+        for method, table in tables.items()
+    )
+    return Standings(
+        tuple(metrics),
+        average_ceilings(candidates),
+        rows,
+        tuple(check(direction, tables) for direction in plan.directions),
+        tuple(prefer(subject, tables) for subject in dict.fromkeys(subject for _, subject, _ in models)),
+    )
+
+
+def load_models(results: Sequence[Result]) -> dict[Key, Loaded]:
+    """Return the evaluations of finished cells. Raises ConfigError where samples are missing."""
+    return {result.cell.key: load_model(result.folder) for result in results if result.folder is not None}
+
+
+def load_model(folder: Path) -> Loaded:
+    """Return a finished run's evaluation. Raises ConfigError where its samples are missing."""
+    run = read_run(folder)
+    store = open_store(run.config.store)
+    keys = {stage: run.find_stage_key(stage) for stage in run.summary.stages}
+    candidate = load_evaluated(store, run.summary.run_id, keys)
+    subject = find_manifest(store, SubjectSet, stage="subject", key=keys["subject"])
+    assert subject is not None  # `load_evaluated` has read it
+    return Loaded(store, candidate, subject.images[0].image)
+
+
+def merge_seeds(by_seed: Mapping[int, Metrics]) -> dict[str, dict[str, dict[int, float]]]:
+    """Return the values of all training seeds by metric, prompt, and position of the training seed with sampling's.
+
+    By position, so that models of other trainers pair with ours whatever they call their seeds.
+    """
+    merged: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for position, seed in enumerate(sorted(by_seed)):
+        for metric, by_prompt in by_seed[seed].items():
+            for prompt, by_sample in by_prompt.items():
+                shifted = {position * SEEDS + sample: value for sample, value in by_sample.items()}
+                merged[metric][prompt].update(shifted)
+    return {metric: dict(by_prompt) for metric, by_prompt in merged.items()}
+
+
+def differ(table: Mapping[str, Metrics], reference: Mapping[str, Metrics]) -> dict[str, dict[str, "Values"]]:
+    """Return a method less another, by subject and metric, for the prompts and seeds that both have."""
+    from tasks.evaluation.intervals import subtract
+
+    found: dict[str, dict[str, Values]] = {}
+    for subject in table.keys() & reference.keys():
+        shared = [metric for metric in table[subject] if metric in reference[subject]]
+        pairs = {metric: subtract(table[subject][metric], reference[subject][metric]) for metric in shared}
+        found[subject] = {metric: values for metric, values in pairs.items() if values}
+    return found
+
+
+def collect(metrics: Iterable[str], table: Mapping[str, Metrics]) -> dict[str, Estimate]:
+    """Return the mean over subjects of each metric that some of them have."""
+    rows = {metric: {name: own[metric] for name, own in table.items() if metric in own} for metric in metrics}
+    return {metric: estimate(by_subject) for metric, by_subject in rows.items() if by_subject}
+
+
+def estimate(by_subject: Mapping[str, "Values"]) -> Estimate:
+    """Return the mean over subjects with its 95 % interval.
+
+    From three subjects on, Student's t over their means, so that it holds for other subjects too; for fewer, a
+    bootstrap over their prompts, so that it holds for these subjects alone.
+    """
+    from tasks.evaluation.intervals import estimate_samples
+
+    if len(by_subject) < MIN_SUBJECTS:
+        return estimate_samples(
+            {f"{name} {prompt}": row for name, own in by_subject.items() for prompt, row in own.items()}
+        )
+    means = [fmean(value for row in own.values() for value in row.values()) for own in by_subject.values()]
+    low, high = compute_interval(means)
+    return Estimate(mean=fmean(means), low=low, high=high, num=len(means))
+
+
+def check(direction: Direction, tables: Mapping[str, Mapping[str, Metrics]]) -> Finding:
+    """Return whether a published finding holds here."""
+    pairs = differ(tables.get(direction.method, {}), tables.get(direction.reference, {}))
+    for metric in direction.metrics:
+        found = collect([metric], pairs).get(metric)
+        if found is None:
+            continue
+        verdict: Verdict = "undecided"
+        if found.is_decided:
+            verdict = "holds" if (found.mean > 0) == (direction.expected == "higher") else "opposite"
+        return Finding(direction, metric, found, verdict)
+    return Finding(direction, direction.metrics[0], None, "not measured")
+
+
+def prefer(subject: str, tables: Mapping[str, Mapping[str, Metrics]]) -> Preference:
+    """Return which methods no other one beats on a subject, by the paired comparison over its prompts."""
+    from tasks.evaluation.comparison import HEADLINE, is_better
+    from tasks.evaluation.intervals import estimate_samples, subtract
+
+    own = {method: table[subject] for method, table in tables.items() if subject in table}
+
+    def compare(method: str, other: str) -> dict[str, Estimate]:
+        pairs = {key: subtract(own[method][key], own[other][key]) for key in HEADLINE}
+        return {key: estimate_samples(values) for key, values in pairs.items() if values}
+
+    beaten = {
+        method: tuple(other for other in own if other != method and is_better(compare(other, method))) for method in own
+    }
+    preferred = tuple(method for method, others in beaten.items() if not others)
+    gains = {method: compare(method, BASE) for method in own if method != BASE and BASE in own}
+    return Preference(subject, preferred, gains, beaten)
+
+
+def average_ceilings(candidates: Mapping[Key, "Candidate"]) -> dict[str, float]:
+    """Return each metric among real photos, as the mean over subjects."""
+    ceilings = {subject: each.evaluation.ceiling.model_dump() for (_, subject, _), each in candidates.items()}
+    names = dict.fromkeys(name for values in ceilings.values() for name in values)
+    return {name: fmean(values[name] for values in ceilings.values() if name in values) for name in names}

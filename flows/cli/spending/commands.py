@@ -1,4 +1,4 @@
-"""`likeness estimate`, `cost` and `jobs`."""
+"""`likeness estimate`, `cost`, `capacity` and `jobs`."""
 
 from typing import Annotated, Literal
 
@@ -6,6 +6,7 @@ import typer
 
 from flows.cli.app import SPENDING, ConfigCommand, app
 from flows.cli.arguments import OUTPUT, OutputDir, RunName, Settings
+from flows.cli.results.tables import Format
 
 Action = Literal["list", "show", "adopt", "cancel", "discard"]
 
@@ -30,6 +31,26 @@ def cost(
 
     print_costs(find_paying_run(output_dir, run), is_json=as_json)
     return 0
+
+
+@app.command("capacity", rich_help_panel=SPENDING)
+def capacity(
+    run: RunName = "latest",
+    assumptions: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME=VALUE", help="Of conf/capacity.yaml, for example gpus=32.", show_default=False),
+    ] = None,
+    *,
+    subjects: Annotated[
+        str, typer.Option(metavar="N,N", help="Default: 1,100,1000,10000,100000.", show_default=False)
+    ] = "",
+    as_format: Annotated[Format, typer.Option("--format", help="Output format.")] = "table",
+    output_dir: OutputDir = OUTPUT,
+) -> int:
+    """Simulate many subjects from a measured run: time, cost, and what runs short first."""
+    from flows.cli.spending.capacity import print_capacity
+
+    return print_capacity(output_dir, run, assumptions or [], subjects=subjects, as_format=as_format)
 
 
 @app.command("jobs", rich_help_panel=SPENDING)

@@ -1,4 +1,4 @@
-"""`likeness scoreboard` with real runs: rows of runs and of another trainer's LoRA, nothing run twice, failures kept."""
+"""`likeness scoreboard` with real runs and another trainer's LoRA: nothing runs twice, failures are kept."""
 
 import json
 import shutil

@@ -1,0 +1,1 @@
+"""What many subjects take: a simulation fed by a measured run."""

@@ -1,12 +1,17 @@
 """The report in a browser: three widths, with and without scripts, by keyboard, and what axe-core says of it."""
 
 import json
+import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from conf.request import RunRequest
+from flows.cli.serve.server import HOST, QuietServer, make_handler
+from flows.runs.records import write_request, write_start
 from tasks.manifests.scoring import Judgement
 from tasks.manifests.training import LossRow
 from tasks.publishing.report.page import ReportInputs, render_report
@@ -121,3 +126,24 @@ def test_without_scripts_both_pictures_and_the_evidence_are_there(report: Path) 
 def test_only_changed_settings_are_listed_as_changed(page: "Page") -> None:
     changed = page.get_by_role("region", name="Changed settings").locator("tbody code").all_inner_texts()
     assert changed == ["training.learning_rate", "1e-5", "2e-6"]
+
+
+def test_a_served_report_works_as_the_file_does(report: Path, tmp_path: Path) -> None:
+    """Its script passes the content security policy of `likeness serve`."""
+    name = "20260101-000000-fish-0001"
+    (tmp_path / "runs" / name).mkdir(parents=True)
+    write_request(tmp_path / "runs" / name, RunRequest(), is_trusted=True)
+    write_start(tmp_path / "runs" / name, name)
+    shutil.copy(report, tmp_path / "runs" / name / "report.html")
+    found: list[str] = []
+    with QuietServer((HOST, 0), make_handler(tmp_path / "runs")) as server, open_page(1280) as page:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page.on("console", lambda message: found.append(message.text))
+        page.goto(f"http://{HOST}:{server.server_address[1]}/runs/{name}/report.html")
+        pair = page.locator(".pair").first
+        before = pair.evaluate("e => e.style.getPropertyValue('--cut')")
+        page.locator(".pair input").first.focus()
+        page.keyboard.press("ArrowRight")
+        assert pair.evaluate("e => e.style.getPropertyValue('--cut')") != before
+        server.shutdown()
+    assert [text for text in found if "favicon" not in text] == []

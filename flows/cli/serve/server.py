@@ -4,11 +4,15 @@ Nothing but a fixed set of files is served, each below a folder whose name was f
 request is ever opened.
 """
 
+import base64
 import contextlib
+import hashlib
 import json
 import re
 import signal
+import socket
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -17,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from urllib.parse import unquote, urlsplit
 
+import tasks.publishing
 from flows.cli.serve.pages import render_index, with_links
 from flows.runs.records import list_run_folders, list_summaries, read_summary
 from tasks.errors import ConfigError
@@ -28,10 +33,12 @@ KINDS = {
     "table.csv": "text/csv; charset=utf-8",
     "summary.json": "application/json",
 }
-# The pages hold their styles and pictures; a script or a request to anywhere would not be ours.
+REPORT_SCRIPT = Path(tasks.publishing.__path__[0]) / "report" / "report.js"
+MAX_CONNECTIONS = 64
+# The pages hold their styles and pictures; another script than the report's, or a request to anywhere, is not ours.
 SECURITY = {
-    "Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'; "
-    "base-uri 'none'; form-action 'none'",
+    "Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {script}; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
@@ -100,17 +107,49 @@ def list_pages(output: Path) -> list[str]:
     return [path.relative_to(output).as_posix() for path in found]
 
 
+Request = socket.socket | tuple[bytes, socket.socket]
+
+
 class QuietServer(ThreadingHTTPServer):
     """A server that prints nothing of broken connections."""
 
     daemon_threads = True
 
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self.slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        super().__init__(address, handler)
+
+    def process_request(self, request: Request, client_address: object) -> None:
+        """Handle a connection in a thread of its own; one too many is closed."""
+        if not self.slots.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread could be started
+            self.slots.release()
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Request, client_address: object) -> None:
+        """Handle a connection, and make room for another."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.slots.release()
+
     def handle_error(self, request: object, client_address: object) -> None:
         """Drop the error: it concerns one connection alone."""
 
 
+def make_headers() -> dict[str, str]:
+    """Return the headers of every answer; the report's script is allowed by its digest."""
+    script = base64.b64encode(hashlib.sha256(REPORT_SCRIPT.read_bytes()).digest()).decode()
+    return {name: value.replace("{script}", f"'sha256-{script}'") for name, value in SECURITY.items()}
+
+
 def make_handler(output: Path) -> type[BaseHTTPRequestHandler]:
     """Return the handler of an output folder."""
+    headers = make_headers()
 
     class Handler(BaseHTTPRequestHandler):
         server_version = "likeness"
@@ -133,7 +172,7 @@ def make_handler(output: Path) -> type[BaseHTTPRequestHandler]:
             for name, value in {
                 "Content-Type": answer.kind,
                 "Content-Length": str(len(answer.body)),
-                **SECURITY,
+                **headers,
             }.items():
                 self.send_header(name, value)
             self.end_headers()

@@ -1,8 +1,14 @@
 """The report server: an index, reports with links, and nothing else of the disk."""
 
+import base64
+import contextlib
+import hashlib
 import http.client
 import os
+import re
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -11,10 +17,11 @@ import pytest
 
 from conf.request import RunRequest
 from flows.cli.results.runs import explain_no_report
-from flows.cli.serve.server import HOST, make_handler, serve_runs
+from flows.cli.serve.server import HOST, MAX_CONNECTIONS, QuietServer, make_handler, serve_runs
 from flows.runs.records import read_summary, write_request, write_start, write_summary
 from tasks.errors import ConfigError
 from tasks.manifests.run_summary import EvaluatedModel
+from tasks.publishing.report.page import FOLDER
 
 RUN = "20260101-000000-fish-0001"
 
@@ -72,6 +79,35 @@ def test_the_index_lists_runs_with_reports_and_pages(server: int) -> None:
     assert 'href="http://127.0.0.1:4200/runs/1?a=1&amp;b=2"' in text
     assert "javascript:" not in text
     assert "default-src 'none'" in headers["content-security-policy"]
+
+
+def test_only_the_script_of_the_report_may_run(server: int) -> None:
+    policy = get(server, f"/runs/{RUN}/report.html")[2]["content-security-policy"]
+    [allowed] = re.findall(r"script-src ([^;]+);", policy)
+    digest = hashlib.sha256((FOLDER / "report.js").read_bytes()).digest()
+    assert allowed == f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def test_idle_connections_are_bounded_and_make_room_again(output: Path) -> None:
+    with QuietServer((HOST, 0), make_handler(output)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        idle = [socket.create_connection((HOST, port), timeout=30) for _ in range(MAX_CONNECTIONS)]
+        try:
+            with pytest.raises((http.client.RemoteDisconnected, ConnectionResetError)):
+                get(port, "/health")
+        finally:
+            for connection in idle:
+                connection.close()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(http.client.RemoteDisconnected, ConnectionResetError):
+                assert get(port, "/health")[0] == 200
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("no connection was served after the idle ones had closed")
+        server.shutdown()
 
 
 def test_a_run_without_a_report_is_listed_without_a_link(output: Path, server: int) -> None:

@@ -5,7 +5,7 @@ from prefect.runtime import deployment
 
 from conf.request import EvaluationRequest
 from conf.trust import allowed_roots, check_path
-from flows.runs.attempts import check_attempts
+from flows.runs.attempts import check_attempts, find_finished_attempt
 from flows.runs.context import open_run, trust_of_run
 from flows.runs.evaluated import summarize_model
 from tasks.config_base import RequestRule
@@ -24,6 +24,8 @@ def evaluate_model(request: EvaluationRequest) -> RunSummary:
     Photos are inspected as in a run, so that the same photos of both are compared.
     """
     check_attempts()
+    if (finished := find_finished_attempt(request.base)) is not None:
+        return finished
     is_trusted = deployment.id is None
     if not (is_trusted and trust_of_run.get()):  # a deployment's request stays restricted when resumed
         # As untrusted as the settings of a request.

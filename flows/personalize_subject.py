@@ -6,7 +6,7 @@ from prefect.runtime import deployment
 from conf.request import RunRequest
 from flows.runs.approval import ask_approval
 from flows.runs.artifacts import show_artifacts
-from flows.runs.attempts import check_attempts
+from flows.runs.attempts import check_attempts, find_finished_attempt
 from flows.runs.context import open_run
 from tasks.evaluation.steps import EvaluationInputs, evaluate
 from tasks.manifests.run import RunManifests
@@ -27,6 +27,8 @@ def personalize_subject(request: RunRequest = RunRequest()) -> RunSummary:  # no
     Every stage is looked up by its content first; what is cached is not computed again.
     """
     check_attempts()
+    if (finished := find_finished_attempt(request)) is not None:
+        return finished
     # A deployment's requests are data from elsewhere: they may set only what conf/trust.py allows.
     # Prefect passes the id on to subflows, so what `score-pending` resumes in a deployment is restricted too.
     with open_run(request, is_trusted=deployment.id is None) as run:

@@ -8,9 +8,11 @@ import psutil
 from prefect.exceptions import Abort
 from prefect.runtime import flow_run
 
-from flows.runs.records import is_alive, list_run_folders, read_summary
+from conf.compose import compile_request
+from conf.request import RunRequest
+from flows.runs.records import is_alive, list_run_folders, list_summaries, read_summary
 from tasks.errors import LikenessError
-from tasks.manifests.run_summary import ProcessOwner
+from tasks.manifests.run_summary import ProcessOwner, RunSummary
 
 MAX_ATTEMPTS = 5
 
@@ -23,6 +25,18 @@ def check_attempts() -> None:
         raise LikenessError(
             f"the run crashed {MAX_ATTEMPTS} times; look at its logs, then `likeness resume` it by hand"
         )
+
+
+def find_finished_attempt(request: RunRequest) -> RunSummary | None:
+    """Return the summary of this flow run where an earlier attempt has finished.
+
+    On SQLite, Prefect may look at a crash again after 15 minutes, and schedule a run again that has completed since.
+    """
+    own = flow_run.id
+    if own is None or (flow_run.run_count or 0) < 2:
+        return None
+    summaries = list_summaries(Path(compile_request(request).output_dir))
+    return next((each for each in summaries if each.flow_run_id == own and each.status == "finished"), None)
 
 
 def leave_to_earlier_attempt(folder: Path) -> None:

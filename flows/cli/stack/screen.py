@@ -12,13 +12,14 @@ from flows.cli.stack.stack import (
     MLFLOW,
     PREFECT,
     REPORTS,
+    WATCHDOG,
     WORKER,
     StackOptions,
     locked,
     prefect_environment,
     read_state,
+    start_clients,
     start_servers,
-    start_worker,
     stop_stack,
 )
 from tasks.errors import ConfigError, ServiceUnavailable
@@ -29,6 +30,8 @@ NEXT = """
   likeness run ...                                               a run in this terminal, shown in the UI
   likeness run-many subjects.csv                                 one run per line, through the worker
   likeness status, likeness down                                 look at it, stop it"""
+
+ABOUT = {WORKER: "pool likeness", WATCHDOG: "crashed runs"}
 
 
 def start_stack(options: StackOptions) -> int:
@@ -47,8 +50,8 @@ def start_stack(options: StackOptions) -> int:
         if not is_running:
             note("registering work pool, deployments and automations")
             register(environment, options)
-        worker = start_worker(options, servers)
-    print_processes([*servers.ordered(), worker])
+        clients = start_clients(options, servers)
+    print_processes([*servers.ordered(), *clients])
     print(f"logs      {options.folder / 'logs'}\n{NEXT}")
     return 0
 
@@ -97,7 +100,7 @@ def show_status(output: Path) -> int:
         return 4
     print_processes(list(state.processes))
     names = {process.name for process in state.processes if is_healthy(process)}
-    return 0 if names == {PREFECT, MLFLOW, REPORTS, WORKER} else 4
+    return 0 if names == {PREFECT, MLFLOW, REPORTS, WORKER, WATCHDOG} else 4
 
 
 def is_healthy(process: StackProcess) -> bool:
@@ -110,7 +113,7 @@ def is_healthy(process: StackProcess) -> bool:
 def print_processes(processes: list[StackProcess]) -> None:
     """Print one line per process."""
     for process in processes:
-        address = f"http://127.0.0.1:{process.port}" if process.port else "pool likeness"
+        address = f"http://127.0.0.1:{process.port}" if process.port else ABOUT.get(process.name, "")
         mark = "running" if is_healthy(process) else "NOT RUNNING"
         print(f"{process.name:<15} {address:<26} {mark:<12} pid {process.pid}")
 

@@ -22,7 +22,8 @@ from tasks.stage.files import write_atomic
 from tasks.stage.worker_process import SOURCE_ROOT
 
 POOL = "likeness"
-PREFECT, MLFLOW, REPORTS, WORKER = "Prefect server", "MLflow server", "report server", "worker"
+PREFECT, MLFLOW, REPORTS = "Prefect server", "MLflow server", "report server"
+WORKER, WATCHDOG = "worker", "watchdog"
 START_SECONDS = 180.0
 DEFAULT_MAX_RUNS = 2
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
@@ -131,7 +132,7 @@ def start_servers(options: StackOptions) -> Servers:
         started[name] = process or start_server(options, name, ports[name])
         others = [each for each in found.values() if each and each.name not in started]
         # After each: what a killed `up` has started is found by the next one, and stopped by `down`.
-        write_state(options.output, *started.values(), *others, *filter(None, [state.find(WORKER)]))
+        write_state(options.output, *started.values(), *others, *filter(None, map(state.find, (WORKER, WATCHDOG))))
     for name, path in ((PREFECT, "api/health"), (MLFLOW, "health"), (REPORTS, "health")):
         url = f"http://127.0.0.1:{ports[name]}/{path}"
         wait_healthy(started[name], partial(answers, url), seconds=START_SECONDS)
@@ -182,25 +183,33 @@ def database_environment(options: StackOptions) -> dict[str, str]:
     return {"PREFECT_API_DATABASE_CONNECTION_URL": options.database_url} if options.database_url else {}
 
 
-def start_worker(options: StackOptions, servers: Servers) -> StackProcess:
-    """Start a worker of the process pool where none runs."""
-    worker = read_state(options.output).find(WORKER)
-    if worker is None:
-        worker = start_detached(
-            WORKER,
-            # Without --limit: a worker with one dies of a run that is rescheduled while it still holds the run's slot
-            # (RuntimeError of anyio's CapacityLimiter, unhandled by prefect 3.8.8). The pool's limit is the server's.
-            [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"],
-            log=options.folder / "logs" / "worker.log",
-            environment={
-                **prefect_environment(options, servers.prefect.port),
-                "LIKENESS_OUTPUT_DIR": str(options.output),
-                "LIKENESS_MLFLOW_URL": f"http://127.0.0.1:{servers.mlflow.port}",
-                "LIKENESS_REPORTS_URL": f"http://127.0.0.1:{servers.reports.port}",
-            },
-        )
-    write_state(options.output, *servers.ordered(), worker)
-    return worker
+def start_clients(options: StackOptions, servers: Servers) -> tuple[StackProcess, StackProcess]:
+    """Start a worker of the process pool, and the watchdog of crashed runs, where they don't run."""
+    state = read_state(options.output)
+    environment = prefect_environment(options, servers.prefect.port)
+    worker = state.find(WORKER) or start_detached(
+        WORKER,
+        # Without --limit: a worker with one dies of a run that is rescheduled while it still holds the run's slot
+        # (RuntimeError of anyio's CapacityLimiter, unhandled by prefect 3.8.8). The pool's limit is the server's.
+        [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"],
+        log=options.folder / "logs" / "worker.log",
+        environment={
+            **environment,
+            "LIKENESS_OUTPUT_DIR": str(options.output),
+            "LIKENESS_MLFLOW_URL": f"http://127.0.0.1:{servers.mlflow.port}",
+            "LIKENESS_REPORTS_URL": f"http://127.0.0.1:{servers.reports.port}",
+        },
+    )
+    watchdog = state.find(WATCHDOG)
+    write_state(options.output, *servers.ordered(), worker, *filter(None, [watchdog]))
+    watchdog = watchdog or start_detached(
+        WATCHDOG,
+        [sys.executable, "-m", "flows.cli.stack.watchdog"],
+        log=options.folder / "logs" / "watchdog.log",
+        environment={**environment, "PYTHONPATH": str(SOURCE_ROOT)},
+    )
+    write_state(options.output, *servers.ordered(), worker, watchdog)
+    return worker, watchdog
 
 
 def stop_stack(output: Path) -> list[str]:

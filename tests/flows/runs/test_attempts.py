@@ -13,7 +13,7 @@ import pytest
 from prefect.exceptions import Abort
 
 from conf.request import RunRequest
-from flows.runs.attempts import MAX_ATTEMPTS, check_attempts, leave_to_earlier_attempt
+from flows.runs.attempts import MAX_ATTEMPTS, check_attempts, find_finished_attempt, leave_to_earlier_attempt
 from flows.runs.records import read_summary, write_request, write_start, write_summary
 from tasks.errors import LikenessError
 from tasks.manifests.run_summary import ProcessOwner
@@ -26,6 +26,23 @@ def test_a_run_that_crashed_too_often_fails_instead_of_being_rescheduled(monkeyp
     monkeypatch.setenv(variable, str(MAX_ATTEMPTS + 1))
     with pytest.raises(LikenessError, match="the run crashed 5 times"):
         check_attempts()
+
+
+def test_a_run_that_has_finished_is_not_done_again_when_it_is_rescheduled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = RunRequest(settings={"output_dir": str(tmp_path)})
+    owner = ProcessOwner(host=socket.gethostname(), pid=os.getpid(), started=0)
+    folder = make_attempt(tmp_path, "20260101-a", owner, flow_run_id="f1")
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "f1")
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__RUN_COUNT", "2")
+    assert find_finished_attempt(request) is None
+    write_summary(folder, read_summary(folder).model_copy(update={"status": "finished"}))
+    found = find_finished_attempt(request)
+    assert found is not None
+    assert found.run_id == "20260101-a"
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "f2")
+    assert find_finished_attempt(request) is None
 
 
 @pytest.fixture

@@ -140,7 +140,9 @@ class TrainingConfig(Section):
     fsdp: bool = Field(description="shard trained parameters over all devices (FSDP), for models that don't fit on one")
     num_nodes: int = Field(ge=1, le=1024, description="machines; above 1 they share output_dir")
     rdzv_endpoint: OperatorText = Field(description="HOST:PORT of the first machine, where there are several")
-    num_threads: int = Field(ge=0, le=1024, description="CPU threads per process; 0: all cores")
+    num_threads: int = Field(
+        ge=0, le=1024, description="CPU threads per process; 0: as OMP_NUM_THREADS says, else all cores"
+    )
     stall_seconds: float = Field(
         gt=0,
         le=604_800,

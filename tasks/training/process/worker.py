@@ -96,6 +96,12 @@ def read_spec(path: Path) -> TrainingSpec:
         raise ArtifactCorrupt(f"{path}: {error}; run again to write it again") from error
 
 
+def count_cores() -> int:
+    """Return how many threads OpenMP may use: all cores, unless its variable says fewer, as beside other runs."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) > 0 else os.cpu_count() or 1
+
+
 def set_up_process(spec: TrainingSpec) -> None:
     """Configure logging, threads, determinism and the CUDA device before anything is loaded."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -103,7 +109,7 @@ def set_up_process(spec: TrainingSpec) -> None:
     # Lightning warns about the missing logger and the worker-less data loader; both are intended.
     warnings.filterwarnings("ignore", module=r"pytorch_lightning\..*")
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks of one machine share its cores
-    torch.set_num_threads(spec.training.num_threads or max(1, (os.cpu_count() or 1) // ranks))
+    torch.set_num_threads(spec.training.num_threads or max(1, count_cores() // ranks))
     # cuBLAS is deterministic only with a fixed workspace, which it reads when the CUDA context is created.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(spec.training.deterministic)

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tasks.training.config import TrainingConfig
 from tasks.training.module import DreamBoothModule
 from tasks.training.optimizers import check_compiler, set_up_kernels
 from tasks.training.process.supervisor import run_worker
-from tasks.training.process.worker import set_up_process
+from tasks.training.process.worker import count_cores, set_up_process
 from tasks.training.process.worker_spec import RunFolder, compute_learning_rate_factor
 from tests.support.config import make_config
 from tests.support.tiny import describe_image, make_spec, train_here
@@ -278,3 +279,13 @@ def test_a_worker_is_killed_after_grace_seconds_even_before_it_saves(tmp_path: P
         for timer in waking:
             timer.cancel()
     assert not list(RunFolder(spec.path).checkpoints.glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("1", 1), ("3,1", 3), ("", os.cpu_count()), ("many", os.cpu_count()), ("0", os.cpu_count())]
+)
+def test_without_num_threads_openmps_variable_counts(
+    value: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert count_cores() == expected

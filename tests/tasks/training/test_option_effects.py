@@ -1,8 +1,8 @@
 """Options of training that change what is learned or how a process is set up: without its option a test here fails."""
 
 import json
-import threading
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -11,6 +11,7 @@ from flows.cli.app import app, register_commands
 from flows.cli.arguments import open_value
 from tasks.errors import ConfigError, LikenessError
 from tasks.redaction import clean_text, redact
+from tasks.stage.worker_process import share_cores
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 PIPE_WIDTH = 160
@@ -49,6 +50,7 @@ def quiet_libraries() -> None:
         ("TOKENIZERS_PARALLELISM", "false"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TQDM_DISABLE", "1"),
     ):  # fmt: skip
         os.environ.setdefault(name, value)
+    share_cores()
     # Where they are installed: kernels and image processors that nothing here uses.
     for name in ("bitsandbytes", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)

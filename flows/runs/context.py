@@ -52,6 +52,7 @@ from tasks.stage.cache import PREFIXES, read_verified
 from tasks.stage.context import Runtime, StageRecord
 from tasks.stage.files import explain_full_disk, remove_stale_parts, write_atomic
 from tasks.stage.progress import ProgressView, make_progress
+from tasks.stage.worker_process import share_cores
 
 if TYPE_CHECKING:
     from tasks.services.llm.budget.spending_cap import Budget
@@ -253,6 +254,7 @@ def open_run(request: RunRequest, *, is_trusted: bool, model: str = "") -> Itera
     from tasks.services.tracking.open import open_tracker
 
     install_log_redaction()
+    share_cores()
     is_trusted = is_trusted and trust_of_run.get()  # a deployment's request stays restricted when resumed
     started = time.monotonic()
     config = compile_request(request, roots=None if is_trusted else allowed_roots())

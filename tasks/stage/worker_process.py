@@ -24,6 +24,14 @@ def guarded(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", GUARD, module, *arguments]
 
 
+def share_cores() -> None:
+    """Let OpenMP's threads sleep while they wait for each other; to be called before torch is imported.
+
+    They spin by default: where another process takes one of two cores, a forward pass took 15 times as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def child_environment(**changes: str) -> dict[str, str]:
     """Return this process's environment, with the lifeline and the import path that a guarded child needs."""
     with OPENING:  # lru_cache alone would let two threads create a FIFO each, of which one is never closed

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks.stage.worker_process import LIFELINE_NAME, LIFELINE_PREFIX, remove_stale_lifelines
+from tasks.stage.worker_process import LIFELINE_NAME, LIFELINE_PREFIX, remove_stale_lifelines, share_cores
 from tests.support.cli_sandbox import ROOT
 
 PARENT = """
@@ -23,6 +23,22 @@ child = subprocess.Popen(command, env=environment, start_new_session=True)
 print(child.pid, flush=True)
 time.sleep(600)
 """
+
+
+def test_threads_sleep_while_they_wait_unless_a_person_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    share_cores()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    share_cores()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_the_command_line_lets_threads_sleep_before_torch_reads_the_policy() -> None:
+    code = "import os, sys; from flows.cli.main import main; main(['--help']); print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"  # noqa: E501
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)  # noqa: E501
+    assert done.stdout.splitlines()[-1] == "PASSIVE False"
 
 
 def start_parent(folder: Path, *command: str) -> tuple["subprocess.Popen[str]", psutil.Process]:

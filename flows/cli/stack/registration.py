@@ -30,7 +30,9 @@ NOTIFY_BLOCK, NOTIFY_VARIABLE = "likeness-notify", "LIKENESS_NOTIFY_URL"
 BULK_PRIORITY = 10  # the default queue has 1, and lower numbers are served first
 # Heartbeats come every 180 s. A window below three of them marks living runs as crashed.
 HEARTBEAT_WINDOW = datetime.timedelta(seconds=540)
-ENDED = ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
+# After these no heartbeat is due. Not Crashed: on SQLite the event of a crash is evaluated again, and the run scheduled
+# again, where a second automation that matches it finds the database locked (prefect 3.8.8).
+SILENT = ("Completed", "Failed", "Cancelled", "Scheduled", "Paused", "Suspended")
 
 
 def register(environment: dict[str, str], options: StackOptions) -> None:
@@ -150,7 +152,13 @@ def replace_automation(automation: "AutomationCore") -> None:
 
 
 def register_automations() -> None:
-    """Create or update the automations of lost runs. Runs in a process of its own, with the stack's environment.
+    """Create or update the automations of lost runs. Runs in a process of its own, with the stack's environment."""
+    for automation in make_automations():
+        replace_automation(automation)
+
+
+def make_automations() -> "tuple[AutomationCore, AutomationCore]":
+    """Return the automations of runs without heartbeat, and of crashed runs.
 
     A run whose process is gone sends no heartbeat: it is marked Crashed, and a crashed one is scheduled again. Finished
     stages are cached and training resumes from its newest checkpoint, so nothing is computed or paid twice.
@@ -163,7 +171,7 @@ def register_automations() -> None:
         name="likeness: mark runs without heartbeat as crashed",
         trigger=EventTrigger(
             after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ENDED)},
+            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in SILENT)},
             match={"prefect.resource.id": "prefect.flow-run.*"},
             match_related=TAGGED,
             for_each={"prefect.resource.id"},
@@ -185,5 +193,4 @@ def register_automations() -> None:
         ),
         actions=[ChangeFlowRunState(state=StateType.SCHEDULED, message="rescheduled after a crash: it resumes")],
     )
-    for automation in (lost, crashed):
-        replace_automation(automation)
+    return lost, crashed

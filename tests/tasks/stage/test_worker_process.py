@@ -37,7 +37,9 @@ def test_threads_sleep_while_they_wait_unless_a_person_says_otherwise(monkeypatc
 def test_the_command_line_lets_threads_sleep_before_torch_reads_the_policy() -> None:
     code = "import os, sys; from flows.cli.main import main; main(['--help']); print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"  # noqa: E501
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)  # noqa: E501
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )  # noqa: E501
     assert done.stdout.splitlines()[-1] == "PASSIVE False"
 
 

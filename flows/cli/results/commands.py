@@ -53,7 +53,7 @@ def report(
 
 
 @app.command("compare", rich_help_panel=RESULTS)
-def compare(
+def compare(  # noqa: PLR0913 - a command's options
     runs: Annotated[
         list[str],
         typer.Argument(metavar="RUN RUN ...", help="Runs; the first is the baseline.", autocompletion=complete_run),
@@ -62,13 +62,22 @@ def compare(
     unpaired: Annotated[
         bool, typer.Option("--unpaired", help="Compare means of other prompts, seeds or photos; wider intervals.")
     ] = False,
-    as_format: Annotated[Format, typer.Option("--format", help="Output format.")] = "table",
+    judge: Annotated[
+        bool, typer.Option("--judge", help="Let the first run's judge choose between the samples, in both orders.")
+    ] = False,
+    samples: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Write the samples side by side.", show_default=False)
+    ] = None,
+    as_format: Annotated[
+        Format, typer.Option("--format", help="Output format; html: a page with the samples side by side.")
+    ] = "table",
     output_dir: OutputDir = OUTPUT,
 ) -> int:
     """Compare runs by paired differences with 95 % intervals."""
-    from flows.cli.results.compare import compare_runs
+    from flows.cli.results.compare import Extras, compare_runs
 
-    print(compare_runs(output_dir, runs, is_paired=not unpaired, as_format=as_format))
+    extras = Extras(samples, is_judged=judge)
+    print(compare_runs(output_dir, runs, is_paired=not unpaired, as_format=as_format, extras=extras))
     return 0
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.runs.records import PastRun
-from tasks.errors import ArtifactCorrupt
+from tasks.errors import ArtifactCorrupt, ConfigError
 from tasks.images import decode_png
 from tasks.manifests.evaluation import Evaluation, Sample, SubjectMetrics
 from tasks.services.store.base import Store
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from tasks.evaluation.comparison import Candidate
 
+MAX_ROWS = 100
+"""Of a contact sheet."""
 Draw = tuple[str, int]
 """Prompt template and seed."""
 
@@ -29,6 +31,8 @@ class Compared:
     run: PastRun
     candidate: "Candidate"
     store: Store
+    folder: Path
+    """The run's."""
 
     @property
     def name(self) -> str:
@@ -61,10 +65,13 @@ class Row:
         return self.samples[0].prompt or self.template
 
 
-def load_compared(runs: Sequence[PastRun], candidates: Sequence["Candidate"]) -> list[Compared]:
-    """Return the runs with their evaluations and stores."""
+def load_compared(
+    folders: Sequence[Path], runs: Sequence[PastRun], candidates: Sequence["Candidate"]
+) -> list[Compared]:
+    """Return the runs with their evaluations, stores and folders."""
     return [
-        Compared(run, candidate, open_store(run.config.store)) for run, candidate in zip(runs, candidates, strict=True)
+        Compared(run, candidate, open_store(run.config.store), folder)
+        for folder, run, candidate in zip(folders, runs, candidates, strict=True)
     ]
 
 
@@ -84,15 +91,34 @@ def index_samples(evaluation: Evaluation) -> Mapping[Draw, Sample]:
     }
 
 
-def write_contact_sheet(path: Path, compared: Sequence[Compared], rows: Sequence[Row]) -> None:
-    """Write all rows as one PNG with labels, marked as generated. Raises ConfigError, as for `generate --out`."""
-    from flows.cli.results.images.contact_sheet import Sheet, draw_contact_sheet
+def check_sheet(path: Path) -> None:
+    """Raise ConfigError for a file that can't be written, or is anything but a generated image."""
+    from flows.cli.results.images.files import check_replaceable, check_target
+
+    check_target(path, option="--samples")
+    check_replaceable(path, option="--samples")
+
+
+def write_sheet(path: Path, compared: Sequence[Compared], rows: Sequence[Row]) -> int:
+    """Write rows as one PNG with labels, marked as generated; return how many: every n-th of more than MAX_ROWS.
+
+    Raises:
+        ConfigError: there is no row, or the file can't be written.
+
+    """
+    from flows.cli.results.images.contact_sheet import Sheet, draw_contact_sheet, fit
     from flows.cli.results.images.files import write
     from tasks.images import encode_png
+    from tasks.publishing.report.pictures import thin
 
+    if not rows:
+        raise ConfigError("--samples: the runs share no prompt and seed: leave --samples out")
+    shown = thin(rows, MAX_ROWS)
     cells: list[list[Image | None]] = [
-        [decode_png(each.read(sample)) for each, sample in zip(compared, row.samples, strict=True)] for row in rows
+        [fit(decode_png(each.read(sample))) for each, sample in zip(compared, row.samples, strict=True)]
+        for row in shown
     ]
-    sheet = Sheet([each.name for each in compared], [f"{row.prompt}\nseed {row.seed}" for row in rows], cells)
+    sheet = Sheet([each.name for each in compared], [f"{row.prompt}\nseed {row.seed}" for row in shown], cells)
     facts = {"Title": "likeness compare " + " ".join(each.name for each in compared)}
     write(path, encode_png(draw_contact_sheet(sheet), is_generated=True, facts=facts), option="--samples")
+    return len(shown)

@@ -137,10 +137,11 @@ def export_model(folder: StageFolder, run: RunManifests, *, title: str, local: P
         "base_model": tuned.base_model.model_dump(),
         "stages": {
             manifest.stage: {"key": manifest.stage_key, "content_sha256": manifest.compute_content_digest()}
-            for manifest in (subject, run.prior, tuned, evaluation)
+            for manifest in run.ordered()
+            if manifest.stage != "scoring"
         },
         "photos": [image.source_sha256 for image in subject.images],
-        "class_images": [image.image.sha256 for image in run.prior.images],
+        "class_images": [image.image.sha256 for image in run.prior.images] if run.prior else [],
     }
     fetch_folder(folder.store, tuned.model, below="model", folder=local)
     write_atomic(local / "README.md", card)

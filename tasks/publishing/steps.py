@@ -1,10 +1,7 @@
 """The publishing stage: model folder, report, registry."""
 
-import contextlib
-import platform
 import tempfile
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from prefect import task
@@ -22,8 +19,6 @@ from tasks.stage.files import make_part_prefix, write_atomic
 from tasks.stage.states import finished, should_retry
 
 STAGE_VERSION = 5
-VERSIONED = ("likeness", "torch", "diffusers", "transformers", "pytorch-lightning", "prefect")
-"""Packages whose versions a report names."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +81,6 @@ def find_missing_effect(publication: Publication, tracker: Tracker) -> str:
     return ""
 
 
-def list_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that made the model, and the machine's kind."""
-    found = {"Python": platform.python_version()}
-    for name in VERSIONED:
-        with contextlib.suppress(metadata.PackageNotFoundError):  # likeness itself, run from a checkout
-            found[name] = metadata.version(name)
-    return {**found, "on": f"{platform.system()} {platform.machine()}"}
-
-
 def name_model(tracking: TrackingConfig, subject: SubjectSet) -> str:
     """Return the tuned model's name in the registry."""
     return tracking.registered_model or f"likeness-{subject.class_noun.replace(' ', '-').lower()}"
@@ -105,6 +91,7 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
     from tasks.publishing.export import export_model, headline_metrics, read_losses, sum_llm_costs, write_snippets
     from tasks.publishing.registry import SAMPLES, TrackedRun, track_run
     from tasks.publishing.report.page import ReportInputs, draw_sample_grid, render_report
+    from tasks.publishing.versions import list_versions
 
     manifests = inputs.manifests
     subject, tuned, evaluation, scores = (

@@ -11,6 +11,7 @@ from PIL import Image
 from tasks.images import decode_png, encode_png
 from tasks.manifests.evaluation import Estimate, Evaluation
 from tasks.manifests.run import RunManifests
+from tasks.manifests.run_summary import EvaluatedModel
 from tasks.manifests.training import LossRow
 from tasks.metrics import METRICS
 from tasks.publishing.config import GateConfig
@@ -46,6 +47,8 @@ class ReportInputs:
     """Packages and the machine that published."""
     snippets: Sequence[tuple[str, str]] = ()
     """How to use the model: a name and the text to copy."""
+    evaluated: EvaluatedModel | None = None
+    """The model from elsewhere that was evaluated; None: the run trained its own."""
 
 
 def render_report(store: Store, inputs: ReportInputs) -> str:
@@ -72,6 +75,7 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         verdict=reach_verdict(run, inputs.gate),
         subject=run.subject,
         prior=run.prior,
+        class_prompt=find_class_prompt(run),
         tuned=run.training,
         evaluation=run.evaluation,
         scores=run.scoring.scores,
@@ -93,10 +97,16 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
     )
 
 
+def find_class_prompt(run: RunManifests) -> str:
+    """Return the prompt of the class samples."""
+    prompts = [sample.prompt for sample in run.evaluation.samples if sample.kind == "class"]
+    return next(iter(prompts), run.prior.class_prompt if run.prior else f"a photo of a {run.subject.class_noun}")
+
+
 def draw_sample_grid(store: Store, evaluation: Evaluation, *, side: int = 128) -> bytes:
     """Return a PNG grid: base samples in the first row, tuned ones in the second."""
     rows = [[s for s in evaluation.samples if s.side == name and s.kind == "subject"] for name in ("base", "tuned")]
-    width = max(len(row) for row in rows)
+    width = max(1, *(len(row) for row in rows))  # without samples, an empty cell
     grid = Image.new("RGB", (width * side, len(rows) * side), "white")
     for y, row in enumerate(rows):
         for x, sample in enumerate(row):

@@ -87,7 +87,7 @@ def list_metrics(evaluation: Evaluation) -> list[MetricRow]:
 
 def find_mean(evaluation: Evaluation, side: Side, key: str) -> Estimate | None:
     """Return a mean without an interval, from where means stand; None where it was not measured."""
-    for means in (evaluation.metrics[side], evaluation.drift[side]):
+    for means in (evaluation.metrics.get(side), evaluation.drift.get(side)):
         value = getattr(means, key, None)
         if value is not None:
             return Estimate(mean=value, num=0)

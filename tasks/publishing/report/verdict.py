@@ -141,7 +141,10 @@ def describe_prompts(run: RunManifests, check: Check, *, limit: float) -> list[F
 
 def describe_drift(evaluation: Evaluation, check: Check) -> list[Finding]:
     """Return whether samples of the class have drifted to the subject."""
-    details = f"PRES {evaluation.drift['base'].pres:.3f} before, {evaluation.drift['tuned'].pres:.3f} after"
+    base, tuned = evaluation.drift.get("base"), evaluation.drift.get("tuned")
+    if base is None or tuned is None:
+        return [Finding("caution", "Prior drift: not measured.", "Run the evaluation again")]
+    details = f"PRES {base.pres:.3f} before, {tuned.pres:.3f} after"
     if check.is_passed:
         return [Finding("good", f"No prior drift: {details}.")]
     return [

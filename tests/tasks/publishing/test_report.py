@@ -1,6 +1,7 @@
 """The report's tables, galleries and curves."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from tasks.images import decode_png
 from tasks.manifests.base import Manifest, ObjectRef
 from tasks.manifests.evaluation import CeilingMetrics, SubjectMetrics
+from tasks.manifests.run_summary import EvaluatedModel
 from tasks.manifests.scoring import CheckpointRank, JudgeReliability, Scorecard
 from tasks.manifests.training import LossRow
 from tasks.publishing.export import headline_metrics, sum_llm_costs
@@ -27,6 +29,34 @@ def test_a_photo_without_inspection_and_a_run_without_grades_or_class_images_are
     html = render_report(store, make_inputs(store))
     assert "1 accepted, 1 rejected" in html
     assert "a photo of sks fish" in html
+
+
+def make_evaluated(store: LocalStore) -> ReportInputs:
+    run = replace(make_run(store), prior=None)
+    model = EvaluatedModel(location="/models/<b>.safetensors", kind="lora", sha256="0")
+    rows = [("a.b", "c")]
+    return ReportInputs("One fish", run, losses=[], config_rows=rows, gate=GATE, evaluated=model)
+
+
+def test_the_report_of_a_model_from_elsewhere_has_no_training(store: LocalStore) -> None:
+    html = render_report(store, make_evaluated(store))
+    assert "A LoRA that was trained elsewhere, <code>/models/&lt;b&gt;.safetensors</code>" in html
+    assert 'id="training"' not in html
+    assert 'href="#training"' not in html
+    assert "training prompt" not in html
+    assert 'id="training"' in render_report(store, make_inputs(store))
+
+
+def test_an_evaluation_without_samples_has_a_report_and_no_verdict(store: LocalStore) -> None:
+    run = make_run(store)
+    empty = {"samples": (), "metrics": {}, "drift": {}, "sample_metrics": {}}
+    evaluation = run.evaluation.model_copy(update=empty)
+    for inputs in (make_inputs(store), make_evaluated(store)):
+        html = render_report(store, replace(inputs, manifests=replace(inputs.manifests, evaluation=evaluation)))
+        assert "This evaluation holds no samples." in html
+        assert "DINO was not measured: no verdict" in html
+        assert "Prior drift: not measured" in html
+    assert decode_png(draw_sample_grid(store, evaluation, side=16)).size == (16, 32)
 
 
 def test_names_and_values_are_escaped(store: LocalStore) -> None:

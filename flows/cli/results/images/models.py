@@ -75,7 +75,7 @@ def open_source(output: Path, choice: ModelChoice, *, candidate: int | None = No
     """
     path, folder = Path(choice.name).expanduser(), None
     try:
-        folder = find_run(output, choice.name)
+        folder = find_run(output, choice.name, is_trained=True)
     except ConfigError:
         if not path.exists() and path.name == choice.name and path.suffix != ".safetensors":
             raise  # a name, not a path

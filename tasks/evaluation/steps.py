@@ -16,7 +16,7 @@ from tasks.evaluation.config import EvaluationConfig
 from tasks.evaluation.own_metrics import identify_own_metrics
 from tasks.manifests.evaluation import Evaluation, Protocol, Sample
 from tasks.manifests.subject import SubjectSet
-from tasks.manifests.training import TunedModel
+from tasks.manifests.training import TunedModel, find_below
 from tasks.prompts import write_class_prompt
 from tasks.stage.cache import Stage, StageFolder, fetch_folder, read_verified
 from tasks.stage.context import Runtime
@@ -85,10 +85,8 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
     def load_source(source: "Source") -> "DiffusionModel":
         if source == "base":
             return load_model(diffusion)
-        # The part of an object key that precedes the paths within the model folder.
-        refs, below = tuned.model, "model"
-        if isinstance(source, int):
-            refs, below = tuple(candidates[source]), f"candidates/step-{source:08d}"
+        refs = tuple(candidates[source]) if isinstance(source, int) else tuned.model
+        below = find_below(refs)
         local = runtime.work_folder / "models" / tuned.stage_key / below
         weights = fetch_folder(runtime.store, refs, below=below, folder=local)
         return load_model(diffusion, folder=weights, lora_scale=config.lora_scale)

@@ -20,6 +20,8 @@ class RunManifests:
     training: TunedModel
     evaluation: Evaluation
     scoring: Scorecard
+    published_because: str = ""
+    """Why these weights are published and not another checkpoint's."""
 
     def ordered(self) -> tuple[Manifest, ...]:
         """Return the manifests in the order of the stages."""

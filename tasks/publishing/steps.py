@@ -18,7 +18,7 @@ from tasks.stage.context import Runtime
 from tasks.stage.files import make_part_prefix, write_atomic
 from tasks.stage.states import finished, should_retry
 
-STAGE_VERSION = 5
+STAGE_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class PublishingInputs:
                 self.config.model_dump(mode="json", exclude={"is_promoted"}),
                 self.tracking.model_dump(mode="json"),
             ],
-            inputs=self.manifests.content_digests(),
+            # Why these weights were picked stands in the model card; the weights themselves are the inputs'.
+            inputs=(*self.manifests.content_digests(), self.manifests.published_because),
         )
 
     @property
@@ -145,5 +146,7 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
             report=report,
             sample_grid=folder.put("samples.png", grid),
             model=model,
+            published_step=tuned.published_step,
+            published_because=manifests.published_because,
         )
     )

@@ -173,6 +173,7 @@ OPTION_TESTS = {
     "scoring.max_wait_seconds": f"{_SHOWN}test_poll_seconds_and_max_wait_seconds_apply_to_a_batch_job",
     "scoring.deadline_seconds": f"{_SHOWN}test_a_batch_job_past_deadline_seconds_is_cancelled",
     "scoring.max_failed_fraction": f"{_SHOWN}test_the_configured_fraction_of_judge_requests_may_fail",
+    "publishing.pick": "tasks/publishing/test_pick.py::test_each_value_of_pick_publishes_other_weights",
     "publishing.is_registered": f"{_RUN}test_no_model_is_registered_if_is_registered_is_false",
     "publishing.is_promoted": f"{_RUN}test_the_gate_is_asked_unless_is_promoted_is_false",
     "publishing.gate.min_dino_gain": f"{_GATE}test_each_limit_is_that_of_the_configuration",

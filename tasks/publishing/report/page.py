@@ -15,11 +15,11 @@ from tasks.manifests.run_summary import EvaluatedModel
 from tasks.manifests.training import LossRow
 from tasks.metrics import METRICS
 from tasks.publishing.config import GateConfig
+from tasks.publishing.pick import find_knee, measure_checkpoints
 from tasks.publishing.report import charts
 from tasks.publishing.report.pictures import make_gallery
 from tasks.publishing.report.tables import (
     CheckpointRow,
-    find_knee,
     list_checkpoints,
     list_metrics,
     list_prompts,
@@ -84,7 +84,7 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         pairs=run.scoring.pairs,
         num_tie_breaks=sum(bool(judgement.tie_breaks) for judgement in run.scoring.judgements),
         checkpoints=checkpoints,
-        knee=find_knee(checkpoints),
+        knee=find_knee(measure_checkpoints(run.evaluation)),
         plane=draw_plane(run.evaluation, checkpoints),
         judge=run.scoring.served_model,
         metric_rows=list_metrics(run.evaluation),

@@ -166,7 +166,7 @@ def test_the_model_card_template_is_filled(tmp_path: Path, store: LocalStore) ->
     from tasks.publishing.export import CARD
 
     text = CARD.format(
-        title="T", class_noun="fish", subject="sks fish", num_photos=5, num_steps=3, base_model="b",
+        title="T", class_noun="fish", subject="sks fish", num_photos=5, num_steps=3, published="step 3", base_model="b",
         loading="pipeline = ...", prompt="'a photo of sks fish'", method="full",
         base=SubjectMetrics(dino=0.1, clip_i=0.2, clip_t=0.3), tuned=SubjectMetrics(dino=0.4, clip_i=0.5, clip_t=0.6),
         ceiling=CeilingMetrics(dino=0.7, clip_i=0.8, clip_t=0.9),

@@ -21,7 +21,7 @@ from tasks.diffusion.external.detection import INDEX, ExternalModel, detect
 from tasks.errors import ConfigError, first_line
 from tasks.evaluation.config import EvaluationConfig
 from tasks.manifests.publishing import Publication
-from tasks.manifests.training import TunedModel
+from tasks.manifests.training import TunedModel, find_below
 from tasks.redaction import show_value
 from tasks.services.store.base import Store
 
@@ -273,14 +273,15 @@ def fetch_weights(store: Store, name: str, key: str, *, candidate: int | None, w
         raise ConfigError(f"the model of run {name} is missing from the store; run it again")
     if isinstance(manifest, Publication):
         return fetch_folder(store, manifest.model, below="model", folder=work / "published" / key)
-    candidates = manifest.find_candidates()
+    # Another checkpoint may be published than the one that training chose.
+    candidates = {**manifest.find_candidates(), manifest.published_step: list(manifest.model)}
     if candidate not in candidates:
-        retained = ", ".join(map(str, sorted(candidates))) or "none; see training.validation.save_top_k"
+        retained = ", ".join(map(str, sorted(manifest.find_candidates()))) or "none; see training.validation.save_top_k"
         raise ConfigError(
             f"run {name} retained no checkpoint of step {candidate} besides the published one (retained: {retained})"
         )
-    below = f"candidates/step-{candidate:08d}"
-    return fetch_folder(store, candidates[candidate], below=below, folder=work / "candidates" / key / str(candidate))
+    refs = candidates[candidate]
+    return fetch_folder(store, refs, below=find_below(refs), folder=work / "candidates" / key / str(candidate))
 
 
 def fetch_imported(store: Store, name: str, key: str, *, work: Path) -> Path:

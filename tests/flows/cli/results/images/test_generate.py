@@ -46,6 +46,9 @@ def test_a_retained_checkpoint_is_fetched_and_an_unknown_step_raises(tmp_path: P
     )
     weights = fetch_weights(store, "r", "k", candidate=400, work=tmp_path)
     assert (weights / "unet" / "weights.safetensors").read_bytes() == b"kept"
+    # What training chose, where another checkpoint was picked to be published.
+    chosen = fetch_weights(store, "r", "k", candidate=600, work=tmp_path)
+    assert (chosen / "weights.safetensors").read_bytes() == b"published"
     with pytest.raises(ConfigError, match=r"no checkpoint of step 300 besides the published one \(retained: 400\)"):
         fetch_weights(store, "r", "k", candidate=300, work=tmp_path)
 

@@ -77,6 +77,8 @@ class LossRow(Record):
     prior_loss: float | None = None
     grad_norm: float | None = None
     """Before clipping."""
+    learning_rate: float | None = None
+    """Of the first parameter group, after the scheduler; prodigy's own estimate included."""
     validation_loss: float | None = None
     validation_similarity: float | None = None
 

@@ -17,7 +17,7 @@ from tasks.metrics import METRICS
 from tasks.publishing.config import GateConfig
 from tasks.publishing.pick import find_knee, measure_checkpoints
 from tasks.publishing.report import charts
-from tasks.publishing.report.pictures import make_gallery
+from tasks.publishing.report.pictures import make_gallery, thin
 from tasks.publishing.report.tables import (
     CheckpointRow,
     list_checkpoints,
@@ -28,6 +28,8 @@ from tasks.publishing.report.verdict import reach_verdict
 from tasks.services.store.base import Store
 from tasks.stage.cache import read_verified
 
+MAX_POINTS = 400
+"""Of a line."""
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -118,7 +120,7 @@ def draw_sample_grid(store: Store, evaluation: Evaluation, *, side: int = 128) -
 
 
 def draw_losses(losses: Sequence[LossRow]) -> Markup:
-    """Return the chart of instance, prior and validation loss by step; training losses are running means."""
+    """Return the chart of losses and learning rate by step; training losses are running means."""
     series = []
     for name, role in (("instance_loss", "tuned"), ("prior_loss", "base"), ("validation_loss", "other")):
         points = [
@@ -130,7 +132,10 @@ def draw_losses(losses: Sequence[LossRow]) -> Markup:
             is_measured = name == "validation_loss"
             shown = points if is_measured else smooth(points)
             series.append(charts.Series(name.replace("_", " "), shown, role, has_dots=is_measured))
-    return charts.draw_lines(series, ("optimizer step", "loss (mean squared error)"))
+    rates = [(float(row.step), row.learning_rate) for row in losses if row.learning_rate is not None]
+    # Not smoothed: the schedule has no noise, and a corner of it is no step of a mean.
+    rate = charts.Series("learning rate", thin(rates, MAX_POINTS), "path") if rates else None
+    return charts.draw_lines(series, ("optimizer step", "loss (mean squared error)"), right=rate)
 
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -126,6 +126,20 @@ def test_loss_curves_share_one_scale_and_stay_within_the_axes() -> None:
     assert draw_losses([]) == ""
 
 
+def test_the_learning_rate_has_an_axis_of_its_own() -> None:
+    losses = [LossRow(step=i, loss=1.0, instance_loss=0.5, learning_rate=1e-5 * (100 - i)) for i in range(100)]
+    chart = draw_losses(losses)
+    lines = re.findall(r'polyline class="line (\w+)" points="([^"]*)"', chart)
+    assert [role for role, _ in lines] == ["tuned", "path"]
+    _, _, width, height = (float(v) for v in re.search(r'viewBox="([^"]*)"', chart)[1].split())  # type: ignore[index]
+    points = [tuple(map(float, point.split(","))) for point in lines[1][1].split()]
+    assert all(0 <= x <= width and 0 <= y <= height for x, y in points)
+    assert points[-1][1] > points[0][1] + 100  # it falls over the whole height, and y points downwards
+    assert ">0.001</text>" in chart
+    assert "learning rate 0.001 to 1e−05" in chart
+    assert "learning rate" not in draw_losses([LossRow(step=1, loss=1.0, instance_loss=1.0)])
+
+
 def test_smoothing_leaves_a_constant_curve_unchanged() -> None:
     constant = [(float(step), 3.0) for step in range(40)]
     assert smooth(constant) == constant

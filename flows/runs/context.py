@@ -325,10 +325,12 @@ def check_first(config: RunConfig, tracker: "Tracker") -> ModelRef:
     """Check early what would otherwise fail only after training; return the base model."""
     from tasks.diffusion.hub import identify_model
     from tasks.encoders.folders import find_encoders
+    from tasks.encoders.safety import find_safety_checker
 
     # Hashes the weights: a model that changes on disk under the same name must give other keys.
     base_model = identify_model(config.diffusion)
     find_encoders(config.evaluation.encoders)
+    find_safety_checker(config.evaluation.safety_checker, config.diffusion)
     check_files(config)
     check_policy(config.subject)
     tracker.check()

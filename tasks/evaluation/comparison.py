@@ -111,7 +111,7 @@ def collect_values(candidate: Candidate) -> dict[str, Values]:
             found[name][sample.template][sample.seed] = value
     for row in evaluation.prompts:  # metrics among the samples of a prompt have one value per prompt
         for name in METRICS:
-            if METRICS[name].level == "prompt" and name in row.values:
+            if METRICS[name].level == "prompt" and "tuned" in row.values.get(name, {}):
                 found[name][row.template][0] = row.values[name]["tuned"].mean
     return dict(found)
 

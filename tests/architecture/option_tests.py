@@ -153,6 +153,8 @@ OPTION_TESTS = {
     "evaluation.seed": f"{_EVALUATION}test_the_sampling_plan_follows_the_configured_prompts_counts_and_seed",
     "evaluation.batch_size": f"{_EVALUATION}test_samples_are_generated_in_batches_of_batch_size",
     "evaluation.encoders.clip": f"{_ENCODERS}test_a_missing_encoder_raises_an_error_with_the_setting_to_change",
+    "evaluation.safety_checker": "tasks/evaluation/test_safety.py::"
+    "test_refused_samples_are_dropped_and_counted_unless_the_checker_is_off",
     "evaluation.encoders.clip_revision": f"{_ENCODER_OPTIONS}test_encoders_are_loaded_at_their_pinned_revisions",
     "evaluation.encoders.dino": f"{_ENCODERS}test_a_missing_encoder_raises_an_error_with_the_setting_to_change",
     "evaluation.encoders.dino_revision": f"{_ENCODER_OPTIONS}test_encoders_are_loaded_at_their_pinned_revisions",

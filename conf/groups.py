@@ -15,7 +15,7 @@ CONFIG_DIR = Path(__file__).resolve().parent
 # Groups of conf/ by the request's field.
 GROUPS = {
     "subject": "subject", "prior": "prior", "method": "training/method",
-    "devices": "training/devices", "evaluation": "evaluation",
+    "devices": "training/devices", "evaluation": "evaluation", "encoders": "evaluation/encoders",
     "scoring": "scoring", "publishing": "publishing", "diffusion": "diffusion", "llm": "llm",
     "store": "store", "tracking": "tracking", "experiment": "experiment",
 }  # fmt: skip

@@ -88,6 +88,10 @@ class RunRequest(BaseModel):
     )
     prior: Annotated[str, OptionOf("prior")] = Field(OPTIONS["prior"], description="prior preservation")
     evaluation: Annotated[str, OptionOf("evaluation")] = Field(OPTIONS["evaluation"], description="how much is sampled")
+    encoders: Annotated[str, OptionOf("evaluation/encoders")] = Field(
+        OPTIONS["evaluation/encoders"],
+        description="encoders of the metrics; paper: of the DreamBooth paper; auto: as the base model's preset says",
+    )
     llm: Annotated[str, OptionOf("llm")] = Field(OPTIONS["llm"], title="LLM", description="LLM provider")
     scoring: Annotated[str, OptionOf("scoring")] = Field(
         OPTIONS["scoring"], description="how the judge is called; auto: as the LLM provider allows"

@@ -9,7 +9,7 @@ from tasks.diffusion.config import DiffusionConfig
 from tasks.evaluation.config import EvaluationConfig
 from tasks.evaluation.prompt_sets import resolve_prompts
 from tasks.prior.config import PriorConfig
-from tasks.publishing.config import PublishingConfig
+from tasks.publishing.config import MIN_KNEE, PublishingConfig
 from tasks.scoring.config import ScoringConfig
 from tasks.services.config import StoreConfig, TrackingConfig
 from tasks.services.llm.config import LlmConfig
@@ -106,6 +106,11 @@ class RunConfig(Section):
         validation = self.training.validation
         if validation.validation_steps == 0 and (validation.keep == "best" or validation.early_stopping):
             raise ValueError("training.validation: keep=best and early_stopping need validation_steps above 0")
+        if self.publishing.pick == "knee" and self.count_candidates() < MIN_KNEE - 1:
+            raise ValueError(
+                f"publishing.pick=knee needs {MIN_KNEE} retained checkpoints: set training.validation.keep=best, "
+                f"validation_steps above 0 and save_top_k to {MIN_KNEE} or more"
+            )
         return self
 
     @model_validator(mode="after")

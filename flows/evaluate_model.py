@@ -10,6 +10,7 @@ from flows.runs.context import open_run, trust_of_run
 from flows.runs.evaluated import summarize_model
 from tasks.config_base import RequestRule
 from tasks.evaluation.steps import EvaluationInputs, evaluate
+from tasks.manifests.run import RunManifests
 from tasks.manifests.run_summary import RunSummary
 from tasks.scoring.steps import ScoringInputs, score_samples
 from tasks.stage.states import result_of
@@ -38,5 +39,6 @@ def evaluate_model(request: EvaluationRequest) -> RunSummary:
         tuned = result_of(import_model(imported, runtime))
         evaluation = result_of(evaluate(EvaluationInputs(config.evaluation, diffusion, tuned, subject), runtime))
         scores = result_of(score_samples(ScoringInputs(config.scoring, config.llm, evaluation, subject), runtime))
-        summary = summarize_model(run, subject, evaluation, scores=scores)
+        # Without class images: only the base model's samples are needed to measure prior drift.
+        summary = summarize_model(run, RunManifests(subject, None, tuned, evaluation, scores))
     return summary

@@ -12,6 +12,7 @@ from tasks.evaluation.steps import EvaluationInputs, evaluate
 from tasks.manifests.run import RunManifests
 from tasks.manifests.run_summary import RunSummary
 from tasks.prior.steps import PriorInputs, generate_class_images
+from tasks.publishing.pick import pick_checkpoint
 from tasks.publishing.steps import PublishingInputs, publish
 from tasks.scoring.steps import ScoringInputs, score_samples
 from tasks.stage.states import result_of, wait_for
@@ -51,8 +52,14 @@ def personalize_subject(request: RunRequest = RunRequest()) -> RunSummary:  # no
         training = TrainingInputs(config.training, diffusion, encoders, config.seed, subject, prior)
         tuned = result_of(fine_tune(training, runtime))
         evaluation = result_of(evaluate(EvaluationInputs(config.evaluation, diffusion, tuned, subject), runtime))
+        pick = pick_checkpoint(config.publishing, tuned, evaluation)
+        if pick.model != tuned:  # measured and judged as what is published
+            tuned = pick.model
+            evaluation = result_of(
+                evaluate(EvaluationInputs(config.evaluation, diffusion, pick.model, subject), runtime)
+            )
         scores = result_of(score_samples(ScoringInputs(config.scoring, config.llm, evaluation, subject), runtime))
-        manifests = RunManifests(subject, prior, tuned, evaluation, scores)
+        manifests = RunManifests(subject, prior, tuned, evaluation, scores, pick.reason)
         inputs = PublishingInputs(config.publishing, config.tracking, manifests, run.config_rows, run.default_rows)
         publication = result_of(publish(inputs, runtime))
         summary = run.summarize(manifests, publication)

@@ -26,6 +26,7 @@ from flows.runs.records import (
     stamp,
     to_overrides,
     write_end,
+    write_report,
     write_request,
     write_stages,
     write_start,
@@ -48,7 +49,7 @@ from tasks.manifests.run_summary import (
 from tasks.manifests.scoring import Scorecard
 from tasks.manifests.subject import SubjectSet
 from tasks.redaction import MASK, install_log_redaction, names_secret, redact
-from tasks.stage.cache import PREFIXES, read_verified
+from tasks.stage.cache import PREFIXES
 from tasks.stage.context import Runtime, StageRecord
 from tasks.stage.files import explain_full_disk, remove_stale_parts, write_atomic
 from tasks.stage.progress import ProgressView, make_progress
@@ -98,10 +99,8 @@ class Run:
     def summarize(self, manifests: RunManifests, publication: Publication) -> RunSummary:
         """Write `summary.json` and return it, with absolute paths."""
         subject, scores, runtime = manifests.subject, manifests.scoring, self.runtime
-        report = self.folder / "report.html"
-        # A copy beside the summary: a run's folder stays readable after the store is garbage-collected.
-        write_atomic(report, read_verified(runtime.store, publication.report))
         link_model(self.folder, self.list_paths(publication).model)
+        write_report(self.folder, publication, runtime.store)
         summary = RunSummary(
             schema_version=SUMMARY_VERSION,
             run_id=self.run_id,
@@ -328,10 +327,12 @@ def check_first(config: RunConfig, tracker: "Tracker") -> ModelRef:
     """Check early what would otherwise fail only after training; return the base model."""
     from tasks.diffusion.hub import identify_model
     from tasks.encoders.folders import find_encoders
+    from tasks.encoders.safety import find_safety_checker
 
     # Hashes the weights: a model that changes on disk under the same name must give other keys.
     base_model = identify_model(config.diffusion)
     find_encoders(config.evaluation.encoders)
+    find_safety_checker(config.evaluation.safety_checker, config.diffusion)
     check_files(config)
     check_policy(config.subject)
     tracker.check()

@@ -1,22 +1,27 @@
 """The summary of an evaluated model: that of a run, without training and publishing."""
 
+import shlex
 import time
+from pathlib import Path
 
 from conf.compose import compute_config_digest
 from flows.runs.context import Run, collect_metrics, find_flow_run_id, find_links, summarize_judge, summarize_stage
 from flows.runs.records import read_request, stamp, write_summary
-from tasks.manifests.evaluation import Evaluation
+from tasks.manifests.run import RunManifests
 from tasks.manifests.run_summary import SUMMARY_VERSION, EvaluatedModel, RunSummary, SubjectNames
-from tasks.manifests.scoring import Scorecard
-from tasks.manifests.subject import SubjectSet
+from tasks.prompts import name_subject
+from tasks.stage.files import write_atomic
 
 
-def summarize_model(run: Run, subject: SubjectSet, evaluation: Evaluation, *, scores: Scorecard) -> RunSummary:
-    """Write `summary.json` and return it."""
+def summarize_model(run: Run, manifests: RunManifests) -> RunSummary:
+    """Write `report.html` and `summary.json`, and return the summary."""
     from tasks.diffusion.external.detection import detect
 
     runtime, location = run.runtime, read_request(run.folder).model
+    subject, evaluation, scores = manifests.subject, manifests.evaluation, manifests.scoring
     external = detect(location)
+    evaluated = EvaluatedModel(location=location, kind=external.kind, sha256=external.compute_digest())
+    write_report(run, manifests, evaluated)
     summary = RunSummary(
         schema_version=SUMMARY_VERSION,
         run_id=run.run_id,
@@ -30,7 +35,7 @@ def summarize_model(run: Run, subject: SubjectSet, evaluation: Evaluation, *, sc
         training_steps=0,
         cost_usd=runtime.llm.ledger.sum_cost(),
         subject=SubjectNames(class_noun=subject.class_noun, identifier_token=subject.identifier_token),
-        evaluated=EvaluatedModel(location=location, kind=external.kind, sha256=external.compute_digest()),
+        evaluated=evaluated,
         stages={name: summarize_stage(record) for name, record in runtime.records.items()},
         metrics=collect_metrics(evaluation),
         estimates=evaluation.estimates,
@@ -42,3 +47,28 @@ def summarize_model(run: Run, subject: SubjectSet, evaluation: Evaluation, *, sc
     )
     write_summary(run.folder, summary)
     return summary
+
+
+def write_report(run: Run, manifests: RunManifests, evaluated: EvaluatedModel) -> None:
+    """Write the report of a run, without its training."""
+    from tasks.publishing.report.page import ReportInputs, render_report
+    from tasks.publishing.versions import list_versions
+
+    subject = manifests.subject
+    spoken = name_subject(identifier_token=subject.identifier_token, class_noun=subject.class_noun)
+    prompt = shlex.quote(f"a photo of {spoken} in the snow")
+    inputs = ReportInputs(
+        run.config.publishing.title or f"One {subject.class_noun}: {Path(evaluated.location).name}",
+        manifests,
+        losses=(),
+        config_rows=run.config_rows,
+        gate=run.config.publishing.gate,
+        defaults=dict(run.default_rows),
+        versions=list_versions(),
+        snippets=[
+            ("Command line", f"likeness generate {run.run_id} {prompt}"),
+            ("Compare with a run", f"likeness compare RUN {run.run_id}"),
+        ],
+        evaluated=evaluated,
+    )
+    write_atomic(run.folder / "report.html", render_report(run.runtime.store, inputs))

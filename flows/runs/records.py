@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from pydantic import BaseModel, ValidationError
@@ -33,6 +34,10 @@ from tasks.manifests.run_summary import (
 from tasks.redaction import clean_text, redact
 from tasks.stage.digests import digest, dump_signed, load_signed, parse_json, sign, verify_signed
 from tasks.stage.files import write_atomic
+
+if TYPE_CHECKING:
+    from tasks.manifests.publishing import Publication
+    from tasks.services.store.base import Store
 
 SUMMARY, REQUEST, MODEL_LINK = "summary.json", "request.json", "model"
 PAUSE = "Pause"
@@ -203,6 +208,20 @@ def link_model(folder: Path, model: str) -> None:
     if "://" not in model and not link.is_symlink():
         with suppress(OSError):
             link.symlink_to(model, target_is_directory=True)
+
+
+def write_report(folder: Path, publication: "Publication", store: "Store") -> None:
+    """Copy the report into a run's folder, with links to the model's files where the model is linked there."""
+    from tasks.publishing.report.downloads import with_downloads
+    from tasks.stage.cache import read_verified
+
+    # A copy: a run's folder stays readable after the store is garbage-collected.
+    page = read_verified(store, publication.report).decode()
+    if (folder / MODEL_LINK).is_dir():
+        names = [ref.key.rpartition("/model/")[2] for ref in publication.model]
+        # Adapters are single files at the top; a whole model is a folder of many.
+        page = with_downloads(page, MODEL_LINK, [n for n in names if "/" not in n and n.endswith(".safetensors")])
+    write_atomic(folder / "report.html", page)
 
 
 def resolve_paths(summary: RunSummary, folder: Path) -> RunSummary:

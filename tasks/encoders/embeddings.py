@@ -1,15 +1,18 @@
 """Embedding models of the metrics: CLIP for images and prompts, a self-supervised ViT (DINO) for images."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer, ViTModel
+from transformers import CLIPTokenizer
 
 from tasks.encoders.config import EncoderConfig
-from tasks.encoders.folders import find_encoders, read_preprocessor
+from tasks.encoders.folders import find_class, find_encoders, read_preprocessor
+from tasks.errors import ConfigError
 
 BATCH_SIZE = 32
 
@@ -65,6 +68,20 @@ class Preprocessor:
         return (values - self.mean) / self.std
 
 
+def load_encoder(folder: Path, kind: str) -> Any:
+    """Return an encoder in float32. Raises ConfigError where weights are missing: they would be random."""
+    name = find_class(folder, kind)
+    # DINO checkpoints have no pooler, which transformers would initialize at random.
+    extra = {"add_pooling_layer": False} if name == "ViTModel" else {}
+    model, report = getattr(transformers, name).from_pretrained(
+        folder, dtype=torch.float32, weights_only=True, output_loading_info=True, **extra
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ConfigError(f"{folder} lacks {len(missing)} weights of a {name} ({missing[0]}); see evaluation.encoders")
+    return model
+
+
 class Encoders:
     """CLIP and DINO embeddings, all L2-normalized, so that dot products are cosines."""
 
@@ -72,12 +89,10 @@ class Encoders:
         self.device = device
         clip, dino = find_encoders(config)
         # float32 whatever the checkpoint stores; the mini encoders are float16.
-        self.clip = CLIPModel.from_pretrained(clip, dtype=torch.float32, weights_only=True).to(device).eval()
+        self.clip = load_encoder(clip, "clip").to(device).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(clip)
         self.clip_preprocess = Preprocessor(clip)
-        # DINO checkpoints have no pooler, which transformers would initialize at random.
-        self.dino = ViTModel.from_pretrained(dino, dtype=torch.float32, weights_only=True, add_pooling_layer=False)
-        self.dino = self.dino.to(device).eval()
+        self.dino = load_encoder(dino, "dino").to(device).eval()
         self.dino_preprocess = Preprocessor(dino, resize=config.dino_resize)
 
     @torch.no_grad()

@@ -10,11 +10,20 @@ from typing import Any
 from tasks.diffusion.hub import MINI_FOLDER
 from tasks.encoders.config import EncoderConfig
 from tasks.errors import ConfigError, first_line
+from tasks.redaction import show_value
 from tasks.stage.digests import digest_file, digest_folder
 
 # The papers' encoders are published as pickles only; they are loaded with `weights_only=True`, which runs no code.
 ALEXNET = "alexnet-owt-7be5be79.pth"  # as torchvision names it in torch's cache
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+CLASSES = {
+    "clip": {"clip": "CLIPModel"},
+    "dino": {
+        "vit": "ViTModel", "dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel",
+        "dinov3_vit": "DINOv3ViTModel",
+    },
+}  # fmt: skip
+"""Classes of transformers by kind of encoder and `model_type`; the first row of a DINO's output is the CLS token."""
 MAX_SIDE = 2048  # largest input size that a preprocessor configuration may request, pixels
 SIDES = ("height", "width", "shortest_edge", "longest_edge")
 
@@ -33,7 +42,12 @@ def find_encoders(config: EncoderConfig) -> tuple[Path, Path]:
 
 
 def find_encoder(location: str, revision: str | None, *, mini: str) -> Path:
-    """Return one encoder's local folder; `mini` names its folder among the shipped weights. Raises ConfigError."""
+    """Return one encoder's local folder; `mini` names its kind, and its folder among the weights that are shipped.
+
+    Raises:
+        ConfigError: it can't be had, or is no encoder of that kind.
+
+    """
     folder = MINI_FOLDER / mini if location == "mini" else Path(location)
     if not folder.is_dir():
         folder = fetch_encoder(location, revision)
@@ -43,8 +57,31 @@ def find_encoder(location: str, revision: str | None, *, mini: str) -> Path:
         raise ConfigError(f"{folder} has no config.json; see evaluation.encoders")
     if (folder / "adapter_config.json").exists():  # with PEFT installed, the base model it names would be loaded
         raise ConfigError(f"{folder} holds adapter_config.json, an adapter of another model; name a whole encoder")
+    find_class(folder, mini)
     read_preprocessor(folder)
     return folder
+
+
+def find_class(folder: Path, kind: str) -> str:
+    """Return the class of transformers that loads an encoder, by its `config.json`.
+
+    Raises:
+        ConfigError: the file is damaged, or names an architecture that isn't supported; another class would load
+            none of its weights.
+
+    """
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} can't be read: {first_line(error)}; see evaluation.encoders") from error
+    found = settings.get("model_type") if isinstance(settings, dict) else None
+    if not isinstance(found, str) or found not in CLASSES[kind]:
+        supported = ", ".join(CLASSES[kind])
+        raise ConfigError(
+            f"{path}: model_type {show_value(found)} is no {kind} encoder ({supported}); see evaluation.encoders"
+        )
+    return CLASSES[kind][found]
 
 
 def read_preprocessor(folder: Path) -> dict[str, Any]:
@@ -101,7 +138,12 @@ def fetch_encoder(location: str, revision: str | None) -> Path:
 
     try:
         return Path(snapshot_download(location, revision=revision, allow_patterns=["*.json", "*.txt", *WEIGHT_FILES]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(
+            f"no encoder at {location}: it is not cached and the hub is not reached; run once online, name a folder "
+            "(evaluation.encoders.clip and .dino), or set evaluation/encoders=mini for the drawn world"
+        ) from error
+    except (HfHubHTTPError, ValueError, OSError) as error:
         reason = first_line(error)
         raise ConfigError(f"no encoder at {location}: {reason}; see evaluation.encoders") from error
 

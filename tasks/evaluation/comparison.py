@@ -113,7 +113,7 @@ def collect_values(candidate: Candidate) -> dict[str, Values]:
             found[name][sample.template][sample.seed] = value
     for row in evaluation.prompts:  # metrics among the samples of a prompt have one value per prompt
         for name in METRICS:
-            if METRICS[name].level == "prompt" and name in row.values:
+            if METRICS[name].level == "prompt" and candidate.side in row.values.get(name, {}):
                 found[name][row.template][0] = row.values[name][candidate.side].mean
     return dict(found)
 

@@ -48,6 +48,10 @@ class EvaluationConfig(Section):
     )
     lora_scale: float = Field(ge=0, le=2, description="strength of a LoRA in samples; 1: as trained")
     batch_size: int = Field(ge=1, le=256, description="images per denoising batch")
+    safety_checker: Literal["auto", "none"] = Field(
+        description="auto: samples that the base model's safety checker refuses are dropped and counted, where it has "
+        "one (Stable Diffusion 1.x); none: nothing is checked"
+    )
     encoders: EncoderConfig
 
     @field_validator("prompts")

@@ -64,7 +64,9 @@ def measure_all(
     registry = registry or Registry()
     values = measure_each(samples, features, photos, registry=registry)
     estimates = {name: estimate_sides(by_key, samples) for name, by_key in values.items()}
-    own = {name: by_side for name, by_side in estimates.items() if name not in DRIFT}
+    # A metric among the samples of a prompt lacks a side where the safety checker left single ones.
+    whole = {name: by_side for name, by_side in estimates.items() if all(side in by_side for side in SIDES)}
+    own = {name: by_side for name, by_side in whole.items() if name not in DRIFT}
     subject = [sample for sample in samples if sample.kind == "subject"]
     of_prompts = {name: by_key for name, by_key in values.items() if registry.metrics[name].level != "class"}
 
@@ -75,7 +77,7 @@ def measure_all(
     kinds = dict.fromkeys(sample.prompt_kind for sample in subject)
     return Measured(
         metrics={side: SubjectMetrics(**{name: by_side[side].mean for name, by_side in own.items()}) for side in SIDES},
-        drift={side: DriftMetrics(**{n: estimates[n][side].mean for n in DRIFT if n in estimates}) for side in SIDES},
+        drift={side: DriftMetrics(**{n: whole[n][side].mean for n in DRIFT if n in whole}) for side in SIDES},
         ceiling=CeilingMetrics(**measure_ceiling(photos)),
         sample_metrics={key: SubjectMetrics(**found) for key, found in turn(values, registry.at("sample")).items()},
         class_metrics=turn(values, registry.at("class")),

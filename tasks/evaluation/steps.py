@@ -12,11 +12,12 @@ from tasks import diffusion as diffusion_code
 from tasks import encoders as encoders_code
 from tasks.diffusion.config import DiffusionConfig
 from tasks.encoders.folders import find_lpips, identify_encoders
+from tasks.errors import ConfigError
 from tasks.evaluation.config import EvaluationConfig
 from tasks.evaluation.own_metrics import identify_own_metrics
-from tasks.manifests.evaluation import Evaluation, Protocol, Sample
+from tasks.manifests.evaluation import Evaluation, Protocol, Sample, Side
 from tasks.manifests.subject import SubjectSet
-from tasks.manifests.training import TunedModel
+from tasks.manifests.training import TunedModel, find_below
 from tasks.prompts import write_class_prompt
 from tasks.stage.cache import Stage, StageFolder, fetch_folder, read_verified
 from tasks.stage.context import Runtime
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from tasks.evaluation.measurement import Measured
     from tasks.evaluation.sampling import Source
 
-STAGE_VERSION = 5
+STAGE_VERSION = 6
 SAMPLING = ("num_inference_steps", "guidance_scale", "negative_prompt", "guidance_rescale", "lora_scale")
 CLASS_PROMPT = "a photo of {article} {class_noun}"
 
@@ -85,10 +86,8 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
     def load_source(source: "Source") -> "DiffusionModel":
         if source == "base":
             return load_model(diffusion)
-        # The part of an object key that precedes the paths within the model folder.
-        refs, below = tuned.model, "model"
-        if isinstance(source, int):
-            refs, below = tuple(candidates[source]), f"candidates/step-{source:08d}"
+        refs = tuple(candidates[source]) if isinstance(source, int) else tuned.model
+        below = find_below(refs)
         local = runtime.work_folder / "models" / tuned.stage_key / below
         weights = fetch_folder(runtime.store, refs, below=below, folder=local)
         return load_model(diffusion, folder=weights, lora_scale=config.lora_scale)
@@ -103,17 +102,57 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
     samples = generate_samples(
         folder, config, planned, load_model=load_source, on_progress=runtime.progress_callback("samples")
     )
+    samples, dropped = drop_unsafe(folder, inputs, samples)
     measured = measure_samples(inputs, samples, runtime)
     release_memory()
+    counts = {"samples": len(samples), **({"dropped": sum(dropped.values())} if dropped else {})}
     return folder.finish(
         Evaluation(
-            **folder.head(STAGE_VERSION, counts={"samples": len(samples)}),
+            **folder.head(STAGE_VERSION, counts=counts),
             samples=samples,
+            dropped=dropped,
             published_step=tuned.published_step,
             protocol=describe_protocol(config, diffusion),
             **vars(measured),
         )
     )
+
+
+def drop_unsafe(
+    folder: StageFolder, inputs: EvaluationInputs, samples: tuple[Sample, ...]
+) -> tuple[tuple[Sample, ...], dict[Side, int]]:
+    """Remove samples that the base model's safety checker refuses; return the others, and how many by side.
+
+    Raises:
+        ConfigError: too few are left to measure.
+
+    """
+    from tasks.diffusion.device import choose_device
+    from tasks.encoders.safety import OFF, SafetyChecker, find_safety_checker
+    from tasks.images import decode_png
+
+    files = find_safety_checker(inputs.config.safety_checker, inputs.diffusion)
+    if files is None:
+        return samples, {}
+    checker = SafetyChecker(files, choose_device(inputs.diffusion))
+    pictures = [decode_png(read_verified(folder.store, sample.image)) for sample in samples]
+    kept: list[Sample] = []
+    dropped: dict[Side, int] = {"base": 0, "tuned": 0}
+    for sample, is_unsafe in zip(samples, checker.find_unsafe(pictures), strict=True):
+        if is_unsafe:
+            folder.discard(sample.image)
+            dropped[sample.side] += 1
+        else:
+            kept.append(sample)
+    for side, refused in dropped.items():
+        for kind, least in (("subject", 1), ("class", 2)):
+            num = sum(sample.side == side and sample.kind == kind for sample in kept)
+            if num < least:
+                raise ConfigError(
+                    f"the safety checker refused {refused} samples of the {side} model: {num} {kind} samples are "
+                    f"left, too few to measure; use other prompts or seeds, or {OFF}"
+                )
+    return tuple(kept), dropped
 
 
 def describe_protocol(config: EvaluationConfig, diffusion: DiffusionConfig) -> Protocol:

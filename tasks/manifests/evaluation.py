@@ -123,5 +123,7 @@ class Evaluation(Manifest):
     prompts: tuple[PromptRow, ...] = ()
     class_metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Metrics of each class sample, by object key; their means are those of the class."""
+    dropped: dict[Side, int] = Field(default_factory=dict)
+    """Samples that the base model's safety checker refused, by side; empty where nothing was checked."""
     published_step: int
     protocol: Protocol = Field(default_factory=Protocol)

@@ -12,3 +12,7 @@ class Publication(Manifest):
     report: ObjectRef
     sample_grid: ObjectRef
     model: tuple[ObjectRef, ...]
+    published_step: int
+    """The step whose weights these are."""
+    published_because: str
+    """Why it was picked, see `publishing.pick`."""

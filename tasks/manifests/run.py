@@ -15,14 +15,18 @@ class RunManifests:
     """The manifests that publishing and the report read."""
 
     subject: SubjectSet
-    prior: ClassImageSet
+    prior: ClassImageSet | None
+    """None for a model from elsewhere."""
     training: TunedModel
     evaluation: Evaluation
     scoring: Scorecard
+    published_because: str = ""
+    """Why these weights are published and not another checkpoint's."""
 
     def ordered(self) -> tuple[Manifest, ...]:
         """Return the manifests in the order of the stages."""
-        return (self.subject, self.prior, self.training, self.evaluation, self.scoring)
+        stages = (self.subject, self.prior, self.training, self.evaluation, self.scoring)
+        return tuple(manifest for manifest in stages if manifest is not None)
 
     def content_digests(self) -> tuple[str, ...]:
         """Return the digest of every manifest's content."""

@@ -38,6 +38,34 @@ class TunedModel(Manifest):
                 found.setdefault(int(step[1]), []).append(ref)
         return found
 
+    def pick(self, step: int) -> "PickedModel":
+        """Return the model with the weights of a retained checkpoint as the published ones."""
+        weights = {"model": tuple(self.find_candidates()[step]), "published_step": step}
+        return PickedModel(**{**dict(self), **weights, "trained_step": self.published_step})
+
+
+class PickedModel(TunedModel):
+    """A tuned model with a retained checkpoint in the place of the weights that training published.
+
+    It is no stage's output but derived from one, so it is never stored.
+    """
+
+    trained_step: int
+    """The step that training published, whose weights lie below `model/`."""
+
+    def find_candidates(self) -> "dict[int, list[ObjectRef]]":
+        """Return the retained checkpoints other than the picked one, by step."""
+        found = {step: refs for step, refs in super().find_candidates().items() if step != self.published_step}
+        found[self.trained_step] = [ref for ref in self.objects if find_below([ref]) == "model"]
+        return found
+
+
+def find_below(refs: Sequence[ObjectRef]) -> str:
+    """Return the part of a training's object keys that precedes the paths within a model folder."""
+    # `<prefix>/<stage key>/model/<path>`, or `<prefix>/<stage key>/candidates/step-00000400/<path>`
+    parts = refs[0].key.split("/")[2:]
+    return "/".join(parts[:2]) if parts[0] == "candidates" else parts[0]
+
 
 class LossRow(Record):
     """One optimizer step of `losses.jsonl`; None where a number is not finite, unset where it was not measured."""
@@ -49,6 +77,8 @@ class LossRow(Record):
     prior_loss: float | None = None
     grad_norm: float | None = None
     """Before clipping."""
+    learning_rate: float | None = None
+    """Of the first parameter group, after the scheduler; prodigy's own estimate included."""
     validation_loss: float | None = None
     validation_similarity: float | None = None
 

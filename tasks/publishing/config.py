@@ -1,8 +1,13 @@
 """Settings of the publishing stage."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from tasks.config_base import PlainText, Section
+
+MIN_KNEE = 3
+"""Checkpoints that a knee takes at least."""
 
 
 class GateConfig(Section):
@@ -23,6 +28,10 @@ class PublishingConfig(Section):
     is_registered: bool = Field(description="register the tuned model with the tracking server")
     is_promoted: bool = Field(
         description="move the alias `champion` to the registered model where it passes the gate and beats the champion"
+    )
+    pick: Literal["best", "last", "knee"] = Field(
+        description="published weights among the retained checkpoints. best: as training.validation.keep says; last: "
+        "the latest; knee: after which subject fidelity costs more prompt fidelity than before"
     )
     gate: GateConfig
     title: PlainText = Field(

@@ -10,7 +10,7 @@ from tasks.manifests.evaluation import Evaluation
 from tasks.manifests.run import RunManifests
 from tasks.manifests.scoring import Scorecard
 from tasks.manifests.subject import SubjectSet
-from tasks.manifests.training import LossRow, TunedModel, parse_losses
+from tasks.manifests.training import LossRow, TunedModel, find_below, parse_losses
 from tasks.prompts import name_subject
 from tasks.publishing.model_card import write_front_matter
 from tasks.services.store.base import Store
@@ -36,7 +36,8 @@ pipeline({prompt}).images[0].save("sample.png")
 | CLIP-I | {base.clip_i:.3f} | {tuned.clip_i:.3f} | {ceiling.clip_i:.3f} |
 | CLIP-T | {base.clip_t:.3f} | {tuned.clip_t:.3f} | {ceiling.clip_t:.3f} |
 
-Base model: {base_model}. Training: method {method}, {num_steps} steps. `lineage.json` names every input by digest.
+Base model: {base_model}. Training: method {method}, {num_steps} steps; published: {published}.
+`lineage.json` names every input by digest.
 
 The photos' owner decides what this model may be used for. Label its images as generated where you show
 them, and don't tune models on people without their consent.
@@ -132,17 +133,22 @@ def export_model(folder: StageFolder, run: RunManifests, *, title: str, local: P
         base_model=f"{tuned.base_model.location} ({tuned.base_model.sha256[:12]})",
         method=tuned.method,
         num_steps=tuned.num_steps,
+        published=f"step {tuned.published_step}" + (f", {run.published_because}" if run.published_because else ""),
     )
     lineage = {
         "base_model": tuned.base_model.model_dump(),
+        "published_step": tuned.published_step,
+        "published_because": run.published_because,
         "stages": {
             manifest.stage: {"key": manifest.stage_key, "content_sha256": manifest.compute_content_digest()}
-            for manifest in (subject, run.prior, tuned, evaluation)
+            for manifest in run.ordered()
+            if manifest.stage != "scoring"
         },
         "photos": [image.source_sha256 for image in subject.images],
-        "class_images": [image.image.sha256 for image in run.prior.images],
+        "class_images": [image.image.sha256 for image in run.prior.images] if run.prior else [],
     }
-    fetch_folder(folder.store, tuned.model, below="model", folder=local)
+    if tuned.model:
+        fetch_folder(folder.store, tuned.model, below=find_below(tuned.model), folder=local)
     write_atomic(local / "README.md", card)
     write_atomic(local / "lineage.json", json.dumps(lineage, indent=1))
     paths = sorted(path for path in local.rglob("*") if path.is_file())

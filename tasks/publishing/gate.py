@@ -65,8 +65,9 @@ def explain_no_interval(estimate: Estimate) -> str:
 
 
 def limit_loss(evaluation: Evaluation, gate: GateConfig) -> float:
-    """Return the lowest change in CLIP-T that passes."""
-    return -gate.max_clip_t_loss * abs(evaluation.metrics["base"].clip_t)
+    """Return the lowest change in CLIP-T that passes; 0 where it was not measured."""
+    base = evaluation.metrics.get("base")
+    return -gate.max_clip_t_loss * abs(base.clip_t) if base is not None else 0.0
 
 
 def check_prompts(evaluation: Evaluation, gate: GateConfig) -> Check:
@@ -81,7 +82,10 @@ def check_prompts(evaluation: Evaluation, gate: GateConfig) -> Check:
 
 def check_drift(evaluation: Evaluation, gate: GateConfig) -> Check:
     """Check the rise of PRES."""
-    rise = evaluation.drift["tuned"].pres - evaluation.drift["base"].pres
+    base, tuned = evaluation.drift.get("base"), evaluation.drift.get("tuned")
+    if base is None or tuned is None:
+        return Check("pres", "prior drift: not measured")
+    rise = tuned.pres - base.pres
     if rise <= gate.max_pres_gain:
         return Check("pres")
     return Check("pres", f"prior drift: PRES rose by {rise:.3f}, allowed <= {gate.max_pres_gain:.3f}")

@@ -1,10 +1,7 @@
 """The publishing stage: model folder, report, registry."""
 
-import contextlib
-import platform
 import tempfile
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from prefect import task
@@ -21,9 +18,7 @@ from tasks.stage.context import Runtime
 from tasks.stage.files import make_part_prefix, write_atomic
 from tasks.stage.states import finished, should_retry
 
-STAGE_VERSION = 5
-VERSIONED = ("likeness", "torch", "diffusers", "transformers", "pytorch-lightning", "prefect")
-"""Packages whose versions a report names."""
+STAGE_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,8 @@ class PublishingInputs:
                 self.config.model_dump(mode="json", exclude={"is_promoted"}),
                 self.tracking.model_dump(mode="json"),
             ],
-            inputs=self.manifests.content_digests(),
+            # Why these weights were picked stands in the model card; the weights themselves are the inputs'.
+            inputs=(*self.manifests.content_digests(), self.manifests.published_because),
         )
 
     @property
@@ -86,15 +82,6 @@ def find_missing_effect(publication: Publication, tracker: Tracker) -> str:
     return ""
 
 
-def list_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that made the model, and the machine's kind."""
-    found = {"Python": platform.python_version()}
-    for name in VERSIONED:
-        with contextlib.suppress(metadata.PackageNotFoundError):  # likeness itself, run from a checkout
-            found[name] = metadata.version(name)
-    return {**found, "on": f"{platform.system()} {platform.machine()}"}
-
-
 def name_model(tracking: TrackingConfig, subject: SubjectSet) -> str:
     """Return the tuned model's name in the registry."""
     return tracking.registered_model or f"likeness-{subject.class_noun.replace(' ', '-').lower()}"
@@ -105,6 +92,7 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
     from tasks.publishing.export import export_model, headline_metrics, read_losses, sum_llm_costs, write_snippets
     from tasks.publishing.registry import SAMPLES, TrackedRun, track_run
     from tasks.publishing.report.page import ReportInputs, draw_sample_grid, render_report
+    from tasks.publishing.versions import list_versions
 
     manifests = inputs.manifests
     subject, tuned, evaluation, scores = (
@@ -158,5 +146,7 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
             report=report,
             sample_grid=folder.put("samples.png", grid),
             model=model,
+            published_step=tuned.published_step,
+            published_because=manifests.published_because,
         )
     )

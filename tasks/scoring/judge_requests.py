@@ -17,7 +17,15 @@ from tasks.services.llm.chat.request import RequestSpec
 AXES = ("concept_preservation", "prompt_following", "image_quality")
 BLUR_SHARE = 1 / 32  # blur radius as a fraction of the longer side
 Kind = Literal[
-    "sample", "positive_control", "negative_control", "shuffled", "blurred", "pair", "checkpoint_pair", "tie_break"
+    "sample",
+    "positive_control",
+    "negative_control",
+    "shuffled",
+    "blurred",
+    "pair",
+    "checkpoint_pair",
+    "model_pair",
+    "tie_break",
 ]
 
 

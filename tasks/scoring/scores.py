@@ -205,6 +205,8 @@ class ComparedPair:
 
     candidates: tuple[str, str]
     winners: tuple[str, ...]
+    key: str = ""
+    """The key of its requests."""
 
 
 def read_pairs(judged: Judged, kind: Kind) -> list[ComparedPair]:
@@ -218,7 +220,7 @@ def read_pairs(judged: Judged, kind: Kind) -> list[ComparedPair]:
         better = judged.answers[request.name].reply.better
         winners.setdefault(request.key, []).append({"first": first, "second": second, "equal": "equal"}[better])
         candidates[request.key] = request.candidates
-    return [ComparedPair(candidates[key], tuple(found)) for key, found in winners.items() if len(found) == 2]
+    return [ComparedPair(candidates[key], tuple(found), key) for key, found in winners.items() if len(found) == 2]
 
 
 def rank_candidates(pairs: Sequence[ComparedPair]) -> dict[str, float]:

@@ -67,6 +67,12 @@ def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> tuple[float, fl
     return float(low), float(high)
 
 
+def binomial_interval(wins: int, num: int) -> tuple[float, float]:
+    """Return the exact 95 % interval (Clopper & Pearson 1934) of a proportion of `num` >= 1 independent trials."""
+    found = stats.binomtest(wins, num).proportion_ci(0.95, method="exact")
+    return float(found.low), float(found.high)
+
+
 def compute_strengths(candidates: Sequence[str], wins: dict[tuple[str, str], float]) -> dict[str, float]:
     """Return Bradley-Terry strengths that sum to one, from wins by (winner, loser); a tie is half a win each.
 

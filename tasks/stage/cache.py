@@ -158,6 +158,13 @@ class StageFolder:
         self.store.put_bytes(f"{self.prefix}/{name}.ref", dump_signed(ref))  # after the object, see `reuse`
         return ref
 
+    def discard(self, ref: ObjectRef) -> None:
+        """Remove an object of this stage, which no manifest may list any more."""
+        self.check_lease()
+        self.store.delete(f"{ref.key}.ref")  # first: a note without its object would be taken for a damaged one
+        self.store.delete(ref.key)
+        self.refs.pop(ref.key, None)
+
     def head(self, version: int, *, counts: dict[str, int], cost_usd: float | None = 0.0) -> ManifestHead:
         """Return the first fields of the manifest; `finish` fills in time and objects."""
         return {

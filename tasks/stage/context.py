@@ -52,6 +52,8 @@ class Runtime:
     work_folder: Path
     """Local scratch space that outlives the run: training state, fetched photos."""
     records: dict[str, StageRecord] = field(default_factory=dict)
+    spans: list[StageRecord] = field(default_factory=list)
+    """All executions of stages."""
     on_stage: Callable[[dict[str, str]], None] = lambda keys: None
     """Called with the keys of all stages so far whenever one begins."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -144,20 +146,23 @@ class Runtime:
         record = StageRecord(key, started=time.monotonic())
         # Announced at the start, so that the record of a killed run names its last stage. Stages may run concurrently.
         with self.lock:
+            # A stage runs again where another checkpoint than the trained one is picked, or a person changed photos.
+            earlier = self.records.get(stage)
             self.records[stage] = record
+            self.spans.append(record)
             self.on_stage({name: other.key for name, other in self.records.items()})
         try:
             yield record
         finally:
             record.ended = time.monotonic()  # also where the stage fails
-            record.seconds = round(record.ended - record.started, 3)
+            record.seconds = round(record.ended - record.started + (earlier.seconds if earlier else 0.0), 3)
 
     def measure_overhead(self, started: float) -> float:
         """Return the seconds since `started`, on the monotonic clock, in which no stage was running."""
         # Sweep over stages by start time; `covered` is the end of the union of intervals so far.
         now, covered = time.monotonic(), started
         overhead = 0.0
-        for record in sorted(self.records.values(), key=lambda record: record.started):
+        for record in sorted(self.spans, key=lambda record: record.started):
             # A gap before this stage; none if it overlaps the ones before.
             overhead += max(0.0, record.started - covered)
             covered = max(covered, record.ended)

@@ -75,6 +75,12 @@ class DreamBoothModule(pl.LightningModule):
         self.optimizer = make_optimizer(groups, training)
         return self.optimizer
 
+    @property
+    def learning_rate(self) -> float:
+        """The last step's learning rate of the first parameter group; prodigy scales it by its estimate `d`."""
+        group = self.optimizer.param_groups[0]
+        return float(group["lr"]) * float(group.get("d", 1.0))
+
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
         """Set learning rates and the dropout seed from the step, so that neither is checkpointed state."""
         for group in self.optimizer.param_groups:

@@ -248,10 +248,11 @@ class ImportInputs:
 
     def stage(self, external: "ExternalModel") -> Stage[TunedModel]:
         """Return the stage that imports it."""
-        resolution = self.diffusion.model_dump(mode="json", include={"family", "resolution"})
+        # Adapters are loaded, and so rounded, in the base model's precision.
+        diffusion = self.diffusion.model_dump(mode="json", include={"family", "resolution", "precision"})
         # An embedding is stored under the identifier token.
         token = self.subject.identifier_token if external.kind == "textual_inversion" else ""
-        settings = ["external", diffusion_code.VERSION, resolution, token]
+        settings = ["external", diffusion_code.VERSION, diffusion, token]
         inputs = (self.base_model.sha256, external.compute_digest())
         return Stage("training", TunedModel, STAGE_VERSION, settings=settings, inputs=inputs)
 

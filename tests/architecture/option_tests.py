@@ -153,6 +153,8 @@ OPTION_TESTS = {
     "evaluation.seed": f"{_EVALUATION}test_the_sampling_plan_follows_the_configured_prompts_counts_and_seed",
     "evaluation.batch_size": f"{_EVALUATION}test_samples_are_generated_in_batches_of_batch_size",
     "evaluation.encoders.clip": f"{_ENCODERS}test_a_missing_encoder_raises_an_error_with_the_setting_to_change",
+    "evaluation.safety_checker": "tasks/evaluation/test_safety.py::"
+    "test_refused_samples_are_dropped_and_counted_unless_the_checker_is_off",
     "evaluation.encoders.clip_revision": f"{_ENCODER_OPTIONS}test_encoders_are_loaded_at_their_pinned_revisions",
     "evaluation.encoders.dino": f"{_ENCODERS}test_a_missing_encoder_raises_an_error_with_the_setting_to_change",
     "evaluation.encoders.dino_revision": f"{_ENCODER_OPTIONS}test_encoders_are_loaded_at_their_pinned_revisions",
@@ -173,6 +175,7 @@ OPTION_TESTS = {
     "scoring.max_wait_seconds": f"{_SHOWN}test_poll_seconds_and_max_wait_seconds_apply_to_a_batch_job",
     "scoring.deadline_seconds": f"{_SHOWN}test_a_batch_job_past_deadline_seconds_is_cancelled",
     "scoring.max_failed_fraction": f"{_SHOWN}test_the_configured_fraction_of_judge_requests_may_fail",
+    "publishing.pick": "tasks/publishing/test_pick.py::test_each_value_of_pick_publishes_other_weights",
     "publishing.is_registered": f"{_RUN}test_no_model_is_registered_if_is_registered_is_false",
     "publishing.is_promoted": f"{_RUN}test_the_gate_is_asked_unless_is_promoted_is_false",
     "publishing.gate.min_dino_gain": f"{_GATE}test_each_limit_is_that_of_the_configuration",

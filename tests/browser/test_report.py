@@ -119,8 +119,8 @@ def test_without_scripts_both_pictures_and_the_evidence_are_there(report: Path) 
         assert plain.locator(".pair").first.locator("img").count() == 2
         assert all(image.is_visible() for image in plain.locator(".pair img").all())
         assert not plain.locator("#order").is_visible()
-        plain.locator("details.told summary").first.click()
-        assert "evidence 0 <script>" in plain.locator("details.told").first.inner_text()
+        plain.locator("details.info summary").first.click()
+        assert "evidence 0 <script>" in plain.locator("details.info").first.inner_text()
 
 
 def test_only_changed_settings_are_listed_as_changed(page: "Page") -> None:

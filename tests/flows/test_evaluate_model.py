@@ -78,9 +78,28 @@ def test_the_model_of_an_evaluation_is_recorded_and_what_it_lacks_is_named(
     [summary] = [each for each in list_summaries(sandbox.output) if each.run_id == evaluated["run_id"]]
     killed = summary.model_copy(update={"status": "killed"})
     assert suggest_next(killed, folder) == f"likeness resume {evaluated['run_id']}"
-    done = sandbox.likeness("generate", evaluated["run_id"], "a photo of sks fish")
+    done = sandbox.likeness("publish", evaluated["run_id"], "--to", "elsewhere")
     assert done.returncode == 2
     assert "evaluated a model from elsewhere: it has no publishing stage" in done.stderr
+
+
+def test_an_evaluated_model_has_a_report_without_training_and_generates_images(
+    sandbox: CliSandbox, first_run: dict[str, Any], evaluated: dict[str, Any]
+) -> None:
+    done = sandbox.likeness("report", evaluated["run_id"])
+    assert done.returncode == 0, done.stderr
+    page = Path(sandbox.folder, done.stdout.strip()).read_text()
+    own = (sandbox.output / first_run["run_id"] / "report.html").read_text()
+    for section in ("samples", "metrics", "photos", "judge", "drift", "use", "lineage"):
+        assert f'<h2 id="{section}">' in page
+        assert f'<h2 id="{section}">' in own
+    assert '<h2 id="training">' in own
+    assert '<h2 id="training">' not in page
+    assert "trained elsewhere" in page
+    assert f"likeness generate {evaluated['run_id']} " in page
+    done = sandbox.likeness("generate", evaluated["run_id"], "a photo of sks fish", "--steps", "1", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    assert "seed 3" in done.stdout
 
 
 @pytest.mark.parametrize(

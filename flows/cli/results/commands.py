@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from flows.cli.app import RESULTS, ConfigCommand, app
-from flows.cli.arguments import MAX_INTEGER, OUTPUT, OutputDir, RunName, Settings, complete_run
+from flows.cli.arguments import OUTPUT, OutputDir, RunName, Settings, complete_run
+from flows.cli.results.images import options
 from flows.cli.results.tables import Format
 from tasks.errors import ConfigError
 
@@ -52,7 +53,7 @@ def report(
 
 
 @app.command("compare", rich_help_panel=RESULTS)
-def compare(
+def compare(  # noqa: PLR0913 - a command's options
     runs: Annotated[
         list[str],
         typer.Argument(metavar="RUN RUN ...", help="Runs; the first is the baseline.", autocompletion=complete_run),
@@ -61,13 +62,22 @@ def compare(
     unpaired: Annotated[
         bool, typer.Option("--unpaired", help="Compare means of other prompts, seeds or photos; wider intervals.")
     ] = False,
-    as_format: Annotated[Format, typer.Option("--format", help="Output format.")] = "table",
+    judge: Annotated[
+        bool, typer.Option("--judge", help="Let the first run's judge choose between the samples, in both orders.")
+    ] = False,
+    samples: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Write the samples side by side.", show_default=False)
+    ] = None,
+    as_format: Annotated[
+        Format, typer.Option("--format", help="Output format; html: a page with the samples side by side.")
+    ] = "table",
     output_dir: OutputDir = OUTPUT,
 ) -> int:
     """Compare runs by paired differences with 95 % intervals."""
-    from flows.cli.results.compare import compare_runs
+    from flows.cli.results.compare import Extras, compare_runs
 
-    print(compare_runs(output_dir, runs, is_paired=not unpaired, as_format=as_format))
+    extras = Extras(samples, is_judged=judge)
+    print(compare_runs(output_dir, runs, is_paired=not unpaired, as_format=as_format, extras=extras))
     return 0
 
 
@@ -115,53 +125,45 @@ def approve(  # noqa: PLR0913, PLR0917 - a command's options
 
 @app.command("generate", rich_help_panel=RESULTS)
 def generate(  # noqa: PLR0913, PLR0917 - a command's options
-    run: RunName,
-    prompt: Annotated[
-        str | None,
-        typer.Argument(metavar="PROMPT", help='For example "a photo of sks fish in the snow".', show_default=False),
-    ] = None,
-    num: Annotated[int, typer.Option(min=1, max=1000, help="Images per prompt.")] = 1,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=MAX_INTEGER, help="Of the first image; random unless given.")
-    ] = None,
-    size: Annotated[
-        int | None, typer.Option(min=8, max=4096, metavar="PX", help="Side of the image; default: the model's.")
-    ] = None,
-    sampler: Annotated[
-        str | None, typer.Option(metavar="NAME", help="ddim, dpm++, euler, or a scheduler class of diffusers.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps; default: evaluation's.")] = None,
-    guidance: Annotated[float | None, typer.Option(min=1, max=30, help="Default: evaluation's.")] = None,
-    negative: Annotated[str, typer.Option(metavar="PROMPT", help="Negative prompt.")] = "",
-    lora_scale: Annotated[float, typer.Option(min=0, max=2, help="Strength of a LoRA; 1: as trained.")] = 1.0,
-    prompts_file: Annotated[
-        Path | None, typer.Option(metavar="TXT", help="Prompts, one per line.", show_default=False)
-    ] = None,
-    grid: Annotated[bool, typer.Option("--grid", help="Write all images as one grid too.")] = False,
-    out: Annotated[Path | None, typer.Option(metavar="PNG", help="Output file; default: in the run's folder.")] = None,
-    candidate: Annotated[
-        int | None, typer.Option(min=0, max=MAX_INTEGER, metavar="STEP", help="Use the checkpoint of this step.")
-    ] = None,
-    is_opened: Annotated[bool, typer.Option("--open", help="Show the image, or the grid.")] = False,
+    model: options.Model,
+    prompt: options.Prompt = None,
+    num: options.Num = 1,
+    seed: options.Seed = None,
+    size: options.Size = None,
+    sampler: options.Sampler = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    negative: options.Negative = "",
+    lora_scale: options.LoraScale = 1.0,
+    prompts_file: options.PromptsFile = None,
+    grid: options.HasGrid = False,
+    grid_guidance: options.GridGuidance = None,
+    grid_steps: options.GridSteps = None,
+    out: options.Out = None,
+    candidate: options.Candidate = None,
+    base: options.Base = None,
+    token: options.Token = None,
+    is_opened: options.IsOpened = False,
     output_dir: OutputDir = OUTPUT,
 ) -> int:
-    """Generate images with a run's tuned model. They are marked as generated, in PNG text and XMP."""
-    from flows.cli.results import generate as images
-    from flows.cli.results.runs import find_run
+    """Generate images with a tuned model. They are marked as generated, in PNG text and XMP."""
+    from flows.cli.results.images import generate as images
+    from flows.cli.results.images import request as asked
+    from flows.cli.results.images.files import Target
+    from flows.cli.results.images.models import ModelChoice, open_source
 
     if (prompt is None) == (prompts_file is None):
         raise ConfigError("give a prompt, or --prompts-file")
-    prompts = (prompt,) if prompt is not None else images.read_prompts(prompts_file or Path())
-    request = images.ImageRequest(
-        prompts, num, seed, steps, guidance, candidate, size, sampler, lora_scale, negative
+    request = asked.ImageRequest(
+        (prompt,) if prompt is not None else asked.read_prompts(prompts_file or Path()),
+        num, seed, steps, guidance, candidate, size, sampler, lora_scale, negative,
+        asked.read_values(grid_guidance, "--grid-guidance", asked.GUIDANCE),
+        asked.read_steps(grid_steps, "--grid-steps"),
     )  # fmt: skip
-    folder = find_run(output_dir, run)
-    target = images.Target(folder, out, has_grid=grid)
-    done = images.generate(folder, request, target, on_progress=images.show_progress)
-    for path, used_seed in done.images:
-        print(f"{path}  seed {used_seed}")
-    if done.grid is not None:
-        print(f"{done.grid}  grid")
+    with open_source(output_dir, ModelChoice(model, base, token), candidate=candidate) as source:
+        target = Target(source.folder, out, has_grid=grid)
+        done = images.generate(source, request, target, on_progress=images.show_progress)
+    images.print_images(done)
     if is_opened:
         typer.launch(str(done.grid or done.images[0][0]))
     return 0
@@ -174,7 +176,7 @@ def publish(
     output_dir: OutputDir = OUTPUT,
 ) -> int:
     """Copy a run's model and report elsewhere; each file is verified there, and the manifest comes last."""
-    from flows.cli.results.generate import show_progress
+    from flows.cli.results.images.generate import show_progress
     from flows.cli.results.publishing import publish_run
 
     return publish_run(output_dir, run, to, on_progress=partial(show_progress, name="files"))

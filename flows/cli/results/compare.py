@@ -1,10 +1,14 @@
 """`likeness compare`: which of several evaluated models is better, and how sure that is."""
 
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.cli.results.comparison.judge import Judged, judge_runs
+from flows.cli.results.comparison.page import Page, render_page
+from flows.cli.results.comparison.side_by_side import Compared, Row, check_sheet, list_rows, load_compared, write_sheet
 from flows.cli.results.runs import find_run, show_cell, show_gain
 from flows.cli.results.tables import Format, Grid, render
 from flows.runs.records import PastRun, read_run
@@ -17,11 +21,25 @@ if TYPE_CHECKING:
 
 UNCOMPARED = ("output_dir", "store.folder")
 """Where results lie, not what they are."""
+WINS = ("run", "pairs", "wins", "losses", "ties", "inconsistent", "failed", "win rate over prompts, 95 % interval")
+"""Columns of the judge's pairs."""
 TRAINED = ("training.", "prior.", "seed", "publishing.")
 """Settings that a model from elsewhere was not made with."""
 
 
-def compare_runs(output: Path, names: Sequence[str], *, is_paired: bool, as_format: Format) -> str:
+@dataclass(frozen=True)
+class Extras:
+    """What is made besides the tables."""
+
+    samples: Path | None = None
+    """Contact sheet of the samples."""
+    is_judged: bool = False
+    """Whether the first run's judge chooses between the samples."""
+
+
+def compare_runs(
+    output: Path, names: Sequence[str], *, is_paired: bool, as_format: Format, extras: Extras = Extras()
+) -> str:  # fmt: skip
     """Return the comparison of runs with the first of them.
 
     Raises:
@@ -32,20 +50,56 @@ def compare_runs(output: Path, names: Sequence[str], *, is_paired: bool, as_form
 
     if len(names) < 2:
         raise ConfigError("compare takes at least two runs; `likeness runs` lists them")
+    if extras.samples is not None:
+        check_sheet(extras.samples)
     folders = [find_run(output, name) for name in names]
     if len(set(folders)) < len(folders):
         raise ConfigError("the same run is named twice; `likeness runs` lists all of them")
     runs = [read_run(folder) for folder in folders]
     check_encoders(runs)
+    candidates = [load_candidate(run) for run in runs]
     try:
-        found = compare([load_candidate(run) for run in runs], is_paired=is_paired)
+        found = compare(candidates, is_paired=is_paired)
     except UnpairedError as error:
         raise ConfigError(f"{error}; --unpaired compares the means") from error
+    compared = load_compared(folders, runs, candidates)
+    rows = list_rows(compared)
+    judged = judge_runs(compared, rows) if extras.is_judged else []
+    if extras.samples is not None:
+        num = write_sheet(extras.samples, compared, rows)
+        print(f"{extras.samples}: {num} of {len(rows)} prompts and seeds", file=sys.stderr)
+    return show(Result(found, runs, compared, rows, judged), as_format=as_format)
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that a comparison found."""
+
+    found: "Comparison"
+    runs: Sequence[PastRun]
+    compared: Sequence[Compared]
+    rows: Sequence[Row]
+    judged: Sequence[Judged]
+
+    @property
+    def conclusion(self) -> str:
+        """What may be concluded: from metrics, then from the judge."""
+        said = [judged.conclude() for judged in self.judged]
+        return " ".join([self.found.conclusion, *(text[0].upper() + text[1:] for text in said)])
+
+
+def show(result: Result, *, as_format: Format) -> str:
+    """Return a comparison in a format; as HTML, a whole page with the samples side by side."""
+    found, runs, judged = result.found, result.runs, result.judged
     rows = diff_configurations(runs)
     grids = [
         Grid("Configuration", ("setting", *found.names), rows),
         Grid("Metrics, mean with 95 % interval", (*head_metrics(found),), tuple(list_metrics(found))),
+        Grid("Pairs that the judge compared in both orders", WINS, tuple(map(list_wins, judged))),
     ]
+    notes = [*found.notes, *warn_of_judges(runs)]
+    if as_format == "html":
+        return render_page(Page(result.conclusion, notes, grids, result.compared, result.rows, judged))
     data = {
         "runs": list(found.names),
         "is_paired": found.is_paired,
@@ -59,11 +113,33 @@ def compare_runs(output: Path, names: Sequence[str], *, is_paired: bool, as_form
             for row in found.metrics
         },
         "judges": [run.summary.judge.model_dump(mode="json") if run.summary.judge else None for run in runs],
+        "pairs": {each.name: describe_wins(each) for each in judged},
         "notes": list(found.notes),
-        "conclusion": found.conclusion,
+        "conclusion": result.conclusion,
     }
-    notes = [*found.notes, *warn_of_judges(runs), found.conclusion]
-    return render(grids, notes, as_format=as_format, data=make_json_safe(data))
+    return render(grids, [*notes, result.conclusion], as_format=as_format, data=make_json_safe(data))
+
+
+def list_wins(judged: Judged) -> tuple[str, ...]:
+    """Return the row of one run in the table of pairs, see WINS."""
+    wins, rate = judged.wins, judged.wins.win_rate
+    shown = (
+        "-"
+        if rate is None or rate.low is None or rate.high is None
+        else f"{rate.mean:.2f} [{rate.low:.2f}, {rate.high:.2f}]"
+    )
+    counts = (wins.num_pairs, wins.second_wins, wins.first_wins, wins.ties, wins.inconsistent, wins.failed)
+    return (judged.name, *map(str, counts), shown)
+
+
+def describe_wins(judged: Judged) -> dict[str, object]:
+    """Return the counts of one run as JSON shows them."""
+    wins = judged.wins
+    counts = {name: getattr(wins, name) for name in ("num_pairs", "ties", "inconsistent", "failed", "served_model")}
+    return {
+        **counts, "wins": wins.second_wins, "losses": wins.first_wins, "is_decided": wins.is_decided,
+        "win_rate": None if wins.win_rate is None else wins.win_rate.model_dump(),
+    }  # fmt: skip
 
 
 def load_candidate(run: PastRun) -> "Candidate":

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from conf.compose import describe_invalid
 from conf.overrides import parse_overrides
 from conf.request import EvaluationRequest, RunRequest
-from flows.cli.results.runs import print_metrics
+from flows.cli.results.runs import print_metrics, shorten
 from tasks.errors import ConfigError
 
 
@@ -50,7 +50,7 @@ def evaluate_in_terminal(request: EvaluationRequest, *, is_trusted: bool = True)
     """Evaluate a model, and print its metrics beside those of the base model."""
     from flows.cli.run.job import ready_for_flows
 
-    with ready_for_flows(request.base, is_trusted=is_trusted) as (_, progress, _):
+    with ready_for_flows(request.base, is_trusted=is_trusted) as (config, progress, _):
         from flows.evaluate_model import evaluate_model
         from flows.runs.context import progress_of_run, trust_of_run
 
@@ -63,5 +63,6 @@ def evaluate_in_terminal(request: EvaluationRequest, *, is_trusted: bool = True)
             progress.close()
     print_metrics(summary)
     print(f"\nrun       {summary.run_id}: {summary.wall_seconds:.1f} s, {summary.llm_calls} LLM calls")
+    print(f"report    {shorten(str(Path(config.output_dir) / summary.run_id / 'report.html'))}")
     print(f"compare   likeness compare RUN {summary.run_id}")
     return 0

@@ -51,7 +51,7 @@ def find_registered(run: PastRun) -> tuple[str, str, Tracker]:
 
 def promote_run(output: Path, name: str, *, is_forced: bool) -> int:
     """Move the alias to a run's model; return 1 where gate or comparison speak against it."""
-    run = read_run(find_run(output, name))
+    run = read_run(find_run(output, name, is_trained=True))
     model, version, tracker = find_registered(run)
     if is_forced:
         tracker.set_alias(model, CHAMPION, version)
@@ -73,7 +73,7 @@ def promote_run(output: Path, name: str, *, is_forced: bool) -> int:
 
 def demote_run(output: Path, name: str) -> int:
     """Remove the alias from a run's model. Raises ConfigError where another version has it."""
-    model, version, tracker = find_registered(read_run(find_run(output, name)))
+    model, version, tracker = find_registered(read_run(find_run(output, name, is_trained=True)))
     champion = tracker.find_alias(model, CHAMPION)
     if champion is None or champion.version != version:
         held = f"version {champion.version} is" if champion else "no version is"
@@ -106,7 +106,7 @@ def publish_run(output: Path, name: str, to: str, *, on_progress: Callable[[int,
         ArtifactCorrupt: checksum mismatch at the destination.
 
     """
-    run = read_run(find_run(output, name))
+    run = read_run(find_run(output, name, is_trained=True))
     key = run.find_stage_key("publishing")
     config, work = run.config.store, Path(run.config.output_dir) / "work"
     store = open_store(config)

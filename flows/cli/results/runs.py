@@ -128,14 +128,20 @@ def shorten(path: str) -> str:
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else path
 
 
-def find_run(output: Path, name: str, *, record: str = "report.html") -> Path:
-    """Return a run's folder; `latest` is the newest that has a `record`. Raises ConfigError where there is none."""
-    from flows.runs.records import list_run_folders
+def find_run(output: Path, name: str, *, record: str = "report.html", is_trained: bool = False) -> Path:
+    """Return a run's folder; `latest` is the newest that has a `record`, and trained its model where that is asked for.
+
+    Raises:
+        ConfigError: there is none.
+
+    """
+    from flows.runs.records import list_run_folders, read_summary
 
     folders = list_run_folders(output)
-    finished = [folder for folder in folders if (folder / record).exists()]
-    if name == "latest" and finished:
-        return finished[-1]
+    if name == "latest":
+        for folder in reversed(folders):
+            if (folder / record).exists() and not (is_trained and read_summary(folder).evaluated is not None):
+                return folder
     path = Path(name).absolute()  # a shell completes names to paths
     matches = [folder for folder in folders if folder.absolute() == path]
     matches = matches or [folder for folder in folders if folder.name == name or folder.name.endswith(f"-{name}")]
@@ -149,8 +155,6 @@ def explain_no_report(folder: Path) -> str:
     from flows.runs.records import read_summary
 
     summary = read_summary(folder)
-    if summary.evaluated is not None:
-        return f"{folder.name} evaluated a model from elsewhere, which has no report; use `likeness compare`"
     if summary.status == "finished":
         return f"the report of run {folder.name} was removed; run it again, the stages are cached"
     return (

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ from types import FrameType
 from urllib.parse import unquote, urlsplit
 
 import tasks.publishing
+from flows.cli.serve.model_files import MODEL_ROUTE, list_model_files, render_listing
 from flows.cli.serve.pages import render_index, with_links
 from flows.runs.records import list_run_folders, list_summaries, read_summary
 from tasks.errors import ConfigError
@@ -53,7 +55,25 @@ class Answer:
 
     status: HTTPStatus
     kind: str
-    body: bytes
+    body: bytes = b""
+    file: Path | None = None
+    """Sent instead of the body, as a download."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of what is sent."""
+        return len(self.body) if self.file is None else self.file.stat().st_size
+
+
+NOTHING = Answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"there is no such page; / lists the runs\n")
+
+
+def find_download(output: Path, name: str, path: str) -> Answer:
+    """Return a file of a run's published model, or the list of them."""
+    files = list_model_files(output, name)
+    if files and not path:
+        return Answer(HTTPStatus.OK, KINDS["index.html"], render_listing(name, files).encode())
+    return Answer(HTTPStatus.OK, "application/octet-stream", file=files[path]) if path in files else NOTHING
 
 
 def find_answer(output: Path, target: str) -> Answer:
@@ -68,10 +88,13 @@ def find_answer(output: Path, target: str) -> Answer:
     if path == "/runs.json":
         rows = [summary.model_dump(mode="json", exclude_unset=True) for summary in list_summaries(output)]
         return Answer(HTTPStatus.OK, KINDS["summary.json"], json.dumps(rows).encode())
+    asked = MODEL_ROUTE.fullmatch(path)
+    if asked is not None:
+        return find_download(output, asked["name"], asked["path"])
     found = ROUTE.fullmatch(path)
     file = find_file(output, found["kind"] or "runs", found["name"], file=found["file"]) if found else None
     if file is None:
-        return Answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"there is no such page; / lists the runs\n")
+        return NOTHING
     body = file.read_bytes()
     if file.name == "report.html" and file.parent.parent == output:
         body = with_links(body.decode(errors="replace"), read_summary(file.parent)).encode()
@@ -171,13 +194,19 @@ def make_handler(output: Path) -> type[BaseHTTPRequestHandler]:
             self.send_response(answer.status)
             for name, value in {
                 "Content-Type": answer.kind,
-                "Content-Length": str(len(answer.body)),
+                "Content-Length": str(answer.size),
                 **headers,
+                **({"Content-Disposition": "attachment"} if answer.file is not None else {}),
             }.items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command != "HEAD":
+            if self.command == "HEAD":
+                return
+            if answer.file is None:
                 self.wfile.write(answer.body)
+                return
+            with answer.file.open("rb") as file:  # streamed: weights may be larger than memory
+                shutil.copyfileobj(file, self.wfile)
 
         def log_message(self, format: str, *args: object) -> None:
             """Log nothing: requests are of no interest."""

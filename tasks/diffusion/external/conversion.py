@@ -1,7 +1,10 @@
 """Bring a model of another trainer into the form of our own tuned models; nothing of it may be ignored silently."""
 
+import logging
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +59,10 @@ def convert_lora(external: ExternalModel, model: DiffusionModel, folder: Path) -
 
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quiet_loader():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`", category=UserWarning)
+            # Layers of the file that the model lacks: `check_loaded` names them.
+            warnings.filterwarnings("ignore", message="While injecting the PEFT adapters", category=RuntimeWarning)
             model.make_pipeline().load_lora_weights(
                 external.path.parent, weight_name=external.path.name, adapter_name=ADAPTER
             )
@@ -77,6 +82,18 @@ def convert_lora(external: ExternalModel, model: DiffusionModel, folder: Path) -
     save_tensors(tensors, folder / LORA_FILE, metadata={"format": "pt"})
 
 
+@contextmanager
+def quiet_loader() -> Iterator[None]:
+    """Keep diffusers from logging what it raises too: a refused LoRA is one line of ours."""
+    logger = logging.getLogger("diffusers.loaders.peft")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def list_layers(module: nn.Module) -> dict[str, Any]:
     """Return the layers that the adapter was loaded into, by path; those on the meta device got no weights."""
     return {
@@ -94,9 +111,7 @@ def check_loaded(external: ExternalModel, model: DiffusionModel, layers: dict[st
             f"{external.path} is a DoRA, whose magnitudes can't be folded; merge it into a diffusers folder"
         )
     downs = [key for key in stored if any(mark in key for mark in DOWN)]
-    loaded = [
-        layer.lora_A[ADAPTER].weight.detach().float().cpu() for found in layers.values() for layer in found.values()
-    ]
+    loaded = [layer.lora_A[ADAPTER].weight.detach().cpu() for found in layers.values() for layer in found.values()]
     if model.original_layers:  # a fused layer of the file becomes several of diffusers, so tensors can't be matched
         missing = downs if len(loaded) < len(downs) else []
     else:
@@ -110,8 +125,11 @@ def check_loaded(external: ExternalModel, model: DiffusionModel, layers: dict[st
 
 
 def is_same(stored: Tensor, loaded: Tensor) -> bool:
-    """Whether a stored factor is the loaded one; 1x1 convolutions may be stored as matrices."""
-    return stored.numel() == loaded.numel() and torch.equal(stored.float().flatten(), loaded.flatten())
+    """Whether a stored factor is the loaded one, rounded to the dtype of the base model.
+
+    1x1 convolutions may be stored as matrices.
+    """
+    return stored.numel() == loaded.numel() and torch.equal(stored.to(loaded.dtype).flatten(), loaded.flatten())
 
 
 def describe(external: ExternalModel, model: DiffusionModel) -> str:

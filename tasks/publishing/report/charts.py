@@ -117,14 +117,29 @@ def frame(body: str, size: tuple[int, int], label: str) -> Markup:
     return Markup(f"{head}{body}</svg>")  # noqa: S704 - numbers, and texts that are escaped
 
 
-def draw_lines(series: Sequence[Series], titles: tuple[str, str], *, size: tuple[int, int] = (680, 280)) -> Markup:
-    """Return lines over a common x axis; y starts at 0, or below for negative values. Empty without points."""
+def draw_lines(
+    series: Sequence[Series],
+    titles: tuple[str, str],
+    *,
+    size: tuple[int, int] = (680, 280),
+    right: Series | None = None,
+) -> Markup:
+    """Return lines over a common x axis; y starts at 0, or below for negative values. Empty without points.
+
+    Args:
+        series: the lines.
+        titles: of the x axis and of the y axis at the left.
+        size: width and height in px.
+        right: a line with an axis of its own at the right, named after it.
+
+    """
     series = [replace(line, points=[p for p in line.points if all(map(is_drawable, p))]) for line in series]
     series = [line for line in series if line.points]
     points = [point for line in series for point in line.points]
     if not points:
         return Markup("")
-    x = make_scale([p[0] for p in points], LEFT, size[0] - RIGHT, margin=0.0)
+    second = [] if right is None else [p for p in right.points if all(map(is_drawable, p))]
+    x = make_scale([p[0] for p in points], LEFT, size[0] - (LEFT if second else RIGHT), margin=0.0)
     low, high = min(0.0, *(p[1] for p in points)), max(0.0, *(p[1] for p in points))
     y = Scale(low * 1.06, high * 1.06 if high - low > 1e-300 else 1.0, size[1] - BOTTOM, TOP)
     parts = [draw_axes(x, y, titles)]
@@ -134,8 +149,24 @@ def draw_lines(series: Sequence[Series], titles: tuple[str, str], *, size: tuple
         parts.append(f'<polyline class="line {line.role}" points="{text}"/>')
         if line.has_dots:
             parts += [f'<circle class="dot {line.role}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in placed]
+    if right is not None and second:
+        right = replace(right, points=second)
+        parts.append(draw_right_axis(right, x, y))
+        series = [*series, right]
     names = ", ".join(f"{line.name} {show(line.points[0][1])} to {show(line.points[-1][1])}" for line in series)
     return frame("".join(parts), size, f"{titles[1]} by {titles[0]}: {names}")
+
+
+def draw_right_axis(line: Series, x: Scale, y: Scale) -> str:
+    """Return a line with the ticks and title of its own y axis, which begins at 0; `y` is the left one."""
+    highest = max(value for _, value in line.points)
+    own = Scale(0.0, highest * 1.06 if highest > 1e-300 else 1.0, y.start, y.end)
+    parts = [f'<text x="{x.end + 7:.1f}" y="{own.place(value) + 4:.1f}">{show(value)}</text>' for value in own.ticks()]
+    turned = f'transform="translate({x.end + LEFT - 6:.1f} {(y.start + y.end) / 2:.1f}) rotate(-90)"'
+    parts.append(f'<text class="title" text-anchor="middle" {turned}>{escape(line.name)}</text>')
+    text = " ".join(f"{x.place(a):.1f},{own.place(b):.1f}" for a, b in line.points)
+    parts.append(f'<polyline class="line {line.role}" points="{text}"/>')
+    return "".join(parts)
 
 
 def draw_whisker(role: str, start: tuple[float, float], end: tuple[float, float]) -> str:

@@ -11,14 +11,15 @@ from PIL import Image
 from tasks.images import decode_png, encode_png
 from tasks.manifests.evaluation import Estimate, Evaluation
 from tasks.manifests.run import RunManifests
+from tasks.manifests.run_summary import EvaluatedModel
 from tasks.manifests.training import LossRow
 from tasks.metrics import METRICS
 from tasks.publishing.config import GateConfig
+from tasks.publishing.pick import find_knee, measure_checkpoints
 from tasks.publishing.report import charts
-from tasks.publishing.report.pictures import make_gallery
+from tasks.publishing.report.pictures import make_gallery, thin
 from tasks.publishing.report.tables import (
     CheckpointRow,
-    find_knee,
     list_checkpoints,
     list_metrics,
     list_prompts,
@@ -27,6 +28,8 @@ from tasks.publishing.report.verdict import reach_verdict
 from tasks.services.store.base import Store
 from tasks.stage.cache import read_verified
 
+MAX_POINTS = 400
+"""Of a line."""
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -46,6 +49,8 @@ class ReportInputs:
     """Packages and the machine that published."""
     snippets: Sequence[tuple[str, str]] = ()
     """How to use the model: a name and the text to copy."""
+    evaluated: EvaluatedModel | None = None
+    """The model from elsewhere that was evaluated; None: the run trained its own."""
 
 
 def render_report(store: Store, inputs: ReportInputs) -> str:
@@ -72,6 +77,7 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         verdict=reach_verdict(run, inputs.gate),
         subject=run.subject,
         prior=run.prior,
+        class_prompt=find_class_prompt(run),
         tuned=run.training,
         evaluation=run.evaluation,
         scores=run.scoring.scores,
@@ -80,7 +86,7 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         pairs=run.scoring.pairs,
         num_tie_breaks=sum(bool(judgement.tie_breaks) for judgement in run.scoring.judgements),
         checkpoints=checkpoints,
-        knee=find_knee(checkpoints),
+        knee=find_knee(measure_checkpoints(run.evaluation)),
         plane=draw_plane(run.evaluation, checkpoints),
         judge=run.scoring.served_model,
         metric_rows=list_metrics(run.evaluation),
@@ -93,10 +99,16 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
     )
 
 
+def find_class_prompt(run: RunManifests) -> str:
+    """Return the prompt of the class samples."""
+    prompts = [sample.prompt for sample in run.evaluation.samples if sample.kind == "class"]
+    return next(iter(prompts), run.prior.class_prompt if run.prior else f"a photo of a {run.subject.class_noun}")
+
+
 def draw_sample_grid(store: Store, evaluation: Evaluation, *, side: int = 128) -> bytes:
     """Return a PNG grid: base samples in the first row, tuned ones in the second."""
     rows = [[s for s in evaluation.samples if s.side == name and s.kind == "subject"] for name in ("base", "tuned")]
-    width = max(len(row) for row in rows)
+    width = max(1, *(len(row) for row in rows))  # without samples, an empty cell
     grid = Image.new("RGB", (width * side, len(rows) * side), "white")
     for y, row in enumerate(rows):
         for x, sample in enumerate(row):
@@ -108,7 +120,7 @@ def draw_sample_grid(store: Store, evaluation: Evaluation, *, side: int = 128) -
 
 
 def draw_losses(losses: Sequence[LossRow]) -> Markup:
-    """Return the chart of instance, prior and validation loss by step; training losses are running means."""
+    """Return the chart of losses and learning rate by step; training losses are running means."""
     series = []
     for name, role in (("instance_loss", "tuned"), ("prior_loss", "base"), ("validation_loss", "other")):
         points = [
@@ -120,7 +132,10 @@ def draw_losses(losses: Sequence[LossRow]) -> Markup:
             is_measured = name == "validation_loss"
             shown = points if is_measured else smooth(points)
             series.append(charts.Series(name.replace("_", " "), shown, role, has_dots=is_measured))
-    return charts.draw_lines(series, ("optimizer step", "loss (mean squared error)"))
+    rates = [(float(row.step), row.learning_rate) for row in losses if row.learning_rate is not None]
+    # Not smoothed: the schedule has no noise, and a corner of it is no step of a mean.
+    rate = charts.Series("learning rate", thin(rates, MAX_POINTS), "path") if rates else None
+    return charts.draw_lines(series, ("optimizer step", "loss (mean squared error)"), right=rate)
 
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -53,7 +53,7 @@ def make_gallery(store: Store, run: RunManifests, *, budget: int = MAX_CHARACTER
     rejects = [each.thumbnail for each in (*run.subject.quarantined, *run.subject.rejected) if each.thumbnail]
     photos = [image.image for image in run.subject.images]
     others = [*photos, *rejects[:MAX_SHOWN], *shown["base"], *shown["tuned"], *shown_grids]
-    others += [image.image for image in run.prior.images[:MAX_SHOWN]]
+    others += [image.image for image in run.prior.images[:MAX_SHOWN]] if run.prior else []
     real = {ref.key for ref in (*photos, *rejects)}
     for side in SIDES:
         urls = {ref.key: to_data_url(store, ref, max_side=side, is_generated=ref.key not in real) for ref in others}

@@ -30,7 +30,7 @@ function show(card) {
     return figure;
   });
   box.querySelector(".both").replaceChildren(...pictures);
-  box.querySelector(".told").replaceChildren(...[...card.querySelectorAll(".told")].map((part) => part.cloneNode(true)));
+  box.querySelector(".info").replaceChildren(...[...card.querySelectorAll(".info")].map((part) => part.cloneNode(true)));
   if (!box.open) box.showModal();
 }
 document.querySelectorAll(".open").forEach((button) => button.addEventListener("click", () => show(button.closest(".sample"))));

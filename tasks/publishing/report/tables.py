@@ -1,11 +1,12 @@
 """The rows of the report's tables and galleries."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tasks.manifests.evaluation import Estimate, Evaluation, PromptRow, Sample, Side, SubjectMetrics
 from tasks.manifests.scoring import CheckpointRank, Judgement, Scorecard
 from tasks.metrics import METRICS, Metric
+from tasks.publishing.pick import measure_checkpoints
 from tasks.publishing.report.charts import is_drawable, widen
 
 HEADLINE = ("dino", "clip_i", "clip_t")
@@ -87,7 +88,7 @@ def list_metrics(evaluation: Evaluation) -> list[MetricRow]:
 
 def find_mean(evaluation: Evaluation, side: Side, key: str) -> Estimate | None:
     """Return a mean without an interval, from where means stand; None where it was not measured."""
-    for means in (evaluation.metrics[side], evaluation.drift[side]):
+    for means in (evaluation.metrics.get(side), evaluation.drift.get(side)):
         value = getattr(means, key, None)
         if value is not None:
             return Estimate(mean=value, num=0)
@@ -105,41 +106,11 @@ def list_prompts(evaluation: Evaluation) -> list[PromptRow]:
 
 
 def list_checkpoints(evaluation: Evaluation, scores: Scorecard) -> list[CheckpointRow]:
-    """Return a row per ranked checkpoint with its mean DINO and CLIP-T, in the order of steps.
-
-    Published weights have more samples than the others; only the draws that all have are averaged.
-    """
-    drawn = [s for s in evaluation.samples if s.kind == "candidate"]
-    draws = {(sample.prompt, sample.seed) for sample in drawn}
-    drawn += [
-        s for s in evaluation.samples if s.kind == "subject" and s.side == "tuned" and (s.prompt, s.seed) in draws
-    ]
-    rows = []
-    for rank in sorted(scores.checkpoints, key=lambda rank: rank.step):
-        own = [s for s in drawn if (evaluation.published_step if s.step is None else s.step) == rank.step]
-        values = [found for sample in own if (found := evaluation.sample_metrics.get(sample.image.key)) is not None]
-        if not values:  # ranked by an earlier run, whose samples are not those of this evaluation
-            continue
-        dino, clip_t = (sum(getattr(v, name) for v in values) / len(values) for name in ("dino", "clip_t"))
-        rows.append(CheckpointRow(rank, dino, clip_t))
-    return rows
-
-
-def find_knee(rows: Sequence[CheckpointRow]) -> int | None:
-    """Return the step after which fidelity costs more editability than before; None with fewer than three steps.
-
-    The point farthest above the chord from the first to the last checkpoint, both axes scaled to their range
-    (Satopaa et al. 2011, "Finding a Kneedle in a Haystack").
-    """
-    if len(rows) < 3:
-        return None
-    x, y = [row.dino for row in rows], [row.clip_t for row in rows]
-    wide, tall = x[-1] - x[0], y[-1] - y[0]
-    if wide <= 0 or tall >= 0:  # no trade-off: more training is not better in one and worse in the other
-        return None
-    heights = [(b - y[0]) / -tall + (a - x[0]) / wide for a, b in zip(x, y, strict=True)]
-    best = max(range(len(rows)), key=heights.__getitem__)
-    return rows[best].rank.step
+    """Return a row per ranked checkpoint with its mean DINO and CLIP-T, in the order of steps."""
+    means = {row.step: row for row in measure_checkpoints(evaluation)}
+    ranks = sorted(scores.checkpoints, key=lambda rank: rank.step)
+    # Without means: ranked by an earlier run, whose samples are not those of this evaluation.
+    return [CheckpointRow(rank, means[rank.step].dino, means[rank.step].clip_t) for rank in ranks if rank.step in means]
 
 
 def list_samples(evaluation: Evaluation, grades: Mapping[str, Judgement]) -> list[SamplePair]:

@@ -8,7 +8,7 @@ from tasks.manifests.run import RunManifests
 from tasks.manifests.subject import SubjectSet
 from tasks.publishing.config import GateConfig
 from tasks.publishing.gate import Check, explain_no_interval, limit_loss, run_checks
-from tasks.publishing.report.tables import find_knee, list_checkpoints
+from tasks.publishing.pick import find_knee, measure_checkpoints
 
 Level = Literal["good", "caution", "bad"]
 MIN_PHOTOS = 3
@@ -129,10 +129,10 @@ def describe_prompts(run: RunManifests, check: Check, *, limit: float) -> list[F
     if check.is_passed or high is None or high >= 0:
         text = f"Prompt fidelity: inconclusive: {details}{'' if check.is_passed else f', required >= {limit:+.3f}'}."
         return [Finding("caution", text, "Sample more: evaluation=thorough")]
-    knee = find_knee(list_checkpoints(run.evaluation, run.scoring))
+    knee = find_knee(measure_checkpoints(run.evaluation))
     prompt = f'"a photo of {run.subject.identifier_token} {run.subject.class_noun}"'
     advice = (
-        f"Take step {knee}: likeness generate latest {prompt} --candidate {knee}"
+        f"Take step {knee}: publishing.pick=knee, or likeness generate latest {prompt} --candidate {knee}"
         if knee is not None and knee != run.training.published_step
         else "Train fewer steps, or keep checkpoints to choose from: training.validation.save_top_k=3"
     )
@@ -141,7 +141,10 @@ def describe_prompts(run: RunManifests, check: Check, *, limit: float) -> list[F
 
 def describe_drift(evaluation: Evaluation, check: Check) -> list[Finding]:
     """Return whether samples of the class have drifted to the subject."""
-    details = f"PRES {evaluation.drift['base'].pres:.3f} before, {evaluation.drift['tuned'].pres:.3f} after"
+    base, tuned = evaluation.drift.get("base"), evaluation.drift.get("tuned")
+    if base is None or tuned is None:
+        return [Finding("caution", "Prior drift: not measured.", "Run the evaluation again")]
+    details = f"PRES {base.pres:.3f} before, {tuned.pres:.3f} after"
     if check.is_passed:
         return [Finding("good", f"No prior drift: {details}.")]
     return [

@@ -28,6 +28,7 @@ class PendingRow:
 
     step: int
     values: dict[str, Tensor]
+    learning_rate: float
 
 
 class LossLog(StepCallback):
@@ -72,7 +73,7 @@ class LossLog(StepCallback):
         # Lightning scales "loss" by the accumulation; "total_loss" is the unscaled value.
         means["loss"] = means.pop("total_loss")
         self.micro_batch_losses = []
-        self.pending.append(PendingRow(module.step, {**means, "grad_norm": module.grad_norm}))
+        self.pending.append(PendingRow(module.step, {**means, "grad_norm": module.grad_norm}, module.learning_rate))
         is_validated = module.step in self.validations
         if is_validated or is_last_step(module) or is_due(module.step, self.config.log_every_n_steps):
             self.flush(trainer)
@@ -119,9 +120,8 @@ class LossLog(StepCallback):
         for row, values in zip(self.pending, table.tolist(), strict=True):
             # Not reduced: every rank validates the same fixed photos.
             validated = {name: value.item() for name, value in self.validations.pop(row.step, {}).items()}
-            rows.append(
-                LossRow.model_validate({"step": row.step, **dict(zip(names, values, strict=True)), **validated})
-            )
+            measured = {**dict(zip(names, values, strict=True)), "learning_rate": row.learning_rate, **validated}
+            rows.append(LossRow.model_validate({"step": row.step, **measured}))
         return rows
 
     def count_images_per_step(self) -> int:

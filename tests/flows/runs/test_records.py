@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -15,6 +17,7 @@ from conf.compose import compile_request, compute_config_digest
 from conf.overrides import parse_overrides
 from flows.cli.results.runs import print_runs
 from flows.runs.records import (
+    link_model,
     list_summaries,
     read_request,
     read_run,
@@ -23,12 +26,17 @@ from flows.runs.records import (
     suggest_next,
     to_overrides,
     write_end,
+    write_report,
     write_request,
     write_start,
     write_summary,
 )
 from tasks.errors import ArtifactCorrupt, ConfigError, StillPending, TrainingStopped
+from tasks.manifests.publishing import Publication
 from tasks.manifests.run_summary import RunError, RunPaths, make_head
+from tasks.publishing.report.downloads import MARK
+from tasks.services.store.local import LocalStore
+from tasks.stage.cache import StageFolder
 from tasks.stage.digests import sign
 
 WORDS = [
@@ -203,3 +211,20 @@ def test_a_configuration_modified_after_the_run_is_rejected(tmp_path: Path) -> N
     (folder / "config.json").write_text(text.replace('"seed":', '"seed":1', 1))
     with pytest.raises(ConfigError, match="was changed after the run"):
         read_run(folder)
+
+
+def test_the_report_beside_the_model_links_to_its_files(tmp_path: Path, store: LocalStore) -> None:
+    folder = StageFolder(store, "publishing", "k")
+    page = f"<html><body>{MARK}<p>&lt;!--downloads--&gt;</p></body></html>"
+    report = folder.put("report/index.html", page.encode())
+    model = tuple(folder.put(f"model/{name}", b"x") for name in ("a b.safetensors", "unet/w.safetensors", "README.md"))
+    publication = Publication.model_construct(report=report, model=model)
+    run = tmp_path / "run"
+    run.mkdir()
+    write_report(run, publication, store)
+    assert (run / "report.html").read_text() == page  # no model is linked here
+    link_model(run, str(store.root / "06-publishing" / "k" / "model"))
+    write_report(run, publication, store)
+    found = re.findall(r'href="([^"]+)"', (run / "report.html").read_text())
+    assert found == ["model/", "model/a%20b.safetensors"]
+    assert (run / unquote(found[1])).read_bytes() == b"x"

@@ -1,5 +1,6 @@
 """Options of the encoders: without its option a test here fails."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ def test_encoders_are_loaded_at_their_pinned_revisions(tmp_path: Path, monkeypat
     for name, commit in (("a--clip", "a" * 40), ("a--dino", "b" * 40)):
         folder = tmp_path / f"models--{name}" / "snapshots" / commit
         folder.mkdir(parents=True)
-        for file in ("config.json", "preprocessor_config.json"):
-            (folder / file).write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
+        (folder / "config.json").write_text(json.dumps({"model_type": {"a--clip": "clip", "a--dino": "dinov2"}[name]}))
+        (folder / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
         (folder / "model.safetensors").write_bytes(b"")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     revisions = {"clip_revision": "a" * 40, "dino_revision": "b" * 40}

@@ -218,3 +218,17 @@ def test_lpips_matches_the_lpips_package() -> None:
     torch.testing.assert_close(
         load_lpips(files, torch.device("cpu"))(first, other), theirs.flatten(), rtol=1e-4, atol=1e-6
     )
+
+
+def test_metrics_among_samples_of_a_prompt_are_left_out_where_a_side_has_single_ones() -> None:
+    found = measure((0, 10, 20, 30), (5,))  # as a safety checker leaves them
+    whole = measure((0, 10, 20, 30), (5, 15))
+    among = {name for name, metric in METRICS.items() if metric.level == "prompt"} & set(
+        whole.metrics["tuned"].model_dump()
+    )
+    assert among
+    for side in ("base", "tuned"):
+        names = set(found.metrics[side].model_dump())  # type: ignore[index]
+        assert {"dino", "clip_i", "clip_t"} <= names
+        assert not among & names
+    assert found.estimates["dino"]["gain"].num == 1

@@ -1,6 +1,7 @@
 """The report's tables, galleries and curves."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from tasks.images import decode_png
 from tasks.manifests.base import Manifest, ObjectRef
 from tasks.manifests.evaluation import CeilingMetrics, SubjectMetrics
+from tasks.manifests.run_summary import EvaluatedModel
 from tasks.manifests.scoring import CheckpointRank, JudgeReliability, Scorecard
 from tasks.manifests.training import LossRow
 from tasks.publishing.export import headline_metrics, sum_llm_costs
@@ -27,6 +29,34 @@ def test_a_photo_without_inspection_and_a_run_without_grades_or_class_images_are
     html = render_report(store, make_inputs(store))
     assert "1 accepted, 1 rejected" in html
     assert "a photo of sks fish" in html
+
+
+def make_evaluated(store: LocalStore) -> ReportInputs:
+    run = replace(make_run(store), prior=None)
+    model = EvaluatedModel(location="/models/<b>.safetensors", kind="lora", sha256="0")
+    rows = [("a.b", "c")]
+    return ReportInputs("One fish", run, losses=[], config_rows=rows, gate=GATE, evaluated=model)
+
+
+def test_the_report_of_a_model_from_elsewhere_has_no_training(store: LocalStore) -> None:
+    html = render_report(store, make_evaluated(store))
+    assert "A LoRA that was trained elsewhere, <code>/models/&lt;b&gt;.safetensors</code>" in html
+    assert 'id="training"' not in html
+    assert 'href="#training"' not in html
+    assert "training prompt" not in html
+    assert 'id="training"' in render_report(store, make_inputs(store))
+
+
+def test_an_evaluation_without_samples_has_a_report_and_no_verdict(store: LocalStore) -> None:
+    run = make_run(store)
+    empty = {"samples": (), "metrics": {}, "drift": {}, "sample_metrics": {}}
+    evaluation = run.evaluation.model_copy(update=empty)
+    for inputs in (make_inputs(store), make_evaluated(store)):
+        html = render_report(store, replace(inputs, manifests=replace(inputs.manifests, evaluation=evaluation)))
+        assert "This evaluation holds no samples." in html
+        assert "DINO was not measured: no verdict" in html
+        assert "Prior drift: not measured" in html
+    assert decode_png(draw_sample_grid(store, evaluation, side=16)).size == (16, 32)
 
 
 def test_names_and_values_are_escaped(store: LocalStore) -> None:
@@ -96,6 +126,20 @@ def test_loss_curves_share_one_scale_and_stay_within_the_axes() -> None:
     assert draw_losses([]) == ""
 
 
+def test_the_learning_rate_has_an_axis_of_its_own() -> None:
+    losses = [LossRow(step=i, loss=1.0, instance_loss=0.5, learning_rate=1e-5 * (100 - i)) for i in range(100)]
+    chart = draw_losses(losses)
+    lines = re.findall(r'polyline class="line (\w+)" points="([^"]*)"', chart)
+    assert [role for role, _ in lines] == ["tuned", "path"]
+    _, _, width, height = (float(v) for v in re.search(r'viewBox="([^"]*)"', chart)[1].split())  # type: ignore[index]
+    points = [tuple(map(float, point.split(","))) for point in lines[1][1].split()]
+    assert all(0 <= x <= width and 0 <= y <= height for x, y in points)
+    assert points[-1][1] > points[0][1] + 100  # it falls over the whole height, and y points downwards
+    assert ">0.001</text>" in chart
+    assert "learning rate 0.001 to 1e−05" in chart
+    assert "learning rate" not in draw_losses([LossRow(step=1, loss=1.0, instance_loss=1.0)])
+
+
 def test_smoothing_leaves_a_constant_curve_unchanged() -> None:
     constant = [(float(step), 3.0) for step in range(40)]
     assert smooth(constant) == constant
@@ -136,7 +180,7 @@ def test_the_model_card_template_is_filled(tmp_path: Path, store: LocalStore) ->
     from tasks.publishing.export import CARD
 
     text = CARD.format(
-        title="T", class_noun="fish", subject="sks fish", num_photos=5, num_steps=3, base_model="b",
+        title="T", class_noun="fish", subject="sks fish", num_photos=5, num_steps=3, published="step 3", base_model="b",
         loading="pipeline = ...", prompt="'a photo of sks fish'", method="full",
         base=SubjectMetrics(dino=0.1, clip_i=0.2, clip_t=0.3), tuned=SubjectMetrics(dino=0.4, clip_i=0.5, clip_t=0.6),
         ceiling=CeilingMetrics(dino=0.7, clip_i=0.8, clip_t=0.9),

@@ -6,10 +6,10 @@ import pytest
 
 from tasks.manifests.evaluation import Estimate
 from tasks.manifests.run import RunManifests
-from tasks.manifests.scoring import CheckpointRank, SideScores
+from tasks.manifests.scoring import SideScores
 from tasks.publishing.config import GateConfig
 from tasks.publishing.gate import find_blockers
-from tasks.publishing.report.tables import CheckpointRow, find_knee
+from tasks.publishing.pick import CheckpointMeans, find_knee
 from tasks.publishing.report.verdict import reach_verdict
 from tasks.services.store.local import LocalStore
 from tests.support.report import GATE, make_run
@@ -109,13 +109,8 @@ def test_all_checks_passed_is_said_only_where_the_gate_has_nothing_against_it(st
     assert reach_verdict(good, GATE).headline == "Better than the base model; all checks passed"
 
 
-def rows(*points: tuple[float, float]) -> list[CheckpointRow]:
-    return [
-        CheckpointRow(
-            CheckpointRank(step=100 * n, is_published=False, strength=0.3, wins=0, losses=0, undecided=0), *point
-        )
-        for n, point in enumerate(points, 1)
-    ]
+def rows(*points: tuple[float, float]) -> list[CheckpointMeans]:
+    return [CheckpointMeans(100 * n, *point) for n, point in enumerate(points, 1)]
 
 
 def test_the_knee_is_where_fidelity_begins_to_cost_more_editability() -> None:

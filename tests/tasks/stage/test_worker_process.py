@@ -39,7 +39,7 @@ def test_the_command_line_lets_threads_sleep_before_torch_reads_the_policy() -> 
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )  # noqa: E501
+    )
     assert done.stdout.splitlines()[-1] == "PASSIVE False"
 
 

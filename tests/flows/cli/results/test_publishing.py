@@ -36,7 +36,7 @@ def store_publication(store: Store, *, weights: bytes = b"weights") -> None:
     folder.finish(
         Publication(
             **folder.head(1, counts={}), registered_model=None, registered_version=None, tracking_run_id=None,
-            report=report, sample_grid=grid, model=model,
+            report=report, sample_grid=grid, model=model, published_step=1, published_because="the last step",
         )
     )  # fmt: skip
 
@@ -46,7 +46,7 @@ def config(s3_config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """A store with one published run."""
     own = s3_config.model_copy(update={"kind": "local", "folder": str(tmp_path / "store")})
     store_publication(open_store(own))
-    monkeypatch.setattr(publishing, "find_run", lambda output, name: output / name)
+    monkeypatch.setattr(publishing, "find_run", lambda output, name, **_: output / name)
     monkeypatch.setattr(publishing, "read_run", lambda folder: OneRun(own, tmp_path / "runs"))
     return own
 

@@ -18,9 +18,8 @@ import pytest
 from conf.request import RunRequest
 from flows.cli.results.runs import explain_no_report
 from flows.cli.serve.server import HOST, MAX_CONNECTIONS, QuietServer, make_handler, serve_runs
-from flows.runs.records import read_summary, write_request, write_start, write_summary
+from flows.runs.records import link_model, read_summary, write_request, write_start, write_summary
 from tasks.errors import ConfigError
-from tasks.manifests.run_summary import EvaluatedModel
 from tasks.publishing.report.page import FOLDER
 
 RUN = "20260101-000000-fish-0001"
@@ -121,9 +120,6 @@ def test_the_command_says_why_there_is_no_report(output: Path) -> None:
     (output / RUN / "report.html").unlink()
     assert "was removed; run it again" in explain_no_report(output / RUN)
     assert "did not finish (running)" in explain_no_report(output / "20260102-000000-fish-0002")
-    evaluated = EvaluatedModel(location="m", kind="lora", sha256="s")
-    write_summary(output / RUN, read_summary(output / RUN).model_copy(update={"evaluated": evaluated}))
-    assert "evaluated a model from elsewhere, which has no report" in explain_no_report(output / RUN)
 
 
 def test_a_report_has_links_to_the_other_servers(server: int) -> None:
@@ -135,6 +131,53 @@ def test_a_report_has_links_to_the_other_servers(server: int) -> None:
     assert get(server, "/many/x/index.html")[1] == "<p>many</p>"
     assert get(server, f"/{RUN}/report.html")[0] == 200  # as that page links it: `../../RUN/report.html`
     assert '"status": "finished"' in get(server, f"/runs/{RUN}/summary.json")[1]
+
+
+def publish(output: Path, *, key: str = "k") -> Path:
+    """Put a model into the store and link the run's folder to it; return the model's folder."""
+    model = output / "store" / "06-publishing" / key / "model"
+    (model / "unet").mkdir(parents=True)
+    (model / "lora <1>.safetensors").write_bytes(b"weights" * 1000)
+    (model / "unet" / "config.json").write_text("{}")
+    (model / "elsewhere").symlink_to(output / "mlflow.db")
+    link_model(output / RUN, f"../store/06-publishing/{key}/model")
+    return model
+
+
+def test_the_models_files_can_be_downloaded(output: Path, server: int) -> None:
+    publish(output)
+    for prefix in ("/runs/", "/"):
+        status, text, _ = get(server, f"{prefix}{RUN}/model/")
+        assert status == 200
+        assert 'href="lora%20%3C1%3E.safetensors">lora &lt;1&gt;.safetensors</a> 0.01 MB' in text
+        assert "elsewhere" not in text
+        status, text, headers = get(server, f"{prefix}{RUN}/model/lora%20%3C1%3E.safetensors")
+        assert (status, text) == (200, "weights" * 1000)
+        assert (headers["content-disposition"], headers["content-length"]) == ("attachment", "7000")
+    assert get(server, f"/runs/{RUN}/model/unet/config.json")[1] == "{}"
+    status, text, headers = get(server, f"/runs/{RUN}/model/unet/config.json", method="HEAD")
+    assert (text, headers["content-length"]) == ("", "2")
+
+
+@pytest.mark.parametrize("path", ["elsewhere", "../manifest.json", "..%2f..%2f..%2fmlflow.db", "unet", "/etc/passwd"])
+def test_only_listed_files_of_the_model_are_served(output: Path, server: int, path: str) -> None:
+    model = publish(output)
+    (model.parent / "manifest.json").write_text("secret")
+    status, text, _ = get(server, f"/runs/{RUN}/model/{path}")
+    assert status == 404
+    assert "secret" not in text
+
+
+def test_a_link_that_leads_to_anything_but_a_published_model_is_not_followed(output: Path, server: int) -> None:
+    outside = output.parent / "06-publishing" / "k" / "model"
+    outside.mkdir(parents=True)
+    (outside / "a.safetensors").write_text("secret")
+    for target in (outside, output / "many" / "x", output / RUN):
+        (output / RUN / "model").unlink(missing_ok=True)
+        (output / RUN / "model").symlink_to(target)
+        assert get(server, f"/runs/{RUN}/model/")[0] == 404
+        assert get(server, f"/runs/{RUN}/model/a.safetensors")[0] == 404
+        assert get(server, f"/runs/{RUN}/model/ledger.jsonl")[0] == 404
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,17 @@ def import_model(path: Path, folders: dict[str, Path], out: Path, *, family: str
     return out
 
 
+def test_a_lora_loads_for_a_base_model_in_half_precision(
+    folders: dict[str, Path], tmp_path: Path, trained: torch.Tensor
+) -> None:
+    config = family_config(FAMILY, folders[FAMILY]).model_copy(update={"precision": "bf16"})
+    convert(detect(str(tmp_path / "lora" / LORA_FILE)), config, tmp_path / "out", identifier_token="zwx")
+    stored, written = (load_file(folder / LORA_FILE) for folder in (tmp_path / "lora", tmp_path / "out"))
+    assert written.keys() == stored.keys()
+    down = next(key for key in stored if ".lora_A." in key)
+    assert torch.equal(written[down], stored[down].bfloat16().float())
+
+
 @pytest.mark.parametrize("name", [LORA_FILE, KOHYA_FILE])
 def test_a_lora_in_the_keys_of_diffusers_and_of_kohya_predicts_as_it_was_trained(
     folders: dict[str, Path], tmp_path: Path, trained: torch.Tensor, name: str

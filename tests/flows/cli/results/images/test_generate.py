@@ -8,15 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flows.cli.results.generate import (
-    ImageRequest,
-    Target,
-    change_diffusion,
-    check_request,
-    draw_grid,
-    fetch_weights,
-    read_prompts,
-)
+from flows.cli.results.images.contact_sheet import draw_grid
+from flows.cli.results.images.files import Target
+from flows.cli.results.images.models import fetch_weights
+from flows.cli.results.images.request import ImageRequest, change_diffusion, check_request, read_prompts
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.hub import MINI_FOLDER
 from tasks.errors import ConfigError
@@ -51,6 +46,9 @@ def test_a_retained_checkpoint_is_fetched_and_an_unknown_step_raises(tmp_path: P
     )
     weights = fetch_weights(store, "r", "k", candidate=400, work=tmp_path)
     assert (weights / "unet" / "weights.safetensors").read_bytes() == b"kept"
+    # What training chose, where another checkpoint was picked to be published.
+    chosen = fetch_weights(store, "r", "k", candidate=600, work=tmp_path)
+    assert (chosen / "weights.safetensors").read_bytes() == b"published"
     with pytest.raises(ConfigError, match=r"no checkpoint of step 300 besides the published one \(retained: 400\)"):
         fetch_weights(store, "r", "k", candidate=300, work=tmp_path)
 
@@ -183,7 +181,7 @@ def test_a_grid_has_one_row_per_prompt() -> None:
 DRAW = """
 import contextlib, hashlib, json, sys
 from pathlib import Path
-from flows.cli.results.generate import fast_imports
+from flows.cli.results.images.models import fast_imports
 from tasks.diffusion.types import SamplingRequest
 from tasks.diffusion.registry import load_model
 from conf.defaults import read_defaults
@@ -233,7 +231,7 @@ def test_fast_imports_keep_what_adapters_and_beta_sigmas_need(
     code = f"""
 import importlib.util
 from pathlib import Path
-from flows.cli.results.generate import fast_imports
+from flows.cli.results.images.models import fast_imports
 with fast_imports(Path({str(tmp_path)!r})):
     print([name for name in ("peft", "scipy") if importlib.util.find_spec(name)])
 """

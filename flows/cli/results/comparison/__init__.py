@@ -1,0 +1,1 @@
+"""Parts of `likeness compare`: samples side by side, and the judge's choice between them."""

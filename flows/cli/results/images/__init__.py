@@ -1,0 +1,1 @@
+"""`likeness generate`: requests, models, and files of generated images."""

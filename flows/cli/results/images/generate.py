@@ -1,0 +1,152 @@
+"""Generate images with the model of a run, or of another trainer."""
+
+import secrets
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.cli.results.images.contact_sheet import Sheet, draw_contact_sheet, draw_grid
+from flows.cli.results.images.files import Target
+from flows.cli.results.images.models import ImageSource, fast_imports
+from flows.cli.results.images.request import ImageRequest, change_diffusion, check_request
+from tasks.diffusion.config import DiffusionConfig
+from tasks.diffusion.types import LORA_FILE
+from tasks.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+    from tasks.diffusion.adapter import DiffusionModel
+
+Show = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class GeneratedImages:
+    """The files written, with their seeds, and the grid's."""
+
+    images: tuple[tuple[Path, int], ...]
+    grid: Path | None = None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A loaded model with the settings of a request."""
+
+    model: "DiffusionModel"
+    request: ImageRequest
+    source: ImageSource
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Denoising steps, of the request or the evaluation."""
+        return self.request.num_inference_steps or self.source.evaluation.num_inference_steps
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance, of the request or the evaluation."""
+        return self.request.guidance_scale or self.source.evaluation.guidance_scale
+
+    def draw(self, prompt: str, seed: int, *, steps: int | None = None, guidance: float | None = None) -> "Picture":
+        """Return one picture."""
+        from tasks.diffusion.types import SamplingRequest
+
+        [picture] = self.model.sample(
+            [SamplingRequest(prompt=prompt, seed=seed, negative_prompt=self.request.negative_prompt)],
+            num_inference_steps=steps or self.num_inference_steps,
+            guidance_scale=guidance or self.guidance_scale,
+        )
+        return picture
+
+
+def generate(source: ImageSource, request: ImageRequest, target: Target, *, on_progress: Show) -> GeneratedImages:
+    """Generate images; return their files and seeds. Each is written as soon as it is there.
+
+    Raises:
+        ConfigError: a prompt, a setting or a file is refused.
+
+    """
+    check_request(request, subject=source.subject)
+    target.check(num=1 if request.is_settings_grid else request.num * len(request.prompts))
+    sampler = load_sampler(source, request)
+    first = secrets.randbelow(2**31 - request.num) if request.seed is None else request.seed
+    if request.is_settings_grid:
+        return draw_settings_grid(sampler, target, first, on_progress=on_progress)
+    planned = [(prompt, first + number) for prompt in request.prompts for number in range(request.num)]
+    done, pictures = [], []
+    for number, (prompt, seed) in enumerate(planned):
+        on_progress(number, len(planned))
+        # One at a time: each is on disk before the next begins, and the first one soon.
+        picture = sampler.draw(prompt, seed)
+        facts = {"Title": prompt, "Comment": f"seed {seed}, {source.origin}", "Description": request.describe()}
+        done.append((target.write(target.name(seed, number, num=len(planned)), picture, facts=facts), seed))
+        pictures.append(picture)
+    on_progress(len(planned), len(planned))
+    if not target.has_grid:
+        return GeneratedImages(tuple(done))
+    facts = {
+        "Title": "\n".join(request.prompts),
+        "Comment": f"seeds {first} to {first + request.num - 1}, {source.origin}",
+        "Description": request.describe(),
+    }
+    grid = target.write(target.grid(), draw_grid(pictures, columns=request.num), facts=facts)
+    return GeneratedImages(tuple(done), grid)
+
+
+def load_sampler(source: ImageSource, request: ImageRequest) -> Sampler:
+    """Load the model. Raises ConfigError for settings that it lacks."""
+    diffusion = change_diffusion(source.diffusion, request)
+    if request.lora_scale != 1 and not (source.weights / LORA_FILE).is_file():
+        raise ConfigError("--lora-scale needs a LoRA; this model has none (training.method=lora trains one)")
+    with fast_imports(source.weights):
+        from tasks.diffusion.registry import load_model
+
+        diffusion = choose_precision(diffusion) if source.is_external else diffusion
+        model = load_model(diffusion, folder=source.weights, lora_scale=request.lora_scale)
+    return Sampler(model, request, source)
+
+
+def choose_precision(config: DiffusionConfig) -> DiffusionConfig:
+    """Return a configuration in fp32 on the CPU: a preset's half precision is meant for GPUs."""
+    from tasks.diffusion.device import choose_device
+
+    return config.model_copy(update={"precision": "fp32"}) if choose_device(config).type == "cpu" else config
+
+
+def draw_settings_grid(sampler: Sampler, target: Target, seed: int, *, on_progress: Show) -> GeneratedImages:
+    """Write one contact sheet of one prompt and seed: guidance by row, denoising steps by column."""
+    request, source = sampler.request, sampler.source
+    guidances = request.grid_guidance or (sampler.guidance_scale,)
+    steps = request.grid_steps or (sampler.num_inference_steps,)
+    total, cells = len(guidances) * len(steps), list[list["Picture | None"]]()
+    for row, guidance in enumerate(guidances):
+        cells.append([])
+        for column, num in enumerate(steps):
+            on_progress(row * len(steps) + column, total)
+            cells[-1].append(sampler.draw(request.prompts[0], seed, steps=num, guidance=guidance))
+    on_progress(total, total)
+    rows = [f"guidance {guidance:g}" for guidance in guidances]
+    rows[0] = f"{rows[0]}\n{request.prompts[0]}\nseed {seed}"
+    sheet = draw_contact_sheet(Sheet([f"{num} steps" for num in steps], rows, cells))
+    facts = {
+        "Title": request.prompts[0],
+        "Comment": f"seed {seed}, {source.origin}",
+        "Description": request.describe(),
+    }
+    return GeneratedImages((), target.write(target.file or target.folder / f"grid-{seed}.png", sheet, facts=facts))
+
+
+def show_progress(done: int, total: int, *, name: str = "images") -> None:
+    """Print how far several images or files are."""
+    if total > 1:
+        print(f"{name}: {done}/{total}", file=sys.stderr)
+
+
+def print_images(done: GeneratedImages) -> None:
+    """Print the files with their seeds."""
+    for path, seed in done.images:
+        print(f"{path}  seed {seed}")
+    if done.grid is not None:
+        print(f"{done.grid}  grid")

@@ -1,0 +1,1 @@
+"""Pairwise comparison of models by the judge, outside of a run."""

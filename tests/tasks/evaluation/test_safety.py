@@ -1,0 +1,176 @@
+"""The safety checker: what it refuses is neither kept nor measured, and counted by side."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPConfig
+
+from tasks.encoders.safety import SafetyChecker, find_safety_checker
+from tasks.errors import ConfigError
+from tasks.evaluation.config import EvaluationConfig
+from tasks.evaluation.steps import EvaluationInputs, drop_unsafe
+from tasks.images import decode_png, encode_png
+from tasks.manifests.evaluation import Sample
+from tasks.publishing.report.page import ReportInputs, render_report
+from tasks.services.store.local import LocalStore
+from tasks.stage.cache import StageFolder, find_manifest, read_verified
+from tests.support.config import make_config
+from tests.support.report import GATE, make_run
+from tests.support.tiny import draw_photo, tiny_diffusion_config
+
+CPU = torch.device("cpu")
+NEVER, ALWAYS = 2.0, -2.0
+"""Thresholds of the cosine to a concept."""
+VISION = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
+    "patch_size": 8, "projection_dim": 24,
+}  # fmt: skip
+PREPROCESSOR = {
+    "crop_size": 32, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 32,
+    "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.48, 0.45, 0.4], "image_std": [0.26, 0.26, 0.27],
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(tiny_model_folder: Path, tmp_path: Path) -> Path:
+    """A tiny Stable Diffusion with a safety checker of the true architecture, which refuses nothing yet."""
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    torch.manual_seed(0)
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=VISION, projection_dim=24))
+    checker.requires_grad_(False)
+    checker.concept_embeds_weights.fill_(NEVER)
+    checker.special_care_embeds_weights.fill_(NEVER)
+    checker.save_pretrained(folder / "safety_checker")
+    (folder / "feature_extractor").mkdir()
+    (folder / "feature_extractor" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def refuse(folder: Path, *, like: Any = None) -> None:
+    """Let the checker of a model refuse every picture, or one picture alone."""
+    path = folder / "safety_checker"
+    checker = StableDiffusionSafetyChecker.from_pretrained(path).requires_grad_(False)
+    if like is None:
+        checker.concept_embeds_weights.fill_(ALWAYS)
+    else:
+        pixels = open_checker(folder).preprocess(like)[None]
+        checker.concept_embeds[0] = checker.visual_projection(checker.vision_model(pixels)[1])[0]
+        checker.concept_embeds_weights[0] = 0.999
+    checker.save_pretrained(path)
+
+
+def open_checker(folder: Path) -> SafetyChecker:
+    files = find_safety_checker("auto", tiny_diffusion_config(folder))
+    assert files is not None
+    return SafetyChecker(files, CPU)
+
+
+def store_samples(folder: StageFolder) -> tuple[Sample, ...]:
+    samples = []
+    for side in ("base", "tuned"):
+        for kind, num in (("subject", 2), ("class", 3)):
+            for number in range(num):
+                seed = len(samples)
+                ref = folder.put_resumable(f"{side}/{kind}-{number}.png", encode_png(draw_photo(seed % 5, seed=seed)))
+                values = {"image": ref, "side": side, "kind": kind, "prompt": "p", "class_prompt": "c", "seed": number}
+                samples.append(Sample.model_validate(values))
+    return tuple(samples)
+
+
+def make_inputs(model: Path, **changes: Any) -> EvaluationInputs:
+    run = make_run(LocalStore(model.parent / "other"))
+    config = make_config(EvaluationConfig, **changes)
+    return EvaluationInputs(config, tiny_diffusion_config(model), run.training, run.subject)
+
+
+def test_refused_samples_are_dropped_and_counted_unless_the_checker_is_off(model: Path, store: LocalStore) -> None:
+    folder = StageFolder(store, "evaluation", "k")
+    samples = store_samples(folder)
+    assert drop_unsafe(folder, make_inputs(model), samples) == (samples, {"base": 0, "tuned": 0})
+    unsafe = samples[6]
+    refuse(model, like=decode_png(read_verified(store, unsafe.image)))
+    assert drop_unsafe(folder, make_inputs(model, safety_checker="none"), samples) == (samples, {})
+    kept, dropped = drop_unsafe(folder, make_inputs(model), samples)
+    assert dropped == {"base": 0, "tuned": 1}
+    assert kept == tuple(sample for sample in samples if sample != unsafe)
+    # Neither the picture nor the note that would let a resumed evaluation take it.
+    assert store.find_bytes(unsafe.image.key) is None
+    assert folder.reuse("tuned/subject-1.png") is None
+    run = make_run(LocalStore(model.parent / "other"))
+    evaluation = run.evaluation.model_copy(
+        update={"samples": kept, "dropped": dropped, "stage_key": "k", "objects": ()}
+    )
+    folder.finish(evaluation)
+    found = find_manifest(store, type(evaluation), stage="evaluation", key="k")
+    assert found is not None
+    assert found.dropped == {"base": 0, "tuned": 1}
+    assert unsafe.image.key not in {ref.key for ref in found.objects}
+
+
+def test_too_few_samples_left_is_one_line_with_the_way_out(model: Path, store: LocalStore) -> None:
+    refuse(model)
+    folder = StageFolder(store, "evaluation", "k")
+    with pytest.raises(ConfigError, match=r"refused 5 samples of the base model: 0 subject samples are left") as caught:
+        drop_unsafe(folder, make_inputs(model), store_samples(folder))
+    assert "evaluation.safety_checker=none" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_report_says_how_many_samples_were_refused(store: LocalStore) -> None:
+    run = make_run(store)
+    inputs = ReportInputs("T", run, (), (), GATE)
+    assert "safety checker" not in render_report(store, inputs)
+    evaluation = run.evaluation.model_copy(update={"dropped": {"base": 1, "tuned": 3}})
+    object.__setattr__(run, "evaluation", evaluation)
+    assert "refused 1 samples of the base and 3 of the tuned model" in render_report(store, inputs)
+
+
+def test_a_model_without_a_checker_has_none(tiny_model_folder: Path) -> None:
+    assert find_safety_checker("auto", tiny_diffusion_config(tiny_model_folder)) is None
+    assert find_safety_checker("auto", tiny_diffusion_config(Path("mini"))) is None
+    config = tiny_diffusion_config(tiny_model_folder).model_copy(update={"family": "flux"})
+    assert find_safety_checker("auto", config) is None
+
+
+def test_a_checker_that_cannot_be_had_is_one_line_with_the_way_out(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (model / "safety_checker" / "model.safetensors").rename(model / "safety_checker" / "pytorch_model.bin")
+    index = json.loads((model / "model_index.json").read_text())
+    for change, location, told in (
+        ({}, str(model), "lacks safety_checker/model.safetensors"),
+        (
+            {"safety_checker": ["evil", "Checker"]},
+            str(model),
+            "has the safety checker 'Checker', which isn't",
+        ),
+        ({"safety_checker": 3}, str(model), "model_index.json can't be read"),
+        ({}, "nobody/nothing", "no safety checker of nobody/nothing: it is not cached and the hub is not reached"),
+    ):
+        (model / "model_index.json").write_text(json.dumps({**index, **change}))
+        config = tiny_diffusion_config(Path(location))
+        with pytest.raises(ConfigError, match=told) as caught:
+            find_safety_checker("auto", config)
+        assert "\n" not in str(caught.value)
+
+
+def test_weights_that_the_checker_lacks_are_refused_instead_of_random(model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = model / "safety_checker" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["visual_projection.weight"]
+    save_file(tensors, path)
+    with pytest.raises(ConfigError, match=r"lacks 1 weights of a StableDiffusionSafetyChecker"):
+        open_checker(model)

@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefect import task
 from prefect.client.schemas.objects import State
@@ -21,9 +22,15 @@ from tasks.stage.context import Runtime
 from tasks.stage.files import make_part_prefix, write_atomic
 from tasks.stage.states import finished, should_retry
 
+if TYPE_CHECKING:
+    from tasks.publishing.registry import TrackedRun
+
 STAGE_VERSION = 5
 VERSIONED = ("likeness", "torch", "diffusers", "transformers", "pytorch-lightning", "prefect")
 """Packages whose versions a report names."""
+
+UNKEYED_TRACKING = {"max_wait_seconds", "system_metrics_interval", "llm_traces"}
+"""Settings of tracking that a cached publication may differ in."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class PublishingInputs:
             # Promotion is no part of it: the alias moves after the run is published, and by command.
             settings=[
                 self.config.model_dump(mode="json", exclude={"is_promoted"}),
-                self.tracking.model_dump(mode="json"),
+                self.tracking.model_dump(mode="json", exclude=UNKEYED_TRACKING),
             ],
             inputs=self.manifests.content_digests(),
         )
@@ -100,16 +107,24 @@ def name_model(tracking: TrackingConfig, subject: SubjectSet) -> str:
     return tracking.registered_model or f"likeness-{subject.class_noun.replace(' ', '-').lower()}"
 
 
+def track(run: "TrackedRun", config: TrackingConfig, runtime: Runtime) -> tuple[str | None, str | None]:
+    """Log a run as soon as the tracking server answers; return the tracking run id and model version."""
+    from tasks.publishing.registry import track_run
+    from tasks.services.tracking.open import wait_reachable
+
+    wait_reachable(config, runtime.tracker, on_wait=runtime.wait_note("publishing"))
+    return track_run(runtime.tracker, run, live=runtime.live)
+
+
 def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: Runtime) -> Publication:
     """Write model folder and report, log to the tracking server, write the manifest."""
     from tasks.publishing.export import export_model, headline_metrics, read_losses, sum_llm_costs, write_snippets
-    from tasks.publishing.registry import SAMPLES, TrackedRun, track_run
+    from tasks.publishing.registry import SAMPLES, TrackedRun, list_llm_calls
     from tasks.publishing.report.page import ReportInputs, draw_sample_grid, render_report
 
     manifests = inputs.manifests
-    subject, tuned, evaluation, scores = (
-        manifests.subject, manifests.training, manifests.evaluation, manifests.scoring,
-    )  # fmt: skip
+    subject, tuned = manifests.subject, manifests.training
+    evaluation, scores = manifests.evaluation, manifests.scoring
     losses = read_losses(runtime.store, tuned)
     runtime.progress_callback("publishing")(0, 3)
     # In the output folder: on the store's file system, files are hard-linked instead of copied.
@@ -146,8 +161,9 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
             figures=headline_metrics(evaluation, scores) | paid,
             folder=local,
             registered_model=name_model(inputs.tracking, subject) if inputs.config.is_registered else None,
+            llm_calls=list_llm_calls(inputs.tracking, runtime.llm.ledger.path),
         )
-        run_id, version = track_run(runtime.tracker, tracked, live=runtime.live)
+        run_id, version = track(tracked, inputs.tracking, runtime)
     runtime.progress_callback("publishing")(3, 3)
     return folder.finish(
         Publication(

@@ -53,3 +53,10 @@ class TrackingConfig(Section):
     check_uri = field_validator("uri")(check_tracking_uri)
     experiment: PlainText = Field(description="experiment name")
     registered_model: PlainName = Field(description="registry name; empty: likeness-<class noun>")
+    max_wait_seconds: float = Field(
+        ge=0, le=86_400, description="how long the publication waits for a server that does not answer"
+    )
+    system_metrics_interval: float | None = Field(
+        ge=0.1, le=3_600, description="seconds between samples of CPU, memory, disk, network and GPU; null: none"
+    )
+    llm_traces: bool = Field(description="one MLflow trace per LLM call: models, tokens, cost, time; no text or image")

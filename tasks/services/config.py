@@ -23,6 +23,9 @@ class StoreConfig(Section):
     addressing_style: Literal["auto", "path", "virtual"] = Field(
         description="path suits S3-compatible stores without a host name for each bucket"
     )
+    max_attempts: int = Field(
+        ge=1, le=20, description="attempts of a request; pauses between them double from at most 1 s to at most 20 s"
+    )
     max_upload_rate: float | None = Field(
         gt=0, le=1e6, description="bound on uploads of files such as checkpoints, in MB/s; null: no bound"
     )

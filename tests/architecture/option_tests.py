@@ -210,6 +210,7 @@ OPTION_TESTS = {
     "store.region": _CLIENT,
     "store.request_checksums": _CLIENT,
     "store.addressing_style": f"{_SERVICES}test_the_bucket_is_named_in_the_path_or_in_the_host",
+    "store.max_attempts": "tasks/services/test_store_faults.py::test_a_request_is_tried_as_often_as_configured",
     "store.max_upload_rate": f"{_SERVICES}test_uploads_of_files_are_bounded_to_the_configured_rate",
     "tracking.kind": f"{_SERVICES}test_tracking_kind_selects_the_tracker",
     "tracking.loggers": "tasks/services/tracking/test_loggers.py::test_additional_trackers_receive_the_same_run",

@@ -2,7 +2,9 @@
 
 import base64
 import hashlib
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from tasks.services.config import StoreConfig
 from tasks.services.store.base import StoredObject, Upload, check_key
 from tasks.stage.digests import digest_file
 
+log = logging.getLogger(__name__)
 SHA256_METADATA = "sha256"
 PROBE = "leases/conditional-write-probe"
 NO_CONDITIONS = (
@@ -179,8 +182,13 @@ class S3Store:
 
     def list_uploads(self) -> list[Upload]:
         cut = len(self.prefix) + 1 if self.prefix else 0
-        found = []
-        with self._translated("uploads"):
+        found: list[Upload] = []
+        with (
+            self._translated("uploads"),
+            _optional_operation(
+                "it does not list unfinished uploads: let a lifecycle rule remove them (AbortIncompleteMultipartUpload)"
+            ),
+        ):
             pages = self.client.get_paginator("list_multipart_uploads")
             for page in pages.paginate(Bucket=self.bucket, Prefix=f"{self.prefix}/" if self.prefix else ""):
                 for item in page.get("Uploads", ()):
@@ -243,10 +251,25 @@ class _Translated:
     def _explain_denial(self, operation: str) -> str:
         action = ACTIONS.get(operation, operation)
         needed = f"s3:{action} and s3:ListBucket" if action == "GetObject" else f"s3:{action}"
+        # The answer to HEAD has no body, which would tell.
+        hint = ", or the keys are wrong" if operation.startswith("Head") else ""
         return (
-            f"S3 denies {operation} below {self.place}: the credentials need {needed} there "
+            f"S3 denies {operation} below {self.place}: the credentials need {needed} there{hint} "
             "(deployments/policies has policies)"
         )
+
+
+@contextmanager
+def _optional_operation(consequence: str) -> Iterator[None]:
+    """Log what follows where a store lacks an operation."""
+    from botocore.exceptions import ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        if _status(error) != 501:
+            raise
+        log.warning("the store lacks an operation: %s", consequence)
 
 
 def _was_retried(error: Any) -> bool:

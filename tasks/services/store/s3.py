@@ -83,10 +83,10 @@ class S3Store:
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         if not self.has_conditional_writes:
-            self._check_conditional_writes()
+            self.check_conditional_writes()
         return self._put_new(key, data)
 
-    def _check_conditional_writes(self) -> None:
+    def check_conditional_writes(self) -> None:
         """Raise ConfigError where the store takes a conditional write for a plain one: no lease would hold."""
         # The first write creates the object, in the bucket's first run; one of the two must be refused.
         if self._put_new(PROBE, b"probe") and self._put_new(PROBE, b"probe"):

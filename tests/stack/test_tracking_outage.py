@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from conf.request import RunRequest
+from conf.sweep import read_sweep
 from tasks.errors import ServiceUnavailable
+from tasks.manifests.run_summary import RunSummary
 from tasks.manifests.training import LossRow
 from tasks.publishing.registry import TrackedRun, track_run
 from tasks.services.config import TrackingConfig
@@ -19,6 +22,7 @@ from tasks.services.tracking.open import wait_reachable, warn_unreachable
 from tests.support.cli_sandbox import CliSandbox
 from tests.support.config import make_config
 from tests.support.mlflow_server import MlflowServer, mlflow_server
+from tests.support.sweep import RATE, FakeRuns, sweep
 from tests.support.tracking import TAG, begin, log, read_history, wait_logged
 
 STEPS = range(1, 7)
@@ -111,6 +115,28 @@ def test_metrics_of_an_outage_arrive_in_order_and_once(server: MlflowServer, tmp
     assert client.get_run(third.journal.run_id).info.status == "FAILED"
     assert [step for step, _ in read_history(client, str(third.journal.run_id), "train/loss")] == [1, 2, 3]
     assert list(tmp_path.glob(f"*/{JOURNAL_NAME}")) == []
+
+
+def test_a_sweep_goes_on_while_the_server_is_down_and_tracks_every_trial_once(
+    server: MlflowServer, tmp_path: Path
+) -> None:
+    server.kill()
+    runs = FakeRuns()
+
+    def run(request: RunRequest) -> RunSummary:
+        if len(runs.requests) == 1:  # the first trial has ended
+            server.start()
+        return runs(request)
+
+    words = [f"output_dir={tmp_path}", f"tracking.uri={server.url}", f"{RATE}=1e-4,2e-4,3e-4"]
+    outcome = sweep(read_sweep(words, {"study": "outage"}), run)
+    assert len(outcome.trials) == 3
+    tracker = MlflowTracker(configure(server), folder=tmp_path)
+    [parent] = [run for run in tracker.find_runs("likeness.kind", "sweep") if run.info.run_name == "outage"]
+    assert parent.info.status == "FINISHED"
+    children = tracker.find_runs("mlflow.parentRunId", parent.info.run_id)
+    assert sorted(run.data.metrics["objective"] for run in children) == [1e-4, 2e-4, 3e-4]
+    assert {run.info.status for run in children} == {"FINISHED"}
 
 
 def test_a_run_whose_publication_fails_is_failed_and_its_resume_publishes_it(

@@ -26,7 +26,7 @@ from tests.support.sweep import RATE, FakeRuns, sweep
 from tests.support.tracking import TAG, begin, log, read_history, wait_logged
 
 STEPS = range(1, 7)
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1500)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_a_run_whose_publication_fails_is_failed_and_its_resume_publishes_it(
     place = CliSandbox(tmp_path)
     server.kill()
     words = [f"tracking.uri={server.url}", "tracking.max_wait_seconds=0", "tracking.llm_traces=true"]
-    down = place.run(*words)
+    down = place.likeness("run", *QUICK, *words, timeout=600)
     assert down.returncode == 4, down.stderr
     assert "does not answer" in down.stderr.strip().splitlines()[-1]
     assert down.stderr.count("warning: tracking at") == 1
@@ -153,7 +153,7 @@ def test_a_run_whose_publication_fails_is_failed_and_its_resume_publishes_it(
     assert failed["status"] == "failed"
     assert (place.output / failed["run_id"] / JOURNAL_NAME).is_file()
     server.start()
-    up = place.likeness("resume", failed["run_id"])
+    up = place.likeness("resume", failed["run_id"], timeout=600)
     assert up.returncode == 0, up.stderr
     finished = place.newest()
     assert finished["stages"]["training"]["cached"]

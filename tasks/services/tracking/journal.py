@@ -17,6 +17,7 @@ from tasks.errors import ArtifactCorrupt
 from tasks.services.tracking.base import DatasetInfo, MetricRow
 from tasks.stage.digests import dump_line, load_lines
 
+COMPACT_BYTES = 1_000_000
 JOURNAL_NAME = "mlflow-buffer.jsonl"
 """In a run's folder; it is removed when the server has everything."""
 
@@ -51,6 +52,8 @@ class Journal:
         """Of the tracking run, where its start was acknowledged."""
         self.name = ""
         self.server = ""
+        self.head_bytes = 0
+        """Up to the acknowledgement of the start; 0: not yet."""
         self.count = 0
         self.lock = threading.Lock()
         self.file: BinaryIO | None = None
@@ -86,7 +89,8 @@ class Journal:
                 continue
             if record.kind == "sent":
                 self.run_id = record.run_id or self.run_id
-                self.pending = deque(each for each in self.pending if each.number > record.number)
+                while self.pending and self.pending[0].number <= record.number:
+                    self.pending.popleft()
             else:
                 self.name, self.server = record.name or self.name, record.server or self.server
                 self.pending.append(record)
@@ -108,6 +112,13 @@ class Journal:
             self.run_id = run_id or self.run_id
             self._write(Record(kind="sent", number=record.number, run_id=self.run_id))
             self.pending.popleft()
+            if self.file is None:
+                return
+            size = self.file.tell()
+            if record.kind == "start":
+                self.head_bytes = size
+            elif not self.pending and self.head_bytes and size > self.head_bytes + COMPACT_BYTES:
+                self.file.truncate(self.head_bytes)  # to the start of the run; appending goes on from there
 
     def _write(self, record: Record) -> None:
         """Append a line. Not synced: it survives the process, and power cuts are rarer than training steps."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tasks.services.tracking.base import DatasetInfo
-from tasks.services.tracking.journal import Journal, Record
+from tasks.services.tracking.journal import COMPACT_BYTES, Journal, Record
 
 
 def open_journal(path: Path) -> Journal:
@@ -64,3 +64,20 @@ def test_a_record_that_no_file_takes_is_kept_in_memory(tmp_path: Path) -> None:
     assert journal.pending[0].rows[0][0] == "loss"
     assert (tmp_path / "j.jsonl").read_bytes() == b""
     journal.remove()
+
+
+def test_a_journal_of_a_long_run_stays_small_and_keeps_its_start(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    journal = open_journal(path)
+    journal.append(Record(kind="start", name="run", server="http://s"))
+    journal.acknowledge(journal.pending[0], run_id="r1")
+    for step in range(4_000):
+        journal.append(Record(kind="metrics", rows=(("loss", 0.5, step),)))
+        journal.acknowledge(journal.pending[0])
+    journal.append(Record(kind="metrics", rows=(("loss", 0.25, 4_000),)))
+    assert path.stat().st_size < 1.1 * COMPACT_BYTES
+    journal.close()
+    again = open_journal(path)
+    assert (again.name, again.server, again.run_id) == ("run", "http://s", "r1")
+    assert [record.rows for record in again.pending] == [(("loss", 0.25, 4_000),)]
+    again.close()

@@ -283,6 +283,14 @@ def test_artifacts_and_versions_missing_on_the_server_are_detected(place: Path) 
     assert not tracker.has_artifacts(run_id, ("report",))
 
 
+def test_what_the_server_refuses_is_not_an_outage(place: Path) -> None:
+    tracker, _ = publish(place, key="refused")
+    tracker.client.delete_run(tracker.run_id)
+    with pytest.raises(ConfigError, match=f"tracking at {tracker.uri}: .*active") as raised:
+        tracker.set_tag("a", "b")
+    assert not raised.value.is_retryable
+
+
 def test_a_run_has_a_link_where_a_server_shows_its_database(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = MlflowTracker(make_config(TrackingConfig), folder=place)
     monkeypatch.delenv("LIKENESS_MLFLOW_URL", raising=False)

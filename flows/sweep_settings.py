@@ -147,7 +147,7 @@ class SweepTracking:
                 self.send_trial(self.pending[0])
                 self.pending.pop(0)
         except ServiceUnavailable as error:
-            note(f"warning: {error}; {len(self.pending)} trials are tracked later")
+            note(f"warning: {error}; the sweep goes on, and its trials are sent when the server answers")
             return False
         return True
 

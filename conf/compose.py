@@ -7,6 +7,7 @@ so `${...}` in a request means nothing.
 import copy
 import difflib
 import os
+import re
 import threading
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -31,6 +32,10 @@ Tree = dict[str, object]
 """Values of a configuration by name, nested, before they are validated."""
 OUTPUT_VARIABLE = "LIKENESS_OUTPUT_DIR"
 """The default of output_dir on a worker: its working directory is the checkout's."""
+STORE_VARIABLE = "LIKENESS_STORE_URL"
+"""The default bucket and prefix of a worker's store: s3://BUCKET/PREFIX."""
+TRACKING_VARIABLE = "LIKENESS_TRACKING_URI"
+"""The default of tracking.uri on a worker."""
 COMPOSING = threading.Lock()  # GlobalHydra is one per process
 
 
@@ -60,8 +65,7 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
         check_request(settings, roots)
     # The request's choices are names of options, validated by RunRequest; only its settings are free values.
     plain = compose_groups(choices)
-    if os.environ.get(OUTPUT_VARIABLE):
-        assign(plain, "output_dir", os.environ[OUTPUT_VARIABLE])
+    overlay(plain, read_environment())
     operators_cap = find_cap(plain, choices) if roots is not None else None
     # Before the overlay: as the operator has set them, whatever the request says.
     operators_folders = (str(lookup(plain, "output_dir")), str(lookup(plain, "store.folder")))
@@ -81,6 +85,28 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
         if "subject.source" in settings:
             check_source(config, *operators_folders)
     return config
+
+
+def read_environment() -> dict[str, Value]:
+    """Return the operator's defaults that come by environment variables. Raises ConfigError."""
+    found: dict[str, Value] = {}
+    for variable, name in ((OUTPUT_VARIABLE, "output_dir"), (TRACKING_VARIABLE, "tracking.uri")):
+        if os.environ.get(variable):
+            found[name] = os.environ[variable]
+    if os.environ.get(STORE_VARIABLE):
+        found |= split_store_url(os.environ[STORE_VARIABLE], name=STORE_VARIABLE)
+    return found
+
+
+def split_store_url(url: str, *, name: str) -> dict[str, Value]:
+    """Return the settings of a store at s3://BUCKET/PREFIX. Raises ConfigError naming what held the address."""
+    found = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([\w./=-]*))?", url)
+    if found is None:
+        raise ConfigError(
+            f"{name} takes s3://BUCKET or s3://BUCKET/PREFIX; AWS_ENDPOINT_URL names another server than AWS"
+        )
+    default = "likeness" if not found[2] else found[2].strip("/")
+    return {"store.kind": "s3", "store.bucket": found[1], "store.prefix": default}
 
 
 def find_cap(plain: Tree, choices: dict[str, str]) -> float | None:

@@ -58,7 +58,6 @@ from tasks.stage.worker_process import share_cores
 if TYPE_CHECKING:
     from tasks.services.llm.budget.spending_cap import Budget
     from tasks.services.store.base import Store
-    from tasks.services.tracking.base import Tracker
 
 EMBEDDED_VARIABLE = "LIKENESS_EMBEDDED_SERVER"
 """Set where the Prefect server ends with the run: nobody can follow a link to it."""
@@ -249,8 +248,7 @@ def open_run(request: RunRequest, *, is_trusted: bool, model: str = "") -> Itera
     from tasks.services.llm.budget.ledger import Ledger
     from tasks.services.llm.service import LlmService, LocalServices
     from tasks.services.store.open import open_store
-    from tasks.services.tracking.live import LiveRun
-    from tasks.services.tracking.open import open_tracker
+    from tasks.services.tracking.open import RunDescription, open_live, open_tracker, warn_unreachable
 
     install_log_redaction()
     share_cores()
@@ -263,6 +261,7 @@ def open_run(request: RunRequest, *, is_trusted: bool, model: str = "") -> Itera
     # Before any work: a process that is killed from here on leaves a run that `likeness runs` lists.
     folder = make_run_folder(output, config, request, is_trusted=is_trusted, model=model)
     run_id = folder.name
+    description = RunDescription(folder, dict(show_config(config)), describe_run(config, request, run_id=run_id))
     server = LocalServer(folder / "vision-server.log")
     llm = LlmService(
         config.llm,
@@ -277,19 +276,14 @@ def open_run(request: RunRequest, *, is_trusted: bool, model: str = "") -> Itera
         store=store,
         llm=llm,
         tracker=tracker,
-        live=LiveRun(
-            tracker,
-            run_id,
-            dict(show_config(config)),
-            describe_run(config, request, run_id=run_id),
-            reopen=lambda: open_tracker(config.tracking, folder=output),
-        ),
+        live=open_live(config.tracking, tracker, description),
         progress=shared or open_progress(is_trusted=is_trusted),
         work_folder=output / "work",
         on_stage=partial(write_stages, folder),
     )
     try:
-        base_model = check_first(config, tracker)  # inside the try, so that a refusal is recorded
+        base_model = check_first(config)  # inside the try, so that a refusal is recorded
+        warn_unreachable(tracker, runtime.progress.note)
         with explain_full_disk(output):
             yield Run(run_id, folder, request, config, base_model, runtime, started)
     except BaseException as error:
@@ -323,7 +317,7 @@ def open_progress(*, is_trusted: bool) -> ProgressView:
     return make_run_progress()
 
 
-def check_first(config: RunConfig, tracker: "Tracker") -> ModelRef:
+def check_first(config: RunConfig) -> ModelRef:
     """Check early what would otherwise fail only after training; return the base model."""
     from tasks.diffusion.hub import identify_model
     from tasks.encoders.folders import find_encoders
@@ -335,7 +329,6 @@ def check_first(config: RunConfig, tracker: "Tracker") -> ModelRef:
     find_safety_checker(config.evaluation.safety_checker, config.diffusion)
     check_files(config)
     check_policy(config.subject)
-    tracker.check()
     return base_model
 
 

@@ -3,6 +3,7 @@
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefect import task
 from prefect.client.schemas.objects import State
@@ -18,7 +19,13 @@ from tasks.stage.context import Runtime
 from tasks.stage.files import make_part_prefix, write_atomic
 from tasks.stage.states import finished, should_retry
 
+if TYPE_CHECKING:
+    from tasks.publishing.registry import TrackedRun
+
 STAGE_VERSION = 6
+
+UNKEYED_TRACKING = {"max_wait_seconds", "system_metrics_interval", "llm_traces"}
+"""Settings of tracking that a cached publication may differ in."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class PublishingInputs:
             # Promotion is no part of it: the alias moves after the run is published, and by command.
             settings=[
                 self.config.model_dump(mode="json", exclude={"is_promoted"}),
-                self.tracking.model_dump(mode="json"),
+                self.tracking.model_dump(mode="json", exclude=UNKEYED_TRACKING),
             ],
             # Why these weights were picked stands in the model card; the weights themselves are the inputs'.
             inputs=(*self.manifests.content_digests(), self.manifests.published_because),
@@ -87,17 +94,36 @@ def name_model(tracking: TrackingConfig, subject: SubjectSet) -> str:
     return tracking.registered_model or f"likeness-{subject.class_noun.replace(' ', '-').lower()}"
 
 
+def track(run: "TrackedRun", config: TrackingConfig, runtime: Runtime) -> tuple[str | None, str | None]:
+    """Log a run as soon as the tracking server answers; return the tracking run id and model version."""
+    from tasks.publishing.registry import track_run
+    from tasks.services.tracking.open import wait_reachable
+
+    wait_reachable(config, runtime.tracker, on_wait=runtime.wait_note("publishing"))
+    return track_run(runtime.tracker, run, live=runtime.live)
+
+
+def tag_stages(manifests: RunManifests) -> dict[str, str]:
+    """Return the keys of stages by tag: a comparison with the champion reads its manifests by them."""
+    stages = {
+        "training": manifests.training,
+        "subject": manifests.subject,
+        "evaluation": manifests.evaluation,
+        "scoring": manifests.scoring,
+    }
+    return {f"likeness.{name}": manifest.stage_key for name, manifest in stages.items()}
+
+
 def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: Runtime) -> Publication:
     """Write model folder and report, log to the tracking server, write the manifest."""
     from tasks.publishing.export import export_model, headline_metrics, read_losses, sum_llm_costs, write_snippets
-    from tasks.publishing.registry import SAMPLES, TrackedRun, track_run
+    from tasks.publishing.registry import SAMPLES, TrackedRun, list_llm_calls
     from tasks.publishing.report.page import ReportInputs, draw_sample_grid, render_report
     from tasks.publishing.versions import list_versions
 
     manifests = inputs.manifests
-    subject, tuned, evaluation, scores = (
-        manifests.subject, manifests.training, manifests.evaluation, manifests.scoring,
-    )  # fmt: skip
+    subject, tuned = manifests.subject, manifests.training
+    evaluation, scores = manifests.evaluation, manifests.scoring
     losses = read_losses(runtime.store, tuned)
     runtime.progress_callback("publishing")(0, 3)
     # In the output folder: on the store's file system, files are hard-linked instead of copied.
@@ -122,20 +148,15 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
         tracked = TrackedRun(
             name=runtime.run_id,
             params=dict(inputs.config_rows),
-            tags={
-                "likeness.training": tuned.stage_key,
-                "likeness.subject": subject.stage_key,
-                "likeness.evaluation": evaluation.stage_key,
-                "likeness.scoring": scores.stage_key,
-                "likeness.llm_cost": cost,
-            },
+            tags={**tag_stages(manifests), "likeness.llm_cost": cost},
             publication_key=folder.stage_key,
             losses=losses,
             figures=headline_metrics(evaluation, scores) | paid,
             folder=local,
             registered_model=name_model(inputs.tracking, subject) if inputs.config.is_registered else None,
+            llm_calls=list_llm_calls(inputs.tracking, runtime.llm.ledger.path),
         )
-        run_id, version = track_run(runtime.tracker, tracked, live=runtime.live)
+        run_id, version = track(tracked, inputs.tracking, runtime)
     runtime.progress_callback("publishing")(3, 3)
     return folder.finish(
         Publication(

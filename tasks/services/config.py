@@ -23,6 +23,9 @@ class StoreConfig(Section):
     addressing_style: Literal["auto", "path", "virtual"] = Field(
         description="path suits S3-compatible stores without a host name for each bucket"
     )
+    max_attempts: int = Field(
+        ge=1, le=20, description="attempts of a request; pauses between them double from at most 1 s to at most 20 s"
+    )
     max_upload_rate: float | None = Field(
         gt=0, le=1e6, description="bound on uploads of files such as checkpoints, in MB/s; null: no bound"
     )
@@ -53,3 +56,10 @@ class TrackingConfig(Section):
     check_uri = field_validator("uri")(check_tracking_uri)
     experiment: PlainText = Field(description="experiment name")
     registered_model: PlainName = Field(description="registry name; empty: likeness-<class noun>")
+    max_wait_seconds: float = Field(
+        ge=0, le=86_400, description="how long the publication waits for a server that does not answer"
+    )
+    system_metrics_interval: float | None = Field(
+        ge=0.1, le=3_600, description="seconds between samples of CPU, memory, disk, network and GPU; null: none"
+    )
+    llm_traces: bool = Field(description="one MLflow trace per LLM call: models, tokens, cost, time; no text or image")

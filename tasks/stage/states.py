@@ -2,24 +2,61 @@
 
 from typing import Any, TypeVar, cast
 
+from prefect.assets import Asset, AssetProperties
 from prefect.client.schemas.objects import State
+from prefect.context import AssetContext
+from prefect.events import emit_event
 from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
 from tasks.errors import LikenessError
 from tasks.manifests.base import Manifest
+from tasks.stage.cache import PREFIXES
 from tasks.stage.context import Runtime
 
 M = TypeVar("M", bound=Manifest)
+ASSETS = {"subject": "subject set", "prior": "class images", "training": "tuned model", "publishing": "report"}
+UPSTREAM = {"subject": (), "prior": (), "training": ("subject", "prior"), "publishing": ("training", "subject")}
 
 
 def finished(manifest: M, runtime: Runtime) -> State[M]:
-    """Return the state of a finished stage."""
+    """Return the state of a finished stage, and tell Prefect of the asset that it has made or reused."""
     record = runtime.records[manifest.stage]
+    emit_asset(manifest, runtime)
     counts = ", ".join(f"{count} {name}" for name, count in manifest.counts.items())
     # The name alone: both are of Prefect's state type COMPLETED.
     name = "Cached" if record.is_cached else "Completed"
     return cast(State[M], Completed(name=name, data=manifest, message=f"{manifest.stage_key[:12]}: {counts}"))
+
+
+def emit_asset(manifest: Manifest, runtime: Runtime) -> None:
+    """Emit the events that `@materialize` would, whose assets are fixed before a task is called; ours are content.
+
+    A cached stage references its asset, a computed one materializes it from those of the stages above it.
+    """
+    name = ASSETS.get(manifest.stage)
+    if name is None:
+        return
+    asset = make_asset(manifest.stage, manifest.stage_key)
+    if runtime.records[manifest.stage].is_cached:
+        emit_event("prefect.asset.referenced", resource=AssetContext.asset_as_resource(asset))
+        return
+    upstream = {
+        make_asset(stage, runtime.records[stage].key) for stage in UPSTREAM[manifest.stage] if stage in runtime.records
+    }
+    context = AssetContext(
+        downstream_assets={asset},
+        direct_asset_dependencies=upstream,
+        materialized_by="likeness",
+        materialization_metadata={asset.key: {"content_sha256": manifest.compute_content_digest(), **manifest.counts}},
+    )
+    context.emit_events(Completed())
+
+
+def make_asset(stage: str, key: str) -> Asset:
+    """Return the asset of a stage: its key is the place in the store, which holds no bucket, folder or secret."""
+    properties = AssetProperties(name=f"{ASSETS[stage]} {key[:12]}")
+    return Asset(key=f"likeness://{PREFIXES[stage]}/{key}", properties=properties)
 
 
 def should_retry(task: Any, run: Any, state: State[Any]) -> bool:

@@ -28,6 +28,7 @@ _ROLE = f"{_SERVICES}test_a_role_uses_its_own_profile"
 _CLIENT = f"{_SERVICES}test_the_s3_client_uses_the_configured_region_and_checksums"
 _BUCKET = f"{_SERVICES}test_keys_in_a_bucket_begin_with_the_configured_prefix"
 _DATABASE = f"{_SERVICES}test_runs_are_tracked_in_the_configured_database_and_experiment"
+_TRACKING = "tasks/services/tracking/"
 _KILLED = "faults/test_killed.py::"
 
 OPTION_TESTS = {
@@ -212,11 +213,16 @@ OPTION_TESTS = {
     "store.region": _CLIENT,
     "store.request_checksums": _CLIENT,
     "store.addressing_style": f"{_SERVICES}test_the_bucket_is_named_in_the_path_or_in_the_host",
+    "store.max_attempts": "tasks/services/test_store_faults.py::test_a_request_is_tried_as_often_as_configured",
     "store.max_upload_rate": f"{_SERVICES}test_uploads_of_files_are_bounded_to_the_configured_rate",
     "tracking.kind": f"{_SERVICES}test_tracking_kind_selects_the_tracker",
     "tracking.loggers": "tasks/services/tracking/test_loggers.py::test_additional_trackers_receive_the_same_run",
     "tracking.wandb_mode": "tasks/services/tracking/test_loggers.py::test_wandb_needs_a_key_only_online",
     "tracking.uri": _DATABASE,
     "tracking.experiment": _DATABASE,
+    "tracking.system_metrics_interval": f"{_TRACKING}test_mlflow_tracker.py::test_system_metrics_are_sampled_while_live",
+    "tracking.llm_traces": f"{_TRACKING}test_llm_traces.py::test_llm_calls_are_traced_without_text_images_or_keys",
+    "tracking.max_wait_seconds": f"{_TRACKING}test_outage.py::"
+    "test_a_publication_waits_as_long_as_configured_for_a_server",
     "tracking.registered_model": f"{_RUN}test_the_model_is_registered_under_the_configured_name",
 }

@@ -229,3 +229,18 @@ def test_a_workers_output_folder_is_the_default_of_requests(monkeypatch: pytest.
     assert compile_request(RunRequest(settings={"output_dir": "/elsewhere"})).output_dir == "/elsewhere"
     monkeypatch.delenv("LIKENESS_OUTPUT_DIR")
     assert compile_request(RunRequest()).output_dir == "runs"
+
+
+def test_a_workers_bucket_and_tracking_server_are_defaults_of_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIKENESS_STORE_URL", "s3://a-bucket/team/one")
+    monkeypatch.setenv("LIKENESS_TRACKING_URI", "http://127.0.0.1:5000")
+    config = compile_request(RunRequest())
+    assert (config.store.kind, config.store.bucket, config.store.prefix) == ("s3", "a-bucket", "team/one")
+    assert config.tracking.uri == "http://127.0.0.1:5000"
+    assert compile_request(RunRequest(settings={"store.kind": "local"})).store.kind == "local"
+    monkeypatch.setenv("LIKENESS_STORE_URL", "s3://a-bucket")
+    assert compile_request(RunRequest()).store.prefix == "likeness"
+    for wrong in ("http://a-bucket", "s3://", "s3://A", "s3://a-bucket/${x}"):
+        monkeypatch.setenv("LIKENESS_STORE_URL", wrong)
+        with pytest.raises(ConfigError, match="LIKENESS_STORE_URL takes s3://BUCKET"):
+            compile_request(RunRequest())

@@ -1,6 +1,6 @@
-"""Get the servers that others wrote, for `make test-llm-servers`: a venv, a node package, a compiled program.
+"""Get the servers that others wrote, for `make test-llm-servers`: venvs, node packages, a compiled program.
 
-python -m tests.servers.install
+python -m tests.servers.install [NAME ...]
 
 Everything lies under build/servers and is kept. It takes some 15 minutes on two cores and 1.5 GB, most of
 it for compiling llama.cpp, whose sources come with the source package of llama-cpp-python.
@@ -11,12 +11,16 @@ import subprocess
 import sys
 import tarfile
 import venv
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tests.servers.served import SERVERS
 
 LITELLM = "litellm[proxy]==1.106.2"
 AIMOCK = "@copilotkit/aimock@1.43.0"
+LOCALBUCKET = "localbucket==1.2.1"
+S3RVER = "s3rver@3.7.1"
 LLAMA = "llama-cpp-python==0.3.36"
 CMAKE = (
     "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_C_FLAGS_RELEASE=-O1", "-DCMAKE_CXX_FLAGS_RELEASE=-O1",
@@ -40,12 +44,18 @@ def install_litellm() -> None:
         run(folder / "bin" / "pip", "install", "-q", LITELLM)
 
 
-def install_aimock() -> None:
-    """Install the node package."""
+def install_node_package(name: str, package: str) -> None:
+    """Install a node package."""
     if shutil.which("npm") is None:
-        print("aimock is left out: npm is not there")
-    elif not (SERVERS / "aimock" / "node_modules").exists():
-        run("npm", "install", "--silent", "--prefix", SERVERS / "aimock", AIMOCK)
+        print(f"{name} is left out: npm is not there")
+    elif not (SERVERS / name / "node_modules").exists():
+        run("npm", "install", "--silent", "--prefix", SERVERS / name, package)
+
+
+def install_localbucket() -> None:
+    """Install the module, which has no dependencies."""
+    if not (SERVERS / "localbucket").exists():
+        run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", SERVERS / "localbucket", LOCALBUCKET)
 
 
 def build_llama() -> None:
@@ -68,7 +78,16 @@ def build_llama() -> None:
     shutil.rmtree(work)
 
 
+INSTALLERS: dict[str, Callable[[], None]] = {
+    "aimock": partial(install_node_package, "aimock", AIMOCK),
+    "s3rver": partial(install_node_package, "s3rver", S3RVER),
+    "localbucket": install_localbucket,
+    "litellm": install_litellm,
+    "llama": build_llama,
+}
+
+
 if __name__ == "__main__":
     SERVERS.mkdir(parents=True, exist_ok=True)
-    for install in (install_aimock, install_litellm, build_llama):
-        install()
+    for name in sys.argv[1:] or INSTALLERS:
+        INSTALLERS[name]()

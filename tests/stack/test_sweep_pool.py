@@ -70,7 +70,7 @@ def test_trials_on_a_work_pool_run_at_once_and_a_killed_sweep_finds_them_again(
     pool: CliSandbox, tmp_path: Path
 ) -> None:
     # Trained by the sweep above, where it ran.
-    words = ["sweep", *QUICK, f"{RATE}=1e-4,3e-4", "tracking=none", "publishing=local", "--parallel", "2"]
+    words = ["sweep", *QUICK, f"{RATE}=1e-4,3e-4", "publishing=local", "--study", "pooled", "--parallel", "2"]
     log = tmp_path / "log"
     with log.open("wb") as file:
         killed = subprocess.Popen(
@@ -88,3 +88,18 @@ def test_trials_on_a_work_pool_run_at_once_and_a_killed_sweep_finds_them_again(
     assert [run["state"]["type"] for run in runs] == ["COMPLETED", "COMPLETED"]  # these two, not two more
     starts, ends = ([datetime.fromisoformat(run[name]) for run in runs] for name in ("start_time", "end_time"))
     assert max(starts) < min(ends)
+    check_tracked(pool, "pooled")
+
+
+def check_tracked(place: CliSandbox, study: str) -> None:
+    """Check that the trials are children of the sweep's tracking run, as those of a local sweep are."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{place.output / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("likeness")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    parents = {run.info.run_id for run in runs if run.info.run_name == study}
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") in parents]
+    assert [run.data.tags["likeness.kind"] for run in children] == ["trial", "trial"]
+    assert all(RATE in run.data.params and "objective" in run.data.metrics for run in children)

@@ -8,14 +8,22 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Mode = Literal["pass", "503", "cut"]
+Mode = Literal["pass", "503", "cut", "deny"]
 HOP_BY_HOP = ("connection", "keep-alive", "transfer-encoding", "content-length", "expect")
 SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+XML = [("Content-Type", "application/xml"), ("Connection", "close")]
+REFUSALS: dict[str, tuple[int, list[tuple[str, str]], bytes]] = {
+    "503": (503, XML, SLOW_DOWN),
+    "deny": (403, XML, DENIED),
+}
+"""Answers of the proxy itself, which the server behind it doesn't see."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,9 @@ class FaultProxy:
         parts = urlsplit(target)
         self.target = (parts.hostname or "", parts.port or 80)
         self.mode: Mode = "pass"
+        self.decide: Callable[[str, str], Mode] | None = None
+        """From a request's method and path to what happens to it, in place of `mode`."""
+        self.num_requests = 0
         self.delivered: list[Delivered] = []
         self.faults: Counter[str] = Counter()
         proxy = self
@@ -77,9 +88,11 @@ class ForwardingHandler(BaseHTTPRequestHandler, ABC):
     def forward(self) -> None:
         proxy = self.owner()
         body = self.read_body()
-        if proxy.mode == "503":
-            proxy.faults["503"] += 1
-            self.respond(503, [("Content-Type", "application/xml"), ("Connection", "close")], SLOW_DOWN)
+        proxy.num_requests += 1
+        mode = proxy.mode if proxy.decide is None else proxy.decide(self.command, self.path)
+        if mode in REFUSALS:
+            proxy.faults[mode] += 1
+            self.respond(*REFUSALS[mode])
             self.close_connection = True
             return
         try:
@@ -87,7 +100,7 @@ class ForwardingHandler(BaseHTTPRequestHandler, ABC):
         except (OSError, http.client.HTTPException):  # the server is dead: so is the connection
             self.close_connection = True
             return
-        if proxy.mode == "cut":
+        if mode == "cut":
             proxy.faults["cut"] += 1
             self.close_connection = True
             if data and self.command != "HEAD":

@@ -19,6 +19,7 @@ from flows.cli.results.runs import print_summary
 from flows.cli.run.prefect_server import EmbeddedServer, needs_server
 from flows.cli.stack.stack import find_api_url
 from flows.runs.records import StoredRequest, read_request, read_run, relocate
+from tasks.errors import ServiceUnavailable
 from tasks.redaction import clean_text
 from tasks.stage.progress import ProgressView, make_progress
 
@@ -135,7 +136,8 @@ def check_early(config: RunConfig, *, is_subject_known: bool = True) -> None:
     from tasks.subject.photos.known_world import check_class_noun
 
     store = open_store(config.store)
-    open_tracker(config.tracking, folder=Path(config.output_dir)).check()
+    with contextlib.suppress(ServiceUnavailable):  # the run warns of it, and needs it only to publish
+        open_tracker(config.tracking, folder=Path(config.output_dir)).check()
     for name in config.llm.used_profiles():
         read_key(config.llm.profiles[name])
     if not is_subject_known:  # that of many subjects is another one each time

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from conf.request import EvaluationRequest
+from pydantic import ValidationError
+
+from conf.compose import STORE_VARIABLE, compile_request
+from conf.request import EvaluationRequest, RunRequest
 from flows.cli.results.runs import find_run
 from flows.cli.run.job import run_in_terminal
 from flows.runs.records import (
@@ -10,11 +13,12 @@ from flows.runs.records import (
     StoredRequest,
     list_summaries,
     read_request,
+    read_run_config,
     read_summary,
     relocate,
     write_summary,
 )
-from tasks.errors import ConfigError
+from tasks.errors import ArtifactCorrupt, ConfigError
 
 
 def resume(output: Path, name: str) -> int:
@@ -35,6 +39,7 @@ def resume(output: Path, name: str) -> int:
         raise ConfigError(f"run {folder.name} is running: {who}; stop that one first, or wait for it")
     stored = read_request(folder)
     request = relocate(stored.request, folder.absolute())
+    check_store(folder, request)
     if stored.model:
         from flows.cli.results.evaluate import evaluate_in_terminal
 
@@ -45,3 +50,15 @@ def resume(output: Path, name: str) -> int:
         newest = next(run for run in list_summaries(output) if run.status == "finished")
         write_summary(folder, summary.model_copy(update={"status": "resumed", "resumed_by": newest.run_id}))
     return code
+
+
+def check_store(folder: Path, request: RunRequest) -> None:
+    """Raise ConfigError where the run kept its objects in a bucket that this process would not look into."""
+    try:
+        store = read_run_config((folder / "config.json").read_bytes())[0].store
+    except (ValidationError, OSError, ArtifactCorrupt):  # killed before it was written, or damaged
+        return
+    here = compile_request(request).store
+    if store.kind == "s3" and (here.kind, here.bucket, here.prefix) != (store.kind, store.bucket, store.prefix):
+        url = f"s3://{store.bucket}/{store.prefix}"
+        raise ConfigError(f"run {folder.name} keeps its objects in {url}; set {STORE_VARIABLE}={url} to resume it")

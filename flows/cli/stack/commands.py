@@ -37,6 +37,14 @@ def up(  # noqa: PLR0913 - a command's options
             show_default=False,
         ),
     ] = "",
+    s3: Annotated[
+        str,
+        typer.Option(
+            metavar="URL",
+            help="Bucket of objects and MLflow's artifacts, s3://BUCKET/PREFIX; default: the output folder.",
+            show_default=False,
+        ),
+    ] = "",
 ) -> int:
     """Start Prefect, MLflow, a report server and a worker on loopback; find a running stack."""
     from flows.cli.stack.screen import start_stack
@@ -44,8 +52,9 @@ def up(  # noqa: PLR0913 - a command's options
 
     output = Path(output_dir).absolute()
     options = StackOptions(
-        output, prefect_port, mlflow_port, reports_port, max_runs=max_runs, notify_url=notify, database_url=postgres
-    )
+        output, prefect_port, mlflow_port, reports_port, max_runs=max_runs, notify_url=notify, database_url=postgres,
+        s3_url=s3,
+    )  # fmt: skip
     return start_stack(options)
 
 

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from conf.compose import compile_request, split_store_url
+from conf.request import RunRequest
 from flows.cli.stack.processes import StackProcess, answers
 from flows.cli.stack.registration import Notify, register
 from flows.cli.stack.stack import (
@@ -21,6 +23,7 @@ from flows.cli.stack.stack import (
     start_clients,
     start_servers,
     stop_stack,
+    store_environment,
 )
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.redaction import register_secret
@@ -38,12 +41,15 @@ def start_stack(options: StackOptions) -> int:
     """Start what does not run and print one screen of addresses and next steps."""
     if options.database_url:
         check_database(options.database_url)
+    if options.s3_url:
+        check_bucket(options.s3_url)
     if options.notify_url:
         Notify.parse(options.notify_url)  # refused before anything starts
     with locked(options.output):
         is_running = read_state(options.output).find(WORKER) is not None
         note("starting Prefect, MLflow and the report server" if not is_running else "found a running stack")
-        if is_running and (options.notify_url or options.database_url or options.max_runs != DEFAULT_MAX_RUNS):
+        changes = (options.notify_url, options.database_url, options.s3_url, options.max_runs != DEFAULT_MAX_RUNS)
+        if is_running and any(changes):
             note("warning: a running stack keeps its options; `likeness down` first")
         servers = start_servers(options)
         environment = prefect_environment(options, servers.prefect.port)
@@ -52,8 +58,21 @@ def start_stack(options: StackOptions) -> int:
             register(environment, options)
         clients = start_clients(options, servers)
     print_processes([*servers.ordered(), *clients])
-    print(f"logs      {options.folder / 'logs'}\n{NEXT}")
+    print(f"logs      {options.folder / 'logs'}")
+    defaults = store_environment(options, servers.mlflow.port)
+    if defaults:
+        exports = " ".join(f"{name}={value}" for name, value in defaults.items())
+        print(f"objects   {options.s3_url}; for `likeness run` in a terminal: export {exports}")
+    print(NEXT)
     return 0
+
+
+def check_bucket(url: str) -> None:
+    """Reach a bucket, and try what leases need, before anything starts. Raises ConfigError or ServiceUnavailable."""
+    from tasks.services.store.s3 import S3Store
+
+    settings = split_store_url(url, name="--s3")
+    S3Store(compile_request(RunRequest(settings=settings)).store).check_conditional_writes()
 
 
 def check_database(url: str) -> None:

@@ -54,6 +54,8 @@ class StackOptions:
     """Where messages about runs are posted; empty: nowhere."""
     database_url: str = field(default="", repr=False)
     """Prefect's database; empty: SQLite in the stack's folder."""
+    s3_url: str = ""
+    """Bucket and prefix of objects and MLflow's artifacts; empty: the output folder."""
 
     @property
     def folder(self) -> Path:
@@ -145,7 +147,7 @@ def start_server(options: StackOptions, name: str, port: int) -> StackProcess:
         PREFECT: ["uvicorn", "--factory", "prefect.server.api.server:create_app", "--lifespan", "on",
                   "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"],
         MLFLOW: ["mlflow", "server", "--backend-store-uri", f"sqlite:///{options.output / 'mlflow.db'}",
-                 "--artifacts-destination", str(options.output / "artifacts"), "--host", "127.0.0.1",
+                 "--artifacts-destination", find_artifacts(options), "--host", "127.0.0.1",
                  "--port", str(port), "--workers", "1"],
         REPORTS: ["flows.cli.main", "serve", "--port", str(port), "--output-dir", str(options.output)],
     }  # fmt: skip
@@ -155,9 +157,28 @@ def start_server(options: StackOptions, name: str, port: int) -> StackProcess:
         MLFLOW: {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
         REPORTS: {"PYTHONPATH": str(SOURCE_ROOT)},
     }
+    environments[MLFLOW] |= s3_environment()
     log = options.folder / "logs" / f"{name.lower().replace(' ', '-')}.log"
     command = [sys.executable, "-m", *commands[name]]
     return start_detached(name, command, log=log, environment=environments[name], port=port)
+
+
+def find_artifacts(options: StackOptions) -> str:
+    """Return where MLflow's artifacts go: beside the store's objects in a bucket, else into the output folder."""
+    return f"{options.s3_url.rstrip('/')}/mlflow" if options.s3_url else str(options.output / "artifacts")
+
+
+def s3_environment() -> dict[str, str]:
+    """Return the endpoint for MLflow, which reads it from a variable of its own."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return {"MLFLOW_S3_ENDPOINT_URL": endpoint} if endpoint else {}
+
+
+def store_environment(options: StackOptions, mlflow_port: int) -> dict[str, str]:
+    """Return the defaults of runs where objects go to a bucket: artifacts get there through the server alone."""
+    if not options.s3_url:
+        return {}
+    return {"LIKENESS_STORE_URL": options.s3_url, "LIKENESS_TRACKING_URI": f"http://127.0.0.1:{mlflow_port}"}
 
 
 def prefect_environment(options: StackOptions, port: int) -> dict[str, str]:
@@ -198,6 +219,7 @@ def start_clients(options: StackOptions, servers: Servers) -> tuple[StackProcess
             "LIKENESS_OUTPUT_DIR": str(options.output),
             "LIKENESS_MLFLOW_URL": f"http://127.0.0.1:{servers.mlflow.port}",
             "LIKENESS_REPORTS_URL": f"http://127.0.0.1:{servers.reports.port}",
+            **store_environment(options, servers.mlflow.port),
         },
     )
     watchdog = state.find(WATCHDOG)

@@ -318,8 +318,9 @@ class LlmService:
             ReplyInvalid: the reply can't be used; it is recorded nevertheless, since it was paid for.
 
         """
-        row = self.fill_row(completion, row)
-        content = read_content(completion, response_format or self.response_format(row.profile))
+        requested = response_format or self.response_format(row.profile)
+        row = replace(self.fill_row(completion, row), response_format=requested)
+        content = read_content(completion, requested)
         try:
             parsed = parse_reply(spec.reply, content, completion)
         except ReplyInvalid:
@@ -353,10 +354,8 @@ class LlmService:
     def read_cached(self, spec: RequestSpec[T], *, name: str) -> Answer[T] | None:
         """Return the cached reply of a request; None where there is none, or it no longer validates."""
         kept = find_record(self.store, CachedReply, self.cache_key(spec, name))
-        if kept is None:
-            return None
         try:
-            return make_answer(parse_reply(spec.reply, kept.content), kept, name)
+            return None if kept is None else make_answer(parse_reply(spec.reply, kept.content), kept, name)
         except ReplyInvalid:
             # The key covers the strict schema, which has no bounds: these may have become stricter since.
             return None

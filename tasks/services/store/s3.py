@@ -2,7 +2,9 @@
 
 import base64
 import hashlib
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,25 @@ from tasks.services.config import StoreConfig
 from tasks.services.store.base import StoredObject, Upload, check_key
 from tasks.stage.digests import digest_file
 
+log = logging.getLogger(__name__)
 SHA256_METADATA = "sha256"
 PROBE = "leases/conditional-write-probe"
 NO_CONDITIONS = (
     "only they (If-None-Match) keep two runs from overwriting each other; use a store that supports them, "
     "such as AWS S3 or SeaweedFS"
 )
+
+BAD_CREDENTIALS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
+ACTIONS = {
+    "HeadObject": "GetObject",  # without ListBucket, a missing object is denied too
+    "HeadBucket": "ListBucket",
+    "ListObjectsV2": "ListBucket",
+    "ListMultipartUploads": "ListBucketMultipartUploads",
+    "CreateMultipartUpload": "PutObject",
+    "UploadPart": "PutObject",
+    "CompleteMultipartUpload": "PutObject",
+}
+"""The permission of each operation that has another name."""
 
 
 class S3Store:
@@ -40,7 +55,7 @@ class S3Store:
             config=Config(
                 connect_timeout=10,
                 read_timeout=30,
-                retries={"mode": "standard", "total_max_attempts": 5},
+                retries={"mode": "standard", "total_max_attempts": config.max_attempts},
                 request_checksum_calculation=config.request_checksums,
                 response_checksum_validation=config.request_checksums,
                 s3={"addressing_style": config.addressing_style},
@@ -50,23 +65,28 @@ class S3Store:
         self.transfer = TransferConfig(max_bandwidth=None if rate is None else max(1, round(rate * 1e6)))
         self.has_conditional_writes = False
         # Wrong credentials or bucket names fail here, not at the first write after an expensive stage.
-        with _translated(f"bucket {self.bucket}"):
+        with self._translated(f"bucket {self.bucket}"):
             self.client.head_bucket(Bucket=self.bucket)
 
     def _name(self, key: str) -> dict[str, str]:
         key = check_key(key)
         return {"Bucket": self.bucket, "Key": f"{self.prefix}/{key}" if self.prefix else key}
 
+    def _translated(self, what: str, *, is_write: bool = False) -> "_Translated":
+        """Return a context that maps errors of a request for a key, a prefix or the bucket."""
+        folder = f"{self.prefix}/{what}".rpartition("/")[0].lstrip("/") if not what.startswith("bucket ") else ""
+        return _Translated(what, f"s3://{self.bucket}/{folder}".rstrip("/"), is_write=is_write)
+
     def put_bytes(self, key: str, data: bytes) -> None:
-        with _translated(key, is_write=True):
+        with self._translated(key, is_write=True):
             self.client.put_object(**self._name(key), Body=data, **self._checksum(data))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         if not self.has_conditional_writes:
-            self._check_conditional_writes()
+            self.check_conditional_writes()
         return self._put_new(key, data)
 
-    def _check_conditional_writes(self) -> None:
+    def check_conditional_writes(self) -> None:
         """Raise ConfigError where the store takes a conditional write for a plain one: no lease would hold."""
         # The first write creates the object, in the bucket's first run; one of the two must be refused.
         if self._put_new(PROBE, b"probe") and self._put_new(PROBE, b"probe"):
@@ -78,12 +98,13 @@ class S3Store:
 
         for is_last in (False, False, True):
             try:
-                with _translated(key, is_write=True):
+                with self._translated(key, is_write=True):
                     self.client.put_object(**self._name(key), Body=data, IfNoneMatch="*", **self._checksum(data))
             except ServiceUnavailable as error:
-                status = _status(error.__cause__) if isinstance(error.__cause__, ClientError) else 0
-                if status == 412:  # the object exists
-                    return False
+                cause = error.__cause__
+                status = _status(cause) if isinstance(cause, ClientError) else 0
+                if status == 412:  # the object exists: another's, or our own where the answer of an attempt was lost
+                    return _was_retried(cause) and key != PROBE and self.find_bytes(key) == data
                 if status in (400, 501) and key == PROBE:
                     raise ConfigError(f"{error}; {NO_CONDITIONS}") from error
                 # 409: another write or a delete of the key was under way, so it has to be asked again.
@@ -94,25 +115,25 @@ class S3Store:
         raise AssertionError("unreachable")
 
     def put_file(self, key: str, path: Path) -> None:
-        with _translated(key, is_write=True):
+        with self._translated(key, is_write=True):
             # `upload_file` splits large files into parts; the digest of the whole goes into the metadata.
             extra = {"Metadata": {SHA256_METADATA: digest_file(path)}}
             self.client.upload_file(str(path), **self._name(key), ExtraArgs=extra, Config=self.transfer)
 
     def find_bytes(self, key: str) -> bytes | None:
-        with _translated(key):
+        with self._translated(key):
             data: bytes = self.client.get_object(**self._name(key))["Body"].read()
             return data
         return None  # reached where _translated suppressed a missing object
 
     def get_file(self, key: str, path: Path) -> None:
-        with _translated(key):
+        with self._translated(key):
             self.client.download_file(Filename=str(path), **self._name(key))
             return
         raise ServiceUnavailable(f"object {key} is not in bucket {self.bucket}")
 
     def compute_sha256(self, key: str) -> str | None:
-        with _translated(key):
+        with self._translated(key):
             stored = self._find_stored_sha256(key)
             if stored:
                 return stored
@@ -149,20 +170,25 @@ class S3Store:
     def _iter_objects(self, prefix: str) -> Iterator[StoredObject]:
         cut = len(self.prefix) + 1 if self.prefix else 0
         full = f"{self.prefix}/{prefix}" if self.prefix else prefix
-        with _translated(prefix):
+        with self._translated(prefix):
             pages = self.client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.bucket, Prefix=full):
                 for item in page.get("Contents", ()):
                     yield StoredObject(item["Key"][cut:], int(item["Size"]), item["LastModified"].timestamp())
 
     def delete(self, key: str) -> None:
-        with _translated(key):
+        with self._translated(key):
             self.client.delete_object(**self._name(key))
 
     def list_uploads(self) -> list[Upload]:
         cut = len(self.prefix) + 1 if self.prefix else 0
-        found = []
-        with _translated("uploads"):
+        found: list[Upload] = []
+        with (
+            self._translated("uploads"),
+            _optional_operation(
+                "it does not list unfinished uploads: let a lifecycle rule remove them (AbortIncompleteMultipartUpload)"
+            ),
+        ):
             pages = self.client.get_paginator("list_multipart_uploads")
             for page in pages.paginate(Bucket=self.bucket, Prefix=f"{self.prefix}/" if self.prefix else ""):
                 for item in page.get("Uploads", ()):
@@ -170,7 +196,7 @@ class S3Store:
         return found
 
     def abort_upload(self, upload: Upload) -> None:
-        with _translated(upload.key):
+        with self._translated(upload.key):
             self.client.abort_multipart_upload(**self._name(upload.key), UploadId=upload.upload_id)
 
     def presign(self, key: str, *, seconds: int) -> str:
@@ -183,11 +209,12 @@ class S3Store:
         return f"s3://{name['Bucket']}/{name['Key']}"
 
 
-class _translated:  # noqa: N801 - reads as a statement
+class _Translated:
     """Map boto3's errors to ours; a missing object ends the block without an error."""
 
-    def __init__(self, what: str, *, is_write: bool = False) -> None:
+    def __init__(self, what: str, place: str, *, is_write: bool) -> None:
         self.what = what
+        self.place = place
         self.is_write = is_write  # then a missing bucket is an error, and no missing object
 
     def __enter__(self) -> None:
@@ -201,16 +228,52 @@ class _translated:  # noqa: N801 - reads as a statement
             raise ConfigError(
                 "S3 needs credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
             ) from error
-        if isinstance(error, ClientError):
+        # A transfer of a file raises an error of its own around the server's.
+        cause = error.__context__ if isinstance(error, Boto3Error) else error
+        if isinstance(cause, ClientError):
             # A HEAD response has no body, so botocore takes the bare status, `404`, as its code.
-            if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404") and not self.is_write:
+            code = str(cause.response.get("Error", {}).get("Code"))
+            if code in ("NoSuchKey", "404") and not self.is_write:
                 if self.what.startswith("bucket "):
                     raise ConfigError(f"{self.what} does not exist; create it or set store.bucket") from error
                 return True
-            raise ServiceUnavailable(f"S3 refused {self.what}: {error}") from error
+            if code in ("AccessDenied", "403"):
+                raise ConfigError(self._explain_denial(str(cause.operation_name))) from error
+            if code in BAD_CREDENTIALS:
+                raise ConfigError(
+                    f"S3 refuses the credentials for {self.place}: {code}; check the AWS_ variables"
+                ) from error
+            raise ServiceUnavailable(f"S3 refused {self.what}: {error}") from cause
         if isinstance(error, BotoCoreError | Boto3Error):
             raise ServiceUnavailable(f"S3 did not answer for {self.what}: {error}") from error
         return False
+
+    def _explain_denial(self, operation: str) -> str:
+        action = ACTIONS.get(operation, operation)
+        needed = f"s3:{action} and s3:ListBucket" if action == "GetObject" else f"s3:{action}"
+        # The answer to HEAD has no body, which would tell.
+        hint = ", or the keys are wrong" if operation.startswith("Head") else ""
+        return (
+            f"S3 denies {operation} below {self.place}: the credentials need {needed} there{hint} "
+            "(deployments/policies has policies)"
+        )
+
+
+@contextmanager
+def _optional_operation(consequence: str) -> Iterator[None]:
+    """Log what follows where a store lacks an operation."""
+    from botocore.exceptions import ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        if _status(error) != 501:
+            raise
+        log.warning("the store lacks an operation: %s", consequence)
+
+
+def _was_retried(error: Any) -> bool:
+    return int(error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)) > 0
 
 
 def _status(error: Any) -> int:

@@ -5,6 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+MetricRow = tuple[str, float, int]
+"""Name, value, step."""
+RUN_TAG = "likeness.run"
+"""A run has it from its first moment: `Tracker.start` finds by it the run of a call whose answer was lost."""
+
 
 @dataclass(frozen=True)
 class DatasetInfo:
@@ -16,6 +21,20 @@ class DatasetInfo:
     """Key prefix of its objects in the store."""
     context: str
     """What it is for, such as training."""
+
+
+@dataclass(frozen=True)
+class LlmCall:
+    """One call of an LLM, without its text and images."""
+
+    role: str
+    ended_at: float
+    """Unix time in seconds."""
+    seconds: float
+    is_ok: bool
+    input_tokens: int
+    output_tokens: int
+    attributes: dict[str, str | int | float | bool | None]
 
 
 @dataclass(frozen=True)
@@ -32,14 +51,16 @@ class Tracker(Protocol):
     def check(self) -> None:
         """Check within seconds that the server is reachable. Raises ServiceUnavailable or ConfigError."""
 
-    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
-        """Open a tracking run and return its id."""
+    def start(
+        self, *, name: str, params: dict[str, str], tags: dict[str, str], started_ms: int | None = None
+    ) -> str | None:
+        """Open a tracking run and return its id; with RUN_TAG among the tags, a run of that tag is continued."""
 
     def find_link(self, run_id: str) -> str:
         """Return the address of a tracking run in a UI; empty where no server is known to show it."""
 
-    def forget(self, *, tag: str, value: str) -> None:
-        """Delete the runs with a tag, and their model versions: the traces of an interrupted attempt."""
+    def forget(self, *, tag: str, value: str) -> list[str]:
+        """Delete an interrupted attempt's traces: runs with a tag, and their model versions; return the runs' ids."""
 
     def close_stale(self, *, tag: str, value: str) -> None:
         """Mark runs with a tag as killed that are still marked as running: their process is gone."""
@@ -50,11 +71,17 @@ class Tracker(Protocol):
     def log_datasets(self, datasets: Sequence[DatasetInfo]) -> None:
         """Log the inputs of the open run."""
 
-    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
-        """Log (name, value, step) rows in batches."""
+    def log_metrics(self, rows: Iterable[MetricRow], *, at_ms: int | None = None) -> None:
+        """Log metrics in batches, as of a Unix time in milliseconds; the same rows of the same time are stored once."""
 
     def log_folder(self, folder: Path, *, path: str) -> None:
         """Log every file of a folder as artifacts below a path."""
+
+    def log_image(self, file: Path, *, key: str, step: int) -> None:
+        """Log a PNG image as one of a series over steps."""
+
+    def log_llm_calls(self, calls: Sequence[LlmCall]) -> None:
+        """Log calls of LLMs as traces of the open run."""
 
     def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
         """Register the artifacts below a path as a new version of a model; return its version."""
@@ -84,7 +111,9 @@ class NoTracker:
     def check(self) -> None:
         """There is no server."""
 
-    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
+    def start(
+        self, *, name: str, params: dict[str, str], tags: dict[str, str], started_ms: int | None = None
+    ) -> str | None:
         """There is no run."""
         return None
 
@@ -92,8 +121,9 @@ class NoTracker:
         """There is no UI."""
         return ""
 
-    def forget(self, *, tag: str, value: str) -> None:
+    def forget(self, *, tag: str, value: str) -> list[str]:
         """Nothing is kept."""
+        return []
 
     def close_stale(self, *, tag: str, value: str) -> None:
         """Nothing is kept."""
@@ -104,10 +134,16 @@ class NoTracker:
     def log_datasets(self, datasets: Sequence[DatasetInfo]) -> None:
         """Nothing is kept."""
 
-    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+    def log_metrics(self, rows: Iterable[MetricRow], *, at_ms: int | None = None) -> None:
         """Nothing is kept."""
 
     def log_folder(self, folder: Path, *, path: str) -> None:
+        """Nothing is kept."""
+
+    def log_image(self, file: Path, *, key: str, step: int) -> None:
+        """Nothing is kept."""
+
+    def log_llm_calls(self, calls: Sequence[LlmCall]) -> None:
         """Nothing is kept."""
 
     def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.services.config import TrackingConfig
-from tasks.services.tracking.base import DatasetInfo, NoTracker, Tracker, Version
+from tasks.services.tracking.base import DatasetInfo, LlmCall, MetricRow, NoTracker, Tracker, Version
 
 
 class TensorboardLogger(NoTracker):
@@ -24,27 +24,33 @@ class TensorboardLogger(NoTracker):
         self.folder = folder / "tensorboard"
         self.writer: Any = None
 
-    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
+    def start(
+        self, *, name: str, params: dict[str, str], tags: dict[str, str], started_ms: int | None = None
+    ) -> str | None:
         """Open the run's folder and write its parameters as a table."""
         self.writer = self.open(str(self.folder / name))
         rows = "\n".join(f"| {key} | {value[:200]} |" for key, value in params.items())
         self.writer.add_text("parameters", f"| name | value |\n|---|---|\n{rows}")
         return name
 
-    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+    def log_metrics(self, rows: Iterable[MetricRow], *, at_ms: int | None = None) -> None:
         """Add points to the curves."""
         for name, value, step in rows:
-            self.writer.add_scalar(name, value, step)
+            self.writer.add_scalar(name, value, step, walltime=None if at_ms is None else at_ms / 1000)
 
     def log_folder(self, folder: Path, *, path: str) -> None:
         """Log the folder's PNG images; other files are skipped."""
+        for file in sorted(folder.glob("*.png")):
+            self.log_image(file, key=f"{path}/{file.stem}", step=0)
+
+    def log_image(self, file: Path, *, key: str, step: int) -> None:
+        """Add an image to a series."""
         import numpy as np
         from PIL import Image
 
-        for file in sorted(folder.glob("*.png")):
-            with Image.open(file) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-            self.writer.add_image(f"{path}/{file.stem}", pixels, dataformats="HWC")
+        with Image.open(file) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        self.writer.add_image(key, pixels, global_step=step, dataformats="HWC")
 
     def finish(self, *, is_failed: bool) -> None:
         """Flush and close."""
@@ -65,7 +71,9 @@ class WandbLogger(NoTracker):
         self.folder = folder
         self.run: Any = None
 
-    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
+    def start(
+        self, *, name: str, params: dict[str, str], tags: dict[str, str], started_ms: int | None = None
+    ) -> str | None:
         """Open a run in the project named after the experiment."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -83,7 +91,7 @@ class WandbLogger(NoTracker):
             raise ServiceUnavailable(f"W&B does not answer: {error}; tracking.wandb_mode=offline needs none") from error
         return str(self.run.id)
 
-    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+    def log_metrics(self, rows: Iterable[MetricRow], *, at_ms: int | None = None) -> None:
         """Log points with `step` as a metric of its own: W&B drops values of its built-in step that don't increase."""
         by_step: dict[int, dict[str, float]] = {}
         for name, value, step in rows:
@@ -98,6 +106,10 @@ class WandbLogger(NoTracker):
         if pictures:
             self.run.log(pictures)
 
+    def log_image(self, file: Path, *, key: str, step: int) -> None:
+        """Log an image with `step` as a metric of its own, as `log_metrics` does."""
+        self.run.log({key: self.wandb.Image(str(file)), "step": step})
+
     def finish(self, *, is_failed: bool) -> None:
         """Close the run."""
         if self.run is not None:
@@ -111,9 +123,12 @@ class Trackers:
         self.first = first
         self.all = [first, *others]
 
-    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
+    def start(
+        self, *, name: str, params: dict[str, str], tags: dict[str, str], started_ms: int | None = None
+    ) -> str | None:
         """Open a run in each and return the first one's id."""
-        run_ids = [tracker.start(name=name, params=params, tags=tags) for tracker in self.all]
+        # The first alone has a server that a call may be repeated for; files are opened after it has answered.
+        run_ids = [tracker.start(name=name, params=params, tags=tags, started_ms=started_ms) for tracker in self.all]
         return run_ids[0]
 
     def check(self) -> None:
@@ -137,20 +152,29 @@ class Trackers:
         """Forward to the first tracker."""
         return self.first.find_link(run_id)
 
-    def forget(self, *, tag: str, value: str) -> None:
+    def forget(self, *, tag: str, value: str) -> list[str]:
         """Forward to the first tracker."""
-        self.first.forget(tag=tag, value=value)
+        return self.first.forget(tag=tag, value=value)
 
-    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+    def log_metrics(self, rows: Iterable[MetricRow], *, at_ms: int | None = None) -> None:
         """Log to each tracker."""
         kept = list(rows)  # an iterator would be exhausted by the first tracker
         for tracker in self.all:
-            tracker.log_metrics(kept)
+            tracker.log_metrics(kept, at_ms=at_ms)
 
     def log_folder(self, folder: Path, *, path: str) -> None:
         """Log in each."""
         for tracker in self.all:
             tracker.log_folder(folder, path=path)
+
+    def log_image(self, file: Path, *, key: str, step: int) -> None:
+        """Log in each."""
+        for tracker in self.all:
+            tracker.log_image(file, key=key, step=step)
+
+    def log_llm_calls(self, calls: Sequence[LlmCall]) -> None:
+        """Only the first has traces."""
+        self.first.log_llm_calls(calls)
 
     def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
         """Register in the first."""

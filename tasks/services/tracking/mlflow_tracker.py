@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from tasks.errors import ConfigError, LikenessError, ServiceUnavailable, first_line
 from tasks.redaction import redact_url
 from tasks.services.config import TrackingConfig
-from tasks.services.tracking.base import DatasetInfo, Version
+from tasks.services.tracking.base import RUN_TAG, DatasetInfo, LlmCall, MetricRow, Version
 from tasks.services.tracking.mlflow_files import first_use, relocate_artifacts
 
 log = logging.getLogger(__name__)
@@ -95,14 +95,18 @@ class MlflowTracker:
                 with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as connection:
                     connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
-    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
-        """Open a run in the configured experiment."""
+    def start(
+        self, *, name: str, params: dict[str, str], tags: dict[str, str], started_ms: int | None = None
+    ) -> str | None:
+        """Open a run in the configured experiment, or continue the one with the same RUN_TAG."""
         with translated(self.uri):
             experiment_id = self.find_experiment()
+            found = self.find_runs(RUN_TAG, tags[RUN_TAG]) if RUN_TAG in tags else []
             tags = {"mlflow.source.name": "likeness", "mlflow.source.type": "PROJECT", **tags}
             if self.parent_run_id:
                 tags = {**tags, "mlflow.parentRunId": self.parent_run_id}
-            run = self.client.create_run(experiment_id, run_name=name, tags=tags)
+            # Found where an earlier call was carried out but its answer was lost.
+            run = found[0] if found else self.client.create_run(experiment_id, started_ms, tags, name)
             self.run_id = str(run.info.run_id)
             self.log_params(params)
         return self.run_id
@@ -116,17 +120,17 @@ class MlflowTracker:
             # Without a password: the address is shown to people.
             return f"{redact_url(server).rstrip('/')}/#/experiments/{self.find_experiment()}/runs/{run_id}"
 
-    def forget(self, *, tag: str, value: str) -> None:
+    def forget(self, *, tag: str, value: str) -> list[str]:
         """Delete the runs with a tag, and the model versions made from them."""
         with translated(self.uri):
-            # Backticks, since names of tags contain dots.
-            runs = self.client.search_runs([self.find_experiment()], f"tags.`{tag}` = '{value}'")
+            runs = self.find_runs(tag, value)
             for run in runs:
                 # Versions first: a deleted run is not found by the next search, and its versions would stay.
                 versions = self.client.search_model_versions(f"run_id='{run.info.run_id}'")
                 for version in versions:
                     self.client.delete_model_version(version.name, version.version)
                 self.client.delete_run(run.info.run_id)
+        return [str(run.info.run_id) for run in runs]
 
     def find_experiment(self) -> str:
         """Return the experiment's id, creating it where it is missing."""
@@ -141,11 +145,15 @@ class MlflowTracker:
                 return str(found.experiment_id)
             return str(self.client.create_experiment(self.config.experiment, artifact_location=location))
 
+    def find_runs(self, tag: str, value: str, condition: str = "") -> list[Any]:
+        """Return the runs with a tag that are not deleted."""
+        # Backticks, since names of tags contain dots.
+        return list(self.client.search_runs([self.find_experiment()], f"tags.`{tag}` = '{value}'{condition}"))
+
     def close_stale(self, *, tag: str, value: str) -> None:
         """Mark runs with a tag as KILLED that are still RUNNING: their process is gone."""
         with translated(self.uri):
-            wanted = f"tags.`{tag}` = '{value}' and attributes.status = 'RUNNING'"
-            for run in self.client.search_runs([self.find_experiment()], wanted):
+            for run in self.find_runs(tag, value, " and attributes.status = 'RUNNING'"):
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
     def set_tag(self, name: str, value: str) -> None:
@@ -180,12 +188,12 @@ class MlflowTracker:
         for start in range(0, len(items), 100):
             self.client.log_batch(self.run_id, params=items[start : start + 100])
 
-    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+    def log_metrics(self, rows: Iterable[MetricRow], *, at_ms: int | None = None) -> None:
         """Log metrics in batches of BATCH_SIZE: a call per value takes about 20 ms each."""
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)  # milliseconds
-        metrics = [Metric(name, value, now, step) for name, value, step in rows]
+        timestamp = int(time.time() * 1000) if at_ms is None else at_ms
+        metrics = [Metric(name, value, timestamp, step) for name, value, step in rows]
         with translated(self.uri):
             for start in range(0, len(metrics), BATCH_SIZE):
                 self.client.log_batch(self.run_id, metrics=metrics[start : start + BATCH_SIZE])
@@ -194,6 +202,22 @@ class MlflowTracker:
         """Log a folder's files."""
         with translated(self.uri):
             self.client.log_artifacts(self.run_id, str(folder), artifact_path=path)
+
+    def log_image(self, file: Path, *, key: str, step: int) -> None:
+        """Log an image, which the UI shows with a slider over steps."""
+        from PIL import Image
+
+        with translated(self.uri), Image.open(file) as image:
+            # MLflow would name it after a fresh timestamp; synchronous, so that its error is ours.
+            self.client.log_image(self.run_id, image.convert("RGB"), key=key, step=step, synchronous=True)
+
+    def log_llm_calls(self, calls: Sequence[LlmCall]) -> None:
+        """Log calls as traces, which the UI lists beside the run."""
+        from tasks.services.tracking.llm_traces import log_traces
+
+        with translated(self.uri):
+            experiment_id = self.find_experiment()
+            log_traces(self.client, calls, uri=self.uri, run_id=str(self.run_id), experiment_id=experiment_id)
 
     def register(self, *, name: str, path: str, description: str, tags: dict[str, str]) -> str | None:
         """Register the artifacts below a path as a new model version and move the alias `latest-tuned` to it."""
@@ -273,7 +297,7 @@ class MlflowTracker:
 
 
 class translated:  # noqa: N801 - reads as a statement
-    """Map every error inside the block, of MLflow or its transport, to ServiceUnavailable."""
+    """Map every error inside the block, of MLflow or its transport: a refusal to ConfigError, others to be retried."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -283,5 +307,16 @@ class translated:  # noqa: N801 - reads as a statement
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, LikenessError):
-            reason = first_line(error)
-            raise ServiceUnavailable(f"tracking at {self.uri}: {reason}") from error
+            kind = ConfigError if is_refusal(error) else ServiceUnavailable
+            raise kind(f"tracking at {self.uri}: {first_line(error)}") from error
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether a server has answered that it will never accept the request."""
+    from mlflow.exceptions import MlflowException
+
+    # Without an answer MLflow reports an internal error, 500; conflicts and rate limits pass with time.
+    if not isinstance(error, MlflowException):
+        return False
+    status = error.get_http_status_code()  # type: ignore[no-untyped-call]
+    return status in (400, 401, 403, 404)

@@ -32,7 +32,7 @@ def place(tmp_path: Path, sandbox: CliSandbox) -> CliSandbox:
         (["subject.source=two"], 2, "ConfigError: subject.class_noun is not set"),
         (["output_dir=file/runs"], 2, "ConfigError: cannot write to"),
         (["llm=openai"], 2, "ConfigError: OPENAI_API_KEY is not set"),
-        (["tracking.uri=http://127.0.0.1:9"], 4, "ServiceUnavailable: tracking at http://127.0.0.1:9 does not answer"),
+        (["tracking.uri=http://127.0.0.1:abc"], 2, "ConfigError: tracking at http://127.0.0.1:abc is no MLflow server"),
         (["scoring.labels=none.csv"], 2, "ConfigError: scoring.labels=none.csv is not a file"),
     ],
 )

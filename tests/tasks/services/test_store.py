@@ -1,6 +1,5 @@
-"""One contract for both kinds of store."""
+"""The contract of stores, for a folder and a bucket, and what only one of them has."""
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +11,12 @@ from tasks.services.store.base import Store
 from tasks.services.store.local import LocalStore
 from tasks.services.store.open import open_store
 from tasks.services.store.s3 import S3Store
+from tests.support.store_contract import CONTRACT, Check
 
 
-def test_find_bytes_returns_the_latest_object_or_none(any_store: Store) -> None:
-    any_store.put_bytes("a/b.bin", b"one")
-    any_store.put_bytes("a/b.bin", b"two")
-    assert any_store.find_bytes("a/b.bin") == b"two"
-    assert any_store.find_bytes("a/none") is None
-    assert any_store.compute_sha256("a/none") is None
-
-
-def test_a_file_round_trips_through_put_file_and_get_file(any_store: Store, tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.write_bytes(b"x" * 9_000_000)  # more than one part of an S3 upload
-    any_store.put_file("big", source)
-    any_store.get_file("big", target)
-    assert target.read_bytes() == source.read_bytes()
-    assert any_store.compute_sha256("big") is not None
-
-
-def test_listing_is_sorted_and_limited_to_its_prefix(any_store: Store) -> None:
-    for key in ("p/2", "p/1", "q/1", "p/sub/3"):
-        any_store.put_bytes(key, b"")
-    assert any_store.list_keys("p/") == ["p/1", "p/2", "p/sub/3"]
-    any_store.delete("p/1")
-    any_store.delete("p/1")
-    assert any_store.list_keys("p/") == ["p/2", "p/sub/3"]
-
-
-def test_exactly_one_of_many_concurrent_put_new_calls_succeeds(any_store: Store) -> None:
-    wins: list[int] = []
-
-    def create(number: int) -> None:
-        if any_store.put_if_absent("once", str(number).encode()):
-            wins.append(number)
-
-    threads = [threading.Thread(target=create, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(wins) == 1
-    assert any_store.find_bytes("once") == str(wins[0]).encode()
+@pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
+def test_both_kinds_of_store_keep_the_contract(any_store: Store, tmp_path: Path, check: Check) -> None:
+    check(any_store, tmp_path)
 
 
 def test_a_store_that_ignores_conditional_writes_is_refused(s3_config: StoreConfig) -> None:
@@ -78,12 +41,6 @@ def test_a_bucket_that_goes_away_loses_no_write_silently(s3_config: StoreConfig)
     for write in (store.put_bytes, store.put_if_absent):
         with pytest.raises(ServiceUnavailable):
             write("key", b"1")
-
-
-@pytest.mark.parametrize("key", ["/etc/passwd", "../outside", "a/../../b", ""])
-def test_keys_cannot_leave_the_root(any_store: Store, key: str) -> None:
-    with pytest.raises(ConfigError, match="not a plain relative path"):
-        any_store.put_bytes(key, b"")
 
 
 def test_an_unwritable_folder_is_a_one_line_error(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ class LedgerRow:
     usage: Usage = field(default_factory=Usage)
     usage_fault: str = ""
     """Why usage and cost are the reservation's rather than the provider's; empty where they are the provider's."""
+    response_format: str = ""
+    """In which the reply was requested; empty where no usable reply came."""
     is_batch: bool = False
     cost_usd: float | None = 0.0
     """None where no price is known."""

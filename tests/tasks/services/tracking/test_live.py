@@ -9,7 +9,7 @@ import pytest
 from tasks.manifests.training import LossRow
 from tasks.publishing.registry import TrackedRun, track_run
 from tasks.services.tracking import live as live_tracking
-from tasks.services.tracking.base import NoTracker
+from tasks.services.tracking.base import MetricRow, NoTracker
 from tasks.services.tracking.live import LiveRun
 
 
@@ -21,16 +21,19 @@ class HangingTracker(NoTracker):
         self.entered, self.released = threading.Event(), threading.Event()
         self.calls: list[str] = []
 
-    def start(self, *, name: str, params: dict[str, str], tags: dict[str, str]) -> str | None:
+    def start(
+        self, *, name: str, params: dict[str, str], tags: dict[str, str], started_ms: int | None = None
+    ) -> str | None:
         self.entered.set()
         self.released.wait(60)
         self.calls.append("start")
         return self.name
 
-    def forget(self, *, tag: str, value: str) -> None:
+    def forget(self, *, tag: str, value: str) -> list[str]:
         self.calls.append("forget")
+        return []
 
-    def log_metrics(self, rows: Iterable[tuple[str, float, int]]) -> None:
+    def log_metrics(self, rows: Iterable[MetricRow], *, at_ms: int | None = None) -> None:
         self.calls.append("log_metrics")
 
     def finish(self, *, is_failed: bool) -> None:

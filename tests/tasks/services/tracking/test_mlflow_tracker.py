@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.manifests.training import LossRow
-from tasks.publishing.registry import TrackedRun, track_run
+from tasks.publishing.registry import SAMPLES, TrackedRun, track_run
 from tasks.services.config import TrackingConfig
 from tasks.services.tracking.base import DatasetInfo, NoTracker
 from tasks.services.tracking.live import LiveRun
 from tasks.services.tracking.mlflow_tracker import MlflowTracker
-from tasks.services.tracking.open import open_tracker
+from tasks.services.tracking.open import RunDescription, open_live, open_tracker
 from tests.support.cli_sandbox import ROOT
 from tests.support.config import make_config
 
@@ -30,6 +31,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("model", "report"):
         (folder / "published" / name).mkdir(parents=True)
         (folder / "published" / name / "file.txt").write_text(name)
+    (folder / "published" / SAMPLES).mkdir()
+    for step in (5, 10):
+        Image.new("RGB", (8, 8), "red").save(folder / "published" / SAMPLES / f"step-{step:08}.png")
     return folder
 
 
@@ -60,6 +64,14 @@ def test_a_published_run_has_params_metrics_and_a_registered_version(place: Path
     assert run.data.metrics["tuned/dino"] == 0.5
     found = tracker.client.get_model_version_by_alias("a-model", "latest-tuned")
     assert (str(found.version), found.run_id) == (version, tracker.run_id)
+
+
+def test_training_samples_are_images_with_steps(place: Path) -> None:
+    tracker, _ = publish(place, key="images")
+    files = [Path(file.path).name for file in tracker.client.list_artifacts(tracker.run_id, "images")]
+    # The names that the UI's slider reads: key, step, time, id.
+    steps = {int(name.split("+")[2]) for name in files if name.startswith(f"{SAMPLES}+step+") and name.endswith(".png")}
+    assert steps == {5, 10}
 
 
 def test_publishing_again_after_an_interrupt_leaves_one_run_and_one_version(place: Path) -> None:
@@ -127,6 +139,28 @@ def test_metrics_are_logged_during_training_and_complete_after_publishing(tmp_pa
     assert watcher.client.get_run(run_id).info.status == "FINISHED"
 
 
+@pytest.mark.parametrize("interval", [0.2, None])
+def test_system_metrics_are_sampled_while_live(tmp_path: Path, interval: float | None) -> None:
+    config = make_config(TrackingConfig, system_metrics_interval=interval)
+    tracker = MlflowTracker(config, folder=tmp_path)
+    live = open_live(config, tracker, RunDescription(tmp_path / "run", {}, {}))
+    live.begin(tags={"t": "1"}, stale_tag="t", datasets=[])
+    deadline = time.monotonic() + (120 if interval else 1)
+    while len(live.logged) < 10 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    live.take_over()
+    metrics = tracker.client.get_run(live.run_id).data.metrics
+    live.abandon()
+    if interval is None:
+        assert metrics == {}
+        return
+    history = tracker.client.get_metric_history(live.run_id, "system/system_memory_usage_percentage")
+    assert [point.step for point in history] == list(range(len(history)))
+    assert len(history) >= 2
+    assert 0 < history[0].value < 100
+    assert {"system/cpu_utilization_percentage", "system/disk_usage_percentage"} <= set(metrics)
+
+
 def test_a_failed_or_killed_run_does_not_stay_in_running_status(tmp_path: Path) -> None:
     runs = []
     for name in ("killed", "failed"):
@@ -157,7 +191,7 @@ def test_an_unreachable_server_is_detected_without_importing_mlflow(tmp_path: Pa
         "import sys; from pathlib import Path\n"
         "from tasks.services.config import TrackingConfig\n"
         "from tests.support.config import make_config\n"
-        "from tasks.services.tracking.open import open_tracker\n"
+        "from tasks.services.tracking.open import RunDescription, open_live, open_tracker\n"
         "from tasks.errors import ServiceUnavailable\n"
         "for uri in sys.argv[1:]:\n"
         "    try: open_tracker(make_config(TrackingConfig, uri=uri), folder=Path('x')).check()\n"
@@ -247,6 +281,14 @@ def test_artifacts_and_versions_missing_on_the_server_are_detected(place: Path) 
     assert not tracker.has_version("none", "1")
     tracker.client.delete_run(run_id)
     assert not tracker.has_artifacts(run_id, ("report",))
+
+
+def test_what_the_server_refuses_is_not_an_outage(place: Path) -> None:
+    tracker, _ = publish(place, key="refused")
+    tracker.client.delete_run(tracker.run_id)
+    with pytest.raises(ConfigError, match=f"tracking at {tracker.uri}: .*active") as raised:
+        tracker.set_tag("a", "b")
+    assert not raised.value.is_retryable
 
 
 def test_a_run_has_a_link_where_a_server_shows_its_database(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,79 @@
+"""`likeness up --s3`: objects and MLflow's artifacts of the worker's runs in a bucket."""
+
+from pathlib import Path
+
+import boto3
+import pytest
+
+from flows.cli.stack.stack import read_state
+from flows.runs.records import list_summaries
+from tasks.services.config import StoreConfig
+from tests.stack.commands import likeness
+
+PORTS = ("--prefect-port", "0", "--mlflow-port", "0", "--reports-port", "0")
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(autouse=True)
+def endpoint(s3_config: StoreConfig, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The server, as AWS's own tools are pointed at one."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", str(s3_config.endpoint_url))
+    return str(s3_config.endpoint_url)
+
+
+def test_objects_and_artifacts_of_a_submitted_run_lie_in_the_bucket(
+    s3_config: StoreConfig, endpoint: str, tmp_path: Path
+) -> None:
+    url = f"s3://{s3_config.bucket}/team/one"
+    try:
+        up = likeness(tmp_path, "up", *PORTS, "--s3", url)
+        assert up.returncode == 0, up.stderr
+        assert f"objects   {url}; " in up.stdout
+        done = likeness(tmp_path, "submit", "experiment=smoke", "training.num_threads=1")
+        assert done.returncode == 0, done.stdout + done.stderr
+    finally:
+        likeness(tmp_path, "down")
+    [summary] = list_summaries(tmp_path / "runs")
+    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=s3_config.bucket)
+    keys = {item["Key"] for page in pages for item in page.get("Contents", ())}
+    assert {key.split("/")[0] for key in keys} == {"team"}
+    assert f"team/one/03-training/{summary.stages['training'].key}/manifest.json" in keys
+    artifacts = [key for key in keys if key.startswith("team/one/mlflow/")]
+    assert any(key.endswith("/artifacts/report/index.html") for key in artifacts)
+    assert any("/artifacts/model/" in key for key in artifacts)
+    assert not (tmp_path / "runs" / "store").exists()
+    assert not (tmp_path / "runs" / "artifacts").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "code", "message"),
+    [
+        ("s3://nowhere-at-all", 2, "bucket nowhere-at-all does not exist"),
+        ("http://127.0.0.1:9000/bucket", 2, "--s3 takes s3://BUCKET or s3://BUCKET/PREFIX"),
+        ("s3://UPPER", 2, "--s3 takes s3://BUCKET"),
+    ],
+)
+def test_a_wrong_bucket_is_one_line_and_leaves_nothing_running(
+    tmp_path: Path, url: str, code: int, message: str
+) -> None:
+    up = likeness(tmp_path, "up", *PORTS, "--s3", url)
+    assert (up.returncode, up.stderr.count("\n")) == (code, 1), up.stderr
+    assert message in up.stderr
+    assert read_state(tmp_path / "runs").processes == ()
+
+
+def test_missing_credentials_and_a_server_that_is_down_are_one_line_each(
+    s3_config: StoreConfig, tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port}")
+    down = likeness(tmp_path, "up", *PORTS, "--s3", f"s3://{s3_config.bucket}")
+    assert (down.returncode, down.stderr.count("\n")) == (4, 1), down.stderr
+    assert "S3 did not answer for bucket" in down.stderr
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    without = likeness(tmp_path, "up", *PORTS, "--s3", f"s3://{s3_config.bucket}")
+    assert (without.returncode, without.stderr.count("\n")) == (2, 1), without.stderr
+    assert "S3 needs credentials: set AWS_ACCESS_KEY_ID" in without.stderr

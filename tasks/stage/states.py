@@ -34,8 +34,7 @@ def emit_asset(manifest: Manifest, runtime: Runtime) -> None:
 
     A cached stage references its asset, a computed one materializes it from those of the stages above it.
     """
-    name = ASSETS.get(manifest.stage)
-    if name is None:
+    if manifest.stage not in ASSETS:
         return
     asset = make_asset(manifest.stage, manifest.stage_key)
     if runtime.records[manifest.stage].is_cached:

@@ -54,6 +54,7 @@ def config(server: tuple[str, str], monkeypatch: pytest.MonkeyPatch, request: py
     """A bucket of its own for a test."""
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(variable, KEY)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it may have read the variables of other tests
     bucket = f"bucket-{abs(hash(request.node.nodeid))}"
     boto3.client("s3", endpoint_url=server[1], region_name="us-east-1").create_bucket(Bucket=bucket)
     return make_config(

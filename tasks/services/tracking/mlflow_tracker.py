@@ -208,7 +208,7 @@ class MlflowTracker:
         from PIL import Image
 
         with translated(self.uri), Image.open(file) as image:
-            # MLflow would name it after a fresh timestamp; synchronous, so that its error is ours.
+            # Synchronous: an error in a thread of MLflow's would be lost.
             self.client.log_image(self.run_id, image.convert("RGB"), key=key, step=step, synchronous=True)
 
     def log_llm_calls(self, calls: Sequence[LlmCall]) -> None:

@@ -3,6 +3,7 @@
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefect import task
 from prefect.client.schemas.objects import State
@@ -10,6 +11,7 @@ from prefect.client.schemas.objects import State
 from tasks.manifests.publishing import Publication
 from tasks.manifests.run import RunManifests
 from tasks.manifests.subject import SubjectSet
+from tasks.manifests.training import LossRow
 from tasks.publishing.config import PublishingConfig
 from tasks.services.config import TrackingConfig
 from tasks.services.tracking.base import Tracker
@@ -17,6 +19,9 @@ from tasks.stage.cache import Stage, StageFolder, fetch_folder
 from tasks.stage.context import Runtime
 from tasks.stage.files import make_part_prefix, write_atomic
 from tasks.stage.states import finished, should_retry
+
+if TYPE_CHECKING:
+    from tasks.publishing.report.page import ReportInputs
 
 STAGE_VERSION = 6
 
@@ -87,12 +92,23 @@ def name_model(tracking: TrackingConfig, subject: SubjectSet) -> str:
     return tracking.registered_model or f"likeness-{subject.class_noun.replace(' ', '-').lower()}"
 
 
+def describe_report(inputs: PublishingInputs, losses: list[LossRow]) -> "ReportInputs":
+    """Return what the report shows."""
+    from tasks.publishing.export import write_snippets
+    from tasks.publishing.report.page import ReportInputs
+    from tasks.publishing.versions import list_versions
+
+    return ReportInputs(
+        inputs.title, inputs.manifests, losses, inputs.config_rows, inputs.config.gate, dict(inputs.default_rows),
+        list_versions(), write_snippets(inputs.manifests),
+    )  # fmt: skip
+
+
 def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: Runtime) -> Publication:
     """Write model folder and report, log to the tracking server, write the manifest."""
-    from tasks.publishing.export import export_model, headline_metrics, read_losses, sum_llm_costs, write_snippets
+    from tasks.publishing.export import export_model, headline_metrics, read_losses, sum_llm_costs
     from tasks.publishing.registry import SAMPLES, TrackedRun, track_run
-    from tasks.publishing.report.page import ReportInputs, draw_sample_grid, render_report
-    from tasks.publishing.versions import list_versions
+    from tasks.publishing.report.page import draw_sample_grid, render_report
 
     manifests = inputs.manifests
     subject, tuned, evaluation, scores = (
@@ -106,11 +122,7 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
         local = Path(name)
         model = export_model(folder, manifests, title=inputs.title, local=local / "model")
         runtime.progress_callback("publishing")(1, 3)
-        report_inputs = ReportInputs(
-            inputs.title, manifests, losses, inputs.config_rows, inputs.config.gate, dict(inputs.default_rows),
-            list_versions(), write_snippets(manifests),
-        )  # fmt: skip
-        html = render_report(runtime.store, report_inputs).encode()
+        html = render_report(runtime.store, describe_report(inputs, losses)).encode()
         grid = draw_sample_grid(runtime.store, evaluation)
         report = folder.put("report/index.html", html)
         write_atomic(local / "report" / "index.html", html)

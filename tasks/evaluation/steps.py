@@ -77,30 +77,22 @@ def evaluate(inputs: EvaluationInputs, runtime: Runtime) -> State[Evaluation]:
 def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: Runtime) -> Evaluation:
     """Generate samples of both sides and of retained steps, compute metrics, and write the manifest."""
     from tasks.diffusion.adapter import release_memory
-    from tasks.diffusion.registry import load_model
     from tasks.evaluation.sampling import generate_samples, plan_samples
 
     config, diffusion, tuned, subject = inputs.config, inputs.diffusion, inputs.tuned, inputs.subject
-    candidates = tuned.find_candidates()
-
-    def load_source(source: "Source") -> "DiffusionModel":
-        if source == "base":
-            return load_model(diffusion)
-        refs = tuple(candidates[source]) if isinstance(source, int) else tuned.model
-        below = find_below(refs)
-        local = runtime.work_folder / "models" / tuned.stage_key / below
-        weights = fetch_folder(runtime.store, refs, below=below, folder=local)
-        return load_model(diffusion, folder=weights, lora_scale=config.lora_scale)
-
     planned = plan_samples(
         config,
         class_noun=subject.class_noun,
         identifier_token=subject.identifier_token,
         class_prompt=write_class_prompt(CLASS_PROMPT, class_noun=subject.class_noun),
-        candidates=sorted(candidates),
+        candidates=sorted(tuned.find_candidates()),
     )
     samples = generate_samples(
-        folder, config, planned, load_model=load_source, on_progress=runtime.progress_callback("samples")
+        folder,
+        config,
+        planned,
+        load_model=lambda source: open_weights(inputs, source, runtime=runtime),
+        on_progress=runtime.progress_callback("samples"),
     )
     samples, dropped = drop_unsafe(folder, inputs, samples)
     measured = measure_samples(inputs, samples, runtime)
@@ -116,6 +108,20 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
             **vars(measured),
         )
     )
+
+
+def open_weights(inputs: EvaluationInputs, source: "Source", *, runtime: Runtime) -> "DiffusionModel":
+    """Load the base model, the published weights, or those of a retained step."""
+    from tasks.diffusion.registry import load_model
+
+    tuned = inputs.tuned
+    if source == "base":
+        return load_model(inputs.diffusion)
+    refs = tuple(tuned.find_candidates()[source]) if isinstance(source, int) else tuned.model
+    below = find_below(refs)
+    local = runtime.work_folder / "models" / tuned.stage_key / below
+    weights = fetch_folder(runtime.store, refs, below=below, folder=local)
+    return load_model(inputs.diffusion, folder=weights, lora_scale=inputs.config.lora_scale)
 
 
 def drop_unsafe(

@@ -11,6 +11,7 @@ from prefect.client.schemas.objects import State
 from tasks.manifests.publishing import Publication
 from tasks.manifests.run import RunManifests
 from tasks.manifests.subject import SubjectSet
+from tasks.manifests.training import LossRow
 from tasks.publishing.config import PublishingConfig
 from tasks.services.config import TrackingConfig
 from tasks.services.tracking.base import Tracker
@@ -21,6 +22,7 @@ from tasks.stage.states import finished, should_retry
 
 if TYPE_CHECKING:
     from tasks.publishing.registry import TrackedRun
+    from tasks.publishing.report.page import ReportInputs
 
 STAGE_VERSION = 6
 
@@ -114,12 +116,23 @@ def tag_stages(manifests: RunManifests) -> dict[str, str]:
     return {f"likeness.{name}": manifest.stage_key for name, manifest in stages.items()}
 
 
+def describe_report(inputs: PublishingInputs, losses: list[LossRow]) -> "ReportInputs":
+    """Return what the report shows."""
+    from tasks.publishing.export import write_snippets
+    from tasks.publishing.report.page import ReportInputs
+    from tasks.publishing.versions import list_versions
+
+    return ReportInputs(
+        inputs.title, inputs.manifests, losses, inputs.config_rows, inputs.config.gate, dict(inputs.default_rows),
+        list_versions(), write_snippets(inputs.manifests),
+    )  # fmt: skip
+
+
 def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: Runtime) -> Publication:
     """Write model folder and report, log to the tracking server, write the manifest."""
-    from tasks.publishing.export import export_model, headline_metrics, read_losses, sum_llm_costs, write_snippets
+    from tasks.publishing.export import export_model, headline_metrics, read_losses, sum_llm_costs
     from tasks.publishing.registry import SAMPLES, TrackedRun, list_llm_calls
-    from tasks.publishing.report.page import ReportInputs, draw_sample_grid, render_report
-    from tasks.publishing.versions import list_versions
+    from tasks.publishing.report.page import draw_sample_grid, render_report
 
     manifests = inputs.manifests
     subject, tuned = manifests.subject, manifests.training
@@ -132,11 +145,7 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
         local = Path(name)
         model = export_model(folder, manifests, title=inputs.title, local=local / "model")
         runtime.progress_callback("publishing")(1, 3)
-        report_inputs = ReportInputs(
-            inputs.title, manifests, losses, inputs.config_rows, inputs.config.gate, dict(inputs.default_rows),
-            list_versions(), write_snippets(manifests),
-        )  # fmt: skip
-        html = render_report(runtime.store, report_inputs).encode()
+        html = render_report(runtime.store, describe_report(inputs, losses)).encode()
         grid = draw_sample_grid(runtime.store, evaluation)
         report = folder.put("report/index.html", html)
         write_atomic(local / "report" / "index.html", html)

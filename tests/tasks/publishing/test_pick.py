@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from safetensors.torch import load_file
 
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
+from tasks.diffusion.types import SamplingRequest
 from tasks.errors import ConfigError
+from tasks.evaluation.config import EvaluationConfig
+from tasks.evaluation.steps import EvaluationInputs, open_weights
 from tasks.images import encode_png
 from tasks.manifests.evaluation import Evaluation, Sample, SubjectMetrics
 from tasks.manifests.training import TunedModel
@@ -20,11 +24,12 @@ from tasks.publishing.pick import Pick, pick_checkpoint
 from tasks.publishing.report.page import ReportInputs, render_report
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder, fetch_folder
+from tasks.stage.context import Runtime
 from tasks.training.callbacks import validation as callbacks
 from tasks.training.steps import list_files
 from tests.support.config import make_config
 from tests.support.report import GATE, make_run
-from tests.support.tiny import draw_photo, train_here
+from tests.support.tiny import draw_photo, tiny_diffusion_config, train_here
 
 KNEE = {2: (0.2, 0.70), 4: (0.5, 0.68), 6: (0.55, 0.5), 8: (0.58, 0.4)}
 """DINO and CLIP-T by step; after step 4 fidelity costs editability. Training publishes step 6."""
@@ -111,6 +116,30 @@ def test_the_step_that_training_published_becomes_a_candidate(
     assert picked.compute_content_digest() != tuned.compute_content_digest()  # evaluated anew
     weights = fetch_folder(store, picked.find_candidates()[6], below="model", folder=tmp_path / "six")
     assert (weights / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_the_picked_checkpoint_is_what_is_evaluated(
+    tmp_path: Path, store: LocalStore, tuned: TunedModel, tiny_model_folder: Path
+) -> None:
+    nothing: Any = None
+    runtime = Runtime("r", store, llm=nothing, tracker=nothing, progress=nothing, live=nothing, work_folder=tmp_path)
+    subject, config = make_run(store).subject, make_config(EvaluationConfig)
+
+    def draw(model: TunedModel, source: str | int) -> bytes:
+        inputs = EvaluationInputs(config, tiny_diffusion_config(tiny_model_folder), model, subject)
+        opened = open_weights(inputs, source, runtime=runtime)  # type: ignore[arg-type]
+        request = SamplingRequest(prompt="a photo of sks fish", seed=1)
+        return opened.sample([request], num_inference_steps=2, guidance_scale=3.0)[0].tobytes()
+
+    picked = pick(store, tuned, "knee").model
+    assert draw(picked, "tuned") == draw(tuned, 4) != draw(tuned, "tuned")
+    assert draw(picked, 6) == draw(tuned, "tuned")
+    assert draw(picked, 8) == draw(tuned, 8)
+    keys = [
+        EvaluationInputs(config, tiny_diffusion_config(tiny_model_folder), m, subject).stage().key
+        for m in (tuned, picked)
+    ]
+    assert keys[0] != keys[1]
 
 
 def test_without_a_knee_or_another_checkpoint_training_decides(store: LocalStore, tuned: TunedModel) -> None:

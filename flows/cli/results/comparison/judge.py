@@ -1,9 +1,8 @@
 """The judge's choice between the samples of two runs, as the configured judge of the first run makes it."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from flows.cli.console import show_usd
@@ -82,7 +81,7 @@ def judge_runs(compared: Sequence[Compared], rows: Sequence[Row]) -> list[Judged
     )
     # Batch jobs lie beside those of the run's own scoring, where `likeness jobs` and `likeness gc` look.
     stage = StageFolder(first.store, "scoring", first.run.find_stage_key("scoring"))
-    show = partial(show_progress, name="judge")
+    show = show_once()
     try:
         return [
             Judged(name, first.name, judge_pairs(config.scoring, planned, llm=llm, folder=stage, on_progress=show))
@@ -93,6 +92,18 @@ def judge_runs(compared: Sequence[Compared], rows: Sequence[Row]) -> list[Judged
     finally:
         llm.close()
         server.stop()
+
+
+def show_once() -> Callable[[int, int], None]:
+    """Return a callback that prints each number once: a batch job is polled several times a second."""
+    shown: set[tuple[int, int]] = set()
+
+    def show(done: int, total: int) -> None:
+        if (done, total) not in shown:
+            shown.add((done, total))
+            show_progress(done, total, name="judge")
+
+    return show
 
 
 def plan(compared: Sequence[Compared], rows: Sequence[Row]) -> dict[str, "PlannedPairs"]:

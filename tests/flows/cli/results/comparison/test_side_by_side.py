@@ -126,7 +126,9 @@ def test_the_judges_choices_are_counted_cached_and_part_of_the_conclusion(
         found = json.loads(compare(tmp_path, "run-a", "run-b", is_judged=True))
         asked = server.counts["row"] + server.counts[CHAT]
         assert asked == 2 * PROMPTS * SEEDS
-        assert "judge local: 32 requests by batch job, expected 0.00000 USD" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "judge local: 32 requests by batch job, expected 0.00000 USD" in told
+        assert told.count("judge: 0/32") == 1
         page = compare(tmp_path, "run-a", "run-b", is_judged=True, as_format="html")
         assert server.counts["row"] + server.counts[CHAT] == asked  # cached
     pairs = found["pairs"]["run-b"]

@@ -4,7 +4,6 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -172,20 +171,7 @@ def test_a_run_whose_publication_fails_is_failed_and_its_resume_publishes_it(
     assert whole == list(range(1, num_steps + 1))
     assert live == sorted(set(live))  # of the steps that training reports while it runs
     assert live[-1] == num_steps
-    check_model_loads(place, client, server.url)
-
-
-def check_model_loads(place: CliSandbox, client: Any, url: str) -> None:
-    """Load the champion by its alias, through MLflow and then through diffusers, and draw with it."""
-    import mlflow
-    from diffusers import StableDiffusionPipeline
-
     promoted = place.likeness("promote", "latest", "--force")
     assert promoted.returncode == 0, promoted.stderr
     champion = client.get_model_version_by_alias("likeness-fish", "champion")
-    assert champion.tags["likeness.training"]
-    folder = mlflow.artifacts.download_artifacts("models:/likeness-fish@champion", tracking_uri=url)
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    image = pipeline("a photo of sks fish", num_inference_steps=2, output_type="np").images[0]
-    assert image.shape[-1] == 3
-    assert 0 <= float(image.min()) < float(image.max()) <= 1
+    assert champion.tags["likeness.training"] == finished["stages"]["training"]["key"]

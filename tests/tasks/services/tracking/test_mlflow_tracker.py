@@ -1,5 +1,6 @@
 """Tracking with a real MLflow on SQLite."""
 
+import os
 import shutil
 import socket
 import subprocess
@@ -281,6 +282,37 @@ def test_artifacts_and_versions_missing_on_the_server_are_detected(place: Path) 
     assert not tracker.has_version("none", "1")
     tracker.client.delete_run(run_id)
     assert not tracker.has_artifacts(run_id, ("report",))
+
+
+LOAD = """
+import mlflow
+from diffusers import StableDiffusionPipeline
+
+folder = mlflow.artifacts.download_artifacts("models:/tiny@champion")
+pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+print(pipeline("a photo of sks fish", num_inference_steps=1, output_type="np").images.shape)
+"""
+
+
+def test_a_registered_model_loads_by_its_alias_through_mlflow_and_diffusers(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    (tmp_path / "published" / "report").mkdir(parents=True)
+    (tmp_path / "published" / "model").symlink_to(tiny_model_folder)
+    tracker = MlflowTracker(make_config(TrackingConfig), folder=tmp_path)
+    run = TrackedRun(
+        name="run", params={}, publication_key="k", tags={}, losses=[], figures={}, folder=tmp_path / "published",
+        registered_model="tiny",
+    )  # fmt: skip
+    _, version = track_run(tracker, run)
+    tracker.set_alias("tiny", "champion", str(version))
+    # In a process of its own, with what a person sets.
+    variables = {"MLFLOW_TRACKING_URI": tracker.uri, "MLFLOW_REGISTRY_URI": tracker.uri}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD], capture_output=True, text=True, check=False, env={**os.environ, **variables}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "(1, 32, 32, 3)"
 
 
 def test_what_the_server_refuses_is_not_an_outage(place: Path) -> None:

@@ -111,6 +111,8 @@ class RunConfig(Section):
                 f"publishing.pick=knee needs {MIN_KNEE} retained checkpoints: set training.validation.keep=best, "
                 f"validation_steps above 0 and save_top_k to {MIN_KNEE} or more"
             )
+        if self.publishing.pick == "knee" and self.evaluation.num_candidate_images == 0:
+            raise ValueError("publishing.pick=knee measures checkpoints: set evaluation.num_candidate_images above 0")
         return self
 
     @model_validator(mode="after")

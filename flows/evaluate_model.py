@@ -25,10 +25,10 @@ def evaluate_model(request: EvaluationRequest) -> RunSummary:
     Photos are inspected as in a run, so that the same photos of both are compared.
     """
     check_attempts()
-    if (finished := find_finished_attempt(request.base)) is not None:
+    is_trusted = deployment.id is None and trust_of_run.get()  # a deployment's request stays restricted when resumed
+    if (finished := find_finished_attempt(request.base, is_trusted=is_trusted)) is not None:
         return finished
-    is_trusted = deployment.id is None
-    if not (is_trusted and trust_of_run.get()):  # a deployment's request stays restricted when resumed
+    if not is_trusted:
         # As untrusted as the settings of a request.
         check_path("model", request.model, allowed_roots(), rule=RequestRule("path"))
     with open_run(request.base, is_trusted=is_trusted, model=request.model) as run:

@@ -7,7 +7,7 @@ from conf.request import RunRequest
 from flows.runs.approval import ask_approval
 from flows.runs.artifacts import show_artifacts
 from flows.runs.attempts import check_attempts, find_finished_attempt
-from flows.runs.context import open_run
+from flows.runs.context import open_run, trust_of_run
 from tasks.evaluation.steps import EvaluationInputs, evaluate
 from tasks.manifests.run import RunManifests
 from tasks.manifests.run_summary import RunSummary
@@ -28,11 +28,12 @@ def personalize_subject(request: RunRequest = RunRequest()) -> RunSummary:  # no
     Every stage is looked up by its content first; what is cached is not computed again.
     """
     check_attempts()
-    if (finished := find_finished_attempt(request)) is not None:
-        return finished
     # A deployment's requests are data from elsewhere: they may set only what conf/trust.py allows.
     # Prefect passes the id on to subflows, so what `score-pending` resumes in a deployment is restricted too.
-    with open_run(request, is_trusted=deployment.id is None) as run:
+    is_trusted = deployment.id is None and trust_of_run.get()
+    if (finished := find_finished_attempt(request, is_trusted=is_trusted)) is not None:
+        return finished
+    with open_run(request, is_trusted=is_trusted) as run:
         config, runtime, diffusion = run.config, run.runtime, run.config.diffusion
         # Checked before class images are submitted: bad photos must not cost a GPU hour.
         photos = check_photos(config.subject, runtime, is_drawn_world=config.is_mini)

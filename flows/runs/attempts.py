@@ -10,6 +10,7 @@ from prefect.runtime import flow_run
 
 from conf.compose import compile_request
 from conf.request import RunRequest
+from conf.trust import allowed_roots
 from flows.runs.records import is_alive, list_run_folders, list_summaries, read_summary
 from tasks.errors import LikenessError
 from tasks.manifests.run_summary import ProcessOwner, RunSummary
@@ -27,15 +28,17 @@ def check_attempts() -> None:
         )
 
 
-def find_finished_attempt(request: RunRequest) -> RunSummary | None:
-    """Return the summary of this flow run where an earlier attempt has finished.
+def find_finished_attempt(request: RunRequest, *, is_trusted: bool) -> RunSummary | None:
+    """Return the summary of this flow run where an earlier attempt has finished; `is_trusted` is as of `open_run`.
 
     On SQLite, Prefect may look at a crash again after 15 minutes, and schedule a run again that has completed since.
     """
     own = flow_run.id
     if own is None or (flow_run.run_count or 0) < 2:
         return None
-    summaries = list_summaries(Path(compile_request(request).output_dir))
+    # A restricted request may name no file outside its roots, here as in `open_run`: errors quote what is in it.
+    config = compile_request(request, roots=None if is_trusted else allowed_roots())
+    summaries = list_summaries(Path(config.output_dir))
     return next((each for each in summaries if each.flow_run_id == own and each.status == "finished"), None)
 
 

@@ -1,10 +1,12 @@
 """The cells of a scoreboard: each is one public command, and its result is found again by content."""
 
+import hashlib
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +16,16 @@ from conf.compose import compile_request, compute_config_digest
 from conf.overrides import override_request, parse_overrides
 from conf.request import RunRequest
 from conf.subjects import SUBJECT_FILE, SubjectFile, make_request, parse_subject_file
-from flows.runs.records import list_run_folders, read_request, read_summary, to_overrides
-from flows.scoreboard.plan import Plan, check_name
+from flows.runs.records import list_run_folders, read_request, read_run, read_summary, to_overrides
+from flows.scoreboard.plan import Plan, check_name, check_reserved
 from tasks.errors import ArtifactCorrupt, ConfigError
+from tasks.manifests.evaluation import Evaluation
 from tasks.manifests.run_summary import RunSummary
+from tasks.manifests.subject import SubjectSet
 from tasks.redaction import clean_text, redact
+from tasks.services.store.open import open_store
+from tasks.stage.cache import find_manifest
+from tasks.subject.photos.decoding import SUFFIXES
 
 NUM_PHOTOS = 5
 LIKENESS = (sys.executable, "-m", "flows.cli.main")
@@ -87,8 +94,11 @@ class Result:
     """None for a result that was there before."""
 
 
-def draw_subjects(names: Sequence[str], folder: Path) -> list[Subject]:
-    """Draw the photos of subjects of the drawn world, unless they are there. Raises ConfigError for unknown names."""
+def draw_subjects(names: Sequence[str], folder: Path, *, is_dry: bool = False) -> list[Subject]:
+    """Draw the photos of subjects of the drawn world, unless they are there, or nothing is to be written.
+
+    Raises ConfigError for unknown names.
+    """
     from tasks.mini.world.scenes import CLASS_NOUNS, draw_subject
 
     subjects = []
@@ -97,8 +107,11 @@ def draw_subjects(names: Sequence[str], folder: Path) -> list[Subject]:
         if not found or found[1] not in CLASS_NOUNS:
             raise ConfigError(f"drawn: {name[:60]!r} is no class noun and number; nouns are {', '.join(CLASS_NOUNS)}")
         photos = folder / name
-        if len(list(photos.glob("*.jpg"))) < NUM_PHOTOS:
-            draw_subject(found[1], seed=int(found[2]), num=NUM_PHOTOS, folder=photos)
+        if not photos.is_dir() and not is_dry:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as part:  # a killed process leaves no half of a subject
+                draw_subject(found[1], seed=int(found[2]), num=NUM_PHOTOS, folder=Path(part) / name)
+                (Path(part) / name).rename(photos)
         subjects.append(Subject(name, photos.absolute(), SubjectFile(class_noun=found[1])))
     return subjects
 
@@ -113,6 +126,7 @@ def read_subjects(folder: Path) -> list[Subject]:
             check_name("subject", path.parent.name)
             with path.open("rb") as file:
                 found = parse_subject_file(file.read(1_000_000))
+            check_reserved(found.settings)
         except (ConfigError, ValueError, OSError) as error:
             raise ConfigError(f"--subjects: {path.parent}: {error}") from error
         subjects.append(Subject(path.parent.name, path.parent.absolute(), found))
@@ -157,9 +171,28 @@ def find_result(cell: Cell, output: Path) -> Result | None:
             model = read_request(folder).model
         except ArtifactCorrupt:
             continue
-        if model == cell.model and has_same_content(cell, summary):
+        if model == cell.model and has_same_content(cell, summary) and is_current(folder, cell):
             return Result(cell, folder, summary)
     return None
+
+
+def is_current(folder: Path, cell: Cell) -> bool:
+    """Whether a run's manifests are in the store, of the present versions of their stages, and of the same photos."""
+    from tasks.evaluation.steps import STAGE_VERSION
+
+    run = read_run(folder)
+    store = open_store(run.config.store)
+    try:
+        subject = find_manifest(store, SubjectSet, stage="subject", key=run.find_stage_key("subject"))
+        evaluation = find_manifest(store, Evaluation, stage="evaluation", key=run.find_stage_key("evaluation"))
+    except (ConfigError, ArtifactCorrupt):
+        return False
+    if subject is None or evaluation is None or evaluation.stage_version != STAGE_VERSION:
+        return False
+    refused = (*subject.rejected, *subject.quarantined)
+    known = {photo.source_sha256 for photo in subject.images} | {photo.source_sha256 for photo in refused}
+    photos = [path for path in Path(str(cell.request.source)).iterdir() if path.suffix.lower() in SUFFIXES]
+    return {hashlib.sha256(path.read_bytes()).hexdigest() for path in photos} == known
 
 
 def has_same_content(cell: Cell, summary: RunSummary) -> bool:

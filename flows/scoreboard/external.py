@@ -76,6 +76,8 @@ def list_models(folder: Path) -> list[tuple[int, Path]]:
         (path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()), key=lambda p: int(p.name)
     )
     found = [(int(path.name), path) for path in seeds] or [(0, folder)]
+    if len({seed for seed, _ in found}) < len(found):
+        raise ConfigError(f"--external: two folders in {folder} are the same seed, such as 1 and 01; rename one")
     for _, path in found:
         detect(str(path))  # named before anything is computed
     return found

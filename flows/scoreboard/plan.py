@@ -1,6 +1,7 @@
 """The plan of a scoreboard: which methods, subjects and seeds, and which findings are checked."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -125,10 +126,15 @@ def check_settings(words: tuple[str, ...]) -> tuple[str, ...]:
         parse_overrides(words)
     except ConfigError as error:
         raise ValueError(str(error)) from error
-    taken = [word for word in words if word.partition("=")[0] in RESERVED]
+    check_reserved(word.partition("=")[0] for word in words)
+    return words
+
+
+def check_reserved(names: Iterable[str]) -> None:
+    """Refuse settings that the scoreboard itself sets. Raises ValueError."""
+    taken = [name for name in names if name in RESERVED]
     if taken:
         raise ValueError(f"{taken[0]}: subjects, seeds and the folder are the scoreboard's own")
-    return words
 
 
 def read_plan(path: Path = SHIPPED) -> Plan:

@@ -7,6 +7,9 @@ from tasks.manifests.evaluation import Evaluation
 from tasks.manifests.training import TunedModel
 from tasks.publishing.config import MIN_KNEE, PublishingConfig
 
+MIN_HEIGHT = 0.05
+"""Of a knee above the chord, in ranges of both axes; less is noise."""
+
 
 @dataclass(frozen=True)
 class Pick:
@@ -57,10 +60,14 @@ def measure_checkpoints(evaluation: Evaluation) -> list[CheckpointMeans]:
     Published weights have more samples than the others; only the draws that all have are averaged.
     """
     drawn = [s for s in evaluation.samples if s.kind == "candidate"]
-    draws = {(sample.prompt, sample.seed) for sample in drawn}
-    drawn += [
-        s for s in evaluation.samples if s.kind == "subject" and s.side == "tuned" and (s.prompt, s.seed) in draws
-    ]
+    if not drawn:
+        return []
+    drawn += [s for s in evaluation.samples if s.kind == "subject" and s.side == "tuned"]
+    by_weights: dict[int | None, set[tuple[str, int]]] = {}
+    for sample in drawn:
+        by_weights.setdefault(sample.step, set()).add((sample.prompt, sample.seed))
+    shared = set.intersection(*by_weights.values())  # the safety checker may have dropped some of one checkpoint
+    drawn = [sample for sample in drawn if (sample.prompt, sample.seed) in shared]
     by_step: dict[int, list[tuple[float, float]]] = {}
     for sample in drawn:
         found = evaluation.sample_metrics.get(sample.image.key)
@@ -86,5 +93,6 @@ def find_knee(rows: Sequence[CheckpointMeans]) -> int | None:
     if wide <= 0 or tall >= 0:  # no trade-off: more training is not better in one and worse in the other
         return None
     heights = [(b - y[0]) / -tall + (a - x[0]) / wide for a, b in zip(x, y, strict=True)]
-    best = max(range(len(rows)), key=heights.__getitem__)
-    return rows[best].step
+    # Both ends lie on the chord: only a point above it is a knee, and a straight line has none.
+    best = max(range(1, len(rows) - 1), key=heights.__getitem__)
+    return rows[best].step if heights[best] > MIN_HEIGHT else None

@@ -154,6 +154,8 @@ def generate(  # noqa: PLR0913, PLR0917 - a command's options
 
     if (prompt is None) == (prompts_file is None):
         raise ConfigError("give a prompt, or --prompts-file")
+    if grid and (grid_guidance or grid_steps):
+        raise ConfigError("--grid-guidance and --grid-steps draw a grid of their own; leave --grid out")
     request = asked.ImageRequest(
         (prompt,) if prompt is not None else asked.read_prompts(prompts_file or Path()),
         num, seed, steps, guidance, candidate, size, sampler, lora_scale, negative,

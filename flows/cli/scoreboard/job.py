@@ -41,7 +41,7 @@ class ScoreboardOptions:
 def run_scoreboard(options: ScoreboardOptions, *, as_format: Format, is_dry: bool) -> int:
     """Run what is missing, print the tables, and write them beside a picture; return 1 if a cell failed."""
     plan = read_plan(options.plan or SHIPPED).restrict(options.methods, options.num_seeds)
-    cells = plan_cells(options, plan)
+    cells = plan_cells(options, plan, is_dry=is_dry)
     if is_dry:
         for cell in cells:
             print(cell.command)
@@ -66,12 +66,12 @@ def run_scoreboard(options: ScoreboardOptions, *, as_format: Format, is_dry: boo
     return 1 if failed else 0
 
 
-def plan_cells(options: ScoreboardOptions, plan: Plan) -> list[Cell]:
+def plan_cells(options: ScoreboardOptions, plan: Plan, *, is_dry: bool = False) -> list[Cell]:
     """Return all cells, with those of other trainers at the end. Raises ConfigError."""
     if options.subjects is not None:
         subjects = read_subjects(options.subjects)
     else:
-        subjects = draw_subjects(plan.drawn, options.out / "subjects")
+        subjects = draw_subjects(plan.drawn, options.out / "subjects", is_dry=is_dry)
     if not subjects:
         raise ConfigError("the plan names no subjects; list `drawn`, or give --subjects DIR")
     cells = list(list_cells(plan, subjects, options.out))

@@ -15,7 +15,7 @@ from prefect.exceptions import Abort
 from conf.request import RunRequest
 from flows.runs.attempts import MAX_ATTEMPTS, check_attempts, find_finished_attempt, leave_to_earlier_attempt
 from flows.runs.records import read_summary, write_request, write_start, write_summary
-from tasks.errors import LikenessError
+from tasks.errors import ConfigError, LikenessError
 from tasks.manifests.run_summary import ProcessOwner
 
 
@@ -36,13 +36,28 @@ def test_a_run_that_has_finished_is_not_done_again_when_it_is_rescheduled(
     folder = make_attempt(tmp_path, "20260101-a", owner, flow_run_id="f1")
     monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "f1")
     monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__RUN_COUNT", "2")
-    assert find_finished_attempt(request) is None
+    assert find_finished_attempt(request, is_trusted=True) is None
     write_summary(folder, read_summary(folder).model_copy(update={"status": "finished"}))
-    found = find_finished_attempt(request)
+    found = find_finished_attempt(request, is_trusted=True)
     assert found is not None
     assert found.run_id == "20260101-a"
     monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "f2")
-    assert find_finished_attempt(request) is None
+    assert find_finished_attempt(request, is_trusted=True) is None
+
+
+def test_a_second_attempt_reads_no_file_that_a_restricted_request_may_not_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "elsewhere" / "token"
+    secret.parent.mkdir()
+    secret.write_text("hf_canary0123456789")
+    monkeypatch.setenv("LIKENESS_ROOTS", str(tmp_path / "photos"))
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "f1")
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__RUN_COUNT", "2")
+    request = RunRequest(settings={"evaluation.prompts": f"file:{secret}"})
+    with pytest.raises(ConfigError) as caught:
+        find_finished_attempt(request, is_trusted=False)
+    assert "canary" not in str(caught.value)
 
 
 @pytest.fixture

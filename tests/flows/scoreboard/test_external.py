@@ -71,3 +71,10 @@ def test_a_method_file_with_other_fields_is_named(tmp_path: Path) -> None:
     (tmp_path / "models" / "peer" / "method.yaml").write_text("tokn: olis\n")
     with pytest.raises(ConfigError, match=r"method\.yaml: unknown field .tokn."):
         list_cells(tmp_path / "models")
+
+
+def test_two_names_of_one_seed_are_refused(tmp_path: Path) -> None:
+    put_model(tmp_path / "models" / "peer" / "mug-3" / "1")
+    put_model(tmp_path / "models" / "peer" / "mug-3" / "01")
+    with pytest.raises(ConfigError, match="the same seed, such as 1 and 01"):
+        list_cells(tmp_path / "models")

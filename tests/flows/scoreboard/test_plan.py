@@ -55,7 +55,7 @@ def test_a_part_of_a_plan_keeps_what_still_makes_sense() -> None:
         ({"reference": "c"}, "there is no method c; there are a, b"),
         ({"seeds": [1, 1]}, "the same seed twice"),
         ({"seeds": []}, "seeds"),
-        ({"settings": ["seed=4"]}, "seed=4: subjects, seeds and the folder are the scoreboard's own"),
+        ({"settings": ["seed=4"]}, "seed: subjects, seeds and the folder are the scoreboard's own"),
         ({"settings": ["output_dir=/etc"]}, "the scoreboard's own"),
         ({"settings": ["nonsense"]}, "not of the form key=value"),
         ({"methods": {"../a": {}}, "reference": "../a"}, "use letters, digits"),
@@ -113,3 +113,17 @@ def test_folders_without_subjects_are_refused(tmp_path: Path) -> None:
         read_subjects(tmp_path)
     with pytest.raises(ConfigError, match="is not a folder"):
         read_subjects(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("setting", ["output_dir: /etc", "seed: 3", "subject.class_noun: cat"])
+def test_a_subject_may_not_set_what_the_scoreboard_sets(tmp_path: Path, setting: str) -> None:
+    (tmp_path / "rex").mkdir()
+    (tmp_path / "rex" / "subject.yaml").write_text(f"class_noun: dog\nsettings: {{{setting}}}\n")
+    with pytest.raises(ConfigError, match="scoreboard's own"):
+        read_subjects(tmp_path)
+
+
+def test_a_dry_run_draws_nothing(tmp_path: Path) -> None:
+    [subject] = draw_subjects(["mug-3"], tmp_path / "subjects", is_dry=True)
+    assert subject.photos == (tmp_path / "subjects" / "mug-3").absolute()
+    assert list(tmp_path.iterdir()) == []

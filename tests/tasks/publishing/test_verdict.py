@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 
-from tasks.manifests.evaluation import Estimate
+from tasks.manifests.base import ObjectRef
+from tasks.manifests.evaluation import Estimate, Evaluation, Sample, SubjectMetrics
 from tasks.manifests.run import RunManifests
 from tasks.manifests.scoring import SideScores
 from tasks.publishing.config import GateConfig
 from tasks.publishing.gate import find_blockers
-from tasks.publishing.pick import CheckpointMeans, find_knee
+from tasks.publishing.pick import CheckpointMeans, find_knee, measure_checkpoints
 from tasks.publishing.report.verdict import reach_verdict
 from tasks.services.store.local import LocalStore
 from tests.support.report import GATE, make_run
@@ -117,3 +118,33 @@ def test_the_knee_is_where_fidelity_begins_to_cost_more_editability() -> None:
     assert find_knee(rows((0.2, 0.70), (0.5, 0.68), (0.55, 0.5), (0.58, 0.4))) == 200
     assert find_knee(rows((0.2, 0.7), (0.5, 0.6))) is None
     assert find_knee(rows((0.2, 0.6), (0.5, 0.65), (0.6, 0.7))) is None  # better in both: no trade-off
+
+
+def test_a_straight_or_sagging_line_has_no_knee() -> None:
+    assert find_knee(rows((0.5, 0.3), (0.6, 0.25), (0.7, 0.2))) is None
+    assert find_knee(rows((0.5, 0.30), (0.6, 0.22), (0.7, 0.20))) is None
+    assert find_knee(rows((0.5, 0.30), (0.6, 0.29), (0.7, 0.20))) == 200
+
+
+def test_checkpoints_are_averaged_over_the_draws_that_all_of_them_have() -> None:
+    """The safety checker may have dropped a sample of one checkpoint alone."""
+
+    def sample(key: str, step: int | None, prompt: str) -> Sample:
+        return Sample(
+            image=ObjectRef(key=key, sha256="", size_bytes=0), side="tuned", prompt=prompt, class_prompt="", seed=1,
+            kind="subject" if step is None else "candidate", step=step,
+        )  # fmt: skip
+
+    samples = [
+        sample("a", 100, "one"),
+        sample("b", 100, "two"),
+        sample("c", 200, "one"),
+        sample("d", None, "one"),
+        sample("e", None, "two"),
+    ]
+    dinos = {"a": 1, "b": 9, "c": 2, "d": 3, "e": 9}
+    values = {key: SubjectMetrics(dino=dino, clip_i=0, clip_t=0) for key, dino in dinos.items()}
+    found = measure_checkpoints(
+        Evaluation.model_construct(samples=tuple(samples), sample_metrics=values, published_step=300)
+    )
+    assert [(row.step, row.dino) for row in found] == [(100, 1.0), (200, 2.0), (300, 3.0)]

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flows.scoreboard.cells import draw_subjects, find_result, list_cells
+from flows.scoreboard.plan import read_plan
 from tests.support.cli_sandbox import QUICK, CliSandbox
 
 PLAN = {
@@ -55,6 +57,19 @@ def test_a_scoreboard_is_made_once_and_takes_other_trainers_models(own: CliSandb
     rows = {row["method"]: row for row in json.loads(again.stdout)["methods"]}
     assert rows["peer"]["means"]["dino"]["mean"] == pytest.approx(rows["lora"]["means"]["dino"]["mean"], abs=1e-4)
     assert rows["peer"]["differences"]["clip_t"]["num"] == rows["lora"]["differences"]["clip_t"]["num"]
+
+    # Other photos in the same place, and samples that have left the store, are no finished results.
+    [cell, *_] = list_cells(read_plan(own.folder / "plan.yaml"), draw_subjects(["mug-3"], out / "subjects"), out)
+    assert find_result(cell, out) is not None
+    photo = out / "subjects" / "mug-3" / "mug-3-01.jpg"
+    kept = photo.read_bytes()
+    photo.write_bytes(kept + b"0")
+    assert find_result(cell, out) is None
+    photo.write_bytes(kept)
+    assert find_result(cell, out) is not None
+    (out / "store").rename(out / "away")
+    assert find_result(cell, out) is None
+    (out / "away").rename(out / "store")
 
     # Another model in the same place is another result.
     [target] = target.iterdir()

@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, receiver: tuple[str, list[d
     finally:
         processes = read_state(folder / "runs").processes
         down = likeness(folder, "down")
-        assert down.stdout == "stopped: worker, report server, MLflow server, Prefect server\n", down.stderr
+        assert down.stdout == "stopped: watchdog, worker, report server, MLflow server, Prefect server\n", down.stderr
         assert not any(process.is_alive() for process in processes)
 
 
@@ -85,7 +85,7 @@ def test_a_second_up_finds_the_running_stack(folder: Path) -> None:
     assert read_state(folder / "runs") == before
     status = likeness(folder, "status")
     assert status.returncode == 0, status.stdout
-    assert status.stdout.count(" running ") == 4
+    assert status.stdout.count(" running ") == 5
 
 
 def find_trainer(pid: int) -> psutil.Process | None:

@@ -150,11 +150,26 @@ class MlflowTracker:
         # Backticks, since names of tags contain dots.
         return list(self.client.search_runs([self.find_experiment()], f"tags.`{tag}` = '{value}'{condition}"))
 
-    def close_stale(self, *, tag: str, value: str) -> None:
-        """Mark runs with a tag as KILLED that are still RUNNING: their process is gone."""
+    def close_stale(self, *, tag: str, value: str, except_run: str) -> None:
+        """Mark runs with a tag as KILLED that are still RUNNING, except the one with that RUN_TAG."""
         with translated(self.uri):
             for run in self.find_runs(tag, value, " and attributes.status = 'RUNNING'"):
-                self.client.set_terminated(run.info.run_id, "KILLED")
+                if run.data.tags.get(RUN_TAG) != except_run:
+                    self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def close_killed(self, run_id: str) -> None:
+        """Mark a run as KILLED if it is still RUNNING; one that is deleted stays so."""
+        from mlflow.exceptions import MlflowException
+
+        with translated(self.uri):
+            try:
+                info = self.client.get_run(run_id).info
+            except MlflowException as error:
+                if error.error_code in MISSING_CODES:
+                    return
+                raise
+            if info.status == "RUNNING" and info.lifecycle_stage == "active":
+                self.client.set_terminated(run_id, "KILLED")
 
     def set_tag(self, name: str, value: str) -> None:
         """Set a tag of the run."""

@@ -62,8 +62,13 @@ class MlflowTracker:
         """Reach the server without importing MLflow, which takes seconds. Raises ServiceUnavailable."""
         try:
             self.reach()
-        except urllib.error.HTTPError:
-            return  # the server answers; a refusal of the health check is not one of the API
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                return  # the server answers; a refusal of the health check is not one of the API
+            # An ingress without its server, or a server that fails: MLflow's own retries would block for minutes.
+            raise ServiceUnavailable(
+                f"tracking at {self.config.uri} answers with HTTP {error.code}; start it, or set tracking=none"
+            ) from error
         except sqlite3.Error as error:
             raise ConfigError(
                 f"tracking at {self.uri}: {error}; move the file away, set tracking.uri, or set tracking=none"
@@ -334,4 +339,7 @@ def is_refusal(error: Exception) -> bool:
     if not isinstance(error, MlflowException):
         return False
     status = error.get_http_status_code()  # type: ignore[no-untyped-call]
-    return status in (400, 401, 403, 404)
+    if status == 404:
+        # MLflow's client gives this code to a 404 that has none: of a proxy, while the server behind it restarts.
+        return error.error_code != "ENDPOINT_NOT_FOUND"
+    return status in (400, 401, 403)

@@ -15,7 +15,9 @@ def open_journal(path: Path) -> Journal:
 def test_what_was_not_acknowledged_is_read_back_in_order_with_its_time(tmp_path: Path) -> None:
     journal = open_journal(tmp_path / "j.jsonl")
     dataset = DatasetInfo(name="subject", digest="d", source="s", context="training")
-    journal.append(Record(kind="start", name="run", server="http://s", experiment="team", tags={"t": "1"}, datasets=(dataset,)))
+    journal.append(
+        Record(kind="start", name="run", server="http://s", experiment="team", tags={"t": "1"}, datasets=(dataset,))
+    )
     for step in (1, 2, 3):
         journal.append(Record(kind="metrics", rows=(("loss", step / 4, step),), at_ms=1000 + step))
     journal.acknowledge(journal.pending[0], run_id="r1")

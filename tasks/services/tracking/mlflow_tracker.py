@@ -126,11 +126,14 @@ class MlflowTracker:
             return f"{redact_url(server).rstrip('/')}/#/experiments/{self.find_experiment()}/runs/{run_id}"
 
     def forget(self, *, tag: str, value: str) -> list[str]:
-        """Delete the runs with a tag, and the model versions made from them."""
+        """Delete the runs with a tag, their traces, and the model versions made from them."""
+        from tasks.services.tracking.llm_traces import delete_traces
+
         with translated(self.uri):
             runs = self.find_runs(tag, value)
             for run in runs:
-                # Versions first: a deleted run is not found by the next search, and its versions would stay.
+                # The run last: a deleted one is not found by the next search, and the others would stay.
+                delete_traces(self.client, run_id=str(run.info.run_id), experiment_id=str(run.info.experiment_id))
                 versions = self.client.search_model_versions(f"run_id='{run.info.run_id}'")
                 for version in versions:
                     self.client.delete_model_version(version.name, version.version)
@@ -341,5 +344,5 @@ def is_refusal(error: Exception) -> bool:
     status = error.get_http_status_code()  # type: ignore[no-untyped-call]
     if status == 404:
         # MLflow's client gives this code to a 404 that has none: of a proxy, while the server behind it restarts.
-        return error.error_code != "ENDPOINT_NOT_FOUND"
+        return str(error.error_code) != "ENDPOINT_NOT_FOUND"
     return status in (400, 401, 403)

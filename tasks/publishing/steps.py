@@ -14,7 +14,6 @@ from tasks.manifests.subject import SubjectSet
 from tasks.manifests.training import LossRow
 from tasks.publishing.config import PublishingConfig
 from tasks.services.config import TrackingConfig
-from tasks.services.tracking.base import Tracker
 from tasks.stage.cache import Stage, StageFolder, fetch_folder
 from tasks.stage.context import Runtime
 from tasks.stage.files import make_part_prefix, write_atomic
@@ -72,16 +71,24 @@ def publish(inputs: PublishingInputs, runtime: Runtime) -> State[Publication]:
     manifest = runtime.run_stage(
         inputs.stage(),
         lambda folder: compute_publication(folder, inputs, runtime),
-        find_missing_effect=lambda manifest: find_missing_effect(manifest, runtime.tracker),
+        find_missing_effect=lambda manifest: find_missing_effect(manifest, inputs.tracking, runtime),
     )
     return finished(manifest, runtime)
 
 
-def find_missing_effect(publication: Publication, tracker: Tracker) -> str:
-    """Return which side effect of a cached publication is missing on the tracking server, or an empty string."""
+def find_missing_effect(publication: Publication, config: TrackingConfig, runtime: Runtime) -> str:
+    """Return which side effect of a cached publication is missing on the tracking server, or an empty string.
+
+    Raises ServiceUnavailable where the server doesn't answer in time.
+    """
+    from tasks.services.tracking.open import wait_reachable
+
     # Only what lies on the tracking server: `find_manifest` has verified the objects in the store.
     if publication.tracking_run_id is None:
         return ""
+    # Before MLflow is called, whose own retries would block for minutes.
+    wait_reachable(config, runtime.tracker, on_wait=runtime.wait_note("publishing"))
+    tracker = runtime.tracker
     model = publication.registered_model, publication.registered_version
     paths = ("report", "model") if publication.registered_version else ("report",)
     if not tracker.has_artifacts(publication.tracking_run_id, paths):

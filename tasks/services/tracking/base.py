@@ -60,10 +60,10 @@ class Tracker(Protocol):
         """Return the address of a tracking run in a UI; empty where no server is known to show it."""
 
     def forget(self, *, tag: str, value: str) -> list[str]:
-        """Delete an interrupted attempt's traces: runs with a tag, and their model versions; return the runs' ids."""
+        """Delete what interrupted attempts logged: runs with a tag, their traces and model versions; return run ids."""
 
-    def close_stale(self, *, tag: str, value: str) -> None:
-        """Mark runs with a tag as killed that are still marked as running: their process is gone."""
+    def close_stale(self, *, tag: str, value: str, except_run: str) -> None:
+        """Mark runs with a tag as killed that are still marked as running, except the one with that RUN_TAG."""
 
     def set_tag(self, name: str, value: str) -> None:
         """Set a tag of the open run."""
@@ -125,7 +125,7 @@ class NoTracker:
         """Nothing is kept."""
         return []
 
-    def close_stale(self, *, tag: str, value: str) -> None:
+    def close_stale(self, *, tag: str, value: str, except_run: str) -> None:
         """Nothing is kept."""
 
     def set_tag(self, name: str, value: str) -> None:

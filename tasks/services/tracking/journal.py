@@ -33,6 +33,7 @@ class Record(BaseModel):
     """Unix time in milliseconds."""
     server: str = ""
     """Where the run is tracked, without a password."""
+    experiment: str = ""
     name: str = ""
     params: dict[str, str] = {}
     tags: dict[str, str] = {}
@@ -52,6 +53,7 @@ class Journal:
         """Of the tracking run, where its start was acknowledged."""
         self.name = ""
         self.server = ""
+        self.experiment = ""
         self.head_bytes = 0
         """Up to the acknowledgement of the start; 0: not yet."""
         self.count = 0
@@ -92,7 +94,8 @@ class Journal:
                 while self.pending and self.pending[0].number <= record.number:
                     self.pending.popleft()
             else:
-                self.name, self.server = record.name or self.name, record.server or self.server
+                if record.kind == "start":
+                    self.name, self.server, self.experiment = record.name, record.server, record.experiment
                 self.pending.append(record)
                 self.count = max(self.count, record.number)
 

@@ -37,6 +37,7 @@ class LiveRun:
     journal: Journal = field(default_factory=Journal)
     server: str = ""
     """Where the run is tracked, as the journal names it."""
+    experiment: str = ""
     reopen: Callable[[], Tracker] | None = None
     """Opens another tracker of the same server, for use while the thread blocks in a call of this one."""
     system_metrics_interval: float | None = None
@@ -45,6 +46,8 @@ class LiveRun:
     """Sends the journals of earlier runs, once the server answers."""
     closed: bool = False
     """Whether waiting for the thread timed out: the tracker then belongs to the thread."""
+    is_replayed: bool = False
+    """Whether another run sends the journal: runs with the same `stale_tag` may be newer, and alive."""
     ended: bool = False
     is_draining: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -57,13 +60,7 @@ class LiveRun:
         if self.thread is not None:
             return
         self.journal.open()
-        all_tags = {**self.tags, **tags, RUN_TAG: self.name}
-        self.journal.append(
-            Record(
-                kind="start", server=self.server, name=self.name, params=self.params, tags=all_tags,
-                stale_tag=stale_tag, datasets=tuple(datasets),
-            )
-        )  # fmt: skip
+        self.queue_start(tags=tags, stale_tag=stale_tag, datasets=datasets)
         self.thread = threading.Thread(target=self._work, name="live-tracking", daemon=True)
         self.thread.start()
         if self.system_metrics_interval is not None:
@@ -71,6 +68,16 @@ class LiveRun:
             threading.Thread(
                 target=sample_system, args=[self.log_metrics], kwargs=words, name="system-metrics", daemon=True
             ).start()
+
+    def queue_start(self, *, tags: dict[str, str], stale_tag: str, datasets: Sequence[DatasetInfo]) -> None:
+        """Record the start of the run, with all that another process needs to send it."""
+        all_tags = {**self.tags, **tags, RUN_TAG: self.name}
+        self.journal.append(
+            Record(
+                kind="start", server=self.server, experiment=self.experiment, name=self.name, params=self.params,
+                tags=all_tags, stale_tag=stale_tag, datasets=tuple(datasets),
+            )
+        )  # fmt: skip
 
     def log_metrics(self, rows: Iterable[MetricRow]) -> None:
         """Queue metrics for sending; rows missing from `logged` are sent when the run is published."""
@@ -199,8 +206,10 @@ class LiveRun:
 
     def _open(self, record: Record) -> None:
         """Open the tracking run."""
-        if record.stale_tag:
-            self.tracker.close_stale(tag=record.stale_tag, value=record.tags[record.stale_tag])
+        if record.stale_tag and not self.is_replayed:
+            # Not the run itself, which is there where the answer of an earlier call was lost.
+            value, own = record.tags[record.stale_tag], record.tags.get(RUN_TAG, "")
+            self.tracker.close_stale(tag=record.stale_tag, value=value, except_run=own)
         # The call may return after `drain` has given up. Such a run is closed by `_work`, never published to.
         run_id = self.tracker.start(name=record.name, params=record.params, tags=record.tags, started_ms=record.at_ms)
         with self.lock:

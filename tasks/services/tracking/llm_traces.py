@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 PAGE_SIZE = 500
+DELETED_AT_ONCE = 100
 
 
 def log_traces(client: "MlflowClient", calls: Sequence[LlmCall], *, uri: str, run_id: str, experiment_id: str) -> None:
@@ -35,18 +36,27 @@ def log_traces(client: "MlflowClient", calls: Sequence[LlmCall], *, uri: str, ru
         status = "OK" if call.is_ok else "ERROR"
         client.end_trace(span.trace_id, status=status, end_time_ns=int(call.ended_at * 1e9))
     mlflow.flush_trace_async_logging()
-    num_stored = count_traces(client, run_id=run_id, experiment_id=experiment_id)
+    num_stored = len(list_traces(client, run_id=run_id, experiment_id=experiment_id))
     if num_stored < len(calls):
         log.warning("the tracking server has %d of %d traces of LLM calls", num_stored, len(calls))
 
 
-def count_traces(client: "MlflowClient", *, run_id: str, experiment_id: str) -> int:
-    """Return how many traces a run has."""
-    count, token = 0, None
+def list_traces(client: "MlflowClient", *, run_id: str, experiment_id: str) -> list[str]:
+    """Return the ids of a run's traces."""
+    ids: list[str] = []
+    token = None
     while True:
         page = client.search_traces(
             locations=[experiment_id], run_id=run_id, max_results=PAGE_SIZE, page_token=token, include_spans=False
         )
-        count, token = count + len(page), page.token
+        ids += [trace.info.trace_id for trace in page]
+        token = page.token
         if not token:
-            return count
+            return ids
+
+
+def delete_traces(client: "MlflowClient", *, run_id: str, experiment_id: str) -> None:
+    """Delete a run's traces, which would outlive it in the experiment."""
+    ids = list_traces(client, run_id=run_id, experiment_id=experiment_id)
+    for start in range(0, len(ids), DELETED_AT_ONCE):
+        client.delete_traces(experiment_id, trace_ids=ids[start : start + DELETED_AT_ONCE])

@@ -136,9 +136,9 @@ class Trackers:
         for tracker in self.all:
             tracker.check()
 
-    def close_stale(self, *, tag: str, value: str) -> None:
+    def close_stale(self, *, tag: str, value: str, except_run: str) -> None:
         """Forward to the first tracker."""
-        self.first.close_stale(tag=tag, value=value)
+        self.first.close_stale(tag=tag, value=value, except_run=except_run)
 
     def set_tag(self, name: str, value: str) -> None:
         """Forward to the first tracker."""

@@ -62,8 +62,13 @@ class MlflowTracker:
         """Reach the server without importing MLflow, which takes seconds. Raises ServiceUnavailable."""
         try:
             self.reach()
-        except urllib.error.HTTPError:
-            return  # the server answers; a refusal of the health check is not one of the API
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                return  # the server answers; a refusal of the health check is not one of the API
+            # An ingress without its server, or a server that fails: MLflow's own retries would block for minutes.
+            raise ServiceUnavailable(
+                f"tracking at {self.config.uri} answers with HTTP {error.code}; start it, or set tracking=none"
+            ) from error
         except sqlite3.Error as error:
             raise ConfigError(
                 f"tracking at {self.uri}: {error}; move the file away, set tracking.uri, or set tracking=none"
@@ -121,11 +126,14 @@ class MlflowTracker:
             return f"{redact_url(server).rstrip('/')}/#/experiments/{self.find_experiment()}/runs/{run_id}"
 
     def forget(self, *, tag: str, value: str) -> list[str]:
-        """Delete the runs with a tag, and the model versions made from them."""
+        """Delete the runs with a tag, their traces, and the model versions made from them."""
+        from tasks.services.tracking.llm_traces import delete_traces
+
         with translated(self.uri):
             runs = self.find_runs(tag, value)
             for run in runs:
-                # Versions first: a deleted run is not found by the next search, and its versions would stay.
+                # The run last: a deleted one is not found by the next search, and the others would stay.
+                delete_traces(self.client, run_id=str(run.info.run_id), experiment_id=str(run.info.experiment_id))
                 versions = self.client.search_model_versions(f"run_id='{run.info.run_id}'")
                 for version in versions:
                     self.client.delete_model_version(version.name, version.version)
@@ -150,11 +158,26 @@ class MlflowTracker:
         # Backticks, since names of tags contain dots.
         return list(self.client.search_runs([self.find_experiment()], f"tags.`{tag}` = '{value}'{condition}"))
 
-    def close_stale(self, *, tag: str, value: str) -> None:
-        """Mark runs with a tag as KILLED that are still RUNNING: their process is gone."""
+    def close_stale(self, *, tag: str, value: str, except_run: str) -> None:
+        """Mark runs with a tag as KILLED that are still RUNNING, except the one with that RUN_TAG."""
         with translated(self.uri):
             for run in self.find_runs(tag, value, " and attributes.status = 'RUNNING'"):
-                self.client.set_terminated(run.info.run_id, "KILLED")
+                if run.data.tags.get(RUN_TAG) != except_run:
+                    self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def close_killed(self, run_id: str) -> None:
+        """Mark a run as KILLED if it is still RUNNING; one that is deleted stays so."""
+        from mlflow.exceptions import MlflowException
+
+        with translated(self.uri):
+            try:
+                info = self.client.get_run(run_id).info
+            except MlflowException as error:
+                if error.error_code in MISSING_CODES:
+                    return
+                raise
+            if info.status == "RUNNING" and info.lifecycle_stage == "active":
+                self.client.set_terminated(run_id, "KILLED")
 
     def set_tag(self, name: str, value: str) -> None:
         """Set a tag of the run."""
@@ -319,4 +342,7 @@ def is_refusal(error: Exception) -> bool:
     if not isinstance(error, MlflowException):
         return False
     status = error.get_http_status_code()  # type: ignore[no-untyped-call]
-    return status in (400, 401, 403, 404)
+    if status == 404:
+        # MLflow's client gives this code to a 404 that has none: of a proxy, while the server behind it restarts.
+        return str(error.error_code) != "ENDPOINT_NOT_FOUND"
+    return status in (400, 401, 403)

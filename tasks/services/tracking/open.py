@@ -10,7 +10,7 @@ from pathlib import Path
 from tasks.errors import LikenessError, ServiceUnavailable
 from tasks.redaction import redact_url
 from tasks.services.config import TrackingConfig
-from tasks.services.tracking.base import RUN_TAG, NoTracker, Tracker
+from tasks.services.tracking.base import NoTracker, Tracker
 from tasks.services.tracking.journal import JOURNAL_NAME, Journal
 from tasks.services.tracking.live import LiveRun
 from tasks.services.tracking.mlflow_tracker import MlflowTracker
@@ -54,6 +54,7 @@ def open_live(config: TrackingConfig, tracker: Tracker, run: RunDescription) -> 
         run.tags,
         journal=Journal(run.folder / JOURNAL_NAME),
         server=redact_url(config.uri),
+        experiment=config.experiment,
         system_metrics_interval=config.system_metrics_interval,
         reopen=lambda: open_tracker(config, folder=output),
         send_left_over=partial(send_left_over, config, output),
@@ -68,7 +69,9 @@ def send_left_over(config: TrackingConfig, output: Path) -> None:
             if not journal.open():  # its run is at work
                 continue
             if journal.server == redact_url(config.uri):
-                send_journal(journal, MlflowTracker(config, folder=output))
+                # Its run's own experiment, not that of the run that happens to send it.
+                own = config.model_copy(update={"experiment": journal.experiment or config.experiment})
+                send_journal(journal, MlflowTracker(own, folder=output))
         except (LikenessError, OSError) as error:
             log.warning("%s is sent by a later run: %s", path, error)
         finally:
@@ -77,13 +80,13 @@ def send_left_over(config: TrackingConfig, output: Path) -> None:
 
 def send_journal(journal: Journal, tracker: MlflowTracker) -> None:
     """Send the rest of a journal, close its run and remove the file. Raises ServiceUnavailable."""
-    live = LiveRun(tracker, journal.name, {}, journal=journal)
+    live = LiveRun(tracker, journal.name, {}, journal=journal, is_replayed=True)
     if journal.run_id is not None:
         tracker.run_id = live.run_id = journal.run_id
         live.is_open = True
     live.send_pending()
-    # Still marked as running where the process was killed.
-    tracker.close_stale(tag=RUN_TAG, value=journal.name)
+    if tracker.run_id is not None:  # also of a start that was refused half-way
+        tracker.close_killed(tracker.run_id)
     journal.remove()
 
 

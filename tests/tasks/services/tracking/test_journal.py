@@ -15,7 +15,9 @@ def open_journal(path: Path) -> Journal:
 def test_what_was_not_acknowledged_is_read_back_in_order_with_its_time(tmp_path: Path) -> None:
     journal = open_journal(tmp_path / "j.jsonl")
     dataset = DatasetInfo(name="subject", digest="d", source="s", context="training")
-    journal.append(Record(kind="start", name="run", server="http://s", tags={"t": "1"}, datasets=(dataset,)))
+    journal.append(
+        Record(kind="start", name="run", server="http://s", experiment="team", tags={"t": "1"}, datasets=(dataset,))
+    )
     for step in (1, 2, 3):
         journal.append(Record(kind="metrics", rows=(("loss", step / 4, step),), at_ms=1000 + step))
     journal.acknowledge(journal.pending[0], run_id="r1")
@@ -26,7 +28,7 @@ def test_what_was_not_acknowledged_is_read_back_in_order_with_its_time(tmp_path:
         (3, 1002, (("loss", 0.5, 2),)),
         (4, 1003, (("loss", 0.75, 3),)),
     ]
-    assert (again.run_id, again.name, again.server) == ("r1", "run", "http://s")
+    assert (again.run_id, again.name, again.server, again.experiment) == ("r1", "run", "http://s", "team")
     again.append(Record(kind="finish"))
     assert again.pending[-1].number == 5
     again.close()

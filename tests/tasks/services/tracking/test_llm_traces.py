@@ -55,6 +55,9 @@ def test_llm_calls_are_traced_without_text_images_or_keys(tmp_path: Path, monkey
     assert answered.attributes["mlflow.chat.tokenUsage"]["input_tokens"] == 100
     assert answered.end_time_ns > answered.start_time_ns
     assert roots[0].status.status_code.value == "ERROR"
+    run_id, _ = track_run(tracker, run)  # as a repeated publication does
+    traces = tracker.client.search_traces(locations=[tracker.find_experiment()])
+    assert [trace.info.trace_metadata["mlflow.sourceRun"] for trace in traces] == [run_id] * 3
     assert not (tmp_path / "elsewhere.db").exists()
     canaries = [KEY, PROMPT, REASON, "grade this", base64.b64encode(picture).decode()[:60]]
     stored = [path for path in output.rglob("*") if path.is_file()]

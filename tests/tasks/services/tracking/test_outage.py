@@ -3,17 +3,25 @@
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tasks.errors import ServiceUnavailable
+from tasks.manifests.base import ObjectRef
+from tasks.manifests.publishing import Publication
+from tasks.publishing.steps import find_missing_effect
 from tasks.services.config import TrackingConfig
+from tasks.services.store.local import LocalStore
 from tasks.services.tracking.base import RUN_TAG
 from tasks.services.tracking.journal import JOURNAL_NAME
 from tasks.services.tracking.mlflow_tracker import MlflowTracker
 from tasks.services.tracking.open import send_left_over, wait_reachable
+from tasks.stage.context import Runtime
+from tasks.stage.progress import LineProgress
 from tests.support.cli_sandbox import ROOT
 from tests.support.config import make_config
 from tests.support.tracking import begin, log, read_history, wait_logged
@@ -37,6 +45,30 @@ def test_a_publication_waits_as_long_as_configured_for_a_server(tmp_path: Path, 
         wait_reachable(config.model_copy(update={"max_wait_seconds": 60}), tracker, on_wait=begin_to_listen)
         late.shutdown()
     assert waits[0] == "the tracking server"
+
+
+def test_a_cached_publication_waits_no_longer_than_configured_for_a_server(
+    tmp_path: Path, free_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(TrackingConfig, uri=f"http://127.0.0.1:{free_port}", max_wait_seconds=1)
+    unused: Any = None
+    runtime = Runtime(
+        "run", LocalStore(tmp_path / "store"), llm=unused, tracker=MlflowTracker(config, folder=tmp_path),
+        progress=LineProgress(), live=unused, work_folder=tmp_path,
+    )  # fmt: skip
+    ref = ObjectRef(key="k", size_bytes=1, sha256="0" * 64)
+    publication = Publication(
+        stage="publishing", stage_key="k", stage_version=1, seconds=1.0, counts={}, objects=(),
+        registered_model="m", registered_version="1",
+        tracking_run_id="0" * 32, report=ref, sample_grid=ref, model=(), published_step=1, published_because="",
+    )  # fmt: skip
+    started = time.monotonic()
+    with pytest.raises(ServiceUnavailable, match="does not answer"):
+        find_missing_effect(publication, config, runtime)
+    assert 1 <= time.monotonic() - started < 20  # MLflow's own retries take minutes
+    assert "publishing waits for the tracking server" in "".join(capsys.readouterr())
+    untracked = publication.model_copy(update={"tracking_run_id": None})
+    assert find_missing_effect(untracked, config, runtime) == ""
 
 
 class HealthyHandler(BaseHTTPRequestHandler):

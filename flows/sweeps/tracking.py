@@ -1,0 +1,141 @@
+"""Tracking of a sweep: its own run, and one child per trial.
+
+Trials wait in the study's attributes until the server has them, so that a resumed sweep sends what an outage left.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from conf.schema import RunConfig
+from flows.runs.context import progress_of_run
+from flows.runs.log import make_run_progress
+from flows.sweeps.study import TOKEN, SweepStudy, locked
+from flows.sweeps.trials import SEED_VALUES
+from tasks.errors import ServiceUnavailable
+from tasks.manifests.run_summary import RunSummary
+from tasks.services.tracking.base import RUN_TAG, MetricRow
+from tasks.services.tracking.mlflow_tracker import MlflowTracker
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+UNTRACKED = "untracked-"
+"""Prefix of the study's attributes of trials that the server doesn't have; a trial's own are closed with it."""
+
+
+class TrialRow(BaseModel):
+    """What the tracking server is told of a trial."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    number: int
+    name: str
+    params: dict[str, str]
+    rows: tuple[MetricRow, ...]
+    ended_ms: int
+
+
+@dataclass
+class SweepTracking:
+    """The sweep's own tracking run, the parent of its trials'. A server that is down doesn't stop the sweep."""
+
+    tracker: MlflowTracker
+    study: SweepStudy
+    config: RunConfig
+    outage: str = ""
+    """Why the last call was not taken."""
+
+    def track(self, trial: "Trial", summaries: Sequence[RunSummary]) -> None:
+        """Log one trial as a child, with means over its seeds."""
+        tables = [summary.metrics["tuned"] for summary in summaries]
+        names = [name for name in tables[0] if all(table.get(name) is not None for table in tables)]
+        rows = [(f"tuned/{name}", sum(table[name] or 0.0 for table in tables) / len(tables), 0) for name in names]
+        columns = [list(column) for column in zip(*trial.user_attrs[SEED_VALUES], strict=True)]
+        for objective, column in zip(self.study.objectives, columns, strict=True):
+            name = "objective" if len(columns) == 1 else f"objective/{objective.name}"
+            rows.append((name, sum(column) / len(column), 0))
+        row = TrialRow(
+            number=trial.number,
+            name=summaries[0].run_id,
+            params={key: str(item) for key, item in trial.params.items()},
+            rows=tuple(rows),
+            ended_ms=int(time.time() * 1000),
+        )
+        self.study.study.set_user_attr(f"{UNTRACKED}{row.number}", row.model_dump(mode="json"))
+        if not self.send():
+            note(f"warning: {self.outage}; the sweep goes on, and its trials are sent when the server answers")
+
+    def send(self) -> bool:
+        """Send what is left, in order; return whether the server has all of it."""
+        try:
+            self.tracker.check()  # MLflow's own retries would wait for minutes
+            if self.tracker.run_id is None:
+                self.open()
+            # Another process of the same study would send them too.
+            with locked(self.study.journal.with_suffix(".tracking.lock")):
+                for trial in list_untracked(self.study):
+                    self.send_trial(trial)
+                    self.study.study.set_user_attr(f"{UNTRACKED}{trial.number}", None)
+        except ServiceUnavailable as error:
+            self.outage = str(error)
+            return False
+        return True
+
+    def open(self) -> None:
+        """Open the parent run."""
+        request = self.study.request
+        params = {key: ", ".join(map(str, values)) for key, values in request.space.items()}
+        params |= {key: str(searched) for key, searched in request.ranges.items()}
+        self.tracker.start(name=request.study_name, params=params, tags={"likeness.kind": "sweep"})
+
+    def send_trial(self, trial: TrialRow) -> None:
+        """Log a trial; one whose earlier call failed half-way is continued, not logged twice."""
+        child = MlflowTracker(self.config.tracking, folder=Path(self.config.output_dir))
+        child.parent_run_id = self.tracker.run_id
+        # Of the study, not of the parent: a resumed sweep has another one.
+        tags = {"likeness.kind": "trial", RUN_TAG: f"{self.study.study.user_attrs[TOKEN]}/{trial.number}"}
+        child.start(name=trial.name, params=trial.params, tags=tags)
+        child.log_metrics(trial.rows, at_ms=trial.ended_ms)
+        child.finish(is_failed=False)
+
+    def finish(self, *, is_failed: bool) -> None:
+        """Send what is left and close the parent run, or say what the server doesn't have."""
+        if not self.send():
+            left = f"{len(list_untracked(self.study))} trials of {self.study.request.study_name}"
+            note(f"warning: {left} are not tracked: {self.outage}; the same sweep, run again, sends them")
+            return
+        try:
+            self.tracker.finish(is_failed=is_failed)
+        except ServiceUnavailable as error:
+            note(f"warning: the sweep's tracking run stays open: {error}")
+
+
+def list_untracked(study: SweepStudy) -> list[TrialRow]:
+    """Return the trials that the tracking server doesn't have yet, in their order."""
+    rows = []
+    for name, value in study.study.user_attrs.items():
+        if name.startswith(UNTRACKED) and value is not None:
+            try:
+                rows.append(TrialRow.model_validate(value))
+            except ValidationError:
+                note(f"warning: {study.journal}: attribute {name} is damaged; the trial is not tracked")
+    return sorted(rows, key=lambda row: row.number)
+
+
+def note(text: str) -> None:
+    """Show a line where the sweep's progress is shown."""
+    (progress_of_run.get() or make_run_progress()).note(text)
+
+
+def open_tracking(study: SweepStudy, config: RunConfig) -> SweepTracking | None:
+    """Open the sweep's own tracking run, and send what an earlier sweep of the study could not."""
+    if config.tracking.kind != "mlflow":
+        return None
+    tracking = SweepTracking(MlflowTracker(config.tracking, folder=Path(config.output_dir)), study, config)
+    if not tracking.send():
+        note(f"warning: {tracking.outage}; the sweep goes on, and its trials are sent when the server answers")
+    return tracking

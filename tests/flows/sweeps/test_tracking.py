@@ -1,0 +1,47 @@
+"""Tracking of a sweep's trials by a server that is down until the sweep has ended."""
+
+from pathlib import Path
+
+import pytest
+
+from conf.sweep import read_sweep
+from flows.sweep_settings import run_sweep
+from flows.sweeps.study import SweepStudy
+from flows.sweeps.tracking import UNTRACKED, list_untracked
+from tasks.services.tracking.mlflow_tracker import MlflowTracker
+from tests.support.sweep import RATE, FakeRuns, compile_base, sweep, sweep_request
+
+
+def test_trials_that_an_outage_left_are_sent_when_the_sweep_is_run_again(
+    tmp_path: Path, free_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"output_dir={tmp_path}", f"tracking.uri=http://127.0.0.1:{free_port}", f"{RATE}=1e-4,2e-4"]
+    request = read_sweep(words, {"study": "outage"})
+    sweep(request, FakeRuns())
+    shown = "".join(capsys.readouterr())
+    assert "warning: 2 trials of outage are not tracked: tracking at http://127.0.0.1:" in shown
+    assert "does not answer" in shown
+    down = compile_base(request.base.model_dump_json())
+    up = down.model_copy(update={"tracking": down.tracking.model_copy(update={"uri": ""})})
+    runs = FakeRuns()
+    for _ in range(2):  # the second time nothing is left to send
+        run_sweep(request, up, runs)
+    assert runs.requests == []
+    assert "not tracked" not in "".join(capsys.readouterr())
+    tracker = MlflowTracker(up.tracking, folder=tmp_path)
+    [parent] = tracker.find_runs("likeness.kind", "sweep")
+    trials = tracker.find_runs("likeness.kind", "trial")
+    assert sorted(run.data.metrics["tuned/dino"] for run in trials) == [1e-4, 2e-4]
+    assert {run.data.tags["mlflow.parentRunId"] for run in trials} == {parent.info.run_id}
+    assert {run.info.status for run in [parent, *trials]} == {"FINISHED"}
+
+
+def test_a_damaged_record_of_an_untracked_trial_costs_only_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = SweepStudy(sweep_request(tmp_path, f"{RATE}=1e-4,2e-4"), tmp_path / "sweeps", seed=0)
+    whole = {"number": 1, "name": "run-1", "params": {}, "rows": [["objective", 0.5, 0]], "ended_ms": 1}
+    study.study.set_user_attr(f"{UNTRACKED}0", {"number": "zero"})
+    study.study.set_user_attr(f"{UNTRACKED}1", whole)
+    assert [row.number for row in list_untracked(study)] == [1]
+    assert "attribute untracked-0 is damaged" in "".join(capsys.readouterr())

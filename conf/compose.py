@@ -116,8 +116,14 @@ def split_store_url(url: str, *, name: str) -> dict[str, Value]:
         raise ConfigError(
             f"{name} takes s3://BUCKET or s3://BUCKET/PREFIX; AWS_ENDPOINT_URL names another server than AWS"
         )
-    default = "likeness" if not found[2] else found[2].strip("/")
-    return {"store.kind": "s3", "store.bucket": found[1], "store.prefix": default}
+    prefix = (found[2] or "").strip("/") or "likeness"
+    return {"store.kind": "s3", "store.bucket": found[1], "store.prefix": prefix}
+
+
+def normalize_store_url(url: str, *, name: str) -> str:
+    """Return the address of a store with its prefix. Raises ConfigError naming what held the address."""
+    found = split_store_url(url, name=name)
+    return f"s3://{found['store.bucket']}/{found['store.prefix']}"
 
 
 def find_cap(plain: Tree, choices: dict[str, str]) -> float | None:

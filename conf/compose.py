@@ -33,7 +33,7 @@ Tree = dict[str, object]
 OUTPUT_VARIABLE = "LIKENESS_OUTPUT_DIR"
 """The default of output_dir on a worker: its working directory is the checkout's."""
 STORE_VARIABLE = "LIKENESS_STORE_URL"
-"""The default bucket and prefix of a worker's store: s3://BUCKET/PREFIX."""
+"""The bucket and prefix of a worker's store, s3://BUCKET/PREFIX: of requests that choose none."""
 TRACKING_VARIABLE = "LIKENESS_TRACKING_URI"
 """The default of tracking.uri on a worker."""
 COMPOSING = threading.Lock()  # GlobalHydra is one per process
@@ -66,6 +66,7 @@ def compile_request(request: RunRequest, *, roots: tuple[Path, ...] | None = Non
     # The request's choices are names of options, validated by RunRequest; only its settings are free values.
     plain = compose_groups(choices)
     overlay(plain, read_environment())
+    overlay(plain, read_store_url(choices["store"], plain, settings))
     operators_cap = find_cap(plain, choices) if roots is not None else None
     # Before the overlay: as the operator has set them, whatever the request says.
     operators_folders = (str(lookup(plain, "output_dir")), str(lookup(plain, "store.folder")))
@@ -93,9 +94,19 @@ def read_environment() -> dict[str, Value]:
     for variable, name in ((OUTPUT_VARIABLE, "output_dir"), (TRACKING_VARIABLE, "tracking.uri")):
         if os.environ.get(variable):
             found[name] = os.environ[variable]
-    if os.environ.get(STORE_VARIABLE):
-        found |= split_store_url(os.environ[STORE_VARIABLE], name=STORE_VARIABLE)
     return found
+
+
+def read_store_url(option: str, plain: Tree, settings: dict[str, Value]) -> dict[str, Value]:
+    """Return the operator's bucket, where the request leaves the store open. Raises ConfigError."""
+    url = os.environ.get(STORE_VARIABLE)
+    # `s3` without a bucket says which kind, not where; other options (local, an operator's own) say both.
+    is_open = option == "auto" or (option == "s3" and not lookup(plain, "store.bucket"))
+    if not url or not is_open:
+        return {}
+    found = split_store_url(url, name=STORE_VARIABLE)
+    # A prefix belongs to its bucket.
+    return found if "store.bucket" not in settings else {"store.kind": found["store.kind"]}
 
 
 def split_store_url(url: str, *, name: str) -> dict[str, Value]:
@@ -105,8 +116,14 @@ def split_store_url(url: str, *, name: str) -> dict[str, Value]:
         raise ConfigError(
             f"{name} takes s3://BUCKET or s3://BUCKET/PREFIX; AWS_ENDPOINT_URL names another server than AWS"
         )
-    default = "likeness" if not found[2] else found[2].strip("/")
-    return {"store.kind": "s3", "store.bucket": found[1], "store.prefix": default}
+    prefix = (found[2] or "").strip("/") or "likeness"
+    return {"store.kind": "s3", "store.bucket": found[1], "store.prefix": prefix}
+
+
+def normalize_store_url(url: str, *, name: str) -> str:
+    """Return the address of a store with its prefix. Raises ConfigError naming what held the address."""
+    found = split_store_url(url, name=name)
+    return f"s3://{found['store.bucket']}/{found['store.prefix']}"
 
 
 def find_cap(plain: Tree, choices: dict[str, str]) -> float | None:

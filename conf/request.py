@@ -103,7 +103,9 @@ class RunRequest(BaseModel):
         OPTIONS["training/devices"],
         description="one GPU or the CPU, all GPUs of the machine, weights sharded over them, several machines",
     )
-    store: Annotated[str, OptionOf("store")] = Field(OPTIONS["store"], description="where objects live")
+    store: Annotated[str, OptionOf("store")] = Field(
+        OPTIONS["store"], description="where objects live; auto: in the worker's bucket, else in a folder"
+    )
     tracking: Annotated[str, OptionOf("tracking")] = Field(OPTIONS["tracking"], description="where metrics are tracked")
     seed: int | None = Field(
         None, ge=0, le=2**31 - 1, description="seed of training, 0 to 2147483647; empty: the default"

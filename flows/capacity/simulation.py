@@ -1,6 +1,6 @@
 """A discrete-event simulation of many runs that share workers, GPUs, an LLM account, a server and a store.
 
-A run takes a worker, prepares photos at the rate of the LLM account, holds a GPU from class images to samples, waits
+A run takes a worker, prepares photos at the rate of the LLM account, holds its GPUs from class images to samples, waits
 for its batch job without a worker, and publishes. All runs are queued at the start; every queue is first in, first out.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from flows.capacity.workload import Installation, Workload
+from tasks.errors import ConfigError
 
 HOUR = 3600.0
 IDLE = 0.5
@@ -94,9 +95,19 @@ class Outcome:
 
 
 class Simulation:
-    """Runs of one workload on one installation."""
+    """Runs of one workload on one installation.
+
+    Raises:
+        ConfigError: a run holds more GPUs at a time than there are.
+
+    """
 
     def __init__(self, work: Workload, offer: Installation) -> None:
+        if work.gpus > offer.gpus:
+            raise ConfigError(
+                f"{work.name} holds {work.gpus} GPUs at a time, and gpus={offer.gpus}; set gpus={work.gpus} or more, "
+                "or name a run on fewer devices"
+            )
         self.work, self.offer = work, offer
         self.now, self.events, self.order = 0.0, list[tuple[float, int, Callable[[], None]]](), count()
         self.workers, self.gpus = Pool(offer.workers), Pool(offer.gpus)
@@ -125,13 +136,13 @@ class Simulation:
             self.llm.take(self.now, self.work.llm_calls),
             self.server.take(self.now, self.offer.server_requests_per_run),
         )
-        self.at(ready, lambda: self.gpus.take(1, self.compute))
+        self.at(ready, lambda: self.gpus.take(self.work.gpus, self.compute))
 
     def compute(self) -> None:
         """Class images, training and samples."""
 
         def finish() -> None:
-            self.gpus.free(1, self.on_gpu)
+            self.gpus.free(self.work.gpus, self.on_gpu)
             used = self.work.before_gpu + self.on_gpu
             if not self.work.batch_requests:
                 self.publish(used)
@@ -159,7 +170,7 @@ class Simulation:
     def describe(self, subjects: int) -> Outcome:
         """Return totals and shares of use."""
         work, offer, seconds = self.work, self.offer, max(self.now, 1e-9)
-        gpu_hours = subjects * self.on_gpu / HOUR
+        gpu_hours = subjects * work.gpus * self.on_gpu / HOUR
         pools = {"GPUs": self.gpus, "workers": self.workers, "batch queue": self.batch}
         rates = {"LLM requests": self.llm, "Prefect server": self.server, "store requests": self.store}
         use = {name: pool.held_seconds / (pool.size * seconds) for name, pool in pools.items()}

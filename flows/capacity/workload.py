@@ -10,6 +10,7 @@ from conf.compose import describe_invalid
 from conf.groups import CONFIG_DIR
 from flows.runs.records import PastRun
 from tasks.errors import ConfigError
+from tasks.services.llm.budget.ledger import read_rows
 from tasks.services.store.open import open_store
 from tasks.stage.cache import PREFIXES
 
@@ -45,7 +46,7 @@ class Workload:
     before_gpu: float
     """Seconds of a worker before a GPU is needed: photos, their inspection, and start-up."""
     on_gpu: float
-    """Seconds of a GPU."""
+    """Seconds during which its GPUs are held."""
     after_gpu: float
     """Seconds of a worker after the GPU is free, without the wait for a batch job."""
     llm_calls: int
@@ -55,6 +56,10 @@ class Workload:
     llm_usd: float
     objects: int
     stored_bytes: int
+    gpus: int = 1
+    """Held at a time: what the stage with the most devices takes."""
+    cached_replies: int = 0
+    """LLM replies from the cache, which were neither requested nor paid."""
 
 
 def read_installation(words: list[str]) -> Installation:
@@ -75,7 +80,7 @@ def measure_run(run: PastRun, folder: Path) -> Workload:
     """Return what a finished run took.
 
     Raises:
-        ConfigError: it took stages from the store, so that it shows nothing of what they take.
+        ConfigError: it took stages from the store or resumed its training, so that it shows a part of what they take.
 
     """
     stages = run.summary.stages
@@ -83,6 +88,12 @@ def measure_run(run: PastRun, folder: Path) -> Workload:
     if cached:
         raise ConfigError(
             f"{folder.name} did not compute {', '.join(cached)}; name a run that computed every stage (`likeness runs`)"
+        )
+    training = stages["training"].counts
+    if training.get("resumed_from_step", 0):
+        raise ConfigError(
+            f"{folder.name} resumed its training at step {training['resumed_from_step']}, and recorded the seconds "
+            "of the last attempt alone; name a run that was not interrupted (`likeness runs`)"
         )
     store = open_store(run.config.store)
     stored = [each for name in STAGES for each in store.list_objects(f"{PREFIXES[name]}/{stages[name].key}/")]
@@ -99,4 +110,17 @@ def measure_run(run: PastRun, folder: Path) -> Workload:
         llm_usd=run.summary.cost_usd or 0.0,
         objects=len(stored),
         stored_bytes=sum(each.size_bytes for each in stored),
+        gpus=max(count_devices(run), run.config.prior.num_devices),
+        cached_replies=count_cached(folder / "ledger.jsonl"),
     )
+
+
+def count_devices(run: PastRun) -> int:
+    """Return the devices of a training: as counted, since a configuration of 0 means all of the machine's."""
+    config = run.config.training
+    return run.summary.stages["training"].counts.get("world_size", max(1, config.num_devices) * config.num_nodes)
+
+
+def count_cached(ledger: Path) -> int:
+    """Return the replies that a run took from the cache."""
+    return sum(row is not None and row.outcome == "cached" for row in read_rows(ledger)) if ledger.is_file() else 0

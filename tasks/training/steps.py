@@ -201,21 +201,16 @@ def store_result(
     """Store weights, candidates, samples and loss log, then write the manifest."""
     from tasks.training.process.worker_spec import RunFolder
 
-    run, micro = RunFolder(spec.path), result.micro_batch_size
+    run = RunFolder(spec.path)
     model = tuple(folder.put_file(f"model/{name}", run.model / name) for name in result.model_files())
     folder.put("losses.jsonl", run.losses.read_bytes())  # a copy: a later attempt writes into the file
     for path in list_files(run.candidates.rglob("*")):
         folder.put_file(path.relative_to(run.folder).as_posix(), path)
     for path in list_files(run.samples.glob("*.png")):
         folder.put(f"samples/{path.name}", path.read_bytes())
-    counts = {"steps": result.num_steps, "resumed_from_step": result.start_step}
-    if spec.holdout_images:
-        counts["held_out"] = len(spec.holdout_images)
-    if micro != spec.training.train_batch_size:
-        counts["micro_batch_size"] = micro
     return folder.finish(
         TunedModel(
-            **folder.head(STAGE_VERSION, counts=counts),
+            **folder.head(STAGE_VERSION, counts=count_training(spec, result)),
             base_model=inputs.prior.base_model,
             model=model,
             num_steps=result.num_steps,
@@ -230,6 +225,18 @@ def store_result(
             prior_sha256=inputs.prior.compute_content_digest(),
         )
     )
+
+
+def count_training(spec: "TrainingSpec", result: "WorkerResult") -> dict[str, int]:
+    """Return what the manifest counts: steps, and what differs from the configuration or isn't in it."""
+    counts = {"steps": result.num_steps, "resumed_from_step": result.start_step}
+    if spec.holdout_images:
+        counts["held_out"] = len(spec.holdout_images)
+    if result.micro_batch_size != spec.training.train_batch_size:
+        counts["micro_batch_size"] = result.micro_batch_size
+    if spec.training.world_size > 1:  # the configuration may say 0: all GPUs of whichever machine
+        counts["world_size"] = spec.training.world_size
+    return counts
 
 
 def list_files(paths: Iterable[Path]) -> list[Path]:

@@ -16,6 +16,7 @@ from conf.schema import RunConfig
 from conf.subjects import ManyRequest
 from conf.sweep import SweepRequest
 from tasks.errors import ConfigError
+from tasks.services.config import StoreConfig
 
 OVERRIDES = [
     "subject.source=photos", "subject.class_noun=mug", "experiment=smoke", "training.learning_rate=3e-5",
@@ -244,3 +245,34 @@ def test_a_workers_bucket_and_tracking_server_are_defaults_of_requests(monkeypat
         monkeypatch.setenv("LIKENESS_STORE_URL", wrong)
         with pytest.raises(ConfigError, match="LIKENESS_STORE_URL takes s3://BUCKET"):
             compile_request(RunRequest())
+
+
+@pytest.mark.parametrize("kind", ["command line", "form"])
+def test_a_store_that_a_request_chooses_wins_over_the_environment(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIKENESS_STORE_URL", "s3://a-bucket/team")
+
+    def compose_store(*words: str) -> StoreConfig:
+        request = parse_overrides(words)
+        # The form sends every field, with the default of those that were not touched.
+        return compile_request(request if kind == "command line" else RunRequest(**request.model_dump())).store
+
+    assert compose_store("store=local").kind == "local"
+    untouched = compose_store("experiment=smoke")
+    assert (untouched.kind, untouched.bucket, untouched.prefix) == ("s3", "a-bucket", "team")
+    shared = compose_store("store=s3")
+    assert (shared.kind, shared.bucket, shared.prefix) == ("s3", "a-bucket", "team")
+    # Fields are of the store that was chosen, and never mixed with those of the environment.
+    other = compose_store("store=s3", "store.bucket=other")
+    assert (other.kind, other.bucket, other.prefix) == ("s3", "other", "likeness")
+    assert compose_store("store.kind=local").kind == "local"
+    assert compose_store("store.prefix=mine").prefix == "mine"
+
+
+def test_an_operators_own_store_wins_over_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "store").mkdir()
+    text = "# @package _global_\nstore:\n  kind: s3\n  bucket: ours\n  prefix: p\n"
+    (tmp_path / "store" / "ours.yaml").write_text(text)
+    monkeypatch.setenv("LIKENESS_CONF", str(tmp_path))
+    monkeypatch.setenv("LIKENESS_STORE_URL", "s3://a-bucket/team")
+    store = compile_request(RunRequest(store="ours")).store
+    assert (store.bucket, store.prefix) == ("ours", "p")

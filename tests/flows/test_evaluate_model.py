@@ -55,7 +55,7 @@ def test_a_deployment_evaluates_models(name: str, monkeypatch: pytest.MonkeyPatc
     module, _, function = found["entrypoint"].rpartition(".")
     assert getattr(importlib.import_module(module), function).name == "evaluate-model"
     request = EvaluationRequest.model_validate({**found["parameters"].get("request", {}), "model": "x"})
-    assert request.base.store == ("shared" if "shared" in name else "local")
+    assert request.base.store == ("shared" if "shared" in name else "auto")
 
 
 def test_an_evaluated_model_is_compared_with_a_run(

@@ -80,8 +80,10 @@ def test_a_second_up_finds_the_running_stack(folder: Path) -> None:
     done = likeness(folder, "up")
     assert done.returncode == 0, done.stderr
     assert "found a running stack" in done.stderr
-    assert "keeps its options" not in done.stderr
-    assert "keeps its options" in likeness(folder, "up", "--max-runs", "3").stderr
+    assert "warning" not in done.stderr
+    other = likeness(folder, "up", "--max-runs", "3")
+    assert (other.returncode, other.stderr.count("\n")) == (2, 1), other.stderr
+    assert "run with --max-runs 2, not --max-runs 3; `likeness down` first" in other.stderr
     assert read_state(folder / "runs") == before
     status = likeness(folder, "status")
     assert status.returncode == 0, status.stdout

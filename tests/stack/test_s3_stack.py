@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import boto3
+import psutil
 import pytest
 
-from flows.cli.stack.stack import read_state
+from flows.cli.stack.processes import stop
+from flows.cli.stack.stack import WORKER, read_state
 from flows.runs.records import list_summaries
 from tasks.services.config import StoreConfig
 from tests.stack.commands import likeness
@@ -21,6 +23,20 @@ def endpoint(s3_config: StoreConfig, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(s3_config.endpoint_url)
 
 
+def check_second_up(folder: Path, url: str) -> None:
+    """A worker that died is started again by an `up` without options, on the same bucket."""
+    worker = read_state(folder / "runs").find(WORKER)
+    assert worker is not None
+    stop(worker)
+    refused = likeness(folder, "up", *PORTS, "--s3", f"{url}/other")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+    again = likeness(folder, "up", *PORTS)
+    assert again.returncode == 0, again.stderr
+    worker = read_state(folder / "runs").find(WORKER)
+    assert worker is not None
+    assert psutil.Process(worker.pid).environ()["LIKENESS_STORE_URL"] == url
+
+
 def test_objects_and_artifacts_of_a_submitted_run_lie_in_the_bucket(
     s3_config: StoreConfig, endpoint: str, tmp_path: Path
 ) -> None:
@@ -31,6 +47,7 @@ def test_objects_and_artifacts_of_a_submitted_run_lie_in_the_bucket(
         assert f"objects   {url}; " in up.stdout
         done = likeness(tmp_path, "submit", "experiment=smoke", "training.num_threads=1")
         assert done.returncode == 0, done.stdout + done.stderr
+        check_second_up(tmp_path, url)
     finally:
         likeness(tmp_path, "down")
     [summary] = list_summaries(tmp_path / "runs")

@@ -53,7 +53,7 @@ def resume(output: Path, name: str) -> int:
 
 
 def check_store(folder: Path, request: RunRequest) -> None:
-    """Raise ConfigError where the run kept its objects in a bucket that this process would not look into."""
+    """Raise ConfigError where this process would look for the run's objects elsewhere, and compute and pay again."""
     try:
         store = read_run_config((folder / "config.json").read_bytes())[0].store
     except (ValidationError, OSError, ArtifactCorrupt):  # killed before it was written, or damaged
@@ -62,3 +62,10 @@ def check_store(folder: Path, request: RunRequest) -> None:
     if store.kind == "s3" and (here.kind, here.bucket, here.prefix) != (store.kind, store.bucket, store.prefix):
         url = f"s3://{store.bucket}/{store.prefix}"
         raise ConfigError(f"run {folder.name} keeps its objects in {url}; set {STORE_VARIABLE}={url} to resume it")
+    # Not the local folder: it moves with the output folder.
+    if store.kind == "local" and here.kind != "local":
+        elsewhere = f"s3://{here.bucket}/{here.prefix}"
+        raise ConfigError(
+            f"run {folder.name} keeps its objects in a local folder, not in {elsewhere}; "
+            f"unset {STORE_VARIABLE} to resume it"
+        )

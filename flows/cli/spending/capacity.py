@@ -80,10 +80,16 @@ def list_notes(work: Workload, offer: Installation, folder: Path) -> list[str]:
     """Return what was measured, and what is assumed."""
     assumed = ", ".join(f"{name}={value:g}" for name, value in offer.model_dump().items())
     waits = f", a batch job of {work.batch_requests}" if work.batch_requests else ""
+    devices = f"{work.gpus} GPUs" if work.gpus > 1 else "it"
+    cached = [
+        f"{work.cached_replies} LLM replies of this run came from the cache: a first run of its photos sends and pays "
+        "more requests"
+    ]
     return [
-        f"measured by {shorten(str(folder))}: {work.before_gpu:.0f} s before the GPU, {work.on_gpu:.0f} s on it, "
-        f"{work.after_gpu:.0f} s after it; {work.llm_calls} LLM calls{waits}, {work.llm_usd:.4f} USD; {work.objects} "
+        f"measured by {shorten(str(folder))}: {work.before_gpu:.0f} s before a GPU, {work.on_gpu:.0f} s on {devices}, "
+        f"{work.after_gpu:.0f} s after; {work.llm_calls} LLM calls{waits}, {work.llm_usd:.4f} USD; {work.objects} "
         f"objects, {show_bytes(work.stored_bytes)}",
+        *(cached if work.cached_replies else []),
         f"assumed (NAME=VALUE changes one): {assumed}",
         "in brackets: use of the bottleneck. All runs are queued at once; failures and retries are not simulated.",
     ]

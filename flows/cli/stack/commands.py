@@ -17,8 +17,11 @@ def up(  # noqa: PLR0913 - a command's options
     mlflow_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of MLflow; 0: any.")] = 5000,
     reports_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of `likeness serve`; 0: any.")] = 4300,
     max_runs: Annotated[
-        int, typer.Option(min=1, max=1_000, help="Runs at a time; each GPU trains one, others wait for it.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            min=1, max=1_000, help="Runs at a time; each GPU trains one, others wait for it.", show_default="2"
+        ),
+    ] = None,
     notify: Annotated[
         str,
         typer.Option(

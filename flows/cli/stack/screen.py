@@ -1,6 +1,7 @@
 """What `likeness up`, `down` and `status` do and print."""
 
 import socket
+import sqlite3
 import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -10,13 +11,13 @@ from conf.request import RunRequest
 from flows.cli.stack.processes import StackProcess, answers
 from flows.cli.stack.registration import Notify, register
 from flows.cli.stack.stack import (
-    DEFAULT_MAX_RUNS,
     MLFLOW,
     PREFECT,
     REPORTS,
     WATCHDOG,
     WORKER,
     StackOptions,
+    adopt_options,
     locked,
     prefect_environment,
     read_state,
@@ -27,6 +28,7 @@ from flows.cli.stack.stack import (
 )
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.redaction import register_secret
+from tasks.services.tracking.mlflow_files import find_local_artifacts
 
 NEXT = """
   likeness submit subject.source=photos subject.class_noun=dog   a run through the worker
@@ -39,18 +41,20 @@ ABOUT = {WORKER: "pool likeness", WATCHDOG: "crashed runs"}
 
 def start_stack(options: StackOptions) -> int:
     """Start what does not run and print one screen of addresses and next steps."""
+    # All of it refused before anything starts.
     if options.database_url:
         check_database(options.database_url)
-    if options.s3_url:
-        check_bucket(options.s3_url)
     if options.notify_url:
-        Notify.parse(options.notify_url)  # refused before anything starts
+        Notify.parse(options.notify_url)
     with locked(options.output):
-        is_running = read_state(options.output).find(WORKER) is not None
+        state = read_state(options.output)
+        options = adopt_options(options, state)
+        if options.s3_url:
+            check_bucket(options)
+        is_running = state.find(WORKER) is not None
         note("starting Prefect, MLflow and the report server" if not is_running else "found a running stack")
-        changes = (options.notify_url, options.database_url, options.s3_url, options.max_runs != DEFAULT_MAX_RUNS)
-        if is_running and any(changes):
-            note("warning: a running stack keeps its options; `likeness down` first")
+        if is_running and options.notify_url:
+            note("warning: a running stack keeps its --notify; `likeness down` first")
         servers = start_servers(options)
         environment = prefect_environment(options, servers.prefect.port)
         if not is_running:
@@ -67,12 +71,26 @@ def start_stack(options: StackOptions) -> int:
     return 0
 
 
-def check_bucket(url: str) -> None:
+def check_bucket(options: StackOptions) -> None:
     """Reach a bucket, and try what leases need, before anything starts. Raises ConfigError or ServiceUnavailable."""
     from tasks.services.store.s3 import S3Store
 
-    settings = split_store_url(url, name="--s3")
-    S3Store(compile_request(RunRequest(settings=settings)).store).check_conditional_writes()
+    config = compile_request(RunRequest(settings=split_store_url(options.s3_url, name="--s3")))
+    S3Store(config.store).check_conditional_writes()
+    note_local_artifacts(options.output / "mlflow.db", config.tracking.experiment)
+
+
+def note_local_artifacts(database: Path, experiment: str) -> None:
+    """Warn where an experiment that earlier runs created keeps its artifacts on the disk."""
+    try:
+        location = find_local_artifacts(database, experiment)
+    except sqlite3.Error:  # damaged: the server says so when it starts
+        return
+    if location:
+        note(
+            f"warning: artifacts of experiment {experiment!r} stay in {location}, since it was created without --s3; "
+            "runs with another tracking.experiment put theirs into the bucket"
+        )
 
 
 def check_database(url: str) -> None:

@@ -9,12 +9,14 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel
 
+from conf.compose import normalize_store_url
 from flows.cli.stack.processes import StackProcess, answers, check_port, start_detached, stop, wait_healthy
 from tasks.errors import ArtifactCorrupt, ConfigError
 from tasks.stage.digests import dump_signed, load_signed
@@ -29,10 +31,20 @@ DEFAULT_MAX_RUNS = 2
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 
 
+class KeptOptions(BaseModel):
+    """What a later `up` of the same stack must not change: where its data lies, and how much runs at a time."""
+
+    s3_url: str = ""
+    database: str = ""
+    """Address of Prefect's database without a password; empty: SQLite."""
+    max_runs: int = DEFAULT_MAX_RUNS
+
+
 class StackState(BaseModel):
     """The processes of a stack."""
 
     processes: tuple[StackProcess, ...] = ()
+    kept: KeptOptions | None = None
 
     def find(self, name: str) -> StackProcess | None:
         """Return a process that runs."""
@@ -48,14 +60,16 @@ class StackOptions:
     prefect_port: int
     mlflow_port: int
     reports_port: int
-    max_runs: int = DEFAULT_MAX_RUNS
-    """Runs of the pool at a time, whichever worker executes them."""
+    max_runs: int | None = None
+    """Runs of the pool at a time, whichever worker executes them; None: as the stack had, else DEFAULT_MAX_RUNS."""
     notify_url: str = field(default="", repr=False)
     """Where messages about runs are posted; empty: nowhere."""
     database_url: str = field(default="", repr=False)
     """Prefect's database; empty: SQLite in the stack's folder."""
     s3_url: str = ""
     """Bucket and prefix of objects and MLflow's artifacts; empty: the output folder."""
+    kept: KeptOptions = field(default_factory=KeptOptions)
+    """What the stack's state records; `adopt_options` fills it in."""
 
     @property
     def folder(self) -> Path:
@@ -74,9 +88,57 @@ def read_state(output: Path) -> StackState:
         raise ConfigError(f"{path}: {error}; stop the processes by hand and delete it") from error
 
 
-def write_state(output: Path, *processes: StackProcess) -> None:
-    """Record the processes."""
-    write_atomic(output / "stack" / "state.json", dump_signed(StackState(processes=processes), indent=1))
+def write_state(options: StackOptions, *processes: StackProcess) -> None:
+    """Record the processes, and the options that the next `up` keeps."""
+    state = StackState(processes=processes, kept=options.kept)
+    write_atomic(options.folder / "state.json", dump_signed(state, indent=1))
+
+
+def adopt_options(options: StackOptions, state: StackState) -> StackOptions:
+    """Return options where those that were not given are as the stack had them.
+
+    Otherwise a worker that is started again would look for objects elsewhere than the one before it, and its runs would
+    compute and pay again.
+
+    Raises:
+        ConfigError: a given one differs from that of processes that run, or the database's password is needed again.
+
+    """
+    typed = KeptOptions(
+        s3_url=normalize_store_url(options.s3_url, name="--s3") if options.s3_url else "",
+        database=strip_password(options.database_url),
+        max_runs=options.max_runs or DEFAULT_MAX_RUNS,
+    )
+    before = state.kept or typed
+    running = [process.name for process in state.processes if process.is_alive()]
+    kept = KeptOptions(
+        s3_url=typed.s3_url or before.s3_url,
+        database=typed.database or before.database,
+        max_runs=typed.max_runs if options.max_runs else before.max_runs,
+    )
+    for option, old, new in (
+        ("--s3", before.s3_url, kept.s3_url),
+        ("--postgres", before.database, kept.database),
+        ("--max-runs", before.max_runs, kept.max_runs),
+    ):
+        if running and old != new:
+            had = f"{option} {old}" if old else f"no {option}"
+            raise ConfigError(f"{', '.join(running)} run with {had}, not {option} {new}; `likeness down` first")
+    if kept.database and not options.database_url and PREFECT not in running:
+        raise ConfigError(
+            f"Prefect's database of this stack is {kept.database}, whose password is not recorded; "
+            "give --postgres again, or `likeness down` first"
+        )
+    return replace(options, s3_url=kept.s3_url, max_runs=kept.max_runs, kept=kept)
+
+
+def strip_password(url: str) -> str:
+    """Return a database's address without password and parameters, which may hold one too."""
+    if not url:
+        return ""
+    parts = urlsplit(url)
+    user, separator, host = parts.netloc.rpartition("@")
+    return urlunsplit((parts.scheme, f"{user.partition(':')[0]}{separator}{host}", parts.path, "", ""))
 
 
 def find_api_url(output: Path) -> str:
@@ -134,7 +196,7 @@ def start_servers(options: StackOptions) -> Servers:
         started[name] = process or start_server(options, name, ports[name])
         others = [each for each in found.values() if each and each.name not in started]
         # After each: what a killed `up` has started is found by the next one, and stopped by `down`.
-        write_state(options.output, *started.values(), *others, *filter(None, map(state.find, (WORKER, WATCHDOG))))
+        write_state(options, *started.values(), *others, *filter(None, map(state.find, (WORKER, WATCHDOG))))
     for name, path in ((PREFECT, "api/health"), (MLFLOW, "health"), (REPORTS, "health")):
         url = f"http://127.0.0.1:{ports[name]}/{path}"
         wait_healthy(started[name], partial(answers, url), seconds=START_SECONDS)
@@ -165,7 +227,9 @@ def start_server(options: StackOptions, name: str, port: int) -> StackProcess:
 
 def find_artifacts(options: StackOptions) -> str:
     """Return where MLflow's artifacts go: beside the store's objects in a bucket, else into the output folder."""
-    return f"{options.s3_url.rstrip('/')}/mlflow" if options.s3_url else str(options.output / "artifacts")
+    # With the prefix that the store takes where the address has none: the policy of a worker allows no other.
+    url = normalize_store_url(options.s3_url, name="--s3") if options.s3_url else ""
+    return f"{url}/mlflow" if url else str(options.output / "artifacts")
 
 
 def s3_environment() -> dict[str, str]:
@@ -223,14 +287,14 @@ def start_clients(options: StackOptions, servers: Servers) -> tuple[StackProcess
         },
     )
     watchdog = state.find(WATCHDOG)
-    write_state(options.output, *servers.ordered(), worker, *filter(None, [watchdog]))
+    write_state(options, *servers.ordered(), worker, *filter(None, [watchdog]))
     watchdog = watchdog or start_detached(
         WATCHDOG,
         [sys.executable, "-m", "flows.cli.stack.watchdog"],
         log=options.folder / "logs" / "watchdog.log",
         environment={**environment, "PYTHONPATH": str(SOURCE_ROOT)},
     )
-    write_state(options.output, *servers.ordered(), worker, watchdog)
+    write_state(options, *servers.ordered(), worker, watchdog)
     return worker, watchdog
 
 

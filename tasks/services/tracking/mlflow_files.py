@@ -50,6 +50,20 @@ def relocate_artifacts(database: Path, artifacts: Path) -> None:
                     )
 
 
+def find_local_artifacts(database: Path, experiment: str) -> str:
+    """Return where an experiment keeps artifacts outside a server, as a file:// address; empty where it does not.
+
+    MLflow fixes the place when the experiment is created, whatever destination a server has later.
+    """
+    if not database.is_file():
+        return ""
+    with closing(sqlite3.connect(database, timeout=30)) as connection:
+        if ("experiments", "artifact_location") not in list_columns(connection):
+            return ""
+        rows = connection.execute("SELECT artifact_location FROM experiments WHERE name = ?", (experiment,)).fetchall()
+    return next((str(location) for (location,) in rows if str(location).startswith("file:")), "")
+
+
 def list_columns(connection: sqlite3.Connection) -> Iterator[tuple[str, str]]:
     """Yield the columns of LOCATED that exist in this version's schema."""
     for table, names in LOCATED.items():

@@ -91,3 +91,20 @@ def test_assumptions_are_changed_by_name_and_checked() -> None:
     ):
         with pytest.raises(ConfigError, match=reason):
             read_installation([word])
+
+
+def test_a_run_on_several_gpus_holds_and_bills_all_of_them() -> None:
+    work = replace(WORK, gpus=2)
+    found = Simulation(work, AMPLE).run(400)
+    # Two at a time on four GPUs.
+    assert found.seconds == pytest.approx(400 / 2 * 100 + 15, rel=0.01)
+    assert found.use["GPUs"] == pytest.approx(1, abs=0.02)
+    assert found.gpu_hours == pytest.approx(400 * 2 * 100 / 3600)
+    assert found.usd == pytest.approx(36 * found.gpu_hours + 400 * 0.5)
+    # Three leave one idle.
+    assert Simulation(replace(WORK, gpus=3), AMPLE).run(400).seconds == pytest.approx(400 * 100 + 15, rel=0.01)
+
+
+def test_a_run_on_more_gpus_than_there_are_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^run holds 5 GPUs at a time, and gpus=4; set gpus=5 or more[^\n]*$"):
+        Simulation(replace(WORK, gpus=5), AMPLE)

@@ -63,7 +63,7 @@ def test_a_process_that_ends_while_it_starts_is_an_error_with_the_last_line_of_i
 def test_the_api_of_a_running_stack_is_found_and_that_of_an_ended_one_is_not(tmp_path: Path) -> None:
     assert find_api_url(tmp_path) == ""
     process = start(tmp_path, port=4321)
-    write_state(tmp_path, process)
+    write_state(StackOptions(tmp_path, 0, 0, 0), process)
     assert find_api_url(tmp_path) == "http://127.0.0.1:4321/api"
     assert read_state(tmp_path).find(MLFLOW) is None
     stop(process, seconds=20)

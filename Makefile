@@ -27,7 +27,8 @@ test-slow: setup-dev  ## run the slow layers: LLM servers, the stack, browsers; 
 	@$(PYTEST) -o "addopts=-q --strict-markers" -o cache_dir=build/pytest -m "$(SLOW)" -rs $(REPEAT)
 
 # What is compared with other code, with the kernels of CPUs without AVX-512, with AVX2 alone, and on two threads.
-NUMERIC := tests/tasks/diffusion tests/tasks/encoders tests/tasks/evaluation tests/tasks/training/test_losses.py \
+NUMERIC := tests/tasks/diffusion tests/tasks/encoders tests/tasks/evaluation/test_metrics.py \
+	tests/tasks/evaluation/test_intervals.py tests/tasks/evaluation/test_sampling.py tests/tasks/training/test_losses.py \
 	tests/tasks/training/data/test_dataset.py tests/tasks/training/test_known_defects.py tests/tasks/training/data/test_buckets.py
 test-numerics: setup-dev  ## compare numbers as other CPUs compute them
 	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=2 $(PYTEST) $(NUMERIC)
@@ -46,7 +47,8 @@ bench: setup-dev  ## measure the main job's figures and print them
 
 CHAOS := --seed 0 --runs 20 --workers 2
 chaos: setup-dev  ## run a campaign of faults against real servers, check invariants and print a table (half an hour)
-	@LIKENESS_CHAOS=1 $(BIN)/python -m pytest -p no:xdist tests/stack/test_interruptions.py tests/stack/test_chaos.py
+	@LIKENESS_CHAOS=1 $(BIN)/python -m pytest -p no:xdist tests/stack/test_interruptions.py tests/stack/test_tracking_outage.py \
+	  tests/stack/test_chaos.py
 	@$(BIN)/python -m tests.chaos $(CHAOS)
 
 lock: setup-dev  ## resolve the dependencies anew

@@ -1,5 +1,6 @@
 """A real MLflow server that is down at the start, in the middle or at the end: nothing is lost or stored twice."""
 
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -138,6 +139,7 @@ def test_a_sweep_goes_on_while_the_server_is_down_and_tracks_every_trial_once(
     assert {run.info.status for run in children} == {"FINISHED"}
 
 
+@pytest.mark.skipif("LIKENESS_CHAOS" not in os.environ, reason="takes minutes; run by make chaos")
 def test_a_run_whose_publication_fails_is_failed_and_its_resume_publishes_it(
     server: MlflowServer, tmp_path: Path
 ) -> None:

@@ -127,7 +127,7 @@ def test_a_job_past_its_deadline_is_cancelled_and_finished_synchronously(
     server: ScriptedServer, tmp_path: Path
 ) -> None:
     server.batch_api.turn.acquire()  # the provider is busy with others
-    threading.Timer(0.5, server.batch_api.turn.release).start()
+    threading.Timer(5.0, server.batch_api.turn.release).start()
     llm = make_llm(server, tmp_path)
     answers, failures = ask_in_batch(llm, deadline_seconds=0.1)
     assert (len(answers), failures) == (4, {})

@@ -12,7 +12,7 @@ HELP = """Train and measure methods on subjects with several seeds, and compare 
 
 Each model is one run of `likeness run`; finished ones aren't run again, so the same command resumes. The shipped plan
 (conf/scoreboard.yaml: full, lora, token, token+lora, with and without prior preservation, and a wrong class noun, on
-four drawn subjects) takes half an hour on two cores.
+four drawn subjects) is 28 runs.
 
 \b
   likeness scoreboard                                          # the shipped plan

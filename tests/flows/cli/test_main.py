@@ -92,7 +92,7 @@ def test_help_lists_an_option_added_as_a_conf_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--help"]) == 0
-    assert "store                local* | s3\n" in capfd.readouterr().out
+    assert "store                auto* | local | s3\n" in capfd.readouterr().out
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "ours.yaml").write_text("# @package _global_\n")
     monkeypatch.setenv("LIKENESS_CONF", str(tmp_path))

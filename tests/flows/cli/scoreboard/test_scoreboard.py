@@ -76,13 +76,13 @@ def test_a_scoreboard_is_made_once_and_takes_other_trainers_models(own: CliSandb
     target.write_bytes(b"damaged")
     third = own.likeness("scoreboard", "plan.yaml", "--external", "models")
     assert third.returncode != 0
-    assert str(target) in third.stderr
+    assert target.name in third.stderr
 
 
 def test_a_failed_model_is_kept_with_its_reason_and_the_others_are_shown(own: CliSandbox) -> None:
     plan = {
         **PLAN,
-        "methods": {**PLAN["methods"], "hot": {"settings": ["training.learning_rate=1e4", "subject.min_images=9"]}},
+        "methods": {**PLAN["methods"], "hot": {"settings": ["subject.min_images=9"]}},
     }  # type: ignore[dict-item]
     (own.folder / "hot.yaml").write_text(yaml.safe_dump(plan))
     done = own.likeness("scoreboard", "hot.yaml", "--format", "md")

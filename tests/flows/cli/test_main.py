@@ -98,7 +98,7 @@ def test_help_lists_an_option_added_as_a_conf_file(
     monkeypatch.setenv("LIKENESS_CONF", str(tmp_path))
     for words in (["--help"], ["run", "--help"]):
         assert main(words) == 0
-        assert "store                local* | ours | s3\n" in capfd.readouterr().out
+        assert "store                auto* | local | ours | s3\n" in capfd.readouterr().out
 
 
 def test_every_command_is_in_a_panel(capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,8 @@ import re
 import traceback
 import unicodedata
 import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 MASK = "***"
@@ -175,3 +177,15 @@ def install_log_redaction() -> None:
     """Redact every log record of this process, those of libraries included. Idempotent."""
     # A record factory rather than a filter, since a logger's filters don't see records of its child loggers.
     logging.setLogRecordFactory(RedactingRecord)
+
+
+@contextmanager
+def logger_level(name: str, level: int) -> Iterator[None]:
+    """Let a library's logger report nothing below a level; for what we raise or count instead."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -29,7 +29,7 @@ UNTRACKED = "untracked-"
 
 
 class TrialRow(BaseModel):
-    """What the tracking server is told of a trial."""
+    """What is logged of a trial."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     number: int
@@ -67,7 +67,7 @@ class SweepTracking:
         )
         self.study.study.set_user_attr(f"{UNTRACKED}{row.number}", row.model_dump(mode="json"))
         if not self.send():
-            note(f"warning: {self.outage}; the sweep goes on, and its trials are sent when the server answers")
+            note(f"warning: {self.outage}; the sweep continues, and its trials are sent when the server answers")
 
     def send(self) -> bool:
         """Send what is left, in order; return whether the server has all of it."""
@@ -137,5 +137,5 @@ def open_tracking(study: SweepStudy, config: RunConfig) -> SweepTracking | None:
         return None
     tracking = SweepTracking(MlflowTracker(config.tracking, folder=Path(config.output_dir)), study, config)
     if not tracking.send():
-        note(f"warning: {tracking.outage}; the sweep goes on, and its trials are sent when the server answers")
+        note(f"warning: {tracking.outage}; the sweep continues, and its trials are sent when the server answers")
     return tracking

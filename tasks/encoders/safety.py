@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +11,16 @@ from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.hub import MINI_FOLDER
 from tasks.encoders.folders import read_preprocessor
 from tasks.errors import ConfigError, first_line
-from tasks.redaction import show_value
+from tasks.redaction import logger_level, show_value
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
     from PIL.Image import Image
 
 INDEX, CHECKER, EXTRACTOR = "model_index.json", "safety_checker", "feature_extractor"
 CLASS = "StableDiffusionSafetyChecker"
 FILES = (INDEX, f"{CHECKER}/config.json", f"{CHECKER}/model.safetensors", f"{EXTRACTOR}/preprocessor_config.json")
+LOGGER = "diffusers.pipelines.stable_diffusion.safety_checker"
 OFF = "set evaluation.safety_checker=none"
 BATCH_SIZE = 16
 
@@ -101,22 +99,11 @@ class SafetyChecker:
         import torch
 
         found: list[bool] = []
-        with torch.no_grad(), quiet():
+        # diffusers warns of each refused picture; they are counted.
+        with torch.no_grad(), logger_level(LOGGER, logging.ERROR):
             for start in range(0, len(pictures), BATCH_SIZE):
                 batch = torch.stack([self.preprocess(picture) for picture in pictures[start : start + BATCH_SIZE]])
                 # It blackens refused pictures of its second argument, of which there is no use here.
                 blank = np.zeros((len(batch), 1, 1, 3))
                 found += map(bool, self.model(clip_input=batch.to(self.device), images=blank)[1])
         return found
-
-
-@contextmanager
-def quiet() -> "Iterator[None]":
-    """Keep diffusers from warning of each refused picture: they are counted."""
-    logger = logging.getLogger("diffusers.pipelines.stable_diffusion.safety_checker")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

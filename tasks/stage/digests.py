@@ -62,8 +62,8 @@ def verify_signed(value: Any) -> dict[str, Any]:
         raise ArtifactCorrupt(f"the record has no {DIGEST_FIELD}")
     try:
         found = digest(plain)
-    except (ValueError, RecursionError) as error:  # NaN, or nesting deeper than any record of ours
-        raise ArtifactCorrupt("the record holds what no record of ours can hold") from error
+    except (ValueError, RecursionError) as error:  # NaN, or nesting deeper than any record
+        raise ArtifactCorrupt("the record holds values that are never written to one") from error
     if value[DIGEST_FIELD] != found:
         raise ArtifactCorrupt(f"the record differs from its {DIGEST_FIELD}")
     return plain

@@ -1,6 +1,5 @@
 """The page of `likeness compare` in a browser: three widths, light and dark, and nothing from outside."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flows.cli.results.compare import compare_runs
-from tests.support.browser import keep_screenshot, open_page
+from tests.support.browser import check_accessible, keep_screenshot, open_file
 from tests.support.comparison import PROMPTS, make_run
 
 if TYPE_CHECKING:
@@ -25,18 +24,11 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator["Page"]:
     text = compare_runs(tmp_path, ("34eb", "dc95"), is_paired=True, as_format="html")
     path = tmp_path / "comparison.html"
     path.write_text(text)
-    found: list[str] = []
-    with open_page(request.param) as page:
-        page.on("console", lambda message: found.append(f"console: {message.text}"))
-        page.on("request", lambda sent: None if sent.url.startswith(("file:", "data:")) else found.append(sent.url))
-        page.goto(path.as_uri())
+    with open_file(path, request.param) as page:
         yield page
-    assert found == []
 
 
 def test_the_page_fits_its_width_with_both_samples_beside_each_other(page: "Page") -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
     keep_screenshot(page, f"comparison-{page.viewport_size['width'] if page.viewport_size else 0}")
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     rows = page.locator(".row").all()
@@ -46,11 +38,4 @@ def test_the_page_fits_its_width_with_both_samples_beside_each_other(page: "Page
     assert second is not None
     assert first["y"] == second["y"]
     assert first["x"] + first["width"] <= second["x"]
-    for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
-        serious = [
-            violation
-            for violation in Axe().run(page).response["violations"]
-            if violation["impact"] in ("serious", "critical")
-        ]
-        assert serious == [], json.dumps(serious, indent=1)[:3000]
+    check_accessible(page)

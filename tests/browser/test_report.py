@@ -1,6 +1,5 @@
 """The report in a browser: three widths, with and without scripts, by keyboard, and what axe-core says of it."""
 
-import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from tasks.manifests.scoring import Judgement
 from tasks.manifests.training import LossRow
 from tasks.publishing.report.page import ReportInputs, render_report
 from tasks.services.store.local import LocalStore
-from tests.support.browser import keep_screenshot, open_page
+from tests.support.browser import check_accessible, keep_screenshot, open_file, open_page
 from tests.support.report import GATE, make_run
 
 if TYPE_CHECKING:
@@ -51,29 +50,14 @@ def report(store: LocalStore, tmp_path: Path) -> Path:
 @pytest.fixture(params=WIDTHS)
 def page(request: pytest.FixtureRequest, report: Path) -> Iterator["Page"]:
     """The report at one width; fails for a request to elsewhere or a message on the console."""
-    found: list[str] = []
-    with open_page(request.param) as page:
-        page.on("console", lambda message: found.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: found.append(f"error: {error}"))
-        page.on("request", lambda sent: None if sent.url.startswith(("file:", "data:")) else found.append(sent.url))
-        page.goto(report.as_uri())
+    with open_file(report, request.param) as page:
         yield page
-    assert found == []
 
 
 def test_the_page_fits_its_width_and_axe_finds_nothing_serious(page: "Page") -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
     keep_screenshot(page, f"report-{page.viewport_size['width'] if page.viewport_size else 0}")
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-    for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
-        serious = [
-            violation
-            for violation in Axe().run(page).response["violations"]
-            if violation["impact"] in ("serious", "critical")
-        ]
-        assert serious == [], json.dumps(serious, indent=1)[:3000]
+    check_accessible(page)
 
 
 def test_the_slider_moves_and_the_light_box_opens_by_keyboard(page: "Page") -> None:

@@ -1,4 +1,4 @@
-"""Runs that are cut off: nothing computed or paid for is lost, and the next run goes on."""
+"""Runs that are cut off: nothing computed or paid for is lost, and the next run continues."""
 
 import json
 import os

@@ -3,8 +3,6 @@
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from tasks.diffusion.registry import find_family, load_model
 from tasks.diffusion.textual_inversion import EMBEDS_KEYS, save_tokens
 from tasks.diffusion.types import LORA_FILE
 from tasks.errors import ConfigError, first_line
+from tasks.redaction import logger_level
 from tasks.stage.tensor_files import save_tensors
 
 ADAPTER = "external"
@@ -59,7 +58,8 @@ def convert_lora(external: ExternalModel, model: DiffusionModel, folder: Path) -
 
     """
     try:
-        with warnings.catch_warnings(), quiet_loader():
+        # diffusers also logs what it raises; a refused LoRA is one line.
+        with warnings.catch_warnings(), logger_level("diffusers.loaders.peft", logging.CRITICAL):
             warnings.filterwarnings("ignore", message="Already found a `peft_config`", category=UserWarning)
             # Layers of the file that the model lacks: `check_loaded` names them.
             warnings.filterwarnings("ignore", message="While injecting the PEFT adapters", category=RuntimeWarning)
@@ -80,18 +80,6 @@ def convert_lora(external: ExternalModel, model: DiffusionModel, folder: Path) -
             tensors[f"{prefix}.{path}.lora_A.weight"] = down.contiguous()
             tensors[f"{prefix}.{path}.lora_B.weight"] = (up * layer.scaling[ADAPTER]).contiguous()
     save_tensors(tensors, folder / LORA_FILE, metadata={"format": "pt"})
-
-
-@contextmanager
-def quiet_loader() -> Iterator[None]:
-    """Keep diffusers from logging what it raises too: a refused LoRA is one line of ours."""
-    logger = logging.getLogger("diffusers.loaders.peft")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def list_layers(module: nn.Module) -> dict[str, Any]:

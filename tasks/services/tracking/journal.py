@@ -121,7 +121,7 @@ class Journal:
             if record.kind == "start":
                 self.head_bytes = size
             elif not self.pending and self.head_bytes and size > self.head_bytes + COMPACT_BYTES:
-                self.file.truncate(self.head_bytes)  # to the start of the run; appending goes on from there
+                self.file.truncate(self.head_bytes)  # to the start of the run; appending continues from there
 
     def _write(self, record: Record) -> None:
         """Append a line. Not synced: it survives the process, and power cuts are rarer than training steps."""

@@ -32,7 +32,7 @@ def open_tracker(config: TrackingConfig, *, folder: Path) -> Tracker:
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What a tracking server is told of a run before it computes anything."""
+    """What is logged of a run before it computes anything."""
 
     folder: Path
     """Of the run, inside the output folder; its name is the run's."""
@@ -95,7 +95,7 @@ def warn_unreachable(tracker: Tracker, note: Callable[[str], None]) -> None:
     try:
         tracker.check()
     except ServiceUnavailable as error:
-        note(f"warning: {error}; the run goes on, and its metrics are sent when the server answers")
+        note(f"warning: {error}; the run continues, and its metrics are sent when the server answers")
 
 
 def wait_reachable(config: TrackingConfig, tracker: Tracker, *, on_wait: Callable[[str], None]) -> None:

@@ -148,7 +148,7 @@ def test_a_checker_that_cannot_be_had_is_one_line_with_the_way_out(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (model / "safety_checker" / "model.safetensors").rename(model / "safety_checker" / "pytorch_model.bin")
     index = json.loads((model / "model_index.json").read_text())
-    for change, location, told in (
+    for change, location, reason in (
         ({}, str(model), "lacks safety_checker/model.safetensors"),
         (
             {"safety_checker": ["evil", "Checker"]},
@@ -160,7 +160,7 @@ def test_a_checker_that_cannot_be_had_is_one_line_with_the_way_out(
     ):
         (model / "model_index.json").write_text(json.dumps({**index, **change}))
         config = tiny_diffusion_config(Path(location))
-        with pytest.raises(ConfigError, match=told) as caught:
+        with pytest.raises(ConfigError, match=reason) as caught:
             find_safety_checker("auto", config)
         assert "\n" not in str(caught.value)
 

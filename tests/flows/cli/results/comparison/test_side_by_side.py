@@ -80,8 +80,8 @@ def test_the_contact_sheet_is_marked_and_replaces_no_other_file(tmp_path: Path) 
         assert (sum(map(ord, name)) % 256, 20, 90) in colors
     assert read_mark(path.read_bytes())["Title"] == "likeness compare run-a run-b"
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
-    for file, told in (("photo.png", "is no generated image"), ("sheet.jpg", "ends in .png")):
-        with pytest.raises(ConfigError, match=rf"--samples.*{told}"):
+    for file, reason in (("photo.png", "is no generated image"), ("sheet.jpg", "ends in .png")):
+        with pytest.raises(ConfigError, match=rf"--samples.*{reason}"):
             compare(tmp_path, "run-a", "run-b", samples=tmp_path / file)
 
 
@@ -126,9 +126,9 @@ def test_the_judges_choices_are_counted_cached_and_part_of_the_conclusion(
         found = json.loads(compare(tmp_path, "run-a", "run-b", is_judged=True))
         asked = server.counts["row"] + server.counts[CHAT]
         assert asked == 2 * PROMPTS * SEEDS
-        told = capsys.readouterr().err
-        assert "judge local: 32 requests by batch job, expected 0.00000 USD" in told
-        assert told.count("judge: 0/32") == 1
+        printed = capsys.readouterr().err
+        assert "judge local: 32 requests by batch job, expected 0.00000 USD" in printed
+        assert printed.count("judge: 0/32") == 1
         page = compare(tmp_path, "run-a", "run-b", is_judged=True, as_format="html")
         assert server.counts["row"] + server.counts[CHAT] == asked  # cached
     pairs = found["pairs"]["run-b"]
@@ -163,12 +163,12 @@ def test_what_the_judge_cannot_choose_between_is_one_line(tmp_path: Path) -> Non
         make_run(tmp_path, "run-c", photo=b"another")
         make_run(tmp_path, "run-d", first_seed=2000, photo=encode_png(draw_photo(0, size=64)))
         make_run(tmp_path, "run-e", photo=encode_png(draw_photo(0, size=64)))
-        for names, told in (
+        for names, reason in (
             (("run-a", "run-c"), "was tuned on other photos"),
             (("run-a", "run-d"), "share no prompt and seed"),
             (("run-e", "run-a"), "run run-e was not judged"),
         ):
-            with pytest.raises(ConfigError, match=rf"{told}") as caught:
+            with pytest.raises(ConfigError, match=rf"{reason}") as caught:
                 compare_runs(tmp_path, names, is_paired=False, as_format="json", extras=Extras(is_judged=True))
             assert "\n" not in str(caught.value)
         assert server.counts[CHAT] == 0

@@ -62,20 +62,20 @@ def test_prompts_of_a_file_leave_out_comments_and_empty_lines(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "reason"),
     [(b"", "0 prompts"), (b"#\n", "0 prompts"), (b"\xff", "cannot be read"), (b"a\x1b[31m", "prompt 1 has control")],
 )
-def test_a_file_without_usable_prompts_is_a_one_line_error(tmp_path: Path, data: bytes, told: str) -> None:
+def test_a_file_without_usable_prompts_is_a_one_line_error(tmp_path: Path, data: bytes, reason: str) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes(data)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=reason):
         read_prompts(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_prompts(tmp_path / "none.txt")
 
 
 @pytest.mark.parametrize(
-    ("request_", "told"),
+    ("request_", "reason"),
     [
         (ImageRequest(("a nude boy",)), "the prompt is refused"),
         (ImageRequest(("fish", "a nude boy")), "the prompt is refused"),
@@ -90,8 +90,10 @@ def test_a_file_without_usable_prompts_is_a_one_line_error(tmp_path: Path, data:
         (ImageRequest(("fish",), seed=2**63 - 2, num=3), "--seed 9223372036854775806: at most 9223372036854775805"),
     ],
 )
-def test_a_request_that_cannot_be_drawn_is_refused_before_a_model_is_loaded(request_: ImageRequest, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_a_request_that_cannot_be_drawn_is_refused_before_a_model_is_loaded(
+    request_: ImageRequest, reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
         check_request(request_)
     check_request(ImageRequest(("a naked sks",), seed=2**63 - 2, num=2), subject=("sks", "mole rat"))
 

@@ -80,7 +80,7 @@ def test_an_embedding_is_named_by_its_token(tiny_model_folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "reason"),
     [
         ("model.ckpt", "is a pickle, which can run code"),
         ("nowhere", "no run 'nowhere'"),
@@ -92,7 +92,7 @@ def test_an_embedding_is_named_by_its_token(tiny_model_folder: Path, tmp_path: P
     ],
 )
 def test_what_is_no_model_is_a_one_line_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reason: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("model.ckpt").touch()
@@ -100,7 +100,7 @@ def test_what_is_no_model_is_a_one_line_error(
         Path(folder).mkdir()
         if index:
             Path(folder, "model_index.json").write_text(index)
-    with pytest.raises(ConfigError, match=told) as caught, open_source(tmp_path, ModelChoice(name)):
+    with pytest.raises(ConfigError, match=reason) as caught, open_source(tmp_path, ModelChoice(name)):
         pass
     assert "\n" not in str(caught.value)
 
@@ -128,16 +128,16 @@ def test_an_exported_folder_names_its_base_among_the_known_ones_alone(lora: Path
 
 
 def test_a_settings_grid_is_one_labelled_sheet_of_one_seed(tiny_model_folder: Path, tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
+    seen: list[tuple[int, int]] = []
     request = ImageRequest((PROMPT,), seed=3, grid_guidance=(1.5, 9.0), grid_steps=(1, 2, 3))
     with open_source(tmp_path, ModelChoice(str(tiny_model_folder))) as source:
-        done = generate(source, request, Target(tmp_path), on_progress=lambda *now: told.append(now))
+        done = generate(source, request, Target(tmp_path), on_progress=lambda *now: seen.append(now))
         [(single, _)] = generate(
             source, replace(request, grid_guidance=(), grid_steps=(), guidance_scale=9.0, num_inference_steps=3),
             Target(tmp_path), on_progress=lambda *now: None,
         ).images  # fmt: skip
     assert (done.images, done.grid) == ((), tmp_path / "grid-3.png")
-    assert told == [(number, 6) for number in range(7)]
+    assert seen == [(number, 6) for number in range(7)]
     sheet = decode_png(done.grid.read_bytes())
     picture = decode_png(single.read_bytes()).resize((128, 128), 0)
     assert picture.tobytes() in {
@@ -149,7 +149,7 @@ def test_a_settings_grid_is_one_labelled_sheet_of_one_seed(tiny_model_folder: Pa
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reason"),
     [
         ("3,x", "is no list of numbers"),
         ("", "is no list of numbers"),
@@ -158,8 +158,8 @@ def test_a_settings_grid_is_one_labelled_sheet_of_one_seed(tiny_model_folder: Pa
         ("3,3.0", "names a value twice"),
     ],
 )
-def test_bad_values_of_a_settings_grid_are_one_line(text: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told) as caught:
+def test_bad_values_of_a_settings_grid_are_one_line(text: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason) as caught:
         read_values(text, "--grid-guidance", GUIDANCE)
     assert str(caught.value).startswith("--grid-guidance")
     assert "\n" not in str(caught.value)
@@ -170,14 +170,14 @@ def test_steps_of_a_settings_grid_are_whole_and_few() -> None:
     with pytest.raises(ConfigError, match="steps are whole numbers"):
         read_steps("2.5", "--grid-steps")
     many = ImageRequest((PROMPT,), grid_guidance=tuple(map(float, range(1, 12))), grid_steps=tuple(range(1, 11)))
-    for request, told in (
+    for request, reason in (
         (many, "the grid has 110 images, at most 100"),
         (ImageRequest((PROMPT, PROMPT), grid_steps=(2,)), "draw one prompt and seed"),
         (ImageRequest((PROMPT,), num=2, grid_steps=(2,)), "draw one prompt and seed"),
         (ImageRequest((PROMPT,), guidance_scale=3.0, grid_guidance=(2.0,)), "--guidance or --grid-guidance"),
         (ImageRequest((PROMPT,), num_inference_steps=3, grid_steps=(2,)), "--steps or --grid-steps"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=reason):
             check_request(request)
 
 

@@ -180,9 +180,9 @@ def is_current(folder: Path, cell: Cell) -> bool:
     """Whether a run's manifests are in the store, of the present versions of their stages, and of the same photos."""
     from tasks.evaluation.steps import STAGE_VERSION
 
-    run = read_run(folder)
-    store = open_store(run.config.store)
     try:
+        run = read_run(folder)
+        store = open_store(run.config.store)
         subject = find_manifest(store, SubjectSet, stage="subject", key=run.find_stage_key("subject"))
         evaluation = find_manifest(store, Evaluation, stage="evaluation", key=run.find_stage_key("evaluation"))
     except (ConfigError, ArtifactCorrupt):

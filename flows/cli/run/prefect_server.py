@@ -1,5 +1,7 @@
 """An embedded Prefect server where none is configured: started early, stopped with the process."""
 
+import contextlib
+import fcntl
 import os
 import socket
 import subprocess
@@ -32,9 +34,11 @@ class EmbeddedServer:
         self.log = self.home / "server.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.wait_seconds = 0.0
+        self.started = contextlib.ExitStack()
+        """What is held until the server answers or is stopped."""
 
     def start(self) -> None:
-        """Start the server without waiting; it ends with this process."""
+        """Start the server without waiting for its answer; it ends with this process."""
         # The port is free again once the probe closes. Another process could take it in between;
         # the server then fails to bind and `wait` reports its log.
         with socket.socket() as probe:
@@ -50,8 +54,11 @@ class EmbeddedServer:
             raise ConfigError(f"cannot write to {self.home}: {error.strerror}; set output_dir") from error
         # For this process and the server alike. Prefect reads both variables when it is imported, which happens later.
         os.environ["PREFECT_HOME"] = str(self.home)
+        # Servers that migrate one new database at once fail: one after the other, until each answers (prefect 3.8.8).
+        lock = self.started.enter_context((self.home / "server.lock").open("a"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
         environment = child_environment(**SERVER_ENVIRONMENT)
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:  # other runs' servers write to it too
             self.process = subprocess.Popen(
                 command,
                 stdout=log,
@@ -63,6 +70,10 @@ class EmbeddedServer:
 
     def wait(self) -> None:
         """Wait until the server answers, and record the time waited. Raises ServiceUnavailable."""
+        with self.started:
+            self._wait()
+
+    def _wait(self) -> None:
         started = time.monotonic()
         url = f"http://127.0.0.1:{self.port}/api/health"
         assert self.process is not None
@@ -77,6 +88,7 @@ class EmbeddedServer:
 
     def stop(self) -> None:
         """Stop the server."""
+        self.started.close()
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:

@@ -110,7 +110,7 @@ def measure_run(run: PastRun, folder: Path) -> Workload:
         llm_usd=run.summary.cost_usd or 0.0,
         objects=len(stored),
         stored_bytes=sum(each.size_bytes for each in stored),
-        gpus=max(count_devices(run), run.config.prior.num_devices),
+        gpus=max(count_devices(run), *(stages[name].counts.get("devices", 1) for name in ("prior", "evaluation"))),
         cached_replies=count_cached(folder / "ledger.jsonl"),
     )
 

@@ -33,8 +33,10 @@ class CheckerFiles:
     extractor: Path
 
 
-def find_safety_checker(setting: str, config: DiffusionConfig) -> CheckerFiles | None:
+def find_safety_checker(setting: str, config: DiffusionConfig, *, off: str = OFF) -> CheckerFiles | None:
     """Return the base model's safety checker, downloaded where it is a hub's; None where it has none, or it is off.
+
+    `off` says in errors how to do without it.
 
     Raises:
         ConfigError: the model names one that can't be had or isn't supported.
@@ -44,7 +46,7 @@ def find_safety_checker(setting: str, config: DiffusionConfig) -> CheckerFiles |
         return None  # no other family has one
     location = config.pretrained_model_name_or_path
     folder = MINI_FOLDER / "base" if location == "mini" else Path(location)
-    folder = folder if folder.is_dir() else fetch(config)
+    folder = folder if folder.is_dir() else fetch(config, off=off)
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         name = (index.get(CHECKER) or (None, None))[1]
@@ -53,16 +55,16 @@ def find_safety_checker(setting: str, config: DiffusionConfig) -> CheckerFiles |
     if name is None:  # `[null, null]` marks an absent component
         return None
     if name != CLASS:
-        raise ConfigError(f"{folder} has the safety checker {show_value(str(name))}, which isn't supported; {OFF}")
+        raise ConfigError(f"{folder} has the safety checker {show_value(str(name))}, which isn't supported; {off}")
     found = CheckerFiles(folder / CHECKER, folder / EXTRACTOR)
     missing = [path for path in FILES if not (folder / path).is_file()]
     if missing:
-        raise ConfigError(f"the safety checker of {location} lacks {missing[0]}; download the model again, or {OFF}")
+        raise ConfigError(f"the safety checker of {location} lacks {missing[0]}; download the model again, or {off}")
     read_preprocessor(found.extractor)
     return found
 
 
-def fetch(config: DiffusionConfig) -> Path:
+def fetch(config: DiffusionConfig, *, off: str) -> Path:
     """Return the local copy of a hub repository's safety checker. Raises ConfigError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -73,7 +75,7 @@ def fetch(config: DiffusionConfig) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         reason = "it is not cached and the hub is not reached"
         reason = reason if isinstance(error, LocalEntryNotFoundError) else first_line(error)
-        raise ConfigError(f"no safety checker of {location}: {reason}; run once online, or {OFF}") from error
+        raise ConfigError(f"no safety checker of {location}: {reason}; run once online, or {off}") from error
 
 
 class SafetyChecker:

@@ -48,6 +48,9 @@ class EvaluationConfig(Section):
     )
     lora_scale: float = Field(ge=0, le=2, description="strength of a LoRA in samples; 1: as trained")
     batch_size: int = Field(ge=1, le=256, description="images per denoising batch")
+    num_devices: int = Field(
+        ge=0, le=64, description="GPUs that sample in parallel; 0: all of this machine; the samples are the same"
+    )
     safety_checker: Literal["auto", "none"] = Field(
         description="auto: samples that the base model's safety checker refuses are dropped and counted, where it has "
         "one (Stable Diffusion 1.x); none: nothing is checked"

@@ -1,9 +1,10 @@
 """Generate evaluation samples with the same prompts and seeds from base and tuned model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from tasks.diffusion.config import DiffusionConfig
+from tasks.diffusion.sampling.job import IndexedImage, SamplingJob
 from tasks.diffusion.types import SamplingRequest
 from tasks.evaluation.config import EvaluationConfig
 from tasks.images import encode_png
@@ -11,11 +12,10 @@ from tasks.manifests.evaluation import Sample, SampleKind, Side
 from tasks.prompts import write_plain_prompt, write_subject_prompt
 from tasks.stage.cache import StageFolder
 
-if TYPE_CHECKING:
-    from tasks.diffusion.adapter import DiffusionModel
-
 Source = Side | int
 """Base or published weights, or the retained weights of a step."""
+Draw = Callable[[Source, list[SamplingRequest]], Iterator[IndexedImage]]
+"""Maps weights and requests to the requests' positions and images, in any order."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def generate_samples(
     config: EvaluationConfig,
     planned: Sequence[PlannedSample],
     *,
-    load_model: "Callable[[Source], DiffusionModel]",
+    draw: Draw,
     on_progress: Callable[[int, int], None],
 ) -> tuple[Sample, ...]:
     """Return all samples in planned order; only those that no earlier attempt stored are generated."""
@@ -89,27 +89,35 @@ def generate_samples(
     # Grouped by weights, so that each model is loaded once, and only if a sample of it is missing.
     for source in dict.fromkeys(plan.source for plan in planned):
         missing = [plan for plan in planned if plan.source == source and plan.name not in done]
-        model = None  # free the previous weights before the next are loaded
-        model = load_model(source) if missing else None
-        for start in range(0, len(missing), config.batch_size):
-            chunk = missing[start : start + config.batch_size]
-            assert model is not None
-            pictures = model.sample(
-                [
-                    SamplingRequest(prompt=plan.prompt, seed=plan.seed, negative_prompt=config.negative_prompt)
-                    for plan in chunk
-                ],
-                num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
-                guidance_rescale=config.guidance_rescale,
-            )
-            for plan, picture in zip(chunk, pictures, strict=True):
-                # Reusable by the next attempt even where this one fails before its manifest.
-                facts = {"Title": plan.prompt, "Comment": f"seed {plan.seed}"}
-                ref = folder.put_resumable(plan.name, encode_png(picture, is_generated=True, facts=facts))
-                done[plan.name] = to_sample(plan, ref)
+        for position, picture in draw(source, [to_request(plan, config) for plan in missing]) if missing else ():
+            plan = missing[position]
+            # Reusable by the next attempt even where this one fails before its manifest.
+            facts = {"Title": plan.prompt, "Comment": f"seed {plan.seed}"}
+            ref = folder.put_resumable(plan.name, encode_png(picture, is_generated=True, facts=facts))
+            done[plan.name] = to_sample(plan, ref)
             on_progress(len(done), len(planned))
     return tuple(done[plan.name] for plan in planned)
+
+
+def to_request(plan: PlannedSample, config: EvaluationConfig) -> SamplingRequest:
+    """Return what the model is asked for."""
+    return SamplingRequest(prompt=plan.prompt, seed=plan.seed, negative_prompt=config.negative_prompt)
+
+
+def plan_job(
+    diffusion: DiffusionConfig, config: EvaluationConfig, requests: Sequence[SamplingRequest], *, weights: str | None
+) -> SamplingJob:
+    """Return the job of some samples; `weights` None means the base model's."""
+    return SamplingJob(
+        diffusion=diffusion,
+        weights=weights,
+        lora_scale=config.lora_scale,
+        requests=tuple(requests),
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        guidance_rescale=config.guidance_rescale,
+        batch_size=config.batch_size,
+    )
 
 
 def to_sample(plan: PlannedSample, ref: object) -> Sample:

@@ -1,6 +1,6 @@
 """The evaluation stage: samples of base and tuned model, and their metrics."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from tasks.diffusion.adapter import DiffusionModel
+    from tasks.diffusion.sampling.job import IndexedImage
+    from tasks.diffusion.types import SamplingRequest
     from tasks.evaluation.measurement import Measured
     from tasks.evaluation.sampling import Source
 
@@ -58,7 +59,7 @@ class EvaluationInputs:
                 diffusion_code.VERSION,
                 encoders_code.VERSION,
                 # Each sample has its own seed, so it doesn't depend on its batch; the prompts are resolved already.
-                self.config.model_dump(mode="json", exclude={"batch_size", "subject_kind"}),
+                self.config.model_dump(mode="json", exclude={"batch_size", "subject_kind", "num_devices"}),
                 sampling,
                 identify_encoders(self.config.encoders),
                 identify_own_metrics(),
@@ -77,6 +78,7 @@ def evaluate(inputs: EvaluationInputs, runtime: Runtime) -> State[Evaluation]:
 def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: Runtime) -> Evaluation:
     """Generate samples of both sides and of retained steps, compute metrics, and write the manifest."""
     from tasks.diffusion.adapter import release_memory
+    from tasks.diffusion.sampling.devices import count_devices, note_devices
     from tasks.evaluation.sampling import generate_samples, plan_samples
 
     config, diffusion, tuned, subject = inputs.config, inputs.diffusion, inputs.tuned, inputs.subject
@@ -91,13 +93,14 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
         folder,
         config,
         planned,
-        load_model=lambda source: open_weights(inputs, source, runtime=runtime),
+        draw=lambda source, requests: draw_samples(inputs, source, requests, runtime=runtime),
         on_progress=runtime.progress_callback("samples"),
     )
     samples, dropped = drop_unsafe(folder, inputs, samples)
     measured = measure_samples(inputs, samples, runtime)
     release_memory()
     counts = {"samples": len(samples), **({"dropped": sum(dropped.values())} if dropped else {})}
+    counts |= note_devices(count_devices(config.num_devices))
     return folder.finish(
         Evaluation(
             **folder.head(STAGE_VERSION, counts=counts),
@@ -110,18 +113,26 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
     )
 
 
-def open_weights(inputs: EvaluationInputs, source: "Source", *, runtime: Runtime) -> "DiffusionModel":
-    """Load the base model, the published weights, or those of a retained step."""
-    from tasks.diffusion.registry import load_model
+def draw_samples(
+    inputs: EvaluationInputs, source: "Source", requests: "list[SamplingRequest]", *, runtime: Runtime
+) -> "Iterator[IndexedImage]":
+    """Yield the samples of the base model, the published weights, or those of a retained step."""
+    from tasks.diffusion.sampling.devices import count_devices, sample
+    from tasks.evaluation.sampling import plan_job
 
-    tuned = inputs.tuned
+    weights = fetch_weights(inputs.tuned, source, runtime=runtime)
+    job = plan_job(inputs.diffusion, inputs.config, requests, weights=weights)
+    return sample(job, num_devices=count_devices(inputs.config.num_devices))
+
+
+def fetch_weights(tuned: TunedModel, source: "Source", *, runtime: Runtime) -> str | None:
+    """Return the local folder of weights; None for the base model."""
     if source == "base":
-        return load_model(inputs.diffusion)
+        return None
     refs = tuple(tuned.find_candidates()[source]) if isinstance(source, int) else tuned.model
     below = find_below(refs)
     local = runtime.work_folder / "models" / tuned.stage_key / below
-    weights = fetch_folder(runtime.store, refs, below=below, folder=local)
-    return load_model(inputs.diffusion, folder=weights, lora_scale=inputs.config.lora_scale)
+    return str(fetch_folder(runtime.store, refs, below=below, folder=local))
 
 
 def drop_unsafe(

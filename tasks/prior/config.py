@@ -14,4 +14,6 @@ class PriorConfig(Section):
     guidance_scale: float = Field(ge=1, le=30, description="classifier-free guidance")
     seed: int = Field(ge=0, le=MAX_SEED, description="seed of the first class image; the next takes seed + 1")
     batch_size: int = Field(ge=1, le=256, description="images per denoising batch")
-    num_devices: int = Field(ge=1, le=64, description="GPUs that generate in parallel; the images are the same")
+    num_devices: int = Field(
+        ge=0, le=64, description="GPUs that generate in parallel; 0: all of this machine; the images are the same"
+    )

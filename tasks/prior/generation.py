@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 
 from PIL import Image, ImageStat
 
-from tasks.diffusion.adapter import DiffusionModel
+from tasks.diffusion.config import DiffusionConfig
+from tasks.diffusion.sampling.job import IndexedImage, SamplingJob
 from tasks.diffusion.types import SamplingRequest
 from tasks.errors import ConfigError
 from tasks.images import encode_png
@@ -12,16 +13,14 @@ from tasks.manifests.prior import ClassImage
 from tasks.prior.config import PriorConfig
 from tasks.stage.cache import StageFolder
 
-# Maps seeds to (seed, image) pairs, in any order.
-Draw = Callable[[list[int]], Iterator[tuple[int, Image.Image]]]
+Draw = Callable[[list[int]], Iterator[IndexedImage]]
+"""Maps seeds to their positions and images, in any order."""
 
 
 def generate_class_images(
     folder: StageFolder, config: PriorConfig, *, draw: Draw, on_progress: Callable[[int, int], None]
 ) -> tuple[ClassImage, ...]:
     """Return the class images by ascending seed; only those that no earlier attempt stored are generated.
-
-    `draw` yields (seed, image) in any order.
 
     Raises:
         ConfigError: an image is nearly uniform.
@@ -35,7 +34,8 @@ def generate_class_images(
             done[seed] = ClassImage(image=ref, seed=seed)
     missing = [seed for seed in seeds if seed not in done]
     on_progress(len(done), config.num_class_images)
-    for seed, picture in draw(missing) if missing else ():
+    for position, picture in draw(missing) if missing else ():
+        seed = missing[position]
         check_picture(picture, seed=seed)
         # Stored one by one: an interrupted run loses a batch at most.
         ref = folder.put_resumable(name_of(seed), encode_png(picture, is_generated=True))
@@ -44,28 +44,20 @@ def generate_class_images(
     return tuple(done[seed] for seed in seeds)
 
 
-def generate_images(
-    model: DiffusionModel, config: PriorConfig, *, class_prompt: str, seeds: list[int]
-) -> Iterator[tuple[int, Image.Image]]:
-    """Yield (seed, image), generated in batches of `batch_size`; an image doesn't depend on its batch."""
-    for chunk in chunks(seeds, config.batch_size):
-        pictures = model.sample(
-            [SamplingRequest(prompt=class_prompt, seed=seed) for seed in chunk],
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-        )
-        yield from zip(chunk, pictures, strict=True)
+def plan_job(diffusion: DiffusionConfig, config: PriorConfig, *, class_prompt: str, seeds: list[int]) -> SamplingJob:
+    """Return the job of one image per seed."""
+    return SamplingJob(
+        diffusion=diffusion,
+        requests=tuple(SamplingRequest(prompt=class_prompt, seed=seed) for seed in seeds),
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        batch_size=config.batch_size,
+    )
 
 
 def name_of(seed: int) -> str:
     """Return the object name of a class image."""
     return f"images/{seed:06d}.png"
-
-
-def chunks(seeds: list[int], size: int) -> Iterator[list[int]]:
-    """Split a list into batches of at most `size`."""
-    for start in range(0, len(seeds), size):
-        yield seeds[start : start + size]
 
 
 def check_picture(picture: Image.Image, *, seed: int) -> None:

@@ -18,7 +18,7 @@ from tasks.stage.context import Runtime
 from tasks.stage.states import finished
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from tasks.diffusion.sampling.job import IndexedImage
 
 STAGE_VERSION = 2
 
@@ -61,23 +61,22 @@ def generate_class_images(inputs: PriorInputs, runtime: Runtime) -> State[ClassI
 def compute_prior(folder: StageFolder, inputs: PriorInputs, runtime: Runtime) -> ClassImageSet:
     """Generate the missing class images and write the manifest."""
     from tasks.diffusion.adapter import release_memory
-    from tasks.diffusion.registry import load_model
-    from tasks.prior.generation import generate_class_images, generate_images
-    from tasks.prior.sharding import generate_on_devices
+    from tasks.diffusion.sampling.devices import count_devices, note_devices, sample
+    from tasks.prior.generation import generate_class_images, plan_job
 
     config, diffusion, class_prompt = inputs.config, inputs.diffusion, inputs.class_prompt
+    num_devices = count_devices(config.num_devices)
 
     # Called only where images are missing: a complete set loads no model.
-    def draw(seeds: list[int]) -> "Iterator[tuple[int, Image]]":
-        if config.num_devices > 1:
-            return generate_on_devices(diffusion, config, class_prompt=class_prompt, seeds=seeds)
-        return generate_images(load_model(diffusion), config, class_prompt=class_prompt, seeds=seeds)
+    def draw(seeds: list[int]) -> "Iterator[IndexedImage]":
+        job = plan_job(diffusion, config, class_prompt=class_prompt, seeds=seeds)
+        return sample(job, num_devices=num_devices)
 
     images = generate_class_images(folder, config, draw=draw, on_progress=runtime.progress_callback("class images"))
     release_memory()
     return folder.finish(
         ClassImageSet(
-            **folder.head(STAGE_VERSION, counts={"images": len(images)}),
+            **folder.head(STAGE_VERSION, counts={"images": len(images), **note_devices(num_devices)}),
             class_prompt=class_prompt,
             base_model=inputs.base_model,
             images=images,

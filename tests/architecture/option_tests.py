@@ -153,6 +153,7 @@ OPTION_TESTS = {
     "evaluation.lora_scale": "tasks/diffusion/lora/test_adapters.py::test_lora_scale_scales_the_adapters_effect",
     "evaluation.seed": f"{_EVALUATION}test_the_sampling_plan_follows_the_configured_prompts_counts_and_seed",
     "evaluation.batch_size": f"{_EVALUATION}test_samples_are_generated_in_batches_of_batch_size",
+    "evaluation.num_devices": f"{_EVALUATION}test_num_devices_selects_sampling_on_several_devices",
     "evaluation.encoders.clip": f"{_ENCODERS}test_a_missing_encoder_raises_an_error_with_the_setting_to_change",
     "evaluation.safety_checker": "tasks/evaluation/test_safety.py::"
     "test_refused_samples_are_dropped_and_counted_unless_the_checker_is_off",

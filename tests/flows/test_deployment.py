@@ -31,7 +31,7 @@ class Service:
         deadline = time.monotonic() + 60
         while True:
             try:
-                with urllib.request.urlopen(request, timeout=60) as response:
+                with urllib.request.urlopen(request, timeout=200) as response:
                     return json.loads(response.read())
             except urllib.error.HTTPError as error:
                 error.close()  # it holds the connection

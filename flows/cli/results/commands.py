@@ -143,12 +143,16 @@ def generate(  # noqa: PLR0913, PLR0917 - a command's options
     candidate: options.Candidate = None,
     base: options.Base = None,
     token: options.Token = None,
+    is_checked: options.IsChecked = None,
+    c2pa_certificate: options.Certificate = None,
+    c2pa_key: options.PrivateKey = None,
     is_opened: options.IsOpened = False,
     output_dir: OutputDir = OUTPUT,
 ) -> int:
     """Generate images with a tuned model. They are marked as generated, in PNG text and XMP."""
     from flows.cli.results.images import generate as images
     from flows.cli.results.images import request as asked
+    from flows.cli.results.images.credentials import load_credentials
     from flows.cli.results.images.files import Target
     from flows.cli.results.images.models import ModelChoice, open_source
 
@@ -161,9 +165,11 @@ def generate(  # noqa: PLR0913, PLR0917 - a command's options
         num, seed, steps, guidance, candidate, size, sampler, lora_scale, negative,
         asked.read_values(grid_guidance, "--grid-guidance", asked.GUIDANCE),
         asked.read_steps(grid_steps, "--grid-steps"),
+        is_checked,
     )  # fmt: skip
+    credentials = load_credentials(c2pa_certificate, c2pa_key)
     with open_source(output_dir, ModelChoice(model, base, token), candidate=candidate) as source:
-        target = Target(source.folder, out, has_grid=grid)
+        target = Target(source.folder, out, has_grid=grid, credentials=credentials)
         done = images.generate(source, request, target, on_progress=images.show_progress)
     images.print_images(done)
     if is_opened:

@@ -25,7 +25,9 @@ def make_run(folder: Path, *, counts: dict[str, int] | None = None, **settings: 
     named: dict[str, Value] = {name.replace("__", "."): value for name, value in settings.items()}
     config = compile_request(RunRequest(store="local", settings={"output_dir": str(folder), **named}))
     training = {"steps": 40, "resumed_from_step": 0, **(counts or {})}
-    stages = {name: StageSummary(key="k", seconds=10, counts=training if name == "training" else {}) for name in STAGES}
+    sampling = {"devices": training["devices"]} if "devices" in training else {}
+    by_stage = {"training": training, "evaluation": sampling}
+    stages = {name: StageSummary(key="k", seconds=10, counts=by_stage.get(name, {})) for name in STAGES}
     return PastRun(config=config, summary=RunSummary(run_id="a-run", status="finished", stages=stages))
 
 
@@ -37,7 +39,8 @@ def make_run(folder: Path, *, counts: dict[str, int] | None = None, **settings: 
         ({"world_size": 8}, {"training__num_devices": 0}, 8),
         ({"world_size": 4}, {"training__num_devices": 2, "training__num_nodes": 2,
                              "training__rdzv_endpoint": "gpu-1:29500"}, 4),
-        ({}, {"prior__num_devices": 3}, 3),
+        # Of the stages that sample, as they counted.
+        ({"devices": 3}, {"evaluation__num_devices": 0}, 3),
     ],
 )  # fmt: skip
 def test_a_workload_holds_the_gpus_of_its_largest_stage(

@@ -1,5 +1,6 @@
 """Options of the evaluation stage: without its option a test here fails."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ from PIL import Image
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from tasks.diffusion.registry import load_model
+from tasks.diffusion.sampling.job import sample_in_batches
+from tasks.diffusion.types import SamplingRequest
 from tasks.errors import ConfigError
 from tasks.evaluation.comparison import find_other_settings
 from tasks.evaluation.config import EvaluationConfig
-from tasks.evaluation.sampling import generate_samples, plan_samples
-from tasks.evaluation.steps import describe_protocol
+from tasks.evaluation.sampling import generate_samples, plan_job, plan_samples
+from tasks.evaluation.steps import EvaluationInputs, describe_protocol, draw_samples
 from tasks.manifests.evaluation import Protocol
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config
+from tests.support.report import make_run
 from tests.support.tiny import CountingModel, tiny_diffusion_config
 
 SMALL = {
@@ -54,10 +58,12 @@ def test_the_protocol_names_every_sampling_setting_and_the_encoders_but_not_lpip
 def draw(folder: Path, model: Path, **changes: Any) -> tuple[list[str], list[int]]:
     """Return the samples' digests, and the sizes of the batches that they were drawn in."""
     config, planned = plan(**changes)
-    counted = CountingModel(load_model(tiny_diffusion_config(model)))  # type: ignore[arg-type]
+    diffusion = tiny_diffusion_config(model)
+    counted: Any = CountingModel(load_model(diffusion))
     drawn = generate_samples(
         StageFolder(LocalStore(folder), "evaluation", "k"), config, planned,
-        load_model=lambda side: counted, on_progress=lambda done, total: None,  # type: ignore[arg-type,return-value]
+        draw=lambda side, requests: sample_in_batches(counted, plan_job(diffusion, config, requests, weights=None)),
+        on_progress=lambda done, total: None,
     )  # fmt: skip
     return [sample.image.sha256 for sample in drawn], counted.sizes
 
@@ -130,3 +136,21 @@ def test_sampling_resumes_after_the_last_stored_image(tmp_path: Path, tiny_model
 def test_a_sampling_option_that_the_family_lacks_is_rejected_before_training(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compile_request(parse_overrides(["subject.source=x", "subject.class_noun=dog", "llm=openai", *words]))
+
+
+def test_num_devices_selects_sampling_on_several_devices(tmp_path: Path) -> None:
+    nothing: Any = None
+    for num_devices, message in ((2, r"on device \d failed"), (1, r"^(?!.*on device)")):
+        config = make_config(EvaluationConfig, num_devices=num_devices)
+        inputs = EvaluationInputs(config, tiny_diffusion_config(tmp_path / "no model"), nothing, nothing)
+        requests = [SamplingRequest(prompt="a fish", seed=seed) for seed in (1, 2)]
+        with pytest.raises(ConfigError, match=message):
+            list(draw_samples(inputs, "base", requests, runtime=nothing))
+
+
+def test_number_of_devices_and_batch_size_keep_the_stage_key(tmp_path: Path, store: LocalStore) -> None:
+    run = make_run(store)
+    inputs = EvaluationInputs(make_config(EvaluationConfig), tiny_diffusion_config(tmp_path), run.training, run.subject)
+    for changes, is_same in (({"num_devices": 4}, True), ({"batch_size": 3}, True), ({"seed": 3}, False)):
+        other = replace(inputs, config=make_config(EvaluationConfig, **changes))
+        assert (other.stage().key == inputs.stage().key) == is_same

@@ -1,13 +1,19 @@
 """Which samples are drawn, and that they are drawn once."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from tasks.diffusion.adapter import DiffusionModel
-from tasks.diffusion.registry import load_model
+import numpy as np
+from PIL import Image
+
+from tasks.diffusion.sampling.devices import sample
+from tasks.diffusion.sampling.job import IndexedImage
+from tasks.diffusion.types import SamplingRequest
 from tasks.encoders.config import EncoderConfig
 from tasks.evaluation.config import EvaluationConfig
-from tasks.evaluation.sampling import Source, generate_samples, plan_samples
+from tasks.evaluation.sampling import Source, generate_samples, plan_job, plan_samples
 from tasks.images import read_mark
+from tasks.manifests.evaluation import Sample
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config
@@ -56,14 +62,16 @@ def test_clip_t_uses_the_prompt_without_the_identifier_token() -> None:
 def test_samples_of_an_earlier_attempt_are_reused(tmp_path: Path, tiny_model_folder: Path) -> None:
     store, loads = LocalStore(tmp_path), []
 
-    def load(side: Source) -> DiffusionModel:
+    diffusion = tiny_diffusion_config(tiny_model_folder)
+
+    def draw(side: Source, requests: list[SamplingRequest]) -> Iterator[IndexedImage]:
         loads.append(side)
-        return load_model(tiny_diffusion_config(tiny_model_folder))
+        return sample(plan_job(diffusion, CONFIG, requests, weights=None), num_devices=1)
 
     planned = plan_samples(CONFIG, class_noun="fish", identifier_token="sks", class_prompt="a photo of a fish")
     runs = [
         generate_samples(
-            StageFolder(store, "evaluation", "k"), CONFIG, planned, load_model=load, on_progress=lambda d, t: None
+            StageFolder(store, "evaluation", "k"), CONFIG, planned, draw=draw, on_progress=lambda d, t: None
         )
         for _ in range(2)
     ]
@@ -72,3 +80,28 @@ def test_samples_of_an_earlier_attempt_are_reused(tmp_path: Path, tiny_model_fol
     assert len(runs[0]) == 14
     mark = read_mark(store.find_bytes(runs[0][0].image.key) or b"")
     assert (mark["Title"], mark["Comment"]) == (runs[0][0].prompt, f"seed {runs[0][0].seed}")
+
+
+def test_the_samples_do_not_depend_on_the_number_of_devices(tmp_path: Path, tiny_model_folder: Path) -> None:
+    diffusion = tiny_diffusion_config(tiny_model_folder)
+    planned = plan_samples(CONFIG, class_noun="fish", identifier_token="sks", class_prompt="a photo of a fish")
+
+    def generate(name: str, num_devices: int) -> tuple[Sample, ...]:
+        return generate_samples(
+            StageFolder(LocalStore(tmp_path / name), "evaluation", "k"), CONFIG, planned,
+            draw=lambda side, requests: sample(
+                plan_job(diffusion, CONFIG, requests, weights=None), num_devices=num_devices
+            ),
+            on_progress=lambda done, total: None,
+        )  # fmt: skip
+
+    one, two = generate("one", 1), generate("two", 2)
+    assert [(each.prompt, each.seed, each.side) for each in one] == [
+        (each.prompt, each.seed, each.side) for each in two
+    ]
+    for first, second in zip(one, two, strict=True):
+        a, b = (
+            np.asarray(Image.open(tmp_path / place / each.image.key), int)
+            for place, each in (("one", first), ("two", second))
+        )
+        assert np.abs(a - b).max() <= 1  # batches differ, so kernels may sum in another order

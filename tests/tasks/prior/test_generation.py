@@ -7,12 +7,14 @@ import pytest
 from PIL import Image
 
 from tasks.diffusion.adapter import DiffusionModel
+from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.registry import load_model
+from tasks.diffusion.sampling.devices import sample
+from tasks.diffusion.sampling.job import SamplingJob, sample_in_batches
 from tasks.errors import ConfigError
 from tasks.images import SOURCE_TYPE, XMP_KEY, read_mark
 from tasks.prior.config import PriorConfig
-from tasks.prior.generation import check_picture, generate_class_images, generate_images
-from tasks.prior.sharding import generate_on_devices
+from tasks.prior.generation import check_picture, generate_class_images, plan_job
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config
@@ -26,11 +28,15 @@ class Stop(Exception):
     """Raised in the middle."""
 
 
+def plan(seeds: list[int], diffusion: DiffusionConfig | None = None) -> SamplingJob:
+    return plan_job(diffusion or tiny_diffusion_config(Path("unused")), CONFIG, class_prompt=PROMPT, seeds=seeds)
+
+
 def generate(store: LocalStore, model: DiffusionModel, **options: object) -> tuple[object, ...]:
     return generate_class_images(
         StageFolder(store, "prior", "k"),
         options.get("config", CONFIG),  # type: ignore[arg-type]
-        draw=options.get("draw", lambda seeds: generate_images(model, CONFIG, class_prompt=PROMPT, seeds=seeds)),  # type: ignore[arg-type]
+        draw=options.get("draw", lambda seeds: sample_in_batches(model, plan(seeds))),  # type: ignore[arg-type]
         on_progress=options.get("on_progress", lambda done, total: None),  # type: ignore[arg-type]
     )
 
@@ -77,13 +83,10 @@ def test_a_complete_set_needs_no_model(tmp_path: Path, tiny_model_folder: Path) 
 def test_the_set_does_not_depend_on_the_number_of_devices(tmp_path: Path, tiny_model_folder: Path) -> None:
     diffusion = tiny_diffusion_config(tiny_model_folder)
     model = load_model(diffusion)
-    config = CONFIG.model_copy(update={"num_devices": 2})
-
-    def draw(seeds: list[int]) -> object:
-        return generate_on_devices(diffusion, config, class_prompt=PROMPT, seeds=seeds)
-
     one = generate(LocalStore(tmp_path / "one"), model)
-    two = generate(LocalStore(tmp_path / "two"), model, config=config, draw=draw)
+    two = generate(
+        LocalStore(tmp_path / "two"), model, draw=lambda seeds: sample(plan(seeds, diffusion), num_devices=2)
+    )
     assert [image.seed for image in two] == [0, 1, 2, 3, 4]  # type: ignore[attr-defined]
     for first, second in zip(one, two, strict=True):
         a, b = (
@@ -94,7 +97,6 @@ def test_the_set_does_not_depend_on_the_number_of_devices(tmp_path: Path, tiny_m
 
 
 def test_a_failing_device_is_named_in_the_error(tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"num_devices": 2})
-    drawing = generate_on_devices(tiny_diffusion_config(tmp_path), config, class_prompt=PROMPT, seeds=[1, 2])
+    drawing = sample(plan([1, 2], tiny_diffusion_config(tmp_path)), num_devices=2)
     with pytest.raises(ConfigError, match=r"on device \d failed: .*no model_index.json"):
         list(drawing)

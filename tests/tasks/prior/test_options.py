@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from tasks.diffusion.registry import load_model
+from tasks.diffusion.sampling.job import sample_in_batches
 from tasks.errors import ConfigError
 from tasks.manifests.base import ModelRef
 from tasks.prior.config import PriorConfig
-from tasks.prior.generation import generate_class_images, generate_images
+from tasks.prior.generation import generate_class_images, plan_job
 from tasks.prior.steps import PriorInputs, compute_prior
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
@@ -26,12 +27,13 @@ def draw(folder: Path, model: Path, **changes: Any) -> tuple[dict[int, np.ndarra
     """Return the pictures by seed, and the sizes of the batches that they were drawn in."""
     settings = {"num_class_images": 4, "num_inference_steps": 2, "guidance_scale": 2.0, "batch_size": 4, **changes}
     config = make_config(PriorConfig, **settings)
-    counted = CountingModel(load_model(tiny_diffusion_config(model)))  # type: ignore[arg-type]
+    diffusion = tiny_diffusion_config(model)
+    counted: Any = CountingModel(load_model(diffusion))
     store = LocalStore(folder)
     images = generate_class_images(
         StageFolder(store, "prior", "k"),
         config,
-        draw=lambda seeds: generate_images(counted, config, class_prompt=PROMPT, seeds=seeds),  # type: ignore[arg-type]
+        draw=lambda seeds: sample_in_batches(counted, plan_job(diffusion, config, class_prompt=PROMPT, seeds=seeds)),
         on_progress=lambda done, total: None,
     )
     found = {image.seed: np.asarray(Image.open(folder / image.image.key), int) for image in images}

@@ -14,7 +14,7 @@ from conf.overrides import parse_overrides
 from tasks.diffusion.types import SamplingRequest
 from tasks.errors import ConfigError
 from tasks.evaluation.config import EvaluationConfig
-from tasks.evaluation.steps import EvaluationInputs, open_weights
+from tasks.evaluation.steps import EvaluationInputs, draw_samples
 from tasks.images import encode_png
 from tasks.manifests.evaluation import Evaluation, Sample, SubjectMetrics
 from tasks.manifests.training import TunedModel
@@ -123,13 +123,13 @@ def test_the_picked_checkpoint_is_what_is_evaluated(
 ) -> None:
     nothing: Any = None
     runtime = Runtime("r", store, llm=nothing, tracker=nothing, progress=nothing, live=nothing, work_folder=tmp_path)
-    subject, config = make_run(store).subject, make_config(EvaluationConfig)
+    subject, config = make_run(store).subject, make_config(EvaluationConfig, num_inference_steps=2, guidance_scale=3.0)
 
     def draw(model: TunedModel, source: str | int) -> bytes:
         inputs = EvaluationInputs(config, tiny_diffusion_config(tiny_model_folder), model, subject)
-        opened = open_weights(inputs, source, runtime=runtime)  # type: ignore[arg-type]
         request = SamplingRequest(prompt="a photo of sks fish", seed=1)
-        return opened.sample([request], num_inference_steps=2, guidance_scale=3.0)[0].tobytes()
+        [(_, picture)] = draw_samples(inputs, source, [request], runtime=runtime)  # type: ignore[arg-type]
+        return picture.tobytes()
 
     picked = pick(store, tuned, "knee").model
     assert draw(picked, "tuned") == draw(tuned, 4) != draw(tuned, "tuned")

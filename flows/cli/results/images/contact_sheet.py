@@ -17,6 +17,7 @@ SMALLEST, LARGEST = 128, 256
 """Sides of a cell in px: smaller pictures are enlarged, so that labels have room."""
 FONT_SIZE, LINE, GAP, MARGIN = 13, 17, 8, 6
 LABEL_WIDTH = 190
+MISSING = "#dddddd"
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,18 @@ class Sheet:
     cells: "Sequence[Sequence[Picture | None]]"
 
 
-def draw_grid(pictures: "Sequence[Picture]", *, columns: int) -> "Picture":
-    """Return the pictures in rows of one prompt each; all in one near-square grid where each prompt has one."""
+def draw_grid(pictures: "Sequence[Picture | None]", *, columns: int) -> "Picture":
+    """Return the pictures in rows of one prompt each; all in one near-square grid where each prompt has one.
+
+    At least one is there; a missing one is left grey.
+    """
     columns = columns if columns > 1 else math.ceil(math.sqrt(len(pictures)))
-    side = min(GRID_SIDE, pictures[0].width)
+    side = min(GRID_SIDE, next(picture.width for picture in pictures if picture is not None))
     grid = Image.new("RGB", (columns * side, math.ceil(len(pictures) / columns) * side), "white")
     for number, picture in enumerate(pictures):
         row, column = divmod(number, columns)
-        grid.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (column * side, row * side))
+        cell = MISSING if picture is None else picture.resize((side, side), Image.Resampling.LANCZOS)
+        grid.paste(cell, (column * side, row * side, (column + 1) * side, (row + 1) * side))
     return grid
 
 
@@ -68,7 +73,7 @@ def draw_contact_sheet(sheet: Sheet) -> "Picture":
         for number, cell in enumerate(row):
             x = left + step * number
             if cell is None:
-                draw.rectangle((x, y, x + side - 1, y + side - 1), fill="#dddddd")
+                draw.rectangle((x, y, x + side - 1, y + side - 1), fill=MISSING)
             else:
                 canvas.paste(cell, (x, y))
         y += height

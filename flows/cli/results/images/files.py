@@ -13,6 +13,8 @@ from tasks.stage.files import write_atomic
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+    from flows.cli.results.images.credentials import ContentCredentials
+
 
 @dataclass(frozen=True)
 class Target:
@@ -21,6 +23,7 @@ class Target:
     folder: Path
     file: Path | None = None
     has_grid: bool = False
+    credentials: "ContentCredentials | None" = None
 
     def name(self, seed: int, number: int, *, num: int) -> Path:
         """Return the file of one image."""
@@ -51,7 +54,8 @@ class Target:
         """Write one image and return its file: a default name that another image has is numbered."""
         if self.file is None:
             path = find_free(path, facts)
-        write(path, encode_png(picture, is_generated=True, facts=facts))
+        data = encode_png(picture, is_generated=True, facts=facts)
+        write(path, data if self.credentials is None else self.credentials.sign(data, title=path.name))
         return path
 
 

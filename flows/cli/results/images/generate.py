@@ -2,7 +2,7 @@
 
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from flows.cli.results.images.models import ImageSource, fast_imports
 from flows.cli.results.images.request import ImageRequest, change_diffusion, check_request
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.types import LORA_FILE
+from tasks.encoders.safety import SafetyChecker, find_safety_checker
 from tasks.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from tasks.diffusion.adapter import DiffusionModel
 
 Show = Callable[[int, int], None]
+OFF = "add --no-safety-checker"
+CHECKS = {True: "auto", False: "none"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class GeneratedImages:
 
     images: tuple[tuple[Path, int], ...]
     grid: Path | None = None
+    refused: tuple[int, ...] = ()
+    """Seeds of images that the safety checker refused: they are not written."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Sampler:
     model: "DiffusionModel"
     request: ImageRequest
     source: ImageSource
+    checker: "SafetyChecker | None" = None
 
     @property
     def num_inference_steps(self) -> int:
@@ -49,8 +55,10 @@ class Sampler:
         """Guidance, of the request or the evaluation."""
         return self.request.guidance_scale or self.source.evaluation.guidance_scale
 
-    def draw(self, prompt: str, seed: int, *, steps: int | None = None, guidance: float | None = None) -> "Picture":
-        """Return one picture."""
+    def draw(
+        self, prompt: str, seed: int, *, steps: int | None = None, guidance: float | None = None
+    ) -> "Picture | None":
+        """Return one picture; None where the safety checker refuses it."""
         from tasks.diffusion.types import SamplingRequest
 
         [picture] = self.model.sample(
@@ -58,7 +66,7 @@ class Sampler:
             num_inference_steps=steps or self.num_inference_steps,
             guidance_scale=guidance or self.guidance_scale,
         )
-        return picture
+        return None if self.checker is not None and self.checker.find_unsafe([picture])[0] else picture
 
 
 def generate(source: ImageSource, request: ImageRequest, target: Target, *, on_progress: Show) -> GeneratedImages:
@@ -75,24 +83,37 @@ def generate(source: ImageSource, request: ImageRequest, target: Target, *, on_p
     if request.is_settings_grid:
         return draw_settings_grid(sampler, target, first, on_progress=on_progress)
     planned = [(prompt, first + number) for prompt in request.prompts for number in range(request.num)]
-    done, pictures = [], []
+    done, refused = list[tuple[Path, int]](), list[int]()
+    pictures: list[Picture | None] = []
     for number, (prompt, seed) in enumerate(planned):
         on_progress(number, len(planned))
         # One at a time: each is on disk before the next begins, and the first one soon.
         picture = sampler.draw(prompt, seed)
+        pictures.append(picture)
+        if picture is None:
+            refused.append(seed)
+            continue
         facts = {"Title": prompt, "Comment": f"seed {seed}, {source.origin}", "Description": request.describe()}
         done.append((target.write(target.name(seed, number, num=len(planned)), picture, facts=facts), seed))
-        pictures.append(picture)
     on_progress(len(planned), len(planned))
+    require_any(pictures)
     if not target.has_grid:
-        return GeneratedImages(tuple(done))
+        return GeneratedImages(tuple(done), refused=tuple(refused))
     facts = {
         "Title": "\n".join(request.prompts),
         "Comment": f"seeds {first} to {first + request.num - 1}, {source.origin}",
         "Description": request.describe(),
     }
     grid = target.write(target.grid(), draw_grid(pictures, columns=request.num), facts=facts)
-    return GeneratedImages(tuple(done), grid)
+    return GeneratedImages(tuple(done), grid, tuple(refused))
+
+
+def require_any(pictures: Sequence["Picture | None"]) -> None:
+    """Raise ConfigError where the safety checker refused every picture."""
+    if all(picture is None for picture in pictures):
+        raise ConfigError(
+            f"the safety checker refused all {len(pictures)} images; use another prompt or --seed, or {OFF}"
+        )
 
 
 def load_sampler(source: ImageSource, request: ImageRequest) -> Sampler:
@@ -100,12 +121,15 @@ def load_sampler(source: ImageSource, request: ImageRequest) -> Sampler:
     diffusion = change_diffusion(source.diffusion, request)
     if request.lora_scale != 1 and not (source.weights / LORA_FILE).is_file():
         raise ConfigError("--lora-scale needs a LoRA; this model has none (training.method=lora trains one)")
+    setting = source.evaluation.safety_checker if request.is_checked is None else CHECKS[request.is_checked]
+    files = find_safety_checker(setting, diffusion, off=OFF)
     with fast_imports(source.weights):
         from tasks.diffusion.registry import load_model
 
         diffusion = choose_precision(diffusion) if source.is_external else diffusion
         model = load_model(diffusion, folder=source.weights, lora_scale=request.lora_scale)
-    return Sampler(model, request, source)
+        checker = None if files is None else SafetyChecker(files, model.device)
+    return Sampler(model, request, source, checker)
 
 
 def choose_precision(config: DiffusionConfig) -> DiffusionConfig:
@@ -127,6 +151,7 @@ def draw_settings_grid(sampler: Sampler, target: Target, seed: int, *, on_progre
             on_progress(row * len(steps) + column, total)
             cells[-1].append(sampler.draw(request.prompts[0], seed, steps=num, guidance=guidance))
     on_progress(total, total)
+    require_any([cell for row in cells for cell in row])
     rows = [f"guidance {guidance:g}" for guidance in guidances]
     rows[0] = f"{rows[0]}\n{request.prompts[0]}\nseed {seed}"
     sheet = draw_contact_sheet(Sheet([f"{num} steps" for num in steps], rows, cells))
@@ -150,3 +175,6 @@ def print_images(done: GeneratedImages) -> None:
         print(f"{path}  seed {seed}")
     if done.grid is not None:
         print(f"{done.grid}  grid")
+    if done.refused:
+        seeds = ", ".join(map(str, done.refused))
+        print(f"refused by the safety checker and not written: seed {seeds}", file=sys.stderr)

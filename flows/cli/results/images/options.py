@@ -56,4 +56,26 @@ Base = Annotated[
 Token = Annotated[
     str | None, typer.Option(metavar="TOKEN", help="How prompts name an embedding from elsewhere; default sks.")
 ]
+IsChecked = Annotated[
+    bool | None,
+    typer.Option(
+        "--safety-checker/--no-safety-checker",
+        help="Refuse images by the base model's safety checker, where it has one (Stable Diffusion 1.x); "
+        "default: evaluation's.",
+        show_default=False,
+    ),
+]
+Certificate = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PEM",
+        envvar="LIKENESS_C2PA_CERTIFICATE",
+        help="Sign images with C2PA content credentials: the certificate chain.",
+        show_default=False,
+    ),
+]
+PrivateKey = Annotated[
+    Path | None,
+    typer.Option(metavar="PEM", envvar="LIKENESS_C2PA_KEY", help="The certificate's private key.", show_default=False),
+]
 IsOpened = Annotated[bool, typer.Option("--open", help="Show the image, or the grid.")]

@@ -41,6 +41,8 @@ class ImageRequest:
     """Guidance scales of a settings grid; empty: one."""
     grid_steps: tuple[int, ...] = ()
     """Denoising steps of a settings grid; empty: one."""
+    is_checked: bool | None = None
+    """Whether the base model's safety checker looks at the images; None: as the evaluation says."""
 
     @property
     def is_settings_grid(self) -> bool:
@@ -49,7 +51,7 @@ class ImageRequest:
 
     def describe(self) -> str:
         """Return the settings that shape the images, as JSON for a PNG text chunk."""
-        left_out = {"prompts", "num", "seed", "candidate"}
+        left_out = {"prompts", "num", "seed", "candidate", "is_checked"}
         left_out |= set() if self.is_settings_grid else {"grid_guidance", "grid_steps"}
         return json.dumps({name: value for name, value in asdict(self).items() if name not in left_out})
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from flows.cli.results.images.contact_sheet import Sheet, draw_contact_sheet
 from flows.cli.results.images.files import Target
-from flows.cli.results.images.generate import generate
+from flows.cli.results.images.generate import GeneratedImages, generate, print_images
 from flows.cli.results.images.models import ModelChoice, find_base, find_resolution, open_source, read_locations
 from flows.cli.results.images.request import GUIDANCE, ImageRequest, check_request, read_steps, read_values
 from tasks.diffusion.external.detection import detect
@@ -23,6 +24,7 @@ from tasks.errors import ConfigError
 from tasks.images import decode_png, read_mark
 from tests.support.tiny import SIDE, tiny_diffusion_config
 from tests.support.tiny_lora import EXPORT, adapt
+from tests.support.tiny_safety import add_safety_checker, refuse
 
 PROMPT = "a photo of sks fish"
 
@@ -186,3 +188,36 @@ def test_labels_of_a_contact_sheet_are_wrapped_and_a_missing_cell_is_grey() -> N
     assert sheet.getpixel((sheet.width - 20, sheet.height - 60)) == (221, 221, 221)
     assert sheet.width < 400
     assert sheet.height < 500
+
+
+def test_images_that_the_safety_checker_refuses_are_not_written(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = add_safety_checker(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    request = ImageRequest((PROMPT,), num=3, seed=3, num_inference_steps=2)
+
+    def run(name: str, **changes: Any) -> GeneratedImages:
+        (tmp_path / name).mkdir()
+        target = Target(tmp_path / name, has_grid=not changes.get("grid_steps"))
+        with open_source(tmp_path, ModelChoice(str(model))) as source:
+            return generate(source, replace(request, **changes), target, on_progress=lambda *now: None)
+
+    every = run("every")
+    refuse(model, like=decode_png(every.images[1][0].read_bytes()))
+    done = run("checked")
+    assert ([seed for _, seed in done.images], done.refused) == ([3, 5], (4,))
+    assert sorted(path.name for path in (tmp_path / "checked").glob("image*")) == ["image-3-000.png", "image-5-002.png"]
+    assert done.grid is not None
+    grid = decode_png(done.grid.read_bytes())
+    assert grid.getpixel((SIDE + SIDE // 2, SIDE // 2)) == (0xDD, 0xDD, 0xDD)  # two columns of three images
+    print_images(done)
+    assert "refused by the safety checker and not written: seed 4" in capsys.readouterr().err
+    assert run("unchecked", is_checked=False).refused == ()
+    refuse(model)
+    for name, changes in {"all": {}, "sheet": {"num": 1, "num_inference_steps": None, "grid_steps": (1, 2)}}.items():
+        with pytest.raises(ConfigError, match=r"the safety checker refused all \d images; .*--no-safety-checker"):
+            run(name, **changes)
+        assert list((tmp_path / name).iterdir()) == []
+    (model / "safety_checker" / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"lacks safety_checker/model.safetensors; .*--no-safety-checker"):
+        run("missing")

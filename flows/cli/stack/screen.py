@@ -28,7 +28,7 @@ from flows.cli.stack.stack import (
 )
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.redaction import register_secret
-from tasks.services.tracking.mlflow_files import find_local_artifacts
+from tasks.services.tracking.mlflow_files import find_artifact_location
 
 NEXT = """
   likeness submit subject.source=photos subject.class_noun=dog   a run through the worker
@@ -83,10 +83,10 @@ def check_bucket(options: StackOptions) -> None:
 def note_local_artifacts(database: Path, experiment: str) -> None:
     """Warn where an experiment that earlier runs created keeps its artifacts on the disk."""
     try:
-        location = find_local_artifacts(database, experiment)
+        location = find_artifact_location(database, experiment)
     except sqlite3.Error:  # damaged: the server says so when it starts
         return
-    if location:
+    if location.startswith("file:"):
         note(
             f"warning: artifacts of experiment {experiment!r} stay in {location}, since it was created without --s3; "
             "runs with another tracking.experiment put theirs into the bucket"

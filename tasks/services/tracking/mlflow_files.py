@@ -50,18 +50,20 @@ def relocate_artifacts(database: Path, artifacts: Path) -> None:
                     )
 
 
-def find_local_artifacts(database: Path, experiment: str) -> str:
-    """Return where an experiment keeps artifacts outside a server, as a file:// address; empty where it does not.
+def find_artifact_location(database: Path, experiment: str) -> str:
+    """Return the address where an experiment of an SQLite file keeps artifacts; empty where there is none.
 
-    MLflow fixes the place when the experiment is created, whatever destination a server has later.
+    MLflow fixes it when the experiment is created: `file:` outside a server, `mlflow-artifacts:` behind one, whatever
+    destination a server has later.
     """
     if not database.is_file():
         return ""
-    with closing(sqlite3.connect(database, timeout=30)) as connection:
+    address = f"{database.absolute().as_uri()}?mode=ro"
+    with closing(sqlite3.connect(address, uri=True, timeout=30)) as connection:
         if ("experiments", "artifact_location") not in list_columns(connection):
             return ""
         rows = connection.execute("SELECT artifact_location FROM experiments WHERE name = ?", (experiment,)).fetchall()
-    return next((str(location) for (location,) in rows if str(location).startswith("file:")), "")
+    return next((str(location) for (location,) in rows), "")
 
 
 def list_columns(connection: sqlite3.Connection) -> Iterator[tuple[str, str]]:

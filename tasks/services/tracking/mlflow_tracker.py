@@ -9,7 +9,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,7 +17,7 @@ from tasks.errors import ConfigError, LikenessError, ServiceUnavailable, first_l
 from tasks.redaction import redact_url
 from tasks.services.config import TrackingConfig
 from tasks.services.tracking.base import RUN_TAG, DatasetInfo, LlmCall, MetricRow, Version
-from tasks.services.tracking.mlflow_files import first_use, relocate_artifacts
+from tasks.services.tracking.mlflow_files import find_artifact_location, first_use, relocate_artifacts
 
 log = logging.getLogger(__name__)
 UI_VARIABLE = "LIKENESS_MLFLOW_URL"
@@ -95,10 +94,12 @@ class MlflowTracker:
             socket.create_connection((address.hostname, port), timeout=CHECK_SECONDS).close()
         elif address.scheme in ("", "sqlite"):
             database = Path(self.uri.removeprefix("sqlite:///"))
-            if database.is_file():
-                # Read-only: a check must neither create nor change the database.
-                with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-                    connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            # Read-only: a check must neither create nor change the database.
+            if find_artifact_location(database, self.config.experiment).startswith("mlflow-artifacts:"):
+                raise ConfigError(
+                    f"artifacts of experiment {self.config.experiment!r} are reached through an MLflow server alone, "
+                    "as `likeness up --s3` runs one; export what it prints, or set tracking.experiment to another name"
+                )
 
     def start(
         self, *, name: str, params: dict[str, str], tags: dict[str, str], started_ms: int | None = None

@@ -332,3 +332,17 @@ def test_a_run_has_a_link_where_a_server_shows_its_database(place: Path, monkeyp
     assert link.endswith(f"/#/experiments/{tracker.find_experiment()}/runs/r1")
     assert "secret" not in link
     assert open_tracker(make_config(TrackingConfig, kind="none"), folder=place).find_link("r1") == ""
+
+
+def test_an_experiment_whose_artifacts_lie_behind_a_server_is_refused_before_the_run(tmp_path: Path) -> None:
+    tracker = MlflowTracker(make_config(TrackingConfig, experiment="mine"), folder=tmp_path)
+    tracker.client.create_experiment("mine", artifact_location="mlflow-artifacts:/1")
+    with pytest.raises(
+        ConfigError, match="artifacts of experiment 'mine' are reached through an MLflow server"
+    ) as caught:
+        tracker.check()
+    assert "\n" not in str(caught.value)
+    other = MlflowTracker(make_config(TrackingConfig, experiment="other"), folder=tmp_path)
+    other.check()
+    other.start(name="run", params={}, tags={})
+    other.check()

@@ -17,12 +17,11 @@ demo: setup  ## run the whole job on the embedded default
 
 # One process per core. A file's tests stay together, and so do all whole runs: they share a Prefect server and a run.
 PYTEST := $(BIN)/python -m pytest -n auto
-SLOW := servers or stack or browser
-test: setup-dev check  ## run all checks, all tests but slow layers, and test-numerics
+SLOW := long or servers or stack or browser
+test: setup-dev check  ## run all checks, and all tests but slow layers
 	@$(PYTEST) -m "not ($(SLOW))"
-	@$(MAKE) --no-print-directory test-numerics
 
-test-slow: setup-dev  ## run the slow layers: LLM servers, the stack, browsers; what is not installed is skipped
+test-slow: setup-dev  ## run the slow layers: long runs, LLM servers, the stack, browsers; what is not installed is skipped
 	@# With a cache of what failed, for REPEAT=--last-failed.
 	@$(PYTEST) -o "addopts=-q --strict-markers" -o cache_dir=build/pytest -m "$(SLOW)" -rs $(REPEAT)
 

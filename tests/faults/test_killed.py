@@ -28,7 +28,7 @@ class JudgeRun(ScriptedServer):
         return completion(json.dumps(reply))
 
 
-def wait_until(happened: Callable[[], bool], *, seconds: float = 200) -> None:
+def wait_until(happened: Callable[[], bool], *, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, "it never happened"
@@ -100,15 +100,20 @@ def test_a_killed_vision_server_is_a_one_line_error_and_no_request_is_repeated(s
     wait_until(lambda: process.poll() is not None or count_lines("*/ledger.jsonl", output) >= 2)
     for child in find_children(process.pid, "tasks.mini.vision_server"):
         child.kill()
-    _, stderr = process.communicate(timeout=200)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == 4, stderr
     assert "ServiceUnavailable: the mini vision server does not answer" in stderr.splitlines()[-1]
     paid = count_lines("*/ledger.jsonl", output)
     assert paid >= 2
-    done = sandbox.run(*words)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ledger = sorted(output.glob("*/ledger.jsonl"))[-1].read_text()
-    assert ledger.count('"cached"') >= 2
+    again = sandbox.start(*words)
+
+    def count_cached() -> int:
+        return sorted(output.glob("*/ledger.jsonl"))[-1].read_text().count('"cached"')
+
+    wait_until(lambda: again.poll() is not None or count_cached() >= 2)
+    again.kill()  # the rest of the run would show nothing more
+    _, stderr = again.communicate()
+    assert count_cached() >= 2, stderr
 
 
 def test_a_run_killed_during_its_batch_job_resumes_with_the_same_job_and_its_cost_covers_all_attempts(

@@ -24,13 +24,20 @@ LAYERS = {
     "tasks/subject": "stage",
     "tasks/training": "stage",
     "deployments": "stack",
-    "faults": "flow",
+    "faults": "long",
+    "tasks/training/process/test_ranks.py": "long",
+    "tasks/training/process/test_worker.py": "long",
+    "flows/cli/scoreboard": "long",
+    "flows/test_sweep_settings.py": "long",
+    "flows/test_deployment.py": "long",
+    "flows/test_own_server.py": "long",
+    "flows/test_personalize_many.py": "long",
     "flows": "flow",
     "servers": "servers",
     "stack": "stack",
     "browser": "browser",
 }
-"""The layer of each folder; the nearest one counts."""
+"""The layer of each folder or file; the nearest one counts."""
 WHOLE_RUNS = "whole runs"
 SHARED = ("sandbox", "first_run")
 """Fixtures of a session that take half a minute: files that name them run in one process."""
@@ -41,9 +48,9 @@ LONGEST = ("tasks/training/process/", "faults/", "tasks/training/", "tasks/subje
 def find_layer(path: Path) -> str:
     """Return the layer of a test file. Raises UsageError for a folder that nobody assigned."""
     relative = PurePosixPath(path.relative_to(TESTS).as_posix())
-    for folder in relative.parents:
-        if str(folder) in LAYERS:
-            return LAYERS[str(folder)]
+    for place in (relative, *relative.parents):
+        if str(place) in LAYERS:
+            return LAYERS[str(place)]
     raise pytest.UsageError(f"tests/{relative} is in no layer; add its folder to tests/support/layers.py")
 
 

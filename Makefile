@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow test-numerics test-llm-servers check bench chaos lock clean
+.PHONY: help setup setup-dev demo test test-long test-slow test-numerics test-llm-servers check bench chaos lock clean
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -17,11 +17,14 @@ demo: setup  ## run the whole job on the embedded default
 
 # One process per core. A file's tests stay together, and so do all whole runs: they share a Prefect server and a run.
 PYTEST := $(BIN)/python -m pytest -n auto
-SLOW := long or servers or stack or browser
-test: setup-dev check  ## run all checks, and all tests but slow layers
-	@$(PYTEST) -m "not ($(SLOW))"
+SLOW := servers or stack or browser
+test: setup-dev check  ## run all checks, and all tests but those below
+	@$(PYTEST) -m "not (long or $(SLOW))"
 
-test-slow: setup-dev  ## run the slow layers: long runs, LLM servers, the stack, browsers; what is not installed is skipped
+test-long: setup-dev  ## run the tests that take minutes: killed and resumed runs, sweeps, several ranks
+	@$(PYTEST) -m long
+
+test-slow: setup-dev  ## run the slow layers: LLM servers, the stack, browsers; what is not installed is skipped
 	@# With a cache of what failed, for REPEAT=--last-failed.
 	@$(PYTEST) -o "addopts=-q --strict-markers" -o cache_dir=build/pytest -m "$(SLOW)" -rs $(REPEAT)
 
@@ -31,7 +34,7 @@ NUMERIC := tests/tasks/diffusion tests/tasks/encoders tests/tasks/evaluation/tes
 	tests/tasks/training/data/test_dataset.py tests/tasks/training/test_known_defects.py tests/tasks/training/data/test_buckets.py
 test-numerics: setup-dev  ## compare numbers as other CPUs compute them
 	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=2 $(PYTEST) $(NUMERIC)
-	@# The second is what `make test` has just run where the CPU has no AVX-512.
+	@# The second is what `make test` runs where the CPU has no AVX-512.
 	@if ! grep -qs -m1 avx512f /proc/cpuinfo; then echo "no AVX-512: avx2 is the default here"; else \
 	  ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(PYTEST) $(NUMERIC); fi
 

@@ -101,7 +101,8 @@ class RunRequest(BaseModel):
     )
     devices: Annotated[str, OptionOf("training/devices")] = Field(
         OPTIONS["training/devices"],
-        description="one GPU or the CPU, all GPUs of the machine, weights sharded over them, several machines",
+        description="of training and sampling: one GPU or the CPU, all GPUs of the machine, weights sharded over them, "
+        "several machines",
     )
     store: Annotated[str, OptionOf("store")] = Field(
         OPTIONS["store"], description="where objects live; auto: in the worker's bucket, else in a folder"

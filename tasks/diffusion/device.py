@@ -18,3 +18,10 @@ def choose_device(config: DiffusionConfig) -> "torch.device":
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda")
+
+
+def count_gpus() -> int:
+    """Return the number of visible GPUs, at least 1: the CPU counts as one device."""
+    import torch
+
+    return max(1, torch.cuda.device_count())

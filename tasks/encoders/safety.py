@@ -31,12 +31,14 @@ class CheckerFiles:
 
     checker: Path
     extractor: Path
+    off: str = OFF
+    """The setting that turns it off, for errors."""
 
 
 def find_safety_checker(setting: str, config: DiffusionConfig, *, off: str = OFF) -> CheckerFiles | None:
     """Return the base model's safety checker, downloaded where it is a hub's; None where it has none, or it is off.
 
-    `off` says in errors how to do without it.
+    `off` is the setting that turns it off, for errors.
 
     Raises:
         ConfigError: the model names one that can't be had or isn't supported.
@@ -56,7 +58,7 @@ def find_safety_checker(setting: str, config: DiffusionConfig, *, off: str = OFF
         return None
     if name != CLASS:
         raise ConfigError(f"{folder} has the safety checker {show_value(str(name))}, which isn't supported; {off}")
-    found = CheckerFiles(folder / CHECKER, folder / EXTRACTOR)
+    found = CheckerFiles(folder / CHECKER, folder / EXTRACTOR, off)
     missing = [path for path in FILES if not (folder / path).is_file()]
     if missing:
         raise ConfigError(f"the safety checker of {location} lacks {missing[0]}; download the model again, or {off}")
@@ -91,7 +93,7 @@ class SafetyChecker:
             files.checker, use_safetensors=True, output_loading_info=True
         )
         if report["missing_keys"]:
-            raise ConfigError(f"{files.checker} lacks {len(report['missing_keys'])} weights of a {CLASS}; {OFF}")
+            raise ConfigError(f"{files.checker} lacks {len(report['missing_keys'])} weights of a {CLASS}; {files.off}")
         self.model: Any = model.to(device).eval()
         self.preprocess = Preprocessor(files.extractor)
 

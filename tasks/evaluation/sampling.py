@@ -100,7 +100,7 @@ def generate_samples(
 
 
 def to_request(plan: PlannedSample, config: EvaluationConfig) -> SamplingRequest:
-    """Return what the model is asked for."""
+    """Return the request of one sample."""
     return SamplingRequest(prompt=plan.prompt, seed=plan.seed, negative_prompt=config.negative_prompt)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from tasks.diffusion.sampling.devices import Devices
     from tasks.diffusion.sampling.job import IndexedImage
     from tasks.diffusion.types import SamplingRequest
     from tasks.evaluation.measurement import Measured
@@ -78,7 +79,6 @@ def evaluate(inputs: EvaluationInputs, runtime: Runtime) -> State[Evaluation]:
 def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: Runtime) -> Evaluation:
     """Generate samples of both sides and of retained steps, compute metrics, and write the manifest."""
     from tasks.diffusion.adapter import release_memory
-    from tasks.diffusion.sampling.devices import count_devices, note_devices
     from tasks.evaluation.sampling import generate_samples, plan_samples
 
     config, diffusion, tuned, subject = inputs.config, inputs.diffusion, inputs.tuned, inputs.subject
@@ -100,7 +100,7 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
     measured = measure_samples(inputs, samples, runtime)
     release_memory()
     counts = {"samples": len(samples), **({"dropped": sum(dropped.values())} if dropped else {})}
-    counts |= note_devices(count_devices(config.num_devices))
+    counts |= find_sampling_devices(inputs).counts()
     return folder.finish(
         Evaluation(
             **folder.head(STAGE_VERSION, counts=counts),
@@ -117,12 +117,19 @@ def draw_samples(
     inputs: EvaluationInputs, source: "Source", requests: "list[SamplingRequest]", *, runtime: Runtime
 ) -> "Iterator[IndexedImage]":
     """Yield the samples of the base model, the published weights, or those of a retained step."""
-    from tasks.diffusion.sampling.devices import count_devices, sample
+    from tasks.diffusion.sampling.devices import sample
     from tasks.evaluation.sampling import plan_job
 
     weights = fetch_weights(inputs.tuned, source, runtime=runtime)
     job = plan_job(inputs.diffusion, inputs.config, requests, weights=weights)
-    return sample(job, num_devices=count_devices(inputs.config.num_devices))
+    return sample(job, find_sampling_devices(inputs))
+
+
+def find_sampling_devices(inputs: EvaluationInputs) -> "Devices":
+    """Return the devices that samples are drawn on."""
+    from tasks.diffusion.sampling.devices import find_devices
+
+    return find_devices("evaluation.num_devices", inputs.config.num_devices, diffusion=inputs.diffusion)
 
 
 def fetch_weights(tuned: TunedModel, source: "Source", *, runtime: Runtime) -> str | None:

@@ -61,22 +61,24 @@ def generate_class_images(inputs: PriorInputs, runtime: Runtime) -> State[ClassI
 def compute_prior(folder: StageFolder, inputs: PriorInputs, runtime: Runtime) -> ClassImageSet:
     """Generate the missing class images and write the manifest."""
     from tasks.diffusion.adapter import release_memory
-    from tasks.diffusion.sampling.devices import count_devices, note_devices, sample
+    from tasks.diffusion.sampling.devices import find_devices, sample
     from tasks.prior.generation import generate_class_images, plan_job
 
     config, diffusion, class_prompt = inputs.config, inputs.diffusion, inputs.class_prompt
-    num_devices = count_devices(config.num_devices)
+    # Without class images none is needed.
+    num_devices = config.num_devices if config.num_class_images else 1
+    devices = find_devices("prior.num_devices", num_devices, diffusion=diffusion)
 
     # Called only where images are missing: a complete set loads no model.
     def draw(seeds: list[int]) -> "Iterator[IndexedImage]":
         job = plan_job(diffusion, config, class_prompt=class_prompt, seeds=seeds)
-        return sample(job, num_devices=num_devices)
+        return sample(job, devices)
 
     images = generate_class_images(folder, config, draw=draw, on_progress=runtime.progress_callback("class images"))
     release_memory()
     return folder.finish(
         ClassImageSet(
-            **folder.head(STAGE_VERSION, counts={"images": len(images), **note_devices(num_devices)}),
+            **folder.head(STAGE_VERSION, counts={"images": len(images), **devices.counts()}),
             class_prompt=class_prompt,
             base_model=inputs.base_model,
             images=images,

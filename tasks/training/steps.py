@@ -38,19 +38,19 @@ def fine_tune(inputs: TrainingInputs, runtime: Runtime) -> State[TunedModel]:
     Called, not submitted, by the flow: only the main thread receives signals.
     """
     # Resolved before the key is computed: number of devices, held-out photos and metric are part of it.
-    config = resolve_validation(count_devices(inputs.config), len(inputs.subject.images), runtime.progress.note)
+    config = resolve_validation(resolve_devices(inputs.config), len(inputs.subject.images), runtime.progress.note)
     inputs = inputs.with_config(config)
     manifest = runtime.run_stage(inputs.stage(), lambda folder: compute_training(folder, inputs, runtime))
     return finished(manifest, runtime)
 
 
-def count_devices(config: TrainingConfig) -> TrainingConfig:
+def resolve_devices(config: TrainingConfig) -> TrainingConfig:
     """Resolve `num_devices=0` to the number of local GPUs, at least 1."""
     if config.num_devices:
         return config
-    import torch  # deferred: the flow imports this module
+    from tasks.diffusion.device import count_gpus
 
-    return config.model_copy(update={"num_devices": max(1, torch.cuda.device_count())})
+    return config.model_copy(update={"num_devices": count_gpus()})
 
 
 def compute_training(folder: StageFolder, inputs: TrainingInputs, runtime: Runtime) -> TunedModel:

@@ -1,20 +1,23 @@
 """An embedded Prefect server where none is configured: started early, stopped with the process."""
 
-import contextlib
 import fcntl
 import os
 import socket
 import subprocess
+import sys
+import threading
 import time
 import tomllib
-import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import IO
 
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.stage.worker_process import child_environment, guarded
 
-START_SECONDS = 120.0
+START_SECONDS, TURN_SECONDS = 120.0, 600.0
+NOTICE_SECONDS, POLL_SECONDS = 5.0, 0.1
+MAX_LOG_BYTES = 1_000_000
 # The embedded server only keeps this run's states; everything else would slow its start.
 SERVER_ENVIRONMENT = {
     "PREFECT_UI_ENABLED": "0",
@@ -34,61 +37,90 @@ class EmbeddedServer:
         self.log = self.home / "server.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.wait_seconds = 0.0
-        self.started = contextlib.ExitStack()
-        """What is held until the server answers or is stopped."""
+        self._has_answered, self._reason = False, ""
+        self._is_stopped = threading.Event()
+        self._starter = threading.Thread(target=self._start_in_turn, name="prefect-server", daemon=True)
 
     def start(self) -> None:
-        """Start the server without waiting for its answer; it ends with this process."""
-        # The port is free again once the probe closes. Another process could take it in between;
-        # the server then fails to bind and `wait` reports its log.
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        command = guarded(
-            "uvicorn", "--factory", "prefect.server.api.server:create_app",
-            "--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error", "--lifespan", "on",
-        )  # fmt: skip
+        """Begin to start the server, without waiting; it ends with this process."""
         try:
             self.home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot write to {self.home}: {error.strerror}; set output_dir") from error
+        # Bound here and inherited by the server, so that no other process can take the port meanwhile.
+        self._socket = socket.socket()
+        self._socket.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/api"
         # For this process and the server alike. Prefect reads both variables when it is imported, which happens later.
         os.environ["PREFECT_HOME"] = str(self.home)
-        # Servers that migrate one new database at once fail: one after the other, until each answers (prefect 3.8.8).
-        lock = self.started.enter_context((self.home / "server.lock").open("a"))
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.environ["PREFECT_API_URL"] = self.url
+        self._starter.start()
+
+    def wait(self) -> None:
+        """Wait until the server answers, and record the time waited. Raises ServiceUnavailable."""
+        started = time.monotonic()
+        self._starter.join(NOTICE_SECONDS)
+        if self._starter.is_alive() and self.process is None:
+            print("waiting for the Prefect server of another run to start", file=sys.stderr)
+        self._starter.join()
+        self.wait_seconds = time.monotonic() - started
+        if not self._has_answered:
+            raise ServiceUnavailable(f"the embedded Prefect server did not start{self._reason}; see {self.log}")
+
+    def stop(self) -> None:
+        """Stop the server."""
+        self._is_stopped.set()
+        if self._starter.ident is not None:
+            self._starter.join()
+        self._end()
+
+    def _start_in_turn(self) -> None:
+        # Servers that migrate one new database at once fail (prefect 3.8.8): one after the other.
+        with self._socket, (self.home / "server.lock").open("a") as lock:
+            deadline = time.monotonic() + TURN_SECONDS
+            while not take(lock):
+                if self._is_stopped.wait(POLL_SECONDS) or time.monotonic() > deadline:
+                    return
+            try:
+                self._launch()
+                self._has_answered = self._poll()
+            except OSError as error:  # no space for the log, no process
+                self._reason = f": {error}"
+            finally:
+                if not self._has_answered:
+                    self._end()
+
+    def _launch(self) -> None:
+        command = guarded(
+            "uvicorn", "--factory", "prefect.server.api.server:create_app",
+            "--fd", str(self._socket.fileno()), "--log-level", "error", "--lifespan", "on",
+        )  # fmt: skip
         environment = child_environment(**SERVER_ENVIRONMENT)
-        with self.log.open("ab") as log:  # other runs' servers write to it too
+        is_large = self.log.exists() and self.log.stat().st_size > MAX_LOG_BYTES
+        with self.log.open("wb" if is_large else "ab") as log:  # other runs' servers write to it too
             self.process = subprocess.Popen(
                 command,
                 stdout=log,
                 stderr=log,
                 env=environment,
+                pass_fds=(self._socket.fileno(),),
                 start_new_session=True,  # keeps Ctrl-C from the server, which the run needs to report its final state
             )
-        os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{self.port}/api"
 
-    def wait(self) -> None:
-        """Wait until the server answers, and record the time waited. Raises ServiceUnavailable."""
-        with self.started:
-            self._wait()
-
-    def _wait(self) -> None:
-        started = time.monotonic()
-        url = f"http://127.0.0.1:{self.port}/api/health"
+    def _poll(self) -> bool:
+        """Whether the server answers in time."""
         assert self.process is not None
-        while time.monotonic() - started < START_SECONDS and self.process.poll() is None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                with urllib.request.urlopen(url, timeout=5):
-                    self.wait_seconds = time.monotonic() - started
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.1)
-        raise ServiceUnavailable(f"the embedded Prefect server did not start; see {self.log}")
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):  # noqa: S310 - http, on loopback
+                    return True
+            except OSError:  # URLError is one
+                if self._is_stopped.wait(POLL_SECONDS):
+                    break
+        return False
 
-    def stop(self) -> None:
-        """Stop the server."""
-        self.started.close()
+    def _end(self) -> None:
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
@@ -96,6 +128,15 @@ class EmbeddedServer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+
+
+def take(lock: IO[str]) -> bool:
+    """Whether an exclusive lock was free."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def needs_server() -> bool:

@@ -1,1 +1,1 @@
-"""Sampling of many images: in batches on one device, or shared out to several."""
+"""Sampling of many images: in batches on one device, or in shards on several."""

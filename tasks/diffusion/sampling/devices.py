@@ -1,17 +1,23 @@
 """Sample on several devices: one process per device, each image from its own seed."""
 
+import math
 import os
+import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
 from tasks.config_base import Section
+from tasks.diffusion.config import DiffusionConfig
+from tasks.diffusion.device import choose_device, count_gpus
 from tasks.diffusion.sampling.job import IndexedImage, SamplingJob, sample_in_batches
 from tasks.errors import ConfigError
+from tasks.redaction import clean_text
 from tasks.stage.worker_process import child_environment, guarded
 
 POLL_SECONDS = 0.2
@@ -27,30 +33,49 @@ class Shard(Section):
     """Of the job's file and the images."""
 
 
-def sample(job: SamplingJob, *, num_devices: int) -> Iterator[IndexedImage]:
+@dataclass(frozen=True)
+class Devices:
+    """How many devices a stage samples on, and the setting that says so."""
+
+    setting: str
+    num: int
+
+    def limit(self, job: SamplingJob) -> int:
+        """Return the processes of a job: at least a batch for each, since each loads the model."""
+        return max(1, min(self.num, math.ceil(len(job.requests) / job.batch_size)))
+
+    def counts(self) -> dict[str, int]:
+        """Return what a stage records of them; a single device is not recorded."""
+        return {"devices": self.num} if self.num > 1 else {}
+
+
+def find_devices(setting: str, num_devices: int, *, diffusion: DiffusionConfig) -> Devices:
+    """Resolve a stage's `num_devices`; 0 means every visible GPU, or the CPU.
+
+    Raises:
+        ConfigError: more GPUs are configured than there are.
+
+    """
+    if choose_device(diffusion).type != "cuda":
+        return Devices(setting, num_devices or 1)
+    gpus = count_gpus()
+    if num_devices > gpus:
+        raise ConfigError(f"{setting}={num_devices}, but {gpus} GPUs are visible; set {setting}=0 to use them")
+    return Devices(setting, num_devices or gpus)
+
+
+def sample(job: SamplingJob, devices: Devices) -> Iterator[IndexedImage]:
     """Yield each image with its request's position, as soon as it is there.
 
     Raises:
         ConfigError: the model can't be loaded, or a process failed; names the device.
 
     """
-    num = min(num_devices, len(job.requests))
-    return sample_on_devices(job, num_devices=num) if num > 1 else sample_in_batches(job.load(), job)
+    num = devices.limit(job)
+    return sample_in_batches(job.load(), job) if num == 1 else sample_on_devices(job, replace(devices, num=num))
 
 
-def count_devices(setting: int) -> int:
-    """Return the devices that a setting means: 0 is all GPUs, or the CPU where there are none."""
-    import torch
-
-    return setting or max(1, torch.cuda.device_count())
-
-
-def note_devices(num: int) -> dict[str, int]:
-    """Return a stage's count of devices; one goes without saying."""
-    return {"devices": num} if num > 1 else {}
-
-
-def sample_on_devices(job: SamplingJob, *, num_devices: int) -> Iterator[IndexedImage]:
+def sample_on_devices(job: SamplingJob, devices: Devices) -> Iterator[IndexedImage]:
     """Yield (position, image) as the processes finish them, so that each is stored at once.
 
     Raises:
@@ -59,12 +84,12 @@ def sample_on_devices(job: SamplingJob, *, num_devices: int) -> Iterator[Indexed
     """
     with tempfile.TemporaryDirectory() as name:
         out = Path(name)
-        (out / JOB_FILE).write_text(job.model_dump_json())
+        (out / JOB_FILE).write_text(job.model_dump_json(), encoding="utf-8")
         processes: list[subprocess.Popen[bytes]] = []
         waiting = set(range(len(job.requests)))
         try:
-            for rank in range(num_devices):
-                processes.append(start(Shard(rank=rank, num_processes=num_devices, folder=name)))
+            for rank in range(devices.num):
+                processes.append(start(Shard(rank=rank, num_processes=devices.num, folder=name)))
             while waiting:
                 has_ended = all(process.poll() is not None for process in processes)
                 for position in sorted(waiting):
@@ -76,7 +101,9 @@ def sample_on_devices(job: SamplingJob, *, num_devices: int) -> Iterator[Indexed
                         path.unlink()
                         yield position, picture
                 if waiting:
-                    check(processes, out, has_ended=has_ended)
+                    check([process.poll() for process in processes], out, setting=devices.setting)
+                    if has_ended:
+                        raise ConfigError(f"sampling ended without {len(waiting)} images; see {devices.setting}")
                     time.sleep(POLL_SECONDS)
         finally:  # also where the consumer closes the generator early
             for process in processes:
@@ -88,7 +115,7 @@ def start(shard: Shard) -> "subprocess.Popen[bytes]":
     """Start one process with a single visible device."""
     out = Path(shard.folder)
     spec = out / f"shard-{shard.rank}.json"
-    spec.write_text(shard.model_dump_json())
+    spec.write_text(shard.model_dump_json(), encoding="utf-8")
     environment = child_environment(CUDA_VISIBLE_DEVICES=pick_device(shard.rank))
     with (out / f"shard-{shard.rank}.log").open("wb") as log:  # the child holds a duplicate of the descriptor
         command = guarded("tasks.diffusion.sampling.worker", str(spec))
@@ -105,10 +132,14 @@ def pick_device(rank: int) -> str:
     return visible[rank % len(visible)] if visible else ""
 
 
-def check(processes: "list[subprocess.Popen[bytes]]", out: Path, *, has_ended: bool) -> None:
-    """Raise ConfigError where a process failed, or all had ended before the images were looked for."""
-    for rank, process in enumerate(processes):
-        if process.poll() or has_ended:  # None while it runs, 0 on success
-            words = (out / f"shard-{rank}.log").read_text(errors="replace").strip().splitlines()
-            reason = words[-1] if words else "its log is empty"
-            raise ConfigError(f"sampling on device {rank} failed: {reason}; see batch_size and num_devices")
+def check(codes: Sequence[int | None], out: Path, *, setting: str) -> None:
+    """Raise ConfigError for the first process that failed: with its exit code, and the last line of its log."""
+    for rank, code in enumerate(codes):
+        if code:  # None while it runs, 0 on success
+            ended = f"signal {-code}" if code < 0 else f"exit code {code}"
+            words = (out / f"shard-{rank}.log").read_text(errors="replace").strip().splitlines() or ["its log is empty"]
+            hint = "; it may lack memory" if code == -signal.SIGKILL else ""
+            raise ConfigError(
+                f"sampling on device {rank} failed ({ended}): {clean_text(words[-1])}{hint}; "
+                f"see batch_size and {setting}"
+            )

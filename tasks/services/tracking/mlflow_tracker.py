@@ -97,8 +97,8 @@ class MlflowTracker:
             # Read-only: a check must neither create nor change the database.
             if find_artifact_location(database, self.config.experiment).startswith("mlflow-artifacts:"):
                 raise ConfigError(
-                    f"artifacts of experiment {self.config.experiment!r} are reached through an MLflow server alone, "
-                    "as `likeness up --s3` runs one; export what it prints, or set tracking.experiment to another name"
+                    f"artifacts of experiment {self.config.experiment!r} are reached through an MLflow server alone; "
+                    "set tracking.uri to its address (`likeness status`), or another tracking.experiment"
                 )
 
     def start(

@@ -141,7 +141,7 @@ def test_a_sampling_option_that_the_family_lacks_is_rejected_before_training(wor
 def test_num_devices_selects_sampling_on_several_devices(tmp_path: Path) -> None:
     nothing: Any = None
     for num_devices, message in ((2, r"on device \d failed"), (1, r"^(?!.*on device)")):
-        config = make_config(EvaluationConfig, num_devices=num_devices)
+        config = make_config(EvaluationConfig, batch_size=1, num_devices=num_devices)
         inputs = EvaluationInputs(config, tiny_diffusion_config(tmp_path / "no model"), nothing, nothing)
         requests = [SamplingRequest(prompt="a fish", seed=seed) for seed in (1, 2)]
         with pytest.raises(ConfigError, match=message):

@@ -6,19 +6,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tasks.diffusion.sampling.devices import sample
+from tasks.diffusion.lora.adapters import save_lora
+from tasks.diffusion.registry import load_model
+from tasks.diffusion.sampling.devices import Devices, sample
 from tasks.diffusion.sampling.job import IndexedImage
 from tasks.diffusion.types import SamplingRequest
 from tasks.encoders.config import EncoderConfig
 from tasks.evaluation.config import EvaluationConfig
 from tasks.evaluation.sampling import Source, generate_samples, plan_job, plan_samples
 from tasks.images import read_mark
-from tasks.manifests.evaluation import Sample
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config
 from tests.support.tiny import tiny_diffusion_config
+from tests.support.tiny_lora import EXPORT, adapt
 
+ONE = Devices("evaluation.num_devices", 1)
 CONFIG = make_config(
     EvaluationConfig,
     prompts=("a photo of {subject}", "{subject} in the snow"),
@@ -66,7 +69,7 @@ def test_samples_of_an_earlier_attempt_are_reused(tmp_path: Path, tiny_model_fol
 
     def draw(side: Source, requests: list[SamplingRequest]) -> Iterator[IndexedImage]:
         loads.append(side)
-        return sample(plan_job(diffusion, CONFIG, requests, weights=None), num_devices=1)
+        return sample(plan_job(diffusion, CONFIG, requests, weights=None), ONE)
 
     planned = plan_samples(CONFIG, class_noun="fish", identifier_token="sks", class_prompt="a photo of a fish")
     runs = [
@@ -83,25 +86,26 @@ def test_samples_of_an_earlier_attempt_are_reused(tmp_path: Path, tiny_model_fol
 
 
 def test_the_samples_do_not_depend_on_the_number_of_devices(tmp_path: Path, tiny_model_folder: Path) -> None:
+    """Those of a LoRA at half its strength: weights and scale reach each process."""
+    config = CONFIG.model_copy(update={"lora_scale": 0.5})
     diffusion = tiny_diffusion_config(tiny_model_folder)
-    planned = plan_samples(CONFIG, class_noun="fish", identifier_token="sks", class_prompt="a photo of a fish")
+    model = load_model(diffusion)
+    save_lora(model, tmp_path / "lora", adapt(model), export=EXPORT)
+    planned = plan_samples(config, class_noun="fish", identifier_token="sks", class_prompt="a photo of a fish")
 
-    def generate(name: str, num_devices: int) -> tuple[Sample, ...]:
-        return generate_samples(
-            StageFolder(LocalStore(tmp_path / name), "evaluation", "k"), CONFIG, planned,
+    def generate(name: str, num_devices: int, weights: Path | None) -> list[np.ndarray]:
+        samples = generate_samples(
+            StageFolder(LocalStore(tmp_path / name), "evaluation", "k"), config, planned[:7],
             draw=lambda side, requests: sample(
-                plan_job(diffusion, CONFIG, requests, weights=None), num_devices=num_devices
+                plan_job(diffusion, config, requests, weights=None if weights is None else str(weights)),
+                Devices("evaluation.num_devices", num_devices),
             ),
             on_progress=lambda done, total: None,
         )  # fmt: skip
+        return [np.asarray(Image.open(tmp_path / name / each.image.key), int) for each in samples]
 
-    one, two = generate("one", 1), generate("two", 2)
-    assert [(each.prompt, each.seed, each.side) for each in one] == [
-        (each.prompt, each.seed, each.side) for each in two
-    ]
-    for first, second in zip(one, two, strict=True):
-        a, b = (
-            np.asarray(Image.open(tmp_path / place / each.image.key), int)
-            for place, each in (("one", first), ("two", second))
-        )
-        assert np.abs(a - b).max() <= 1  # batches differ, so kernels may sum in another order
+    one, two = generate("one", 1, tmp_path / "lora"), generate("two", 2, tmp_path / "lora")
+    base = generate("base", 1, None)
+    # Batches differ, so kernels may sum in another order.
+    assert max(np.abs(a - b).max() for a, b in zip(one, two, strict=True)) <= 1
+    assert min(np.abs(a - b).max() for a, b in zip(one, base, strict=True)) > 1

@@ -9,7 +9,7 @@ from PIL import Image
 from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.registry import load_model
-from tasks.diffusion.sampling.devices import sample
+from tasks.diffusion.sampling.devices import Devices, sample
 from tasks.diffusion.sampling.job import SamplingJob, sample_in_batches
 from tasks.errors import ConfigError
 from tasks.images import SOURCE_TYPE, XMP_KEY, read_mark
@@ -21,6 +21,7 @@ from tests.support.config import make_config
 from tests.support.tiny import tiny_diffusion_config
 
 CONFIG = make_config(PriorConfig, num_class_images=5, num_inference_steps=2, guidance_scale=2.0, batch_size=2)
+TWO = Devices("prior.num_devices", 2)
 PROMPT = "a photo of a fish"
 
 
@@ -84,9 +85,7 @@ def test_the_set_does_not_depend_on_the_number_of_devices(tmp_path: Path, tiny_m
     diffusion = tiny_diffusion_config(tiny_model_folder)
     model = load_model(diffusion)
     one = generate(LocalStore(tmp_path / "one"), model)
-    two = generate(
-        LocalStore(tmp_path / "two"), model, draw=lambda seeds: sample(plan(seeds, diffusion), num_devices=2)
-    )
+    two = generate(LocalStore(tmp_path / "two"), model, draw=lambda seeds: sample(plan(seeds, diffusion), TWO))
     assert [image.seed for image in two] == [0, 1, 2, 3, 4]  # type: ignore[attr-defined]
     for first, second in zip(one, two, strict=True):
         a, b = (
@@ -97,6 +96,6 @@ def test_the_set_does_not_depend_on_the_number_of_devices(tmp_path: Path, tiny_m
 
 
 def test_a_failing_device_is_named_in_the_error(tmp_path: Path) -> None:
-    drawing = sample(plan([1, 2], tiny_diffusion_config(tmp_path)), num_devices=2)
-    with pytest.raises(ConfigError, match=r"on device \d failed: .*no model_index.json"):
+    drawing = sample(plan([1, 2, 3], tiny_diffusion_config(tmp_path)), TWO)
+    with pytest.raises(ConfigError, match=r"on device \d failed \(exit code 1\): .*no model_index.json"):
         list(drawing)

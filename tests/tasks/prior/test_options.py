@@ -63,6 +63,6 @@ def test_num_devices_selects_multi_device_generation(tmp_path: Path) -> None:
     runtime: Any = SimpleNamespace(progress_callback=lambda name: lambda done, total: None)
     base = ModelRef(location="x", revision=None, sha256="0")
     for num_devices, message in ((2, r"on device \d failed"), (1, r"^(?!.*on device)")):
-        config = make_config(PriorConfig, num_class_images=2, num_devices=num_devices)
+        config = make_config(PriorConfig, num_class_images=2, batch_size=1, num_devices=num_devices)
         with pytest.raises(ConfigError, match=message):
             compute_prior(folder, PriorInputs(config, diffusion, base, "fish"), runtime)

@@ -2,19 +2,21 @@
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.errors import ConfigError, first_line
 from tasks.images import SOURCE_TYPE, encode_png
 from tasks.publishing.versions import list_versions
+from tasks.redaction import clean_text
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
 
 CERTIFICATE, KEY = "--c2pa-certificate", "--c2pa-key"
-INSTALL = "pip install c2pa-python"
+INSTALL = "pip install 'c2pa-python>=0.38'"
+SUPPORTED = "C2PA takes keys on P-256, P-384, P-521, Ed25519 and RSA"
 FORMAT = "image/png"
 CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
 """C2PA's name of the signature algorithm, by the curve of the key."""
@@ -27,8 +29,8 @@ class ContentCredentials:
     """A certificate chain and its private key, both as PEM; neither is shown."""
 
     algorithm: str
-    chain: bytes
-    key: bytes
+    chain: bytes = field(repr=False)
+    key: bytes = field(repr=False)
 
     def sign(self, png: bytes, *, title: str) -> bytes:
         """Return the PNG with a signed manifest that says it was made by a trained model.
@@ -43,7 +45,7 @@ class ContentCredentials:
         action = {"action": "c2pa.created", "digitalSourceType": SOURCE_TYPE, "softwareAgent": software}
         manifest = {
             "claim_generator_info": [software],
-            "title": title,
+            "title": clean_text(title, keep=""),
             "format": FORMAT,
             "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": [action]}}],
         }
@@ -97,26 +99,53 @@ def load_credentials(certificate: Path | None, key: Path | None) -> ContentCrede
         import c2pa  # noqa: F401 - whether it is there
     except ImportError as error:
         raise ConfigError(f"{CERTIFICATE} needs the package: {INSTALL}") from error
-    from cryptography import x509
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    chain, secret = read_file(certificate, CERTIFICATE), read_file(key, KEY)
-    try:
-        leaf = x509.load_pem_x509_certificates(chain)[0]
-    except ValueError as error:
-        raise ConfigError(f"{CERTIFICATE}: {certificate} holds no certificate as PEM") from error
-    try:
-        private = load_pem_private_key(secret, password=None)
-    except TypeError as error:
-        raise ConfigError(f"{KEY}: {key} is encrypted; decrypt it into a file that you alone can read") from error
-    except ValueError as error:  # its text might quote the file
-        raise ConfigError(f"{KEY}: {key} holds no private key as PEM") from error
+    chain = read_file(certificate, CERTIFICATE)
+    leaf, private = load_leaf(chain, certificate), load_key(key)
     if private.public_key() != leaf.public_key():
         raise ConfigError(f"{KEY}: {key} is not the key of the first certificate in {certificate}")
-    credentials = ContentCredentials(find_algorithm(leaf), chain, secret)
+    credentials = ContentCredentials(find_algorithm(leaf), chain, dump_key(private))
     # Before anything is computed: an expired certificate, or one that may not sign, is found here.
     credentials.sign(encode_png(make_probe(), is_generated=True), title="probe")
     return credentials
+
+
+def load_leaf(chain: bytes, path: Path) -> "Certificate":
+    """Return the first certificate. Raises ConfigError."""
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    try:
+        leaf = x509.load_pem_x509_certificates(chain)[0]
+        leaf.public_key()
+    except ValueError as error:
+        raise ConfigError(f"{CERTIFICATE}: {path} holds no certificate as PEM") from error
+    except UnsupportedAlgorithm as error:
+        raise ConfigError(f"{CERTIFICATE}: {SUPPORTED}") from error
+    return leaf
+
+
+def load_key(path: Path) -> Any:
+    """Return the private key, in any of PEM's formats. Raises ConfigError, without the file's text."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    secret = read_file(path, KEY)
+    try:
+        return load_pem_private_key(secret, password=None)
+    except TypeError as error:
+        raise ConfigError(f"{KEY}: {path} is encrypted; decrypt it into a file that you alone can read") from error
+    except ValueError as error:
+        raise ConfigError(f"{KEY}: {path} holds no private key as PEM") from error
+    except UnsupportedAlgorithm as error:
+        raise ConfigError(f"{KEY}: {SUPPORTED}") from error
+
+
+def dump_key(private: Any) -> bytes:
+    """Return a key as a single block of PKCS#8, the one format that c2pa takes."""
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    data: bytes = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return data
 
 
 def read_file(path: Path, option: str) -> bytes:
@@ -142,7 +171,7 @@ def find_algorithm(leaf: "Certificate") -> str:
             return "ed25519"
         case rsa.RSAPublicKey():
             return "ps256"
-    raise ConfigError(f"{CERTIFICATE}: C2PA takes keys on P-256, P-384, P-521, Ed25519 and RSA")
+    raise ConfigError(f"{CERTIFICATE}: {SUPPORTED}")
 
 
 def make_probe() -> Any:

@@ -32,8 +32,8 @@ class GeneratedImages:
 
     images: tuple[tuple[Path, int], ...]
     grid: Path | None = None
-    refused: tuple[int, ...] = ()
-    """Seeds of images that the safety checker refused: they are not written."""
+    refused: tuple[str, ...] = ()
+    """Prompt and seed, or settings, of images that the safety checker refused: they are not written."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def generate(source: ImageSource, request: ImageRequest, target: Target, *, on_p
     if request.is_settings_grid:
         return draw_settings_grid(sampler, target, first, on_progress=on_progress)
     planned = [(prompt, first + number) for prompt in request.prompts for number in range(request.num)]
-    done, refused = list[tuple[Path, int]](), list[int]()
+    done, refused = list[tuple[Path, int]](), list[str]()
     pictures: list[Picture | None] = []
     for number, (prompt, seed) in enumerate(planned):
         on_progress(number, len(planned))
@@ -91,7 +91,8 @@ def generate(source: ImageSource, request: ImageRequest, target: Target, *, on_p
         picture = sampler.draw(prompt, seed)
         pictures.append(picture)
         if picture is None:
-            refused.append(seed)
+            row = f"prompt {number // request.num + 1}, " if len(request.prompts) > 1 else ""
+            refused.append(f"{row}seed {seed}")
             continue
         facts = {"Title": prompt, "Comment": f"seed {seed}, {source.origin}", "Description": request.describe()}
         done.append((target.write(target.name(seed, number, num=len(planned)), picture, facts=facts), seed))
@@ -123,6 +124,8 @@ def load_sampler(source: ImageSource, request: ImageRequest) -> Sampler:
         raise ConfigError("--lora-scale needs a LoRA; this model has none (training.method=lora trains one)")
     setting = source.evaluation.safety_checker if request.is_checked is None else CHECKS[request.is_checked]
     files = find_safety_checker(setting, diffusion, off=OFF)
+    if request.is_checked and files is None:
+        raise ConfigError("--safety-checker: the base model has none; only Stable Diffusion 1.x comes with one")
     with fast_imports(source.weights):
         from tasks.diffusion.registry import load_model
 
@@ -160,7 +163,14 @@ def draw_settings_grid(sampler: Sampler, target: Target, seed: int, *, on_progre
         "Comment": f"seed {seed}, {source.origin}",
         "Description": request.describe(),
     }
-    return GeneratedImages((), target.write(target.file or target.folder / f"grid-{seed}.png", sheet, facts=facts))
+    refused = tuple(
+        f"guidance {guidance:g}, {num} steps"
+        for guidance, row in zip(guidances, cells, strict=True)
+        for num, cell in zip(steps, row, strict=True)
+        if cell is None
+    )
+    path = target.write(target.file or target.folder / f"grid-{seed}.png", sheet, facts=facts)
+    return GeneratedImages((), path, refused)
 
 
 def show_progress(done: int, total: int, *, name: str = "images") -> None:
@@ -176,5 +186,4 @@ def print_images(done: GeneratedImages) -> None:
     if done.grid is not None:
         print(f"{done.grid}  grid")
     if done.refused:
-        seeds = ", ".join(map(str, done.refused))
-        print(f"refused by the safety checker and not written: seed {seeds}", file=sys.stderr)
+        print(f"refused by the safety checker and not written: {'; '.join(done.refused)}", file=sys.stderr)

@@ -61,7 +61,7 @@ IsChecked = Annotated[
     typer.Option(
         "--safety-checker/--no-safety-checker",
         help="Refuse images by the base model's safety checker, where it has one (Stable Diffusion 1.x); "
-        "default: evaluation's.",
+        "default: as evaluation.safety_checker.",
         show_default=False,
     ),
 ]

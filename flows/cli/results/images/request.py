@@ -42,7 +42,7 @@ class ImageRequest:
     grid_steps: tuple[int, ...] = ()
     """Denoising steps of a settings grid; empty: one."""
     is_checked: bool | None = None
-    """Whether the base model's safety checker looks at the images; None: as the evaluation says."""
+    """Whether the base model's safety checker checks the images; None: as the evaluation is configured."""
 
     @property
     def is_settings_grid(self) -> bool:

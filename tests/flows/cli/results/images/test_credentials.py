@@ -17,7 +17,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from flows.cli.results.images.credentials import load_credentials, read_manifest
 from flows.cli.results.images.files import Target, read_generated
 from tasks.errors import ConfigError
-from tasks.images import SOURCE_TYPE
+from tasks.images import SOURCE_TYPE, encode_png
 from tests.support.tiny import draw_photo
 
 PEM = serialization.Encoding.PEM
@@ -96,6 +96,20 @@ def test_images_carry_signed_credentials_beside_their_text(tmp_path: Path, algor
     assert target.write(tmp_path / "image.png", draw_photo(0), facts={"Title": "a fish"}) == path
 
 
+def test_keys_in_other_formats_are_taken_and_never_shown(tmp_path: Path) -> None:
+    chain, key = write_pair(tmp_path)
+    private: Any = serialization.load_pem_private_key(key.read_bytes(), password=None)
+    sec1 = private.private_bytes(PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption())
+    for content in (sec1, sec1 + chain.read_bytes()):
+        key.write_bytes(content)
+        credentials = load_credentials(chain, key)
+        assert credentials is not None
+        signed = credentials.sign(encode_png(draw_photo(0)), title="a\udcffb.png")
+        store = read_manifest(signed)
+        assert store["manifests"][store["active_manifest"]]["title"] == "ab.png"
+        assert "PRIVATE" not in repr(Target(tmp_path, credentials=credentials))
+
+
 def test_without_a_certificate_images_are_not_signed(tmp_path: Path) -> None:
     assert load_credentials(None, None) is None
     path = Target(tmp_path).write(tmp_path / "image.png", draw_photo(0), facts={})
@@ -145,7 +159,7 @@ def test_a_missing_package_and_a_missing_file_end_before_a_model_is_loaded(tmp_p
         capture_output=True,
         text=True,
     )
-    assert "--c2pa-certificate needs the package: pip install c2pa-python" in done.stderr
+    assert "--c2pa-certificate needs the package: pip install 'c2pa-python>=0.38'" in done.stderr
     done = subprocess.run(
         command, check=False, env={**environment, "LIKENESS_C2PA_KEY": "none"}, capture_output=True, text=True
     )

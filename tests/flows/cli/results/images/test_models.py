@@ -20,6 +20,7 @@ from tasks.diffusion.external.detection import detect
 from tasks.diffusion.lora.adapters import save_lora
 from tasks.diffusion.registry import load_model
 from tasks.diffusion.types import LORA_FILE
+from tasks.encoders.safety import SafetyChecker
 from tasks.errors import ConfigError
 from tasks.images import decode_png, read_mark
 from tests.support.tiny import SIDE, tiny_diffusion_config
@@ -191,7 +192,7 @@ def test_labels_of_a_contact_sheet_are_wrapped_and_a_missing_cell_is_grey() -> N
 
 
 def test_images_that_the_safety_checker_refuses_are_not_written(
-    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = add_safety_checker(shutil.copytree(tiny_model_folder, tmp_path / "model"))
     request = ImageRequest((PROMPT,), num=3, seed=3, num_inference_steps=2)
@@ -205,7 +206,7 @@ def test_images_that_the_safety_checker_refuses_are_not_written(
     every = run("every")
     refuse(model, like=decode_png(every.images[1][0].read_bytes()))
     done = run("checked")
-    assert ([seed for _, seed in done.images], done.refused) == ([3, 5], (4,))
+    assert ([seed for _, seed in done.images], done.refused) == ([3, 5], ("seed 4",))
     assert sorted(path.name for path in (tmp_path / "checked").glob("image*")) == ["image-3-000.png", "image-5-002.png"]
     assert done.grid is not None
     grid = decode_png(done.grid.read_bytes())
@@ -213,11 +214,23 @@ def test_images_that_the_safety_checker_refuses_are_not_written(
     print_images(done)
     assert "refused by the safety checker and not written: seed 4" in capsys.readouterr().err
     assert run("unchecked", is_checked=False).refused == ()
+    found = iter((False, True))
+    with monkeypatch.context() as patch:  # the random network finds both cells alike
+        patch.setattr(SafetyChecker, "find_unsafe", lambda self, pictures: [next(found)])
+        sheet = run("cells", num=1, num_inference_steps=None, grid_steps=(1, 2))
+    assert [text.endswith(", 2 steps") for text in sheet.refused] == [True]
+    two = run("two", prompts=("a photo of a mug", PROMPT))
+    assert "prompt 2, seed 4" in two.refused
     refuse(model)
     for name, changes in {"all": {}, "sheet": {"num": 1, "num_inference_steps": None, "grid_steps": (1, 2)}}.items():
         with pytest.raises(ConfigError, match=r"the safety checker refused all \d images; .*--no-safety-checker"):
             run(name, **changes)
         assert list((tmp_path / name).iterdir()) == []
+    with (
+        pytest.raises(ConfigError, match="--safety-checker: the base model has none"),
+        open_source(tmp_path, ModelChoice(str(tiny_model_folder))) as source,
+    ):
+        generate(source, replace(request, is_checked=True), Target(tmp_path), on_progress=lambda *now: None)
     (model / "safety_checker" / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"lacks safety_checker/model.safetensors; .*--no-safety-checker"):
         run("missing")

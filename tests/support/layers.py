@@ -38,7 +38,7 @@ LAYERS = {
     "browser": "browser",
 }
 """The layer of each folder or file; the nearest one counts."""
-WHOLE_RUNS = "whole runs"
+WHOLE_RUNS, FAULTS = "whole runs", "faults"
 SHARED = ("sandbox", "first_run")
 """Fixtures of a session that take half a minute: files that name them run in one process."""
 LONGEST = ("tasks/training/process/", "faults/", "tasks/training/", "tasks/subject/photos/")
@@ -68,9 +68,12 @@ def assign(items: list[pytest.Item]) -> None:
 
 @cache
 def find_group(path: str) -> str:
-    """Return the group that a file's tests run in: its own, or the one of all whole runs."""
+    """Return the group that a file's tests run in: its own, or that of all whole runs, or of all faults."""
     text = (TESTS.parent / path).read_text()
-    return WHOLE_RUNS if re.search(rf"\b({'|'.join(SHARED)})\b", text) else path
+    if not re.search(rf"\b({'|'.join(SHARED)})\b", text):
+        return path
+    # Two groups of ten minutes rather than one of twenty, where all other processes have long finished.
+    return FAULTS if path.startswith(f"tests/{FAULTS}/") else WHOLE_RUNS
 
 
 def make_scheduler(config: pytest.Config, log: Any) -> Any:

@@ -19,6 +19,7 @@ from tasks.redaction import register_secret
 from tasks.stage.worker_process import SOURCE_ROOT
 
 if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
     from prefect.events.schemas.automations import AutomationCore
 
 TAG = "likeness"
@@ -27,6 +28,8 @@ RUN_TAG = "likeness-run"
 TAGGED = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
 NOTIFIED = ("Completed", "Failed", "Cancelled", "Suspended")
 NOTIFY_BLOCK, NOTIFY_VARIABLE = "likeness-notify", "LIKENESS_NOTIFY_URL"
+RETRIES = 7
+"""Of each request of a registration: the client waits 1, 2, 4 to 64 s between them."""
 BULK_PRIORITY = 10  # the default queue has 1, and lower numbers are served first
 # Heartbeats come every 180 s. A window below three of them marks living runs as crashed.
 HEARTBEAT_WINDOW = datetime.timedelta(seconds=540)
@@ -38,16 +41,15 @@ SILENT = ("Completed", "Failed", "Cancelled", "Scheduled", "Paused", "Suspended"
 def register(environment: dict[str, str], options: StackOptions) -> None:
     """Register pool, deployments and automations; again with every `up`, since options of the form may be new."""
     log = options.folder / "logs" / "registration.log"
-    run_prefect(["work-pool", "create", POOL, "--type", "process", "--overwrite"], environment, log=log)
-    run_prefect(["work-pool", "set-concurrency-limit", POOL, str(options.max_runs)], environment, log=log)
+    # Surviving workers load the server while it is restarted; SQLite then answers 503, which the client tries again.
+    environment = {"PREFECT_CLIENT_MAX_RETRIES": str(RETRIES), **environment}
+    run_code(f"with r.open_client() as client: r.register_pool(client, {options.max_runs})", environment, log=log)
     file = SOURCE_ROOT / "deployments" / "prefect.yaml"
     run_prefect(["--no-prompt", "deploy", "--all", "--prefect-file", str(file)], environment, log=log)
-    code = "from flows.cli.stack import registration as r; r.register_queue(); r.register_automations()"
-    run([sys.executable, "-c", code], environment, log=log)
+    run_code("r.register_queue(); r.register_automations()", environment, log=log)
     if options.notify_url:
         notify = Notify.parse(options.notify_url)
-        code = f"from flows.cli.stack.registration import register_notification as r; r({notify.kind!r})"
-        run([sys.executable, "-c", code], {**environment, NOTIFY_VARIABLE: notify.url}, log=log)
+        run_code(f"r.register_notification({notify.kind!r})", {**environment, NOTIFY_VARIABLE: notify.url}, log=log)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,11 @@ def run_prefect(words: list[str], environment: dict[str, str], *, log: Path) -> 
     run([sys.executable, "-m", "prefect", *words], environment, log=log)
 
 
+def run_code(code: str, environment: dict[str, str], *, log: Path) -> None:
+    """Run statements in a process of its own, which imports Prefect with the stack's environment."""
+    run([sys.executable, "-c", f"from flows.cli.stack import registration as r\n{code}"], environment, log=log)
+
+
 def run(command: list[str], environment: dict[str, str], *, log: Path) -> None:
     """Run a command in the checkout. Raises ServiceUnavailable with the last line of its output."""
     with log.open("ab") as file:
@@ -83,12 +90,35 @@ def run(command: list[str], environment: dict[str, str], *, log: Path) -> None:
         raise ServiceUnavailable(f"the Prefect server refused a registration: {last_line(log)}")
 
 
+def open_client() -> "SyncPrefectClient":
+    """Return a client of the configured server."""
+    from prefect.client.orchestration import get_client
+
+    return get_client(sync_client=True)
+
+
+def register_pool(client: "SyncPrefectClient", max_runs: int) -> None:
+    """Create the work pool, or update it by one request.
+
+    Not by `prefect work-pool create --overwrite`, which removes the limit: until another command sets it, workers
+    start all runs that wait. A paused pool stays paused.
+    """
+    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+    from prefect.exceptions import ObjectAlreadyExists
+    from prefect.workers.process import ProcessWorker
+
+    values = {"base_job_template": ProcessWorker.get_default_base_job_template(), "concurrency_limit": max_runs}
+    try:
+        client.create_work_pool(WorkPoolCreate.model_validate({"name": POOL, "type": "process", **values}))
+    except ObjectAlreadyExists:
+        client.update_work_pool(POOL, WorkPoolUpdate.model_validate(values))
+
+
 def register_queue() -> None:
     """Create the queue of bulk runs, which the worker serves after the default one. Runs in a process of its own."""
-    from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectAlreadyExists
 
-    with get_client(sync_client=True) as client, contextlib.suppress(ObjectAlreadyExists):
+    with open_client() as client, contextlib.suppress(ObjectAlreadyExists):
         client.create_work_queue(BULK_QUEUE, work_pool_name=POOL, priority=BULK_PRIORITY)
 
 
@@ -143,9 +173,7 @@ def register_notification(kind: str) -> None:
 
 def replace_automation(automation: "AutomationCore") -> None:
     """Create an automation in place of an earlier one of its name."""
-    from prefect.client.orchestration import get_client
-
-    with get_client(sync_client=True) as client:
+    with open_client() as client:
         for old in client.read_automations_by_name(automation.name):
             client.delete_automation(old.id)
         client.create_automation(automation)

@@ -1,8 +1,16 @@
-"""The automations of lost runs, as the server gets them."""
+"""Pool and automations, as the server gets them."""
 
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.events.schemas.automations import EventTrigger
 
-from flows.cli.stack.registration import make_automations
+from flows.cli.stack import registration
+from flows.cli.stack.registration import make_automations, register_pool
+from flows.cli.stack.stack import POOL, StackOptions
 
 
 def test_no_event_of_a_run_belongs_to_both_automations() -> None:
@@ -14,3 +22,34 @@ def test_no_event_of_a_run_belongs_to_both_automations() -> None:
     # A run that waits for its next attempt, or has ended, sends no heartbeat.
     waiting = {f"prefect.flow-run.{state}" for state in ("Scheduled", "Completed", "Failed", "Cancelled", "Suspended")}
     assert waiting < lost.expect
+
+
+def test_a_pool_that_exists_never_lacks_its_limit_and_stays_paused(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that survived the server would start every waiting run within the seconds until it is set again."""
+    register_pool(client, 2)
+    first = client.read_work_pool(POOL)
+    assert first.concurrency_limit == 2
+    assert first.base_job_template["variables"]["properties"]
+    client.update_work_pool(POOL, WorkPoolUpdate(is_paused=True))
+    sent: list[Any] = []
+    plain = client.request
+    monkeypatch.setattr(
+        client, "request", lambda *words, **named: (sent.append(named.get("json")), plain(*words, **named))[1]
+    )
+    register_pool(client, 3)
+    again = client.read_work_pool(POOL)
+    assert (again.id, again.concurrency_limit, again.is_paused) == (first.id, 3, True)
+    changes = [body for body in sent if body]
+    assert changes
+    assert all(body["concurrency_limit"] == 3 for body in changes)
+
+
+def test_registration_changes_the_pool_by_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[str] = []
+    monkeypatch.setattr(registration, "run", lambda command, environment, *, log: commands.append(" ".join(command)))
+    registration.register({}, StackOptions(tmp_path, 0, 0, 0, max_runs=4))
+    assert sum("register_pool" in command for command in commands) == 1
+    assert not [command for command in commands if "work-pool" in command]
+    assert any("register_pool(client, 4)" in command for command in commands)

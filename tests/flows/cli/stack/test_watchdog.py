@@ -2,7 +2,6 @@
 
 import datetime
 import uuid
-from collections.abc import Iterator
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
@@ -12,15 +11,8 @@ from prefect.states import Completed, Crashed
 from flows.cli.stack.registration import TAG
 from flows.cli.stack.watchdog import GRACE, MAX_AGE, reschedule
 from flows.runs.attempts import MAX_ATTEMPTS
-from tests.support.cli_sandbox import serve_prefect
 
 LATE = GRACE + datetime.timedelta(seconds=5)
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClient]:
-    with serve_prefect(tmp_path_factory.mktemp("prefect")) as url, SyncPrefectClient(url) as client:
-        yield client
 
 
 def make_run(client: SyncPrefectClient, *, tags: list[str], has_deployment: bool = True) -> uuid.UUID:

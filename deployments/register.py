@@ -4,12 +4,14 @@ Usage: `python -m deployments.register TYPE`, with TYPE process, docker or kuber
 name the pool and the image, PREFECT_API_URL and PREFECT_API_AUTH_STRING the server.
 """
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from flows.cli.stack.registration import register_automations
+from flows.cli.stack.registration import open_client, register_automations, register_pool
+from tasks.errors import ConfigError
 
 FOLDER = Path(__file__).resolve().parent
 TYPES = ("process", "docker", "kubernetes")
@@ -24,15 +26,18 @@ def main(words: list[str]) -> int:
     os.environ.setdefault("LIKENESS_CONF", str(FOLDER / "options"))
     os.environ.setdefault("LIKENESS_IMAGE", "likeness:0.1.0-cpu")
     pool = os.environ.setdefault("LIKENESS_POOL", "likeness")
-    create = ["work-pool", "create", pool, "--type", kind, "--overwrite"]
-    template = FOLDER / "pools" / f"{kind}.json"
-    if template.exists():  # the process pool uses Prefect's own
-        create += ["--base-job-template", str(template)]
-    file = str(FOLDER / "prefect-shared.yaml")
-    for command in (create, ["--no-prompt", "deploy", "--all", "--prefect-file", file]):
-        done = subprocess.run([sys.executable, "-m", "prefect", *command], cwd=FOLDER.parent, check=False)
-        if done.returncode:
-            return done.returncode
+    file = FOLDER / "pools" / f"{kind}.json"
+    template = json.loads(file.read_text()) if file.exists() else None  # the process pool uses Prefect's own
+    try:
+        with open_client() as client:
+            register_pool(client, pool, kind, template=template)
+    except ConfigError as error:
+        print(f"{error}: set LIKENESS_POOL", file=sys.stderr)
+        return error.exit_code
+    command = ["--no-prompt", "deploy", "--all", "--prefect-file", str(FOLDER / "prefect-shared.yaml")]
+    done = subprocess.run([sys.executable, "-m", "prefect", *command], cwd=FOLDER.parent, check=False)
+    if done.returncode:
+        return done.returncode
     register_automations()
     return 0
 

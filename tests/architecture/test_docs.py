@@ -46,7 +46,7 @@ DOCS = sorted(
     )
     if "weights/" not in path.as_posix()
 )
-DIFFUSERS_FILES = {"train_dreambooth.py"}
+DIFFUSERS_FILES = {"train_dreambooth.py", "train_dreambooth_lora.py"}
 USER_FILES = {"subject.yaml"}
 """Files that people write; no settings of the section `subject`."""
 SECTIONS = tuple(f"{name}." for name in RunConfig.model_fields)

@@ -8,7 +8,7 @@ import sys
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from flows.cli.stack.processes import last_line
@@ -43,7 +43,8 @@ def register(environment: dict[str, str], options: StackOptions) -> None:
     log = options.folder / "logs" / "registration.log"
     # Surviving workers load the server while it is restarted; SQLite then answers 503, which the client tries again.
     environment = {"PREFECT_CLIENT_MAX_RETRIES": str(RETRIES), **environment}
-    run_code(f"with r.open_client() as client: r.register_pool(client, {options.max_runs})", environment, log=log)
+    pool = f"r.register_pool(client, {POOL!r}, 'process', max_runs={options.max_runs})"
+    run_code(f"with r.open_client() as client: {pool}", environment, log=log)
     file = SOURCE_ROOT / "deployments" / "prefect.yaml"
     run_prefect(["--no-prompt", "deploy", "--all", "--prefect-file", str(file)], environment, log=log)
     run_code("r.register_queue(); r.register_automations()", environment, log=log)
@@ -97,21 +98,36 @@ def open_client() -> "SyncPrefectClient":
     return get_client(sync_client=True)
 
 
-def register_pool(client: "SyncPrefectClient", max_runs: int) -> None:
-    """Create the work pool, or update it by one request.
+def register_pool(
+    client: "SyncPrefectClient",
+    name: str,
+    kind: str,
+    *,
+    template: dict[str, Any] | None = None,
+    max_runs: int | None = None,
+) -> None:
+    """Create a work pool, or update it by one request; what is None stays, or is Prefect's default for processes.
 
     Not by `prefect work-pool create --overwrite`, which removes the limit: until another command sets it, workers
     start all runs that wait. A paused pool stays paused.
+
+    Raises:
+        ConfigError: the pool has another type.
+
     """
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
     from prefect.exceptions import ObjectAlreadyExists
     from prefect.workers.process import ProcessWorker
 
-    values = {"base_job_template": ProcessWorker.get_default_base_job_template(), "concurrency_limit": max_runs}
+    values: dict[str, Any] = {"base_job_template": template or ProcessWorker.get_default_base_job_template()}
+    values |= {} if max_runs is None else {"concurrency_limit": max_runs}
     try:
-        client.create_work_pool(WorkPoolCreate.model_validate({"name": POOL, "type": "process", **values}))
+        client.create_work_pool(WorkPoolCreate.model_validate({"name": name, "type": kind, **values}))
     except ObjectAlreadyExists:
-        client.update_work_pool(POOL, WorkPoolUpdate.model_validate(values))
+        found = client.read_work_pool(name).type
+        if found != kind:
+            raise ConfigError(f"work pool {name!r} has the type {found}; delete it, or choose another name") from None
+        client.update_work_pool(name, WorkPoolUpdate.model_validate(values))
 
 
 def register_queue() -> None:

@@ -1,5 +1,6 @@
 """Pool and automations, as the server gets them."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from prefect.events.schemas.automations import EventTrigger
 from flows.cli.stack import registration
 from flows.cli.stack.registration import make_automations, register_pool
 from flows.cli.stack.stack import POOL, StackOptions
+from tasks.errors import ConfigError
 
 
 def test_no_event_of_a_run_belongs_to_both_automations() -> None:
@@ -28,7 +30,7 @@ def test_a_pool_that_exists_never_lacks_its_limit_and_stays_paused(
     client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers that survived the server would start every waiting run within the seconds until it is set again."""
-    register_pool(client, 2)
+    register_pool(client, POOL, "process", max_runs=2)
     first = client.read_work_pool(POOL)
     assert first.concurrency_limit == 2
     assert first.base_job_template["variables"]["properties"]
@@ -38,12 +40,19 @@ def test_a_pool_that_exists_never_lacks_its_limit_and_stays_paused(
     monkeypatch.setattr(
         client, "request", lambda *words, **named: (sent.append(named.get("json")), plain(*words, **named))[1]
     )
-    register_pool(client, 3)
+    register_pool(client, POOL, "process", max_runs=3)
     again = client.read_work_pool(POOL)
     assert (again.id, again.concurrency_limit, again.is_paused) == (first.id, 3, True)
     changes = [body for body in sent if body]
     assert changes
     assert all(body["concurrency_limit"] == 3 for body in changes)
+    template = copy.deepcopy(first.base_job_template)
+    template["variables"]["properties"]["name"]["description"] = "mine"
+    register_pool(client, POOL, "process", template=template)
+    kept = client.read_work_pool(POOL)
+    assert (kept.concurrency_limit, kept.base_job_template) == (3, template)
+    with pytest.raises(ConfigError, match="work pool 'likeness' has the type process; delete it"):
+        register_pool(client, POOL, "docker", template=template)
 
 
 def test_registration_changes_the_pool_by_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,4 +61,4 @@ def test_registration_changes_the_pool_by_nothing_else(tmp_path: Path, monkeypat
     registration.register({}, StackOptions(tmp_path, 0, 0, 0, max_runs=4))
     assert sum("register_pool" in command for command in commands) == 1
     assert not [command for command in commands if "work-pool" in command]
-    assert any("register_pool(client, 4)" in command for command in commands)
+    assert any("max_runs=4)" in command for command in commands)

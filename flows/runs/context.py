@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from tasks.services.llm.budget.spending_cap import Budget
     from tasks.services.store.base import Store
 
+STORE_SECONDS = 300.0
+"""How long a deployment's run waits for a store that does not answer."""
 EMBEDDED_VARIABLE = "LIKENESS_EMBEDDED_SERVER"
 """Set where the Prefect server ends with the run: nobody can follow a link to it."""
 REPORTS_VARIABLE = "LIKENESS_REPORTS_URL"
@@ -247,7 +249,7 @@ def open_run(request: RunRequest, *, is_trusted: bool, model: str = "") -> Itera
     from tasks.mini.vision_server.launch import LocalServer
     from tasks.services.llm.budget.ledger import Ledger
     from tasks.services.llm.service import LlmService, LocalServices
-    from tasks.services.store.open import open_store
+    from tasks.services.store.open import open_store_within
     from tasks.services.tracking.open import RunDescription, open_live, open_tracker, warn_unreachable
 
     install_log_redaction()
@@ -255,7 +257,9 @@ def open_run(request: RunRequest, *, is_trusted: bool, model: str = "") -> Itera
     is_trusted = is_trusted and trust_of_run.get()  # a deployment's request stays restricted when resumed
     started = time.monotonic()
     config = compile_request(request, roots=None if is_trusted else allowed_roots())
-    store, output = open_store(config.store), Path(config.output_dir).absolute()
+    # Nobody sees a deployment's run fail in its first second, and without a folder it could not be resumed.
+    store = open_store_within(config.store, seconds=0 if is_trusted else STORE_SECONDS)
+    output = Path(config.output_dir).absolute()
     tracker = open_tracker(config.tracking, folder=output)
     remove_leftovers(output, store)
     # Before any work: a process that is killed from here on leaves a run that `likeness runs` lists.

@@ -15,6 +15,7 @@ from flows.cli.maintenance import gc
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.services.config import StoreConfig
 from tasks.services.store.lease import hold_lease
+from tasks.services.store.open import open_store_within
 from tasks.services.store.s3 import S3Store
 from tasks.stage.digests import digest_file
 from tests.support.cli_sandbox import ROOT
@@ -208,3 +209,22 @@ def test_a_process_killed_in_the_middle_of_an_upload_leaves_no_object_and_gc_fin
     assert [(item.kind, item.name) for item in stale] == [("abandoned upload", "03-training/k/model")]
     gc.remove(stale[0], store)
     assert store.list_uploads() == []
+
+
+def test_a_store_that_answers_late_is_waited_for_and_a_missing_bucket_is_not(
+    s3_config: StoreConfig, proxy: FaultProxy
+) -> None:
+    config = s3_config.model_copy(update={"endpoint_url": proxy.url, "max_attempts": 1})
+    proxy.mode = "503"
+    with pytest.raises(ServiceUnavailable, match="S3 refused bucket"):
+        open_store_within(config, seconds=0)
+    refused = proxy.num_requests
+    timer = threading.Timer(1, lambda: setattr(proxy, "mode", "pass"))
+    timer.start()
+    open_store_within(config, seconds=600).put_bytes("a", b"1")
+    timer.join()
+    assert proxy.num_requests > refused + 1
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match="does not exist"):
+        open_store_within(config.model_copy(update={"bucket": "nowhere"}), seconds=600)
+    assert time.monotonic() - started < 300

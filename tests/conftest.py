@@ -22,7 +22,7 @@ from tasks.services.store.base import Store
 from tasks.services.store.local import LocalStore
 from tasks.services.store.s3 import S3Store
 from tests.support import layers
-from tests.support.cli_sandbox import CliSandbox, serve_prefect
+from tests.support.cli_sandbox import CliSandbox, make_sandbox
 from tests.support.config import make_config
 from tests.support.tiny import make_tiny_stable_diffusion
 
@@ -104,10 +104,8 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CliSandbox]:
     """A folder with a space in its name and a running Prefect server."""
-    folder = tmp_path_factory.mktemp("work") / "a place"
-    folder.mkdir()
-    with serve_prefect(folder) as url:
-        yield CliSandbox(folder, url)
+    with make_sandbox(tmp_path_factory.mktemp("work")) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

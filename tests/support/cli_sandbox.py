@@ -103,3 +103,12 @@ def serve_prefect(folder: Path) -> Iterator[str]:
         yield url
     finally:
         end(process)
+
+
+@contextmanager
+def make_sandbox(parent: Path) -> Iterator[CliSandbox]:
+    """Yield a folder with a space in its name, and a running Prefect server."""
+    folder = parent / "a place"
+    folder.mkdir()
+    with serve_prefect(folder) as url:
+        yield CliSandbox(folder, url)

@@ -17,12 +17,13 @@ import httpx
 import psutil
 import pytest
 
-from flows.cli.stack.stack import PREFECT, read_state
+from flows.cli.stack.stack import PREFECT, WORKER, read_state
 from flows.cli.stack.submit import make_request
 from flows.runs.records import list_run_folders, list_summaries, read_request, read_summary
 from tasks.subject.photos.ingest import DEMO_FOLDER
 from tests.stack.commands import LIKENESS, environment, likeness
 from tests.support.browser import keep_screenshot, open_page
+from tests.support.prefect_api import create_flow_run, open_api, wait_for_type
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
@@ -130,6 +131,34 @@ def test_a_submitted_run_whose_process_is_killed_is_rescheduled_and_resumes(fold
     ]  # fmt: skip
     assert finished["stages"]["training"]["counts"]["resumed_from_step"] > 0
     assert finished["stages"]["subject"]["cached"]
+
+
+@pytest.mark.timeout(2 * SECONDS)
+def test_a_run_cancelled_in_the_ui_saves_training_and_the_next_submit_resumes_it(folder: Path) -> None:
+    words = ["experiment=smoke", "training.max_train_steps=40", "training.checkpointing_steps=40", "seed=1"]
+    work = folder / "runs" / "work" / "training"
+    worker = read_state(folder / "runs").find(WORKER)
+    assert worker is not None
+    with open_api(folder / "runs") as client:
+        run = create_flow_run(client, [*words, f"output_dir={folder / 'runs'}"])
+        # The first step is done; the next checkpoint by schedule would be the last step's.
+        deadline = time.monotonic() + SECONDS
+        while not any(path.stat().st_size for path in work.glob("*/losses.jsonl")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        [flow_process] = psutil.Process(worker.pid).children()
+        family = [flow_process, *flow_process.children(recursive=True)]
+        state = {"type": "CANCELLING", "name": "Cancelling"}
+        client.post(f"/flow_runs/{run}/set_state", json={"state": state}).raise_for_status()
+        wait_for_type(client, run, "CANCELLED", seconds=120)
+    assert psutil.wait_procs(family, timeout=60)[1] == []
+    assert [each.status for each in list_summaries(folder / "runs") if each.flow_run_id == run] == ["cancelled"]
+    assert any(work.glob("*/checkpoints/step-*"))
+    submitted = likeness(folder, "submit", *words)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    finished = list_summaries(folder / "runs")[0]
+    assert finished.status == "finished"
+    assert finished.stages["training"].counts["resumed_from_step"] > 0
 
 
 def find_field(page: "Page", label: str) -> "Locator":

@@ -43,14 +43,19 @@ def register(environment: dict[str, str], options: StackOptions) -> None:
     log = options.folder / "logs" / "registration.log"
     # Surviving workers load the server while it is restarted; SQLite then answers 503, which the client tries again.
     environment = {"PREFECT_CLIENT_MAX_RETRIES": str(RETRIES), **environment}
-    pool = f"r.register_pool(client, {POOL!r}, 'process', max_runs={options.max_runs})"
-    run_code(f"with r.open_client() as client: {pool}", environment, log=log)
-    file = SOURCE_ROOT / "deployments" / "prefect.yaml"
-    run_prefect(["--no-prompt", "deploy", "--all", "--prefect-file", str(file)], environment, log=log)
-    run_code("r.register_queue(); r.register_automations()", environment, log=log)
+    statements = [
+        f"with r.open_client() as client: r.register_pool(client, {POOL!r}, 'process', max_runs={options.max_runs})",
+        "r.register_queue()",
+        "r.register_automations()",
+    ]
+    secrets = {}
     if options.notify_url:
         notify = Notify.parse(options.notify_url)
-        run_code(f"r.register_notification({notify.kind!r})", {**environment, NOTIFY_VARIABLE: notify.url}, log=log)
+        secrets = {NOTIFY_VARIABLE: notify.url}
+        statements.append(f"r.register_notification({notify.kind!r})")
+    run_code("\n".join(statements), {**environment, **secrets}, log=log)
+    file = SOURCE_ROOT / "deployments" / "prefect.yaml"
+    run_prefect(["--no-prompt", "deploy", "--all", "--prefect-file", str(file)], environment, log=log)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import fcntl
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -299,8 +300,15 @@ def start_clients(options: StackOptions, servers: Servers) -> tuple[StackProcess
 
 
 def stop_stack(output: Path) -> list[str]:
-    """Stop what `up` started, the worker first; return the names of what was running."""
-    state = read_state(output)
-    stopped = [process.name for process in reversed(state.processes) if stop(process)]
+    """Stop what `up` started; return the names of what was running."""
+    processes = read_state(output).processes[::-1]
+    clients = [process for process in processes if process.name in (WORKER, WATCHDOG)]
+    servers = [process for process in processes if process not in clients]
+    stopped: list[str] = []
+    # Clients first: runs that save their state report it to the servers.
+    for group in filter(None, (clients, servers)):
+        with ThreadPoolExecutor(len(group)) as pool:
+            was_running = list(pool.map(stop, group))
+        stopped += [process.name for process, ran in zip(group, was_running, strict=True) if ran]
     (output / "stack" / "state.json").unlink(missing_ok=True)
     return stopped

@@ -38,7 +38,7 @@ def tracker(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[MlflowTr
     status, body = request.param
     handler = type("Handler", (FixedHandler,), {"status": status, "body": body})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         tracker = MlflowTracker(
             make_config(TrackingConfig, uri=f"http://127.0.0.1:{server.server_port}"), folder=tmp_path
         )

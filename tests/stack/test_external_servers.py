@@ -1,13 +1,14 @@
-"""`likeness up --s3`: objects and MLflow's artifacts of the worker's runs in a bucket."""
+"""`likeness up --s3 --postgres`: the servers of others that a stack keeps its data on."""
 
 from pathlib import Path
 
 import boto3
+import httpx
 import psutil
 import pytest
 
 from flows.cli.stack.processes import stop
-from flows.cli.stack.stack import WORKER, read_state
+from flows.cli.stack.stack import PREFECT, WORKER, read_state
 from flows.runs.records import list_summaries
 from tasks.services.config import StoreConfig
 from tests.stack.commands import likeness
@@ -37,19 +38,40 @@ def check_second_up(folder: Path, url: str) -> None:
     assert psutil.Process(worker.pid).environ()["LIKENESS_STORE_URL"] == url
 
 
-def test_objects_and_artifacts_of_a_submitted_run_lie_in_the_bucket(
-    s3_config: StoreConfig, endpoint: str, tmp_path: Path
+def check_database(folder: Path) -> None:
+    """The deployments are in the database, which is no file here, and its password is in no log."""
+    server = read_state(folder / "runs").find(PREFECT)
+    assert server is not None
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.port}/api", timeout=60, trust_env=False) as client:
+        found = client.post("/deployments/filter", json={}).json()
+        assert "personalize-many" in {deployment["name"] for deployment in found}
+    assert list((folder / "runs").rglob("prefect.db")) == []
+    for path in (folder / "runs" / "stack" / "logs").iterdir():
+        check_no_password(path.read_text(errors="replace"))
+
+
+def check_no_password(text: str) -> None:
+    assert "p%40ss" not in text
+    assert "p@ss" not in text
+
+
+def test_a_submitted_run_keeps_its_objects_in_the_bucket_and_its_states_in_postgres(
+    s3_config: StoreConfig, endpoint: str, database_url: str, tmp_path: Path
 ) -> None:
     url = f"s3://{s3_config.bucket}/team/one"
     try:
-        up = likeness(tmp_path, "up", *PORTS, "--s3", url)
+        up = likeness(tmp_path, "up", *PORTS, "--s3", url, "--postgres", database_url)
         assert up.returncode == 0, up.stderr
         assert f"objects   {url}; " in up.stdout
+        check_no_password(up.stdout + up.stderr)
         done = likeness(tmp_path, "submit", "experiment=smoke", "training.num_threads=1")
         assert done.returncode == 0, done.stdout + done.stderr
         check_second_up(tmp_path, url)
+        if database_url:  # PostgreSQL is installed
+            check_database(tmp_path)
     finally:
-        likeness(tmp_path, "down")
+        down = likeness(tmp_path, "down")
+    assert "Prefect server" in down.stdout, down.stderr
     [summary] = list_summaries(tmp_path / "runs")
     client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=s3_config.bucket)
@@ -94,3 +116,17 @@ def test_missing_credentials_and_a_server_that_is_down_are_one_line_each(
     without = likeness(tmp_path, "up", *PORTS, "--s3", f"s3://{s3_config.bucket}")
     assert (without.returncode, without.stderr.count("\n")) == (2, 1), without.stderr
     assert "S3 needs credentials: set AWS_ACCESS_KEY_ID" in without.stderr
+
+
+def test_an_unreachable_database_is_one_line_and_leaves_nothing_running(tmp_path: Path, free_port: int) -> None:
+    url = f"postgresql+asyncpg://prefect:secret@127.0.0.1:{free_port}/none"
+    up = likeness(tmp_path, "up", *PORTS, "--postgres", url)
+    assert up.returncode == 4
+    assert f"the database at 127.0.0.1:{free_port} does not answer" in up.stderr
+    assert up.stderr.count("\n") == 1
+    assert "secret" not in up.stderr
+    assert read_state(tmp_path / "runs").processes == ()
+    for wrong in ("mysql://127.0.0.1/x", "postgresql+asyncpg:///x", "nonsense"):
+        refused = likeness(tmp_path, "up", "--postgres", wrong)
+        assert refused.returncode == 2
+        assert "--postgres takes postgresql+asyncpg://HOST:PORT/DATABASE" in refused.stderr

@@ -95,7 +95,7 @@ def ready_for_flows(
     if needs_server() and (url := find_api_url(Path(config.output_dir).absolute())):
         os.environ["PREFECT_API_URL"] = url  # of the stack that `likeness up` started: the run shows in its UI
     server = EmbeddedServer(Path(config.output_dir)) if needs_server() else None
-    prepare_environment(is_embedded=server is not None)
+    prepare_environment()
     try:
         if server is not None:
             # Started first and awaited last: the checks run while it starts.
@@ -148,17 +148,13 @@ def check_early(config: RunConfig, *, is_subject_known: bool = True) -> None:
     check_photos(config.subject, store)
 
 
-def prepare_environment(*, is_embedded: bool) -> None:
+def prepare_environment() -> None:
     """Set quiet defaults for libraries and bypass proxies for loopback; variables that are set take precedence."""
     defaults = {
         "PREFECT_LOGGING_LEVEL": "CRITICAL",  # errors are printed once, by us
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
-    if is_embedded:
-        # The embedded server ends with the run, often before the last log lines are sent.
-        defaults["PREFECT_LOGGING_TO_API_ENABLED"] = "false"
-        defaults["LIKENESS_EMBEDDED_SERVER"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     for name in ("NO_PROXY", "no_proxy"):

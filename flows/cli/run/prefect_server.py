@@ -1,5 +1,6 @@
 """An embedded Prefect server where none is configured: started early, stopped with the process."""
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -9,9 +10,11 @@ import threading
 import time
 import tomllib
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from flows.cli.stack.stack import find_api_url
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.stage.worker_process import child_environment, guarded
 
@@ -54,6 +57,9 @@ class EmbeddedServer:
         # For this process and the server alike. Prefect reads both variables when it is imported, which happens later.
         os.environ["PREFECT_HOME"] = str(self.home)
         os.environ["PREFECT_API_URL"] = self.url
+        # It ends with the run, often before the last log lines are sent.
+        os.environ.setdefault("PREFECT_LOGGING_TO_API_ENABLED", "false")
+        os.environ.setdefault("LIKENESS_EMBEDDED_SERVER", "1")
         self._starter.start()
 
     def wait(self) -> None:
@@ -128,6 +134,27 @@ class EmbeddedServer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+
+
+@contextlib.contextmanager
+def shared_server(output: Path) -> Iterator[None]:
+    """Run one embedded server for all commands that this process starts, where none is configured and no stack runs.
+
+    Raises:
+        ServiceUnavailable: it did not start.
+
+    """
+    if not needs_server() or find_api_url(output.absolute()):
+        yield
+        return
+    server = EmbeddedServer(output)
+    server.start()
+    try:
+        server.wait()
+        yield
+    finally:
+        server.stop()
+        del os.environ["PREFECT_API_URL"]
 
 
 def take(lock: IO[str]) -> bool:

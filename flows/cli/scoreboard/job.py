@@ -1,5 +1,6 @@
 """`likeness scoreboard`: methods x subjects x seeds by the public commands, as tables and a picture."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from flows.cli.results.runs import show_cell
 from flows.cli.results.tables import Format
+from flows.cli.run.prefect_server import shared_server
 from flows.scoreboard.cells import (
     Cell,
     Result,
@@ -88,7 +90,9 @@ def run_cells(cells: Sequence[Cell], options: ScoreboardOptions) -> list[Result]
     missing = [cell for cell in cells if found[cell.key] is None]
     note(f"{len(cells)} models, {len(cells) - len(missing)} of them finished before; logs in {options.out / 'logs'}")
     threads = max(1, (os.cpu_count() or 1) // options.num_parallel) if options.num_parallel > 1 else None
-    with ThreadPoolExecutor(options.num_parallel) as pool:
+    # A server for each of them would take a tenth of the time.
+    server = shared_server(options.out) if len(missing) > 1 else contextlib.nullcontext()
+    with server, ThreadPoolExecutor(options.num_parallel) as pool:
         running = [pool.submit(run_cell, cell, options.out, num_threads=threads) for cell in missing]
         try:
             for number, future in enumerate(running, 1):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli.run import prefect_server
-from flows.cli.run.prefect_server import EmbeddedServer
+from flows.cli.run.prefect_server import EmbeddedServer, needs_server, shared_server
 from tasks.errors import ServiceUnavailable
 
 # A server that ends slowly, answers once its file exists, and serves the inherited socket.
@@ -104,3 +104,17 @@ def test_a_server_that_never_gets_its_turn_is_an_error(
     finally:
         first.stop()
         second.stop()
+
+
+def test_commands_that_a_process_starts_share_one_server(make: Callable[[], EmbeddedServer], tmp_path: Path) -> None:
+    (tmp_path / "ready").touch()
+    assert needs_server()
+    with shared_server(tmp_path):
+        url = os.environ["PREFECT_API_URL"]  # which they inherit
+        assert not needs_server()
+        urllib.request.urlopen(f"{url}/health", timeout=30).close()
+        with shared_server(tmp_path):  # finds the configured one
+            assert os.environ["PREFECT_API_URL"] == url
+    assert needs_server()
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"{url}/health", timeout=30)

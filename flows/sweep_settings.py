@@ -21,7 +21,7 @@ from flows.sweeps.plots import draw_plots
 from flows.sweeps.report import write_report
 from flows.sweeps.runners import LocalRunner, Runner, find_pool
 from flows.sweeps.study import SweepStudy
-from flows.sweeps.tracking import list_untracked, note, open_tracking
+from flows.sweeps.tracking import needs_tracking, note, open_tracking
 from flows.sweeps.trials import REGISTERED, SEED_VALUES, Trials, make_runs
 from tasks.errors import ConfigError
 from tasks.manifests.run_summary import RegisteredModel, RunSummary
@@ -51,7 +51,7 @@ def run_sweep(request: SweepRequest, config: RunConfig, run: Callable[[RunReques
     folder = Path(config.output_dir) / "sweeps"
     study = SweepStudy(request, folder, seed=config.seed)
     trials = Trials(study, choose_runner(request, run), config, on_complete=lambda trial, summaries: None)
-    has_work = not trials.find_limit() or list_untracked(study)
+    has_work = not trials.find_limit() or needs_tracking(study)
     tracking = open_tracking(study, config) if has_work else None
     if tracking is not None:
         trials.on_complete = tracking.track

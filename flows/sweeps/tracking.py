@@ -24,6 +24,7 @@ from tasks.services.tracking.mlflow_tracker import MlflowTracker
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
+STUDY_TAG, OPEN_PARENT = "likeness.study", "open-parent"
 UNTRACKED = "untracked-"
 """Prefix of the study's attributes of trials that the server doesn't have; a trial's own are closed with it."""
 
@@ -86,11 +87,16 @@ class SweepTracking:
         return True
 
     def open(self) -> None:
-        """Open the parent run."""
+        """Open the parent run, and close those that earlier sweeps of the study, killed or cut off, left open."""
         request = self.study.request
         params = {key: ", ".join(map(str, values)) for key, values in request.space.items()}
         params |= {key: str(searched) for key, searched in request.ranges.items()}
-        self.tracker.start(name=request.study_name, params=params, tags={"likeness.kind": "sweep"})
+        token = self.study.study.user_attrs[TOKEN]
+        # One that still runs beside this sweep says itself how it ended, which replaces this.
+        self.tracker.close_stale(tag=STUDY_TAG, value=token, except_run="")
+        tags = {"likeness.kind": "sweep", STUDY_TAG: token}
+        self.tracker.start(name=request.study_name, params=params, tags=tags)
+        self.study.study.set_user_attr(OPEN_PARENT, self.tracker.run_id)
 
     def send_trial(self, trial: TrialRow) -> None:
         """Log a trial; one whose earlier call failed half-way is continued, not logged twice."""
@@ -110,8 +116,14 @@ class SweepTracking:
             return
         try:
             self.tracker.finish(is_failed=is_failed)
+            self.study.study.set_user_attr(OPEN_PARENT, None)
         except ServiceUnavailable as error:
-            note(f"warning: the sweep's tracking run stays open: {error}")
+            note(f"warning: the sweep's tracking run stays open: {error}; the same sweep, run again, closes it")
+
+
+def needs_tracking(study: SweepStudy) -> bool:
+    """Whether an earlier sweep left trials that the server doesn't have, or a parent run that is open."""
+    return bool(list_untracked(study) or study.study.user_attrs.get(OPEN_PARENT))
 
 
 def list_untracked(study: SweepStudy) -> list[TrialRow]:

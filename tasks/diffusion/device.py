@@ -1,5 +1,15 @@
-"""Resolve the configured device."""
+"""Resolve the configured device, and lock it: one training or sampling per GPU of a host.
 
+The locks are the operating system's, which end with their processes.
+"""
+
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.diffusion.config import DiffusionConfig
@@ -7,6 +17,9 @@ from tasks.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+POLL_SECONDS = 1.0
+DRIVER = Path("/dev/nvidiactl")
 
 
 def choose_device(config: DiffusionConfig) -> "torch.device":
@@ -25,3 +38,61 @@ def count_gpus() -> int:
     import torch
 
     return max(1, torch.cuda.device_count())
+
+
+def list_devices(
+    num_devices: int, diffusion: DiffusionConfig, *, environment: Mapping[str, str] = os.environ
+) -> list[str]:
+    """Return the names of the first GPUs of this host that this process sees; none where the CPU computes.
+
+    Numbered as the driver does: `CUDA_VISIBLE_DEVICES` renumbers them for each process.
+    """
+    if diffusion.device == "cpu" or not DRIVER.exists():
+        return []
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(index) for index in range(num_devices)]
+    return [name.strip() for name in names[:num_devices]]
+
+
+@contextmanager
+def lock_devices(
+    names: Sequence[str], *, on_wait: Callable[[str], None], folder: Path | None = None
+) -> Iterator[tuple[int, ...]]:
+    """Hold the locks of some GPUs, after waiting for those that compute on them; yield the locks' file descriptors.
+
+    A training worker inherits the descriptors: a GPU stays locked while an orphaned one still computes on it.
+
+    Args:
+        names: of GPUs, as `list_devices` returns them.
+        on_wait: called every second with what is waited for; raises to give up.
+        folder: where lock files lie; None is the host's folder of temporary files, so that all runs share them.
+
+    """
+    # Not in the output folder: runs with different ones share the GPU. One folder per user, whose files are its own.
+    folder = folder or Path(tempfile.gettempdir()) / f"likeness-{os.getuid()}"
+    with ExitStack() as stack:
+        descriptors = []
+        # Sorted, so that two runs that want the same GPUs can't wait for each other.
+        for name in sorted(names):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            file = stack.enter_context((folder / f"gpu-{name.replace('/', '_')}.lock").open("a+"))
+            while not try_lock(file.fileno()):
+                file.seek(0)
+                holder = file.read(200).strip()
+                on_wait(f"GPU {name}" + (f", which process {holder} uses" if holder.isdigit() else ""))
+                time.sleep(POLL_SECONDS)
+            file.seek(0)
+            file.truncate()
+            file.write(str(os.getpid()))
+            file.flush()
+            descriptors.append(file.fileno())
+        yield tuple(descriptors)
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock a file without waiting; return whether it is locked now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

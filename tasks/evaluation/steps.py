@@ -122,7 +122,7 @@ def draw_samples(
 
     weights = fetch_weights(inputs.tuned, source, runtime=runtime)
     job = plan_job(inputs.diffusion, inputs.config, requests, weights=weights)
-    return sample(job, find_sampling_devices(inputs))
+    return sample(job, find_sampling_devices(inputs), on_wait=runtime.wait_note("evaluation"))
 
 
 def find_sampling_devices(inputs: EvaluationInputs) -> "Devices":

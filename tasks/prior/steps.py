@@ -60,7 +60,6 @@ def generate_class_images(inputs: PriorInputs, runtime: Runtime) -> State[ClassI
 
 def compute_prior(folder: StageFolder, inputs: PriorInputs, runtime: Runtime) -> ClassImageSet:
     """Generate the missing class images and write the manifest."""
-    from tasks.diffusion.adapter import release_memory
     from tasks.diffusion.sampling.devices import find_devices, sample
     from tasks.prior.generation import generate_class_images, plan_job
 
@@ -72,10 +71,9 @@ def compute_prior(folder: StageFolder, inputs: PriorInputs, runtime: Runtime) ->
     # Called only where images are missing: a complete set loads no model.
     def draw(seeds: list[int]) -> "Iterator[IndexedImage]":
         job = plan_job(diffusion, config, class_prompt=class_prompt, seeds=seeds)
-        return sample(job, devices)
+        return sample(job, devices, on_wait=runtime.wait_note("prior"))
 
     images = generate_class_images(folder, config, draw=draw, on_progress=runtime.progress_callback("class images"))
-    release_memory()
     return folder.finish(
         ClassImageSet(
             **folder.head(STAGE_VERSION, counts={"images": len(images), **devices.counts()}),

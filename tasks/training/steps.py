@@ -55,8 +55,8 @@ def resolve_devices(config: TrainingConfig) -> TrainingConfig:
 
 def compute_training(folder: StageFolder, inputs: TrainingInputs, runtime: Runtime) -> TunedModel:
     """Run the worker and move its result into the store, under an exclusive lock per stage key."""
+    from tasks.diffusion.device import list_devices, lock_devices
     from tasks.training.data.latent_cache import fetch_latents, store_latents
-    from tasks.training.process.device_lock import list_devices, lock_devices
     from tasks.training.process.remote_checkpoints import CheckpointUploader, RemoteCheckpoints
     from tasks.training.process.supervisor import locked, run_worker
     from tasks.training.process.worker_spec import RunFolder
@@ -78,8 +78,9 @@ def compute_training(folder: StageFolder, inputs: TrainingInputs, runtime: Runti
         step = remote.fetch()
         if step is not None:
             runtime.progress.note(f"training: fetched the checkpoint of step {step} from the store")
+        names = list_devices(inputs.config.num_devices, inputs.diffusion)
         with (
-            lock_devices(list_devices(inputs.config, inputs.diffusion), on_wait=runtime.wait_note("training")) as gpus,
+            lock_devices(names, on_wait=runtime.wait_note("training")) as gpus,
             CheckpointUploader(remote, inputs.config, check=folder.check_lease) as uploader,
         ):
 

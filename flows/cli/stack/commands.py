@@ -19,7 +19,7 @@ def up(  # noqa: PLR0913 - a command's options
     max_runs: Annotated[
         int | None,
         typer.Option(
-            min=1, max=1_000, help="Runs at a time; each GPU trains one, others wait for it.", show_default="2"
+            min=1, max=1_000, help="Runs at a time; a GPU trains or samples for one, others wait.", show_default="2"
         ),
     ] = None,
     notify: Annotated[

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from tasks.config_base import Section
 from tasks.diffusion.config import DiffusionConfig
-from tasks.diffusion.device import choose_device, count_gpus
+from tasks.diffusion.device import choose_device, count_gpus, list_devices, lock_devices
 from tasks.diffusion.sampling.job import IndexedImage, SamplingJob, sample_in_batches
 from tasks.errors import ConfigError
 from tasks.redaction import clean_text
@@ -64,15 +64,29 @@ def find_devices(setting: str, num_devices: int, *, diffusion: DiffusionConfig) 
     return Devices(setting, num_devices or gpus)
 
 
-def sample(job: SamplingJob, devices: Devices) -> Iterator[IndexedImage]:
-    """Yield each image with its request's position, as soon as it is there.
+def sample(job: SamplingJob, devices: Devices, *, on_wait: Callable[[str], None]) -> Iterator[IndexedImage]:
+    """Yield each image with its request's position, as soon as it is there; their GPUs are locked meanwhile.
+
+    `on_wait` is called every second with what is waited for; it raises to give up.
 
     Raises:
         ConfigError: the model can't be loaded, or a process failed; names the device.
 
     """
+    from tasks.diffusion.adapter import release_memory
+
     num = devices.limit(job)
-    return sample_in_batches(job.load(), job) if num == 1 else sample_on_devices(job, replace(devices, num=num))
+    # A training of another run may need all of the memory.
+    with lock_devices(list_devices(num, job.diffusion), on_wait=on_wait):
+        try:
+            yield from (sample_on_devices(job, replace(devices, num=num)) if num > 1 else sample_here(job))
+        finally:
+            release_memory()
+
+
+def sample_here(job: SamplingJob) -> Iterator[IndexedImage]:
+    """Yield (position, image), sampled by this process, which lets go of the model at the end."""
+    yield from sample_in_batches(job.load(), job)
 
 
 def sample_on_devices(job: SamplingJob, devices: Devices) -> Iterator[IndexedImage]:

@@ -1,6 +1,9 @@
 """How many devices sample, which, and what is said of one that fails."""
 
+import os
 import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,10 +11,12 @@ import torch
 
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
-from tasks.diffusion.sampling.devices import Devices, check, find_devices, pick_device
-from tasks.diffusion.sampling.job import SamplingJob
+from tasks.diffusion import device
+from tasks.diffusion.sampling import devices
+from tasks.diffusion.sampling.devices import Devices, check, find_devices, pick_device, sample
+from tasks.diffusion.sampling.job import IndexedImage, SamplingJob
 from tasks.diffusion.types import SamplingRequest
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, LikenessError
 from tests.support.tiny import tiny_diffusion_config
 
 NAME = "evaluation.num_devices"
@@ -80,3 +85,31 @@ def test_the_devices_of_training_sample_too(name: str, num: int) -> None:
     config = compile_request(parse_overrides([f"training/devices={name}", *words]))
     found = (config.training.num_devices, config.prior.num_devices, config.evaluation.num_devices)
     assert found == (num, num, num)
+
+
+def test_sampling_waits_for_a_gpu_that_another_run_uses_and_locks_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the locks lie
+    monkeypatch.setattr(device, "DRIVER", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    plain = make_job(1, batch_size=1)
+    job = plain.model_copy(update={"diffusion": plain.diffusion.model_copy(update={"device": "auto"})})
+
+    def give_up(what: str) -> None:
+        raise LikenessError(what)
+
+    def fail(job: SamplingJob) -> Iterator[IndexedImage]:
+        message = f"GPU 0, which process {os.getpid()} uses"
+        with pytest.raises(LikenessError, match=message), device.lock_devices(["0"], on_wait=give_up):
+            pass
+        raise ConfigError("drawn")
+        yield
+
+    monkeypatch.setattr(devices, "sample_here", fail)
+    with device.lock_devices(["0"], on_wait=give_up), pytest.raises(LikenessError, match="GPU 0"):
+        next(sample(job, Devices(NAME, 1), on_wait=give_up))
+    with pytest.raises(ConfigError, match="drawn"):
+        next(sample(job, Devices(NAME, 1), on_wait=give_up))
+    with device.lock_devices(["0"], on_wait=give_up):  # free again
+        pass

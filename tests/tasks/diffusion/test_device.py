@@ -1,4 +1,4 @@
-"""One training per GPU: others wait and say for whom; a lock ends with its processes."""
+"""One training or sampling per GPU: others wait and say for whom; a lock ends with its processes."""
 
 import subprocess
 import sys
@@ -8,20 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from tasks.diffusion import device
+from tasks.diffusion.device import list_devices, lock_devices
 from tasks.errors import LikenessError
-from tasks.training.config import TrainingConfig
-from tasks.training.process import device_lock
-from tasks.training.process.device_lock import list_devices, lock_devices
-from tests.support.config import make_config
 from tests.support.tiny import tiny_diffusion_config
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Poll often, on a host with a driver."""
-    monkeypatch.setattr(device_lock, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(device, "POLL_SECONDS", 0.02)
     (tmp_path / "driver").touch()
-    monkeypatch.setattr(device_lock, "DRIVER", tmp_path / "driver")
+    monkeypatch.setattr(device, "DRIVER", tmp_path / "driver")
 
 
 def give_up(what: str) -> None:
@@ -31,7 +29,7 @@ def give_up(what: str) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from tasks.training.process.device_lock import lock_devices
+from tasks.diffusion.device import lock_devices
 with lock_devices(["0"], on_wait=print, folder=Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(600)
@@ -42,7 +40,7 @@ def test_a_second_training_on_a_gpu_waits_until_the_first_process_is_gone(tmp_pa
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"
-        message = f"GPU 0, on which process {holder.pid} trains"
+        message = f"GPU 0, which process {holder.pid} uses"
         with pytest.raises(LikenessError, match=message), lock_devices(["0"], on_wait=give_up, folder=tmp_path):
             pass
         with lock_devices(["1"], on_wait=give_up, folder=tmp_path):  # another GPU is free
@@ -79,15 +77,14 @@ def test_trainings_on_overlapping_gpus_do_not_deadlock(tmp_path: Path) -> None:
         (1, None, "cpu", []),
     ],
 )
-def test_the_locked_gpus_are_those_that_training_sees(
+def test_the_locked_gpus_are_those_that_the_process_sees(
     tmp_path: Path, num_devices: int, visible: str | None, device: str, expected: list[str]
 ) -> None:
-    training = make_config(TrainingConfig, num_devices=num_devices)
     environment = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
     diffusion = tiny_diffusion_config(tmp_path, device=device)
-    assert list_devices(training, diffusion, environment=environment) == expected
+    assert list_devices(num_devices, diffusion, environment=environment) == expected
 
 
 def test_nothing_is_locked_on_a_host_without_gpu(tmp_path: Path) -> None:
     (tmp_path / "driver").unlink()
-    assert list_devices(make_config(TrainingConfig), tiny_diffusion_config(tmp_path, device="auto")) == []
+    assert list_devices(1, tiny_diffusion_config(tmp_path, device="auto")) == []

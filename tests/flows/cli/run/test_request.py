@@ -10,6 +10,7 @@ from conf.compose import compile_request, compute_config_digest
 from conf.overrides import parse_overrides
 from conf.request import RunRequest
 from flows.cli.main import main
+from flows.cli.run.job import check_early
 from flows.cli.run.request import load_request
 from flows.runs.context import make_run_folder
 from tasks.errors import ConfigError
@@ -113,3 +114,16 @@ def test_a_request_file_that_never_ends_is_refused_unread(tmp_path: Path, kind: 
             file.truncate(2_000_000)
     with pytest.raises(ConfigError, match="is not a file of at most 1,000,000 bytes"):
         load_request([], path)
+
+
+def test_encoders_of_the_drawn_world_are_doubted_for_another_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"output_dir={tmp_path}", "llm.judge=local", "tracking=none"]
+    check_early(compile_request(parse_overrides(words)))
+    assert capsys.readouterr().err == ""
+    other = ["diffusion=sd15", "llm.profiles.local.base_url=http://127.0.0.1:9/v1", "evaluation/encoders=mini"]
+    check_early(compile_request(parse_overrides([*words, *other])))
+    assert "warning: the mini encoders know the drawn world alone" in capsys.readouterr().err
+    check_early(compile_request(parse_overrides([*words, *other[:2], "evaluation/encoders=paper"])))
+    assert capsys.readouterr().err == ""

@@ -51,8 +51,8 @@ def run_sweep(request: SweepRequest, config: RunConfig, run: Callable[[RunReques
     folder = Path(config.output_dir) / "sweeps"
     study = SweepStudy(request, folder, seed=config.seed)
     trials = Trials(study, choose_runner(request, run), config, on_complete=lambda trial, summaries: None)
-    has_work = not trials.find_limit() or needs_tracking(study)
-    tracking = open_tracking(study, config) if has_work else None
+    is_ended = bool(trials.find_limit())
+    tracking = open_tracking(study, config, is_ended=is_ended) if not is_ended or needs_tracking(study) else None
     if tracking is not None:
         trials.on_complete = tracking.track
     report = folder / request.study_name / "report.html"

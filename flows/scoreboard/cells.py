@@ -1,11 +1,9 @@
 """The cells of a scoreboard: each is one public command, and its result is found again by content."""
 
 import hashlib
-import os
 import re
 import shlex
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -25,10 +23,10 @@ from tasks.manifests.subject import SubjectSet
 from tasks.redaction import clean_text, redact
 from tasks.services.store.open import open_store
 from tasks.stage.cache import find_manifest
+from tasks.stage.worker_process import child_environment, guarded
 from tasks.subject.photos.decoding import SUFFIXES
 
 NUM_PHOTOS = 5
-LIKENESS = (sys.executable, "-m", "flows.cli.main")
 DRAWN = re.compile(r"([a-z]+)-(\d{1,6})")
 
 
@@ -208,8 +206,8 @@ def run_cell(cell: Cell, output: Path, *, num_threads: int | None = None) -> Res
     """Run a cell's command; its output goes to a log file. A failure is returned, not raised."""
     log = output / "logs" / f"{cell.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    words = [*LIKENESS, *shlex.split(" ".join(cell.words))]
-    environment = dict(os.environ)
+    words = [*guarded("flows.cli.main"), *shlex.split(" ".join(cell.words))]
+    environment = child_environment()  # it ends with this process, as its Prefect server does
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(num_threads)
     started = time.monotonic()

@@ -47,6 +47,8 @@ class SweepTracking:
     tracker: MlflowTracker
     study: SweepStudy
     config: RunConfig
+    is_ended: bool = False
+    """Whether no trial is left to run, so that the sweep only completes what an earlier one could not send."""
     outage: str = ""
     """Why the last call was not taken."""
 
@@ -92,11 +94,15 @@ class SweepTracking:
         params = {key: ", ".join(map(str, values)) for key, values in request.space.items()}
         params |= {key: str(searched) for key, searched in request.ranges.items()}
         token = self.study.study.user_attrs[TOKEN]
+        if self.is_ended and self.tracker.reopen(tag=STUDY_TAG, value=token):
+            return
         # One that still runs beside this sweep says itself how it ended, which replaces this.
         self.tracker.close_stale(tag=STUDY_TAG, value=token, except_run="")
         tags = {"likeness.kind": "sweep", STUDY_TAG: token}
-        self.tracker.start(name=request.study_name, params=params, tags=tags)
-        self.study.study.set_user_attr(OPEN_PARENT, self.tracker.run_id)
+        try:
+            self.tracker.start(name=request.study_name, params=params, tags=tags)
+        finally:  # also where it was created, and its parameters could not be logged
+            self.study.study.set_user_attr(OPEN_PARENT, self.tracker.run_id)
 
     def send_trial(self, trial: TrialRow) -> None:
         """Log a trial; one whose earlier call failed half-way is continued, not logged twice."""
@@ -143,11 +149,13 @@ def note(text: str) -> None:
     (progress_of_run.get() or make_run_progress()).note(text)
 
 
-def open_tracking(study: SweepStudy, config: RunConfig) -> SweepTracking | None:
+def open_tracking(study: SweepStudy, config: RunConfig, *, is_ended: bool) -> SweepTracking | None:
     """Open the sweep's own tracking run, and send what an earlier sweep of the study could not."""
     if config.tracking.kind != "mlflow":
         return None
-    tracking = SweepTracking(MlflowTracker(config.tracking, folder=Path(config.output_dir)), study, config)
+    tracking = SweepTracking(
+        MlflowTracker(config.tracking, folder=Path(config.output_dir)), study, config, is_ended=is_ended
+    )
     if not tracking.send():
         note(f"warning: {tracking.outage}; the sweep continues, and its trials are sent when the server answers")
     return tracking

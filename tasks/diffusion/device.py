@@ -4,6 +4,7 @@ The locks are the operating system's, which end with their processes.
 """
 
 import fcntl
+import itertools
 import os
 import tempfile
 import time
@@ -50,8 +51,11 @@ def list_devices(
     if diffusion.device == "cpu" or not DRIVER.exists():
         return []
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(index) for index in range(num_devices)]
-    return [name.strip() for name in names[:num_devices]]
+    if visible is None:
+        return [str(index) for index in range(num_devices)]
+    names = [name.strip() for name in visible.split(",")]
+    # As the driver reads it: an entry that is no device ends the list, so "" and -1 hide all.
+    return list(itertools.takewhile(lambda name: name and name != "-1", names))[:num_devices]
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def evaluate(inputs: EvaluationInputs, runtime: Runtime) -> State[Evaluation]:
 
 def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: Runtime) -> Evaluation:
     """Generate samples of both sides and of retained steps, compute metrics, and write the manifest."""
-    from tasks.diffusion.adapter import release_memory
+    from tasks.diffusion.sampling.devices import hold
     from tasks.evaluation.sampling import generate_samples, plan_samples
 
     config, diffusion, tuned, subject = inputs.config, inputs.diffusion, inputs.tuned, inputs.subject
@@ -89,18 +89,20 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
         class_prompt=write_class_prompt(CLASS_PROMPT, class_noun=subject.class_noun),
         candidates=sorted(tuned.find_candidates()),
     )
-    samples = generate_samples(
-        folder,
-        config,
-        planned,
-        draw=lambda source, requests: draw_samples(inputs, source, requests, runtime=runtime),
-        on_progress=runtime.progress_callback("samples"),
-    )
-    samples, dropped = drop_unsafe(folder, inputs, samples)
-    measured = measure_samples(inputs, samples, runtime)
-    release_memory()
+    devices = find_sampling_devices(inputs)
+    # Held throughout: between two models, a training of another run could take them for hours.
+    with hold(devices, diffusion, on_wait=runtime.wait_note("evaluation")):
+        samples = generate_samples(
+            folder,
+            config,
+            planned,
+            draw=lambda source, requests: draw_samples(inputs, source, requests, runtime=runtime),
+            on_progress=runtime.progress_callback("samples"),
+        )
+        samples, dropped = drop_unsafe(folder, inputs, samples)
+        measured = measure_samples(inputs, samples, runtime)
     counts = {"samples": len(samples), **({"dropped": sum(dropped.values())} if dropped else {})}
-    counts |= find_sampling_devices(inputs).counts()
+    counts |= devices.counts()
     return folder.finish(
         Evaluation(
             **folder.head(STAGE_VERSION, counts=counts),
@@ -122,7 +124,7 @@ def draw_samples(
 
     weights = fetch_weights(inputs.tuned, source, runtime=runtime)
     job = plan_job(inputs.diffusion, inputs.config, requests, weights=weights)
-    return sample(job, find_sampling_devices(inputs), on_wait=runtime.wait_note("evaluation"))
+    return sample(job, find_sampling_devices(inputs))
 
 
 def find_sampling_devices(inputs: EvaluationInputs) -> "Devices":

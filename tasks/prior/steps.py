@@ -60,7 +60,7 @@ def generate_class_images(inputs: PriorInputs, runtime: Runtime) -> State[ClassI
 
 def compute_prior(folder: StageFolder, inputs: PriorInputs, runtime: Runtime) -> ClassImageSet:
     """Generate the missing class images and write the manifest."""
-    from tasks.diffusion.sampling.devices import find_devices, sample
+    from tasks.diffusion.sampling.devices import find_devices, hold, sample
     from tasks.prior.generation import generate_class_images, plan_job
 
     config, diffusion, class_prompt = inputs.config, inputs.diffusion, inputs.class_prompt
@@ -71,7 +71,8 @@ def compute_prior(folder: StageFolder, inputs: PriorInputs, runtime: Runtime) ->
     # Called only where images are missing: a complete set loads no model.
     def draw(seeds: list[int]) -> "Iterator[IndexedImage]":
         job = plan_job(diffusion, config, class_prompt=class_prompt, seeds=seeds)
-        return sample(job, devices, on_wait=runtime.wait_note("prior"))
+        with hold(devices, diffusion, on_wait=runtime.wait_note("prior")):
+            yield from sample(job, devices)
 
     images = generate_class_images(folder, config, draw=draw, on_progress=runtime.progress_callback("class images"))
     return folder.finish(

@@ -83,6 +83,8 @@ def test_a_submitted_run_keeps_its_objects_in_the_bucket_and_its_states_in_postg
     assert any("/artifacts/model/" in key for key in artifacts)
     assert not (tmp_path / "runs" / "store").exists()
     assert not (tmp_path / "runs" / "artifacts").exists()
+    if not database_url:
+        pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql): the stack ran on SQLite")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,9 @@ from tasks.stage.worker_process import child_environment, guarded
 START_SECONDS, TURN_SECONDS = 120.0, 600.0
 NOTICE_SECONDS, POLL_SECONDS = 5.0, 0.1
 MAX_LOG_BYTES = 1_000_000
+WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+VARIABLES = ("PREFECT_HOME", "PREFECT_API_URL", "PREFECT_LOGGING_TO_API_ENABLED", "LIKENESS_EMBEDDED_SERVER")
+"""What `start` sets, for this process and those that it starts."""
 # The embedded server only keeps this run's states; everything else would slow its start.
 SERVER_ENVIRONMENT = {
     "PREFECT_UI_ENABLED": "0",
@@ -119,7 +122,7 @@ class EmbeddedServer:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):  # noqa: S310 - http, on loopback
+                with WITHOUT_PROXY.open(f"{self.url}/health", timeout=5):
                     return True
             except OSError:  # URLError is one
                 if self._is_stopped.wait(POLL_SECONDS):
@@ -147,6 +150,7 @@ def shared_server(output: Path) -> Iterator[None]:
     if not needs_server() or find_api_url(output.absolute()):
         yield
         return
+    before = {name: os.environ.get(name) for name in VARIABLES}
     server = EmbeddedServer(output)
     server.start()
     try:
@@ -154,7 +158,11 @@ def shared_server(output: Path) -> Iterator[None]:
         yield
     finally:
         server.stop()
-        del os.environ["PREFECT_API_URL"]
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def take(lock: IO[str]) -> bool:

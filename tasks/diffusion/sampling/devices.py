@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,29 +65,31 @@ def find_devices(setting: str, num_devices: int, *, diffusion: DiffusionConfig) 
     return Devices(setting, num_devices or gpus)
 
 
-def sample(job: SamplingJob, devices: Devices, *, on_wait: Callable[[str], None]) -> Iterator[IndexedImage]:
-    """Yield each image with its request's position, as soon as it is there; their GPUs are locked meanwhile.
+@contextmanager
+def hold(devices: Devices, diffusion: DiffusionConfig, *, on_wait: Callable[[str], None]) -> Iterator[None]:
+    """Lock the GPUs of a stage: a training of another run may need all of their memory.
 
     `on_wait` is called every second with what is waited for; it raises to give up.
+    """
+    from tasks.diffusion.adapter import release_memory
+
+    is_gpu = choose_device(diffusion).type == "cuda"
+    with lock_devices(list_devices(devices.num, diffusion) if is_gpu else [], on_wait=on_wait):
+        try:
+            yield
+        finally:
+            release_memory()
+
+
+def sample(job: SamplingJob, devices: Devices) -> Iterator[IndexedImage]:
+    """Yield each image with its request's position, as soon as it is there.
 
     Raises:
         ConfigError: the model can't be loaded, or a process failed; names the device.
 
     """
-    from tasks.diffusion.adapter import release_memory
-
     num = devices.limit(job)
-    # A training of another run may need all of the memory.
-    with lock_devices(list_devices(num, job.diffusion), on_wait=on_wait):
-        try:
-            yield from (sample_on_devices(job, replace(devices, num=num)) if num > 1 else sample_here(job))
-        finally:
-            release_memory()
-
-
-def sample_here(job: SamplingJob) -> Iterator[IndexedImage]:
-    """Yield (position, image), sampled by this process, which lets go of the model at the end."""
-    yield from sample_in_batches(job.load(), job)
+    return sample_in_batches(job.load(), job) if num == 1 else sample_on_devices(job, replace(devices, num=num))
 
 
 def sample_on_devices(job: SamplingJob, devices: Devices) -> Iterator[IndexedImage]:

@@ -166,6 +166,13 @@ class MlflowTracker:
                 if run.data.tags.get(RUN_TAG) != except_run:
                     self.client.set_terminated(run.info.run_id, "KILLED")
 
+    def reopen(self, *, tag: str, value: str) -> bool:
+        """Continue the newest run with a tag that is still RUNNING; return whether there is one."""
+        with translated(self.uri):
+            found = self.find_runs(tag, value, " and attributes.status = 'RUNNING'")
+        self.run_id = str(found[0].info.run_id) if found else None
+        return bool(found)
+
     def close_killed(self, run_id: str) -> None:
         """Mark a run as KILLED if it is still RUNNING; one that is deleted stays so."""
         from mlflow.exceptions import MlflowException

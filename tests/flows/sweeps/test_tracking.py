@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from conf.request import RunRequest
 from conf.sweep import read_sweep
 from flows.sweep_settings import run_sweep
 from flows.sweeps.study import SweepStudy
 from flows.sweeps.tracking import UNTRACKED, list_untracked
 from tasks.errors import ServiceUnavailable
+from tasks.manifests.run_summary import RunSummary
 from tasks.services.tracking.mlflow_tracker import MlflowTracker
 from tests.support.sweep import RATE, FakeRuns, compile_base, sweep, sweep_request
 
@@ -37,30 +39,41 @@ def test_trials_that_an_outage_left_are_sent_when_the_sweep_is_run_again(
     assert {run.info.status for run in [parent, *trials]} == {"FINISHED"}
 
 
+def finish_trials_alone(self: MlflowTracker, *, is_failed: bool) -> None:
+    if self.parent_run_id is None:  # of the sweep, not of a trial
+        raise ServiceUnavailable("tracking does not answer")
+
+
 def test_a_parent_run_that_stayed_open_is_closed_by_the_next_sweep_of_its_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     request, other = (
-        read_sweep([f"output_dir={tmp_path}", f"{RATE}={rate}"], {"study": study})
-        for study, rate in (("one", "1e-4,2e-4"), ("other", "3e-4,4e-4"))
+        read_sweep([f"output_dir={tmp_path}", f"{RATE}={rates}"], {"study": study})
+        for study, rates in (("one", "1e-4,2e-4"), ("other", "3e-4,4e-4"))
     )
     config = compile_base(request.base.model_dump_json())
     tracker = MlflowTracker(config.tracking, folder=tmp_path)
+    runs = FakeRuns()
+
+    def interrupt(request: RunRequest) -> RunSummary:
+        if len(runs.requests) == 1:
+            raise KeyboardInterrupt
+        return runs(request)
 
     def list_statuses() -> list[str]:
         return sorted(run.info.status for run in tracker.find_runs("likeness.kind", "sweep"))
 
-    def finish(self: MlflowTracker, *, is_failed: bool) -> None:
-        if self.parent_run_id is None:  # of the sweep, not of a trial
-            raise ServiceUnavailable("tracking does not answer")
-
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowTracker, "finish", finish)
-        run_sweep(request, config, FakeRuns())
-    assert "the same sweep, run again, closes it" in "".join(capsys.readouterr())
+        patch.setattr(MlflowTracker, "finish", finish_trials_alone)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(request, config, interrupt)
+        assert "the same sweep, run again, closes it" in "".join(capsys.readouterr())
+        assert list_statuses() == ["RUNNING"]
+        run_sweep(request, config, FakeRuns())  # its last trial, as a child of a parent of its own
+        assert list_statuses() == ["KILLED", "RUNNING"]
     run_sweep(other, config, FakeRuns())
-    assert list_statuses() == ["FINISHED", "RUNNING"]
-    for _ in range(2):  # the second time nothing is left to close
+    assert list_statuses() == ["FINISHED", "KILLED", "RUNNING"]
+    for _ in range(2):  # all trials have run; the second time nothing is left to close
         run_sweep(request, config, FakeRuns())
         assert list_statuses() == ["FINISHED", "FINISHED", "KILLED"]
 

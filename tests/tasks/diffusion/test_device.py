@@ -74,13 +74,16 @@ def test_trainings_on_overlapping_gpus_do_not_deadlock(tmp_path: Path) -> None:
         (2, None, "cuda", ["0", "1"]),
         (2, "3,5,7", "auto", ["3", "5"]),
         (1, "GPU-5e1f", "auto", ["GPU-5e1f"]),
+        (1, "", "auto", []),
+        (2, "-1", "auto", []),
+        (2, "1,-1,2", "auto", ["1"]),
         (1, None, "cpu", []),
     ],
 )
 def test_the_locked_gpus_are_those_that_the_process_sees(
     tmp_path: Path, num_devices: int, visible: str | None, device: str, expected: list[str]
 ) -> None:
-    environment = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     diffusion = tiny_diffusion_config(tmp_path, device=device)
     assert list_devices(num_devices, diffusion, environment=environment) == expected
 

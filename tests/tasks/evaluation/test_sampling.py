@@ -69,7 +69,7 @@ def test_samples_of_an_earlier_attempt_are_reused(tmp_path: Path, tiny_model_fol
 
     def draw(side: Source, requests: list[SamplingRequest]) -> Iterator[IndexedImage]:
         loads.append(side)
-        return sample(plan_job(diffusion, CONFIG, requests, weights=None), ONE, on_wait=lambda what: None)
+        return sample(plan_job(diffusion, CONFIG, requests, weights=None), ONE)
 
     planned = plan_samples(CONFIG, class_noun="fish", identifier_token="sks", class_prompt="a photo of a fish")
     runs = [
@@ -98,7 +98,7 @@ def test_the_samples_do_not_depend_on_the_number_of_devices(tmp_path: Path, tiny
             StageFolder(LocalStore(tmp_path / name), "evaluation", "k"), config, planned[:7],
             draw=lambda side, requests: sample(
                 plan_job(diffusion, config, requests, weights=None if weights is None else str(weights)),
-                Devices("evaluation.num_devices", num_devices), on_wait=lambda what: None,
+                Devices("evaluation.num_devices", num_devices),
             ),
             on_progress=lambda done, total: None,
         )  # fmt: skip

@@ -88,7 +88,7 @@ def test_the_set_does_not_depend_on_the_number_of_devices(tmp_path: Path, tiny_m
     two = generate(
         LocalStore(tmp_path / "two"),
         model,
-        draw=lambda seeds: sample(plan(seeds, diffusion), TWO, on_wait=lambda what: None),
+        draw=lambda seeds: sample(plan(seeds, diffusion), TWO),
     )
     assert [image.seed for image in two] == [0, 1, 2, 3, 4]  # type: ignore[attr-defined]
     for first, second in zip(one, two, strict=True):
@@ -100,6 +100,6 @@ def test_the_set_does_not_depend_on_the_number_of_devices(tmp_path: Path, tiny_m
 
 
 def test_a_failing_device_is_named_in_the_error(tmp_path: Path) -> None:
-    drawing = sample(plan([1, 2, 3], tiny_diffusion_config(tmp_path)), TWO, on_wait=lambda what: None)
+    drawing = sample(plan([1, 2, 3], tiny_diffusion_config(tmp_path)), TWO)
     with pytest.raises(ConfigError, match=r"on device \d failed \(exit code 1\): .*no model_index.json"):
         list(drawing)

@@ -32,7 +32,11 @@ server.serve_forever()
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], EmbeddedServer]:
     """Servers of one folder, which answer as soon as the file `ready` exists."""
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / ".prefect"))
-    monkeypatch.setenv("PREFECT_API_URL", "")  # set by `start`, and restored after the test
+    # Set by `start`, and restored after the test.
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    for name in ("PREFECT_LOGGING_TO_API_ENABLED", "LIKENESS_EMBEDDED_SERVER"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
     def guard(*words: str) -> list[str]:
         return [sys.executable, "-c", SLOW, str(tmp_path / "ready"), words[words.index("--fd") + 1]]
@@ -106,15 +110,21 @@ def test_a_server_that_never_gets_its_turn_is_an_error(
         second.stop()
 
 
-def test_commands_that_a_process_starts_share_one_server(make: Callable[[], EmbeddedServer], tmp_path: Path) -> None:
+def test_commands_that_a_process_starts_share_one_server(
+    make: Callable[[], EmbeddedServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "ready").touch()
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody is there
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    before = dict(os.environ)
     assert needs_server()
     with shared_server(tmp_path):
         url = os.environ["PREFECT_API_URL"]  # which they inherit
         assert not needs_server()
-        urllib.request.urlopen(f"{url}/health", timeout=30).close()
+        prefect_server.WITHOUT_PROXY.open(f"{url}/health", timeout=30).close()
         with shared_server(tmp_path):  # finds the configured one
             assert os.environ["PREFECT_API_URL"] == url
-    assert needs_server()
+    assert dict(os.environ) == before
     with pytest.raises(OSError, match="refused"):
-        urllib.request.urlopen(f"{url}/health", timeout=30)
+        prefect_server.WITHOUT_PROXY.open(f"{url}/health", timeout=30)

@@ -3,7 +3,6 @@
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,8 @@ import torch
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from tasks.diffusion import device
-from tasks.diffusion.sampling import devices
-from tasks.diffusion.sampling.devices import Devices, check, find_devices, pick_device, sample
-from tasks.diffusion.sampling.job import IndexedImage, SamplingJob
+from tasks.diffusion.sampling.devices import Devices, check, find_devices, hold, pick_device
+from tasks.diffusion.sampling.job import SamplingJob
 from tasks.diffusion.types import SamplingRequest
 from tasks.errors import ConfigError, LikenessError
 from tests.support.tiny import tiny_diffusion_config
@@ -87,29 +85,32 @@ def test_the_devices_of_training_sample_too(name: str, num: int) -> None:
     assert found == (num, num, num)
 
 
-def test_sampling_waits_for_a_gpu_that_another_run_uses_and_locks_it(
+def test_a_stage_waits_for_a_gpu_that_another_run_uses_and_locks_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the locks lie
     monkeypatch.setattr(device, "DRIVER", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    plain = make_job(1, batch_size=1)
-    job = plain.model_copy(update={"diffusion": plain.diffusion.model_copy(update={"device": "auto"})})
+    diffusion = tiny_diffusion_config(tmp_path).model_copy(update={"device": "auto"})
 
     def give_up(what: str) -> None:
         raise LikenessError(what)
 
-    def fail(job: SamplingJob) -> Iterator[IndexedImage]:
-        message = f"GPU 0, which process {os.getpid()} uses"
-        with pytest.raises(LikenessError, match=message), device.lock_devices(["0"], on_wait=give_up):
+    def use(num: int) -> None:
+        with hold(Devices(NAME, num), diffusion, on_wait=give_up):
             pass
-        raise ConfigError("drawn")
-        yield
 
-    monkeypatch.setattr(devices, "sample_here", fail)
-    with device.lock_devices(["0"], on_wait=give_up), pytest.raises(LikenessError, match="GPU 0"):
-        next(sample(job, Devices(NAME, 1), on_wait=give_up))
-    with pytest.raises(ConfigError, match="drawn"):
-        next(sample(job, Devices(NAME, 1), on_wait=give_up))
-    with device.lock_devices(["0"], on_wait=give_up):  # free again
-        pass
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    message = f"GPU 1, which process {os.getpid()} uses"
+    with device.lock_devices(["1"], on_wait=give_up):
+        use(1)
+        with pytest.raises(LikenessError, match=message):
+            use(2)
+    with hold(Devices(NAME, 2), diffusion, on_wait=give_up), pytest.raises(LikenessError, match=message):
+        with device.lock_devices(["1"], on_wait=give_up):
+            pass
+    use(2)  # free again
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with device.lock_devices(["0"], on_wait=give_up):
+        use(1)  # on the CPU

@@ -153,9 +153,8 @@ def open_tracking(study: SweepStudy, config: RunConfig, *, is_ended: bool) -> Sw
     """Open the sweep's own tracking run, and send what an earlier sweep of the study could not."""
     if config.tracking.kind != "mlflow":
         return None
-    tracking = SweepTracking(
-        MlflowTracker(config.tracking, folder=Path(config.output_dir)), study, config, is_ended=is_ended
-    )
+    tracker = MlflowTracker(config.tracking, folder=Path(config.output_dir))
+    tracking = SweepTracking(tracker, study, config, is_ended=is_ended)
     if not tracking.send():
         note(f"warning: {tracking.outage}; the sweep continues, and its trials are sent when the server answers")
     return tracking

@@ -142,10 +142,8 @@ def check_early(config: RunConfig, *, is_subject_known: bool = True) -> None:
         read_key(config.llm.profiles[name])
     encoders = config.evaluation.encoders
     if not config.is_mini and "mini" in (encoders.clip, encoders.dino):
-        print(
-            "warning: the mini encoders know the drawn world alone; for photos, set evaluation/encoders=paper",
-            file=sys.stderr,
-        )
+        doubt = "the mini encoders know the drawn world alone; for photos, set evaluation/encoders=paper"
+        print(f"warning: {doubt}", file=sys.stderr)
     if not is_subject_known:  # that of many subjects is another one each time
         return
     if config.is_mini:

@@ -107,9 +107,12 @@ def test_a_stage_waits_for_a_gpu_that_another_run_uses_and_locks_it(
         use(1)
         with pytest.raises(LikenessError, match=message):
             use(2)
-    with hold(Devices(NAME, 2), diffusion, on_wait=give_up), pytest.raises(LikenessError, match=message):
-        with device.lock_devices(["1"], on_wait=give_up):
-            pass
+    with (
+        hold(Devices(NAME, 2), diffusion, on_wait=give_up),
+        pytest.raises(LikenessError, match=message),
+        device.lock_devices(["1"], on_wait=give_up),
+    ):
+        pass
     use(2)  # free again
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with device.lock_devices(["0"], on_wait=give_up):

@@ -18,8 +18,9 @@ demo: setup  ## run the whole job on the embedded default
 # One process per core. A file's tests stay together, and so do all whole runs: they share a Prefect server and a run.
 PYTEST := $(BIN)/python -m pytest -n auto
 SLOW := servers or stack or browser
+LAYERS := not (long or $(SLOW))
 test: setup-dev check  ## run all checks, and all tests but those below
-	@$(PYTEST) -m "not (long or $(SLOW))"
+	@$(PYTEST) -m "$(LAYERS)"
 
 test-long: setup-dev  ## run the tests that take minutes: killed and resumed runs, sweeps, several ranks
 	@$(PYTEST) -m long

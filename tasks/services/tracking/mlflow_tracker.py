@@ -17,7 +17,7 @@ from tasks.errors import ConfigError, LikenessError, ServiceUnavailable, first_l
 from tasks.redaction import redact_url
 from tasks.services.config import TrackingConfig
 from tasks.services.tracking.base import RUN_TAG, DatasetInfo, LlmCall, MetricRow, Version
-from tasks.services.tracking.mlflow_files import find_artifact_location, first_use, relocate_artifacts
+from tasks.services.tracking.mlflow_files import create_database, find_artifact_location, first_use, relocate_artifacts
 
 log = logging.getLogger(__name__)
 UI_VARIABLE = "LIKENESS_MLFLOW_URL"
@@ -50,10 +50,11 @@ class MlflowTracker:
                 logging.getLogger(name).setLevel(logging.ERROR)
             with first_use(self.folder):
                 if not self.config.uri:
+                    create_database(self.folder / "mlflow.db")
                     relocate_artifacts(self.folder / "mlflow.db", self.folder / "artifacts")
                 # Both addresses, since MLFLOW_REGISTRY_URI would otherwise redirect the registry.
                 client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
-                client.search_experiments(max_results=1)  # creates the tables of a new database
+                client.search_experiments(max_results=1)  # creates the tables of a database elsewhere
             self._client = client
         return self._client
 

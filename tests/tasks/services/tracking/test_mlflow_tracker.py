@@ -3,10 +3,12 @@
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.manifests.training import LossRow
 from tasks.publishing.registry import SAMPLES, TrackedRun, track_run
 from tasks.services.config import TrackingConfig
+from tasks.services.tracking import mlflow_files
 from tasks.services.tracking.base import DatasetInfo, NoTracker
 from tasks.services.tracking.live import LiveRun
+from tasks.services.tracking.mlflow_files import set_aside_unfinished
 from tasks.services.tracking.mlflow_tracker import MlflowTracker
 from tasks.services.tracking.open import RunDescription, open_live, open_tracker
 from tests.support.cli_sandbox import ROOT
@@ -253,6 +257,48 @@ def test_two_concurrent_first_starts_both_succeed(tmp_path: Path) -> None:
     told = [process.communicate(timeout=200) for process in both]
     assert [process.returncode for process in both] == [0, 0], told
     assert len({out for out, _ in told}) == 2
+
+
+def test_a_process_killed_while_it_creates_the_database_leaves_none(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "import alembic.command\n"
+        "alembic.command.upgrade = lambda *words, **named: os._exit(9)\n"  # with the first tables created
+        "from tasks.services.tracking.mlflow_files import create_database\n"
+        "create_database(Path(sys.argv[1]))\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "mlflow.db")], cwd=ROOT, check=False)
+    assert killed.returncode == 9
+    [left] = tmp_path.glob(".mlflow-*.db")
+    assert not (tmp_path / "mlflow.db").exists()
+    assert MlflowTracker(make_config(TrackingConfig), folder=tmp_path).start(name="x", params={}, tags={})
+    assert not left.exists()
+
+
+def cut_off(database: Path, *, with_runs: bool) -> None:
+    """Leave a database as a killed migration of MLflow does."""
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("CREATE TABLE _alembic_tmp_experiments (name TEXT)")
+        connection.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+        if not with_runs:
+            connection.execute("DELETE FROM runs")
+
+
+def test_a_database_whose_creation_was_cut_off_is_created_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mlflow_files, "UNFINISHED_SECONDS", 0.1)
+    whole = tmp_path / "mlflow.db"
+    assert MlflowTracker(make_config(TrackingConfig), folder=tmp_path).start(name="x", params={}, tags={})
+    for name, with_runs in (("one", True), ("two", False)):
+        (tmp_path / name).mkdir()
+        shutil.copy(whole, tmp_path / name)
+        cut_off(tmp_path / name / "mlflow.db", with_runs=with_runs)
+    set_aside_unfinished(tmp_path / "one" / "mlflow.db")  # as `likeness up` does before it starts the server
+    assert (tmp_path / "one" / "mlflow.db").exists()
+    assert MlflowTracker(make_config(TrackingConfig), folder=tmp_path / "two").start(name="x", params={}, tags={})
+    assert "was created by half and holds no run; it is now mlflow.db.unfinished" in caplog.text
+    assert (tmp_path / "two" / "mlflow.db.unfinished").exists()
 
 
 def test_a_copied_folder_never_writes_into_the_original(place: Path, tmp_path: Path) -> None:

@@ -156,9 +156,9 @@ def resume_all(site: Site, runs: Sequence[Submitted]) -> None:
             begun = time.time()
             done = site.likeness("resume", folders[-1].name, "--output-dir", str(run.place.folder))
             run.resume_codes.append(done.returncode)
-            run.resumed_at.append((begun, time.time()))
             note(f"likeness resume {run.name}: exit code {done.returncode} {done.stderr.strip()[-300:]}")
             if done.returncode == 0:
+                run.resumed_at.append((begun, time.time()))
                 break
 
 
@@ -217,10 +217,10 @@ def run_campaign(options: Options) -> int:
         }
         violations = check(collect(site, runs, undisturbed, faults))
     states = [histories[run.flow_run_id].changes[-1].type for run in runs]
-    by_hand = sum(bool(run.resume_codes) for run in runs)
+    alone, by_hand = states.count("COMPLETED"), sum(bool(run.resumed_at) for run in runs)
     print(f"\n{describe_machine()}\n")
     print(f"{len(runs)} runs on {options.workers} workers, {len(faults)} faults (seed {options.seed}): ", end="")
-    print(f"{states.count('COMPLETED')} completed by themselves, {by_hand} by `likeness resume`.\n")
+    print(f"{alone} completed by themselves, {by_hand} by `likeness resume`, {len(runs) - alone - by_hand} not.\n")
     print(make_table(faults, histories))
     print(f"\n{len(violations)} violations of invariants" + "".join(f"\n- {text}" for text in violations))
     return 1 if violations else 0

@@ -36,7 +36,7 @@ class Submitted:
     flow_run_id: str
     resume_codes: list[int] = field(default_factory=list)
     resumed_at: list[tuple[float, float]] = field(default_factory=list)
-    """Begin and end of each `likeness resume`."""
+    """Begin and end of each `likeness resume` that succeeded."""
 
 
 @dataclass(frozen=True)

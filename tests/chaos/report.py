@@ -16,7 +16,7 @@ class RunHistory:
 
     changes: tuple[Change, ...]
     resumed: tuple[tuple[float, float], ...]
-    """Begin and end of each `likeness resume`, Unix time in seconds."""
+    """Begin and end of each `likeness resume` that succeeded, Unix time in seconds."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ def find_recovery(fault: Injected, faults: Sequence[Injected], run: tuple[str, R
     ended = next((c for c in history.changes if fault.at <= c.at < until and c.type in FINAL), None)
     if ended is None:
         return Recovery("continued")
+    if history.changes[-1].type != "COMPLETED" and not history.resumed:
+        return Recovery("not recovered")
     again = next((c for c in history.changes if c.at >= ended.at and c.type == "RUNNING"), None)
     if again is not None:
         return Recovery("rescheduled", again.at - fault.at)

@@ -124,5 +124,6 @@ def test_the_table_names_how_runs_recovered_and_blames_the_last_fault_before_a_c
         "| S3 answers 503 | 1 | 2 | 1 continued, 1 `likeness resume` | 60 s (60 s) |",
         "| flow process killed | 1 | 1 | 1 rescheduled | 10 s (10 s) |",
     ]
-    never = {"r1": RunHistory((Change(5, "RUNNING"), Change(22, "CRASHED")), ())}
-    assert "1 not recovered" in make_table(faults[1:], never)
+    for later in ((), (Change(30, "RUNNING"), Change(40, "FAILED"))):
+        never = {"r1": RunHistory((Change(5, "RUNNING"), Change(22, "CRASHED"), *later), ())}
+        assert "1 not recovered" in make_table(faults[1:], never)

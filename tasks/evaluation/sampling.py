@@ -1,6 +1,7 @@
 """Generate evaluation samples with the same prompts and seeds from base and tuned model."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 from tasks.diffusion.config import DiffusionConfig
@@ -14,7 +15,7 @@ from tasks.stage.cache import StageFolder
 
 Source = Side | int
 """Base or published weights, or the retained weights of a step."""
-Draw = Callable[[Source, list[SamplingRequest]], Iterator[IndexedImage]]
+Draw = Callable[[Source, list[SamplingRequest]], Generator[IndexedImage, None, None]]
 """Maps weights and requests to the requests' positions and images, in any order."""
 
 
@@ -89,13 +90,17 @@ def generate_samples(
     # Grouped by weights, so that each model is loaded once, and only if a sample of it is missing.
     for source in dict.fromkeys(plan.source for plan in planned):
         missing = [plan for plan in planned if plan.source == source and plan.name not in done]
-        for position, picture in draw(source, [to_request(plan, config) for plan in missing]) if missing else ():
-            plan = missing[position]
-            # Reusable by the next attempt even where this one fails before its manifest.
-            facts = {"Title": plan.prompt, "Comment": f"seed {plan.seed}"}
-            ref = folder.put_resumable(plan.name, encode_png(picture, is_generated=True, facts=facts))
-            done[plan.name] = to_sample(plan, ref)
-            on_progress(len(done), len(planned))
+        if not missing:
+            continue
+        # Closed also after an error: it may hold processes that sample.
+        with closing(draw(source, [to_request(plan, config) for plan in missing])) as drawn:
+            for position, picture in drawn:
+                plan = missing[position]
+                # Reusable by the next attempt even where this one fails before its manifest.
+                facts = {"Title": plan.prompt, "Comment": f"seed {plan.seed}"}
+                ref = folder.put_resumable(plan.name, encode_png(picture, is_generated=True, facts=facts))
+                done[plan.name] = to_sample(plan, ref)
+                on_progress(len(done), len(planned))
     return tuple(done[plan.name] for plan in planned)
 
 

@@ -1,6 +1,6 @@
 """The evaluation stage: samples of base and tuned model, and their metrics."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -117,7 +117,7 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
 
 def draw_samples(
     inputs: EvaluationInputs, source: "Source", requests: "list[SamplingRequest]", *, runtime: Runtime
-) -> "Iterator[IndexedImage]":
+) -> "Generator[IndexedImage, None, None]":
     """Yield the samples of the base model, the published weights, or those of a retained step."""
     from tasks.diffusion.sampling.devices import sample
     from tasks.evaluation.sampling import plan_job

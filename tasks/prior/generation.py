@@ -1,6 +1,7 @@
 """Generate class images with the frozen base model: one seed each, stored individually as lossless PNG."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 
 from PIL import Image, ImageStat
 
@@ -13,7 +14,7 @@ from tasks.manifests.prior import ClassImage
 from tasks.prior.config import PriorConfig
 from tasks.stage.cache import StageFolder
 
-Draw = Callable[[list[int]], Iterator[IndexedImage]]
+Draw = Callable[[list[int]], Generator[IndexedImage, None, None]]
 """Maps seeds to their positions and images, in any order."""
 
 
@@ -34,13 +35,16 @@ def generate_class_images(
             done[seed] = ClassImage(image=ref, seed=seed)
     missing = [seed for seed in seeds if seed not in done]
     on_progress(len(done), config.num_class_images)
-    for position, picture in draw(missing) if missing else ():
-        seed = missing[position]
-        check_picture(picture, seed=seed)
-        # Stored one by one: an interrupted run loses a batch at most.
-        ref = folder.put_resumable(name_of(seed), encode_png(picture, is_generated=True))
-        done[seed] = ClassImage(image=ref, seed=seed)
-        on_progress(len(done), config.num_class_images)
+    if not missing:
+        return tuple(done[seed] for seed in seeds)
+    with closing(draw(missing)) as drawn:  # also after an error: it holds GPUs and processes
+        for position, picture in drawn:
+            seed = missing[position]
+            check_picture(picture, seed=seed)
+            # Stored one by one: an interrupted run loses a batch at most.
+            ref = folder.put_resumable(name_of(seed), encode_png(picture, is_generated=True))
+            done[seed] = ClassImage(image=ref, seed=seed)
+            on_progress(len(done), config.num_class_images)
     return tuple(done[seed] for seed in seeds)
 
 

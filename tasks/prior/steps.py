@@ -1,7 +1,7 @@
 """The prior stage: class images from the frozen base model."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from prefect import task
@@ -69,9 +69,9 @@ def compute_prior(folder: StageFolder, inputs: PriorInputs, runtime: Runtime) ->
     devices = find_devices("prior.num_devices", num_devices, diffusion=diffusion)
 
     # Called only where images are missing: a complete set loads no model.
-    def draw(seeds: list[int]) -> "Iterator[IndexedImage]":
+    def draw(seeds: list[int]) -> "Generator[IndexedImage, None, None]":
         job = plan_job(diffusion, config, class_prompt=class_prompt, seeds=seeds)
-        with hold(devices, diffusion, on_wait=runtime.wait_note("prior")):
+        with hold(replace(devices, num=devices.limit(job)), diffusion, on_wait=runtime.wait_note("prior")):
             yield from sample(job, devices)
 
     images = generate_class_images(folder, config, draw=draw, on_progress=runtime.progress_callback("class images"))

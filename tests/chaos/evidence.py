@@ -15,6 +15,7 @@ from tasks.errors import ArtifactCorrupt
 from tasks.manifests.training import TunedModel
 from tasks.services.llm.budget.ledger import read_rows
 from tasks.services.store.base import Store
+from tasks.services.tracking.mlflow_files import UNFINISHED
 from tasks.stage.digests import load_signed
 from tasks.stage.files import PART_PREFIX
 from tests.chaos.invariants import Account, Answer
@@ -138,6 +139,7 @@ def list_temporary_files(site: Site) -> tuple[str, ...]:
     """Return temporary files in the output folders, in the bucket and in the folder of temporary files."""
     found = [path.relative_to(site.root).as_posix() for path in site.root.rglob(f"{PART_PREFIX}*")]
     found += [path.relative_to(site.root).as_posix() for path in (site.root / "tmp").glob("likeness-*")]
+    found += [path.relative_to(site.root).as_posix() for path in site.root.rglob(f"{UNFINISHED}*")]
     for place in site.places.values():
         if place.kind == "s3":
             with contextlib.suppress(OSError):

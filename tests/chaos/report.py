@@ -36,10 +36,9 @@ def find_recovery(fault: Injected, faults: Sequence[Injected], run: tuple[str, R
     ended = next((c for c in history.changes if fault.at <= c.at < until and c.type in FINAL), None)
     if ended is None:
         return Recovery("continued")
-    if history.changes[-1].type != "COMPLETED" and not history.resumed:
-        return Recovery("not recovered")
+    is_recovered = history.changes[-1].type == "COMPLETED" or bool(history.resumed)
     again = next((c for c in history.changes if c.at >= ended.at and c.type == "RUNNING"), None)
-    if again is not None:
+    if again is not None and (is_recovered or again.at < until < float("inf")):
         return Recovery("rescheduled", again.at - fault.at)
     resumed = next((end for begin, end in history.resumed if begin >= ended.at), None)
     return Recovery("not recovered") if resumed is None else Recovery("`likeness resume`", resumed - fault.at)

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from conf.compose import normalize_store_url
 from flows.cli.stack.processes import StackProcess, answers, check_port, start_detached, stop, wait_healthy
 from tasks.errors import ArtifactCorrupt, ConfigError
-from tasks.services.tracking.mlflow_files import set_aside_unfinished
+from tasks.services.tracking.mlflow_tracker import create_database
 from tasks.stage.digests import dump_signed, load_signed
 from tasks.stage.files import write_atomic
 from tasks.stage.worker_process import SOURCE_ROOT
@@ -194,7 +194,7 @@ def start_servers(options: StackOptions) -> Servers:
         for name, process in found.items()
     }
     if not found[MLFLOW]:
-        set_aside_unfinished(options.output / "mlflow.db")  # left by a server that was killed while it started
+        create_database(options.output)  # whole: a server that is killed meanwhile would leave half of it
     started: dict[str, StackProcess] = {}
     for name, process in found.items():
         started[name] = process or start_server(options, name, ports[name])

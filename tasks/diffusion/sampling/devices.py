@@ -6,7 +6,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,15 +81,25 @@ def hold(devices: Devices, diffusion: DiffusionConfig, *, on_wait: Callable[[str
             release_memory()
 
 
-def sample(job: SamplingJob, devices: Devices) -> Iterator[IndexedImage]:
+def sample(job: SamplingJob, devices: Devices) -> Generator[IndexedImage, None, None]:
     """Yield each image with its request's position, as soon as it is there.
 
     Raises:
         ConfigError: the model can't be loaded, or a process failed; names the device.
 
     """
+    from tasks.diffusion.adapter import release_memory
+
     num = devices.limit(job)
-    return sample_in_batches(job.load(), job) if num == 1 else sample_on_devices(job, replace(devices, num=num))
+    try:
+        yield from (sample_on_devices(job, replace(devices, num=num)) if num > 1 else sample_here(job))
+    finally:
+        release_memory()  # the next model may be loaded by another process
+
+
+def sample_here(job: SamplingJob) -> Iterator[IndexedImage]:
+    """Yield (position, image), sampled by this process, which lets go of the model at the end."""
+    yield from sample_in_batches(job.load(), job)
 
 
 def sample_on_devices(job: SamplingJob, devices: Devices) -> Iterator[IndexedImage]:

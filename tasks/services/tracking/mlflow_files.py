@@ -1,9 +1,12 @@
 """MLflow's SQLite file below `output_dir`: created whole by one process at a time, and relocatable with its folder."""
 
+import contextlib
 import fcntl
 import logging
 import os
+import shutil
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -11,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
-UNFINISHED_SECONDS, POLL_SECONDS = 20.0, 0.2
+UNFINISHED, UNFINISHED_SECONDS, POLL_SECONDS = ".mlflow-", 60.0, 0.2
 # MLflow stores artifact locations as absolute URIs (mlflow/store/tracking/dbmodels/models.py).
 LOCATED = {
     "experiments": ("artifact_location",),
@@ -30,50 +33,65 @@ def first_use(folder: Path) -> Iterator[None]:
         yield
 
 
-def create_database(database: Path) -> None:
+def make_database(database: Path) -> None:
     """Create the file under another name and rename it; to be called within `first_use`.
 
     MLflow creates the tables by a series of migrations, which SQLite does not undo. Where the process is killed
     meanwhile, or the disk is full, it refuses the file for ever (mlflow 3: "table _alembic_tmp_experiments exists").
     """
+    for left in database.parent.glob(f"{UNFINISHED}*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     deadline = time.monotonic() + UNFINISHED_SECONDS
-    while is_unfinished(database) and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)  # a server of MLflow's may be creating it
-    set_aside_unfinished(database)
+    while is_unfinished(database):
+        if time.monotonic() > deadline:
+            set_aside(database)
+            break
+        time.sleep(POLL_SECONDS)  # a server of MLflow's, started by hand, may be creating it
     if database.exists():
         return
     from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    for left in database.parent.glob(".mlflow-*.db*"):  # by a process that was killed
-        left.unlink()
-    path = database.parent / f".mlflow-{os.getpid()}.db"
-    store: Any = SqlAlchemyStore(f"sqlite:///{path}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)  # type: ignore[no-untyped-call]
-    store.engine.dispose()
-    path.replace(database)
+    # A new name for each attempt: MLflow keeps the connections of an address for the life of the process.
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=database.parent) as folder:
+        path = Path(folder) / database.name
+        store: Any = SqlAlchemyStore(f"sqlite:///{path}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)  # type: ignore[no-untyped-call]
+        store.engine.dispose()
+        remove_journals(database)
+        with contextlib.suppress(FileExistsError):  # a server's: never replaced, since it may be open
+            os.link(path, database)
 
 
-def set_aside_unfinished(database: Path) -> None:
+def set_aside(database: Path) -> None:
     """Rename a file whose creation was cut off, so that it is created anew."""
-    if is_unfinished(database):
-        aside = database.with_name(f"{database.name}.unfinished")
-        log.warning("%s was created by half and holds no run; it is now %s", database, aside.name)
-        database.replace(aside)
-        database.with_name(f"{database.name}-journal").unlink(missing_ok=True)  # else applied to the new file
+    aside = database.with_name(f"{database.name}.unfinished")
+    log.warning("%s was created by half and holds no run; it is now %s", database, aside.name)
+    remove_journals(database)
+    database.replace(aside)
+
+
+def remove_journals(database: Path) -> None:
+    """Remove what SQLite would apply to the next file of this name."""
+    for suffix in ("-journal", "-wal", "-shm"):
+        database.with_name(f"{database.name}{suffix}").unlink(missing_ok=True)
 
 
 def is_unfinished(database: Path) -> bool:
     """Whether a file holds tables of a migration that was cut off, and no run."""
     if not database.is_file():
         return False
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
     try:
         with closing(sqlite3.connect(database, timeout=30)) as connection:  # writable: SQLite may undo a transaction
             tables = {
                 str(name) for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
             }
-            if not any(name.startswith("_alembic_tmp_") for name in tables):
-                return False
-            return "runs" not in tables or connection.execute("SELECT 1 FROM runs LIMIT 1").fetchone() is None
+            if not tables or ("runs" in tables and connection.execute("SELECT 1 FROM runs LIMIT 1").fetchone()):
+                return False  # an older MLflow's, which its own command upgrades
+            is_versioned = "alembic_version" in tables
+            versions = connection.execute("SELECT version_num FROM alembic_version").fetchall() if is_versioned else []
+            return versions != [(_get_latest_schema_revision(),)]  # type: ignore[no-untyped-call]
     except sqlite3.Error:  # locked, damaged, or no database: MLflow says so
         return False
 

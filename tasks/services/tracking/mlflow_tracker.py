@@ -17,7 +17,7 @@ from tasks.errors import ConfigError, LikenessError, ServiceUnavailable, first_l
 from tasks.redaction import redact_url
 from tasks.services.config import TrackingConfig
 from tasks.services.tracking.base import RUN_TAG, DatasetInfo, LlmCall, MetricRow, Version
-from tasks.services.tracking.mlflow_files import create_database, find_artifact_location, first_use, relocate_artifacts
+from tasks.services.tracking.mlflow_files import find_artifact_location, first_use, make_database, relocate_artifacts
 
 log = logging.getLogger(__name__)
 UI_VARIABLE = "LIKENESS_MLFLOW_URL"
@@ -48,9 +48,10 @@ class MlflowTracker:
             # alembic logs each migration of a new database.
             for name in ("mlflow", "alembic"):
                 logging.getLogger(name).setLevel(logging.ERROR)
+            if not self.config.uri:
+                create_database(self.folder)
             with first_use(self.folder):
                 if not self.config.uri:
-                    create_database(self.folder / "mlflow.db")
                     relocate_artifacts(self.folder / "mlflow.db", self.folder / "artifacts")
                 # Both addresses, since MLFLOW_REGISTRY_URI would otherwise redirect the registry.
                 client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
@@ -326,6 +327,13 @@ class MlflowTracker:
         if self.run_id is not None:
             with translated(self.uri):
                 self.client.set_terminated(self.run_id, "FAILED" if is_failed else "FINISHED")
+
+
+def create_database(folder: Path) -> None:
+    """Create the database of an output folder, where there is none. Raises ServiceUnavailable, as for a full disk."""
+    database = folder / "mlflow.db"
+    with translated(f"sqlite:///{database}"), first_use(folder):
+        make_database(database)
 
 
 class translated:  # noqa: N801 - reads as a statement

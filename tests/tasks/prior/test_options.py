@@ -60,7 +60,9 @@ def test_num_inference_steps_and_guidance_scale_change_the_images(
 def test_num_devices_selects_multi_device_generation(tmp_path: Path) -> None:
     diffusion = tiny_diffusion_config(tmp_path / "no model")
     folder = StageFolder(LocalStore(tmp_path / "store"), "prior", "k")
-    runtime: Any = SimpleNamespace(progress_callback=lambda name: lambda done, total: None)
+    runtime: Any = SimpleNamespace(
+        progress_callback=lambda name: lambda done, total: None, wait_note=lambda name: lambda what: None
+    )
     base = ModelRef(location="x", revision=None, sha256="0")
     for num_devices, message in ((2, r"on device \d failed"), (1, r"^(?!.*on device)")):
         config = make_config(PriorConfig, num_class_images=2, batch_size=1, num_devices=num_devices)

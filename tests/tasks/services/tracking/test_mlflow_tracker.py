@@ -22,7 +22,6 @@ from tasks.services.config import TrackingConfig
 from tasks.services.tracking import mlflow_files
 from tasks.services.tracking.base import DatasetInfo, NoTracker
 from tasks.services.tracking.live import LiveRun
-from tasks.services.tracking.mlflow_files import set_aside_unfinished
 from tasks.services.tracking.mlflow_tracker import MlflowTracker
 from tasks.services.tracking.open import RunDescription, open_live, open_tracker
 from tests.support.cli_sandbox import ROOT
@@ -264,41 +263,57 @@ def test_a_process_killed_while_it_creates_the_database_leaves_none(tmp_path: Pa
         "import os, sys; from pathlib import Path\n"
         "import alembic.command\n"
         "alembic.command.upgrade = lambda *words, **named: os._exit(9)\n"  # with the first tables created
-        "from tasks.services.tracking.mlflow_files import create_database\n"
+        "from tasks.services.tracking.mlflow_tracker import create_database\n"
         "create_database(Path(sys.argv[1]))\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "mlflow.db")], cwd=ROOT, check=False)
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
     assert killed.returncode == 9
-    [left] = tmp_path.glob(".mlflow-*.db")
+    [left] = tmp_path.glob(".mlflow-*/mlflow.db")
     assert not (tmp_path / "mlflow.db").exists()
     assert MlflowTracker(make_config(TrackingConfig), folder=tmp_path).start(name="x", params={}, tags={})
-    assert not left.exists()
+    assert not left.parent.exists()
 
 
-def cut_off(database: Path, *, with_runs: bool) -> None:
-    """Leave a database as a killed migration of MLflow does."""
-    with closing(sqlite3.connect(database)) as connection, connection:
-        connection.execute("CREATE TABLE _alembic_tmp_experiments (name TEXT)")
-        connection.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
-        if not with_runs:
-            connection.execute("DELETE FROM runs")
+def cut_off(folder: Path, statements: str) -> MlflowTracker:
+    """Return the tracker of a folder with a copy of a database, after some statements."""
+    folder.mkdir()
+    shutil.copy(folder.parent / "mlflow.db", folder)
+    with closing(sqlite3.connect(folder / "mlflow.db")) as connection, connection:
+        connection.executescript(statements)
+    return MlflowTracker(make_config(TrackingConfig), folder=folder)
 
 
 def test_a_database_whose_creation_was_cut_off_is_created_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(mlflow_files, "UNFINISHED_SECONDS", 0.1)
-    whole = tmp_path / "mlflow.db"
     assert MlflowTracker(make_config(TrackingConfig), folder=tmp_path).start(name="x", params={}, tags={})
-    for name, with_runs in (("one", True), ("two", False)):
-        (tmp_path / name).mkdir()
-        shutil.copy(whole, tmp_path / name)
-        cut_off(tmp_path / name / "mlflow.db", with_runs=with_runs)
-    set_aside_unfinished(tmp_path / "one" / "mlflow.db")  # as `likeness up` does before it starts the server
-    assert (tmp_path / "one" / "mlflow.db").exists()
-    assert MlflowTracker(make_config(TrackingConfig), folder=tmp_path / "two").start(name="x", params={}, tags={})
+    cut = "CREATE TABLE _alembic_tmp_experiments (name TEXT)", "UPDATE alembic_version SET version_num = '451aebb31d03'"
+    older = cut_off(tmp_path / "older", cut[1])
+    with pytest.raises(ServiceUnavailable, match="out-of-date database schema"):
+        older.start(name="x", params={}, tags={})  # it holds a run
+    for number, statements in enumerate((";".join(cut), cut[1], "DROP TABLE alembic_version")):
+        tracker = cut_off(tmp_path / str(number), f"DELETE FROM runs; {statements}")
+        (tracker.folder / "mlflow.db-journal").touch()  # SQLite would apply it to the new file
+        assert tracker.start(name="x", params={}, tags={})
+        assert {path.name for path in tracker.folder.iterdir()} >= {"mlflow.db", "mlflow.db.unfinished"}
+        assert not list(tracker.folder.glob(".mlflow-*"))
+        assert not (tracker.folder / "mlflow.db-journal").exists()
     assert "was created by half and holds no run; it is now mlflow.db.unfinished" in caplog.text
-    assert (tmp_path / "two" / "mlflow.db.unfinished").exists()
+
+
+def test_a_database_that_a_server_creates_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = mlflow_files.remove_journals
+
+    def create(database: Path) -> None:
+        remove(database)
+        database.write_bytes(b"of a server")
+
+    monkeypatch.setattr(mlflow_files, "remove_journals", create)
+    mlflow_files.make_database(tmp_path / "mlflow.db")
+    assert (tmp_path / "mlflow.db").read_bytes() == b"of a server"
 
 
 def test_a_copied_folder_never_writes_into_the_original(place: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """MLflow's SQLite file below `output_dir`: created whole by one process at a time, and relocatable with its folder."""
 
-import contextlib
 import fcntl
 import logging
 import os
@@ -34,7 +33,7 @@ def first_use(folder: Path) -> Iterator[None]:
 
 
 def make_database(database: Path) -> None:
-    """Create the file under another name and rename it; to be called within `first_use`.
+    """Create the file under another name and link it here; to be called within `first_use`.
 
     MLflow creates the tables by a series of migrations, which SQLite does not undo. Where the process is killed
     meanwhile, or the disk is full, it refuses the file for ever (mlflow 3: "table _alembic_tmp_experiments exists").
@@ -58,8 +57,12 @@ def make_database(database: Path) -> None:
         store: Any = SqlAlchemyStore(f"sqlite:///{path}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)  # type: ignore[no-untyped-call]
         store.engine.dispose()
         remove_journals(database)
-        with contextlib.suppress(FileExistsError):  # a server's: never replaced, since it may be open
+        try:
             os.link(path, database)
+        except FileExistsError:  # a server's: never replaced, since it may be open
+            pass
+        except OSError:  # a file system without hard links
+            path.replace(database)
 
 
 def set_aside(database: Path) -> None:
@@ -80,8 +83,6 @@ def is_unfinished(database: Path) -> bool:
     """Whether a file holds tables of a migration that was cut off, and no run."""
     if not database.is_file():
         return False
-    from mlflow.store.db.utils import _get_latest_schema_revision
-
     try:
         with closing(sqlite3.connect(database, timeout=30)) as connection:  # writable: SQLite may undo a transaction
             tables = {
@@ -89,6 +90,8 @@ def is_unfinished(database: Path) -> bool:
             }
             if not tables or ("runs" in tables and connection.execute("SELECT 1 FROM runs LIMIT 1").fetchone()):
                 return False  # an older MLflow's, which its own command upgrades
+            from mlflow.store.db.utils import _get_latest_schema_revision
+
             is_versioned = "alembic_version" in tables
             versions = connection.execute("SELECT version_num FROM alembic_version").fetchall() if is_versioned else []
             return versions != [(_get_latest_schema_revision(),)]  # type: ignore[no-untyped-call]

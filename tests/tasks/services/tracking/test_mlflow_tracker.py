@@ -311,9 +311,19 @@ def test_a_database_that_a_server_creates_meanwhile_is_not_replaced(
         remove(database)
         database.write_bytes(b"of a server")
 
-    monkeypatch.setattr(mlflow_files, "remove_journals", create)
-    mlflow_files.make_database(tmp_path / "mlflow.db")
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow_files, "remove_journals", create)
+        mlflow_files.make_database(tmp_path / "mlflow.db")
     assert (tmp_path / "mlflow.db").read_bytes() == b"of a server"
+
+
+def test_a_file_system_without_hard_links_gets_its_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: Path) -> None:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert MlflowTracker(make_config(TrackingConfig), folder=tmp_path).start(name="x", params={}, tags={})
+    assert not list(tmp_path.glob(".mlflow-*"))
 
 
 def test_a_copied_folder_never_writes_into_the_original(place: Path, tmp_path: Path) -> None:

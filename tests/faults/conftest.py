@@ -16,6 +16,4 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CliSandbox]:
 
 @pytest.fixture(scope="module")
 def first_run(sandbox: CliSandbox) -> dict[str, Any]:
-    done = sandbox.run()
-    assert done.returncode == 0, done.stderr[-3000:]
-    return sandbox.newest()
+    return sandbox.run_first()

@@ -65,6 +65,12 @@ class CliSandbox:
     def run(self, *words: str) -> "subprocess.CompletedProcess[str]":
         return self.likeness("run", *QUICK, *words)
 
+    def run_first(self) -> dict[str, Any]:
+        """Run the quick demo and return its summary."""
+        done = self.run()
+        assert done.returncode == 0, done.stderr[-3000:]
+        return self.newest()
+
     def newest(self) -> dict[str, Any]:
         return list_summaries(self.output)[0].model_dump(mode="json", exclude_unset=True)
 

@@ -85,11 +85,7 @@ def test_the_set_does_not_depend_on_the_number_of_devices(tmp_path: Path, tiny_m
     diffusion = tiny_diffusion_config(tiny_model_folder)
     model = load_model(diffusion)
     one = generate(LocalStore(tmp_path / "one"), model)
-    two = generate(
-        LocalStore(tmp_path / "two"),
-        model,
-        draw=lambda seeds: sample(plan(seeds, diffusion), TWO),
-    )
+    two = generate(LocalStore(tmp_path / "two"), model, draw=lambda seeds: sample(plan(seeds, diffusion), TWO))
     assert [image.seed for image in two] == [0, 1, 2, 3, 4]  # type: ignore[attr-defined]
     for first, second in zip(one, two, strict=True):
         a, b = (

@@ -194,7 +194,8 @@ def start_servers(options: StackOptions) -> Servers:
         for name, process in found.items()
     }
     if not found[MLFLOW]:
-        create_database(options.output)  # whole: a server that is killed meanwhile would leave half of it
+        # Whole: a server that is killed meanwhile would leave half of it.
+        create_database(options.output, is_served=True)
     started: dict[str, StackProcess] = {}
     for name, process in found.items():
         started[name] = process or start_server(options, name, ports[name])

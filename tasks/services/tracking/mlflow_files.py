@@ -32,11 +32,12 @@ def first_use(folder: Path) -> Iterator[None]:
         yield
 
 
-def make_database(database: Path) -> None:
+def make_database(database: Path, *, default_artifacts: str) -> None:
     """Create the file under another name and link it here; to be called within `first_use`.
 
     MLflow creates the tables by a series of migrations, which SQLite does not undo. Where the process is killed
     meanwhile, or the disk is full, it refuses the file for ever (mlflow 3: "table _alembic_tmp_experiments exists").
+    `default_artifacts` is where the experiment Default keeps its own.
     """
     for left in database.parent.glob(f"{UNFINISHED}*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -48,13 +49,12 @@ def make_database(database: Path) -> None:
         time.sleep(POLL_SECONDS)  # a server of MLflow's, started by hand, may be creating it
     if database.exists():
         return
-    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     # A new name for each attempt: MLflow keeps the connections of an address for the life of the process.
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=database.parent) as folder:
         path = Path(folder) / database.name
-        store: Any = SqlAlchemyStore(f"sqlite:///{path}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)  # type: ignore[no-untyped-call]
+        store: Any = SqlAlchemyStore(f"sqlite:///{path}", default_artifacts)  # type: ignore[no-untyped-call]
         store.engine.dispose()
         remove_journals(database)
         try:

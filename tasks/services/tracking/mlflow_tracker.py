@@ -329,11 +329,14 @@ class MlflowTracker:
                 self.client.set_terminated(self.run_id, "FAILED" if is_failed else "FINISHED")
 
 
-def create_database(folder: Path) -> None:
-    """Create the database of an output folder, where there is none. Raises ServiceUnavailable, as for a full disk."""
+def create_database(folder: Path, *, is_served: bool = False) -> None:
+    """Create the database of an output folder, where there is none. Raises ServiceUnavailable, as for a full disk.
+
+    With `is_served` as a server does that has an artifacts destination.
+    """
     database = folder / "mlflow.db"
     with translated(f"sqlite:///{database}"), first_use(folder):
-        make_database(database)
+        make_database(database, default_artifacts="mlflow-artifacts:/" if is_served else "./mlruns")
 
 
 class translated:  # noqa: N801 - reads as a statement

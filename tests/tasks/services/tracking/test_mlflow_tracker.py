@@ -22,7 +22,8 @@ from tasks.services.config import TrackingConfig
 from tasks.services.tracking import mlflow_files
 from tasks.services.tracking.base import DatasetInfo, NoTracker
 from tasks.services.tracking.live import LiveRun
-from tasks.services.tracking.mlflow_tracker import MlflowTracker
+from tasks.services.tracking.mlflow_files import find_artifact_location
+from tasks.services.tracking.mlflow_tracker import MlflowTracker, create_database
 from tasks.services.tracking.open import RunDescription, open_live, open_tracker
 from tests.support.cli_sandbox import ROOT
 from tests.support.config import make_config
@@ -313,8 +314,16 @@ def test_a_database_that_a_server_creates_meanwhile_is_not_replaced(
 
     with monkeypatch.context() as patch:
         patch.setattr(mlflow_files, "remove_journals", create)
-        mlflow_files.make_database(tmp_path / "mlflow.db")
+        mlflow_files.make_database(tmp_path / "mlflow.db", default_artifacts="")
     assert (tmp_path / "mlflow.db").read_bytes() == b"of a server"
+
+
+@pytest.mark.parametrize(("is_served", "start"), [(True, "mlflow-artifacts:/"), (False, "/")])
+def test_the_default_experiment_keeps_artifacts_where_its_server_does(
+    tmp_path: Path, is_served: bool, start: str
+) -> None:
+    create_database(tmp_path, is_served=is_served)
+    assert find_artifact_location(tmp_path / "mlflow.db", "Default").startswith(start)
 
 
 def test_a_file_system_without_hard_links_gets_its_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ def make_database(database: Path, *, default_artifacts: str) -> None:
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+    silence()
     # A new name for each attempt: MLflow keeps the connections of an address for the life of the process.
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=database.parent) as folder:
         path = Path(folder) / database.name
@@ -63,6 +64,12 @@ def make_database(database: Path, *, default_artifacts: str) -> None:
             pass
         except OSError:  # a file system without hard links
             path.replace(database)
+
+
+def silence() -> None:
+    """Keep migrations of a new database out of the log; to be called once MLflow is imported, which sets levels."""
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def set_aside(database: Path) -> None:

@@ -17,7 +17,13 @@ from tasks.errors import ConfigError, LikenessError, ServiceUnavailable, first_l
 from tasks.redaction import redact_url
 from tasks.services.config import TrackingConfig
 from tasks.services.tracking.base import RUN_TAG, DatasetInfo, LlmCall, MetricRow, Version
-from tasks.services.tracking.mlflow_files import find_artifact_location, first_use, make_database, relocate_artifacts
+from tasks.services.tracking.mlflow_files import (
+    find_artifact_location,
+    first_use,
+    make_database,
+    relocate_artifacts,
+    silence,
+)
 
 log = logging.getLogger(__name__)
 UI_VARIABLE = "LIKENESS_MLFLOW_URL"
@@ -45,9 +51,7 @@ class MlflowTracker:
         if self._client is None:
             from mlflow import MlflowClient
 
-            # alembic logs each migration of a new database.
-            for name in ("mlflow", "alembic"):
-                logging.getLogger(name).setLevel(logging.ERROR)
+            silence()
             if not self.config.uri:
                 create_database(self.folder)
             with first_use(self.folder):

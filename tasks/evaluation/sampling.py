@@ -7,16 +7,74 @@ from dataclasses import dataclass, replace
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.sampling.job import IndexedImage, SamplingJob
 from tasks.diffusion.types import SamplingRequest
+from tasks.errors import ArtifactCorrupt
 from tasks.evaluation.config import EvaluationConfig
 from tasks.images import encode_png
+from tasks.manifests.base import ObjectRef, Record
 from tasks.manifests.evaluation import Sample, SampleKind, Side
 from tasks.prompts import write_plain_prompt, write_subject_prompt
-from tasks.stage.cache import StageFolder
+from tasks.services.store.base import Store
+from tasks.stage.cache import StageFolder, read_verified
+from tasks.stage.digests import digest, dump_signed, load_signed
 
 Source = Side | int
 """Base or published weights, or the retained weights of a step."""
 Draw = Callable[[Source, list[SamplingRequest]], Generator[IndexedImage, None, None]]
 """Maps weights and requests to the requests' positions and images, in any order."""
+
+
+BASE_SAMPLES = "base-samples"
+"""Prefix of the store for where samples of base models lie."""
+
+
+class BaseSample(Record):
+    """Where an evaluation stored a sample of a base model."""
+
+    name: str
+    image: ObjectRef
+
+
+@dataclass
+class BaseSamples:
+    """Samples of a base model by content: whichever evaluation of the store drew one, others take it.
+
+    An evaluation keeps a copy, so that its folder is complete; a sample that was removed or damaged is drawn again.
+    """
+
+    store: Store
+    identity: object
+    """JSON values: the base model's digest and all settings of sampling but prompts and seed."""
+    num_taken: int = 0
+
+    def find(self, request: SamplingRequest) -> bytes | None:
+        """Return a sample's PNG if it verifies."""
+        image = read_note(self.store, self.name(request))
+        try:
+            data = read_verified(self.store, image) if image is not None else None
+        except ArtifactCorrupt:
+            return None
+        self.num_taken += data is not None
+        return data
+
+    def add(self, request: SamplingRequest, image: ObjectRef) -> None:
+        """Note where a sample lies."""
+        name = self.name(request)
+        self.store.put_bytes(name, dump_signed(BaseSample(name=name, image=image)))
+
+    def name(self, request: SamplingRequest) -> str:
+        """Return the key of a sample's note."""
+        own = [request.prompt, request.seed, request.negative_prompt]
+        return f"{BASE_SAMPLES}/{digest([self.identity, own])[:32]}.json"
+
+
+def read_note(store: Store, name: str) -> ObjectRef | None:
+    """Return the picture that a note is of; None where there is no note, or it is damaged or another's."""
+    data = store.find_bytes(name)
+    try:
+        found = load_signed(BaseSample, data) if data is not None else None
+    except ArtifactCorrupt:
+        return None
+    return found.image if found is not None and found.name == name else None
 
 
 @dataclass(frozen=True)
@@ -32,6 +90,12 @@ class PlannedSample:
     template: str = ""
     prompt_kind: str = ""
     step: int | None = None
+    negative_prompt: str = ""
+
+    @property
+    def request(self) -> SamplingRequest:
+        """What the model is asked for."""
+        return SamplingRequest(prompt=self.prompt, seed=self.seed, negative_prompt=self.negative_prompt)
 
     @property
     def source(self) -> "Source":
@@ -69,21 +133,24 @@ def plan_samples(
         for plan in by_seed[: config.num_candidate_images]:
             name = plan.name.replace("tuned/subject", f"candidate-{step:08d}/subject")
             planned.append(replace(plan, kind="candidate", name=name, step=step))
-    return planned
+    return [replace(plan, negative_prompt=config.negative_prompt) for plan in planned]
 
 
 def generate_samples(
     folder: StageFolder,
-    config: EvaluationConfig,
     planned: Sequence[PlannedSample],
     *,
     draw: Draw,
     on_progress: Callable[[int, int], None],
+    shared: BaseSamples | None = None,
 ) -> tuple[Sample, ...]:
-    """Return all samples in planned order; only those that no earlier attempt stored are generated."""
+    """Return all samples in planned order; those that an earlier attempt or another evaluation drew are taken."""
     done: dict[str, Sample] = {}
     for plan in planned:
         ref = folder.reuse(plan.name)
+        if ref is None and shared is not None and plan.source == "base":
+            data = shared.find(plan.request)
+            ref = folder.put_resumable(plan.name, data) if data is not None else None
         if ref is not None:
             done[plan.name] = to_sample(plan, ref)
     on_progress(len(done), len(planned))
@@ -93,20 +160,17 @@ def generate_samples(
         if not missing:
             continue
         # Closed also after an error: it may hold processes that sample.
-        with closing(draw(source, [to_request(plan, config) for plan in missing])) as drawn:
+        with closing(draw(source, [plan.request for plan in missing])) as drawn:
             for position, picture in drawn:
                 plan = missing[position]
                 # Reusable by the next attempt even where this one fails before its manifest.
                 facts = {"Title": plan.prompt, "Comment": f"seed {plan.seed}"}
                 ref = folder.put_resumable(plan.name, encode_png(picture, is_generated=True, facts=facts))
+                if shared is not None and source == "base":
+                    shared.add(plan.request, ref)
                 done[plan.name] = to_sample(plan, ref)
                 on_progress(len(done), len(planned))
     return tuple(done[plan.name] for plan in planned)
-
-
-def to_request(plan: PlannedSample, config: EvaluationConfig) -> SamplingRequest:
-    """Return the request of one sample."""
-    return SamplingRequest(prompt=plan.prompt, seed=plan.seed, negative_prompt=config.negative_prompt)
 
 
 def plan_job(

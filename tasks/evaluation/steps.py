@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 STAGE_VERSION = 6
 SAMPLING = ("num_inference_steps", "guidance_scale", "negative_prompt", "guidance_rescale", "lora_scale")
+RESULT_RELEVANT = {"family", "resolution", "sampler", "precision"}
+"""Of the model's settings."""
 CLASS_PROMPT = "a photo of {article} {class_noun}"
 
 
@@ -50,8 +52,6 @@ class EvaluationInputs:
 
     def stage(self) -> Stage[Evaluation]:
         """Return the stage with its cache key."""
-        # The base model itself is covered by the digest of the tuned one.
-        sampling = self.diffusion.model_dump(mode="json", include={"family", "resolution", "sampler", "precision"})
         return Stage(
             "evaluation",
             Evaluation,
@@ -61,12 +61,22 @@ class EvaluationInputs:
                 encoders_code.VERSION,
                 # Each sample has its own seed, so it doesn't depend on its batch; the prompts are resolved already.
                 self.config.model_dump(mode="json", exclude={"batch_size", "subject_kind", "num_devices"}),
-                sampling,
+                # The base model itself is covered by the digest of the tuned one.
+                self.diffusion.model_dump(mode="json", include=RESULT_RELEVANT),
                 identify_encoders(self.config.encoders),
                 identify_own_metrics(),
             ],
             inputs=(self.tuned.compute_content_digest(), self.subject.compute_content_digest()),
         )
+
+    def identify_base(self) -> list[object]:
+        """Return what samples of the base model depend on, beside prompts and seed."""
+        return [
+            diffusion_code.VERSION,
+            self.tuned.base_model.sha256,
+            self.diffusion.model_dump(mode="json", include=RESULT_RELEVANT),
+            self.config.model_dump(mode="json", include={*SAMPLING} - {"lora_scale", "negative_prompt"}),
+        ]
 
 
 @task(name="evaluation", persist_result=False)
@@ -79,7 +89,7 @@ def evaluate(inputs: EvaluationInputs, runtime: Runtime) -> State[Evaluation]:
 def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: Runtime) -> Evaluation:
     """Generate samples of both sides and of retained steps, compute metrics, and write the manifest."""
     from tasks.diffusion.sampling.devices import hold
-    from tasks.evaluation.sampling import generate_samples, plan_samples
+    from tasks.evaluation.sampling import BaseSamples, generate_samples, plan_samples
 
     config, diffusion, tuned, subject = inputs.config, inputs.diffusion, inputs.tuned, inputs.subject
     planned = plan_samples(
@@ -90,18 +100,20 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
         candidates=sorted(tuned.find_candidates()),
     )
     devices = find_sampling_devices(inputs)
+    shared = BaseSamples(folder.store, inputs.identify_base())
     # Held throughout: between two models, a training of another run could take them for hours.
     with hold(devices, diffusion, on_wait=runtime.wait_note("evaluation")):
         samples = generate_samples(
             folder,
-            config,
             planned,
             draw=lambda source, requests: draw_samples(inputs, source, requests, runtime=runtime),
             on_progress=runtime.progress_callback("samples"),
+            shared=shared,
         )
         samples, dropped = drop_unsafe(folder, inputs, samples)
         measured = measure_samples(inputs, samples, runtime)
     counts = {"samples": len(samples), **({"dropped": sum(dropped.values())} if dropped else {})}
+    counts |= {"shared": shared.num_taken} if shared.num_taken else {}
     counts |= devices.counts()
     return folder.finish(
         Evaluation(

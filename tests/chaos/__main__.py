@@ -48,6 +48,8 @@ class Options:
     faults: int
     variants: int
     """Distinct settings, each of which is run undisturbed once; so many runs share a store."""
+    steps: int
+    """Of training."""
     kinds: tuple[str, ...]
     places: tuple[str, ...]
     settle: float
@@ -62,6 +64,7 @@ def parse(words: Sequence[str] | None = None) -> Options:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--faults", type=int, default=24)
     parser.add_argument("--variants", type=int, default=2, help="distinct settings; so many runs share a store")
+    parser.add_argument("--steps", type=int, default=12, help="of each training, with a checkpoint every three")
     parser.add_argument("--kinds", default=",".join(SLUGS), help=f"of {', '.join(SLUGS)}")
     parser.add_argument("--places", default="s3,local", help="kinds of stores, in turn")
     parser.add_argument("--settle", type=float, default=1800.0, help="seconds that runs have to end after the faults")
@@ -198,7 +201,7 @@ def collect(
 
 def run_campaign(options: Options) -> int:
     """Run a campaign and return its exit code."""
-    with open_site(options.out, options.workers) as site:
+    with open_site(options.out, options.workers, num_steps=options.steps) as site:
         for name, kind in name_places(options).items():
             site.add_place(name, kind)
         note("starting the stack")

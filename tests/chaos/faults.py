@@ -2,16 +2,21 @@
 
 import contextlib
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
+
+import psutil
 
 from tasks.errors import LikenessError
 from tasks.services.store.lease import Lease, find_start, read_lease
+from tasks.stage.cache import PREFIXES
 from tasks.stage.digests import dump_signed
 from tests.chaos.processes import Found, find_processes, list_processes
 from tests.chaos.site import MLFLOW, PREFECT, WORKER, Site
@@ -118,6 +123,52 @@ def kill_worker(strike: Strike) -> bool:
     strike.site.up()
     strike.site.start_workers()
     return True
+
+
+def lose_machine(strike: Strike) -> bool:
+    """Kill a worker with its runs in mid-training, and remove that training's folder; an operator starts a worker.
+
+    As where a machine is gone with its disk: another worker continues from the checkpoints in the store.
+    """
+    trainer = strike.find_target("trainer")
+    if trainer is None:
+        return False
+    folder = Path(trainer.command.rsplit(" ", 1)[-1]).parent
+    if not wait_for_upload(strike, trainer, stage_key=folder.name):
+        return False
+    for worker in find_processes(strike.site.token, "worker"):
+        children = worker.process.children(recursive=True)
+        pids = {child.pid for child in children}
+        if trainer.process.pid in pids:
+            hit = [each.flow_run_id for each in list_processes(strike.site.token) if each.process.pid in pids]
+            strike.hit += filter(None, hit)
+            kill_all([worker.process, *children])
+    shutil.rmtree(folder)
+    strike.wait()
+    strike.site.up()
+    strike.site.start_workers()
+    return bool(strike.hit)
+
+
+def wait_for_upload(strike: Strike, trainer: Found, *, stage_key: str) -> bool:
+    """Wait until a store holds a checkpoint of a training; return False where it ends before."""
+    stores = [strike.site.open_store(place) for place in strike.site.places.values()]
+    while trainer.process.is_running():
+        for store in stores:
+            with contextlib.suppress(LikenessError):
+                found = store.list_keys(f"{PREFIXES['training']}/{stage_key}/resume/")
+                if any(key.endswith("/manifest.json") for key in found):
+                    return True
+        time.sleep(0.1)
+    return False
+
+
+def kill_all(processes: Sequence[psutil.Process]) -> None:
+    """Kill processes and wait until they are gone."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=30)
 
 
 def suspend(strike: Strike) -> bool:
@@ -286,6 +337,7 @@ KINDS: dict[str, Callable[[Strike], bool]] = {
     "worker killed": kill_worker,
     "flow process killed": kill_one("flow"),
     "trainer killed": kill_one("trainer"),
+    "machine lost": lose_machine,
     "run suspended (SIGSTOP, SIGCONT)": suspend,
     "Prefect server restarted": restart(PREFECT),
     "SQLite lock held": lock_database,
@@ -303,6 +355,7 @@ SLUGS = {
             "worker",
             "flow",
             "trainer",
+            "machine",
             "suspend",
             "prefect",
             "sqlite",

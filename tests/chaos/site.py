@@ -27,7 +27,6 @@ BUCKET = "chaos"
 SETTINGS = (
     "experiment=smoke",
     "training.num_threads=1",
-    "training.max_train_steps=12",
     "training.checkpointing_steps=3",
 )
 
@@ -40,11 +39,13 @@ class Place:
     kind: str
     """s3: a bucket and a vision server behind proxies; local: a folder, and a vision server of each run's own."""
     folder: Path
+    num_steps: int
+    """Of training."""
     llm: FaultProxy | None = None
 
     def settings(self, seed: int) -> list[str]:
         """Return the settings of a run here."""
-        words = [*SETTINGS, f"output_dir={self.folder}", f"seed={seed}"]
+        words = [*SETTINGS, f"training.max_train_steps={self.num_steps}", f"output_dir={self.folder}", f"seed={seed}"]
         return words if self.kind == "local" else [*words, f"store={self.name}", f"llm={self.name}"]
 
 
@@ -54,6 +55,7 @@ class Site:
 
     root: Path
     num_workers: int
+    num_steps: int
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     places: dict[str, Place] = field(default_factory=dict)
     workers: list[StackProcess] = field(default_factory=list)
@@ -146,7 +148,7 @@ class Site:
     def add_place(self, name: str, kind: str) -> Place:
         """Create a place; its options become config groups of the workers."""
         llm = FaultProxy(f"http://127.0.0.1:{self.vision_port}") if kind == "s3" else None
-        place = Place(name, kind, self.root / name, llm)
+        place = Place(name, kind, self.root / name, self.num_steps, llm)
         if llm is not None and self.bucket is not None:
             conf = self.root / "conf"
             profile = (
@@ -206,14 +208,14 @@ def write(path: Path, text: str) -> None:
 
 
 @contextmanager
-def open_site(root: Path, num_workers: int) -> Iterator[Site]:
+def open_site(root: Path, num_workers: int, *, num_steps: int) -> Iterator[Site]:
     """Start a site in an empty folder; stop all of it at the end."""
     import boto3
     from moto.server import ThreadedMotoServer
 
     shutil.rmtree(root, ignore_errors=True)
     (root / "tmp").mkdir(parents=True)
-    site = Site(root, num_workers)
+    site = Site(root, num_workers, num_steps)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     # This process composes requests too, and looks into the bucket.
     os.environ.update(

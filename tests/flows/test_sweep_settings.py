@@ -26,6 +26,8 @@ def test_trials_share_cached_stages_and_the_best_trial_alone_is_registered(
     assert "2 new trials; cached stages: subject 2, prior 2, training 1, evaluation 1" in done.stdout
     assert done.stdout.count("\n* ") == 1
     runs = [summary for summary in list_summaries(sandbox.output) if summary.run_id not in before]
+    # The trial that was trained drew no samples of the base model: of two prompts, and two of the class.
+    assert {summary.stages["evaluation"].counts.get("shared") for summary in runs} == {4, None}
     versions = [summary.registered and summary.registered.version for summary in reversed(runs)]
     assert versions[:2] == [None, None]
     assert len(versions) == 3

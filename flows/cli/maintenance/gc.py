@@ -55,9 +55,11 @@ def collect_garbage(output: Path, *, days: float, is_deleting: bool) -> list[Ite
     store = find_store(folders)
     limit = time.time() - days * DAY
     # Stages are removed only where every reference to them is known; leftovers are safe in any case.
-    stages = () if explain_kept_stages(output) else list_stages(store, list_referenced(folders), limit)
+    is_kept = bool(explain_kept_stages(output))
+    stages = [] if is_kept else [*list_stages(store, list_referenced(folders), limit)]
     items = [
         *stages,
+        *([] if is_kept else list_dangling_notes(store, {item.name for item in stages})),
         *list_leftovers(output, store),
         *list_stale_leases(store),
         *list_stale_uploads(store),
@@ -113,9 +115,7 @@ def list_stages(store: Store, referenced: set[str], limit: float) -> Iterator[It
     for stage, prefix in PREFIXES.items():
         groups: dict[str, list[tuple[str, int, float]]] = {}
         for item in store.list_objects(f"{prefix}/"):
-            # `<prefix>/<stage_key>`, the folder of one stage.
-            name = "/".join(item.key.split("/")[:2])
-            groups.setdefault(name, []).append((item.key, item.size_bytes, item.modified))
+            groups.setdefault(name_stage_folder(item.key), []).append((item.key, item.size_bytes, item.modified))
         for name, objects in groups.items():
             if any("/batches/" in key for key, _, _ in objects):
                 continue  # a batch job's state: its replies may be paid for and not yet read
@@ -134,6 +134,22 @@ def list_stages(store: Store, referenced: set[str], limit: float) -> Iterator[It
                     yield Item(
                         "checkpoints of an unfinished training", name, sum(item[1] for item in resume), keys=keys
                     )
+
+
+def list_dangling_notes(store: Store, removed: set[str]) -> Iterator[Item]:
+    """Yield notes of base models' samples whose evaluation is gone, or will be."""
+    from tasks.evaluation.sampling import BASE_SAMPLES, read_note
+
+    folders = {name_stage_folder(key) for key in store.list_keys(f"{PREFIXES['evaluation']}/")} - removed
+    for item in store.list_objects(f"{BASE_SAMPLES}/"):
+        image = read_note(store, item.key)
+        if image is None or name_stage_folder(image.key) not in folders:
+            yield Item("note of a sample that is gone", item.key, item.size_bytes, keys=(item.key,))
+
+
+def name_stage_folder(key: str) -> str:
+    """Return `<prefix>/<stage_key>` of an object's key: the folder of one stage."""
+    return "/".join(key.split("/")[:2])
 
 
 def list_stale_leases(store: Store) -> Iterator[Item]:

@@ -61,7 +61,7 @@ def draw(folder: Path, model: Path, **changes: Any) -> tuple[list[str], list[int
     diffusion = tiny_diffusion_config(model)
     counted: Any = CountingModel(load_model(diffusion))
     drawn = generate_samples(
-        StageFolder(LocalStore(folder), "evaluation", "k"), config, planned,
+        StageFolder(LocalStore(folder), "evaluation", "k"), planned,
         draw=lambda side, requests: sample_in_batches(counted, plan_job(diffusion, config, requests, weights=None)),
         on_progress=lambda done, total: None,
     )  # fmt: skip

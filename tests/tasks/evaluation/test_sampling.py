@@ -12,11 +12,11 @@ from tasks.diffusion.sampling.devices import Devices, sample
 from tasks.diffusion.sampling.job import IndexedImage
 from tasks.diffusion.types import SamplingRequest
 from tasks.encoders.config import EncoderConfig
-from tasks.evaluation.config import EvaluationConfig
-from tasks.evaluation.sampling import Source, generate_samples, plan_job, plan_samples
+from tasks.evaluation.config import EvaluationConfig, PromptTemplate
+from tasks.evaluation.sampling import BASE_SAMPLES, BaseSamples, Source, generate_samples, plan_job, plan_samples
 from tasks.images import read_mark
 from tasks.services.store.local import LocalStore
-from tasks.stage.cache import StageFolder
+from tasks.stage.cache import PREFIXES, StageFolder
 from tests.support.config import make_config
 from tests.support.tiny import tiny_diffusion_config
 from tests.support.tiny_lora import EXPORT, adapt
@@ -73,9 +73,7 @@ def test_samples_of_an_earlier_attempt_are_reused(tmp_path: Path, tiny_model_fol
 
     planned = plan_samples(CONFIG, class_noun="fish", identifier_token="sks", class_prompt="a photo of a fish")
     runs = [
-        generate_samples(
-            StageFolder(store, "evaluation", "k"), CONFIG, planned, draw=draw, on_progress=lambda d, t: None
-        )
+        generate_samples(StageFolder(store, "evaluation", "k"), planned, draw=draw, on_progress=lambda d, t: None)
         for _ in range(2)
     ]
     assert loads == ["base", "tuned"]
@@ -83,6 +81,72 @@ def test_samples_of_an_earlier_attempt_are_reused(tmp_path: Path, tiny_model_fol
     assert len(runs[0]) == 14
     mark = read_mark(store.find_bytes(runs[0][0].image.key) or b"")
     assert (mark["Title"], mark["Comment"]) == (runs[0][0].prompt, f"seed {runs[0][0].seed}")
+
+
+class Evaluations:
+    """Evaluations in one store, whose models draw a number that tells them apart."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = LocalStore(folder)
+        self.drawn: list[tuple[Source, int]] = []
+        self.planned = plan_samples(CONFIG, class_noun="fish", identifier_token="sks", class_prompt="a photo of a fish")
+
+    def run(self, key: str, identity: str = "base") -> tuple[list[str], int]:
+        """Return the digests of an evaluation's samples, and how many of them another one drew."""
+        shared = BaseSamples(self.store, [identity])
+
+        def draw(side: Source, requests: list[SamplingRequest]) -> Iterator[IndexedImage]:
+            self.drawn.append((side, len(requests)))
+            for position, request in enumerate(requests):
+                colour = (request.seed % 256, len(request.prompt), len(f"{side} {identity}"))
+                yield position, Image.new("RGB", (8, 8), colour)
+
+        samples = generate_samples(
+            StageFolder(self.store, "evaluation", key), self.planned,
+            draw=draw, on_progress=lambda done, total: None, shared=shared,
+        )  # fmt: skip
+        assert all(f"/{key}/" in sample.image.key for sample in samples)  # each folder is complete
+        return [sample.image.sha256 for sample in samples], shared.num_taken
+
+
+def test_samples_of_the_base_model_are_drawn_once_for_all_evaluations_of_a_store(tmp_path: Path) -> None:
+    every = Evaluations(tmp_path)
+    first, again, other = every.run("a"), every.run("b"), every.run("c", "other base")
+    assert every.drawn == [("base", 7), ("tuned", 7), ("tuned", 7), ("base", 7), ("tuned", 7)]
+    assert (first[1], again[1], other[1]) == (0, 7, 0)
+    assert first[0] == again[0]
+    assert not set(first[0][:7]) & set(other[0][:7])
+
+
+def test_other_prompts_seeds_and_negative_prompts_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    every = Evaluations(tmp_path)
+    every.run("a")
+    for changes in ({"seed": 1100}, {"negative_prompt": "blurry"}):
+        config = CONFIG.model_copy(update=changes)
+        every.planned = plan_samples(config, class_noun="fish", identifier_token="sks", class_prompt="a photo of one")
+        assert every.run(f"of {changes}")[1] == 0
+    config = CONFIG.model_copy(
+        update={"prompts": (*CONFIG.prompts, PromptTemplate(text="{subject} at night", kind="scene"))}
+    )
+    every.planned = plan_samples(config, class_noun="fish", identifier_token="sks", class_prompt="a photo of a fish")
+    assert every.run("of one prompt more")[1] == 7
+    assert every.drawn[-2:] == [("base", 2), ("tuned", 9)]
+
+
+def test_a_shared_sample_that_was_removed_or_damaged_is_drawn_again(tmp_path: Path) -> None:
+    every = Evaluations(tmp_path)
+    first = every.run("a")
+    store, pictures = every.store, f"{PREFIXES['evaluation']}/a/base"
+    notes = sorted(store.list_keys(f"{BASE_SAMPLES}/"))
+    store.delete(f"{pictures}/class-000.png")
+    store.put_bytes(f"{pictures}/class-001.png", b"torn")
+    valid = store.find_bytes(notes[0]) or b""
+    store.put_bytes(notes[1], b"no JSON")
+    store.put_bytes(notes[2], valid)  # of another sample
+    found, num_taken = every.run("b")
+    assert found == first[0]
+    assert 7 - 4 <= num_taken <= 7 - 2  # a damaged note may be that of a damaged picture
+    assert every.run("c") == (first[0], 7)  # what was drawn again is noted again
 
 
 def test_the_samples_do_not_depend_on_the_number_of_devices(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -95,7 +159,7 @@ def test_the_samples_do_not_depend_on_the_number_of_devices(tmp_path: Path, tiny
 
     def generate(name: str, num_devices: int, weights: Path | None) -> list[np.ndarray]:
         samples = generate_samples(
-            StageFolder(LocalStore(tmp_path / name), "evaluation", "k"), config, planned[:7],
+            StageFolder(LocalStore(tmp_path / name), "evaluation", "k"), planned[:7],
             draw=lambda side, requests: sample(
                 plan_job(diffusion, config, requests, weights=None if weights is None else str(weights)),
                 Devices("evaluation.num_devices", num_devices),

@@ -26,6 +26,7 @@ from flows.subjects.records import (
 )
 from tasks.config_base import RequestRule
 from tasks.errors import LikenessError, StillPending, first_line
+from tasks.mini.vision_server.launch import keep_server
 from tasks.services.store.lease import hold_lease
 from tasks.services.store.open import open_store
 
@@ -47,10 +48,11 @@ def personalize_many(request: ManyRequest = ManyRequest()) -> ManyOutcome:  # no
     batch = Batch(request, open_store(config.store), Path(config.output_dir).absolute())
     subjects = list(list_subjects(Origin(request, batch.store, roots)))
     run_all = run_on_pool if has_pool() else run_here
-    outcomes = [*list_unready(subjects), *run_all(batch, [each for each in subjects if each.request])]
+    name = name_batch(request)
+    with keep_server(batch.output / "many" / name / "vision-server.log"):
+        outcomes = [*list_unready(subjects), *run_all(batch, [each for each in subjects if each.request])]
     order = {subject.name: number for number, subject in enumerate(subjects)}
     outcomes.sort(key=lambda outcome: order[outcome.name])
-    name = name_batch(request)
     folder = write_index(batch.output / "many" / name, outcomes, title=show_name(request.subjects), store=batch.store)
     return ManyOutcome(name=name, outcomes=outcomes, folder=str(folder))
 

@@ -25,6 +25,7 @@ from flows.sweeps.tracking import needs_tracking, note, open_tracking
 from flows.sweeps.trials import REGISTERED, SEED_VALUES, Trials, make_runs
 from tasks.errors import ConfigError
 from tasks.manifests.run_summary import RegisteredModel, RunSummary
+from tasks.mini.vision_server.launch import keep_server
 
 NO_POOL = "--parallel: no work pool with a worker is reachable (`likeness up` starts one); trials run one at a time"
 
@@ -58,7 +59,8 @@ def run_sweep(request: SweepRequest, config: RunConfig, run: Callable[[RunReques
     report = folder / request.study_name / "report.html"
     ended_by, is_failed = "", True
     try:
-        ended_by = trials.run()
+        with keep_server(folder / request.study_name / "vision-server.log"):
+            ended_by = trials.run()
         is_failed = False
     finally:
         # Also where it was interrupted: what is known so far.

@@ -246,7 +246,7 @@ def collect_metrics(evaluation: Evaluation) -> dict[str, dict[str, float | None]
 def open_run(request: RunRequest, *, is_trusted: bool, model: str = "") -> Iterator[Run]:
     """Compile a request, open its services, and close them whatever happens; `model` is one from elsewhere."""
     from conf.trust import allowed_roots
-    from tasks.mini.vision_server.launch import LocalServer
+    from tasks.mini.vision_server.launch import find_server
     from tasks.services.llm.budget.ledger import Ledger
     from tasks.services.llm.service import LlmService, LocalServices
     from tasks.services.store.open import open_store_within
@@ -266,7 +266,7 @@ def open_run(request: RunRequest, *, is_trusted: bool, model: str = "") -> Itera
     folder = make_run_folder(output, config, request, is_trusted=is_trusted, model=model)
     run_id = folder.name
     description = RunDescription(folder, dict(show_config(config)), describe_run(config, request, run_id=run_id))
-    server = LocalServer(folder / "vision-server.log")
+    server = find_server(folder / "vision-server.log")
     llm = LlmService(
         config.llm,
         store=store,
@@ -300,7 +300,7 @@ def open_run(request: RunRequest, *, is_trusted: bool, model: str = "") -> Itera
         if shared is None:
             runtime.progress.close()
         llm.close()
-        server.stop()
+        server.release()
 
 
 def remove_leftovers(output: Path, store: "Store") -> None:

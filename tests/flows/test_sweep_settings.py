@@ -28,6 +28,10 @@ def test_trials_share_cached_stages_and_the_best_trial_alone_is_registered(
     runs = [summary for summary in list_summaries(sandbox.output) if summary.run_id not in before]
     # The trial that was trained drew no samples of the base model: of two prompts, and two of the class.
     assert {summary.stages["evaluation"].counts.get("shared") for summary in runs} == {4, None}
+    # One vision server judged all trials.
+    logs = [path.parent for path in sandbox.output.rglob("vision-server.log")]
+    assert not [summary for summary in runs if sandbox.output / summary.run_id in logs]
+    assert [folder for folder in logs if folder.parent == sandbox.output / "sweeps"]
     versions = [summary.registered and summary.registered.version for summary in reversed(runs)]
     assert versions[:2] == [None, None]
     assert len(versions) == 3

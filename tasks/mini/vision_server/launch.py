@@ -1,8 +1,11 @@
 """Start the mini vision server as a child process of a run."""
 
+import contextvars
 import queue
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tasks.errors import ServiceUnavailable
@@ -51,6 +54,11 @@ class LocalServer:
             raise ServiceUnavailable(f"the mini vision server did not start; see {self.log}")
         return address
 
+    def release(self) -> None:
+        """Stop the server, unless it is kept for further runs of this process."""
+        if kept_server.get() is not self:
+            self.stop()
+
     def stop(self) -> None:
         """Terminate the server, and kill it after 10 s."""
         if self.process is not None and self.process.poll() is None:
@@ -62,3 +70,23 @@ class LocalServer:
                 self.process.wait()
         if self.process is not None and self.process.stdout is not None:
             self.process.stdout.close()
+
+
+kept_server: contextvars.ContextVar[LocalServer | None] = contextvars.ContextVar("vision_server", default=None)
+
+
+@contextmanager
+def keep_server(log: Path) -> Iterator[None]:
+    """Use one server for all runs in this process: each would take seconds to load its models."""
+    server = LocalServer(log)
+    token = kept_server.set(server)
+    try:
+        yield
+    finally:
+        kept_server.reset(token)
+        server.stop()
+
+
+def find_server(log: Path) -> LocalServer:
+    """Return the kept server, or a new one with its own log; to be given back by `release`."""
+    return kept_server.get() or LocalServer(log)

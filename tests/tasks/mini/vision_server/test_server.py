@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from tasks.images import encode_png
-from tasks.mini.vision_server.launch import LocalServer
+from tasks.mini.vision_server.launch import LocalServer, find_server, keep_server
 from tasks.mini.world.scenes import draw_scene, sample_subject_scene
 from tasks.scoring.judge_requests import blur
 from tasks.scoring.rubric import (
@@ -223,6 +223,23 @@ def test_a_port_in_use_is_a_one_line_error(client: openai.OpenAI) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stderr == f"cannot listen on 127.0.0.1:{port}: Address already in use; use another --port\n"
+
+
+def test_a_kept_server_serves_all_runs_of_a_process_and_ends_with_the_last(tmp_path: Path) -> None:
+    with keep_server(tmp_path / "kept.log"):
+        first, second = find_server(tmp_path / "one.log"), find_server(tmp_path / "two.log")
+        address, process = first.start(), first.process
+        first.release()
+        assert second.start() == address
+        assert process is not None
+        assert process.poll() is None
+    assert process.poll() is not None
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.log"}
+    own = find_server(tmp_path / "own.log")
+    own.start()
+    own.release()
+    assert own.process is not None
+    assert own.process.poll() is not None
 
 
 def test_the_server_exits_when_its_parent_is_killed(tmp_path: Path) -> None:

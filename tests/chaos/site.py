@@ -21,7 +21,7 @@ from tasks.services.store.local import LocalStore
 from tests.chaos.processes import MARKER
 from tests.support.cli_sandbox import LIKENESS, ROOT
 from tests.support.fault_proxy import FaultProxy
-from tests.support.prefect_api import QUICK_HEARTBEATS, create_flow_run, open_api, shorten_heartbeat_window
+from tests.support.prefect_api import QUICK_HEARTBEATS, create_flow_run, open_api
 
 BUCKET = "chaos"
 FAKETIME = "faketime/libfaketime.so.1"
@@ -255,8 +255,6 @@ def start_stack(site: Site) -> None:
     """Start the stack and the other workers; the places must be there."""
     site.up()
     site.start_workers()
-    with site.api() as client:
-        shorten_heartbeat_window(client)
 
 
 def close(site: Site) -> None:

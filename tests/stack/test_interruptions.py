@@ -18,7 +18,6 @@ from tests.support.prefect_api import (
     create_flow_run,
     open_api,
     read_states,
-    shorten_heartbeat_window,
     wait_for_type,
 )
 
@@ -39,8 +38,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.setenv(name, value)
         try:
             start_stack(folder)
-            with open_api(folder / "runs") as client:
-                shorten_heartbeat_window(client)
             yield folder
         finally:
             likeness(folder, "down")

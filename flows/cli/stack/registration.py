@@ -31,8 +31,10 @@ NOTIFY_BLOCK, NOTIFY_VARIABLE = "likeness-notify", "LIKENESS_NOTIFY_URL"
 RETRIES = 7
 """Of each request of a registration: the client waits 1, 2, 4 to 64 s between them."""
 BULK_PRIORITY = 10  # the default queue has 1, and lower numbers are served first
-# Heartbeats come every 180 s. A window below three of them marks living runs as crashed.
-HEARTBEAT_WINDOW = datetime.timedelta(seconds=540)
+HEARTBEATS = 3
+"""Without as many, a run is lost. Fewer would mark living runs as crashed."""
+HEARTBEAT_SECONDS = 180
+"""Between two of them, where PREFECT_FLOWS_HEARTBEAT_FREQUENCY sets nothing else."""
 # After these no heartbeat is due. Not Crashed: on SQLite the event of a crash is evaluated again, and the run scheduled
 # again, where a second automation that matches it finds the database locked (prefect 3.8.8).
 SILENT = ("Completed", "Failed", "Cancelled", "Scheduled", "Paused", "Suspended")
@@ -170,7 +172,7 @@ def register_notification(kind: str) -> None:
         )
     block_id = block.save(NOTIFY_BLOCK, overwrite=True)
     assert isinstance(block_id, uuid.UUID)  # a coroutine only within an event loop
-    replace_automation(
+    put_automation(
         AutomationCore(
             name="likeness: notify when a run ends or waits for approval",
             trigger=EventTrigger(
@@ -192,18 +194,40 @@ def register_notification(kind: str) -> None:
     )
 
 
-def replace_automation(automation: "AutomationCore") -> None:
-    """Create an automation in place of an earlier one of its name."""
+def put_automation(automation: "AutomationCore") -> None:
+    """Create an automation, in place of one of its name that is different.
+
+    An equal one stays: with it would go what it waits for, such as a heartbeat of a run whose machine has just died.
+    """
     with open_client() as client:
-        for old in client.read_automations_by_name(automation.name):
+        found = client.read_automations_by_name(automation.name)
+        if [describe_automation(old) for old in found] == [describe_automation(automation)]:
+            return
+        for old in found:
             client.delete_automation(old.id)
         client.create_automation(automation)
+
+
+def describe_automation(automation: "AutomationCore") -> dict[str, Any]:
+    """Return what an automation does, whether or not a person paused it."""
+    plain = automation.model_dump(mode="json", include={"description", "trigger", "actions", "actions_on_trigger"})
+    plain["trigger"].pop("id", None)
+    plain["trigger"] = {name: sorted(v) if isinstance(v, list) else v for name, v in plain["trigger"].items()}
+    return plain
+
+
+def find_heartbeat_window() -> datetime.timedelta:
+    """Return after how long without a heartbeat a run is lost, as often as this environment's runs send them."""
+    from prefect.settings import get_current_settings
+
+    seconds = get_current_settings().flows.heartbeat_frequency or HEARTBEAT_SECONDS
+    return datetime.timedelta(seconds=HEARTBEATS * seconds)
 
 
 def register_automations() -> None:
     """Create or update the automations of lost runs. Runs in a process of its own, with the stack's environment."""
     for automation in make_automations():
-        replace_automation(automation)
+        put_automation(automation)
 
 
 def make_automations() -> "tuple[AutomationCore, AutomationCore]":
@@ -226,7 +250,7 @@ def make_automations() -> "tuple[AutomationCore, AutomationCore]":
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
-            within=HEARTBEAT_WINDOW,
+            within=find_heartbeat_window(),
         ),
         actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no heartbeat: its process is gone")],
     )

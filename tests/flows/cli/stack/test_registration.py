@@ -8,6 +8,7 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.events.schemas.automations import EventTrigger
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.cli.stack import registration
 from flows.cli.stack.registration import make_automations, register_pool
@@ -62,3 +63,25 @@ def test_registration_changes_the_pool_by_nothing_else(tmp_path: Path, monkeypat
     assert sum("register_pool" in command for command in commands) == 1
     assert not [command for command in commands if "work-pool" in command]
     assert any("max_runs=4)" in command for command in commands)
+
+
+def test_an_automation_that_is_the_same_stays_with_what_it_waits_for(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new one would wait for no heartbeat of the runs that died with their machine before this `likeness up`."""
+
+    def register(frequency: int) -> list[Any]:
+        monkeypatch.setenv("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(frequency))
+        with temporary_settings({PREFECT_API_URL: str(client.api_url)}):
+            for automation in make_automations():
+                registration.put_automation(automation)
+        return [found for each in make_automations() for found in client.read_automations_by_name(each.name)]
+
+    first, again = register(180), register(180)
+    assert len(first) == 2
+    assert [each.id for each in again] == [each.id for each in first]
+    [lost, crashed] = register(30)  # other heartbeats: another window
+    assert isinstance(lost.trigger, EventTrigger)
+    assert lost.trigger.within.total_seconds() == 90
+    assert lost.id != first[0].id
+    assert crashed.id == first[1].id

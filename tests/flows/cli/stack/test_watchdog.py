@@ -1,6 +1,7 @@
 """The watchdog schedules crashed runs again that the automation has missed, and leaves all others alone."""
 
 import datetime
+import time
 import uuid
 
 import pytest
@@ -9,7 +10,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.states import Completed, Crashed
 
 from flows.cli.stack.registration import TAG
-from flows.cli.stack.watchdog import GRACE, MAX_AGE, reschedule
+from flows.cli.stack.watchdog import GRACE, MAX_AGE, SLEPT_SECONDS, Watch, find_heartbeat, mark_lost, reschedule
 from flows.runs.attempts import MAX_ATTEMPTS
 
 LATE = GRACE + datetime.timedelta(seconds=5)
@@ -53,3 +54,64 @@ def test_other_runs_are_left_alone(client: SyncPrefectClient, case: str) -> None
     late = MAX_AGE + GRACE if case == "old" else LATE
     reschedule(client, datetime.datetime.now(datetime.UTC) + late)
     assert read_type(client, run) == before
+
+
+WINDOW = datetime.timedelta(seconds=90)
+
+
+def send_heartbeat(client: SyncPrefectClient, run: uuid.UUID, at: datetime.datetime) -> None:
+    event = {
+        "id": str(uuid.uuid4()),
+        "occurred": at.isoformat(),
+        "event": "prefect.flow-run.heartbeat",
+        "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"},
+    }
+    client._client.post("/events", json=[event]).raise_for_status()
+    for _ in range(100):  # events are stored in the background
+        if find_heartbeat(client, run, since=at, until=at) == at:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the heartbeat was not stored")
+
+
+def test_a_run_that_sends_no_heartbeat_any_more_is_marked_crashed(client: SyncPrefectClient) -> None:
+    run = make_run(client, tags=[TAG])
+    now = datetime.datetime.now(datetime.UTC)
+    late = now + WINDOW + LATE
+    assert mark_lost(client, late, WINDOW) == 0, "it never sent one: they may be switched off"
+    send_heartbeat(client, run, now)
+    assert mark_lost(client, now + WINDOW, WINDOW) == 0, "the automation has its time"
+    assert read_type(client, run) == StateType.RUNNING
+    assert mark_lost(client, late, WINDOW) == 1
+    assert read_type(client, run) == StateType.CRASHED
+    assert mark_lost(client, late, WINDOW) == 0
+
+
+@pytest.mark.parametrize("case", ["other tag", "no deployment", "completed", "alive"])
+def test_other_runs_are_not_marked_crashed(client: SyncPrefectClient, case: str) -> None:
+    run = make_run(client, tags=["other" if case == "other tag" else TAG], has_deployment=case != "no deployment")
+    now = datetime.datetime.now(datetime.UTC)
+    late = now + WINDOW + LATE
+    send_heartbeat(client, run, late - WINDOW if case == "alive" else now)
+    if case == "completed":
+        client.set_flow_run_state(run, Completed(), force=True)
+    before = read_type(client, run)
+    mark_lost(client, late, WINDOW)
+    assert read_type(client, run) == before
+
+
+def test_heartbeats_that_could_not_arrive_are_not_missed() -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    watch, step = Watch(WINDOW), datetime.timedelta(seconds=15)
+    for _ in range(6):
+        watch.note(now, is_answering=True)
+        assert not watch.has_waited(now)
+        now += step
+    watch.note(now, is_answering=True)
+    assert watch.has_waited(now)
+    watch.note(now + step, is_answering=False)  # the server was restarted
+    watch.note(now + 2 * step, is_answering=True)
+    assert not watch.has_waited(now + 2 * step)
+    watch.note(now + 8 * step, is_answering=True)  # this machine was suspended
+    assert 6 * step.total_seconds() > SLEPT_SECONDS
+    assert not watch.has_waited(now + 8 * step)

@@ -37,7 +37,8 @@ HEARTBEAT_SECONDS = 180
 """Between two of them, where PREFECT_FLOWS_HEARTBEAT_FREQUENCY sets nothing else."""
 # After these no heartbeat is due. Not Crashed: on SQLite the event of a crash is evaluated again, and the run scheduled
 # again, where a second automation that matches it finds the database locked (prefect 3.8.8).
-SILENT = ("Completed", "Failed", "Cancelled", "Scheduled", "Paused", "Suspended")
+# Nor Cancelling: a run that was cancelled is not scheduled again where its process dies; the watchdog ends it.
+SILENT = ("Completed", "Failed", "Cancelled", "Cancelling", "Scheduled", "Paused", "Suspended")
 
 
 def register(environment: dict[str, str], options: StackOptions) -> None:

@@ -13,13 +13,13 @@ import logging
 import time
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flows.cli.stack.registration import TAG, find_heartbeat_window
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.objects import FlowRun, State
 
 POLL_SECONDS = 15.0
 GRACE = datetime.timedelta(seconds=45)
@@ -93,7 +93,10 @@ def reschedule(client: "SyncPrefectClient", now: datetime.datetime) -> int:
 
 
 def mark_lost(client: "SyncPrefectClient", now: datetime.datetime, window: datetime.timedelta) -> int:
-    """Mark running runs of deployments crashed whose last heartbeat is too old; return how many."""
+    """Mark runs of deployments crashed whose last heartbeat is too old, or cancelled where they should stop.
+
+    Returns how many.
+    """
     from prefect.client.schemas.filters import (
         FlowRunFilter,
         FlowRunFilterState,
@@ -101,21 +104,23 @@ def mark_lost(client: "SyncPrefectClient", now: datetime.datetime, window: datet
         FlowRunFilterTags,
     )
     from prefect.client.schemas.objects import StateType
-    from prefect.states import Crashed
+    from prefect.states import Cancelled, Crashed
 
+    ends = {StateType.RUNNING: Crashed, StateType.CANCELLING: Cancelled}
     running = FlowRunFilter(
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[*ends])),
         tags=FlowRunFilterTags(all_=[TAG]),
     )
     lost = 0
     for run in client.read_flow_runs(flow_run_filter=running, limit=PAGE):
         if run.deployment_id is None or run.state is None or now - run.state.timestamp <= window + GRACE:
             continue
-        last = find_heartbeat(client, run.id, since=run.state.timestamp, until=now)
+        last = find_heartbeat(client, run.id, since=run.start_time or run.state.timestamp, until=now)
         # Without any, its heartbeats are switched off, and nothing is known.
         if last is not None and now - last > window + GRACE:
-            client.set_flow_run_state(run.id, Crashed(message="no heartbeat: its process is gone"), force=True)
-            log.warning("the automation missed that %s sends no heartbeat: it is marked crashed", run.name)
+            state: State[Any] = ends[run.state.type](message="no heartbeat: its process is gone")
+            client.set_flow_run_state(run.id, state, force=True)
+            log.warning("the automation missed that %s sends no heartbeat: it is marked %s", run.name, state.name)
             lost += 1
     return lost
 

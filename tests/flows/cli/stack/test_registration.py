@@ -77,10 +77,15 @@ def test_an_automation_that_is_the_same_stays_with_what_it_waits_for(
                 registration.put_automation(automation)
         return [found for each in make_automations() for found in client.read_automations_by_name(each.name)]
 
-    first, again = register(180), register(180)
-    assert len(first) == 2
-    assert [each.id for each in again] == [each.id for each in first]
-    [lost, crashed] = register(30)  # other heartbeats: another window
+    try:
+        first, again = register(180), register(180)
+        assert len(first) == 2
+        assert [each.id for each in again] == [each.id for each in first]
+        [lost, crashed] = register(30)  # other heartbeats: another window
+    finally:  # they would act on the runs of other tests
+        for automation in make_automations():
+            for made in client.read_automations_by_name(automation.name):
+                client.delete_automation(made.id)
     assert isinstance(lost.trigger, EventTrigger)
     assert lost.trigger.within.total_seconds() == 90
     assert lost.id != first[0].id

@@ -6,10 +6,10 @@ import uuid
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import State, StateType
 from prefect.states import Completed, Crashed
 
-from flows.cli.stack.registration import TAG
+from flows.cli.stack.registration import TAG, make_automations
 from flows.cli.stack.watchdog import GRACE, MAX_AGE, SLEPT_SECONDS, Watch, find_heartbeat, mark_lost, reschedule
 from flows.runs.attempts import MAX_ATTEMPTS
 
@@ -85,6 +85,19 @@ def test_a_run_that_sends_no_heartbeat_any_more_is_marked_crashed(client: SyncPr
     assert mark_lost(client, late, WINDOW) == 1
     assert read_type(client, run) == StateType.CRASHED
     assert mark_lost(client, late, WINDOW) == 0
+
+
+def test_a_cancelled_run_whose_process_is_gone_is_not_scheduled_again(client: SyncPrefectClient) -> None:
+    run = make_run(client, tags=[TAG])
+    now = datetime.datetime.now(datetime.UTC)
+    send_heartbeat(client, run, now)
+    client.set_flow_run_state(run, State(type=StateType.CANCELLING))
+    late = now + WINDOW + LATE
+    assert mark_lost(client, late, WINDOW) == 1
+    assert read_type(client, run) == StateType.CANCELLED
+    reschedule(client, late + LATE)
+    assert read_type(client, run) == StateType.CANCELLED
+    assert "prefect.flow-run.Cancelling" in make_automations()[0].trigger.expect  # it expects no heartbeat any more
 
 
 @pytest.mark.parametrize("case", ["other tag", "no deployment", "completed", "alive"])

@@ -19,7 +19,7 @@ from tasks.services.store.lease import Lease, find_start, read_lease
 from tasks.stage.cache import PREFIXES
 from tasks.stage.digests import dump_signed
 from tests.chaos.processes import Found, find_processes, list_processes
-from tests.chaos.site import CLOCK_VARIABLE, MLFLOW, PREFECT, WORKER, Site
+from tests.chaos.site import MLFLOW, PREFECT, WORKER, Site
 from tests.support.fault_proxy import FaultProxy, Mode
 
 TARGET_SECONDS = 60.0
@@ -64,12 +64,11 @@ class Strike:
     def wait(self) -> None:
         time.sleep(self.seconds)
 
-    def find_target(self, kind: str, *, accept: Callable[[Found], bool] = lambda each: True) -> Found | None:
+    def find_target(self, kind: str) -> Found | None:
         """Return a process of a kind that works for a run, after waiting for one; None where none comes."""
         deadline = time.monotonic() + TARGET_SECONDS
         while time.monotonic() < deadline:
-            active = [each for each in find_processes(self.site.token, kind) if each.flow_run_id in self.active]
-            found = [each for each in active if accept(each)]
+            found = [each for each in find_processes(self.site.token, kind) if each.flow_run_id in self.active]
             if found:
                 return self.random.choice(found)
             time.sleep(0.2)
@@ -296,21 +295,6 @@ def limit_files(strike: Strike, flow_run_id: str, limit: int) -> None:
                 resource.prlimit(each.process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 
-def step_clock(strike: Strike) -> bool:
-    """Step the wall clock of a worker's runs forth or back, and set it right again; needs libfaketime."""
-    clock = strike.site.clock
-    if not clock.exists():
-        return False
-    target = strike.find_target("flow", accept=lambda each: each.read_variable(CLOCK_VARIABLE) == str(clock))
-    if target is None:
-        return False
-    strike.hit.append(target.flow_run_id)
-    clock.write_text(strike.random.choice(("+1800", "-1800")))
-    strike.wait()
-    clock.write_text("+0")
-    return True
-
-
 def lose_lease(strike: Strike) -> bool:
     """Delete a stage's lease, or overwrite it with that of a process that is gone."""
     deadline = time.monotonic() + TARGET_SECONDS
@@ -363,7 +347,6 @@ KINDS: dict[str, Callable[[Strike], bool]] = {
     "MLflow restarted": restart(MLFLOW),
     "disk full (RLIMIT_FSIZE)": fill_disk,
     "stage lease lost": lose_lease,
-    "clock stepped by half an hour": step_clock,
 }
 SLUGS = {
     slug: kind
@@ -382,7 +365,6 @@ SLUGS = {
             "mlflow",
             "disk",
             "lease",
-            "clock",
         ),
         KINDS,
         strict=True,

@@ -27,12 +27,6 @@ class Found:
     flow_run_id: str
     """Empty where it belongs to no flow run."""
 
-    def read_variable(self, name: str) -> str:
-        """Return a variable of its environment; empty where it has none, or has ended."""
-        with contextlib.suppress(psutil.Error):
-            return self.process.environ().get(name, "")
-        return ""
-
     def kill(self) -> None:
         """Kill it, as the OOM killer would."""
         self.signal(signal.SIGKILL)

@@ -24,8 +24,6 @@ from tests.support.fault_proxy import FaultProxy
 from tests.support.prefect_api import QUICK_HEARTBEATS, create_flow_run, open_api
 
 BUCKET = "chaos"
-FAKETIME = "faketime/libfaketime.so.1"
-CLOCK_VARIABLE = "FAKETIME_TIMESTAMP_FILE"
 SETTINGS = (
     "experiment=smoke",
     "training.num_threads=1",
@@ -124,7 +122,7 @@ class Site:
         while len(alive) < self.num_workers - 1:
             environment = {
                 **self.changes(), **prefect_environment(options, server.port), "LIKENESS_ROOTS": str(self.root),
-                "LIKENESS_OUTPUT_DIR": str(self.output), **self.fake_clock(),
+                "LIKENESS_OUTPUT_DIR": str(self.output),
                 **({"LIKENESS_MLFLOW_URL": f"http://127.0.0.1:{mlflow.port}"} if mlflow else {}),
             }  # fmt: skip
             command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
@@ -135,20 +133,6 @@ class Site:
     def find_server(self, name: str) -> StackProcess | None:
         """Return a process of the stack that runs."""
         return read_state(self.output).find(name)
-
-    @property
-    def clock(self) -> Path:
-        """The file of the offset of the other workers' clock; missing where libfaketime is not installed."""
-        return self.root / "clock"
-
-    def fake_clock(self) -> dict[str, str]:
-        """Return variables that give a worker and its runs a wall clock of their own, where libfaketime is there."""
-        library = next(Path("/usr/lib").glob(f"*/{FAKETIME}"), None)
-        if library is None:
-            return {}
-        self.clock.write_text("+0")
-        quick = {"FAKETIME_CACHE_DURATION": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-        return {"LD_PRELOAD": str(library), CLOCK_VARIABLE: str(self.clock), **quick}
 
     def api(self) -> httpx.Client:
         """Return a client of the Prefect server."""

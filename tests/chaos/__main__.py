@@ -2,8 +2,7 @@
 
     python -m tests.chaos --seed 0 --runs 20 --workers 2 [--faults 26] [--kinds flow,s3-503] [--places s3,local]
 
-Exit code 1: an invariant is violated. Not covered: steps of the clock, which need root (under libfaketime 0.9.10 sleeping
-fails with EINVAL now and then).
+Exit code 1: an invariant is violated. Not covered: steps of the clock, which need root.
 """
 
 import argparse

@@ -34,7 +34,9 @@ NON_PATH_VALUES = {
     "evaluation.encoders.lpips": ("auto", "none"),
 }
 """Values of path fields that are no paths; an empty string where a field may be empty."""
-OWN_FOLDERS = frozenset({*PREFIXES.values(), "known-world", "latents", "leases", "llm", "subject-runs", "approvals"})
+OWN_FOLDERS = frozenset(
+    {*PREFIXES.values(), "approvals", "base-samples", "known-world", "latents", "leases", "llm", "subject-runs"}
+)
 """Folders at the top of the store that the pipeline writes."""
 WORK_FOLDER = "work"  # in output_dir
 PLAIN = (bool, int, float, type(None))

@@ -95,6 +95,11 @@ def measure_run(run: PastRun, folder: Path) -> Workload:
             f"{folder.name} resumed its training at step {training['resumed_from_step']}, and recorded the seconds "
             "of the last attempt alone; name a run that was not interrupted (`likeness runs`)"
         )
+    shared = stages["evaluation"].counts.get("shared", 0)
+    if shared:
+        raise ConfigError(
+            f"{folder.name} took {shared} samples of the base model from earlier runs; name a run of an empty store"
+        )
     store = open_store(run.config.store)
     stored = [each for name in STAGES for each in store.list_objects(f"{PREFIXES[name]}/{stages[name].key}/")]
     is_batch = run.config.scoring.executor == "batch"

@@ -34,6 +34,14 @@ def choose_device(config: DiffusionConfig) -> "torch.device":
     return torch.device("cuda")
 
 
+def describe_device(config: DiffusionConfig) -> str:
+    """Return the kind of device to compute on: the name of the GPU, or cpu."""
+    import torch
+
+    device = choose_device(config)
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
+
+
 def count_gpus() -> int:
     """Return the number of visible GPUs, at least 1: the CPU counts as one device."""
     import torch

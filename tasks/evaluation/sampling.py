@@ -1,20 +1,22 @@
 """Generate evaluation samples with the same prompts and seeds from base and tuned model."""
 
+import contextlib
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.sampling.job import IndexedImage, SamplingJob
 from tasks.diffusion.types import SamplingRequest
-from tasks.errors import ArtifactCorrupt
+from tasks.errors import ArtifactCorrupt, ServiceUnavailable
 from tasks.evaluation.config import EvaluationConfig
 from tasks.images import encode_png
 from tasks.manifests.base import ObjectRef, Record
 from tasks.manifests.evaluation import Sample, SampleKind, Side
 from tasks.prompts import write_plain_prompt, write_subject_prompt
 from tasks.services.store.base import Store
-from tasks.stage.cache import StageFolder, read_verified
+from tasks.stage.cache import PREFIXES, VERIFIED_AT_ONCE, StageFolder, read_verified
 from tasks.stage.digests import digest, dump_signed, load_signed
 
 Source = Side | int
@@ -32,49 +34,6 @@ class BaseSample(Record):
 
     name: str
     image: ObjectRef
-
-
-@dataclass
-class BaseSamples:
-    """Samples of a base model by content: whichever evaluation of the store drew one, others take it.
-
-    An evaluation keeps a copy, so that its folder is complete; a sample that was removed or damaged is drawn again.
-    """
-
-    store: Store
-    identity: object
-    """JSON values: the base model's digest and all settings of sampling but prompts and seed."""
-    num_taken: int = 0
-
-    def find(self, request: SamplingRequest) -> bytes | None:
-        """Return a sample's PNG if it verifies."""
-        image = read_note(self.store, self.name(request))
-        try:
-            data = read_verified(self.store, image) if image is not None else None
-        except ArtifactCorrupt:
-            return None
-        self.num_taken += data is not None
-        return data
-
-    def add(self, request: SamplingRequest, image: ObjectRef) -> None:
-        """Note where a sample lies."""
-        name = self.name(request)
-        self.store.put_bytes(name, dump_signed(BaseSample(name=name, image=image)))
-
-    def name(self, request: SamplingRequest) -> str:
-        """Return the key of a sample's note."""
-        own = [request.prompt, request.seed, request.negative_prompt]
-        return f"{BASE_SAMPLES}/{digest([self.identity, own])[:32]}.json"
-
-
-def read_note(store: Store, name: str) -> ObjectRef | None:
-    """Return the picture that a note is of; None where there is no note, or it is damaged or another's."""
-    data = store.find_bytes(name)
-    try:
-        found = load_signed(BaseSample, data) if data is not None else None
-    except ArtifactCorrupt:
-        return None
-    return found.image if found is not None and found.name == name else None
 
 
 @dataclass(frozen=True)
@@ -101,6 +60,65 @@ class PlannedSample:
     def source(self) -> "Source":
         """The weights that generate it: a side, or a retained step."""
         return self.side if self.step is None else self.step
+
+
+@dataclass
+class BaseSamples:
+    """Samples of a base model by content: those that an evaluation has drawn are taken by later ones of the store.
+
+    An evaluation keeps copies, so that its folder is complete; a sample that was removed or damaged is drawn again.
+    """
+
+    folder: StageFolder
+    identity: object
+    """JSON values: the base model's digest, and all else that its samples depend on but prompts and seed."""
+    taken: set[str] = field(default_factory=set)
+    """Names of the samples that other evaluations drew."""
+
+    def take(self, planned: Sequence[PlannedSample]) -> None:
+        """Copy the samples that are there into the folder, where `generate_samples` finds them."""
+        wanted = [plan for plan in planned if plan.source == "base"]
+        with ThreadPoolExecutor(VERIFIED_AT_ONCE) as pool:  # each is several requests to a bucket
+            self.taken.update(filter(None, pool.map(self.take_one, wanted)))
+
+    def take_one(self, plan: PlannedSample) -> str | None:
+        """Copy one sample, unless an earlier attempt has it; return its name if another evaluation drew it."""
+        if self.folder.reuse(plan.name) is not None:
+            return None
+        image = read_note(self.folder.store, self.name_note(plan))
+        try:
+            data = read_verified(self.folder.store, image) if image is not None else None
+        except ArtifactCorrupt:
+            return None
+        if data is None:
+            return None
+        self.folder.put_resumable(plan.name, data)
+        return plan.name
+
+    def share(self, planned: Sequence[PlannedSample], samples: Sequence[Sample]) -> None:
+        """Note where the samples lie that this evaluation drew; one that can't be noted is drawn again by others."""
+        for plan, sample in zip(planned, samples, strict=True):
+            if plan.source == "base" and plan.name not in self.taken:
+                name = self.name_note(plan)
+                with contextlib.suppress(ServiceUnavailable):
+                    self.folder.store.put_bytes(name, dump_signed(BaseSample(name=name, image=sample.image)))
+
+    def name_note(self, plan: PlannedSample) -> str:
+        """Return the key of a sample's note."""
+        own = [plan.prompt, plan.seed, plan.negative_prompt]
+        return f"{BASE_SAMPLES}/{digest([self.identity, own])[:32]}.json"
+
+
+def read_note(store: Store, name: str) -> ObjectRef | None:
+    """Return the picture that a note is of; None where there is no note, or it is damaged or another's."""
+    data = store.find_bytes(name)
+    try:
+        found = load_signed(BaseSample, data) if data is not None else None
+    except ArtifactCorrupt:
+        return None
+    if found is None or found.name != name or not found.image.key.startswith(f"{PREFIXES['evaluation']}/"):
+        return None
+    return found.image
 
 
 def plan_samples(
@@ -142,15 +160,11 @@ def generate_samples(
     *,
     draw: Draw,
     on_progress: Callable[[int, int], None],
-    shared: BaseSamples | None = None,
 ) -> tuple[Sample, ...]:
-    """Return all samples in planned order; those that an earlier attempt or another evaluation drew are taken."""
+    """Return all samples in planned order; only those that the folder lacks are generated."""
     done: dict[str, Sample] = {}
     for plan in planned:
         ref = folder.reuse(plan.name)
-        if ref is None and shared is not None and plan.source == "base":
-            data = shared.find(plan.request)
-            ref = folder.put_resumable(plan.name, data) if data is not None else None
         if ref is not None:
             done[plan.name] = to_sample(plan, ref)
     on_progress(len(done), len(planned))
@@ -166,8 +180,6 @@ def generate_samples(
                 # Reusable by the next attempt even where this one fails before its manifest.
                 facts = {"Title": plan.prompt, "Comment": f"seed {plan.seed}"}
                 ref = folder.put_resumable(plan.name, encode_png(picture, is_generated=True, facts=facts))
-                if shared is not None and source == "base":
-                    shared.add(plan.request, ref)
                 done[plan.name] = to_sample(plan, ref)
                 on_progress(len(done), len(planned))
     return tuple(done[plan.name] for plan in planned)

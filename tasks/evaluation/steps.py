@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from prefect import task
@@ -70,9 +71,16 @@ class EvaluationInputs:
         )
 
     def identify_base(self) -> list[object]:
-        """Return what samples of the base model depend on, beside prompts and seed."""
+        """Return what samples of the base model depend on, beside prompts and seed.
+
+        Device and versions too: the tuned model's samples, which they are compared with, are drawn here and now.
+        """
+        from tasks.diffusion.device import describe_device
+
         return [
+            STAGE_VERSION,
             diffusion_code.VERSION,
+            [describe_device(self.diffusion), *map(version, ("torch", "diffusers", "transformers"))],
             self.tuned.base_model.sha256,
             self.diffusion.model_dump(mode="json", include=RESULT_RELEVANT),
             self.config.model_dump(mode="json", include={*SAMPLING} - {"lora_scale", "negative_prompt"}),
@@ -100,7 +108,8 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
         candidates=sorted(tuned.find_candidates()),
     )
     devices = find_sampling_devices(inputs)
-    shared = BaseSamples(folder.store, inputs.identify_base())
+    shared = BaseSamples(folder, inputs.identify_base())
+    shared.take(planned)
     # Held throughout: between two models, a training of another run could take them for hours.
     with hold(devices, diffusion, on_wait=runtime.wait_note("evaluation")):
         samples = generate_samples(
@@ -108,12 +117,12 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
             planned,
             draw=lambda source, requests: draw_samples(inputs, source, requests, runtime=runtime),
             on_progress=runtime.progress_callback("samples"),
-            shared=shared,
         )
+        shared.share(planned, samples)
         samples, dropped = drop_unsafe(folder, inputs, samples)
         measured = measure_samples(inputs, samples, runtime)
     counts = {"samples": len(samples), **({"dropped": sum(dropped.values())} if dropped else {})}
-    counts |= {"shared": shared.num_taken} if shared.num_taken else {}
+    counts |= {"shared": len(shared.taken)} if shared.taken else {}
     counts |= devices.counts()
     return folder.finish(
         Evaluation(

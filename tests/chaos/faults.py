@@ -134,7 +134,7 @@ def lose_machine(strike: Strike) -> bool:
     if trainer is None:
         return False
     folder = Path(trainer.command.rsplit(" ", 1)[-1]).parent
-    if not wait_for_upload(strike, trainer, stage_key=folder.name):
+    if not wait_for_upload(strike, trainer, folder):
         return False
     for worker in find_processes(strike.site.token, "worker"):
         children = worker.process.children(recursive=True)
@@ -143,22 +143,24 @@ def lose_machine(strike: Strike) -> bool:
             hit = [each.flow_run_id for each in list_processes(strike.site.token) if each.process.pid in pids]
             strike.hit += filter(None, hit)
             kill_all([worker.process, *children])
-    shutil.rmtree(folder)
+    if not strike.hit:
+        return False
+    shutil.rmtree(folder, ignore_errors=True)  # a training that ended meanwhile removes it itself
     strike.wait()
     strike.site.up()
     strike.site.start_workers()
-    return bool(strike.hit)
+    return True
 
 
-def wait_for_upload(strike: Strike, trainer: Found, *, stage_key: str) -> bool:
-    """Wait until a store holds a checkpoint of a training; return False where it ends before."""
-    stores = [strike.site.open_store(place) for place in strike.site.places.values()]
-    while trainer.process.is_running():
-        for store in stores:
-            with contextlib.suppress(LikenessError):
-                found = store.list_keys(f"{PREFIXES['training']}/{stage_key}/resume/")
-                if any(key.endswith("/manifest.json") for key in found):
-                    return True
+def wait_for_upload(strike: Strike, trainer: Found, folder: Path) -> bool:
+    """Wait until the store of a training holds a checkpoint of it; return False where it ends before."""
+    [place] = [place for place in strike.site.places.values() if folder.is_relative_to(place.folder)]
+    store = strike.site.open_store(place)
+    while trainer.process.is_running() and trainer.process.status() != psutil.STATUS_ZOMBIE:
+        with contextlib.suppress(LikenessError):
+            found = store.list_keys(f"{PREFIXES['training']}/{folder.name}/resume/")
+            if any(key.endswith("/manifest.json") for key in found):
+                return True
         time.sleep(0.1)
     return False
 

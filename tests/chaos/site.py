@@ -121,7 +121,8 @@ class Site:
         options = StackOptions(self.output, 0, 0, 0)
         while len(alive) < self.num_workers - 1:
             environment = {
-                **self.changes(), **prefect_environment(options, server.port), "LIKENESS_ROOTS": str(self.root),
+                **self.changes(), **prefect_environment(options, server.port), **QUICK_HEARTBEATS,
+                "LIKENESS_ROOTS": str(self.root),
                 "LIKENESS_OUTPUT_DIR": str(self.output),
                 **({"LIKENESS_MLFLOW_URL": f"http://127.0.0.1:{mlflow.port}"} if mlflow else {}),
             }  # fmt: skip

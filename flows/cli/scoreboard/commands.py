@@ -44,7 +44,15 @@ def scoreboard(  # noqa: PLR0913 - one parameter per option
     external: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Models of other trainers.", show_default=False)
     ] = None,
-    parallel: Annotated[int, typer.Option(min=1, max=64, help="Runs at once.", metavar="NUMBER")] = 1,
+    parallel: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=64,
+            metavar="NUMBER",
+            help="Runs at once; default: one for each GPU, or for each core with the mini model.",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of runs, tables and picture.")] = Path("scoreboard"),
     as_format: Annotated[Format, typer.Option("--format", help="Output format.")] = "table",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands; run nothing.")] = False,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from conf.compose import compile_request
 from flows.cli.results.runs import show_cell
 from flows.cli.results.tables import Format
 from flows.cli.run.prefect_server import shared_server
@@ -24,6 +25,10 @@ from flows.scoreboard.plan import SHIPPED, Plan, read_plan
 from tasks.errors import ConfigError
 from tasks.stage.files import write_atomic
 
+MAX_PARALLEL = 4
+MINI_BYTES = 3 * 2**30
+"""Memory of a run of the mini model, all of its processes together; it needs two thirds of it."""
+
 
 @dataclass(frozen=True)
 class ScoreboardOptions:
@@ -36,7 +41,8 @@ class ScoreboardOptions:
     external: Path | None = None
     methods: tuple[str, ...] = ()
     num_seeds: int | None = None
-    num_parallel: int = 1
+    num_parallel: int | None = None
+    """None: as many as this machine takes."""
     out: Path = Path("scoreboard")
 
 
@@ -89,10 +95,11 @@ def run_cells(cells: Sequence[Cell], options: ScoreboardOptions) -> list[Result]
     found = {cell.key: find_result(cell, options.out) for cell in cells}
     missing = [cell for cell in cells if found[cell.key] is None]
     note(f"{len(cells)} models, {len(cells) - len(missing)} of them finished before; logs in {options.out / 'logs'}")
-    threads = max(1, (os.cpu_count() or 1) // options.num_parallel) if options.num_parallel > 1 else None
+    num_parallel = options.num_parallel or choose_parallel(cells[0])
+    threads = max(1, (os.cpu_count() or 1) // num_parallel) if num_parallel > 1 else None
     # A server for each of them would take a tenth of the time.
     server = shared_server(options.out) if len(missing) > 1 else contextlib.nullcontext()
-    with server, ThreadPoolExecutor(options.num_parallel) as pool:
+    with server, ThreadPoolExecutor(num_parallel) as pool:
         running = [pool.submit(run_cell, cell, options.out, num_threads=threads) for cell in missing]
         try:
             for number, future in enumerate(running, 1):
@@ -103,6 +110,24 @@ def run_cells(cells: Sequence[Cell], options: ScoreboardOptions) -> list[Result]
             pool.shutdown(cancel_futures=True)
             raise
     return [done for cell in cells if (done := found[cell.key]) is not None]
+
+
+def choose_parallel(cell: Cell) -> int:
+    """Return how many runs work at once: one for each GPU; on the CPU one for each core with the mini model, else one.
+
+    The mini model's operations are too small for several threads.
+    """
+    import psutil
+
+    from tasks.diffusion.device import choose_device, count_gpus
+
+    config = compile_request(cell.request)
+    if choose_device(config.diffusion).type == "cuda":
+        return max(1, count_gpus())
+    if not config.is_mini:
+        return 1
+    memory = int(psutil.virtual_memory().available) // MINI_BYTES
+    return max(1, min(os.cpu_count() or 1, memory, MAX_PARALLEL))
 
 
 def describe(result: Result) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from flows.cli.stack.processes import last_line
-from flows.cli.stack.stack import POOL, StackOptions
+from flows.cli.stack.stack import POOL, KeptOptions, StackOptions, read_heartbeat_seconds
 from flows.subjects.dispatch import BULK_QUEUE
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.redaction import register_secret
@@ -33,12 +34,9 @@ RETRIES = 7
 BULK_PRIORITY = 10  # the default queue has 1, and lower numbers are served first
 HEARTBEATS = 3
 """Without as many, a run is lost. Fewer would mark living runs as crashed."""
-HEARTBEAT_SECONDS = 180
-"""Between two of them, where PREFECT_FLOWS_HEARTBEAT_FREQUENCY sets nothing else."""
 # After these no heartbeat is due. Not Crashed: on SQLite the event of a crash is evaluated again, and the run scheduled
 # again, where a second automation that matches it finds the database locked (prefect 3.8.8).
-# Nor Cancelling: a run that was cancelled is not scheduled again where its process dies; the watchdog ends it.
-SILENT = ("Completed", "Failed", "Cancelled", "Cancelling", "Scheduled", "Paused", "Suspended")
+SILENT = ("Completed", "Failed", "Cancelled", "Scheduled", "Paused", "Suspended")
 
 
 def register(environment: dict[str, str], options: StackOptions) -> None:
@@ -213,15 +211,17 @@ def describe_automation(automation: "AutomationCore") -> dict[str, Any]:
     """Return what an automation does, whether or not a person paused it."""
     plain = automation.model_dump(mode="json", include={"description", "trigger", "actions", "actions_on_trigger"})
     plain["trigger"].pop("id", None)
-    plain["trigger"] = {name: sorted(v) if isinstance(v, list) else v for name, v in plain["trigger"].items()}
+    # Sets come in any order.
+    plain["trigger"] = {
+        name: sorted(value, key=json.dumps) if isinstance(value, list) else value
+        for name, value in plain["trigger"].items()
+    }
     return plain
 
 
 def find_heartbeat_window() -> datetime.timedelta:
-    """Return after how long without a heartbeat a run is lost, as often as this environment's runs send them."""
-    from prefect.settings import get_current_settings
-
-    seconds = get_current_settings().flows.heartbeat_frequency or HEARTBEAT_SECONDS
+    """Return after how long without a heartbeat a run is lost: runs send them as often as this environment says."""
+    seconds = read_heartbeat_seconds() or KeptOptions().heartbeat_seconds
     return datetime.timedelta(seconds=HEARTBEATS * seconds)
 
 

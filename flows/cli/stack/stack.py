@@ -31,6 +31,9 @@ WORKER, WATCHDOG = "worker", "watchdog"
 START_SECONDS = 180.0
 DEFAULT_MAX_RUNS = 2
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
+HEARTBEATS = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
+LEAST_HEARTBEAT_SECONDS = 30
+"""Prefect's own bound."""
 
 
 class KeptOptions(BaseModel):
@@ -40,6 +43,8 @@ class KeptOptions(BaseModel):
     database: str = ""
     """Address of Prefect's database without a password; empty: SQLite."""
     max_runs: int = DEFAULT_MAX_RUNS
+    heartbeat_seconds: int = 180
+    """How often its runs say that they live."""
 
 
 class StackState(BaseModel):
@@ -112,16 +117,19 @@ def adopt_options(options: StackOptions, state: StackState) -> StackOptions:
         max_runs=options.max_runs or DEFAULT_MAX_RUNS,
     )
     before = state.kept or typed
+    heartbeats = read_heartbeat_seconds()
     running = [process.name for process in state.processes if process.is_alive()]
     kept = KeptOptions(
         s3_url=typed.s3_url or before.s3_url,
         database=typed.database or before.database,
         max_runs=typed.max_runs if options.max_runs else before.max_runs,
+        heartbeat_seconds=heartbeats or before.heartbeat_seconds,
     )
     for option, old, new in (
         ("--s3", before.s3_url, kept.s3_url),
         ("--postgres", before.database, kept.database),
         ("--max-runs", before.max_runs, kept.max_runs),
+        (HEARTBEATS, before.heartbeat_seconds, kept.heartbeat_seconds),
     ):
         if running and old != new:
             had = f"{option} {old}" if old else f"no {option}"
@@ -132,6 +140,16 @@ def adopt_options(options: StackOptions, state: StackState) -> StackOptions:
             "give --postgres again, or `likeness down` first"
         )
     return replace(options, s3_url=kept.s3_url, max_runs=kept.max_runs, kept=kept)
+
+
+def read_heartbeat_seconds() -> int | None:
+    """Return how often runs should send heartbeats; None where the environment doesn't say. Raises ConfigError."""
+    text = os.environ.get(HEARTBEATS)
+    if not text:
+        return None
+    if not text.isdecimal() or not LEAST_HEARTBEAT_SECONDS <= int(text) <= 86_400:
+        raise ConfigError(f"{HEARTBEATS}={text[:20]!r}: seconds, at least {LEAST_HEARTBEAT_SECONDS}")
+    return int(text)
 
 
 def strip_password(url: str) -> str:
@@ -260,6 +278,8 @@ def prefect_environment(options: StackOptions, port: int) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         # In memory, its default, a restart of the server would leak every slot and fail the runs that hold one.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES,
+        # All processes of the stack agree on it: runs send them, automation and watchdog miss them.
+        HEARTBEATS: str(options.kept.heartbeat_seconds),
         "LIKENESS_HOME": str(SOURCE_ROOT),
         # The worker runs in the checkout; what a request may read lies where `up` was typed, and in the output folder.
         "LIKENESS_ROOTS": os.environ.get("LIKENESS_ROOTS") or os.pathsep.join((str(Path.cwd()), str(options.output))),

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flows.cli.stack.registration import TAG, find_heartbeat_window
+from tasks.errors import first_line
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.objects import FlowRun, State
+    from prefect.client.schemas import OrchestrationResult
+    from prefect.client.schemas.objects import FlowRun
 
 POLL_SECONDS = 15.0
 GRACE = datetime.timedelta(seconds=45)
@@ -27,6 +29,8 @@ GRACE = datetime.timedelta(seconds=45)
 MAX_AGE = datetime.timedelta(hours=1)
 """Runs that crashed earlier were left crashed: a person resumes them."""
 PAGE = 200
+LOST_GRACE = datetime.timedelta(seconds=90)
+"""The same for a missing heartbeat: the automation acts up to 60 s after its window, even on what was done since."""
 SLEPT_SECONDS = 4 * POLL_SECONDS
 """A longer pause between two looks: this machine was suspended, and living runs could send no heartbeat."""
 log = logging.getLogger("likeness.watchdog")
@@ -38,16 +42,13 @@ class Watch:
 
     window: datetime.timedelta
     since: datetime.datetime | None = None
-    seen: datetime.datetime | None = None
 
-    def note(self, now: datetime.datetime, *, is_answering: bool) -> None:
-        """Note one look at the server."""
-        has_slept = self.seen is not None and (now - self.seen).total_seconds() > SLEPT_SECONDS
-        if not is_answering or has_slept:
+    def note(self, now: datetime.datetime, *, is_answering: bool = True, slept: float = 0.0) -> None:
+        """Note one look at the server, and how long the pause before it was, in seconds of the wall clock."""
+        if not is_answering or slept > SLEPT_SECONDS:
             self.since = None
         elif self.since is None:
             self.since = now
-        self.seen = now
 
     def has_waited(self, now: datetime.datetime) -> bool:
         """Whether a heartbeat that is missing now is not merely late."""
@@ -95,8 +96,9 @@ def reschedule(client: "SyncPrefectClient", now: datetime.datetime) -> int:
 def mark_lost(client: "SyncPrefectClient", now: datetime.datetime, window: datetime.timedelta) -> int:
     """Mark runs of deployments crashed whose last heartbeat is too old, or cancelled where they should stop.
 
-    Returns how many.
+    Returns how many. A run about which the server refuses to tell costs only itself.
     """
+    import httpx
     from prefect.client.schemas.filters import (
         FlowRunFilter,
         FlowRunFilterState,
@@ -104,25 +106,50 @@ def mark_lost(client: "SyncPrefectClient", now: datetime.datetime, window: datet
         FlowRunFilterTags,
     )
     from prefect.client.schemas.objects import StateType
-    from prefect.states import Cancelled, Crashed
+    from prefect.exceptions import PrefectException
 
-    ends = {StateType.RUNNING: Crashed, StateType.CANCELLING: Cancelled}
-    running = FlowRunFilter(
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[*ends])),
+    active = FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING])),
         tags=FlowRunFilterTags(all_=[TAG]),
     )
     lost = 0
-    for run in client.read_flow_runs(flow_run_filter=running, limit=PAGE):
-        if run.deployment_id is None or run.state is None or now - run.state.timestamp <= window + GRACE:
-            continue
-        last = find_heartbeat(client, run.id, since=run.start_time or run.state.timestamp, until=now)
-        # Without any, its heartbeats are switched off, and nothing is known.
-        if last is not None and now - last > window + GRACE:
-            state: State[Any] = ends[run.state.type](message="no heartbeat: its process is gone")
-            client.set_flow_run_state(run.id, state, force=True)
-            log.warning("the automation missed that %s sends no heartbeat: it is marked %s", run.name, state.name)
-            lost += 1
+    for run in client.read_flow_runs(flow_run_filter=active, limit=PAGE):
+        try:
+            if run.deployment_id is not None and is_lost(client, run, now, window=window):
+                lost += end_lost(client, run)
+        except (httpx.HTTPStatusError, PrefectException, LookupError, ValueError) as error:
+            log.warning("%s: %s", run.name, first_line(error))
     return lost
+
+
+def is_lost(client: "SyncPrefectClient", run: "FlowRun", now: datetime.datetime, *, window: datetime.timedelta) -> bool:
+    """Whether a run's last heartbeat is too old."""
+    limit = now - window - LOST_GRACE
+    if run.state is None or run.state.timestamp >= limit:
+        return False
+    last = find_heartbeat(client, run.id, since=run.start_time or run.state.timestamp, until=now)
+    # Without any, its heartbeats are switched off, and nothing is known.
+    return last is not None and last < limit
+
+
+def end_lost(client: "SyncPrefectClient", run: "FlowRun") -> bool:
+    """Mark a lost run, unless its state has changed since it was read; return whether the server agreed."""
+    from prefect.client.schemas.objects import StateType
+    from prefect.client.schemas.responses import SetStateStatus
+    from prefect.states import Cancelled, Crashed
+
+    current = client.read_flow_run(run.id).state
+    if run.state is None or current is None or current.id != run.state.id:
+        return False
+    make = Cancelled if current.type == StateType.CANCELLING else Crashed
+    # Not forced: the server refuses to change a state that became final meanwhile.
+    done: OrchestrationResult[Any] = client.set_flow_run_state(
+        run.id, make(message="no heartbeat: its process is gone")
+    )
+    if done.status != SetStateStatus.ACCEPT:
+        return False
+    log.warning("no automation waited for the heartbeats of %s, which have ended: %s", run.name, make.__name__)
+    return True
 
 
 def find_heartbeat(
@@ -138,26 +165,37 @@ def find_heartbeat(
     return datetime.datetime.fromisoformat(found[0]["occurred"]) if found else None
 
 
-def main() -> None:
-    """Look every few seconds, for ever; a server that is away is asked again."""
+def look(client: "SyncPrefectClient", watch: Watch, *, slept: float = 0.0) -> None:
+    """Do once what the automations have missed; a server that is away is asked again the next time."""
     import httpx
-    from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectException
+
+    now = datetime.datetime.now(datetime.UTC)
+    try:
+        reschedule(client, now)
+        watch.note(now, slept=slept)
+        if watch.has_waited(now):
+            mark_lost(client, now, watch.window)
+    except httpx.TransportError as error:
+        watch.note(now, is_answering=False)
+        log.warning("the server does not answer: %s", type(error).__name__)
+    except (httpx.HTTPError, PrefectException, OSError, LookupError, ValueError) as error:
+        log.warning("the server's answer is of no use: %s", first_line(error))
+
+
+def main() -> None:
+    """Look every few seconds, for ever."""
+    from prefect.client.orchestration import get_client
 
     logging.basicConfig(format="%(asctime)s %(message)s")
     watch = Watch(find_heartbeat_window())
     with get_client(sync_client=True) as client:
+        slept = 0.0
         while True:
-            now = datetime.datetime.now(datetime.UTC)
-            try:
-                reschedule(client, now)
-                watch.note(now, is_answering=True)
-                if watch.has_waited(now):
-                    mark_lost(client, now, watch.window)
-            except (httpx.HTTPError, PrefectException, OSError) as error:
-                watch.note(now, is_answering=False)
-                log.warning("the server does not answer: %s", type(error).__name__)
+            look(client, watch, slept=slept)
+            begun = time.time()
             time.sleep(POLL_SECONDS)
+            slept = time.time() - begun
 
 
 if __name__ == "__main__":

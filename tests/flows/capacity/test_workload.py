@@ -25,7 +25,7 @@ def make_run(folder: Path, *, counts: dict[str, int] | None = None, **settings: 
     named: dict[str, Value] = {name.replace("__", "."): value for name, value in settings.items()}
     config = compile_request(RunRequest(store="local", settings={"output_dir": str(folder), **named}))
     training = {"steps": 40, "resumed_from_step": 0, **(counts or {})}
-    sampling = {"devices": training["devices"]} if "devices" in training else {}
+    sampling = {name: training[name] for name in ("devices", "shared") if name in training}
     by_stage = {"training": training, "evaluation": sampling}
     stages = {name: StageSummary(key="k", seconds=10, counts=by_stage.get(name, {})) for name in STAGES}
     return PastRun(config=config, summary=RunSummary(run_id="a-run", status="finished", stages=stages))
@@ -50,6 +50,12 @@ def test_a_workload_holds_the_gpus_of_its_largest_stage(
     assert (work.gpus, work.on_gpu) == (gpus, 30)
     measured = list_notes(work, OFFER, tmp_path)[0]
     assert (f"30 s on {gpus} GPUs" in measured) == (gpus > 1)
+
+
+def test_a_run_that_took_samples_of_others_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path, counts={"shared": 20})
+    with pytest.raises(ConfigError, match=r"took 20 samples of the base model from earlier runs; name a run of"):
+        measure_run(run, tmp_path)
 
 
 def test_a_run_that_resumed_its_training_is_refused(tmp_path: Path) -> None:

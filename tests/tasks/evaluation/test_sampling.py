@@ -4,19 +4,35 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from conf.compose import compile_request
+from conf.request import RunRequest
 from tasks.diffusion.lora.adapters import save_lora
 from tasks.diffusion.registry import load_model
 from tasks.diffusion.sampling.devices import Devices, sample
 from tasks.diffusion.sampling.job import IndexedImage
 from tasks.diffusion.types import SamplingRequest
 from tasks.encoders.config import EncoderConfig
+from tasks.errors import ServiceUnavailable
 from tasks.evaluation.config import EvaluationConfig, PromptTemplate
-from tasks.evaluation.sampling import BASE_SAMPLES, BaseSamples, Source, generate_samples, plan_job, plan_samples
+from tasks.evaluation.sampling import (
+    BASE_SAMPLES,
+    BaseSample,
+    BaseSamples,
+    Source,
+    generate_samples,
+    plan_job,
+    plan_samples,
+)
+from tasks.evaluation.steps import EvaluationInputs
 from tasks.images import read_mark
+from tasks.manifests.base import ModelRef
+from tasks.manifests.training import TunedModel
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import PREFIXES, StageFolder
+from tasks.stage.digests import digest, dump_signed
 from tests.support.config import make_config
 from tests.support.tiny import tiny_diffusion_config
 from tests.support.tiny_lora import EXPORT, adapt
@@ -93,7 +109,9 @@ class Evaluations:
 
     def run(self, key: str, identity: str = "base") -> tuple[list[str], int]:
         """Return the digests of an evaluation's samples, and how many of them another one drew."""
-        shared = BaseSamples(self.store, [identity])
+        folder = StageFolder(self.store, "evaluation", key)
+        shared = BaseSamples(folder, [identity])
+        shared.take(self.planned)
 
         def draw(side: Source, requests: list[SamplingRequest]) -> Iterator[IndexedImage]:
             self.drawn.append((side, len(requests)))
@@ -101,12 +119,10 @@ class Evaluations:
                 colour = (request.seed % 256, len(request.prompt), len(f"{side} {identity}"))
                 yield position, Image.new("RGB", (8, 8), colour)
 
-        samples = generate_samples(
-            StageFolder(self.store, "evaluation", key), self.planned,
-            draw=draw, on_progress=lambda done, total: None, shared=shared,
-        )  # fmt: skip
+        samples = generate_samples(folder, self.planned, draw=draw, on_progress=lambda done, total: None)
+        shared.share(self.planned, samples)
         assert all(f"/{key}/" in sample.image.key for sample in samples)  # each folder is complete
-        return [sample.image.sha256 for sample in samples], shared.num_taken
+        return [sample.image.sha256 for sample in samples], len(shared.taken)
 
 
 def test_samples_of_the_base_model_are_drawn_once_for_all_evaluations_of_a_store(tmp_path: Path) -> None:
@@ -147,6 +163,50 @@ def test_a_shared_sample_that_was_removed_or_damaged_is_drawn_again(tmp_path: Pa
     assert found == first[0]
     assert 7 - 4 <= num_taken <= 7 - 2  # a damaged note may be that of a damaged picture
     assert every.run("c") == (first[0], 7)  # what was drawn again is noted again
+    assert every.run("c") == (first[0], 0)  # a second attempt has them, whoever drew them
+
+
+def test_a_note_leads_to_evaluations_alone_and_one_that_cannot_be_written_costs_no_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = Evaluations(tmp_path)
+    shared = BaseSamples(StageFolder(every.store, "evaluation", "a"), ["base"])
+    secret = StageFolder(every.store, "prior", "a").put("secret.png", b"pixels")
+    for plan in every.planned:
+        name = shared.name_note(plan)
+        every.store.put_bytes(name, dump_signed(BaseSample(name=name, image=secret)))
+    assert every.run("a")[1] == 0
+    plain = every.store.put_bytes
+
+    def refuse(key: str, data: bytes) -> None:
+        if key.startswith(BASE_SAMPLES):
+            raise ServiceUnavailable("503")
+        plain(key, data)
+
+    monkeypatch.setattr(every.store, "put_bytes", refuse)
+    assert len(every.run("b", "other base")[0]) == 14
+
+
+def test_what_samples_of_the_base_model_depend_on_is_part_of_their_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    def identify(base: str = "0" * 64, **settings: str) -> str:
+        config = compile_request(RunRequest(source="demo", class_noun="fish", settings=settings))
+        tuned = TunedModel.model_construct(base_model=ModelRef(location="x", revision=None, sha256=base))
+        return digest(EvaluationInputs(config.evaluation, config.diffusion, tuned, None).identify_base())  # type: ignore[arg-type]
+
+    plain = identify()
+    assert identify() == plain
+    assert identify(**{"evaluation.lora_scale": "0.5", "evaluation.seed": "7"}) == plain  # a note's own, or no matter
+    for name, value in {
+        "evaluation.num_inference_steps": "7", "evaluation.guidance_scale": "5", "evaluation.guidance_rescale": "0.5",
+        "diffusion.sampler": "euler", "diffusion.resolution": "32", "diffusion.precision": "bf16-mixed",
+    }.items():  # fmt: skip
+        assert identify(**{name: value}) != plain, name
+    assert identify(base="1" * 64) != plain
+    for target in ("describe_device", "version"):
+        with monkeypatch.context() as patch:
+            place = "tasks.diffusion.device" if target == "describe_device" else "tasks.evaluation.steps"
+            patch.setattr(f"{place}.{target}", lambda name: "another")
+            assert identify() != plain, target
 
 
 def test_the_samples_do_not_depend_on_the_number_of_devices(tmp_path: Path, tiny_model_folder: Path) -> None:

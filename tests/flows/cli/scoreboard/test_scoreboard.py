@@ -2,11 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import yaml
 
+from flows.cli.scoreboard.job import choose_parallel
 from flows.scoreboard.cells import draw_subjects, find_result, list_cells
 from flows.scoreboard.plan import read_plan
 from tests.support.cli_sandbox import QUICK, CliSandbox
@@ -98,3 +102,18 @@ def test_the_commands_can_be_read_before_anything_is_run(tmp_path: Path) -> None
     done = CliSandbox(tmp_path).likeness("scoreboard", "plan.yaml", "--dry-run")
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [["likeness", "run"]] * 2
     assert not list((tmp_path / "scoreboard").glob("2*"))
+
+
+def test_the_mini_model_runs_once_per_core_as_memory_allows_and_others_one_at_a_time_on_the_cpu(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    [cell, *_] = list_cells(read_plan(), draw_subjects(["mug-3", "fish-7"], tmp_path), tmp_path)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * 2**30))
+    assert choose_parallel(cell) == 3
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=7 * 2**30))
+    assert choose_parallel(cell) == 2
+    model = {"diffusion.pretrained_model_name_or_path": str(tiny_model_folder), "subject.allow_unknown": True}
+    other = cell.request.model_copy(update={"settings": {**cell.request.settings, **model}})
+    assert choose_parallel(replace(cell, request=other)) == 1

@@ -11,11 +11,14 @@ from flows.cli.stack.processes import StackProcess, start_detached, stop
 from flows.cli.stack.screen import note_local_artifacts, start_stack
 from flows.cli.stack.stack import (
     DEFAULT_MAX_RUNS,
+    HEARTBEATS,
     MLFLOW,
     PREFECT,
     StackOptions,
+    StackState,
     adopt_options,
     find_artifacts,
+    prefect_environment,
     read_state,
     store_environment,
     write_state,
@@ -58,6 +61,22 @@ def test_a_second_up_without_options_keeps_bucket_and_runs_at_a_time(typed: Stac
     assert find_artifacts(second) == find_artifacts(first) == "s3://a-bucket/team/mlflow"
     same = replace(typed, s3_url="s3://a-bucket/team/", max_runs=5)
     assert adopt_options(same, read_state(typed.output)).kept == first.kept
+
+
+def test_all_processes_of_a_stack_agree_how_often_runs_send_heartbeats(
+    typed: StackOptions, first: StackOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else automation and watchdog would mark living runs as crashed."""
+    assert prefect_environment(first, 4200)[HEARTBEATS] == "180"
+    monkeypatch.setenv(HEARTBEATS, "60")
+    with pytest.raises(ConfigError, match=rf"run with {HEARTBEATS} 180, not {HEARTBEATS} 60; `likeness down` first"):
+        adopt_options(typed, read_state(typed.output))
+    fresh = adopt_options(replace(typed, output=typed.output / "other"), StackState())
+    assert prefect_environment(fresh, 4200)[HEARTBEATS] == "60"
+    for wrong in ("29", "-60", "a minute", "1e3"):
+        monkeypatch.setenv(HEARTBEATS, wrong)
+        with pytest.raises(ConfigError, match=rf"{HEARTBEATS}='{wrong}': seconds, at least 30"):
+            adopt_options(typed, read_state(typed.output))
 
 
 @pytest.mark.parametrize(

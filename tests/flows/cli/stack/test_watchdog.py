@@ -3,14 +3,28 @@
 import datetime
 import time
 import uuid
+from typing import Any
+from unittest.mock import Mock
 
+import httpx
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import State, StateType
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Crashed
 
-from flows.cli.stack.registration import TAG, make_automations
-from flows.cli.stack.watchdog import GRACE, MAX_AGE, SLEPT_SECONDS, Watch, find_heartbeat, mark_lost, reschedule
+from flows.cli.stack import watchdog
+from flows.cli.stack.registration import TAG
+from flows.cli.stack.watchdog import (
+    GRACE,
+    LOST_GRACE,
+    MAX_AGE,
+    SLEPT_SECONDS,
+    Watch,
+    find_heartbeat,
+    mark_lost,
+    reschedule,
+)
 from flows.runs.attempts import MAX_ATTEMPTS
 
 LATE = GRACE + datetime.timedelta(seconds=5)
@@ -56,7 +70,7 @@ def test_other_runs_are_left_alone(client: SyncPrefectClient, case: str) -> None
     assert read_type(client, run) == before
 
 
-WINDOW = datetime.timedelta(seconds=90)
+WINDOW, SECOND, MARGIN = (datetime.timedelta(seconds=seconds) for seconds in (90, 1, 30))
 
 
 def send_heartbeat(client: SyncPrefectClient, run: uuid.UUID, at: datetime.datetime) -> None:
@@ -77,10 +91,10 @@ def send_heartbeat(client: SyncPrefectClient, run: uuid.UUID, at: datetime.datet
 def test_a_run_that_sends_no_heartbeat_any_more_is_marked_crashed(client: SyncPrefectClient) -> None:
     run = make_run(client, tags=[TAG])
     now = datetime.datetime.now(datetime.UTC)
-    late = now + WINDOW + LATE
+    late = now + WINDOW + LOST_GRACE + MARGIN
     assert mark_lost(client, late, WINDOW) == 0, "it never sent one: they may be switched off"
     send_heartbeat(client, run, now)
-    assert mark_lost(client, now + WINDOW, WINDOW) == 0, "the automation has its time"
+    assert mark_lost(client, late - 2 * MARGIN, WINDOW) == 0, "the automation has its time"
     assert read_type(client, run) == StateType.RUNNING
     assert mark_lost(client, late, WINDOW) == 1
     assert read_type(client, run) == StateType.CRASHED
@@ -92,20 +106,19 @@ def test_a_cancelled_run_whose_process_is_gone_is_not_scheduled_again(client: Sy
     now = datetime.datetime.now(datetime.UTC)
     send_heartbeat(client, run, now)
     client.set_flow_run_state(run, State(type=StateType.CANCELLING))
-    late = now + WINDOW + LATE
+    late = now + WINDOW + LOST_GRACE + MARGIN
     assert mark_lost(client, late, WINDOW) == 1
     assert read_type(client, run) == StateType.CANCELLED
     reschedule(client, late + LATE)
     assert read_type(client, run) == StateType.CANCELLED
-    assert "prefect.flow-run.Cancelling" in make_automations()[0].trigger.expect  # it expects no heartbeat any more
 
 
 @pytest.mark.parametrize("case", ["other tag", "no deployment", "completed", "alive"])
 def test_other_runs_are_not_marked_crashed(client: SyncPrefectClient, case: str) -> None:
     run = make_run(client, tags=["other" if case == "other tag" else TAG], has_deployment=case != "no deployment")
     now = datetime.datetime.now(datetime.UTC)
-    late = now + WINDOW + LATE
-    send_heartbeat(client, run, late - WINDOW if case == "alive" else now)
+    late = now + WINDOW + LOST_GRACE + MARGIN
+    send_heartbeat(client, run, now + 2 * MARGIN if case == "alive" else now)
     if case == "completed":
         client.set_flow_run_state(run, Completed(), force=True)
     before = read_type(client, run)
@@ -113,18 +126,67 @@ def test_other_runs_are_not_marked_crashed(client: SyncPrefectClient, case: str)
     assert read_type(client, run) == before
 
 
-def test_heartbeats_that_could_not_arrive_are_not_missed() -> None:
+@pytest.mark.parametrize("state", [Completed(), Crashed(), State(type=StateType.CANCELLING)])
+def test_a_state_that_changed_since_it_was_read_stays(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch, state: State[Any]
+) -> None:
+    """A run ends, or a person cancels it, while the watchdog asks for the heartbeats of others."""
+    run = make_run(client, tags=[TAG])
     now = datetime.datetime.now(datetime.UTC)
-    watch, step = Watch(WINDOW), datetime.timedelta(seconds=15)
-    for _ in range(6):
-        watch.note(now, is_answering=True)
-        assert not watch.has_waited(now)
-        now += step
-    watch.note(now, is_answering=True)
-    assert watch.has_waited(now)
-    watch.note(now + step, is_answering=False)  # the server was restarted
-    watch.note(now + 2 * step, is_answering=True)
-    assert not watch.has_waited(now + 2 * step)
-    watch.note(now + 8 * step, is_answering=True)  # this machine was suspended
-    assert 6 * step.total_seconds() > SLEPT_SECONDS
-    assert not watch.has_waited(now + 8 * step)
+    send_heartbeat(client, run, now)
+    stale = [client.read_flow_run(run)]
+    client.set_flow_run_state(run, state, force=True)
+    monkeypatch.setattr(client, "read_flow_runs", lambda **named: stale)
+    assert mark_lost(client, now + WINDOW + LOST_GRACE + MARGIN, WINDOW) == 0
+    assert read_type(client, run) == state.type
+
+
+def test_a_run_that_is_gone_costs_only_itself(client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [make_run(client, tags=[TAG]) for _ in range(2)]
+    now = datetime.datetime.now(datetime.UTC)
+    for run in runs:
+        send_heartbeat(client, run, now)
+    stale = [client.read_flow_run(run) for run in runs]
+    client.delete_flow_run(runs[0])
+    monkeypatch.setattr(client, "read_flow_runs", lambda **named: stale)
+    assert mark_lost(client, now + WINDOW + LOST_GRACE + MARGIN, WINDOW) == 1
+    assert read_type(client, runs[1]) == StateType.CRASHED
+
+
+def test_a_heartbeat_is_missed_only_where_it_could_have_arrived() -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    watch = Watch(WINDOW)
+    watch.note(now)
+    assert not watch.has_waited(now + WINDOW - SECOND)
+    watch.note(now + WINDOW - SECOND, slept=SLEPT_SECONDS)  # a busy machine
+    assert watch.has_waited(now + WINDOW)
+    watch.note(now + WINDOW, is_answering=False)  # the server was restarted
+    watch.note(now + WINDOW + SECOND)
+    assert not watch.has_waited(now + 2 * WINDOW)
+    assert watch.has_waited(now + 2 * WINDOW + SECOND)
+    watch.note(now + 3 * WINDOW, slept=SLEPT_SECONDS + 1)  # this machine was suspended
+    watch.note(now + 3 * WINDOW)
+    assert not watch.has_waited(now + 4 * WINDOW - SECOND)
+
+
+def test_the_watchdog_outlives_a_server_that_is_away_and_one_that_answers_nonsense(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked: list[datetime.timedelta] = []
+    monkeypatch.setattr(watchdog, "mark_lost", lambda client, now, window: marked.append(window))
+    watch = Watch(datetime.timedelta(0))
+    watchdog.look(client, watch)
+    assert marked == [watch.window]
+    since = watch.since
+    for error in (
+        httpx.ReadTimeout("late"),
+        ObjectNotFound(Exception("gone")),
+        KeyError("events"),
+        ValueError("no JSON"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(watchdog, "reschedule", Mock(side_effect=error))
+            watchdog.look(client, watch)
+        assert watch.since == (None if isinstance(error, httpx.TransportError) else since)
+        watch.since = since
+    assert len(marked) == 1

@@ -198,7 +198,7 @@ def test_what_samples_of_the_base_model_depend_on_is_part_of_their_identity(monk
     assert identify(**{"evaluation.lora_scale": "0.5", "evaluation.seed": "7"}) == plain  # a note's own, or no matter
     for name, value in {
         "evaluation.num_inference_steps": "7", "evaluation.guidance_scale": "5", "evaluation.guidance_rescale": "0.5",
-        "diffusion.sampler": "euler", "diffusion.resolution": "32", "diffusion.precision": "bf16-mixed",
+        "diffusion.sampler": "euler", "diffusion.resolution": "32", "diffusion.precision": "bf16",
     }.items():  # fmt: skip
         assert identify(**{name: value}) != plain, name
     assert identify(base="1" * 64) != plain

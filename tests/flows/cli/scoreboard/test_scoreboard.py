@@ -114,6 +114,6 @@ def test_the_mini_model_runs_once_per_core_as_memory_allows_and_others_one_at_a_
     assert choose_parallel(cell) == 3
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=7 * 2**30))
     assert choose_parallel(cell) == 2
-    model = {"diffusion.pretrained_model_name_or_path": str(tiny_model_folder), "subject.allow_unknown": True}
-    other = cell.request.model_copy(update={"settings": {**cell.request.settings, **model}})
+    model = {"diffusion.pretrained_model_name_or_path": str(tiny_model_folder)}
+    other = cell.request.model_copy(update={"llm": "openai", "settings": {**cell.request.settings, **model}})
     assert choose_parallel(replace(cell, request=other)) == 1

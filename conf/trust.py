@@ -19,6 +19,7 @@ from tasks.config_base import RequestRule
 from tasks.errors import ConfigError
 from tasks.evaluation.prompt_sets import FILE, SET
 from tasks.redaction import show_value
+from tasks.services.config import find_cache
 from tasks.stage.cache import PREFIXES
 
 PATH = RequestRule("path")
@@ -151,6 +152,7 @@ def check_source(config: RunConfig, output_dir: str, folder: str) -> None:
     stores = [config.store.folder, folder, *(f"{output}/store" for output in outputs)]
     owned = [resolve(store) / name for store in stores if store for name in OWN_FOLDERS]
     owned += [resolve(output) / WORK_FOLDER for output in outputs]
+    owned += [resolve(str(find_cache(store))) for store in stores if store]
     is_prefix = source.startswith("store:")
     # A prefix may end within a name, so only its folders can be resolved.
     prefix = source.removeprefix("store:").rpartition("/")[0]

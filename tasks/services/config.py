@@ -1,5 +1,6 @@
 """Settings of the store and of tracking."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -12,6 +13,11 @@ class StoreConfig(Section):
 
     kind: Literal["local", "s3"] = Field(description="a local folder or an S3 bucket")
     folder: LocalPath = Field(description="root folder (kind: local); empty: store in output_dir")
+    cache_gb: float = Field(
+        ge=0,
+        le=100_000,
+        description="bound of the local copies of a bucket's objects, in GB; 0: no copies",
+    )
     bucket: OperatorText = Field(description="bucket name (kind: s3)")
     prefix: OperatorText = Field(description="key prefix inside the bucket (kind: s3)")
     endpoint_url: OperatorText | None = Field(description="S3-compatible endpoint; null is AWS")
@@ -29,6 +35,12 @@ class StoreConfig(Section):
     max_upload_rate: float | None = Field(
         gt=0, le=1e6, description="bound on uploads of files such as checkpoints, in MB/s; null: no bound"
     )
+
+
+def find_cache(store_folder: str | Path) -> Path:
+    """Return the folder of copies of a bucket's objects: beside the one that a local store has."""
+    folder = Path(store_folder)
+    return folder.with_name(f"{folder.name}-cache")
 
 
 TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")

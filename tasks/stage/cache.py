@@ -118,6 +118,7 @@ class StageFolder:
         key = f"{self.prefix}/{name}"
         self.store.put_bytes(key, data)
         ref = ObjectRef(key=key, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
+        self.store.keep(ref.sha256, data)
         self.refs[key] = ref
         return ref
 
@@ -127,6 +128,7 @@ class StageFolder:
         key = f"{self.prefix}/{name}"
         self.store.put_file(key, path)
         ref = ObjectRef(key=key, sha256=digest_file(path), size_bytes=path.stat().st_size)
+        self.store.keep(ref.sha256, path)
         self.refs[key] = ref
         return ref
 
@@ -262,7 +264,7 @@ def verify(store: Store, ref: ObjectRef) -> None:
 
 def read_verified(store: Store, ref: ObjectRef) -> bytes:
     """Return an object's bytes. Raises ArtifactCorrupt if they don't have the digest of the reference."""
-    data = store.find_bytes(ref.key)
+    data = store.find_bytes(ref.key, sha256=ref.sha256)
     if data is None or hashlib.sha256(data).hexdigest() != ref.sha256:
         state = "is missing" if data is None else "has changed"
         raise ArtifactCorrupt(f"{ref.key} {state}; run again to rebuild it")
@@ -284,7 +286,7 @@ def fetch_folder(store: Store, refs: Iterable[ObjectRef], *, below: str, folder:
         if path.exists() and digest_file(path) == ref.sha256:
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        store.get_file(ref.key, path)
+        store.get_file(ref.key, path, sha256=ref.sha256)
         if digest_file(path) != ref.sha256:
             path.unlink()  # may be a hard link to the damaged object; only this name goes
             raise ArtifactCorrupt(f"{ref.key} has changed; run again to rebuild it")

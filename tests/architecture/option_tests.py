@@ -208,6 +208,7 @@ OPTION_TESTS = {
     "llm.profiles": _ROLE,
     "store.kind": f"{_BUCKET}",
     "store.folder": f"{_SERVICES}test_objects_are_stored_in_the_configured_folder",
+    "store.cache_gb": f"{_SERVICES}test_copies_of_a_buckets_objects_are_bounded_as_configured",
     "store.bucket": "tasks/services/test_store.py::test_a_missing_bucket_is_named_in_the_error",
     "store.prefix": _BUCKET,
     "store.endpoint_url": _BUCKET,

@@ -131,6 +131,7 @@ def test_a_request_reads_photos_only_from_the_uploads_prefix_of_the_store(tmp_pa
         ("{root}/link", None),
         ("{root}/runs/store/llm/pictures", ""),
         ("{root}/runs/work/x/data", None),
+        ("{root}/runs/store-cache", None),
         ("{root}/mine/01-subject", "{root}/mine"),
         ("{root}/operators/01-subject/abc", "{root}/mine"),
         ("store:store/01-subject/abc/", "{root}/runs"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flows.runs.records import list_run_folders, read_run, read_summary
 from tasks.errors import ConfigError
+from tasks.services.config import find_cache
 from tasks.services.store.base import Store, Upload
 from tasks.services.store.lease import LEASES, read_lease
 from tasks.services.store.local import LocalStore
@@ -185,6 +186,9 @@ def list_work(output: Path, limit: float) -> Iterator[Item]:
         for path in (work / name).glob("*"):
             if path.stat().st_mtime < limit:
                 yield Item(f"local copy ({name})", str(path), measure_size(path), path=path)
+    for path in find_cache(output / "store").glob("*"):
+        if not path.name.startswith(PART_PREFIX) and path.stat().st_mtime < limit:
+            yield Item("local copy (bucket)", str(path), measure_size(path), path=path)
     for path in (work / "training").glob("*"):
         # Not the folder's own mtime, which writes to files below it don't change.
         if path.is_dir() and newest(path) < limit:

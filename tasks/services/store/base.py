@@ -42,11 +42,17 @@ class Store(Protocol):
     def put_file(self, key: str, path: Path) -> None:
         """Store a file's content."""
 
-    def find_bytes(self, key: str) -> bytes | None:
-        """Return an object's content, or None."""
+    def find_bytes(self, key: str, *, sha256: str = "") -> bytes | None:
+        """Return an object's content, or None; with its SHA-256, a local copy will do."""
 
-    def get_file(self, key: str, path: Path) -> None:
-        """Copy or hard-link an object to a file, which must not be modified. Raises ServiceUnavailable if missing."""
+    def get_file(self, key: str, path: Path, *, sha256: str = "") -> None:
+        """Copy or hard-link an object to a file, which must not be modified; with its SHA-256, a local copy will do.
+
+        Raises ServiceUnavailable if missing.
+        """
+
+    def keep(self, sha256: str, source: bytes | Path) -> None:
+        """Keep a local copy of what was stored, for reads that name its SHA-256; a folder needs none."""
 
     def compute_sha256(self, key: str) -> str | None:
         """Return the SHA-256 of the stored object, or None where there is none."""

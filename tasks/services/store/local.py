@@ -66,18 +66,21 @@ class LocalStore:
         # Mode bits belong to the inode: through a hard link, the source becomes read-only too.
         target.chmod(READ_ONLY)
 
-    def find_bytes(self, key: str) -> bytes | None:
+    def find_bytes(self, key: str, *, sha256: str = "") -> bytes | None:
         try:
             return self.path(key).read_bytes()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path, *, sha256: str = "") -> None:
         try:
             with explain_full_disk(path):
                 link_or_copy(self.path(key), path)
         except FileNotFoundError as error:
             raise ServiceUnavailable(f"object {key} is not in {self.root}") from error
+
+    def keep(self, sha256: str, source: bytes | Path) -> None:
+        pass
 
     def compute_sha256(self, key: str) -> str | None:
         path = self.path(key)

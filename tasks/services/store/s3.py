@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import ConfigError, ServiceUnavailable
-from tasks.services.config import StoreConfig
+from tasks.services.config import StoreConfig, find_cache
 from tasks.services.store.base import StoredObject, Upload, check_key
+from tasks.services.store.object_cache import ObjectCache
 from tasks.stage.digests import digest_file
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class S3Store:
         rate = config.max_upload_rate
         self.transfer = TransferConfig(max_bandwidth=None if rate is None else max(1, round(rate * 1e6)))
         self.has_conditional_writes = False
+        self.cache = open_cache(config)
         # Wrong credentials or bucket names fail here, not at the first write after an expensive stage.
         with self._translated(f"bucket {self.bucket}"):
             self.client.head_bucket(Bucket=self.bucket)
@@ -120,17 +122,29 @@ class S3Store:
             extra = {"Metadata": {SHA256_METADATA: digest_file(path)}}
             self.client.upload_file(str(path), **self._name(key), ExtraArgs=extra, Config=self.transfer)
 
-    def find_bytes(self, key: str) -> bytes | None:
+    def find_bytes(self, key: str, *, sha256: str = "") -> bytes | None:
+        if self.cache and sha256 and (kept := self.cache.find(sha256)) is not None:
+            return kept
         with self._translated(key):
             data: bytes = self.client.get_object(**self._name(key))["Body"].read()
+            if self.cache and sha256 == hashlib.sha256(data).hexdigest():
+                self.cache.add(sha256, data)
             return data
         return None  # reached where _translated suppressed a missing object
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path, *, sha256: str = "") -> None:
+        if self.cache and sha256 and self.cache.get_file(sha256, path):
+            return
         with self._translated(key):
             self.client.download_file(Filename=str(path), **self._name(key))
+            if self.cache and sha256 and sha256 == digest_file(path):
+                self.cache.add(sha256, path)
             return
         raise ServiceUnavailable(f"object {key} is not in bucket {self.bucket}")
+
+    def keep(self, sha256: str, source: bytes | Path) -> None:
+        if self.cache:
+            self.cache.add(sha256, source)
 
     def compute_sha256(self, key: str) -> str | None:
         with self._translated(key):
@@ -207,6 +221,13 @@ class S3Store:
     def describe(self, key: str) -> str:
         name = self._name(key)
         return f"s3://{name['Bucket']}/{name['Key']}"
+
+
+def open_cache(config: StoreConfig) -> ObjectCache | None:
+    """Return the cache of a bucket's objects; None without one."""
+    if not config.folder or not config.cache_gb:
+        return None
+    return ObjectCache(find_cache(config.folder), round(config.cache_gb * 1e9))
 
 
 class _Translated:

@@ -1,5 +1,6 @@
 """Options of store, tracking and LLM roles: without its option a test here fails."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,20 @@ def test_the_bucket_is_named_in_the_path_or_in_the_host(s3_config: StoreConfig) 
         for style in ("auto", "path")  # not `virtual`: no host of the bucket's name exists here
     }
     assert styles == {"auto": {"addressing_style": "auto"}, "path": {"addressing_style": "path"}}
+
+
+def test_copies_of_a_buckets_objects_are_bounded_as_configured(s3_config: StoreConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "store"
+    own = s3_config.model_copy(update={"folder": str(folder), "cache_gb": 4e-6})
+    store = S3Store(own)
+    names = [hashlib.sha256(bytes([index]) * 1000).hexdigest() for index in range(6)]
+    for index, name in enumerate(names):
+        store.put_bytes(f"a/{index}", bytes([index]) * 1000)
+        store.keep(name, bytes([index]) * 1000)
+    kept = {path.name for path in (tmp_path / "runs" / "store-cache").iterdir()}
+    assert 0 < len(kept) <= 4
+    assert kept < set(names)
+    assert S3Store(own.model_copy(update={"cache_gb": 0.0})).cache is None
 
 
 def test_uploads_of_files_are_bounded_to_the_configured_rate(

@@ -61,6 +61,17 @@ def test_only_unreferenced_stages_are_removed_and_only_with_delete(tmp_path: Pat
     assert store.list_keys("02-prior/unused/") == []
 
 
+def test_old_copies_of_a_buckets_objects_are_local_copies(tmp_path: Path) -> None:
+    output, _ = make_output(tmp_path)
+    (output / "store-cache").mkdir()
+    for name in ("old", "new"):
+        (output / "store-cache" / name).write_bytes(b"pixels")
+    os.utime(output / "store-cache" / "old", (OLD, OLD))
+    listed = collect_garbage(output, days=7, is_deleting=True)
+    assert [Path(item.name).name for item in listed if item.kind == "local copy (bucket)"] == ["old"]
+    assert [path.name for path in (output / "store-cache").iterdir()] == ["new"]
+
+
 def test_notes_of_base_samples_go_with_the_evaluation_that_drew_them(tmp_path: Path) -> None:
     output, store = make_output(tmp_path)
     names = {}

@@ -41,7 +41,10 @@ LAYERS = {
 WHOLE_RUNS, FAULTS = "whole runs", "faults"
 SHARED = ("sandbox", "first_run")
 """Fixtures of a session that take half a minute: files that name them run in one process."""
-LONGEST = ("stack/test_local_stack", "tasks/training/process/", "faults/", "tasks/training/", "tasks/subject/photos/")
+LONGEST = (
+    "stack/test_local_stack", "stack/test_chaos",
+    "tasks/training/process/", "faults/", "tasks/training/", "tasks/subject/photos/",
+)  # fmt: skip
 """Begun right after the whole runs, so that no process is left alone with one of them at the end."""
 
 

@@ -17,6 +17,7 @@ from conf.schema import RunConfig
 from conf.trust import allowed_roots
 from flows.cli.results.runs import print_summary
 from flows.cli.run.prefect_server import EmbeddedServer, needs_server
+from flows.cli.stack.server import check_server
 from flows.cli.stack.stack import find_api_url
 from flows.runs.records import StoredRequest, read_request, read_run, relocate
 from tasks.errors import ServiceUnavailable
@@ -101,6 +102,8 @@ def ready_for_flows(
             # Started first and awaited last: the checks run while it starts.
             server.start()
         check_early(config, is_subject_known=is_subject_known)
+        if server is None:
+            check_server()
         # Imports of torch and Prefect take seconds; they overlap the server's start.
         importlib.import_module("flows.personalize_subject")
         if server is not None:

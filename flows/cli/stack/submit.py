@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
 from conf.request import RunRequest
+from flows.cli.stack.server import check_server
 from flows.cli.stack.stack import find_api_url
 from flows.subjects.waiting import explain_wait
 from tasks.errors import ConfigError, ServiceUnavailable
@@ -35,7 +36,7 @@ def submit(settings: Sequence[str], output: Path, *, is_detached: bool) -> int:
     Without a stack here, PREFECT_API_URL leads to workers elsewhere: paths are theirs, and left as they are.
 
     Raises:
-        ConfigError: no stack runs, or a setting is invalid: nothing was sent.
+        ConfigError: no stack runs, it has no deployment, or a setting is invalid: nothing was sent.
 
     """
     is_local = bool(find_api_url(output))
@@ -44,10 +45,16 @@ def submit(settings: Sequence[str], output: Path, *, is_detached: bool) -> int:
     compile_request(request)
     connect(output)
     from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
     from prefect.utilities.urls import url_for
 
     with get_client(sync_client=True) as client:
-        deployment = client.read_deployment_by_name(DEPLOYMENT)
+        try:
+            deployment = client.read_deployment_by_name(DEPLOYMENT)
+        except ObjectNotFound as error:
+            raise ConfigError(
+                f"the server has no deployment {DEPLOYMENT}; `python -m deployments.register process` registers it"
+            ) from error
         plain = request.model_dump(mode="json", exclude_unset=True)
         run = client.create_flow_run_from_deployment(deployment.id, parameters={"request": plain}, tags=["likeness"])
         print(f"submitted {run.name}: {url_for('flow-run', obj_id=run.id)}")
@@ -75,12 +82,19 @@ def make_request(settings: Sequence[str], output: Path) -> RunRequest:
 
 
 def connect(output: Path) -> None:
-    """Point Prefect's client at the stack, or at a configured server. Raises ConfigError where there is none."""
+    """Point Prefect's client at the stack, or at a configured server.
+
+    Raises:
+        ConfigError: there is none, or none that understands this client.
+        ServiceUnavailable: it does not answer.
+
+    """
     url = os.environ.get("PREFECT_API_URL") or find_api_url(output)
     if not url:
         raise ConfigError("no stack runs here: `likeness up` starts one, or set PREFECT_API_URL to your server")
     os.environ["PREFECT_API_URL"] = url
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    check_server()
 
 
 def follow(client: "SyncPrefectClient", run_id: uuid.UUID) -> int:

@@ -1,7 +1,8 @@
 """Register a work pool, the deployments of prefect-shared.yaml and the automations of lost runs; again changes nothing.
 
 Usage: `python -m deployments.register TYPE`, with TYPE process, docker or kubernetes. LIKENESS_POOL and LIKENESS_IMAGE
-name the pool and the image, PREFECT_API_URL and PREFECT_API_AUTH_STRING the server.
+name the pool and the image, PREFECT_API_URL and PREFECT_API_AUTH_STRING the server, LIKENESS_NOTIFY_URL where messages
+about runs go.
 """
 
 import json
@@ -10,7 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from flows.cli.stack.registration import open_client, register_automations, register_pool
+from flows.cli.stack.registration import (
+    NOTIFY_VARIABLE,
+    Notify,
+    open_client,
+    register_automations,
+    register_notification,
+    register_pool,
+)
 from tasks.errors import ConfigError
 
 FOLDER = Path(__file__).resolve().parent
@@ -39,6 +47,12 @@ def main(words: list[str]) -> int:
     if done.returncode:
         return done.returncode
     register_automations()
+    if address := os.environ.get(NOTIFY_VARIABLE):
+        try:
+            register_notification(Notify.parse(address).kind)
+        except ConfigError as error:
+            print(f"{NOTIFY_VARIABLE}: {error}", file=sys.stderr)
+            return error.exit_code
     return 0
 
 

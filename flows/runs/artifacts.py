@@ -1,7 +1,7 @@
-"""What a run shows in the Prefect UI: link to the report, tables, the sample grid."""
+"""What a run shows in the Prefect UI: its name, link to the report, tables, the sample grid."""
 
 import base64
-from pathlib import Path
+import re
 
 from prefect.artifacts import (
     create_image_artifact,
@@ -10,11 +10,32 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 from prefect.context import FlowRunContext
+from prefect.runtime import flow_run
 
+from conf.compose import compile_request, compute_config_digest
+from conf.request import RunRequest
+from tasks.errors import ConfigError
 from tasks.manifests.publishing import Publication
 from tasks.manifests.run_summary import RunSummary
 from tasks.stage.cache import read_verified
 from tasks.stage.context import Runtime
+
+RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+")
+"""As Prefect makes them: chameleon-purple."""
+
+
+def name_flow_run() -> str:
+    """Return the name of the flow run in progress: of subject, method and configuration, unless it was given one."""
+    name = str(flow_run.name or "")
+    try:
+        request = RunRequest.model_validate(flow_run.parameters["request"])
+        config = compile_request(request)
+    except (ConfigError, KeyError, ValueError):  # the flow refuses it with a message
+        return name
+    if name and not RANDOM_NAME.fullmatch(name):  # chosen by whoever submitted it, or by an earlier attempt
+        return name
+    noun = config.subject.class_noun.replace(" ", "-")
+    return f"{noun}-{config.training.method}-{compute_config_digest(config)[:6]}-{str(flow_run.id)[:4]}"
 
 
 def show_artifacts(summary: RunSummary, publication: Publication, runtime: Runtime) -> None:
@@ -25,9 +46,9 @@ def show_artifacts(summary: RunSummary, publication: Publication, runtime: Runti
     assert summary.paths is not None
     # Prefect's artifact keys hold lowercase letters, digits and dashes only.
     noun, paths = summary.subject.class_noun.replace(" ", "-").lower(), summary.paths
-    # Browsers refuse file:// links from a page on http.
-    report = summary.links.get("report") or Path(paths.report).absolute().as_uri()
-    create_link_artifact(link=report, link_text="report", key=f"report-{noun}", description="The run's report")
+    # No file:// link without a report server: browsers refuse them from a page on http.
+    if report := summary.links.get("report"):
+        create_link_artifact(link=report, link_text="report", key=f"report-{noun}", description="The run's report")
     create_table_artifact(table=metric_table(summary), key=f"metrics-{noun}", description="Base against tuned")
     create_table_artifact(table=stage_table(summary), key=f"stages-{noun}", description="Stages of this run")
     # Inline, since Prefect's UI can't read the store.
@@ -36,7 +57,7 @@ def show_artifacts(summary: RunSummary, publication: Publication, runtime: Runti
         image_url=f"data:image/png;base64,{grid}", key=f"samples-{noun}", description="Above base, below tuned"
     )
     links = "".join(f"\n\n[{name}]({url})" for name, url in summary.links.items() if name != "prefect")
-    text = f"Run `{summary.run_id}`\n\nModel: `{paths.model}`{links}"
+    text = f"Run `{summary.run_id}`\n\nReport: `{paths.report}`\n\nModel: `{paths.model}`{links}"
     create_markdown_artifact(markdown=text, key=f"run-{noun}")
 
 

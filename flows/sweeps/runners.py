@@ -174,6 +174,7 @@ class PoolRunner:
             parameters={"request": request.model_dump(mode="json", exclude_unset=True)},
             timeout=0,
             idempotency_key=order.name,
+            flow_run_name=order.name,
             tags=["likeness", "sweep"],
         )
         assert not isinstance(run, Coroutine)  # one only within an event loop

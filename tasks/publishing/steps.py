@@ -65,7 +65,14 @@ class PublishingInputs:
 
 
 # Safe to retry: `track_run` deletes what an earlier attempt with the same key has logged.
-@task(name="publishing", persist_result=False, retries=1, retry_delay_seconds=3, retry_condition_fn=should_retry)
+@task(
+    name="publishing",
+    persist_result=False,
+    retries=1,
+    retry_delay_seconds=3,
+    retry_jitter_factor=1,  # runs that an outage failed together don't return together
+    retry_condition_fn=should_retry,
+)
 def publish(inputs: PublishingInputs, runtime: Runtime) -> State[Publication]:
     """Publish model and report, or return the cached publication if its effects still exist."""
     manifest = runtime.run_stage(

@@ -189,7 +189,12 @@ class StageFolder:
             }
         )
         self.check_lease(is_final=True)
-        self.store.put_bytes(f"{self.prefix}/{MANIFEST_NAME}", dump_signed(finished, indent=1))
+        key, data = f"{self.prefix}/{MANIFEST_NAME}", dump_signed(finished, indent=1)
+        if not self.store.put_if_absent(key, data):
+            # Either it is written again, for a lost effect outside the store, or this process was suspended since the
+            # check and another one has taken its lease and finished.
+            self.check_lease(is_final=True)
+            self.store.put_bytes(key, data)
         return finished
 
 

@@ -1,5 +1,9 @@
 """Prefect states of stages: typed by their manifest, `Cached` where nothing was computed."""
 
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 from prefect.assets import Asset, AssetProperties
@@ -9,12 +13,18 @@ from prefect.events import emit_event
 from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
-from tasks.errors import LikenessError
+from tasks.errors import LikenessError, first_line
 from tasks.manifests.base import Manifest
 from tasks.stage.cache import PREFIXES
 from tasks.stage.context import Runtime
 
+log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Manifest)
+HOST_LIMIT = "LIKENESS_HOST_LIMIT"
+"""Variable of workers: the concurrency limit of their host, which `likeness up` registers."""
+SLOT_LEASE_SECONDS = 60.0
+"""After which the slot of a dead process comes back."""
+SLOT_POLL_SECONDS = 5.0
 ASSETS = {"subject": "subject set", "prior": "class images", "training": "tuned model", "publishing": "report"}
 UPSTREAM = {"subject": (), "prior": (), "training": ("subject", "prior"), "publishing": ("training", "subject")}
 
@@ -81,3 +91,36 @@ def result_of(state: State[M]) -> M:
 def wait_for(future: "PrefectFuture[State[M]]") -> M:
     """Wait for a submitted step and return its manifest; raise the error of a failed one."""
     return result_of(future.result())
+
+
+@contextlib.contextmanager
+def host_slots(num: int, *, on_wait: Callable[[str], None]) -> Iterator[None]:
+    """Hold slots of this host's concurrency limit, which Prefect's UI shows; nothing where there is no such limit.
+
+    A server that is away grants none and stops nobody: the guard of a device is its lock (`lock_devices`).
+    `on_wait` is called with what is waited for; it raises to give up.
+    """
+    from prefect.concurrency.sync import concurrency
+
+    name = os.environ.get(HOST_LIMIT, "")
+    with contextlib.ExitStack() as held:
+        while name:
+            slots = concurrency(
+                name, occupy=num, timeout_seconds=SLOT_POLL_SECONDS, lease_duration=SLOT_LEASE_SECONDS,
+                raise_on_lease_renewal_failure=False,
+            )  # fmt: skip
+            try:
+                held.enter_context(slots)
+                break
+            except TimeoutError:
+                on_wait(f"a slot of {name}")
+            except Exception as error:  # whatever a server that is restarted makes of it
+                log.warning("no slot of %s is held: %s", name, first_line(error))
+                break
+        try:
+            yield
+        finally:
+            try:
+                held.close()
+            except Exception as error:  # it comes back when its lease ends
+                log.warning("the slot of %s is not given back: %s", name, first_line(error))

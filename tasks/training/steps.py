@@ -19,7 +19,7 @@ from tasks.services.store.base import Store
 from tasks.services.tracking.base import DatasetInfo
 from tasks.stage.cache import PREFIXES, Stage, StageFolder, fetch_folder, find_manifest
 from tasks.stage.context import Runtime
-from tasks.stage.states import finished
+from tasks.stage.states import finished, host_slots
 from tasks.training.config import TrainingConfig
 from tasks.training.data.holdout import resolve_validation, split_photos
 from tasks.training.inputs import STAGE_VERSION, TrainingInputs
@@ -80,6 +80,7 @@ def compute_training(folder: StageFolder, inputs: TrainingInputs, runtime: Runti
             runtime.progress.note(f"training: fetched the checkpoint of step {step} from the store")
         names = list_devices(inputs.config.num_devices, inputs.diffusion)
         with (
+            host_slots(max(1, len(names)), on_wait=runtime.wait_note("training")),
             lock_devices(names, on_wait=runtime.wait_note("training")) as gpus,
             CheckpointUploader(remote, inputs.config, check=folder.check_lease) as uploader,
         ):

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from tasks.services.store.base import Store
 from tasks.services.tracking.mlflow_files import UNFINISHED
 from tasks.stage.digests import load_signed
 from tasks.stage.files import PART_PREFIX
+from tasks.stage.states import SLOT_LEASE_SECONDS
 from tests.chaos.invariants import Account, Answer
 from tests.chaos.processes import list_processes
 from tests.chaos.site import Place, Site
@@ -124,10 +126,15 @@ def list_answers(place: Place) -> tuple[Answer, ...]:
 
 
 def read_active_slots(site: Site) -> Mapping[str, int]:
-    """Return the slots in use of every concurrency limit."""
-    with site.api() as client:
-        limits = client.post("/v2/concurrency_limits/filter", json={}).raise_for_status().json()
-    return {limit["name"]: int(limit["active_slots"]) for limit in limits}
+    """Return the slots in use of every concurrency limit, after those of killed processes had time to come back."""
+    deadline = time.monotonic() + 2 * SLOT_LEASE_SECONDS
+    while True:
+        with site.api() as client:
+            limits = client.post("/v2/concurrency_limits/filter", json={}).raise_for_status().json()
+        slots = {limit["name"]: int(limit["active_slots"]) for limit in limits}
+        if not any(slots.values()) or time.monotonic() > deadline:
+            return slots
+        time.sleep(2)
 
 
 def list_orphans(site: Site) -> tuple[str, ...]:

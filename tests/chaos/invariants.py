@@ -130,6 +130,8 @@ def is_in_flight(answer: Answer, fault_times: Sequence[float]) -> bool:
 
 def check_slots(evidence: Evidence) -> Iterator[str]:
     """No slot is held when nothing runs."""
+    if not evidence.active_slots:
+        yield "the server has no concurrency limit, so that none could leak"
     for name, slots in evidence.active_slots.items():
         if slots:
             yield f"concurrency limit {name} still has {slots} slots in use"

@@ -88,6 +88,7 @@ def test_a_ledger_with_one_paid_call_too_many_is_a_violation() -> None:
 
 def test_a_leaked_slot_is_a_violation() -> None:
     assert check_changed(active_slots={"gpu": 1}) == ["concurrency limit gpu still has 1 slots in use"]
+    assert check_changed(active_slots={}) == ["the server has no concurrency limit, so that none could leak"]
     assert check_changed(pool_accepts_runs=False) == ["the work pool took no run after all others had ended"]
 
 

@@ -1,6 +1,7 @@
 """The deployment on a real Prefect server and worker, both on loopback."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -119,7 +120,10 @@ def test_a_flow_run_through_the_api_reuses_the_stages_of_a_cli_run(
     states = {task["name"].rsplit("-", 1)[0]: task["state_name"] for task in tasks}
     assert states["training"] == "Cached"
     keys = {artifact["key"] for artifact in service.call("/artifacts/filter", {})}
-    assert {"report-fish", "metrics-fish", "stages-fish", "samples-fish"} <= keys
+    assert {"run-fish", "metrics-fish", "stages-fish", "samples-fish"} <= keys
+    assert "report-fish" not in keys  # without a report server there is no address that a browser opens
+    assert "file:" not in json.dumps(service.call("/artifacts/filter", {}))
+    assert re.fullmatch(r"fish-full-[0-9a-f]{6}-[0-9a-f]{4}", run["name"])
 
 
 def test_a_path_outside_the_allowed_folders_fails_the_run(service: Service) -> None:

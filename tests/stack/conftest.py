@@ -10,10 +10,19 @@ from pathlib import Path
 import pytest
 
 
-def as_postgres(*command: str) -> "subprocess.CompletedProcess[str]":
+def find_program(name: str) -> str | None:
+    """Return a program of PostgreSQL; Debian keeps those of the server out of the path."""
+    found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
+    return shutil.which(name) or (str(found[-1]) if found else None)
+
+
+def as_postgres(name: str, *command: str) -> "subprocess.CompletedProcess[str]":
     """Run a program of PostgreSQL, which refuses to run as root."""
     prefix = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-    return subprocess.run([*prefix, *command], capture_output=True, text=True, timeout=120, check=True, cwd="/")
+    program = str(find_program(name))
+    return subprocess.run(
+        [*prefix, program, *command], capture_output=True, text=True, timeout=120, check=True, cwd="/"
+    )
 
 
 @pytest.fixture
@@ -22,7 +31,7 @@ def database_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     An empty address where PostgreSQL is not installed.
     """
-    if not all(map(shutil.which, ("initdb", "pg_ctl"))):
+    if not all(map(find_program, ("initdb", "pg_ctl"))):
         yield ""
         return
     folder = Path("/tmp") / f"likeness-postgres-{os.getpid()}"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,7 @@ from flows.runs.records import list_run_folders, list_summaries, read_request, r
 from tasks.subject.photos.ingest import DEMO_FOLDER
 from tests.stack.commands import LIKENESS, environment, likeness
 from tests.support.browser import keep_screenshot, open_page
-from tests.support.prefect_api import create_flow_run, open_api, wait_for_type
+from tests.support.prefect_api import create_flow_run, open_api, read_flow_run, wait_for_type
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
@@ -131,10 +133,13 @@ def test_a_submitted_run_whose_process_is_killed_is_rescheduled_and_resumes(fold
     ]  # fmt: skip
     assert finished["stages"]["training"]["counts"]["resumed_from_step"] > 0
     assert finished["stages"]["subject"]["cached"]
+    with api_client(folder) as client:
+        keys = {artifact["key"] for artifact in find_artifacts(client, finished["flow_run_id"])}
+    assert any(key.startswith("progress") for key in keys), keys
 
 
 @pytest.mark.timeout(2 * SECONDS)
-def test_a_run_cancelled_in_the_ui_saves_training_and_the_next_submit_resumes_it(folder: Path) -> None:
+def test_a_run_cancelled_in_the_ui_saves_training_and_is_resumed_by_its_name_on_the_pool(folder: Path) -> None:
     words = ["experiment=smoke", "training.max_train_steps=40", "training.checkpointing_steps=40", "seed=1"]
     work = folder / "runs" / "work" / "training"
     worker = read_state(folder / "runs").find(WORKER)
@@ -154,11 +159,17 @@ def test_a_run_cancelled_in_the_ui_saves_training_and_the_next_submit_resumes_it
     assert psutil.wait_procs(family, timeout=60)[1] == []
     assert [each.status for each in list_summaries(folder / "runs") if each.flow_run_id == run] == ["cancelled"]
     assert any(work.glob("*/checkpoints/step-*"))
-    submitted = likeness(folder, "submit", *words)
-    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    with open_api(folder / "runs") as client:
+        name = str(read_flow_run(client, run)["name"])
+    assert re.fullmatch(r"fish-full-[0-9a-f]{6}-[0-9a-f]{4}", name)  # of subject, method and configuration
+    resumed = likeness(folder, "resume", name)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     finished = list_summaries(folder / "runs")[0]
-    assert finished.status == "finished"
+    assert (finished.status, finished.flow_run_id) == ("finished", run)
     assert finished.stages["training"].counts["resumed_from_step"] > 0
+    again = likeness(folder, "resume", name)
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1), again.stderr
+    assert f"flow run {name} is Completed" in again.stderr
 
 
 def find_field(page: "Page", label: str) -> "Locator":
@@ -189,6 +200,7 @@ def test_a_run_starts_from_the_form_and_its_page_shows_stages_artifacts_and_the_
         wait_for_state(client, run["id"], "Completed")
         page.goto(f"{prefect}/runs/flow-run/{run['id']}")
         page.get_by_text("Completed", exact=True).first.wait_for(timeout=60_000)
+        page.get_by_text("training", exact=False).first.wait_for(timeout=60_000)  # a task of the run's graph or list
         page.get_by_text("Artifacts", exact=True).first.click()
         page.get_by_text("report-fish").first.wait_for(timeout=60_000)
         keep_screenshot(page, "run")
@@ -237,8 +249,10 @@ def test_a_new_folder_of_the_inbox_becomes_exactly_one_run(folder: Path) -> None
     del base["settings"]["output_dir"]  # as in the schedule: the worker knows its own
     request = {"subjects": "store:subjects/", "wait": False, "settle_seconds": 0, "base": base}
     command = ["deployment", "run", "personalize-many/personalize-many", "--watch", "--param"]
-    for _ in range(2):  # as a schedule does
-        done = prefect(folder, *command, f"request={json.dumps(request)}")
+    with ThreadPoolExecutor(2) as pool:  # two that look at once
+        looks = [pool.submit(prefect, folder, *command, f"request={json.dumps(request)}") for _ in range(2)]
+    for look in looks:
+        done = look.result()
         assert done.returncode == 0, done.stdout + done.stderr
     record = next((folder / "runs" / "store" / "subject-runs").glob("*.json"))
     deadline = time.monotonic() + SECONDS
@@ -248,16 +262,38 @@ def test_a_new_folder_of_the_inbox_becomes_exactly_one_run(folder: Path) -> None
     while any(read_summary(run).status == "running" for run in runs):
         assert time.monotonic() < deadline
         time.sleep(1)
-    done = prefect(folder, *command, f"request={json.dumps(request)}")
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_scheduled(folder, request)
     (run,) = find_runs(folder, source="store:subjects/rex/")
     assert read_summary(run).status == "finished"
     # The photos are those of the demo, wherever they lie: nothing is trained again.
     assert read_summary(run).stages["training"].cached
 
 
+def run_scheduled(folder: Path, request: dict[str, Any]) -> None:
+    """Let the inbox's schedule look once, every few seconds instead of minutes, and pause it again."""
+    with api_client(folder) as client:
+        deployment = client.get("/deployments/name/personalize-many/personalize-many").raise_for_status().json()
+        [schedule] = deployment["schedules"]
+        assert not schedule["active"]
+        place = f"/deployments/{deployment['id']}/schedules/{schedule['id']}"
+        quick = {"active": True, "schedule": {"interval": 10}, "parameters": {"request": request}}
+        client.patch(place, json=quick).raise_for_status()
+        body = {
+            "deployments": {"id": {"any_": [deployment["id"]]}},
+            "flow_runs": {"tags": {"all_": ["auto-scheduled"]}, "state": {"type": {"any_": ["COMPLETED", "FAILED"]}}},
+        }
+        deadline = time.monotonic() + SECONDS
+        while not (ended := client.post("/flow_runs/filter", json=body).raise_for_status().json()):
+            assert time.monotonic() < deadline
+            time.sleep(1)
+        client.patch(place, json={"active": False}).raise_for_status()
+        assert {run["state_type"] for run in ended} == {"COMPLETED"}
+
+
 @pytest.mark.timeout(SECONDS)
-def test_a_person_decides_in_the_form_and_is_notified(folder: Path, messages: list[dict[str, str]]) -> None:
+def test_a_person_decides_while_the_run_is_suspended_and_is_notified(
+    folder: Path, messages: list[dict[str, str]]
+) -> None:
     done = likeness(folder, "submit", *SETTINGS, "subject.approval=ask", "--detach")
     assert done.returncode == 0, done.stderr
     run_id = done.stdout.strip().rsplit("/", 1)[-1]
@@ -265,7 +301,8 @@ def test_a_person_decides_in_the_form_and_is_notified(folder: Path, messages: li
         run = wait_for_state(client, run_id, "Suspended")
         assert run["state"]["state_details"]["run_input_keyset"]
         refused = client.post(f"/flow_runs/{run_id}/resume", json={"run_input": {"photo_1": "perhaps"}})
-        assert "ACCEPT" not in refused.text
+        assert refused.status_code == 200
+        assert refused.json()["status"] == "REJECT"
         [asked] = [s for s in list_summaries(folder / "runs") if s.flow_run_id == run_id]
         assert asked.status == "pending"
         first, second = sorted(path.name for path in DEMO_FOLDER.glob("*.jpg"))[:2]
@@ -313,6 +350,12 @@ def wait_for_state(client: httpx.Client, run_id: str, name: str) -> dict[str, An
         assert run["state"]["type"] not in ("FAILED", "CANCELLED"), run["state"]
         assert time.monotonic() < deadline, run["state"]
         time.sleep(1)
+
+
+def find_artifacts(client: httpx.Client, run_id: str) -> list[dict[str, Any]]:
+    body = {"flow_runs": {"id": {"any_": [run_id]}}}
+    found: list[dict[str, Any]] = client.post("/artifacts/filter", json=body).raise_for_status().json()
+    return found
 
 
 def find_requests(client: httpx.Client, *, class_noun: str) -> list[dict[str, Any]]:

@@ -49,7 +49,10 @@ def run(
 
 @app.command("resume", rich_help_panel=RUN)
 def resume(run: RunName = "latest", output_dir: OutputDir = OUTPUT) -> int:
-    """Resume a run that failed, was cancelled or killed; training continues from its newest checkpoint."""
+    """Resume a run that failed, was cancelled or killed; training continues from its newest checkpoint.
+
+    RUN is a folder of `likeness runs`, which continues here, or the name of a flow run, which a worker takes again.
+    """
     from flows.cli.run.resume import resume as resume_run
 
     return resume_run(output_dir, run)

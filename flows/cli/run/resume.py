@@ -1,5 +1,6 @@
 """`likeness resume`: repeat an interrupted run; finished stages are cached, training resumes from its checkpoint."""
 
+import os
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -8,6 +9,8 @@ from conf.compose import STORE_VARIABLE, compile_request
 from conf.request import EvaluationRequest, RunRequest
 from flows.cli.results.runs import find_run
 from flows.cli.run.job import run_in_terminal
+from flows.cli.stack.stack import find_api_url
+from flows.cli.stack.submit import resume_flow_run
 from flows.runs.records import (
     REQUEST,
     StoredRequest,
@@ -22,13 +25,18 @@ from tasks.errors import ArtifactCorrupt, ConfigError
 
 
 def resume(output: Path, name: str) -> int:
-    """Resume a run that failed, was cancelled, killed or suspended.
+    """Resume a run that failed, was cancelled, killed or suspended: here, or on a worker where it is a flow run's name.
 
     Raises:
         ConfigError: there is no such run, it is finished, or a process still works on it.
 
     """
-    folder = find_run(output, name, record=REQUEST)
+    try:
+        folder = find_run(output, name, record=REQUEST)
+    except ConfigError:
+        if name == "latest" or not (os.environ.get("PREFECT_API_URL") or find_api_url(output.absolute())):
+            raise
+        return resume_flow_run(name, output.absolute())
     summary = read_summary(folder)
     if summary.status in ("finished", "resumed"):
         later = f" by {summary.resumed_by}" if summary.resumed_by else ""

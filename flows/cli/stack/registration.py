@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from flows.cli.stack.processes import last_line
-from flows.cli.stack.stack import POOL, KeptOptions, StackOptions, read_heartbeat_seconds
+from flows.cli.stack.stack import HOST_LIMIT, POOL, KeptOptions, StackOptions, read_heartbeat_seconds
 from flows.subjects.dispatch import BULK_QUEUE
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.redaction import register_secret
@@ -46,6 +46,7 @@ def register(environment: dict[str, str], options: StackOptions) -> None:
     environment = {"PREFECT_CLIENT_MAX_RETRIES": str(RETRIES), **environment}
     statements = [
         f"with r.open_client() as client: r.register_pool(client, {POOL!r}, 'process', max_runs={options.max_runs})",
+        f"with r.open_client() as client: r.register_host(client, max_runs={options.max_runs})",
         "r.register_queue()",
         "r.register_automations()",
     ]
@@ -134,6 +135,12 @@ def register_pool(
         if found != kind:
             raise ConfigError(f"work pool {name!r} has the type {found}; delete it, or choose another name") from None
         client.update_work_pool(name, WorkPoolUpdate.model_validate(values))
+
+
+def register_host(client: "SyncPrefectClient", *, max_runs: int) -> None:
+    """Create or update the concurrency limit of this host's trainings: its GPUs, or all runs where the CPU trains."""
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    client.upsert_global_concurrency_limit_by_name(os.environ[HOST_LIMIT], gpus or max_runs)
 
 
 def register_queue() -> None:

@@ -6,6 +6,7 @@
 import contextlib
 import fcntl
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,8 @@ WORKER, WATCHDOG = "worker", "watchdog"
 START_SECONDS = 180.0
 DEFAULT_MAX_RUNS = 2
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
+HOST_LIMIT = "LIKENESS_HOST_LIMIT"
+"""The concurrency limit of trainings on this host, for its workers."""
 HEARTBEATS = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
 LEAST_HEARTBEAT_SECONDS = 30
 """Prefect's own bound."""
@@ -276,10 +279,11 @@ def prefect_environment(options: StackOptions, port: int) -> dict[str, str]:
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        # In memory, its default, a restart of the server would leak every slot and fail the runs that hold one.
+        # In memory, its default, a restart of the server would leak every slot of the host's limit.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES,
         # All processes of the stack agree on it: runs send them, automation and watchdog miss them.
         HEARTBEATS: str(options.kept.heartbeat_seconds),
+        HOST_LIMIT: f"likeness-{socket.gethostname()}",
         "LIKENESS_HOME": str(SOURCE_ROOT),
         # The worker runs in the checkout; what a request may read lies where `up` was typed, and in the output folder.
         "LIKENESS_ROOTS": os.environ.get("LIKENESS_ROOTS") or os.pathsep.join((str(Path.cwd()), str(options.output))),

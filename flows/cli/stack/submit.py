@@ -138,14 +138,14 @@ def age_of(state: "State") -> float:
 
 
 def reschedule(client: "SyncPrefectClient", run_id: uuid.UUID) -> None:
-    """Schedule a crashed run again, as the stack's automation does.
+    """Schedule a run that has ended again, as the stack's automation does with a crashed one.
 
     On SQLite the server may drop the event of a crash ("database is locked", dead letter queue) and handle the next one
     only a quarter of an hour later. A run that crashed too often fails by itself (`flows/runs/attempts.py`).
     """
     from prefect.states import Scheduled
 
-    client.set_flow_run_state(run_id, Scheduled(message="rescheduled after a crash: it resumes"), force=True)
+    client.set_flow_run_state(run_id, Scheduled(message="scheduled again: it resumes"), force=True)
 
 
 def find_flow_run(client: "SyncPrefectClient", name: str) -> "FlowRun":
@@ -180,6 +180,34 @@ def cancel(name: str, output: Path) -> int:
             raise ServiceUnavailable(f"the server does not cancel {name}: {result.status}")
     print(f"{name} is being cancelled; running it again resumes it")
     return 0
+
+
+def resume_flow_run(name: str, output: Path) -> int:
+    """Schedule a flow run again that failed, crashed or was cancelled, for whatever worker takes it, and follow it.
+
+    Raises:
+        ConfigError: the server knows no such run, or it has not ended, or has completed.
+
+    """
+    connect(output)
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        run = find_flow_run(client, name)
+        state = run.state
+        if state is None or not state.is_final() or state.is_completed():
+            raise ConfigError(f"flow run {name} is {state.name if state else 'new'}; `likeness logs {name}` follows it")
+        if run.deployment_id is None:
+            raise ConfigError(
+                f"flow run {name} was no worker's; `likeness resume` takes the run's folder, `likeness runs`"
+            )
+        reschedule(client, run.id)
+        print(f"{name} is scheduled again: finished stages are cached, training continues from its newest checkpoint")
+        try:
+            return follow(client, run.id)
+        except KeyboardInterrupt:
+            print("detached", file=sys.stderr)
+            return 0
 
 
 def show_logs(name: str, output: Path) -> int:

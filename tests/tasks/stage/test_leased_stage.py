@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from tasks.errors import LikenessError
+from tasks.errors import LeaseLost, LikenessError
 from tasks.manifests.base import Manifest
 from tasks.services.store import lease
 from tasks.services.store.lease import list_leases, make_lease
 from tasks.services.store.local import LocalStore
-from tasks.stage.cache import Stage, StageFolder
+from tasks.stage.cache import Stage, StageFolder, find_manifest
 from tasks.stage.context import Runtime
 from tasks.stage.digests import dump_signed
 
@@ -150,3 +150,39 @@ def test_a_suspended_process_writes_nothing_after_its_lease_was_taken_over(
         assert zombie.stdout.readline() == "refused\n"
         assert zombie.wait(60) == 0
     assert runtime.store.find_bytes(manifest.objects[0].key) == b"x"
+
+
+class LateLease:
+    """A lease that another process takes over, and finishes under, right after the last check before the manifest."""
+
+    def __init__(self, folder: StageFolder) -> None:
+        self.other = folder
+        self.num_final = 0
+
+    def check(self, *, is_final: bool = False) -> None:
+        self.num_final += is_final
+        if self.num_final > 1:
+            raise LeaseLost("another process took over")
+        if self.num_final == 1:
+            self.other.finish(Manifest(**self.other.head(1, counts={"of": 2})))
+
+
+def test_a_process_that_was_suspended_after_its_last_check_replaces_no_manifest(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    folder = StageFolder(store, "prior", "k")
+    folder.lease = LateLease(StageFolder(store, "prior", "k"))  # type: ignore[assignment]
+    with pytest.raises(LeaseLost):
+        folder.finish(Manifest(**folder.head(1, counts={"of": 1})))
+    found = find_manifest(store, Manifest, stage="prior", key="k")
+    assert found is not None
+    assert found.counts == {"of": 2}
+
+
+def test_a_manifest_is_written_again_where_nobody_took_the_lease(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    for count in (1, 2):
+        folder = StageFolder(store, "prior", "k")
+        folder.finish(Manifest(**folder.head(1, counts={"of": count})))
+    found = find_manifest(store, Manifest, stage="prior", key="k")
+    assert found is not None
+    assert found.counts == {"of": 2}

@@ -90,3 +90,38 @@ def test_an_automation_that_is_the_same_stays_with_what_it_waits_for(
     assert lost.trigger.within.total_seconds() == 90
     assert lost.id != first[0].id
     assert crashed.id == first[1].id
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("https://hooks.slack.com/services/T0/B0/key", "slack"),
+        ("https://hooks.slack.com.example.org/x", "webhook"),
+        ("http://127.0.0.1:8065/hooks/key", "webhook"),
+    ],
+)
+def test_an_address_for_messages_is_slacks_by_its_host(url: str, kind: str) -> None:
+    assert registration.Notify.parse(url).kind == kind
+
+
+@pytest.mark.parametrize("kind", ["slack", "webhook"])
+def test_messages_are_registered_once_and_stay(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv(registration.NOTIFY_VARIABLE, "https://hooks.slack.com/services/T0/B0/key")
+    name = "likeness: notify when a run ends or waits for approval"
+    found = []
+    with temporary_settings({PREFECT_API_URL: str(client.api_url)}):
+        for _ in range(2):
+            registration.register_notification(kind)
+            found.append(client.read_automations_by_name(name))
+    [first], [second] = found
+    assert first.id == second.id
+    client.delete_automation(first.id)
+    block = client.read_block_document_by_name(
+        registration.NOTIFY_BLOCK,
+        "slack-webhook" if kind == "slack" else "custom-webhook",
+        include_secrets=False,
+    )
+    assert "T0/B0/key" not in str(block.data)
+    client.delete_block_document(block.id)

@@ -104,6 +104,7 @@ def test_an_address_for_messages_is_slacks_by_its_host(url: str, kind: str) -> N
     assert registration.Notify.parse(url).kind == kind
 
 
+@pytest.mark.filterwarnings("ignore:'imghdr' is deprecated")  # of slack_sdk, by Apprise, which Prefect posts with
 @pytest.mark.parametrize("kind", ["slack", "webhook"])
 def test_messages_are_registered_once_and_stay(
     client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -115,7 +115,7 @@ def rank(models: Mapping[Key, Loaded], plan: Plan) -> Standings:
     )
     return Standings(
         tuple(metrics),
-        average_ceilings(candidates),
+        average_ceilings(bases),
         rows,
         tuple(check(direction, tables) for direction in plan.directions),
         tuple(prefer(subject, tables) for subject in dict.fromkeys(subject for _, subject, _ in models)),
@@ -221,7 +221,10 @@ def prefer(subject: str, tables: Mapping[str, Mapping[str, Metrics]]) -> Prefere
 
 
 def average_ceilings(candidates: Mapping[Key, "Candidate"]) -> dict[str, float]:
-    """Return each metric among real photos, as the mean over subjects."""
+    """Return each metric among real photos, as the mean over subjects.
+
+    Of the reference's evaluations alone: CLIP-T compares photos with the class noun, which another method may call wrong.
+    """
     ceilings = {subject: each.evaluation.ceiling.model_dump() for (_, subject, _), each in candidates.items()}
     names = dict.fromkeys(name for values in ceilings.values() for name in values)
     return {name: fmean(values[name] for values in ceilings.values() if name in values) for name in names}

@@ -46,7 +46,7 @@ def make_model(store: LocalStore, key: Key, *, dino: float, clip_t: float, pres:
             **folder.head(5, counts={}), samples=tuple(samples), sample_metrics=values, class_metrics=classes,
             metrics={"tuned": SubjectMetrics(dino=0, clip_i=0, clip_t=0)},
             drift={"tuned": DriftMetrics(pres=0, dino_div=0)}, published_step=1,
-            ceiling=CeilingMetrics(dino=0.9, clip_i=1, clip_t=1),
+            ceiling=CeilingMetrics(dino=0.9, clip_i=1, clip_t=0.7 if method == "full" else 0.2),
         )
     )  # fmt: skip
     return Loaded(store, Candidate("-".join(map(str, key)), evaluation, frozenset({subject}), {}), photo)
@@ -89,6 +89,7 @@ def test_means_and_differences_are_over_subjects_with_intervals_that_hold_the_tr
     mean = rows["full"].means["dino"]
     assert mean.low is not None and mean.low < 0.8 < (mean.high or 0)
     assert found.ceiling["dino"] == pytest.approx(0.9)
+    assert found.ceiling["clip_t"] == pytest.approx(0.7), "with the class noun of the reference"
 
 
 def test_a_finding_is_judged_by_the_first_metric_that_was_measured(tmp_path: Path) -> None:

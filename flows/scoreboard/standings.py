@@ -223,7 +223,7 @@ def prefer(subject: str, tables: Mapping[str, Mapping[str, Metrics]]) -> Prefere
 def average_ceilings(candidates: Mapping[Key, "Candidate"]) -> dict[str, float]:
     """Return each metric among real photos, as the mean over subjects.
 
-    Of the reference's evaluations alone: CLIP-T compares photos with the class noun, which another method may call wrong.
+    Of the reference's evaluations alone: CLIP-T compares photos with the class noun, which another may get wrong.
     """
     ceilings = {subject: each.evaluation.ceiling.model_dump() for (_, subject, _), each in candidates.items()}
     names = dict.fromkeys(name for values in ceilings.values() for name in values)

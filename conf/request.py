@@ -50,9 +50,9 @@ def check_setting(key: str, value: Value) -> None:
 
 
 def order_form(schema: JsonDict) -> None:
-    """Prepare the JSON schema for Prefect's form: fields in the order of the class, no toggle between value and None.
+    """Prepare the JSON schema for Prefect's form: ordered as the class, bounds in words, no toggle of value and None.
 
-    The form sorts by `position` and puts fields without one first.
+    It sorts by `position` and puts fields without one first; it shows descriptions, and bounds once they are broken.
     """
     properties = cast(dict[str, JsonDict], schema["properties"])
     for position, field in enumerate(properties.values()):
@@ -65,6 +65,23 @@ def order_form(schema: JsonDict) -> None:
                 field.update(cast(JsonDict, choices[0]))
             if field.get("default", 0) is None:
                 del field["default"]
+        if bounds := describe_bounds(field):
+            field["description"] = f"{field['description']} ({bounds})"
+
+
+def describe_bounds(field: JsonDict) -> str:
+    """Return the bounds of a field in words; empty where it has none."""
+    least, most = field.get("minimum"), field.get("maximum")
+    above, below = field.get("exclusiveMinimum"), field.get("exclusiveMaximum")
+    named = (
+        (f"{least} to {most}" if least is not None and most is not None else None),
+        (f"at least {least}" if least is not None and most is None else None),
+        (f"at most {most}" if most is not None and least is None else None),
+        (f"more than {above}" if above is not None else None),
+        (f"less than {below}" if below is not None else None),
+        (f"at most {field['maxLength']} characters" if "maxLength" in field else None),
+    )
+    return ", ".join(filter(None, named))
 
 
 class RunRequest(BaseModel):
@@ -108,9 +125,7 @@ class RunRequest(BaseModel):
         OPTIONS["store"], description="where objects live; auto: in the worker's bucket, else in a folder"
     )
     tracking: Annotated[str, OptionOf("tracking")] = Field(OPTIONS["tracking"], description="where metrics are tracked")
-    seed: int | None = Field(
-        None, ge=0, le=2**31 - 1, description="seed of training, 0 to 2147483647; empty: the default"
-    )
+    seed: int | None = Field(None, ge=0, le=2**31 - 1, description="seed of training; empty: the default")
     settings: dict[str, Value] = Field(
         default_factory=dict,
         max_length=MAX_SETTINGS,

@@ -69,6 +69,9 @@ def test_a_form_shows_its_fields_in_order_and_without_a_toggle_for_none(form: ty
     assert list(properties) == list(form.model_fields)
     assert not any({"type": "null"} in field.get("anyOf", []) for field in properties.values())
     assert all("description" in field for field in properties.values())
+    for field in properties.values():  # a person sees them before breaking them
+        for name in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "maxLength"):
+            assert name not in field or str(field[name]) in field["description"], field
 
 
 def test_source_and_class_noun_are_first_and_plain_strings() -> None:

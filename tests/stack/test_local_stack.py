@@ -133,7 +133,7 @@ def test_a_submitted_run_whose_process_is_killed_is_rescheduled_and_resumes(fold
     ]  # fmt: skip
     assert finished["stages"]["training"]["counts"]["resumed_from_step"] > 0
     assert finished["stages"]["subject"]["cached"]
-    with api_client(folder) as client:
+    with open_api(folder / "runs") as client:
         keys = {artifact["key"] for artifact in find_artifacts(client, finished["flow_run_id"])}
     assert any(key.startswith("progress") for key in keys), keys
 
@@ -180,7 +180,7 @@ def find_field(page: "Page", label: str) -> "Locator":
 
 @pytest.mark.timeout(SECONDS)
 def test_a_run_starts_from_the_form_and_its_page_shows_stages_artifacts_and_the_tracked_run(folder: Path) -> None:
-    with api_client(folder) as client, open_page(1280, 1500) as page:
+    with open_api(folder / "runs") as client, open_page(1280, 1500) as page:
         prefect = str(client.base_url).removesuffix("/api/")
         deployment = client.get("/deployments/name/personalize-subject/personalize-subject").json()
         page.goto(f"{prefect}/deployments/deployment/{deployment['id']}/run")
@@ -228,7 +228,7 @@ def test_many_subjects_run_on_the_pool_each_once(folder: Path) -> None:
     assert statuses == {"one": "finished", "two": "finished", "none": "refused"}, done.stderr
     assert float(rows["one"]["dino"]) > 0
     assert done.stderr.count(": submitted as ") == 2
-    with api_client(folder) as client:
+    with open_api(folder / "runs") as client:
         runs = client.post("/flow_runs/filter", json={}).json()
     # A run with a parent could not be suspended for approval.
     assert {run["parent_task_run_id"] for run in runs if run["name"].startswith(("one-", "two-"))} == {None}
@@ -271,7 +271,7 @@ def test_a_new_folder_of_the_inbox_becomes_exactly_one_run(folder: Path) -> None
 
 def run_scheduled(folder: Path, request: dict[str, Any]) -> None:
     """Let the inbox's schedule look once, every few seconds instead of minutes, and pause it again."""
-    with api_client(folder) as client:
+    with open_api(folder / "runs") as client:
         deployment = client.get("/deployments/name/personalize-many/personalize-many").raise_for_status().json()
         [schedule] = deployment["schedules"]
         assert not schedule["active"]
@@ -297,7 +297,7 @@ def test_a_person_decides_while_the_run_is_suspended_and_is_notified(
     done = likeness(folder, "submit", *SETTINGS, "subject.approval=ask", "--detach")
     assert done.returncode == 0, done.stderr
     run_id = done.stdout.strip().rsplit("/", 1)[-1]
-    with api_client(folder) as client:
+    with open_api(folder / "runs") as client:
         run = wait_for_state(client, run_id, "Suspended")
         assert run["state"]["state_details"]["run_input_keyset"]
         refused = client.post(f"/flow_runs/{run_id}/resume", json={"run_input": {"photo_1": "perhaps"}})
@@ -333,12 +333,6 @@ def test_a_person_decides_while_the_run_is_suspended_and_is_notified(
             assert time.monotonic() < deadline, subjects
             time.sleep(0.5)
             subjects = [message["subject"] for message in messages]
-
-
-def api_client(folder: Path) -> httpx.Client:
-    server = read_state(folder / "runs").find(PREFECT)
-    assert server is not None
-    return httpx.Client(base_url=f"http://127.0.0.1:{server.port}/api", timeout=60, trust_env=False)
 
 
 def wait_for_state(client: httpx.Client, run_id: str, name: str) -> dict[str, Any]:

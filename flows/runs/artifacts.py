@@ -20,8 +20,8 @@ from tasks.manifests.run_summary import RunSummary
 from tasks.stage.cache import read_verified
 from tasks.stage.context import Runtime
 
-RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+")
-"""As Prefect makes them: chameleon-purple."""
+RANDOM_NAME = re.compile(r"[a-z]+\d*-[a-z]+\d*")
+"""As Prefect makes them: chameleon-purple in the server, eta4-sano in the UI's form."""
 
 
 def name_flow_run() -> str:

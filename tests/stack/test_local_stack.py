@@ -197,7 +197,8 @@ def test_a_run_starts_from_the_form_and_its_page_shows_stages_artifacts_and_the_
             assert time.monotonic() < deadline
             time.sleep(0.5)
         [run] = found
-        wait_for_state(client, run["id"], "Completed")
+        done = wait_for_state(client, run["id"], "Completed")
+        assert re.fullmatch(r"fish-full-[0-9a-f]{6}-[0-9a-f]{4}", done["name"])  # not the form's own
         page.goto(f"{prefect}/runs/flow-run/{run['id']}")
         page.get_by_text("Completed", exact=True).first.wait_for(timeout=60_000)
         page.get_by_text("training", exact=False).first.wait_for(timeout=60_000)  # a task of the run's graph or list

@@ -31,7 +31,7 @@ test-slow: setup-dev  ## run the slow layers: LLM servers, the stack, browsers; 
 
 # What is compared with other code, with the kernels of CPUs without AVX-512, with AVX2 alone, and on two threads.
 NUMERIC := tests/tasks/diffusion tests/tasks/encoders tests/tasks/evaluation/test_metrics.py \
-	tests/tasks/evaluation/test_intervals.py tests/tasks/evaluation/test_sampling.py tests/tasks/training/test_losses.py \
+	tests/tasks/test_intervals.py tests/tasks/evaluation/test_sampling.py tests/tasks/training/test_losses.py \
 	tests/tasks/training/data/test_dataset.py tests/tasks/training/test_known_defects.py tests/tasks/training/data/test_buckets.py
 test-numerics: setup-dev  ## compare numbers as other CPUs compute them
 	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=2 $(PYTEST) $(NUMERIC)

@@ -121,6 +121,7 @@ class Run:
             kinds=manifests.evaluation.kinds,
             prompts=manifests.evaluation.prompts,
             scores=dict(scores.scores),
+            score_estimates=scores.estimates,
             judge=summarize_judge(scores),
             checkpoints=scores.checkpoints,
             registered=self.promote(manifests, publication),

@@ -42,6 +42,7 @@ def summarize_model(run: Run, manifests: RunManifests) -> RunSummary:
         kinds=evaluation.kinds,
         prompts=evaluation.prompts,
         scores=dict(scores.scores),
+        score_estimates=scores.estimates,
         judge=summarize_judge(scores),
         links=find_links(run.run_id),
     )

@@ -21,7 +21,7 @@ from tasks.stage.cache import find_manifest
 
 if TYPE_CHECKING:
     from tasks.evaluation.comparison import Candidate
-    from tasks.evaluation.intervals import Values
+    from tasks.intervals import Values
 
 Key = tuple[str, str, int]
 """Method, subject and training seed."""
@@ -154,7 +154,7 @@ def merge_seeds(by_seed: Mapping[int, Metrics]) -> dict[str, dict[str, dict[int,
 
 def differ(table: Mapping[str, Metrics], reference: Mapping[str, Metrics]) -> dict[str, dict[str, "Values"]]:
     """Return a method less another, by subject and metric, for the prompts and seeds that both have."""
-    from tasks.evaluation.intervals import subtract
+    from tasks.intervals import subtract
 
     found: dict[str, dict[str, Values]] = {}
     for subject in table.keys() & reference.keys():
@@ -176,7 +176,7 @@ def estimate(by_subject: Mapping[str, "Values"]) -> Estimate:
     From three subjects on, Student's t over their means, so that it holds for other subjects too; for fewer, a
     bootstrap over their prompts, so that it holds for these subjects alone.
     """
-    from tasks.evaluation.intervals import estimate_samples
+    from tasks.intervals import estimate_samples
 
     if len(by_subject) < MIN_SUBJECTS:
         return estimate_samples(
@@ -204,7 +204,7 @@ def check(direction: Direction, tables: Mapping[str, Mapping[str, Metrics]]) -> 
 def prefer(subject: str, tables: Mapping[str, Mapping[str, Metrics]]) -> Preference:
     """Return which methods no other one beats on a subject, by the paired comparison over its prompts."""
     from tasks.evaluation.comparison import HEADLINE, is_better
-    from tasks.evaluation.intervals import estimate_samples, subtract
+    from tasks.intervals import estimate_samples, subtract
 
     own = {method: table[subject] for method, table in tables.items() if subject in table}
 

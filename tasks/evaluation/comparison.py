@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tasks.errors import ConfigError
-from tasks.evaluation.intervals import Values, estimate_samples, estimate_unpaired, subtract
+from tasks.intervals import Values, estimate_samples, estimate_unpaired, subtract
 from tasks.manifests.evaluation import MIN_CLUSTERS, Estimate, Evaluation, Protocol, Side
 from tasks.metrics import METRICS, Metric
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tasks.errors import ConfigError, LikenessError, first_line
-from tasks.evaluation.intervals import estimate_samples, subtract
 from tasks.evaluation.metrics import Features, MetricFunction, find_functions, measure_ceiling
 from tasks.evaluation.own_metrics import OwnMetric, read_values
+from tasks.intervals import estimate_samples, subtract
 from tasks.manifests.evaluation import (
     CeilingMetrics,
     DriftMetrics,

@@ -116,6 +116,8 @@ class RunSummary(Record):
     prompts: tuple[PromptRow, ...] = ()
     """The same by prompt."""
     scores: dict[str, SideScores] = Field(default_factory=dict)
+    score_estimates: Table = Field(default_factory=dict)
+    """Mean scores by axis with 95 % intervals, as `estimates`."""
     judge: JudgeSummary | None = None
     checkpoints: tuple[CheckpointRank, ...] = ()
     registered: RegisteredModel | None = None

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from tasks.manifests.base import Manifest, ObjectRef, Record
-from tasks.manifests.evaluation import Side
+from tasks.manifests.evaluation import Side, Table
 
 
 class Judgement(Record):
@@ -100,8 +100,10 @@ class Scorecard(Manifest):
     failed: tuple[str, ...]
     """Judge requests without a valid reply, as `name: reason`."""
     scores: dict[Side, SideScores]
-    intervals: dict[Side, dict[str, tuple[float, float]]]
-    """Bootstrap intervals (95 %) of the mean scores."""
+    estimates: Table = Field(default_factory=dict)
+    """Mean scores by axis with 95 % intervals over prompts; `gain` is tuned less base, paired by prompt and seed."""
+    intervals: dict[Side, dict[str, tuple[float, float]]] = Field(default_factory=dict)
+    """Of older manifests: intervals over samples, too narrow where a prompt has several."""
     reliability: JudgeReliability
     pairs: PairResult | None = None
     checkpoints: tuple[CheckpointRank, ...] = ()

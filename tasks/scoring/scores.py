@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 from tasks.csv_files import read_rows
 from tasks.errors import ConfigError
-from tasks.manifests.evaluation import Sample, Side, SubjectMetrics
+from tasks.intervals import estimate_samples, subtract
+from tasks.manifests.evaluation import Sample, Side, SubjectMetrics, Table
 from tasks.manifests.scoring import (
     Agreement,
     CheckpointRank,
@@ -20,7 +21,6 @@ from tasks.manifests.scoring import (
 )
 from tasks.scoring.judge_requests import AXES, JudgeRequest, Kind
 from tasks.scoring.statistics import (
-    bootstrap_mean,
     compute_alpha,
     compute_kappa,
     compute_spearman,
@@ -104,14 +104,18 @@ def mean_scores(judgements: Sequence[Judgement]) -> dict[Side, SideScores]:
     return scores
 
 
-def bootstrap_intervals(judgements: Sequence[Judgement]) -> dict[Side, dict[str, tuple[float, float]]]:
-    """Return 95 % bootstrap intervals of the mean grades."""
-    found: dict[Side, dict[str, tuple[float, float]]] = {}
-    for side in SIDES:
-        rows = [judgement for judgement in judgements if judgement.side == side]
-        if rows:
-            found[side] = {axis: bootstrap_mean([getattr(row, axis) for row in rows]) for axis in AXES}
-    return found
+def estimate_scores(samples: Sequence[Sample], judgements: Sequence[Judgement]) -> Table:
+    """Return mean grades by axis with 95 % intervals: of base and tuned, and of their difference where both have it."""
+    by_key = {sample.image.key: sample for sample in samples}
+    table: Table = {}
+    for axis in AXES:
+        values: dict[str, dict[str, dict[int, float]]] = {side: {} for side in SIDES}
+        for row in judgements:
+            sample = by_key[row.sample.key]
+            values[row.side].setdefault(sample.prompt, {})[sample.seed] = getattr(row, axis)
+        pairs = {**values, "gain": subtract(values["tuned"], values["base"])}
+        table[axis] = {name: estimate_samples(own) for name, own in pairs.items() if own}
+    return table
 
 
 def assess_judge(

@@ -1,4 +1,4 @@
-"""Statistics of grades: agreement, rank correlation, bootstrap intervals, Bradley-Terry strengths."""
+"""Statistics of grades: agreement, rank correlation, intervals of proportions, Bradley-Terry strengths."""
 
 from collections.abc import Sequence
 from itertools import permutations
@@ -56,15 +56,6 @@ def compute_spearman(first: Sequence[float], second: Sequence[float]) -> float |
     if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
         return None
     return float(stats.spearmanr(first, second).statistic)
-
-
-def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of a mean."""
-    rows = np.asarray(values, float)
-    # A fixed seed: equal grades have equal intervals, so a recomputed stage has an equal manifest.
-    draws = np.random.default_rng(seed).integers(len(rows), size=(NUM_RESAMPLES, len(rows)))
-    low, high = np.percentile(rows[draws].mean(1), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def binomial_interval(wins: int, num: int) -> tuple[float, float]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tasks.scoring.judge import JudgeRun
     from tasks.scoring.judge_requests import JudgeContext
 
-STAGE_VERSION = 5
+STAGE_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def compute_scores(folder: StageFolder, inputs: ScoringInputs, runtime: Runtime)
             judgements=judgements,
             failed=tuple(f"{name}: {reason}" for name, reason in grading.failures.items()),
             scores=scores.mean_scores(judgements),
-            intervals=scores.bootstrap_intervals(judgements),
+            estimates=scores.estimate_scores(samples, judgements),
             reliability=scores.assess_judge(
                 samples,
                 grading.judged,

@@ -16,7 +16,7 @@ from tasks.manifests.training import LossRow
 from tasks.publishing.report.page import ReportInputs, render_report
 from tasks.services.store.local import LocalStore
 from tests.support.browser import check_accessible, keep_screenshot, open_file, open_page
-from tests.support.report import GATE, make_run
+from tests.support.report import GATE, make_run, with_grades
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -27,7 +27,7 @@ WIDTHS = (390, 1280, 2560)
 @pytest.fixture
 def report(store: LocalStore, tmp_path: Path) -> Path:
     """A report of a small run with grades."""
-    run = make_run(store)
+    run = with_grades(make_run(store))
     grades = tuple(
         Judgement(
             sample=sample.image, side=sample.side, prompt=sample.prompt, evidence=f"evidence {number} <script>",

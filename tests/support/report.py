@@ -1,16 +1,28 @@
 """The manifests of a small drawn run, for report and publishing."""
 
+from dataclasses import replace
 from typing import Any
 
 from tasks.images import encode_png
 from tasks.manifests.base import ModelRef
-from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Evaluation, Sample, SubjectMetrics
+from tasks.manifests.evaluation import (
+    CeilingMetrics,
+    DriftMetrics,
+    Estimate,
+    Evaluation,
+    PromptRow,
+    Sample,
+    Side,
+    SubjectMetrics,
+    Table,
+)
 from tasks.manifests.prior import ClassImageSet
 from tasks.manifests.run import RunManifests
-from tasks.manifests.scoring import JudgeReliability, Scorecard
+from tasks.manifests.scoring import JudgeReliability, Scorecard, SideScores
 from tasks.manifests.subject import RejectedImage
 from tasks.manifests.training import TunedModel
 from tasks.publishing.config import GateConfig
+from tasks.scoring.judge_requests import AXES
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config
@@ -18,6 +30,20 @@ from tests.support.subject import make_subject_set
 from tests.support.tiny import draw_photo
 
 GATE = make_config(GateConfig)
+
+
+def make_table(*, has_interval: bool) -> Table:
+    """Return estimates of three metrics, with all intervals or none."""
+    half = 0.05 if has_interval else None
+
+    def estimate(mean: float) -> Estimate:
+        low, high = (mean - half, mean + half) if half else (None, None)
+        return Estimate(mean=mean, low=low, high=high, num=6 if half else 2)
+
+    return {
+        name: {"base": estimate(0.2), "tuned": estimate(0.5), "gain": estimate(0.3)}
+        for name in ("dino", "clip_i", "clip_t")
+    }
 
 
 def make_evaluation(store: LocalStore) -> Evaluation:
@@ -44,6 +70,15 @@ def make_evaluation(store: LocalStore) -> Evaluation:
             sample_metrics={
                 s.image.key: SubjectMetrics(dino=0.1 * n, clip_i=0, clip_t=0) for n, s in enumerate(samples)
             },
+            kinds={"scene": make_table(has_interval=True), "accessory": make_table(has_interval=False)},
+            prompts=(
+                PromptRow(template="a photo of {subject}", kind="scene", values=make_table(has_interval=True)),
+                PromptRow(
+                    template="a photo of {subject} wearing a very long scarf that ends far beyond any phone's screen",
+                    kind="accessory",
+                    values=make_table(has_interval=False),
+                ),
+            ),
             published_step=800,
         )
     )
@@ -73,7 +108,22 @@ def make_run(store: LocalStore) -> RunManifests:
         ),
         evaluation=make_evaluation(store),
         scoring=Scorecard(
-            **head("scoring"), served_model="j", judgements=(), failed=(), scores={}, intervals={},
+            **head("scoring"), served_model="j", judgements=(), failed=(),
+            scores={},
             reliability=reliability,
         ),
     )  # fmt: skip
+
+
+def with_grades(run: RunManifests) -> RunManifests:
+    """Return a run whose judge graded both sides."""
+    estimates = {
+        "base": Estimate(mean=1, low=0.5, high=1.5, num=6), "tuned": Estimate(mean=3, low=2.5, high=3.5, num=6),
+        "gain": Estimate(mean=2, low=1.25, high=2.75, num=6),
+    }  # fmt: skip
+    sides: tuple[Side, ...] = ("base", "tuned")
+    changes = {
+        "scores": {side: SideScores(**dict.fromkeys(AXES, estimates[side].mean)) for side in sides},
+        "estimates": dict.fromkeys(AXES, estimates),
+    }
+    return replace(run, scoring=run.scoring.model_copy(update=changes))

@@ -96,7 +96,8 @@ def print_metrics(summary: RunSummary) -> None:
     axes = (("concept_preservation", "subject"), ("prompt_following", "prompt"), ("image_quality", "image quality"))
     for key, name in ((key, f"judge: {axis}") for key, axis in axes):
         cells = [scores.get(side, {}).get(key) for side in ("base", "tuned")]
-        print(f"{name:22}" + "".join(f"{cell:8.2f}" if cell is not None else f"{'–':>8}" for cell in cells))
+        line = f"{name:22}" + "".join(f"{cell:8.2f}" if cell is not None else f"{'–':>8}" for cell in cells)
+        print(f"{line}{'':10}{show_gain(summary.score_estimates.get(key, {}).get('gain'))}".rstrip())
     if not summary.judge.is_reliable:
         print(f"warning: judge scores are unreliable: {summary.judge.reason}")
 

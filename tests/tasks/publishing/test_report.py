@@ -17,7 +17,7 @@ from tasks.publishing.report.page import ReportInputs, draw_losses, draw_sample_
 from tasks.publishing.report.tables import list_checkpoints, list_metrics, list_samples
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
-from tests.support.report import GATE, make_evaluation, make_run
+from tests.support.report import GATE, make_evaluation, make_run, with_grades
 
 
 def make_inputs(store: LocalStore) -> ReportInputs:
@@ -64,6 +64,19 @@ def test_names_and_values_are_escaped(store: LocalStore) -> None:
     for raw, shown in (("<i>.jpg", "&lt;i&gt;.jpg"), ("a <fish>", "a &lt;fish&gt;"), ("<c>", "&lt;c&gt;")):
         assert raw not in html
         assert shown in html
+
+
+def test_grades_kinds_and_prompts_have_gains_with_intervals(store: LocalStore) -> None:
+    inputs = make_inputs(store)
+    html = render_report(store, replace(inputs, manifests=with_grades(inputs.manifests)))
+    assert html.count("+2.000 (+1.250 to +2.750)") == 3  # a grade of each axis
+    assert "0.50 to 1.50" in html
+    kinds = html.split("By kind of prompt", 1)[1].split("</table>", 1)[0]
+    assert "scene" in kinds and "+0.300 (+0.250 to +0.350)" in kinds
+    prompts = html.split("By prompt</h3>", 1)[1].split("</table>", 1)[0]
+    assert "+0.300 (+0.250 to +0.350)" in prompts
+    accessory = prompts.split("very long scarf", 1)[1]
+    assert "+0.300</td>" in accessory, "two seeds have no interval"
 
 
 def test_gap_closed_is_the_fraction_between_base_and_ceiling(store: LocalStore) -> None:
@@ -155,7 +168,6 @@ def test_headline_metrics_are_flat_and_complete(store: LocalStore) -> None:
             judgements=(),
             failed=(),
             scores={"tuned": SideScores(concept_preservation=3, prompt_following=4, image_quality=2)},
-            intervals={},
             reliability=JudgeReliability(controls=(), alpha={}, num_repeated=0, is_comparable=True, is_reliable=False),
         )
     )

@@ -1,7 +1,7 @@
 """From questions to scores, and what is known of the judge that answered."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +13,7 @@ from tasks.errors import ConfigError, ReplyInvalid
 from tasks.images import encode_png
 from tasks.manifests.base import ObjectRef
 from tasks.manifests.evaluation import Sample, Side, SubjectMetrics
-from tasks.manifests.scoring import JudgeReliability
+from tasks.manifests.scoring import Judgement, JudgeReliability
 from tasks.scoring import scores
 from tasks.scoring.config import ScoringConfig
 from tasks.scoring.judge import ask_judge, check_failures, grade
@@ -194,8 +194,62 @@ def test_scores_are_per_side_means_of_median_grades_with_intervals(material: Jud
     found = scores.mean_scores(judgements)
     assert found["tuned"].prompt_following == 4
     assert found["base"].concept_preservation == pytest.approx((3 + 5 * 2) / 6)
-    low, high = scores.bootstrap_intervals(judgements)["base"]["concept_preservation"]
-    assert low <= found["base"].concept_preservation <= high
+    table = scores.estimate_scores(material.samples, judgements)
+    for side in ("base", "tuned"):
+        for axis in AXES:
+            assert table[axis][side].mean == pytest.approx(getattr(found[side], axis))
+
+
+def grade_all(samples: Sequence[Sample], grade: Callable[[Sample], float]) -> list[Judgement]:
+    """Return a judgement of each sample, with the same grade on all axes."""
+    return [
+        Judgement(
+            sample=sample.image, side=sample.side, prompt=sample.prompt, evidence="",
+            **dict.fromkeys(AXES, grade(sample)),
+        )
+        for sample in samples
+    ]  # fmt: skip
+
+
+def make_samples(num_prompts: int, num_seeds: int) -> list[Sample]:
+    """Return samples of both sides with the same prompts and seeds."""
+    return [
+        Sample(
+            image=ObjectRef(key=f"{side}-{prompt}-{seed}", sha256="0", size_bytes=1), side=side, kind="subject",
+            prompt=f"prompt {prompt}", class_prompt="", seed=seed,
+        )
+        for side in scores.SIDES for prompt in range(num_prompts) for seed in range(num_seeds)
+    ]  # fmt: skip
+
+
+def test_intervals_of_grades_are_over_prompts_and_those_of_gains_are_paired() -> None:
+    samples = make_samples(8, 4)
+
+    def by_prompt(sample: Sample) -> float:
+        """Prompts differ much, seeds of one don't; the tuned model is one better on each but the first."""
+        level = int(sample.prompt.split()[1])
+        return level % 4 / 2 + (sample.side == "tuned") * (level > 0)
+
+    table = scores.estimate_scores(samples, grade_all(samples, by_prompt))["image_quality"]
+    assert {name: estimate.num for name, estimate in table.items()} == {"base": 8, "tuned": 8, "gain": 8}
+    base, gain = table["base"], table["gain"]
+    assert gain.mean == pytest.approx(7 / 8)
+    assert base.low is not None and base.high is not None and gain.low is not None and gain.high is not None
+    # Over 32 samples as if each were independent, it would be half as wide.
+    assert base.high - base.low > 2 * 1.96 * 0.559 / 8**0.5
+    assert gain.high - gain.low < base.high - base.low, "what prompts share cancels in a paired difference"
+    assert gain.is_decided
+
+
+def test_few_prompts_and_equal_grades_have_no_interval_and_a_side_alone_no_gain() -> None:
+    few = make_samples(3, 4)
+    table = scores.estimate_scores(few, grade_all(few, lambda sample: sample.seed))
+    assert (table["image_quality"]["base"].low, table["image_quality"]["base"].num) == (None, 3)
+    many = make_samples(8, 1)
+    table = scores.estimate_scores(many, grade_all(many, lambda sample: 4.0))
+    assert table["image_quality"]["gain"].low is None
+    tuned = [sample for sample in many if sample.side == "tuned"]
+    assert set(scores.estimate_scores(tuned, grade_all(tuned, lambda sample: 4.0))["image_quality"]) == {"tuned"}
 
 
 def test_a_fair_judge_passes_its_controls(material: JudgeContext) -> None:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from tasks.scoring.statistics import (
-    bootstrap_mean,
     compute_alpha,
     compute_kappa,
     compute_spearman,
@@ -47,14 +46,6 @@ def test_kappa_matches_scikit_learn() -> None:
 def test_spearman_is_none_for_constant_input() -> None:
     assert compute_spearman([1, 2, 3], [10, 20, 25]) == pytest.approx(1)
     assert compute_spearman([1, 1, 1], [1, 2, 3]) is None
-
-
-def test_bootstrap_intervals_contain_the_mean_and_narrow_with_sample_size() -> None:
-    few, many = [0, 4] * 5, [0, 4] * 500
-    low, high = bootstrap_mean(few)
-    assert low < 2 < high
-    assert bootstrap_mean(many)[1] - bootstrap_mean(many)[0] < (high - low) / 5
-    assert bootstrap_mean(few) == (low, high)
 
 
 def test_strengths_follow_wins_and_stay_finite() -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tasks.evaluation import intervals
-from tasks.evaluation.intervals import estimate_mean, estimate_samples, estimate_unpaired, subtract
+from tasks import intervals
+from tasks.intervals import estimate_mean, estimate_samples, estimate_unpaired, subtract
 from tasks.manifests.evaluation import Estimate
 
 NUM_STUDIES = 400

@@ -31,6 +31,12 @@ def main(words: list[str]) -> int:
         print(f"usage: python -m deployments.register {'|'.join(TYPES)}", file=sys.stderr)
         return 2
     kind = words[0]
+    address = os.environ.get(NOTIFY_VARIABLE)
+    try:  # before anything is registered
+        notify = Notify.parse(address) if address else None
+    except ConfigError:
+        print(f"{NOTIFY_VARIABLE} takes an http or https address", file=sys.stderr)
+        return 2
     os.environ.setdefault("LIKENESS_CONF", str(FOLDER / "options"))
     os.environ.setdefault("LIKENESS_IMAGE", "likeness:0.1.0-cpu")
     pool = os.environ.setdefault("LIKENESS_POOL", "likeness")
@@ -47,12 +53,8 @@ def main(words: list[str]) -> int:
     if done.returncode:
         return done.returncode
     register_automations()
-    if address := os.environ.get(NOTIFY_VARIABLE):
-        try:
-            register_notification(Notify.parse(address).kind)
-        except ConfigError as error:
-            print(f"{NOTIFY_VARIABLE}: {error}", file=sys.stderr)
-            return error.exit_code
+    if notify is not None:
+        register_notification(notify.kind)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import re
+import secrets
 
 from prefect.artifacts import (
     create_image_artifact,
@@ -20,22 +21,28 @@ from tasks.manifests.run_summary import RunSummary
 from tasks.stage.cache import read_verified
 from tasks.stage.context import Runtime
 
+NAMED = "likeness-named"
+"""Tag of flow runs whose submitter has named them."""
 RANDOM_NAME = re.compile(r"[a-z]+\d*-[a-z]+\d*")
 """As Prefect makes them: chameleon-purple in the server, eta4-sano in the UI's form."""
 
 
+def make_name(request: RunRequest) -> str:
+    """Return a new name of a flow run: of subject, method and configuration. Raises ConfigError."""
+    config = compile_request(request)
+    noun = config.subject.class_noun.replace(" ", "-")
+    return f"{noun}-{config.training.method}-{compute_config_digest(config)[:6]}-{secrets.token_hex(2)}"
+
+
 def name_flow_run() -> str:
-    """Return the name of the flow run in progress: of subject, method and configuration, unless it was given one."""
+    """Return the name of the flow run in progress: as `make_name`, unless it was given one."""
     name = str(flow_run.name or "")
+    if NAMED in flow_run.tags or not RANDOM_NAME.fullmatch(name):  # the latter also in a second attempt
+        return name
     try:
-        request = RunRequest.model_validate(flow_run.parameters["request"])
-        config = compile_request(request)
+        return make_name(RunRequest.model_validate(flow_run.parameters["request"]))
     except (ConfigError, KeyError, ValueError):  # the flow refuses it with a message
         return name
-    if name and not RANDOM_NAME.fullmatch(name):  # chosen by whoever submitted it, or by an earlier attempt
-        return name
-    noun = config.subject.class_noun.replace(" ", "-")
-    return f"{noun}-{config.training.method}-{compute_config_digest(config)[:6]}-{str(flow_run.id)[:4]}"
 
 
 def show_artifacts(summary: RunSummary, publication: Publication, runtime: Runtime) -> None:

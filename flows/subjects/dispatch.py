@@ -83,6 +83,8 @@ def submit_subject(batch: Batch, subject: Subject) -> None:
     from prefect.client.schemas.objects import FlowRun
     from prefect.deployments import run_deployment
 
+    from flows.runs.artifacts import NAMED
+
     assert subject.request is not None
     record = read_record(batch.store, subject.key)
     if record is not None and record.status == "submitted" and record.flow_run_id:
@@ -95,7 +97,7 @@ def submit_subject(batch: Batch, subject: Subject) -> None:
         timeout=0,
         # A run with a parent can't be suspended, as it is while a person approves its photos.
         as_subflow=False,
-        tags=["likeness"],
+        tags=["likeness", NAMED],
         idempotency_key=f"{subject.key}-{attempt}",
         work_queue_name=BULK_QUEUE,
         flow_run_name=f"{clean_text(subject.name)[:80]}-{subject.key[:6]}",

@@ -168,6 +168,8 @@ class PoolRunner:
         """Send the run to the work pool, or find the one of this name."""
         from prefect.deployments import run_deployment
 
+        from flows.runs.artifacts import NAMED
+
         request = anchor(order.request)
         run = run_deployment(
             self.deployment,
@@ -175,7 +177,7 @@ class PoolRunner:
             timeout=0,
             idempotency_key=order.name,
             flow_run_name=order.name,
-            tags=["likeness", "sweep"],
+            tags=["likeness", "sweep", NAMED],
         )
         assert not isinstance(run, Coroutine)  # one only within an event loop
         return PoolRun(run.id, request, order)

@@ -66,6 +66,11 @@ def list_devices(
     return list(itertools.takewhile(lambda name: name and name != "-1", names))[:num_devices]
 
 
+def count_slots(names: Sequence[str]) -> int:
+    """Return how many slots of its host a training takes: its whole GPUs, or one where the host has none."""
+    return sum(not name.startswith("MIG-") for name in names) if DRIVER.exists() else 1
+
+
 @contextmanager
 def lock_devices(
     names: Sequence[str], *, on_wait: Callable[[str], None], folder: Path | None = None

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
@@ -11,6 +12,7 @@ from prefect.client.schemas.objects import State
 from prefect.context import AssetContext
 from prefect.events import emit_event
 from prefect.futures import PrefectFuture
+from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Completed
 
 from tasks.errors import LikenessError, first_line
@@ -20,11 +22,14 @@ from tasks.stage.context import Runtime
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Manifest)
+HTTP_LOCKED = 423
 HOST_LIMIT = "LIKENESS_HOST_LIMIT"
 """Variable of workers: the concurrency limit of their host, which `likeness up` registers."""
-SLOT_LEASE_SECONDS = 60.0
+EMBEDDED = "LIKENESS_EMBEDDED_SERVER"
+"""Variable of processes whose server is a run's own."""
+SLOT_LEASE_SECONDS = 120.0
 """After which the slot of a dead process comes back."""
-SLOT_POLL_SECONDS = 5.0
+SLOT_POLL_SECONDS, SLOT_TIMEOUT_SECONDS, RELEASE_SECONDS = 5.0, 30.0, 10.0
 ASSETS = {"subject": "subject set", "prior": "class images", "training": "tuned model", "publishing": "report"}
 UPSTREAM = {"subject": (), "prior": (), "training": ("subject", "prior"), "publishing": ("training", "subject")}
 
@@ -97,30 +102,45 @@ def wait_for(future: "PrefectFuture[State[M]]") -> M:
 def host_slots(num: int, *, on_wait: Callable[[str], None]) -> Iterator[None]:
     """Hold slots of this host's concurrency limit, which Prefect's UI shows; nothing where there is no such limit.
 
-    A server that is away grants none and stops nobody: the guard of a device is its lock (`lock_devices`).
-    `on_wait` is called with what is waited for; it raises to give up.
+    To be taken once the devices are locked: the lock is the guard, and keeps the order of those that wait. A server
+    that is away or slow grants none, and stops nobody. `on_wait` is called with what is waited for; it may raise.
     """
+    name = "" if os.environ.get(EMBEDDED) or num < 1 else os.environ.get(HOST_LIMIT, "")
+    held = contextlib.ExitStack()
+    while name and not take_slots(held, name, num):
+        on_wait(f"a slot of {name}")
+        time.sleep(SLOT_POLL_SECONDS)
+    try:
+        yield
+    finally:
+        close_quietly(held, name)
+
+
+def take_slots(held: contextlib.ExitStack, name: str, num: int) -> bool:
+    """Take slots if they are free, or none from a server that can't say; return False where they are in use."""
     from prefect.concurrency.sync import concurrency
 
-    name = os.environ.get(HOST_LIMIT, "")
-    with contextlib.ExitStack() as held:
-        while name:
-            slots = concurrency(
-                name, occupy=num, timeout_seconds=SLOT_POLL_SECONDS, lease_duration=SLOT_LEASE_SECONDS,
-                raise_on_lease_renewal_failure=False,
-            )  # fmt: skip
-            try:
-                held.enter_context(slots)
-                break
-            except TimeoutError:
-                on_wait(f"a slot of {name}")
-            except Exception as error:  # whatever a server that is restarted makes of it
-                log.warning("no slot of %s is held: %s", name, first_line(error))
-                break
-        try:
-            yield
-        finally:
-            try:
-                held.close()
-            except Exception as error:  # it comes back when its lease ends
-                log.warning("the slot of %s is not given back: %s", name, first_line(error))
+    # No retries within: they wait in Prefect's client, where `on_wait` can't give up.
+    slots = concurrency(
+        name, occupy=num, max_retries=0, timeout_seconds=SLOT_TIMEOUT_SECONDS, lease_duration=SLOT_LEASE_SECONDS,
+        raise_on_lease_renewal_failure=False,
+    )  # fmt: skip
+    try:
+        held.enter_context(slots)
+    except Exception as error:  # whatever a server that is restarted makes of it
+        cause = error.__cause__ or error
+        if getattr(getattr(cause, "response", None), "status_code", 0) == HTTP_LOCKED:
+            return False
+        log.warning("no slot of %s is held: %s", name, first_line(cause))
+    return True
+
+
+def close_quietly(held: contextlib.ExitStack, name: str) -> None:
+    """Give slots back; one that can't be comes back when its lease ends."""
+    # By its defaults the client would keep a finished training for minutes where the server is suspended.
+    quick = {PREFECT_CLIENT_MAX_RETRIES: 1, PREFECT_API_REQUEST_TIMEOUT: RELEASE_SECONDS}
+    try:
+        with temporary_settings(quick):
+            held.close()
+    except Exception as error:
+        log.warning("the slot of %s is not given back: %s", name, first_line(error))

@@ -55,7 +55,7 @@ def resolve_devices(config: TrainingConfig) -> TrainingConfig:
 
 def compute_training(folder: StageFolder, inputs: TrainingInputs, runtime: Runtime) -> TunedModel:
     """Run the worker and move its result into the store, under an exclusive lock per stage key."""
-    from tasks.diffusion.device import list_devices, lock_devices
+    from tasks.diffusion.device import count_slots, list_devices, lock_devices
     from tasks.training.data.latent_cache import fetch_latents, store_latents
     from tasks.training.process.remote_checkpoints import CheckpointUploader, RemoteCheckpoints
     from tasks.training.process.supervisor import locked, run_worker
@@ -80,8 +80,8 @@ def compute_training(folder: StageFolder, inputs: TrainingInputs, runtime: Runti
             runtime.progress.note(f"training: fetched the checkpoint of step {step} from the store")
         names = list_devices(inputs.config.num_devices, inputs.diffusion)
         with (
-            host_slots(max(1, len(names)), on_wait=runtime.wait_note("training")),
             lock_devices(names, on_wait=runtime.wait_note("training")) as gpus,
+            host_slots(count_slots(names), on_wait=runtime.wait_note("training")),
             CheckpointUploader(remote, inputs.config, check=folder.check_lease) as uploader,
         ):
 

@@ -151,7 +151,8 @@ def test_a_run_cancelled_in_the_ui_saves_training_and_is_resumed_by_its_name_on_
         while not any(path.stat().st_size for path in work.glob("*/losses.jsonl")):
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        [flow_process] = psutil.Process(worker.pid).children()
+        flow_process = find_trainer(worker.pid)
+        assert flow_process is not None
         family = [flow_process, *flow_process.children(recursive=True)]
         state = {"type": "CANCELLING", "name": "Cancelling"}
         client.post(f"/flow_runs/{run}/set_state", json={"state": state}).raise_for_status()
@@ -165,7 +166,8 @@ def test_a_run_cancelled_in_the_ui_saves_training_and_is_resumed_by_its_name_on_
     resumed = likeness(folder, "resume", name)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     finished = list_summaries(folder / "runs")[0]
-    assert (finished.status, finished.flow_run_id) == ("finished", run)
+    assert finished.status == "finished"
+    assert finished.flow_run_id != run  # a run of its own: attempts of one are counted
     assert finished.stages["training"].counts["resumed_from_step"] > 0
     again = likeness(folder, "resume", name)
     assert (again.returncode, again.stderr.count("\n")) == (2, 1), again.stderr
@@ -182,6 +184,7 @@ def find_field(page: "Page", label: str) -> "Locator":
 def test_a_run_starts_from_the_form_and_its_page_shows_stages_artifacts_and_the_tracked_run(folder: Path) -> None:
     with open_api(folder / "runs") as client, open_page(1280, 1500) as page:
         prefect = str(client.base_url).removesuffix("/api/")
+        known = {each["id"] for each in find_requests(client, class_noun="fish")}
         deployment = client.get("/deployments/name/personalize-subject/personalize-subject").json()
         page.goto(f"{prefect}/deployments/deployment/{deployment['id']}/run")
         find_field(page, "Class Noun").locator("textarea").fill("fish", timeout=60_000)
@@ -193,7 +196,7 @@ def test_a_run_starts_from_the_form_and_its_page_shows_stages_artifacts_and_the_
         keep_screenshot(page, "form")
         page.get_by_role("button", name="Submit").click()
         deadline = time.monotonic() + 60
-        while not (found := find_requests(client, class_noun="fish")):
+        while not (found := [each for each in find_requests(client, class_noun="fish") if each["id"] not in known]):
             assert time.monotonic() < deadline
             time.sleep(0.5)
         [run] = found

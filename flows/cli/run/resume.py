@@ -10,7 +10,7 @@ from conf.request import EvaluationRequest, RunRequest
 from flows.cli.results.runs import find_run
 from flows.cli.run.job import run_in_terminal
 from flows.cli.stack.stack import find_api_url
-from flows.cli.stack.submit import resume_flow_run
+from flows.cli.stack.submit import UnknownRun, resume_flow_run
 from flows.runs.records import (
     REQUEST,
     StoredRequest,
@@ -33,10 +33,13 @@ def resume(output: Path, name: str) -> int:
     """
     try:
         folder = find_run(output, name, record=REQUEST)
-    except ConfigError:
+    except ConfigError as error:
         if name == "latest" or not (os.environ.get("PREFECT_API_URL") or find_api_url(output.absolute())):
             raise
-        return resume_flow_run(name, output.absolute())
+        try:
+            return resume_flow_run(name, output.absolute())
+        except UnknownRun as other:
+            raise ConfigError(f"{error}, and the server knows no flow run of that name") from other
     summary = read_summary(folder)
     if summary.status in ("finished", "resumed"):
         later = f" by {summary.resumed_by}" if summary.resumed_by else ""

@@ -3,6 +3,8 @@
 from tasks.errors import ConfigError, ServiceUnavailable
 from tasks.redaction import clean_text, redact
 
+TIMEOUT_SECONDS = 20.0
+
 
 def check_server() -> None:
     """Check the configured server before anything is sent to it.
@@ -16,8 +18,11 @@ def check_server() -> None:
     from packaging.version import InvalidVersion, Version
     from prefect.client.base import ServerType
     from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    with get_client(sync_client=True) as client:
+    # By its defaults the client would wait for minutes.
+    quick = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2, PREFECT_API_REQUEST_TIMEOUT: TIMEOUT_SECONDS})
+    with quick, get_client(sync_client=True) as client:
         if client.server_type == ServerType.CLOUD:  # of every version
             return
         server = f"the Prefect server at {clean_text(redact(str(client.api_url).rstrip('/')))}"

@@ -30,6 +30,12 @@ RESCHEDULE_SECONDS = 30.0
 CANCEL_CODE, FAILED_CODE = 130, 1
 
 
+class UnknownRun(ConfigError):
+    """The server knows no flow run of this name."""
+
+    kind = "ConfigError"
+
+
 def submit(settings: Sequence[str], output: Path, *, is_detached: bool) -> int:
     """Send a run to the work pool; follow it to its end unless detached.
 
@@ -48,6 +54,8 @@ def submit(settings: Sequence[str], output: Path, *, is_detached: bool) -> int:
     from prefect.exceptions import ObjectNotFound
     from prefect.utilities.urls import url_for
 
+    from flows.runs.artifacts import NAMED, make_name
+
     with get_client(sync_client=True) as client:
         try:
             deployment = client.read_deployment_by_name(DEPLOYMENT)
@@ -56,7 +64,9 @@ def submit(settings: Sequence[str], output: Path, *, is_detached: bool) -> int:
                 f"the server has no deployment {DEPLOYMENT}; `python -m deployments.register process` registers it"
             ) from error
         plain = request.model_dump(mode="json", exclude_unset=True)
-        run = client.create_flow_run_from_deployment(deployment.id, parameters={"request": plain}, tags=["likeness"])
+        run = client.create_flow_run_from_deployment(
+            deployment.id, parameters={"request": plain}, tags=["likeness", NAMED], name=make_name(request)
+        )
         print(f"submitted {run.name}: {url_for('flow-run', obj_id=run.id)}")
         if is_detached:
             return 0
@@ -138,14 +148,14 @@ def age_of(state: "State") -> float:
 
 
 def reschedule(client: "SyncPrefectClient", run_id: uuid.UUID) -> None:
-    """Schedule a run that has ended again, as the stack's automation does with a crashed one.
+    """Schedule a crashed run again, as the stack's automation does.
 
     On SQLite the server may drop the event of a crash ("database is locked", dead letter queue) and handle the next one
     only a quarter of an hour later. A run that crashed too often fails by itself (`flows/runs/attempts.py`).
     """
     from prefect.states import Scheduled
 
-    client.set_flow_run_state(run_id, Scheduled(message="scheduled again: it resumes"), force=True)
+    client.set_flow_run_state(run_id, Scheduled(message="rescheduled after a crash: it resumes"), force=True)
 
 
 def find_flow_run(client: "SyncPrefectClient", name: str) -> "FlowRun":
@@ -154,10 +164,12 @@ def find_flow_run(client: "SyncPrefectClient", name: str) -> "FlowRun":
     from prefect.client.schemas.sorting import FlowRunSort
 
     found = client.read_flow_runs(
-        flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name])), limit=1, sort=FlowRunSort.START_TIME_DESC
+        flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name])),
+        limit=1,
+        sort=FlowRunSort.EXPECTED_START_TIME_DESC,
     )
     if not found:
-        raise ConfigError(f"the server knows no run named {name!r}; its UI lists them")
+        raise UnknownRun(f"the server knows no run named {name!r}; its UI lists them")
     return found[0]
 
 
@@ -183,7 +195,9 @@ def cancel(name: str, output: Path) -> int:
 
 
 def resume_flow_run(name: str, output: Path) -> int:
-    """Schedule a flow run again that failed, crashed or was cancelled, for whatever worker takes it, and follow it.
+    """Submit the request of a flow run again that failed, crashed or was cancelled, under its name, and follow it.
+
+    Whatever worker takes it finds finished stages cached and the newest checkpoint in the store.
 
     Raises:
         ConfigError: the server knows no such run, or it has not ended, or has completed.
@@ -192,19 +206,22 @@ def resume_flow_run(name: str, output: Path) -> int:
     connect(output)
     from prefect.client.orchestration import get_client
 
+    from flows.runs.artifacts import NAMED
+
     with get_client(sync_client=True) as client:
         run = find_flow_run(client, name)
         state = run.state
         if state is None or not state.is_final() or state.is_completed():
             raise ConfigError(f"flow run {name} is {state.name if state else 'new'}; `likeness logs {name}` follows it")
         if run.deployment_id is None:
-            raise ConfigError(
-                f"flow run {name} was no worker's; `likeness resume` takes the run's folder, `likeness runs`"
-            )
-        reschedule(client, run.id)
-        print(f"{name} is scheduled again: finished stages are cached, training continues from its newest checkpoint")
+            raise ConfigError(f"flow run {name} was no worker's; `likeness resume` takes its folder (`likeness runs`)")
+        # A run of its own: one that is scheduled again and again fails for its number of attempts.
+        again = client.create_flow_run_from_deployment(
+            run.deployment_id, parameters=run.parameters, tags=list({*run.tags, NAMED}), name=run.name
+        )
+        print(f"{name} is submitted again: finished stages are cached, training continues from its newest checkpoint")
         try:
-            return follow(client, run.id)
+            return follow(client, again.id)
         except KeyboardInterrupt:
             print("detached", file=sys.stderr)
             return 0

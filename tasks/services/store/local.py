@@ -49,6 +49,7 @@ class LocalStore:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=make_part_prefix())
         try:
             with explain_full_disk(target, size_bytes=len(data)), os.fdopen(handle, "wb") as file:
+                os.fchmod(handle, 0o644)  # as other objects: mkstemp creates files with mode 0600
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

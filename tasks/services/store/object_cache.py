@@ -3,16 +3,19 @@
 import contextlib
 import hashlib
 import os
+import shutil
 import threading
 from pathlib import Path
 
 from tasks.errors import StorageFull
-from tasks.services.store.local import link_or_copy
+from tasks.services.store.local import READ_ONLY, link_or_copy
 from tasks.stage.digests import digest_file
-from tasks.stage.files import PART_PREFIX, staged_file, write_atomic
+from tasks.stage.files import PART_PREFIX, staged_file
 
 KEPT_SHARE = 0.9
 """Of the bound, after the least recently used copies were removed: not one for each new one."""
+RESCAN_SHARE = 0.05
+"""Of the bound, after which the folder is read again: other processes add to it too."""
 LARGEST_SHARE = 0.5
 """Of the bound, that one object may take."""
 
@@ -25,7 +28,9 @@ class ObjectCache:
         self.max_bytes = max_bytes
         self.lock = threading.Lock()
         self.size: int | None = None
-        """Bytes in the folder, as far as this process knows; None before the first copy."""
+        """Bytes in the folder when it was last read; None before that."""
+        self.added = 0
+        """Bytes that this process has added since."""
 
     def find(self, sha256: str) -> bytes | None:
         """Return an object's content; a damaged copy is removed."""
@@ -35,7 +40,8 @@ class ObjectCache:
         except OSError:
             return None
         if hashlib.sha256(data).hexdigest() != sha256:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             return None
         touch(path)
         return data
@@ -55,25 +61,25 @@ class ObjectCache:
 
     def add(self, sha256: str, source: bytes | Path) -> None:
         """Keep a copy, where it can be kept: without one, the object is read from the bucket."""
-        num_bytes = len(source) if isinstance(source, bytes) else source.stat().st_size
         target = self.folder / sha256
-        if num_bytes > LARGEST_SHARE * self.max_bytes or target.exists():
-            return
         with contextlib.suppress(OSError, StorageFull):
+            num_bytes = len(source) if isinstance(source, bytes) else source.stat().st_size
+            if num_bytes > LARGEST_SHARE * self.max_bytes or target.exists():
+                return
             self.folder.mkdir(parents=True, exist_ok=True)
-            if isinstance(source, bytes):
-                write_atomic(target, source)
-            else:
-                with staged_file(target, size_bytes=num_bytes) as staged:
-                    link_or_copy(source, staged)
+            with staged_file(target, size_bytes=num_bytes) as staged:
+                # A copy, no hard link: the file's owner may change its mode, or write to it.
+                _ = staged.write_bytes(source) if isinstance(source, bytes) else shutil.copyfile(source, staged)
+            target.chmod(READ_ONLY)  # it may be linked to others' files
             self.make_room(num_bytes)
 
     def make_room(self, added: int) -> None:
         """Remove the least recently used copies where the folder is too large."""
         with self.lock:
-            self.size = None if self.size is None else self.size + added
-            if self.size is not None and self.size <= self.max_bytes:
+            self.added += added
+            if self.size is not None and self.added < RESCAN_SHARE * self.max_bytes:
                 return
+            self.added = 0
             files = sorted(self.list_copies())  # other processes add and remove too
             self.size = sum(num_bytes for _, num_bytes, _ in files)
             if self.size <= self.max_bytes:

@@ -91,3 +91,10 @@ def test_a_stored_file_is_read_only_under_all_its_hard_links(tmp_path: Path) -> 
     store.put_file("06-publishing/k/model", made)
     store.delete("06-publishing/k/model")
     assert store.find_bytes("03-training/k/model") == b"weights"
+
+
+def test_an_object_that_was_written_where_there_was_none_is_readable_by_others(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    assert store.put_if_absent("a", b"x")
+    store.put_bytes("b", b"x")
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in "ab"} == {0o644}

@@ -112,6 +112,24 @@ def test_tracking_has_losses_metrics_artifacts_and_the_model(first_run: dict[str
     assert names == {"model", "report"}
 
 
+def test_a_model_is_promoted_by_the_gate_or_by_force_and_demoted_once(
+    first_run: dict[str, Any], sandbox: CliSandbox
+) -> None:
+    name = first_run["run_id"]
+    refused = sandbox.likeness("promote", name)
+    assert refused.returncode == 1, refused.stderr
+    assert "is not the champion:" in refused.stdout
+    assert "too few prompts" in refused.stdout  # two have no interval
+    assert "use --force to promote it anyway" in refused.stdout
+    forced = sandbox.likeness("promote", name, "--force")
+    assert (forced.returncode, "is now the champion (forced)" in forced.stdout) == (0, True), forced.stderr
+    demoted = sandbox.likeness("demote", name)
+    assert (demoted.returncode, "has no champion" in demoted.stdout) == (0, True), demoted.stderr
+    again = sandbox.likeness("demote", name)
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1), again.stderr
+    assert "is not the champion; no version is" in again.stderr
+
+
 def test_publishing_reruns_if_the_model_version_is_gone_from_the_registry(
     first_run: dict[str, Any], sandbox: CliSandbox
 ) -> None:
@@ -172,21 +190,3 @@ def test_a_damaged_object_is_recomputed(first_run: dict[str, Any], sandbox: CliS
     assert again["stages"]["training"]["cached"]
     assert not again["stages"]["evaluation"]["cached"]
     assert again["metrics"] == first_run["metrics"]
-
-
-def test_a_model_is_promoted_by_the_gate_or_by_force_and_demoted_once(
-    first_run: dict[str, Any], sandbox: CliSandbox
-) -> None:
-    name = first_run["run_id"]
-    refused = sandbox.likeness("promote", name)
-    assert refused.returncode == 1, refused.stderr
-    assert "is not the champion:" in refused.stdout
-    assert "too few prompts" in refused.stdout  # two have no interval
-    assert "use --force to promote it anyway" in refused.stdout
-    forced = sandbox.likeness("promote", name, "--force")
-    assert (forced.returncode, "is now the champion (forced)" in forced.stdout) == (0, True), forced.stderr
-    demoted = sandbox.likeness("demote", name)
-    assert (demoted.returncode, "has no champion" in demoted.stdout) == (0, True), demoted.stderr
-    again = sandbox.likeness("demote", name)
-    assert (again.returncode, again.stderr.count("\n")) == (2, 1), again.stderr
-    assert "is not the champion; no version is" in again.stderr

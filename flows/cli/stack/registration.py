@@ -73,7 +73,8 @@ class Notify:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError("--notify takes an http or https address")
-        register_secret(url)  # whoever knows it can post
+        # Whoever knows the path can post. Not the host: it would hide every address on it, such as the stack's own.
+        register_secret(url.partition(parts.netloc)[2].lstrip("/"))
         return cls(url, kind="slack" if parts.hostname == "hooks.slack.com" else "webhook")
 
 

@@ -14,6 +14,7 @@ from flows.cli.stack import registration
 from flows.cli.stack.registration import make_automations, register_pool
 from flows.cli.stack.stack import POOL, StackOptions
 from tasks.errors import ConfigError
+from tasks.redaction import redact
 
 
 def test_no_event_of_a_run_belongs_to_both_automations() -> None:
@@ -102,6 +103,13 @@ def test_an_automation_that_is_the_same_stays_with_what_it_waits_for(
 )
 def test_an_address_for_messages_is_slacks_by_its_host(url: str, kind: str) -> None:
     assert registration.Notify.parse(url).kind == kind
+
+
+def test_the_path_of_an_address_for_messages_is_hidden_and_its_host_is_not() -> None:
+    url = "http://127.0.0.1:8065/hooks/k3y-of-a-channel-9f8e7d"
+    registration.Notify.parse(url)
+    assert "k3y-of-a" not in redact(f"POST {url} failed")
+    assert redact("http://127.0.0.1:4200/api") == "http://127.0.0.1:4200/api"
 
 
 @pytest.mark.filterwarnings("ignore:'imghdr' is deprecated")  # of slack_sdk, by Apprise, which Prefect posts with

@@ -23,8 +23,8 @@ from tasks.stage.context import Runtime
 
 NAMED = "likeness-named"
 """Tag of flow runs whose submitter has named them."""
-RANDOM_NAME = re.compile(r"[a-z]+\d*-[a-z]+\d*")
-"""As Prefect makes them: chameleon-purple in the server, eta4-sano in the UI's form."""
+OWN_NAME = re.compile(r".+-[0-9a-f]{6}-[0-9a-f]{4}")
+"""As `make_name` makes them."""
 
 
 def make_name(request: RunRequest) -> str:
@@ -37,7 +37,8 @@ def make_name(request: RunRequest) -> str:
 def name_flow_run() -> str:
     """Return the name of the flow run in progress: as `make_name`, unless it was given one."""
     name = str(flow_run.name or "")
-    if NAMED in flow_run.tags or not RANDOM_NAME.fullmatch(name):  # the latter also in a second attempt
+    # Names that Prefect or its form made up can't be told from typed ones.
+    if NAMED in flow_run.tags or OWN_NAME.fullmatch(name):  # the latter in a second attempt
         return name
     try:
         return make_name(RunRequest.model_validate(flow_run.parameters["request"]))

@@ -15,7 +15,7 @@ setup-dev:
 demo: setup  ## run the whole job on the embedded default
 	@$(BIN)/likeness run
 
-# One process more than there are cores (tests/conftest.py). A file's tests stay together, and so do all whole runs: they share a Prefect server and a run.
+# One process per core. A file's tests stay together, and so do all whole runs: they share a Prefect server and a run.
 PYTEST := $(BIN)/python -m pytest -n auto
 SLOW := servers or stack or browser
 LAYERS := not (long or $(SLOW))

@@ -49,12 +49,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return layers.make_scheduler(config, log)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are cores: tests wait for servers and processes a third of the time."""
-    return (os.cpu_count() or 1) + 1
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> LocalStore:
     """An empty store in a folder."""

@@ -37,7 +37,7 @@ def make_name(request: RunRequest) -> str:
 def name_flow_run() -> str:
     """Return the name of the flow run in progress: as `make_name`, unless it was given one."""
     name = str(flow_run.name or "")
-    # Names that Prefect or its form made up can't be told from typed ones.
+    # A name that Prefect or its form made up looks like a typed one.
     if NAMED in flow_run.tags or OWN_NAME.fullmatch(name):  # the latter in a second attempt
         return name
     try:

@@ -69,7 +69,10 @@ class ObjectCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with staged_file(target, size_bytes=num_bytes) as staged:
                 # A copy, no hard link: the file's owner may change its mode, or write to it.
-                _ = staged.write_bytes(source) if isinstance(source, bytes) else shutil.copyfile(source, staged)
+                if isinstance(source, bytes):
+                    staged.write_bytes(source)
+                else:
+                    shutil.copyfile(source, staged)
             target.chmod(READ_ONLY)  # it may be linked to others' files
             self.make_room(num_bytes)
 

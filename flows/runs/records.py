@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 from pydantic import BaseModel, ValidationError
 
 from conf.defaults import fill_defaults
@@ -32,6 +31,7 @@ from tasks.manifests.run_summary import (
     make_head,
 )
 from tasks.redaction import clean_text, redact
+from tasks.services.store.lease import find_start, is_same_process
 from tasks.stage.digests import digest, dump_signed, load_signed, parse_json, sign, verify_signed
 from tasks.stage.files import write_atomic
 
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 SUMMARY, REQUEST, MODEL_LINK = "summary.json", "request.json", "model"
 PAUSE = "Pause"
 """Name of the exception by which Prefect suspends a flow run."""
-# psutil adds a process's start to the boot time, which shifts when the system clock is adjusted.
-CLOCK_SLACK_SECONDS = 2.0
 
 
 class StoredRequest(BaseModel):
@@ -87,14 +85,12 @@ def write_summary(folder: Path, summary: RunSummary) -> None:
 
 def write_start(folder: Path, run_id: str, config_digest: str = "", *, flow_run_id: str = "") -> None:
     """Mark a run as running, and record its process."""
-    # pid and creation time: a pid alone is reused by other processes.
-    started = round(psutil.Process().create_time(), 2)
     summary = make_head(run_id, "running").model_copy(
         update={
             "config_digest": config_digest,
             "started_at": stamp(time.time()),
             "flow_run_id": flow_run_id,
-            "owner": ProcessOwner(host=socket.gethostname(), pid=os.getpid(), started=started),
+            "owner": own_process(),
         }
     )
     write_summary(folder, summary)
@@ -178,6 +174,11 @@ def read_plain(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def own_process() -> ProcessOwner:
+    """Return what runs and trials of this process are marked with."""
+    return ProcessOwner(host=socket.gethostname(), pid=os.getpid(), started=round(find_start(os.getpid()), 2))
+
+
 def is_alive(owner: ProcessOwner | None) -> bool:
     """Whether a run's process is alive; one on another host is assumed to be."""
     if owner is None:
@@ -185,10 +186,7 @@ def is_alive(owner: ProcessOwner | None) -> bool:
     # A shared output folder: nothing can be said of another machine's processes, so its runs are not resumed.
     if owner.host != socket.gethostname():
         return True
-    try:
-        return bool(abs(psutil.Process(owner.pid).create_time() - owner.started) < CLOCK_SLACK_SECONDS)
-    except (psutil.Error, ValueError):
-        return False
+    return is_same_process(owner.pid, owner.started)
 
 
 def list_run_folders(output: Path) -> list[Path]:

@@ -5,20 +5,16 @@ Optuna is imported late: it takes over a second.
 
 import fcntl
 import json
-import os
 import secrets
-import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from conf.request import Value
 from conf.sweep import SweepRequest, parse_objective
-from flows.runs.records import is_alive
+from flows.runs.records import is_alive, own_process
 from tasks.errors import ConfigError
 from tasks.manifests.run_summary import ProcessOwner
 from tasks.stage.digests import digest
@@ -266,18 +262,14 @@ def mix(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
 
 
-def own_process() -> ProcessOwner:
-    """Return the process that a trial is marked with."""
-    started = round(psutil.Process().create_time(), 2)
-    return ProcessOwner(host=socket.gethostname(), pid=os.getpid(), started=started)
-
-
 def is_held(trial: "FrozenTrial") -> bool:
     """Whether a running trial belongs to another process that is alive."""
     stored = trial.user_attrs.get(OWNER)
     owner = None if stored is None else ProcessOwner.model_validate(stored)
     # A process opens a study before it takes trials, so one that it holds already is of an earlier sweep.
-    return owner is not None and owner != own_process() and is_alive(owner)
+    own = own_process()
+    is_own = owner is not None and (owner.host, owner.pid) == (own.host, own.pid)
+    return not is_own and is_alive(owner)
 
 
 def is_interrupted(trial: "FrozenTrial") -> bool:

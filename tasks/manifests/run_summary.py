@@ -19,7 +19,7 @@ class ProcessOwner(Record):
     host: str
     pid: int
     started: float
-    """Unix time in seconds; tells a process from a later one with the same id."""
+    """In seconds since its machine started; tells a process from a later one with the same id."""
 
 
 class StageSummary(Record):

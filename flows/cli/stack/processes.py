@@ -14,8 +14,8 @@ import psutil
 from pydantic import BaseModel
 
 from tasks.errors import ConfigError, ServiceUnavailable
+from tasks.services.store.lease import find_start, is_same_process
 
-CLOCK_SLACK_SECONDS = 2.0
 OWN_SECRETS = ("LIKENESS_NOTIFY_URL", "LIKENESS_DATABASE_URL")
 """Variables of `likeness up` that no other process needs."""
 STOP_SECONDS = 40.0  # training saves its checkpoint within `training.grace_seconds`
@@ -32,12 +32,7 @@ class StackProcess(BaseModel):
 
     def is_alive(self) -> bool:
         """Whether this very process runs: a pid alone is reused by others."""
-        try:
-            process = psutil.Process(self.pid)
-            is_same = abs(process.create_time() - self.started) < CLOCK_SLACK_SECONDS
-            return bool(is_same and process.status() != psutil.STATUS_ZOMBIE)
-        except psutil.Error:
-            return False
+        return is_same_process(self.pid, self.started)
 
 
 def check_port(port: int, *, option: str) -> int:
@@ -69,7 +64,7 @@ def start_detached(
         ],
         setsid=True,
     )
-    return StackProcess(name=name, pid=pid, started=psutil.Process(pid).create_time(), port=port, log=str(log))
+    return StackProcess(name=name, pid=pid, started=find_start(pid), port=port, log=str(log))
 
 
 def wait_healthy(process: StackProcess, is_healthy: Callable[[], bool], *, seconds: float) -> None:

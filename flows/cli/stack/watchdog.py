@@ -31,6 +31,7 @@ MAX_AGE = datetime.timedelta(hours=1)
 PAGE = 200
 LOST_GRACE = datetime.timedelta(seconds=90)
 """The same for a missing heartbeat: the automation acts up to 60 s after its window, even on what was done since."""
+CLOCKS_APART = datetime.timedelta(days=1)
 SLEPT_SECONDS = 4 * POLL_SECONDS
 """A longer pause between two looks: this machine was suspended, and living runs could send no heartbeat."""
 log = logging.getLogger("likeness.watchdog")
@@ -155,14 +156,17 @@ def end_lost(client: "SyncPrefectClient", run: "FlowRun") -> bool:
 def find_heartbeat(
     client: "SyncPrefectClient", flow_run_id: uuid.UUID, *, since: datetime.datetime, until: datetime.datetime
 ) -> datetime.datetime | None:
-    """Return the time of a run's newest heartbeat; None where there is none."""
+    """Return when the server received a run's newest heartbeat; None where there is none."""
+    # By the clock of the run's machine, which may be off: a day covers any time zone that is wrong.
+    first, last = since - CLOCKS_APART, until + CLOCKS_APART
     wanted = {
-        "occurred": {"since": since.isoformat(), "until": until.isoformat()},
+        "occurred": {"since": first.isoformat(), "until": last.isoformat()},
         "event": {"name": ["prefect.flow-run.heartbeat"]},
         "resource": {"id": [f"prefect.flow-run.{flow_run_id}"]},
     }
-    found = client.request("POST", "/events/filter", json={"filter": wanted, "limit": 1}).json()["events"]
-    return datetime.datetime.fromisoformat(found[0]["occurred"]) if found else None
+    found = client.request("POST", "/events/filter", json={"filter": wanted, "limit": 50}).json()["events"]
+    # Not the first one: after a clock was set back, later heartbeats are older by it.
+    return max((datetime.datetime.fromisoformat(event["received"]) for event in found), default=None)
 
 
 def look(client: "SyncPrefectClient", watch: Watch, *, slept: float = 0.0) -> None:

@@ -1,6 +1,8 @@
 """Leases in the store: one holder per name, considered dead when its process or its heartbeat is gone.
 
 A stale lease is taken over by creating the next number with a conditional put, which succeeds for one contender only.
+The clocks of two hosts may differ by more than a lease lives, and may be set while it is held. So a contender watches a
+lease of another host by its own monotonic clock: one that is renewed is never taken over.
 """
 
 import logging
@@ -23,7 +25,9 @@ log = logging.getLogger(__name__)
 CLOCK_SLACK_SECONDS = 2.0
 LEASES = "leases"
 TRUSTED_SECONDS = 60.0  # after a renewal; well below the expiry, since a write takes time too
-HEARTBEAT_SECONDS, EXPIRY_SECONDS = 20.0, 120.0  # five heartbeats may fail; also absorbs clock skew between hosts
+HEARTBEAT_SECONDS, EXPIRY_SECONDS = 20.0, 120.0  # five heartbeats may fail
+CERTAIN_SECONDS = 86_400.0  # past the expiry; no clock is off by more: a wrong time zone is 14 hours
+WATCHED_HEARTBEATS = 3  # that a contender waits for, where by its clock the lease has expired
 
 
 class Lease(BaseModel):
@@ -34,24 +38,40 @@ class Lease(BaseModel):
     pid: int
     process_started: float
     expires_at: float
+    """By the holder's clock."""
+
+    def has_ended(self) -> bool:
+        """Whether its holder is gone for certain: on this host no such process, or expired for longer than a day."""
+        is_here = self.host == socket.gethostname()
+        is_dead = is_here and not is_same_process(self.pid, self.process_started)
+        return is_dead or time.time() - self.expires_at > CERTAIN_SECONDS
 
     def is_stale(self) -> bool:
-        """Whether its holder is gone: no heartbeat in time, or, on this host, no such process."""
-        if time.time() > self.expires_at:
-            return True
-        # Not exactly equal: psutil adds the boot time, which shifts when the clock is adjusted.
-        is_here = self.host == socket.gethostname()
-        return is_here and abs(find_start(self.pid) - self.process_started) > CLOCK_SLACK_SECONDS
+        """Whether its holder seems gone, as far as one look can tell; a `Contender` looks on."""
+        return self.has_ended() or time.time() > self.expires_at
 
 
 def find_start(pid: int) -> float:
-    """Return a process's start time, 0 where there is none; with the pid it survives pid reuse."""
+    """Return when a process started, in seconds since its machine did; 0 where there is none.
+
+    With the pid it tells a process from another one that got its pid. Steps of the clock do not change it.
+    """
     try:
         process = psutil.Process(pid)
         # A zombie keeps its pid and start time, but no longer does any work.
-        return 0.0 if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return 0.0
+        # On Linux psutil adds the boot time, which follows the clock.
+        return float(process.create_time() - (psutil.boot_time() if psutil.LINUX else 0.0))
     except psutil.Error:
         return 0.0
+
+
+def is_same_process(pid: int, started: float) -> bool:
+    """Whether the process that had a pid and a start (`find_start`) is alive."""
+    # Not exactly equal: the kernel's boot time is in whole seconds, and may change between two reads.
+    found = find_start(pid)
+    return found > 0 and abs(found - started) <= CLOCK_SLACK_SECONDS
 
 
 class HeldLease:
@@ -107,6 +127,55 @@ class HeldLease:
             log.warning("the lease of %s was not released and expires by itself: %s", describe_name(self.key), error)
 
 
+class Contender:
+    """One that wants to hold a name, and watches those that do by its own clock."""
+
+    def __init__(self, store: Store, name: str, owner: str) -> None:
+        self.store = store
+        self.name = name
+        self.owner = owner
+        self.seen: dict[str, tuple[Lease, float]] = {}
+        """Each lease, and since when it has not changed."""
+        self.renewed: set[str] = set()
+
+    def try_acquire(self) -> str | None:
+        """Return the key of the acquired lease, or None where another process holds the name."""
+        holder = find_holder(self.store, self.name)
+        if holder is not None and not self.is_stale(*holder):
+            return None
+        # The number follows from the lease found stale: if a faster contender took it over, this key exists already.
+        key = f"{prefix_of(self.name)}{(read_number(holder[0]) if holder else 0) + 1:06d}.json"
+        if not self.store.put_if_absent(key, dump_signed(make_lease(self.owner))):
+            return None
+        # The put excludes contenders for the same number only. One that listed other leases may hold another number.
+        for other in list_leases(self.store, self.name):
+            if other != key:
+                found = read_lease(self.store, other)
+                if found is not None and not self.is_stale(other, found):
+                    self.store.delete(key)  # acquired concurrently: both back off and try again
+                    return None
+                self.store.delete(other)
+        return key
+
+    def is_stale(self, key: str, found: Lease) -> bool:
+        """Whether a lease's holder is gone: it has ended, or was not renewed while this contender looked on."""
+        # Not `read_clock`: while this host is suspended, a holder on it could renew nothing.
+        now = time.monotonic()
+        known, since = self.seen.get(key, (None, now))
+        if known != found:
+            since = now
+            self.seen[key] = (found, now)
+            if known is not None:
+                self.renewed.add(key)
+        is_overdue = time.time() > found.expires_at
+        limit = min(WATCHED_HEARTBEATS * HEARTBEAT_SECONDS, EXPIRY_SECONDS) if is_overdue else EXPIRY_SECONDS
+        return found.has_ended() or now - since >= limit
+
+    def is_undecided(self, key: str, found: Lease) -> bool:
+        """Whether a lease seems stale and no renewal was seen: looking on will tell."""
+        return found.is_stale() and key not in self.renewed
+
+
 @contextmanager
 def hold_lease(
     store: Store, name: str, *, max_wait_seconds: float, poll_seconds: float, on_wait: Callable[[str], None]
@@ -116,7 +185,7 @@ def hold_lease(
     Args:
         store: where leases lie.
         name: a kind and a name, for example `batch-jobs/1f3a`.
-        max_wait_seconds: how long to wait for a living holder.
+        max_wait_seconds: how long to wait for a living holder; for one that seems gone, until that is certain.
         poll_seconds: seconds between two looks.
         on_wait: called before each look with who holds the lease.
 
@@ -125,40 +194,20 @@ def hold_lease(
 
     """
     deadline = time.monotonic() + max_wait_seconds
-    owner = uuid.uuid4().hex
-    while (key := try_acquire(store, name, owner)) is None:
+    contender = Contender(store, name, uuid.uuid4().hex)
+    while (key := contender.try_acquire()) is None:
         holder = find_holder(store, name)
         who = f"process {holder[1].pid} on {holder[1].host}" if holder else "another process"
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline and not (holder and contender.is_undecided(*holder)):
             what = describe_name(prefix_of(name))
             raise StillPending(f"{who} holds the lease of {what}; run again when it has ended, or `likeness pending`")
         on_wait(who)
         time.sleep(min(1.0, poll_seconds))
-    held = HeldLease(store, key, owner=owner)
+    held = HeldLease(store, key, owner=contender.owner)
     try:
         yield held
     finally:
         held.release()
-
-
-def try_acquire(store: Store, name: str, owner: str) -> str | None:
-    """Return the key of the acquired lease, or None where another process holds the name."""
-    holder = find_holder(store, name)
-    if holder is not None and not holder[1].is_stale():
-        return None
-    # The number follows from the lease found stale: if a faster contender took it over, this key exists already.
-    key = f"{prefix_of(name)}{(read_number(holder[0]) if holder else 0) + 1:06d}.json"
-    if not store.put_if_absent(key, dump_signed(make_lease(owner))):
-        return None
-    # The put excludes contenders for the same number only. One that listed other leases may hold another number.
-    for other in list_leases(store, name):
-        if other != key:
-            found = read_lease(store, other)
-            if found is not None and not found.is_stale():  # acquired concurrently: both back off and try again
-                store.delete(key)
-                return None
-            store.delete(other)
-    return key
 
 
 def find_holder(store: Store, name: str) -> tuple[str, Lease] | None:

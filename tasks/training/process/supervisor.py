@@ -23,6 +23,7 @@ from tasks.training.process.worker_spec import RunFolder, TrainingSpec, WorkerFa
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
+PAUSE_SECONDS = 10.0  # between two looks, where this process was not stopped
 LOCK_SECONDS = 10.0
 KINDS = {kind.__name__: kind for kind in (ConfigError, StorageFull, AdapterSaveFailed)}
 """Errors of the worker that are raised here as they are; any other is a TrainingFailed that names the log."""
@@ -59,12 +60,18 @@ def run_worker(
     run.events.write_text("")  # `EventTail` starts at 0 and must not replay an earlier attempt
     process = start(spec, run, inherited=inherited)
     tail = EventTail(run.events, on_event)
-    started = time.time()  # wall clock: compared with modification times
+    heartbeats = Heartbeats(run, spec.training.world_size)
     try:
         while process.poll() is None:
             check()
             tail.read()
-            check_heartbeats(run, spec, started=started, process=process, step=tail.last_step)
+            rank = heartbeats.find_stalled(spec.training.stall_seconds)
+            if rank is not None:  # the other ranks would wait for it in a collective indefinitely
+                kill_all(process)
+                raise TrainingFailed(
+                    f"rank {rank} ran no forward pass for {spec.training.stall_seconds:.0f} s after step "
+                    f"{tail.last_step}; all ranks were terminated; see {run.log}"
+                )
             time.sleep(POLL_SECONDS)
     finally:
         if process.poll() is None:
@@ -116,26 +123,37 @@ def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()
         )
 
 
-def check_heartbeats(
-    run: RunFolder, spec: TrainingSpec, *, started: float, process: "subprocess.Popen[bytes]", step: int
-) -> None:
-    """Kill all ranks where one has stalled: the others would wait for it in a collective indefinitely.
+class Heartbeats:
+    """When the ranks' heartbeat files last changed, by the monotonic clock.
 
-    Raises:
-        TrainingFailed: names the stalled rank.
-
+    Their modification times are compared with each other only: while training runs, the clock may be set, and the
+    machine may be suspended.
     """
-    limit = spec.training.stall_seconds
-    for rank in range(spec.training.world_size):
-        path = run.heartbeat(rank)
-        # A heartbeat file of an earlier attempt is older than this start.
-        seen = max(started, path.stat().st_mtime) if path.exists() else started
-        if time.time() - seen > limit:
-            kill_all(process)
-            raise TrainingFailed(
-                f"rank {rank} ran no forward pass for {limit:.0f} s after step {step}; all ranks were terminated; "
-                f"see {run.log}"
-            )
+
+    def __init__(self, run: RunFolder, world_size: int) -> None:
+        self.paths = [run.heartbeat(rank) for rank in range(world_size)]
+        self.looked = time.monotonic()
+        self.seen = [(read_modified(path), self.looked) for path in self.paths]
+
+    def find_stalled(self, limit: float) -> int | None:
+        """Return a rank whose file has not changed for `limit` seconds; None where there is none."""
+        now = time.monotonic()
+        # This process was stopped (Ctrl-Z, SIGSTOP), and the ranks may have been with it.
+        pause = now - self.looked if now - self.looked > PAUSE_SECONDS else 0.0
+        self.looked = now
+        for rank, path in enumerate(self.paths):
+            modified, since = self.seen[rank]
+            found = read_modified(path)
+            self.seen[rank] = (modified, since + pause) if found == modified else (found, now)
+        return next((rank for rank, (_, since) in enumerate(self.seen) if now - since > limit), None)
+
+
+def read_modified(path: Path) -> int | None:
+    """Return a file's modification time in nanoseconds; None where there is no file."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def stop(process: "subprocess.Popen[bytes]", run: RunFolder, *, grace_seconds: float) -> None:

@@ -17,6 +17,7 @@ from flows.runs.attempts import MAX_ATTEMPTS, check_attempts, find_finished_atte
 from flows.runs.records import read_summary, write_request, write_start, write_summary
 from tasks.errors import ConfigError, LikenessError
 from tasks.manifests.run_summary import ProcessOwner
+from tasks.services.store.lease import find_start
 
 
 def test_a_run_that_crashed_too_often_fails_instead_of_being_rescheduled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +65,7 @@ def test_a_second_attempt_reads_no_file_that_a_restricted_request_may_not_name(
 def earlier() -> Iterator[ProcessOwner]:
     """A process that started before the attempts of these tests."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    started = round(psutil.Process(process.pid).create_time(), 2)
+    started = round(find_start(process.pid), 2)
     yield ProcessOwner(host=socket.gethostname(), pid=process.pid, started=started)
     process.kill()
     process.wait()

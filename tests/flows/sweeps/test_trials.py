@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from conf.compose import compile_request
@@ -16,6 +15,7 @@ from flows.sweeps.study import OWNER, SweepStudy
 from tasks.errors import ConfigError, TrainingFailed
 from tasks.manifests.run_summary import ProcessOwner, RunSummary
 from tasks.services.llm.budget.ledger import Ledger, LedgerRow
+from tasks.services.store.lease import find_start
 from tests.support.sweep import RATE, STEPS, FakeRuns, interrupt_after, sweep, sweep_request
 
 RANGES = (f"{RATE}=1e-6..1e-2:log", f"{STEPS}=10..50:10")
@@ -41,7 +41,7 @@ def other_process() -> Iterator[ProcessOwner]:
     import socket
 
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    started = psutil.Process(process.pid).create_time()
+    started = find_start(process.pid)
     yield ProcessOwner(host=socket.gethostname(), pid=process.pid, started=started)
     process.communicate(b"\n")
 

@@ -24,6 +24,8 @@ from tests.support.fault_proxy import FaultProxy, Mode
 
 TARGET_SECONDS = 60.0
 """For which a fault waits for a process or a lease that it could hit."""
+CLOCK_SECONDS = 600
+"""Five times what a lease lives, and below the 15 minutes within which S3 accepts a request's time."""
 FILE_BYTES = 4096
 """The largest file during a full disk: logs and small records still fit, weights do not."""
 
@@ -297,6 +299,31 @@ def limit_files(strike: Strike, flow_run_id: str, limit: int) -> None:
                 resource.prlimit(each.process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 
+def step_clock(strike: Strike) -> bool:
+    """Set the clock of the second worker's machine by ten minutes during a run, or right again where it is wrong."""
+    clock = strike.site.clock
+    deadline = time.monotonic() + TARGET_SECONDS
+    while clock.environment() and time.monotonic() < deadline:
+        workers = {worker.pid for worker in strike.site.workers if worker.is_alive()}
+        flows = find_processes(strike.site.token, "flow")
+        strike.hit += [each.flow_run_id for each in flows if workers & {each.process.pid, *list_parents(each.process)}]
+        strike.hit[:] = [each for each in strike.hit if each in strike.active]
+        if strike.hit:
+            clock.set(0 if clock.read() else strike.random.choice((-CLOCK_SECONDS, CLOCK_SECONDS)))
+            strike.wait()
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def list_parents(process: psutil.Process) -> list[int]:
+    """Return the ids of all processes above one that may have ended."""
+    try:
+        return [parent.pid for parent in process.parents()]
+    except psutil.Error:
+        return []
+
+
 def lose_lease(strike: Strike) -> bool:
     """Delete a stage's lease, or overwrite it with that of a process that is gone."""
     deadline = time.monotonic() + TARGET_SECONDS
@@ -349,28 +376,14 @@ KINDS: dict[str, Callable[[Strike], bool]] = {
     "MLflow restarted": restart(MLFLOW),
     "disk full (RLIMIT_FSIZE)": fill_disk,
     "stage lease lost": lose_lease,
+    "clock set by 10 min": step_clock,
 }
-SLUGS = {
-    slug: kind
-    for slug, kind in zip(
-        (
-            "worker",
-            "flow",
-            "trainer",
-            "machine",
-            "suspend",
-            "prefect",
-            "sqlite",
-            "s3-503",
-            "s3-cut",
-            "vision",
-            "mlflow",
-            "disk",
-            "lease",
-        ),
+SLUGS = dict(
+    zip(
+        "worker flow trainer machine suspend prefect sqlite s3-503 s3-cut vision mlflow disk lease clock".split(),
         KINDS,
         strict=True,
     )
-}
+)
 """Names of the kinds on the command line."""
 __all__ = ["KINDS", "SLUGS", "WORKER", "Injected", "Planned", "inject", "plan_faults"]

@@ -49,6 +49,42 @@ class Place:
         return words if self.kind == "local" else [*words, f"store={self.name}", f"llm={self.name}"]
 
 
+@dataclass(frozen=True)
+class WallClock:
+    """A wall clock that can be set for some processes alone, while they run (`clock_step.c`)."""
+
+    folder: Path
+
+    def build(self) -> None:
+        """Compile the library; without a C compiler the clock can't be set."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        compiler = shutil.which("cc")
+        if compiler:
+            source = Path(__file__).parent / "clock_step.c"
+            words = [compiler, "-shared", "-fPIC", "-O2", "-o", str(self.folder / "clock_step.so"), str(source), "-ldl"]
+            subprocess.run(words, check=True)
+            self.set(0)
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables of the processes that read it; none where it can't be set."""
+        if not (self.folder / "offset").exists():
+            return {}
+        return {
+            "LD_PRELOAD": str(self.folder / "clock_step.so"),
+            "LIKENESS_CHAOS_CLOCK": str(self.folder / "offset"),
+        }
+
+    def set(self, seconds: int) -> None:
+        """Set it to so many seconds after the true time."""
+        path = self.folder / "offset"
+        with path.open("r+b" if path.exists() else "w+b") as file:  # in place: processes have mapped it
+            file.write((seconds * 10**9).to_bytes(8, sys.byteorder, signed=True))
+
+    def read(self) -> int:
+        """Return by how many seconds it is ahead."""
+        return int.from_bytes((self.folder / "offset").read_bytes(), sys.byteorder, signed=True) // 10**9
+
+
 @dataclass
 class Site:
     """Everything that runs during a campaign."""
@@ -64,6 +100,11 @@ class Site:
     vision_port: int = 0
     bucket_url: str = ""
     bucket: FaultProxy | None = None
+
+    @property
+    def clock(self) -> "WallClock":
+        """That of the workers beside the stack's own, and of their runs: another machine's."""
+        return WallClock(self.root / "clock")
 
     @property
     def output(self) -> Path:
@@ -125,6 +166,7 @@ class Site:
                 "LIKENESS_ROOTS": str(self.root),
                 "LIKENESS_OUTPUT_DIR": str(self.output),
                 **({"LIKENESS_MLFLOW_URL": f"http://127.0.0.1:{mlflow.port}"} if mlflow else {}),
+                **self.clock.environment(),
             }  # fmt: skip
             command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
             log = self.output / "stack" / "logs" / f"worker-{len(self.workers) + 2}.log"
@@ -217,6 +259,7 @@ def open_site(root: Path, num_workers: int, *, num_steps: int) -> Iterator[Site]
     shutil.rmtree(root, ignore_errors=True)
     (root / "tmp").mkdir(parents=True)
     site = Site(root, num_workers, num_steps)
+    site.clock.build()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     # This process composes requests too, and looks into the bucket.
     os.environ.update(

@@ -378,12 +378,7 @@ KINDS: dict[str, Callable[[Strike], bool]] = {
     "stage lease lost": lose_lease,
     "clock set by 10 min": step_clock,
 }
-SLUGS = dict(
-    zip(
-        "worker flow trainer machine suspend prefect sqlite s3-503 s3-cut vision mlflow disk lease clock".split(),
-        KINDS,
-        strict=True,
-    )
-)
+NAMES = "worker flow trainer machine suspend prefect sqlite s3-503 s3-cut vision mlflow disk lease clock"
+SLUGS = dict(zip(NAMES.split(), KINDS, strict=True))
 """Names of the kinds on the command line."""
 __all__ = ["KINDS", "SLUGS", "WORKER", "Injected", "Planned", "inject", "plan_faults"]

@@ -6,7 +6,7 @@ from prefect.runtime import deployment
 from conf.request import RunRequest
 from flows.runs.approval import ask_approval
 from flows.runs.artifacts import name_flow_run, show_artifacts
-from flows.runs.attempts import check_attempts, find_finished_attempt
+from flows.runs.attempts import check_attempts, find_finished_attempt, warn_of_clock
 from flows.runs.context import open_run, trust_of_run
 from tasks.evaluation.steps import EvaluationInputs, evaluate
 from tasks.manifests.run import RunManifests
@@ -34,6 +34,8 @@ def personalize_subject(request: RunRequest = RunRequest()) -> RunSummary:  # no
     if (finished := find_finished_attempt(request, is_trusted=is_trusted)) is not None:
         return finished
     with open_run(request, is_trusted=is_trusted) as run:
+        if deployment.id is not None:
+            warn_of_clock()
         config, runtime, diffusion = run.config, run.runtime, run.config.diffusion
         # Checked before class images are submitted: bad photos must not cost a GPU hour.
         photos = check_photos(config.subject, runtime, is_drawn_world=config.is_mini)

@@ -1,9 +1,13 @@
 """Attempts of one flow run: crashed ones are rescheduled by an automation, which counts nothing itself."""
 
+import datetime
+import logging
 import shutil
 import socket
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
+import httpx
 import psutil
 from prefect.exceptions import Abort
 from prefect.runtime import flow_run
@@ -16,6 +20,9 @@ from tasks.errors import LikenessError
 from tasks.manifests.run_summary import ProcessOwner, RunSummary
 
 MAX_ATTEMPTS = 5
+MAX_SKEW_SECONDS = 30.0
+"""Between this machine's clock and the server's; a third of the window in which a heartbeat must arrive."""
+log = logging.getLogger(__name__)
 
 
 def check_attempts() -> None:
@@ -26,6 +33,29 @@ def check_attempts() -> None:
         raise LikenessError(
             f"the run crashed {MAX_ATTEMPTS} times; look at its logs, then `likeness resume` it by hand"
         )
+
+
+def warn_of_clock() -> None:
+    """Warn where this machine's clock is off: by its time the server tells whether a run sends heartbeats.
+
+    Where it is behind by more than the window, Prefect's automation takes a living run for lost and starts another
+    attempt, which waits for the first one's lease.
+    """
+    from prefect.client.orchestration import get_client
+
+    try:
+        with get_client(sync_client=True) as client:
+            date = client.request("GET", "/health").headers["date"]
+        # A date without a time zone can't be compared.
+        seconds = (datetime.datetime.now(datetime.UTC) - parsedate_to_datetime(date)).total_seconds()
+    except (httpx.HTTPError, OSError, KeyError, ValueError, TypeError):  # a check costs no run
+        return
+    if abs(seconds) > MAX_SKEW_SECONDS:
+        side = "ahead of" if seconds > 0 else "behind"
+        log.warning(
+            "the clock of %s is %.0f s %s the Prefect server's: living runs may be taken for lost; set it by NTP",
+            socket.gethostname(), abs(seconds), side,
+        )  # fmt: skip
 
 
 def find_finished_attempt(request: RunRequest, *, is_trusted: bool) -> RunSummary | None:

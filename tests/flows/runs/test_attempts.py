@@ -5,19 +5,29 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
 
 import psutil
 import pytest
 from prefect.exceptions import Abort
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from conf.request import RunRequest
-from flows.runs.attempts import MAX_ATTEMPTS, check_attempts, find_finished_attempt, leave_to_earlier_attempt
+from flows.runs.attempts import (
+    MAX_ATTEMPTS,
+    check_attempts,
+    find_finished_attempt,
+    leave_to_earlier_attempt,
+    warn_of_clock,
+)
 from flows.runs.records import read_summary, write_request, write_start, write_summary
 from tasks.errors import ConfigError, LikenessError
 from tasks.manifests.run_summary import ProcessOwner
 from tasks.services.store.lease import find_start
+from tests.support.http_server import serve
 
 
 def test_a_run_that_crashed_too_often_fails_instead_of_being_rescheduled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,6 +37,27 @@ def test_a_run_that_crashed_too_often_fails_instead_of_being_rescheduled(monkeyp
     monkeypatch.setenv(variable, str(MAX_ATTEMPTS + 1))
     with pytest.raises(LikenessError, match="the run crashed 5 times"):
         check_attempts()
+
+
+@pytest.mark.parametrize(
+    ("ahead", "warning"),
+    [(0, None), (20, None), (600, "ahead of the Prefect server's"), (-600, "behind the Prefect server's")],
+)
+def test_a_clock_that_is_off_is_warned_of(ahead: float, warning: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    date = formatdate(time.time() - ahead, usegmt=True)
+    with serve("true", date=date) as url, temporary_settings({PREFECT_API_URL: url}):
+        warn_of_clock()
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * (warning is not None)
+    assert (warning or "") in caplog.text
+
+
+@pytest.mark.parametrize("date", ["yesterday", "Sun, 29 Nov 2026 11:00:00 -0000"])
+def test_a_server_whose_time_is_unknown_costs_no_run(date: str, caplog: pytest.LogCaptureFixture) -> None:
+    with serve("true", date=date) as url, temporary_settings({PREFECT_API_URL: url}):
+        warn_of_clock()
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
+        warn_of_clock()
+    assert not caplog.records
 
 
 def test_a_run_that_has_finished_is_not_done_again_when_it_is_rescheduled(

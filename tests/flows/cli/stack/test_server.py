@@ -1,9 +1,5 @@
 """A configured Prefect server that can't be used is one line, for every command that talks to it."""
 
-import http.server
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import prefect
@@ -14,31 +10,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows.cli.stack.server import check_server
 from tasks.errors import LikenessError
 from tests.support.cli_sandbox import CliSandbox
-
-
-@contextmanager
-def serve(status: int, body: str) -> Iterator[str]:
-    """Answer every request alike, and yield the address."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        do_POST = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/api"
-    finally:
-        server.shutdown()
-        server.server_close()
+from tests.support.http_server import serve
 
 
 @pytest.mark.parametrize(
@@ -53,7 +25,11 @@ def serve(status: int, body: str) -> Iterator[str]:
     ],
 )
 def test_a_server_that_cannot_be_used_is_named(status: int, body: str, code: int, message: str) -> None:
-    with serve(status, body) as url, temporary_settings({PREFECT_API_URL: url}), pytest.raises(LikenessError) as caught:
+    with (
+        serve(body, status=status) as url,
+        temporary_settings({PREFECT_API_URL: url}),
+        pytest.raises(LikenessError) as caught,
+    ):
         check_server()
     assert caught.value.exit_code == code
     assert f"the Prefect server at {url} {message}" in str(caught.value)
@@ -61,7 +37,7 @@ def test_a_server_that_cannot_be_used_is_named(status: int, body: str, code: int
 
 @pytest.mark.parametrize("words", [["run", "experiment=smoke", "tracking=none"], ["submit", "experiment=smoke"]])
 def test_a_server_of_another_version_is_one_line(tmp_path: Path, words: list[str]) -> None:
-    with serve(200, '"2.20.3"') as url:
+    with serve('"2.20.3"') as url:
         done = CliSandbox(tmp_path, url).likeness(*words)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert f"the Prefect server at {url} has version 2.20.3" in done.stderr

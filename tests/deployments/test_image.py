@@ -196,6 +196,19 @@ def test_a_container_is_unhealthy_while_its_address_does_not_answer(
     assert check_health.main() == 1
 
 
+def test_a_container_is_unhealthy_once_its_stamp_is_old_or_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stamp = tmp_path / "looked"
+    monkeypatch.setenv("LIKENESS_HEALTH_URL", f"file://{stamp}")
+    assert check_health.main() == 1
+    stamp.touch()
+    assert check_health.main() == 0
+    old = time.time() - check_health.MAX_AGE_SECONDS - 1
+    os.utime(stamp, (old, old))
+    assert check_health.main() == 1
+
+
 def test_buckets_are_created_once(
     s3_config: StoreConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

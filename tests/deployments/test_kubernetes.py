@@ -129,12 +129,21 @@ def test_a_pod_has_requests_limits_and_a_grace_period(name: str) -> None:
         assert PODS[name]["spec"]["terminationGracePeriodSeconds"] >= 60
 
 
-@pytest.mark.parametrize("name", of_kind("Deployment"))
+@pytest.mark.parametrize("name", sorted(of_kind("Deployment").keys() - {"likeness-watchdog"}))
 def test_a_server_has_probes_on_a_port_that_it_names(name: str) -> None:
     container = container_of(name)
     ports = {port["name"] for port in container["ports"]}
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert container[probe]["httpGet"]["port"] in ports
+
+
+def test_the_watchdogs_probe_reads_the_stamp_that_it_writes() -> None:
+    container = container_of("likeness-watchdog")
+    stamp = container["args"][container["args"].index("--stamp") + 1]
+    assert {"name": "LIKENESS_HEALTH_URL", "value": f"file://{stamp}"} in container["env"]
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        command = container[probe]["exec"]["command"]
+        assert (ROOT / command[-1]).is_file()
 
 
 @EACH_POD

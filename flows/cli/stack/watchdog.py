@@ -1,4 +1,4 @@
-"""Does what the server's automations have missed: `python -m flows.cli.stack.watchdog`.
+"""Does what the server's automations have missed: `python -m flows.cli.stack.watchdog [--stamp FILE]`.
 
 Crashed runs are scheduled again. On SQLite, prefect 3.8.8 drops the event of a crash where its database is locked at
 that moment: the transaction of `reactive_evaluation` reads before it writes, which SQLite refuses without waiting, and
@@ -8,11 +8,13 @@ Runs without heartbeats are marked crashed. An automation forgets what it waits 
 the `likeness up` of a newer version after the machine of a run died.
 """
 
+import argparse
 import datetime
 import logging
 import time
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.cli.stack.registration import TAG, find_heartbeat_window
@@ -188,15 +190,20 @@ def look(client: "SyncPrefectClient", watch: Watch, *, slept: float = 0.0) -> No
 
 
 def main() -> None:
-    """Look every few seconds, for ever."""
+    """Look every few seconds, for ever; touch the stamp after each look, for health checks."""
     from prefect.client.orchestration import get_client
 
+    parser = argparse.ArgumentParser(prog="python -m flows.cli.stack.watchdog")
+    parser.add_argument("--stamp", type=Path)
+    stamp: Path | None = parser.parse_args().stamp
     logging.basicConfig(format="%(asctime)s %(message)s")
     watch = Watch(find_heartbeat_window())
     with get_client(sync_client=True) as client:
         slept = 0.0
         while True:
             look(client, watch, slept=slept)
+            if stamp is not None:
+                stamp.touch()
             begun = time.time()
             time.sleep(POLL_SECONDS)
             slept = time.time() - begun

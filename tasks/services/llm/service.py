@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic
 
@@ -27,7 +28,7 @@ from tasks.services.llm.config import LlmConfig, ProfileConfig, ResponseFormat
 from tasks.services.llm.errors import may_be_billed
 from tasks.services.llm.reply_cache import CachedReply, Refusal, check_refusal, find_record, put_record
 from tasks.services.llm.retries import CircuitBreaker, call_with_retries, current_signal, outside_of_pool
-from tasks.services.llm.single_flight import SingleFlight
+from tasks.services.llm.single_flight import SingleFlight, run_once
 from tasks.services.store.base import Store
 
 if TYPE_CHECKING:
@@ -178,21 +179,22 @@ class LlmService:
         return replace(doubtful, reason=reason)
 
     def _ask_profile(self, spec: RequestSpec[T], row: LedgerRow, *, should_cache_refusal: bool) -> Answer[T]:
-        """Return one profile's reply, cached if possible; concurrent identical requests are sent once."""
+        """Return one profile's reply, cached if possible; identical requests of all processes are sent once."""
         cached = self.find_cached(spec, name=row.profile, role=row.role)
         if cached is not None:
             return replace(cached, fallback_index=row.fallback_index, reason=row.reason)
         key = self.cache_key(spec, row.profile)
-        answer, is_own = self.flights.run(key, lambda: self._ask_with_repair(spec, row, should_cache_refusal))
+        work = partial(self._ask_with_repair, spec, row, should_cache_refusal)
+        find = partial(self.find_cached, spec, name=row.profile, role=row.role)
+        patience = 2 * self.config.profiles[row.profile].timeout_seconds  # a call and its repair
+        once = partial(run_once, self.store, key, work, find=find, max_wait_seconds=patience)
+        answer, is_own = self.flights.run(key, once)
         if not is_own:  # joined another thread's call, which recorded the cost
             self.ledger.record(replace(row, outcome="cached", served_model=answer.served_model))
         return replace(answer, fallback_index=row.fallback_index, reason=row.reason)
 
     def _ask_with_repair(self, spec: RequestSpec[T], row: LedgerRow, should_cache_refusal: bool) -> Answer[T]:
         """Ask one profile, and repair an invalid reply once by a second request that names the fault."""
-        kept = self.read_cached(spec, name=row.profile)
-        if kept is not None:  # another thread's flight may have ended between the first lookup and this one
-            return kept
         refusal_key = self.cache_key(spec, row.profile).replace("/replies/", "/refusals/")
         # Before the body, since `response_format` may probe the provider, which costs a call.
         if should_cache_refusal:
@@ -283,9 +285,7 @@ class LlmService:
         try:
             with translated(profile):
                 yield finish
-        except (
-            KeyboardInterrupt
-        ):  # not reconciled: tokens generated until now may be billed, so the cost stays reserved
+        except KeyboardInterrupt:  # not reconciled: what was generated may be billed, so the cost stays reserved
             self.ledger.record(replace(lost, outcome="cancelled", usage_fault="the call was interrupted"))
             raise
         except LikenessError as error:

@@ -12,7 +12,9 @@ from conf.sweep import SweepRequest
 from flows.runs.records import to_overrides
 from flows.sweeps.study import ERROR, SweepStudy, is_interrupted
 from flows.sweeps.trials import CACHED, COST, METRIC_VALUES, RUNS, SEED_VALUES, SEEDS, SETTINGS
+from tasks.errors import ConfigError
 from tasks.manifests.run_summary import RegisteredModel
+from tasks.stage.digests import digest
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -102,6 +104,38 @@ def collect_outcome(study: SweepStudy, ended: Sequence[int], *, ended_by: str, r
         journal=str(study.journal),
         report=str(report),
     )
+
+
+def rank_trials(journal: Path) -> list[TrialResult]:
+    """Return the complete trials of a study, best first: a Pareto front, then by the first objective.
+
+    Of trials with the same settings, the first.
+
+    Raises:
+        ConfigError: the journal can't be read.
+
+    """
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.trial import TrialState
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        study = optuna.load_study(study_name=journal.stem, storage=JournalStorage(JournalFileBackend(str(journal))))
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        front = {trial.number for trial in study.best_trials} if len(study.directions) > 1 else set()
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(
+            f"the study {journal} can't be read; name its runs instead, `likeness runs` lists them"
+        ) from error
+    sign = 1 if study.directions[0].name == "MINIMIZE" else -1
+    first_of: dict[str, int] = {}
+    for trial in trials:  # in the order of their numbers
+        first_of.setdefault(digest(describe_trial(trial).settings), trial.number)
+    kept = [trial for trial in trials if trial.number in first_of.values()]
+    kept.sort(key=lambda trial: (trial.number not in front, sign * trial.values[0], trial.number))
+    return [describe_trial(trial) for trial in kept]
 
 
 def describe_trial(trial: "FrozenTrial") -> TrialResult:

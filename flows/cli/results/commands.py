@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.app import RESULTS, ConfigCommand, app
-from flows.cli.arguments import OUTPUT, OutputDir, RunName, Settings, complete_run
+from flows.cli.arguments import OUTPUT, OutputDir, RunName, Settings, complete_compared
 from flows.cli.results.images import options
 from flows.cli.results.tables import Format
 from tasks.errors import ConfigError
@@ -56,7 +56,11 @@ def report(
 def compare(  # noqa: PLR0913 - a command's options
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN RUN ...", help="Runs; the first is the baseline.", autocompletion=complete_run),
+        typer.Argument(
+            metavar="RUN RUN ...",
+            help="Runs, or sweeps by their study's name: their best trials; the first is the baseline.",
+            autocompletion=complete_compared,
+        ),
     ],
     *,
     unpaired: Annotated[
@@ -71,12 +75,22 @@ def compare(  # noqa: PLR0913 - a command's options
     as_format: Annotated[
         Format, typer.Option("--format", help="Output format; html: a page with the samples side by side.")
     ] = "table",
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=20,
+            metavar="NUMBER",
+            show_default=False,
+            help="Best trials of a sweep; default: 3 of a sweep alone, 1 of each beside others.",
+        ),
+    ] = None,
     output_dir: OutputDir = OUTPUT,
 ) -> int:
-    """Compare runs by paired differences with 95 % intervals."""
+    """Compare runs, or trials of sweeps, by paired differences with 95 % intervals."""
     from flows.cli.results.compare import Extras, compare_runs
 
-    extras = Extras(samples, is_judged=judge)
+    extras = Extras(samples, is_judged=judge, num_trials=trials)
     print(compare_runs(output_dir, runs, is_paired=not unpaired, as_format=as_format, extras=extras))
     return 0
 

@@ -1,6 +1,7 @@
 """Commands that read and use finished runs."""
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -169,6 +170,7 @@ def generate(  # noqa: PLR0913, PLR0917 - a command's options
     from flows.cli.results.images.credentials import load_credentials
     from flows.cli.results.images.files import Target
     from flows.cli.results.images.models import ModelChoice, open_source
+    from flows.cli.results.images.refusals import log_refusals
 
     if (prompt is None) == (prompts_file is None):
         raise ConfigError("give a prompt, or --prompts-file")
@@ -182,12 +184,16 @@ def generate(  # noqa: PLR0913, PLR0917 - a command's options
         is_checked,
     )  # fmt: skip
     credentials = load_credentials(c2pa_certificate, c2pa_key)
-    with open_source(output_dir, ModelChoice(model, base, token), candidate=candidate) as source:
+    with (
+        log_refusals(output_dir, model=model),
+        open_source(output_dir, ModelChoice(model, base, token), candidate=candidate) as source,
+        images.show_steps() as on_step,
+    ):
         target = Target(source.folder, out, has_grid=grid, credentials=credentials)
-        done = images.generate(source, request, target, on_progress=images.show_progress)
+        done = images.generate(source, request, target, on_progress=images.show_progress, on_step=on_step)
     images.print_images(done)
-    if is_opened:
-        typer.launch(str(done.grid or done.images[0][0]))
+    if is_opened and typer.launch(str(done.grid or done.images[0][0])):
+        print("warning: no program to open images is installed (xdg-open)", file=sys.stderr)
     return 0
 
 

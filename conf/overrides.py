@@ -62,7 +62,7 @@ def override_request(base: RunRequest, overrides: Iterable[str]) -> RunRequest:
             for name, value in settings.items()
             if name not in ("subject.source", "subject.class_noun") or name in changes.settings
         }
-    for name, setting in (("source", "subject.source"), ("class_noun", "subject.class_noun")):
+    for name, setting in (("source", "subject.source"), ("class_noun", "subject.class_noun"), ("seed", "seed")):
         if setting in changes.settings:  # fields take precedence over settings
             fields[name] = None
     return RunRequest(**{**fields, "settings": settings})

@@ -1,10 +1,12 @@
 """`RunConfig`: the shape of a whole run, and the only place for rules across stages."""
 
 import importlib.util
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from tasks.config_base import LocalPath, Section
+from tasks.config_base import LocalPath, Section, is_number
 from tasks.diffusion.config import DiffusionConfig
 from tasks.evaluation.config import EvaluationConfig
 from tasks.evaluation.prompt_sets import resolve_prompts
@@ -169,3 +171,30 @@ class RunConfig(Section):
         if self.publishing.is_registered and self.tracking.kind == "none":
             raise ValueError("publishing.is_registered needs tracking=mlflow; or set publishing=local")
         return self
+
+
+def find_annotation(name: str) -> object:
+    """Return the type of a setting; None where there is no such setting."""
+    annotation: object = RunConfig
+    for part in name.split("."):
+        is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        field = annotation.model_fields.get(part) if is_section else None  # type: ignore[attr-defined]
+        if field is None:
+            return None
+        annotation = field.annotation
+    return annotation
+
+
+def find_kind(name: str) -> Literal["integer", "number", "other", "unknown"]:
+    """Return the type of values that a setting takes."""
+    annotation = find_annotation(name)
+    if not is_number(annotation):
+        return "unknown" if annotation is None else "other"
+    return "number" if annotation is float or float in get_args(annotation) else "integer"
+
+
+def list_choices(name: str) -> tuple[str, ...]:
+    """Return the fixed choices of a setting; none where it has no such type."""
+    annotation = find_annotation(name)
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return tuple(str(value) for part in parts if get_origin(part) is Literal for value in get_args(part))

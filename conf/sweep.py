@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,7 +16,7 @@ from conf.compose import compile_request, describe_invalid, suggest
 from conf.defaults import list_settings
 from conf.overrides import parse_overrides, split_sweep
 from conf.request import RunRequest, Value, check_setting, order_form
-from conf.schema import RunConfig
+from conf.schema import RunConfig, find_kind, list_choices
 from tasks.config_base import is_number
 from tasks.errors import ConfigError
 from tasks.manifests.evaluation import CeilingMetrics
@@ -153,8 +152,11 @@ class SweepRequest(BaseModel):
     @model_validator(mode="after")
     def check_search(self) -> "SweepRequest":
         """Reject searches without a setting, and options that exclude each other."""
-        if not self.space and not self.ranges:
-            raise ValueError("no setting has several values; give one, for example training.learning_rate=1e-5,3e-5")
+        if not self.is_search and self.num_seeds == 1:
+            raise ValueError(
+                "no setting has several values; give one, for example training.learning_rate=1e-5,3e-5, "
+                "or repeat one setting with --seeds N"
+            )
         for key, searched in self.ranges.items():
             check_setting(key, searched.low)
         twice = sorted(set(self.space) & set(self.ranges))
@@ -165,6 +167,18 @@ class SweepRequest(BaseModel):
             raise ValueError(f"{option} needs one objective: a Pareto front has no single best trial")
         if self.num_seeds > 1 and "seed" in {*self.space, *self.ranges}:
             raise ValueError("seed is searched, so num_seeds cannot vary it too; drop one of them")
+        return self
+
+    @model_validator(mode="after")
+    def check_repetition(self) -> "SweepRequest":
+        """Reject options that choose among trials where one setting is repeated with several seeds."""
+        default = {name: field.default for name, field in type(self).model_fields.items()}
+        choosing = ("sampler", "num_trials", "max_hours", "max_usd", "pruner", "num_parallel")
+        given = [name for name in choosing if getattr(self, name) != default[name]]
+        if not self.is_search and given:
+            raise ValueError(
+                f"{given[0]} needs several trials, and seeds alone are one: give KEY=V1,V2, or leave it out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -191,7 +205,13 @@ class SweepRequest(BaseModel):
         """The study's name: the same request resumes the same study."""
         if self.study:
             return self.study
-        return f"sweep-{digest([self.base, self.space, self.ranges, self.list_objective_names(), self.num_seeds])[:10]}"
+        found = digest([self.base, self.space, self.ranges, self.list_objective_names(), self.num_seeds])[:10]
+        return f"{'sweep' if self.is_search else 'seeds'}-{found}"
+
+    @property
+    def is_search(self) -> bool:
+        """Whether there are settings to search; else one setting is repeated with several seeds."""
+        return bool(self.space or self.ranges)
 
     def list_objective_names(self) -> list[str]:
         """Return the objectives with full names and directions."""
@@ -338,33 +358,6 @@ def parse_range(override: str) -> Range | None:
         raise ConfigError(f"{key}: {describe_invalid(error)}") from error
 
 
-def find_annotation(name: str) -> object:
-    """Return the type of a setting; None where there is no such setting."""
-    annotation: object = RunConfig
-    for part in name.split("."):
-        is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        field = annotation.model_fields.get(part) if is_section else None  # type: ignore[attr-defined]
-        if field is None:
-            return None
-        annotation = field.annotation
-    return annotation
-
-
-def find_kind(name: str) -> Literal["integer", "number", "other", "unknown"]:
-    """Return the type of values that a setting takes."""
-    annotation = find_annotation(name)
-    if not is_number(annotation):
-        return "unknown" if annotation is None else "other"
-    return "number" if annotation is float or float in get_args(annotation) else "integer"
-
-
-def list_choices(name: str) -> tuple[str, ...]:
-    """Return the fixed choices of a setting; none where it has no such type."""
-    annotation = find_annotation(name)
-    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    return tuple(str(value) for part in parts if get_origin(part) is Literal for value in get_args(part))
-
-
 def check_sweep(request: SweepRequest, *, roots: tuple[Path, ...] | None = None) -> RunConfig:
     """Validate every value, and both ends of every range; return the base's configuration.
 
@@ -384,7 +377,7 @@ def check_sweep(request: SweepRequest, *, roots: tuple[Path, ...] | None = None)
             raise ConfigError(f"{key} takes integers, and {searched} is no integer range")
         values[key] = [int(end) if searched.integer else end for end in (searched.low, searched.top)]
     config = compile_request(request.base, roots=roots)
-    for index in range(max(map(len, values.values()))):
+    for index in range(max(map(len, values.values()), default=0)):
         together = {key: found[min(index, len(found) - 1)] for key, found in values.items()}
         try:
             compile_request(request.make_trial(together), roots=roots)

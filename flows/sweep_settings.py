@@ -1,4 +1,4 @@
-"""Search settings of the main job with Optuna; trials share cached stages.
+"""Search settings of the main job with Optuna, or repeat one with several seeds; trials share cached stages.
 
 A study is stored in `<output_dir>/sweeps/<study>.journal`, so an interrupted sweep resumes; its report lies in
 `<output_dir>/sweeps/<study>/report.html`.
@@ -67,7 +67,7 @@ def run_sweep(request: SweepRequest, config: RunConfig, run: Callable[[RunReques
         outcome = collect_outcome(study, trials.ended, ended_by=ended_by, report=report)
         if tracking is not None:
             tracking.finish(is_failed=is_failed)
-        write_report(outcome, request, draw_plots(study))
+        write_report(outcome, request, draw_plots(study) if request.is_search else [])
     if not outcome.best:
         reasons = "; ".join(dict.fromkeys(trial.error for trial in outcome.trials if trial.error))
         raise ConfigError(f"no trial of {request.study_name} finished: {reasons or 'see the runs'}")

@@ -17,6 +17,12 @@ def complete_run(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name for name in ("latest", *names) if name.startswith(incomplete)]
 
 
+def complete_compared(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return names of runs, newest first, then of sweeps."""
+    journals = sorted(Path(ctx.params.get("output_dir") or "runs").glob("sweeps/*.journal"))
+    return [*complete_run(ctx, incomplete), *(path.stem for path in journals if path.stem.startswith(incomplete))]
+
+
 def complete_setting(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return `group=option` and `setting=`; options alone where the shell splits words at `=`, as bash does."""
     from conf.defaults import list_settings

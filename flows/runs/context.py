@@ -232,6 +232,7 @@ def summarize_judge(scores: Scorecard) -> JudgeSummary:
         alpha=reliability.alpha,
         spearman=reliability.spearman,
         pairs=scores.pairs,
+        evidence=scores.evidence,
     )
 
 

@@ -27,8 +27,6 @@ Key = tuple[str, str, int]
 """Method, subject and training seed."""
 Metrics = Mapping[str, "Values"]
 """A model's values by metric, prompt and seed."""
-SEEDS = 2**32
-"""More than there are sampling seeds: the samples of several training seeds stay apart."""
 MIN_SUBJECTS = 3
 """From here on an interval is over subjects; for fewer it is over the prompts of these subjects."""
 Verdict = Literal["holds", "opposite", "undecided", "not measured"]
@@ -89,7 +87,7 @@ class Standings:
 
 def rank(models: Mapping[Key, Loaded], plan: Plan) -> Standings:
     """Return the tables of the finished cells."""
-    from tasks.evaluation.comparison import collect_values
+    from tasks.evaluation.comparison import collect_values, merge_seeds
 
     candidates = {key: loaded.candidate for key, loaded in models.items()}
     # The base model's samples are the same beside every model of a subject.
@@ -136,20 +134,6 @@ def load_model(folder: Path) -> Loaded:
     subject = find_manifest(store, SubjectSet, stage="subject", key=keys["subject"])
     assert subject is not None  # `load_evaluated` has read it
     return Loaded(store, candidate, subject.images[0].image)
-
-
-def merge_seeds(by_seed: Mapping[int, Metrics]) -> dict[str, dict[str, dict[int, float]]]:
-    """Return the values of all training seeds by metric, prompt, and position of the training seed with sampling's.
-
-    By position, so that models of other trainers pair with ours whatever they call their seeds.
-    """
-    merged: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for position, seed in enumerate(sorted(by_seed)):
-        for metric, by_prompt in by_seed[seed].items():
-            for prompt, by_sample in by_prompt.items():
-                shifted = {position * SEEDS + sample: value for sample, value in by_sample.items()}
-                merged[metric][prompt].update(shifted)
-    return {metric: dict(by_prompt) for metric, by_prompt in merged.items()}
 
 
 def differ(table: Mapping[str, Metrics], reference: Mapping[str, Metrics]) -> dict[str, dict[str, "Values"]]:

@@ -11,8 +11,10 @@ from conf.request import Value
 from conf.sweep import SweepRequest
 from flows.runs.records import to_overrides
 from flows.sweeps.study import ERROR, SweepStudy, is_interrupted
-from flows.sweeps.trials import CACHED, COST, RUNS, SEED_VALUES, SETTINGS
+from flows.sweeps.trials import CACHED, COST, METRIC_VALUES, RUNS, SEED_VALUES, SEEDS, SETTINGS
+from tasks.errors import ConfigError
 from tasks.manifests.run_summary import RegisteredModel
+from tasks.stage.digests import digest
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -32,11 +34,26 @@ class TrialResult(BaseModel):
     """Of each mean, 95 %, by Student's t; none for a single seed."""
     seed_values: list[list[float]] = []
     """(seeds, objectives)"""
+    seeds: list[int] = []
+    """Training seeds, where there are several."""
+    metrics: dict[str, list[float]] = {}
+    """Of each metric and axis of the judge: a value per seed."""
     run_ids: list[str] = []
     cached_stages: dict[str, int] = {}
     """By stage: how many of the trial's runs found it in the store."""
     cost_usd: float | None = None
     error: str = ""
+
+
+class SeedRow(BaseModel):
+    """A metric of one setting over training seeds."""
+
+    name: str
+    mean: float
+    interval: tuple[float, float] | None
+    """Of the mean, 95 %, by Student's t; None where all values are equal, which says nothing of others."""
+    values: list[float]
+    """By seed."""
 
 
 class SweepOutcome(BaseModel):
@@ -89,6 +106,38 @@ def collect_outcome(study: SweepStudy, ended: Sequence[int], *, ended_by: str, r
     )
 
 
+def rank_trials(journal: Path) -> list[TrialResult]:
+    """Return the complete trials of a study, best first: a Pareto front, then by the first objective.
+
+    Of trials with the same settings, the first.
+
+    Raises:
+        ConfigError: the journal can't be read.
+
+    """
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.trial import TrialState
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        study = optuna.load_study(study_name=journal.stem, storage=JournalStorage(JournalFileBackend(str(journal))))
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        front = {trial.number for trial in study.best_trials} if len(study.directions) > 1 else set()
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(
+            f"the study {journal} can't be read; name its runs instead, `likeness runs` lists them"
+        ) from error
+    sign = 1 if study.directions[0].name == "MINIMIZE" else -1
+    first_of: dict[str, int] = {}
+    for trial in trials:  # in the order of their numbers
+        first_of.setdefault(digest(describe_trial(trial).settings), trial.number)
+    kept = [trial for trial in trials if trial.number in first_of.values()]
+    kept.sort(key=lambda trial: (trial.number not in front, sign * trial.values[0], trial.number))
+    return [describe_trial(trial) for trial in kept]
+
+
 def describe_trial(trial: "FrozenTrial") -> TrialResult:
     """Return a trial as it is shown."""
     attributes = trial.user_attrs
@@ -106,11 +155,32 @@ def describe_trial(trial: "FrozenTrial") -> TrialResult:
         values=list(trial.values) if is_complete else [],
         intervals=[compute_interval(column) for column in zip(*table, strict=True)] if len(table) > 1 else [],
         seed_values=table,
+        seeds=attributes.get(SEEDS, []),
+        metrics=attributes.get(METRIC_VALUES, {}),
         run_ids=attributes.get(RUNS, []),
         cached_stages=attributes.get(CACHED, {}),
         cost_usd=attributes.get(COST),
         error=attributes.get(ERROR, ""),
     )
+
+
+def estimate_metrics(trial: TrialResult) -> list[SeedRow]:
+    """Return the mean of each metric over a trial's seeds with its 95 % interval; nothing for a single seed."""
+    from tasks.evaluation.comparison import JUDGED
+    from tasks.metrics import METRICS
+
+    if len(trial.seeds) < 2:
+        return []
+    known = {**METRICS, **JUDGED}
+    return [
+        SeedRow(
+            name=known[key].name if key in known else key,
+            mean=sum(values) / len(values),
+            interval=compute_interval(values) if len(set(values)) > 1 else None,
+            values=values,
+        )
+        for key, values in trial.metrics.items()
+    ]
 
 
 def compute_interval(values: Sequence[float]) -> tuple[float, float]:

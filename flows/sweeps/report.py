@@ -5,7 +5,7 @@ from pathlib import Path
 
 from conf.sweep import SweepRequest, show_number
 from flows.runs.records import to_overrides
-from flows.sweeps.outcome import SweepOutcome, TrialResult
+from flows.sweeps.outcome import SeedRow, SweepOutcome, TrialResult, estimate_metrics
 from flows.sweeps.plots import Plot
 from tasks.redaction import clean_text, redact, shorten
 from tasks.stage.files import write_atomic
@@ -36,21 +36,28 @@ svg { max-width:100%; height:auto }
 <h1>Sweep {{ outcome.study }}</h1>
 <p class="soft">{{ outcome.trials|length }} trials of {{ outcome.objectives|join(' and ') }}; ended by:
 {{ outcome.ended_by or 'an error' }}.</p>
-<h2>What was searched</h2>
+{% if space %}<h2>What was searched</h2>
 <div class="scroll"><table>
 <tr><th>setting</th><th>values</th></tr>
 {% for name, values in space %}<tr><td><code>{{ name }}</code></td><td>{{ values }}</td></tr>
 {% endfor %}</table></div>
+{% endif %}
 <p>{% for name, value in options %}{{ name }} <b>{{ value }}</b>{{ ', ' if not loop.last }}{% endfor %}. Every trial
 shares:</p>
 <pre>{{ base }}</pre>
-<h2>{{ 'Pareto front' if outcome.objectives|length > 1 else 'Best settings' }}</h2>
+<h2>{{ 'Seeds' if not space else 'Pareto front' if outcome.objectives|length > 1 else 'Best settings' }}</h2>
 {% for trial in outcome.best %}<p>Trial {{ trial.trial }}: {{ describe(trial) }}</p>
-<pre>{{ outcome.commands[loop.index0] }}</pre>
-{% else %}<p class="bad">No trial is complete.</p>
+{% if space %}<pre>{{ outcome.commands[loop.index0] }}</pre>
+{% endif %}{% if trial.seeds|length > 1 %}<div class="scroll"><table>
+<tr><th>metric</th><th>mean</th><th>95 % interval over seeds</th>
+{% for seed in trial.seeds %}<th>seed {{ seed }}</th>{% endfor %}</tr>
+{% for row in estimate_metrics(trial) %}<tr><td>{{ row.name }}</td><td>{{ '%.4f'|format(row.mean) }}</td>
+<td>{{ show_interval(row) }}</td>{% for value in row['values'] %}<td>{{ '%.4f'|format(value) }}</td>{% endfor %}</tr>
+{% endfor %}</table></div>
+{% endif %}{% else %}<p class="bad">No trial is complete.</p>
 {% endfor %}
-<h2>Plots</h2>
-{% for plot in plots %}<h3>{{ plot.title }}</h3>
+{% if plots %}<h2>Plots</h2>
+{% endif %}{% for plot in plots %}<h3>{{ plot.title }}</h3>
 {% if plot.svg %}<figure>{{ plot.svg|safe }}</figure>{% else %}<p class="soft">{{ plot.reason }}</p>{% endif %}
 {% endfor %}
 <h2>Trials</h2>
@@ -85,6 +92,8 @@ def write_report(outcome: SweepOutcome, request: SweepRequest, plots: Sequence[P
         plots=plots,
         describe=describe_values,
         count_cached=count_cached,
+        estimate_metrics=estimate_metrics,
+        show_interval=show_interval,
     )
     path = Path(outcome.report)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,6 +115,8 @@ def describe_space(request: SweepRequest) -> list[tuple[str, str]]:
 
 def describe_options(request: SweepRequest) -> list[tuple[str, str]]:
     """Return how it was searched."""
+    if not request.is_search:
+        return [("seeds", str(request.num_seeds))]
     sampler = ("grid" if request.is_grid else "tpe") if request.sampler == "auto" else request.sampler
     rows = [("sampler", sampler), ("trials", str(request.max_trials)), ("seeds", str(request.num_seeds))]
     rows += [("hours", show_number(request.max_hours))] * (request.max_hours is not None)
@@ -120,6 +131,11 @@ def describe_values(trial: TrialResult) -> str:
         interval = f" [{trial.intervals[index][0]:.4f}, {trial.intervals[index][1]:.4f}]" if trial.intervals else ""
         parts.append(f"{value:.4f}{interval}")
     return "; ".join(parts)
+
+
+def show_interval(row: SeedRow) -> str:
+    """Return the interval of a mean over seeds."""
+    return "none: all values are equal" if row.interval is None else f"[{row.interval[0]:.4f}, {row.interval[1]:.4f}]"
 
 
 def count_cached(trial: TrialResult) -> str:

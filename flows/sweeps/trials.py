@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from conf.request import RunRequest, Value
 from conf.schema import RunConfig
-from conf.sweep import DINO_X_CLIP_T, Objective, suggest_figures
+from conf.sweep import DINO_X_CLIP_T, TUNED, Objective, suggest_figures
 from flows.sweeps.runners import POLL_SECONDS, ActiveRun, Runner, RunOrder
 from flows.sweeps.study import ERROR, FINISHED, TOKEN, SweepStudy, is_interrupted
 from tasks.errors import ConfigError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MAX_FAILURES = 5
 """Failed trials in a row that end a sampled search: the next would fail like them."""
 SETTINGS, RUNS, SEED_VALUES, CACHED, COST = "settings", "runs", "seed_values", "cached_stages", "cost_usd"
+SEEDS, METRIC_VALUES = "seeds", "metric_values"
 """Names of user attributes of a trial."""
 REGISTERED = "publishing.is_registered"
 
@@ -161,6 +162,7 @@ class Trials:
             self.end(current, "FAIL", str(error))
             raise
         current.trial.set_user_attr(SEED_VALUES, table)
+        current.trial.set_user_attr(METRIC_VALUES, list_metrics(current.summaries))
         self.record(current)
         self.on_complete(current.trial, current.summaries)
         self.study.study.tell(current.trial, [sum(column) / len(table) for column in zip(*table, strict=True)])
@@ -185,6 +187,7 @@ class Trials:
                 cached[name] = cached.get(name, 0) + stage.cached
         for name, value in {
             SETTINGS: current.values,
+            SEEDS: [request.seed for request in current.requests if request.seed is not None],
             RUNS: [summary.run_id for summary in current.summaries],
             CACHED: cached,
             COST: current.cost_usd,
@@ -214,6 +217,13 @@ def read_figure(summary: RunSummary, objective: Objective) -> float:
         near = suggest_figures(objective.name, figures)
         raise ConfigError(f"objective {objective.name} was not measured by run {summary.run_id}{near}")
     return math.prod(found)
+
+
+def list_metrics(summaries: Sequence[RunSummary]) -> dict[str, list[float]]:
+    """Return the tuned model's metrics and mean grades that all runs have: a value per run, by short name."""
+    tables = [list_numbers(summary.model_dump(mode="json")) for summary in summaries]
+    names = [name for name in tables[0] if name.startswith(TUNED) and all(name in table for table in tables)]
+    return {name.rsplit(".", 1)[-1]: [table[name] for table in tables] for name in names}
 
 
 def list_numbers(values: Mapping[str, object], prefix: str = "") -> dict[str, float]:

@@ -4,7 +4,7 @@ import gc
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -25,7 +25,7 @@ from tasks.diffusion.textual_inversion import (
     placeholder_tokens,
     write_prompt,
 )
-from tasks.diffusion.types import Conditioning, Posterior, SamplingRequest
+from tasks.diffusion.types import Conditioning, OnStep, Posterior, SamplingRequest
 from tasks.errors import ConfigError
 from tasks.prompts import truncate_prompt
 
@@ -245,6 +245,7 @@ class DiffusionModel(ABC):
         num_inference_steps: int,
         guidance_scale: float,
         guidance_rescale: float = 0.0,
+        on_step: OnStep | None = None,
     ) -> list[Image.Image]:
         """Sample one image per request through diffusers' pipeline.
 
@@ -254,7 +255,9 @@ class DiffusionModel(ABC):
         pipeline = self.make_pipeline()
         if guidance_rescale and "guidance_rescale" not in inspect.signature(pipeline.__call__).parameters:
             raise ConfigError(f"{self.pipeline_class} has no guidance_rescale; set evaluation.guidance_rescale=0")
-        optional = {"guidance_rescale": guidance_rescale} if guidance_rescale else {}
+        optional: dict[str, Any] = {"guidance_rescale": guidance_rescale} if guidance_rescale else {}
+        if on_step is not None:
+            optional["callback_on_step_end"] = report_steps(on_step)
         negative = [request.negative_prompt for request in requests]
         # CPU generators: the same start noise on every device.
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
@@ -342,6 +345,17 @@ class DiffusionModel(ABC):
     def saved_scheduler(self) -> Any:
         """Return the scheduler to save; by default the sampling one."""
         return self.make_sampler()
+
+
+def report_steps(on_step: OnStep) -> Callable[..., dict[str, Any]]:
+    """Return a pipeline's callback, which changes nothing, for one that takes the steps done and their number."""
+
+    def end_step(pipeline: Any, index: int, *others: Any) -> dict[str, Any]:
+        on_step(index + 1, len(pipeline.scheduler.timesteps))
+        unchanged: dict[str, Any] = others[-1]  # after the timestep
+        return unchanged
+
+    return end_step
 
 
 def reset_tokenizer(tokenizer: Any) -> None:

@@ -4,6 +4,7 @@ A family's adapter owns loading, prompt and image encoding, noising, target, pre
 No other module depends on its architecture.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,3 +42,7 @@ class SamplingRequest:
     prompt: str
     seed: int
     negative_prompt: str = ""
+
+
+OnStep = Callable[[int, int], None]
+"""Called after each denoising step with the steps done and their number."""

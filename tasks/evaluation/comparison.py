@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tasks.errors import ConfigError
 from tasks.intervals import Values, estimate_samples, estimate_unpaired, subtract
@@ -17,6 +17,8 @@ JUDGED = {
 }
 HEADLINE = {"dino": "subject fidelity", "clip_t": "prompt fidelity"}
 """What the conclusion is about, by metric."""
+SEEDS = 2**32
+"""More than there are sampling seeds: the samples of several training seeds stay apart."""
 
 
 class UnpairedError(ConfigError):
@@ -35,6 +37,8 @@ class Candidate:
     judge: str = ""
     side: Side = "tuned"
     """`base` compares what the base model makes of the same prompts and seeds."""
+    replicates: tuple["Candidate", ...] = ()
+    """The same setting with further training seeds, in the order of seeds; its values are pooled with theirs."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,9 @@ def compare(candidates: Sequence[Candidate], *, is_paired: bool = True) -> Compa
         conclude(name, first.name, {row.key: row.differences[number] for row in rows})
         for number, name in enumerate(names[1:])
     ]
-    return Comparison(names, is_paired, tuple(rows), tuple(notes), " ".join([*conclusions, limit(is_paired)]))
+    return Comparison(
+        names, is_paired, tuple(rows), tuple(notes), " ".join([*conclusions, limit(candidates, is_paired)])
+    )
 
 
 def find_others(tables: Sequence[Mapping[str, Values]]) -> dict[str, Metric]:
@@ -96,8 +102,25 @@ def find_others(tables: Sequence[Mapping[str, Values]]) -> dict[str, Metric]:
     return {name: Metric(name, "of another package", "runs with the same package", direction="none") for name in names}
 
 
+def merge_seeds(by_seed: Mapping[int, Mapping[str, Values]]) -> dict[str, Values]:
+    """Return the values of all training seeds by metric, prompt, and position of the training seed with sampling's.
+
+    By position, so that models of other trainers pair with ours whatever they call their seeds.
+    """
+    merged: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for position, seed in enumerate(sorted(by_seed)):
+        for metric, by_prompt in by_seed[seed].items():
+            for prompt, by_sample in by_prompt.items():
+                shifted = {position * SEEDS + sample: value for sample, value in by_sample.items()}
+                merged[metric][prompt].update(shifted)
+    return {metric: dict(by_prompt) for metric, by_prompt in merged.items()}
+
+
 def collect_values(candidate: Candidate) -> dict[str, Values]:
     """Return the value of each metric by prompt and seed. Raises ConfigError for an older evaluation."""
+    if candidate.replicates:
+        models = [replace(candidate, replicates=()), *candidate.replicates]
+        return merge_seeds({number: collect_values(model) for number, model in enumerate(models)})
     evaluation = candidate.evaluation
     found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for sample in evaluation.samples:
@@ -217,10 +240,13 @@ def judge_headline(differences: Mapping[str, Estimate]) -> str:
     return "it is the better of the two" if signs == {True} else "it is the worse of the two"
 
 
-def limit(is_paired: bool) -> str:
+def limit(candidates: Sequence[Candidate], is_paired: bool) -> str:
     """Return what may not be concluded."""
-    how = "" if is_paired else " Unpaired means also differ by their prompts and seeds."
-    return (
-        "Valid for this subject and similar prompts. One training seed per model compares models, not settings. Not "
-        f"corrected for multiple comparisons.{how}"
+    num_seeds = min(1 + len(candidate.replicates) for candidate in candidates)
+    seeds = (
+        "One training seed per model compares models, not settings."
+        if num_seeds == 1
+        else f"{num_seeds} or more training seeds of each setting are pooled; intervals are over prompts alone."
     )
+    how = "" if is_paired else " Unpaired means also differ by their prompts and seeds."
+    return f"Valid for this subject and similar prompts. {seeds} Not corrected for multiple comparisons.{how}"

@@ -54,6 +54,8 @@ class JudgeSummary(Record):
     alpha: dict[str, float | None]
     spearman: dict[str, float | None]
     pairs: PairResult | None
+    evidence: Literal["before", "none"] = "before"
+    """Whether it stated what it saw before it graded."""
 
 
 class EvaluatedModel(Record):

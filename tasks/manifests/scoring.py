@@ -1,5 +1,7 @@
 """The scoring stage's manifest: the judge's scores and how reliable they are."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from tasks.manifests.base import Manifest, ObjectRef, Record
@@ -13,6 +15,7 @@ class Judgement(Record):
     side: Side
     prompt: str
     evidence: str
+    """Empty where the judge was asked for grades alone."""
     concept_preservation: float
     prompt_following: float
     image_quality: float
@@ -96,6 +99,8 @@ class Scorecard(Manifest):
     """The judge's scores."""
 
     served_model: str
+    evidence: Literal["before", "none"] = "before"
+    """Whether the judge stated what it saw before it graded."""
     judgements: tuple[Judgement, ...]
     failed: tuple[str, ...]
     """Judge requests without a valid reply, as `name: reason`."""

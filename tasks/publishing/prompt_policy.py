@@ -4,6 +4,7 @@ A word list stops accidents and plain requests. It doesn't understand language, 
 classifier of pictures where strangers write prompts.
 """
 
+import hashlib
 import os
 import re
 import unicodedata
@@ -27,6 +28,16 @@ MAX_SEGMENTS = 16
 
 Lists = list[str | list[str]]
 """Names of lists that must all match; of a list within, one."""
+
+
+class PromptRefused(ConfigError):
+    """The policy refuses a prompt."""
+
+    def __init__(self, rule: str, *, prompt: str) -> None:
+        super().__init__(f"the prompt is refused: {rule}; {VARIABLE} names the policy")
+        self.rule = rule
+        self.prompt_sha256 = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+        """In place of the text, which is kept nowhere."""
 
 
 class NegativeRule(BaseModel):
@@ -179,7 +190,7 @@ def load_policy(path: str) -> PromptPolicy:
 
 
 def check_prompt(prompt: str, *, negative_prompt: str = "", subject: tuple[str, str] | None = None) -> None:
-    """Raise ConfigError for a prompt that the policy refuses; the message does not repeat it.
+    """Raise PromptRefused for a prompt that the policy refuses; the message does not repeat it.
 
     `subject`: identifier token and class noun. The prompt is read with the noun in the token's place.
     """
@@ -193,4 +204,4 @@ def check_prompt(prompt: str, *, negative_prompt: str = "", subject: tuple[str, 
     rules = (policy.find_rule(text, negative_prompt=negative_prompt) for text in texts)
     rule = next((found for found in rules if found is not None), None)
     if rule is not None:
-        raise ConfigError(f"the prompt is refused: {rule}; {VARIABLE} names the policy")
+        raise PromptRefused(rule, prompt=prompt)

@@ -12,6 +12,9 @@ class ScoringConfig(Section):
 
     executor: Literal["batch", "sync"] = Field(description="batch: the provider's batch API; sync: concurrent calls")
     num_reference_images: int = Field(ge=1, le=8, description="photos shown beside each sample")
+    evidence: Literal["before", "none"] = Field(
+        description="before: the judge states what it sees, then grades; none: grades alone"
+    )
     max_side: int = Field(ge=64, le=1024, description="longest side of images sent to the judge, pixels")
     num_repeats: int = Field(ge=1, le=9, description="how often a repeated sample is graded, references reordered")
     num_repeated: int = Field(ge=0, le=1000, description="samples graded repeatedly, for the judge's consistency")

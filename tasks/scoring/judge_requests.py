@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 from tasks.images import encode_png
 from tasks.manifests.evaluation import Sample
 from tasks.scoring.config import ScoringConfig
-from tasks.scoring.rubric import concept_spec, pair_spec, prompt_spec, quality_spec
+from tasks.scoring.rubric import Evidence, concept_spec, pair_spec, prompt_spec, quality_spec
 from tasks.services.llm.chat.request import RequestSpec
 
 AXES = ("concept_preservation", "prompt_following", "image_quality")
@@ -62,6 +62,7 @@ class JudgeContext:
     candidates: list[Sample] = field(default_factory=list)
     """Samples of the other retained checkpoints."""
     published_step: int = 0
+    evidence: Evidence = "before"
 
 
 def list_judge_requests(config: ScoringConfig, context: JudgeContext) -> list[JudgeRequest]:
@@ -81,11 +82,11 @@ def list_judge_requests(config: ScoringConfig, context: JudgeContext) -> list[Ju
 def axis_requests(context: JudgeContext, sample: Sample, *, repeat: int) -> list[JudgeRequest]:
     """Return one request per axis for a sample; separate, so that no axis influences another."""
     picture = context.read(sample)
-    concept = concept_spec(context.references, picture, class_noun=context.class_noun, repeat=repeat)
+    noun, evidence = context.class_noun, context.evidence
     specs: tuple[RequestSpec[Any], ...] = (
-        concept,
-        prompt_spec(picture, class_prompt=sample.class_prompt, repeat=repeat),
-        quality_spec(picture, repeat=repeat),
+        concept_spec(context.references, picture, class_noun=noun, repeat=repeat, evidence=evidence),
+        prompt_spec(picture, class_prompt=sample.class_prompt, repeat=repeat, evidence=evidence),
+        quality_spec(picture, repeat=repeat, evidence=evidence),
     )
     return [
         JudgeRequest(spec, "sample", axis, sample.image.key, repeat) for spec, axis in zip(specs, AXES, strict=True)
@@ -99,21 +100,22 @@ def list_controls(config: ScoringConfig, context: JudgeContext) -> Iterator[Judg
     wrong prompt. Blurred: a degraded sample.
     """
     concept, prompt, quality = AXES
-    references, noun = context.references, context.class_noun
+    references, noun, evidence = context.references, context.class_noun, context.evidence
     # Leave-one-out, so the graded photo is never among its references.
     for number in range(min(config.num_controls, len(references)) if len(references) > 1 else 0):
         rest = references[:number] + references[number + 1 :]
-        spec = concept_spec(rest, references[number], class_noun=noun, repeat=0)
+        spec = concept_spec(rest, references[number], class_noun=noun, repeat=0, evidence=evidence)
         yield JudgeRequest(spec, "positive_control", concept, str(number))
     for other in context.others[: config.num_controls]:
-        spec = concept_spec(references, context.read(other), class_noun=noun, repeat=0)
+        spec = concept_spec(references, context.read(other), class_noun=noun, repeat=0, evidence=evidence)
         yield JudgeRequest(spec, "negative_control", concept, other.image.key)
     for sample in choose_for_controls(config, context):
         wrong = find_other_prompt(sample, context.samples)
         if wrong:
-            spec_prompt = prompt_spec(context.read(sample), class_prompt=wrong, repeat=0)
+            spec_prompt = prompt_spec(context.read(sample), class_prompt=wrong, repeat=0, evidence=evidence)
             yield JudgeRequest(spec_prompt, "shuffled", prompt, sample.image.key)
-        yield JudgeRequest(quality_spec(blur(context.read(sample)), repeat=0), "blurred", quality, sample.image.key)
+        spec_quality = quality_spec(blur(context.read(sample)), repeat=0, evidence=evidence)
+        yield JudgeRequest(spec_quality, "blurred", quality, sample.image.key)
 
 
 def choose_for_controls(config: ScoringConfig, context: JudgeContext) -> list[Sample]:
@@ -177,7 +179,8 @@ def pair_requests(
     """Yield a pair in both presentation orders, which cancels position bias."""
     for is_swapped in (False, True):
         first, second = (other, one) if is_swapped else (one, other)
-        spec = pair_spec(context.references, context.read(first), context.read(second), class_noun=context.class_noun)
+        pictures = context.read(first), context.read(second)
+        spec = pair_spec(context.references, *pictures, class_noun=context.class_noun, evidence=context.evidence)
         # The same key in both orders, by which `read_pairs` finds the two answers of a pair.
         key = f"{one.image.key}+{other.image.key}"
         yield JudgeRequest(spec, kind, "pair", key, is_swapped=is_swapped, candidates=candidates)

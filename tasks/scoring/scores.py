@@ -84,7 +84,7 @@ def to_judgements(
                 sample=sample.image,
                 side=sample.side,
                 prompt=sample.prompt,
-                evidence=judged.answers[first.name].reply.evidence[:500],
+                evidence=str(getattr(judged.answers[first.name].reply, "evidence", ""))[:500],
                 **{axis: float(tie_breaks.get((sample.image.key, axis), median(grades[axis]))) for axis in AXES},
                 tie_breaks=tuple(axis for axis in AXES if (sample.image.key, axis) in tie_breaks),
                 num_repeats=max(map(len, grades.values())),

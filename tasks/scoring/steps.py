@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tasks.scoring.judge import JudgeRun
     from tasks.scoring.judge_requests import JudgeContext
 
-STAGE_VERSION = 6
+STAGE_VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class ScoringInputs:
         """Return the stage with its cache key."""
         from tasks.scoring.rubric import digest_rubric
 
-        judges = [digest_rubric(), self.llm.fingerprint("judge"), self.llm.fingerprint("second_judge")]
+        rubric = digest_rubric(self.config.evidence)
+        judges = [rubric, self.llm.fingerprint("judge"), self.llm.fingerprint("second_judge")]
         labels = hashlib.sha256(Path(self.config.labels).read_bytes()).hexdigest() if self.config.labels else ""
         return Stage(
             "scoring",
@@ -90,6 +91,7 @@ def compute_scores(folder: StageFolder, inputs: ScoringInputs, runtime: Runtime)
             ),
             served_model=", ".join(sorted({answer.served_model for answer in given.values()})),
             judgements=judgements,
+            evidence=inputs.config.evidence,
             failed=tuple(f"{name}: {reason}" for name, reason in grading.failures.items()),
             scores=scores.mean_scores(judgements),
             estimates=scores.estimate_scores(samples, judgements),
@@ -125,6 +127,7 @@ def make_context(inputs: ScoringInputs, runtime: Runtime) -> "JudgeContext":
         others=[sample for sample in evaluation.samples if sample.kind == "class" and sample.side == "base"],
         candidates=[sample for sample in evaluation.samples if sample.kind == "candidate"],
         published_step=evaluation.published_step,
+        evidence=config.evidence,
         read=lambda sample: read(sample.image),
     )
 

@@ -164,6 +164,7 @@ OPTION_TESTS = {
     "evaluation.encoders.lpips": f"{_ENCODERS}test_missing_lpips_weights_skip_the_metric_or_raise_if_configured",
     "scoring.executor": f"{_SHOWN}test_judge_requests_use_the_configured_executor",
     "scoring.num_reference_images": f"{_SHOWN}test_num_reference_images_sets_the_references_per_judge_request",
+    "scoring.evidence": f"{_SHOWN}test_the_judge_states_evidence_before_its_grade_where_it_is_configured",
     "scoring.max_side": f"{_SHOWN}test_max_side_bounds_the_images_of_judge_requests",
     "scoring.num_repeats": f"{_SHOWN}test_judge_request_counts_follow_the_configured_repeats_controls_and_pairs",
     "scoring.num_repeated": f"{_SHOWN}test_judge_request_counts_follow_the_configured_repeats_controls_and_pairs",

@@ -98,6 +98,17 @@ def test_hydra_ranges_and_choices_are_values_to_try() -> None:
         (["seed=1,2"], {"max_hours": 0}, "max_hours: Input should be greater than 0"),
         (["seed=1,2"], {"study": "a/../b"}, "study: String should match pattern"),
         (["seed=1,2"], {"sampler": "cmaes"}, "sampler: Input should be 'auto'"),
+        ([], {}, "or repeat one setting with --seeds N"),
+        ([], {"num_seeds": 3, "sampler": "tpe"}, "sampler needs several trials, and seeds alone are one"),
+        ([], {"num_seeds": 3, "num_trials": 2}, "num_trials needs several trials"),
+        ([], {"num_seeds": 3, "max_hours": 1.0}, "max_hours needs several trials"),
+        ([], {"num_seeds": 3, "max_usd": 1.0}, "max_usd needs several trials"),
+        ([], {"num_seeds": 3, "num_parallel": 2}, "num_parallel needs several trials"),
+        (
+            ["training.validation.validation_steps=2"],
+            {"num_seeds": 3, "pruner": "median"},
+            "pruner needs several trials",
+        ),
     ],
 )
 def test_an_invalid_option_is_refused_with_the_way_out(
@@ -196,6 +207,15 @@ def test_the_grid_is_the_default_where_every_combination_is_wanted() -> None:
     assert not parse_sweep(words, {"num_trials": 5}).is_grid
     assert parse_sweep(words, {"num_trials": 5, "sampler": "grid"}).is_grid
     assert len(parse_sweep(words).combinations()) == 6
+
+
+def test_seeds_alone_are_a_study_of_one_setting() -> None:
+    request = parse_sweep([f"{RATE}=1e-5"], {"num_seeds": 3})
+    assert request.is_grid
+    assert request.combinations() == [{}]
+    assert request.max_trials == 1
+    assert request.study_name.startswith("seeds-")
+    assert parse_sweep([f"{RATE}=1e-5"], {"num_seeds": 4}).study_name != request.study_name
 
 
 def test_a_searched_seed_or_source_replaces_that_of_the_base() -> None:

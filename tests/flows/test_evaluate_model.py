@@ -1,15 +1,17 @@
 """A model from elsewhere gets the figures that a run gives its own."""
 
-import importlib
 import json
+import subprocess
+import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from conf.request import EvaluationRequest
 from flows.runs.records import list_summaries, read_request, suggest_next
+from tasks.diffusion.hub import MINI_FOLDER
 from tests.support.cli_sandbox import QUICK, ROOT, CliSandbox
 
 DEMO = ROOT / "tasks" / "mini" / "demo_subject"
@@ -47,15 +49,53 @@ def test_a_runs_summary_has_intervals_by_prompt_and_by_kind(first_run: dict[str,
     assert sum(means) / 2 == pytest.approx(first_run["metrics"]["tuned"]["dino"], abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["prefect.yaml", "prefect-shared.yaml"])
-def test_a_deployment_evaluates_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIKENESS_CONF", str(ROOT / "deployments" / "options"))  # has the option `shared`
-    listed = yaml.safe_load((ROOT / "deployments" / name).read_text())["deployments"]
+DEPLOYED = """
+import importlib, json, sys
+module, _, function = sys.argv[1].rpartition(".")
+parameters = json.loads(sys.argv[2])
+flow = getattr(importlib.import_module(module), function)
+print(flow(**flow.validate_parameters(parameters)).model_dump_json())
+"""
+"""As a worker runs the deployment: its entrypoint, with parameters as JSON."""
+
+
+def run_deployed(sandbox: CliSandbox, model: str) -> "subprocess.CompletedProcess[str]":
+    listed = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
     [found] = [each for each in listed if each["name"] == "evaluate-model"]
-    module, _, function = found["entrypoint"].rpartition(".")
-    assert getattr(importlib.import_module(module), function).name == "evaluate-model"
-    request = EvaluationRequest.model_validate({**found["parameters"].get("request", {}), "model": "x"})
-    assert request.base.store == ("shared" if "shared" in name else "auto")
+    base = {"experiment": "smoke", "tracking": "none", "settings": {"training.num_threads": 1}}
+    parameters = {**found["parameters"], "request": {"model": model, "base": base}}
+    environment = {**sandbox.environment(), "PREFECT__RUNTIME__DEPLOYMENT__ID": str(uuid.uuid4())}
+    return subprocess.run(
+        [sys.executable, "-c", DEPLOYED, found["entrypoint"], json.dumps(parameters)], cwd=sandbox.folder,
+        env=environment, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+
+
+def test_a_deployment_evaluates_a_model_as_the_command_line_does_with_the_rights_of_a_request(
+    sandbox: CliSandbox, first_run: dict[str, Any], evaluated: dict[str, Any]
+) -> None:
+    done = run_deployed(sandbox, first_run["paths"]["model"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["status"] == "finished"
+    assert summary["evaluated"] == evaluated["evaluated"]
+    assert summary["metrics"]["tuned"] == evaluated["metrics"]["tuned"]
+    # The same work: nothing of it is computed again.
+    assert {name: stage["cached"] for name, stage in summary["stages"].items()} == dict.fromkeys(
+        summary["stages"], True
+    )
+    stored = read_request(sandbox.output / summary["run_id"])
+    assert (stored.model, stored.is_trusted) == (first_run["paths"]["model"], False)
+
+
+def test_a_deployment_evaluates_no_model_outside_the_allowed_folders(
+    sandbox: CliSandbox, evaluated: dict[str, Any]
+) -> None:
+    before = len(list_summaries(sandbox.output))
+    done = run_deployed(sandbox, str(MINI_FOLDER / "base"))  # the command line takes it
+    assert done.returncode != 0
+    assert "lies outside the allowed folders" in done.stderr
+    assert len(list_summaries(sandbox.output)) == before
 
 
 def test_an_evaluated_model_is_compared_with_a_run(

@@ -36,7 +36,10 @@ def make_run(
     output: Path, name: str, *words: str, shift: float = 0.0, status: Status = "finished", first_seed: int = 1000,
     photo: bytes = b"photo", template: str = "{subject} ", draw: Draw = draw_plain, is_judged: bool = False,
 ) -> Path:  # fmt: skip
-    """Write a run's folder and manifests, its DINO above 0.5 by `shift` and some noise of prompts and seeds."""
+    """Write a run's folder and manifests, its DINO above 0.5 by `shift` and some noise of prompts and seeds.
+
+    Without a `template` it is a run of an earlier version, which noted none.
+    """
     store, folder = LocalStore(output / "store"), output / name
     config = compile_request(parse_overrides([f"output_dir={output}", *words]))
     folder.mkdir(parents=True)
@@ -51,7 +54,7 @@ def make_run(
             samples.append(
                 Sample(image=ref, side="tuned", kind="subject", prompt=f"sks fish <{prompt}>", class_prompt="",
                        seed=first_seed + number,
-                       template=f"{template}{prompt}", prompt_kind="scene")
+                       template=f"{template}{prompt}" if template else "", prompt_kind="scene")
             )  # fmt: skip
             dino = 0.5 + float(NOISE[prompt, number] + own[prompt, number]) + shift
             clip_t = 0.3 + float(NOISE[prompt, number] - own[prompt, number])

@@ -18,7 +18,7 @@ from tasks.manifests.evaluation import (
 )
 from tasks.manifests.prior import ClassImageSet
 from tasks.manifests.run import RunManifests
-from tasks.manifests.scoring import JudgeReliability, Scorecard, SideScores
+from tasks.manifests.scoring import Judgement, JudgeReliability, Scorecard, SideScores
 from tasks.manifests.subject import RejectedImage
 from tasks.manifests.training import TunedModel
 from tasks.publishing.config import GateConfig
@@ -127,3 +127,15 @@ def with_grades(run: RunManifests) -> RunManifests:
         "estimates": dict.fromkeys(AXES, estimates),
     }
     return replace(run, scoring=run.scoring.model_copy(update=changes))
+
+
+def with_judgements(run: RunManifests) -> RunManifests:
+    """Return a run with the judge's grades of each sample."""
+    rows = tuple(
+        Judgement(
+            sample=sample.image, side=sample.side, prompt=sample.prompt, evidence="",
+            **dict.fromkeys(AXES, 3.0),  # type: ignore[arg-type]
+        )
+        for sample in run.evaluation.samples
+    )  # fmt: skip
+    return replace(run, scoring=run.scoring.model_copy(update={"judgements": rows}))

@@ -1,6 +1,7 @@
 """Commands that read and use finished runs."""
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.app import RESULTS, ConfigCommand, app
-from flows.cli.arguments import OUTPUT, OutputDir, RunName, Settings, complete_run
+from flows.cli.arguments import OUTPUT, OutputDir, RunName, Settings, complete_compared
 from flows.cli.results.images import options
 from flows.cli.results.tables import Format
 from tasks.errors import ConfigError
@@ -56,7 +57,11 @@ def report(
 def compare(  # noqa: PLR0913 - a command's options
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN RUN ...", help="Runs; the first is the baseline.", autocompletion=complete_run),
+        typer.Argument(
+            metavar="RUN RUN ...",
+            help="Runs, or sweeps by their study's name: their best trials; the first is the baseline.",
+            autocompletion=complete_compared,
+        ),
     ],
     *,
     unpaired: Annotated[
@@ -71,12 +76,22 @@ def compare(  # noqa: PLR0913 - a command's options
     as_format: Annotated[
         Format, typer.Option("--format", help="Output format; html: a page with the samples side by side.")
     ] = "table",
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=20,
+            metavar="NUMBER",
+            show_default=False,
+            help="Best trials of a sweep; default: 3 of a sweep alone, 1 of each beside others.",
+        ),
+    ] = None,
     output_dir: OutputDir = OUTPUT,
 ) -> int:
-    """Compare runs by paired differences with 95 % intervals."""
+    """Compare runs, or trials of sweeps, by paired differences with 95 % intervals."""
     from flows.cli.results.compare import Extras, compare_runs
 
-    extras = Extras(samples, is_judged=judge)
+    extras = Extras(samples, is_judged=judge, num_trials=trials)
     print(compare_runs(output_dir, runs, is_paired=not unpaired, as_format=as_format, extras=extras))
     return 0
 
@@ -155,6 +170,7 @@ def generate(  # noqa: PLR0913, PLR0917 - a command's options
     from flows.cli.results.images.credentials import load_credentials
     from flows.cli.results.images.files import Target
     from flows.cli.results.images.models import ModelChoice, open_source
+    from flows.cli.results.images.refusals import log_refusals
 
     if (prompt is None) == (prompts_file is None):
         raise ConfigError("give a prompt, or --prompts-file")
@@ -168,12 +184,16 @@ def generate(  # noqa: PLR0913, PLR0917 - a command's options
         is_checked,
     )  # fmt: skip
     credentials = load_credentials(c2pa_certificate, c2pa_key)
-    with open_source(output_dir, ModelChoice(model, base, token), candidate=candidate) as source:
+    with (
+        log_refusals(output_dir, model=model),
+        open_source(output_dir, ModelChoice(model, base, token), candidate=candidate) as source,
+        images.show_steps() as on_step,
+    ):
         target = Target(source.folder, out, has_grid=grid, credentials=credentials)
-        done = images.generate(source, request, target, on_progress=images.show_progress)
+        done = images.generate(source, request, target, on_progress=images.show_progress, on_step=on_step)
     images.print_images(done)
-    if is_opened:
-        typer.launch(str(done.grid or done.images[0][0]))
+    if is_opened and typer.launch(str(done.grid or done.images[0][0])):
+        print("warning: no program to open images is installed (xdg-open)", file=sys.stderr)
     return 0
 
 

@@ -2,14 +2,15 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.cli.results.comparison.contenders import Contender, find_contenders
 from flows.cli.results.comparison.judge import Judged, judge_runs
 from flows.cli.results.comparison.page import Page, render_page
 from flows.cli.results.comparison.side_by_side import Compared, Row, check_sheet, list_rows, load_compared, write_sheet
-from flows.cli.results.runs import find_run, show_cell, show_gain
+from flows.cli.results.runs import show_cell, show_gain
 from flows.cli.results.tables import Format, Grid, render
 from flows.runs.records import PastRun, read_run
 from tasks.errors import ConfigError
@@ -35,12 +36,14 @@ class Extras:
     """Contact sheet of the samples."""
     is_judged: bool = False
     """Whether the first run's judge chooses between the samples."""
+    num_trials: int | None = None
+    """Best trials of each sweep that is named; None: three of a single one, one beside others."""
 
 
 def compare_runs(
     output: Path, names: Sequence[str], *, is_paired: bool, as_format: Format, extras: Extras = Extras()
 ) -> str:  # fmt: skip
-    """Return the comparison of runs with the first of them.
+    """Return the comparison of runs and trials with the first of them.
 
     Raises:
         ConfigError: there are fewer than two, one is unknown or unfinished, or they can't be paired.
@@ -48,16 +51,13 @@ def compare_runs(
     """
     from tasks.evaluation.comparison import UnpairedError, compare
 
-    if len(names) < 2:
-        raise ConfigError("compare takes at least two runs; `likeness runs` lists them")
     if extras.samples is not None:
         check_sheet(extras.samples)
-    folders = [find_run(output, name) for name in names]
-    if len(set(folders)) < len(folders):
-        raise ConfigError("the same run is named twice; `likeness runs` lists all of them")
+    contenders = find_contenders(output, names, num_trials=extras.num_trials)
+    folders = [each.folders[0] for each in contenders]
     runs = [read_run(folder) for folder in folders]
     check_encoders(runs)
-    candidates = [load_candidate(run) for run in runs]
+    candidates = [load_contender(each) for each in contenders]
     try:
         found = compare(candidates, is_paired=is_paired)
     except UnpairedError as error:
@@ -68,7 +68,7 @@ def compare_runs(
     if extras.samples is not None:
         num = write_sheet(extras.samples, compared, rows)
         print(f"{extras.samples}: {num} of {len(rows)} prompts and seeds", file=sys.stderr)
-    return show(Result(found, runs, compared, rows, judged), as_format=as_format)
+    return show(Result(found, contenders, runs, compared, rows, judged), as_format=as_format)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ class Result:
     """All that a comparison found."""
 
     found: "Comparison"
+    contenders: Sequence[Contender]
     runs: Sequence[PastRun]
+    """The first of each contender: their training seeds are the same."""
     compared: Sequence[Compared]
     rows: Sequence[Row]
     judged: Sequence[Judged]
@@ -86,6 +88,14 @@ class Result:
         """What may be concluded: from metrics, then from the judge."""
         said = [judged.conclude() for judged in self.judged]
         return " ".join([self.found.conclusion, *(text[0].upper() + text[1:] for text in said)])
+
+    @property
+    def notes(self) -> list[str]:
+        """What the figures are of, and which of them are doubtful."""
+        notes = [*self.found.notes, *(each.note for each in self.contenders if each.note)]
+        if any(len(each.folders) > 1 for each in self.contenders):
+            notes.append("metrics pool all training seeds; pictures and the judge's pairs are of the first")
+        return notes
 
 
 def show(result: Result, *, as_format: Format) -> str:
@@ -97,7 +107,7 @@ def show(result: Result, *, as_format: Format) -> str:
         Grid("Metrics, mean with 95 % interval", (*head_metrics(found),), tuple(list_metrics(found))),
         Grid("Pairs that the judge compared in both orders", WINS, tuple(map(list_wins, judged))),
     ]
-    notes = [*found.notes, *warn_of_judges(runs)]
+    notes = [*result.notes, *warn_of_judges(runs)]
     if as_format == "html":
         return render_page(Page(result.conclusion, notes, grids, result.compared, result.rows, judged))
     data = {
@@ -114,7 +124,8 @@ def show(result: Result, *, as_format: Format) -> str:
         },
         "judges": [run.summary.judge.model_dump(mode="json") if run.summary.judge else None for run in runs],
         "pairs": {each.name: describe_wins(each) for each in judged},
-        "notes": list(found.notes),
+        "run_ids": [[folder.name for folder in each.folders] for each in result.contenders],
+        "notes": result.notes,
         "conclusion": result.conclusion,
     }
     return render(grids, [*notes, result.conclusion], as_format=as_format, data=make_json_safe(data))
@@ -140,6 +151,12 @@ def describe_wins(judged: Judged) -> dict[str, object]:
         **counts, "wins": wins.second_wins, "losses": wins.first_wins, "is_decided": wins.is_decided,
         "win_rate": None if wins.win_rate is None else wins.win_rate.model_dump(),
     }  # fmt: skip
+
+
+def load_contender(contender: Contender) -> "Candidate":
+    """Return the evaluation of a run, or those of a trial's seeds together. Raises ConfigError as `load_candidate`."""
+    first, *others = (load_candidate(read_run(folder)) for folder in contender.folders)
+    return replace(first, name=contender.name or first.name, replicates=tuple(others))
 
 
 def load_candidate(run: PastRun) -> "Candidate":

@@ -26,8 +26,21 @@ def run(
     multirun: Annotated[
         bool, typer.Option("--multirun", "-m", help="Try all combinations of KEY=V1,V2, as `likeness sweep` does.")
     ] = False,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="NUMBER",
+            help="Train with so many seeds, from `seed` on: the mean of each metric with its 95 % interval. "
+            "These runs register no model.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> int:
     """Run the whole job; without settings, the demo."""
+    if seeds is not None and (multirun or dry_run):
+        other, way = ("-m", "`likeness sweep --seeds`") if multirun else ("--dry-run", "--dry-run alone")
+        raise typer.BadParameter(f"not with {other}; use {way}", param_hint="'--seeds'")
     if multirun:
         if request is not None or dry_run:
             raise typer.BadParameter("searches KEY=V1,V2 alone, without --request and --dry-run", param_hint="'-m'")
@@ -42,6 +55,10 @@ def run(
 
         print_configuration(stored)
         return 0
+    if seeds is not None:
+        from flows.cli.run.sweep import repeat_in_terminal
+
+        return repeat_in_terminal(stored, seeds)
     from flows.cli.run.job import run_in_terminal
 
     return run_in_terminal(stored)
@@ -68,6 +85,7 @@ A study is stored in the output folder; the same command resumes it. Trials shar
   likeness sweep training.learning_rate=1e-6..1e-4:log --hours 8 --usd 2 --objective prompt_following
   likeness sweep training.max_train_steps=100..800:100 --trials 12 --objective dino --objective wall_seconds:min
   likeness sweep training.learning_rate=2e-6,5e-6 --seeds 3 --publish-best            # means with 95 % intervals
+  likeness sweep training.max_train_steps=400 --seeds 5                               # one setting, five seeds
   likeness sweep training.prior_loss_weight=0..1:0.25 --parallel 4                    # on the pool of `likeness up`
 
 \b
@@ -80,13 +98,14 @@ cost_usd, wall_seconds, or its last part alone; :min or :max after it. Two of th
 @app.command("sweep", rich_help_panel=RUN, cls=ConfigCommand, help=SWEEP_HELP)
 def sweep(  # noqa: PLR0913 - one parameter per option
     settings: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="KEY=V1,V2",
             help="Several values or a range are searched, one value is fixed.",
             autocompletion=complete_setting,
+            show_default=False,
         ),
-    ],
+    ] = None,
     *,
     trials: Annotated[
         int,
@@ -124,7 +143,7 @@ def sweep(  # noqa: PLR0913 - one parameter per option
         "num_trials": trials, "max_hours": hours, "max_usd": usd, "sampler": sampler, "num_seeds": seeds,
         "pruner": pruner, "num_parallel": parallel, "publish_best": publish_best, "study": study,
     }  # fmt: skip
-    return sweep_in_terminal(settings, {**options, **({"objectives": objective} if objective else {})})
+    return sweep_in_terminal(settings or [], {**options, **({"objectives": objective} if objective else {})})
 
 
 @app.command("pending", rich_help_panel=RUN)

@@ -1,4 +1,4 @@
-"""`likeness sweep` in the terminal: the sweep, then a table of its trials."""
+"""`likeness sweep` and `likeness run --seeds` in the terminal: the runs, then a table of trials or of metrics."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING
 from flows.cli.console import make_cell, show_usd
 from flows.cli.results.runs import shorten
 from flows.cli.run.job import ready_for_flows
+from tasks.errors import ConfigError
 
 if TYPE_CHECKING:
+    from conf.sweep import SweepRequest
+    from flows.runs.records import StoredRequest
     from flows.sweeps.outcome import SweepOutcome, TrialResult
 
 
@@ -15,18 +18,40 @@ def sweep_in_terminal(settings: Sequence[str], options: Mapping[str, object]) ->
     """Run a sweep and print its trials. `options` are fields of `SweepRequest`."""
     from conf.sweep import parse_sweep
 
-    request = parse_sweep(settings, options)
-    with ready_for_flows(request.base) as (_, progress, _):
-        from flows.runs.context import progress_of_run
+    return run_study(parse_sweep(settings, options))
+
+
+def repeat_in_terminal(stored: "StoredRequest", num_seeds: int) -> int:
+    """Run one request with several seeds and print the mean of each metric. Raises ConfigError."""
+    from pydantic import ValidationError
+
+    from conf.compose import describe_invalid
+    from conf.sweep import SweepRequest
+
+    try:
+        request = SweepRequest(base=stored.request, num_seeds=num_seeds)
+    except ValidationError as error:
+        raise ConfigError(describe_invalid(error)) from error
+    return run_study(request, is_trusted=stored.is_trusted)
+
+
+def run_study(request: "SweepRequest", *, is_trusted: bool = True) -> int:
+    """Run a study and print what it found."""
+    with ready_for_flows(request.base, is_trusted=is_trusted) as (_, progress, _):
+        from flows.runs.context import progress_of_run, trust_of_run
         from flows.sweep_settings import sweep_settings
 
-        token = progress_of_run.set(progress)
+        tokens = progress_of_run.set(progress), trust_of_run.set(is_trusted)
         try:
             outcome = sweep_settings(request)
         finally:
-            progress_of_run.reset(token)
+            progress_of_run.reset(tokens[0])
+            trust_of_run.reset(tokens[1])
             progress.close()
-    print_sweep(outcome)
+    if request.is_search:
+        print_sweep(outcome)
+    else:
+        print_seeds(outcome)
     return 0
 
 
@@ -58,8 +83,46 @@ def print_sweep(outcome: "SweepOutcome") -> None:
     shared = ", ".join(f"{name} {count}" for name, count in outcome.shared_stages.items()) or "none"
     print(f"{outcome.num_new_trials} new trials; cached stages: {shared}")
     print(f"ended by: {outcome.ended_by}; {show_usd(outcome.cost_usd)} USD in all\n")
-    for command in outcome.commands:
+    for trial, command in zip(outcome.best, outcome.commands, strict=True):
         print(f"best      {command}")
+        print_metrics(trial)
+    print_places(outcome)
+
+
+def print_seeds(outcome: "SweepOutcome") -> None:
+    """Print the mean of each metric over seeds, and where the runs, the report and the study are."""
+    [trial] = outcome.best
+    print(f"\n{outcome.study}: {len(trial.seeds)} training seeds")
+    print_metrics(trial)
+    shared = ", ".join(f"{name} {count}" for name, count in outcome.shared_stages.items()) or "none"
+    print(f"cached stages: {shared}; {show_usd(outcome.cost_usd)} USD in all\n")
+    print(f"runs      {' '.join(trial.run_ids)}")
+    print_places(outcome)
+
+
+def print_metrics(trial: "TrialResult") -> None:
+    """Print a row per metric: mean, 95 % interval, and the value of each seed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flows.cli.results.runs import show_cell
+    from flows.sweeps.outcome import estimate_metrics
+
+    rows = estimate_metrics(trial)
+    if not rows:
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("metric", "mean", "95 % interval", *(f"seed {seed}" for seed in trial.seeds)):
+        table.add_column(name, justify="left" if name == "metric" else "right", overflow="fold")
+    for row in rows:
+        interval = "none" if row.interval is None else f"{show_cell(row.interval[0])}, {show_cell(row.interval[1])}"
+        table.add_row(make_cell(row.name), show_cell(row.mean), interval, *map(show_cell, row.values))
+    Console(width=160).print(table)
+    print("intervals over training seeds (Student's t); none where all values are equal")
+
+
+def print_places(outcome: "SweepOutcome") -> None:
+    """Print what was published, and where report and study are."""
     if outcome.published is not None and outcome.published.model:
         print(f"published {outcome.published.model}, version {outcome.published.version}")
     print(f"report    {shorten(outcome.report)}")

@@ -11,8 +11,8 @@ from flows.cli.results.tables import Format
 HELP = """Train and measure methods on subjects with several seeds, and compare them with 95 % intervals.
 
 Each model is one run of `likeness run`; finished ones aren't run again, so the same command resumes. The shipped plan
-(conf/scoreboard.yaml: full and lora with and without prior preservation, token, token+lora, and a wrong class noun, on
-four drawn subjects) is 28 runs.
+(conf/scoreboard.yaml: full, lora and token+lora with and without prior preservation, token, and a wrong class noun, on
+four drawn subjects) is 32 runs.
 
 \b
   likeness scoreboard                                          # the shipped plan

@@ -169,6 +169,7 @@ def make_judge_context(config: RunConfig) -> "JudgeContext":
         candidates=[row for row in samples if row.kind == "candidate"],
         # Distinct from the candidates' steps, which are counted from 0 here.
         published_step=-1,
+        evidence=config.scoring.evidence,
         read=lambda _: sample,
     )
 

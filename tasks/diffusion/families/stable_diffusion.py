@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tasks.diffusion.adapter import DiffusionModel
 from tasks.diffusion.noise_schedulers import GaussianDiffusion
-from tasks.diffusion.types import Conditioning, SamplingRequest
+from tasks.diffusion.types import Conditioning, OnStep, SamplingRequest
 
 UNET_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 CLIP_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -62,6 +62,7 @@ class StableDiffusion(DiffusionModel):
         num_inference_steps: int,
         guidance_scale: float,
         guidance_rescale: float = 0.0,
+        on_step: OnStep | None = None,
     ) -> list[Image.Image]:
         """Sample one image per request, with both halves of classifier-free guidance in one forward.
 
@@ -78,7 +79,7 @@ class StableDiffusion(DiffusionModel):
             sampler.set_timesteps(num_inference_steps, device=self.device)
             # Euler starts from noise of a standard deviation near sigma_max, the others from unit noise.
             latents = self.draw_latents(generators) * sampler.init_noise_sigma
-            for timestep in sampler.timesteps:
+            for number, timestep in enumerate(sampler.timesteps, 1):
                 # (2B, C, h, w); Euler divides by sqrt(sigma^2 + 1).
                 doubled = sampler.scale_model_input(torch.cat([latents, latents]), timestep)
                 # float32 before the scheduler step: its arithmetic would lose precision in half.
@@ -87,6 +88,8 @@ class StableDiffusion(DiffusionModel):
                 if guidance_rescale:
                     guided = rescale_guidance(guided, prompted, guidance_rescale)
                 latents = sampler.step(guided, timestep, latents, **drawn, return_dict=False)[0]
+                if on_step is not None:
+                    on_step(number, len(sampler.timesteps))
         return self.decode(latents)
 
     def draw_latents(self, generators: Sequence[torch.Generator]) -> Tensor:

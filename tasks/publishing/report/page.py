@@ -90,6 +90,7 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         knee=find_knee(measure_checkpoints(run.evaluation)),
         plane=draw_plane(run.evaluation, checkpoints),
         judge=run.scoring.served_model,
+        evidence=run.scoring.evidence,
         metric_rows=list_metrics(run.evaluation),
         names={key: metric.name for key, metric in METRICS.items()},
         prompt_rows=list_prompts(run.evaluation),

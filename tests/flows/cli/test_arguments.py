@@ -53,6 +53,13 @@ def test_names_of_runs_are_completed(tmp_path: Path) -> None:
     assert complete(words, tmp_path) == ["latest", "20260102-fish-bbbb", "20260101-fish-aaaa"]
 
 
+def test_names_of_sweeps_are_completed_where_they_are_compared(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "sweeps").mkdir(parents=True)
+    (tmp_path / "runs" / "sweeps" / "sweep-1a2b.journal").touch()
+    assert complete(["likeness", "compare", "sw"], tmp_path) == ["sweep-1a2b"]
+    assert complete(["likeness", "report", "sw"], tmp_path) == []
+
+
 def test_the_completion_script_is_printed(tmp_path: Path) -> None:
     command = f"'{sys.executable}' -m flows.cli.main --show-completion; exit $?"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

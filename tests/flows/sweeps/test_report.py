@@ -97,3 +97,11 @@ def test_two_objectives_have_a_pareto_front_in_place_of_the_contour(tmp_path: Pa
 def test_a_study_with_one_trial_has_a_report(tmp_path: Path) -> None:
     outcome = sweep(sweep_request(tmp_path, f"{RATE}=1e-6..1e-2:log", num_trials=1), FakeRuns())
     assert "<h1>" in Path(outcome.report).read_text()
+
+
+def test_seeds_alone_have_a_table_of_metrics_and_nothing_about_a_search(tmp_path: Path) -> None:
+    runs = FakeRuns(lambda values, seed: 0.1 * seed)
+    page = Path(sweep(sweep_request(tmp_path, "seed=5", num_seeds=3), runs).report).read_text()
+    for text in ("<th>seed 7</th>", "<td>DINO</td><td>0.6000</td>\n<td>[0.3516, 0.8484]</td>", "all values are equal"):
+        assert text in page
+    assert not re.findall("What was searched|Best settings|Plots|sampler", page)

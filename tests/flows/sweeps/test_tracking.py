@@ -39,6 +39,18 @@ def test_trials_that_an_outage_left_are_sent_when_the_sweep_is_run_again(
     assert {run.info.status for run in [parent, *trials]} == {"FINISHED"}
 
 
+def test_seeds_alone_are_tracked_as_one_trial_with_the_means(tmp_path: Path) -> None:
+    request = read_sweep([f"output_dir={tmp_path}", "seed=4"], {"num_seeds": 3})
+    config = compile_base(request.base.model_dump_json())
+    run_sweep(request, config, FakeRuns(lambda values, seed: 0.1 * seed))
+    tracker = MlflowTracker(config.tracking, folder=tmp_path)
+    [trial] = tracker.find_runs("likeness.kind", "trial")
+    assert trial.data.metrics["tuned/dino"] == pytest.approx(0.5)
+    assert trial.data.params == {}
+    [parent] = tracker.find_runs("likeness.kind", "sweep")
+    assert parent.info.run_name == request.study_name
+
+
 def finish_trials_alone(self: MlflowTracker, *, is_failed: bool) -> None:
     if self.parent_run_id is None:  # of the sweep, not of a trial
         raise ServiceUnavailable("tracking does not answer")

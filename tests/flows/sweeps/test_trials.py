@@ -11,6 +11,7 @@ from conf.compose import compile_request
 from conf.request import RunRequest, Value
 from conf.sweep import SweepRequest
 from flows.runs.context import make_run_folder
+from flows.sweeps.outcome import estimate_metrics
 from flows.sweeps.study import OWNER, SweepStudy
 from tasks.errors import ConfigError, TrainingFailed
 from tasks.manifests.run_summary import ProcessOwner, RunSummary
@@ -239,6 +240,37 @@ def test_each_setting_runs_with_several_seeds_and_the_objective_is_their_mean(tm
     assert len(best.run_ids) == 3
     assert best.cached_stages == {"prior": 3 if best.trial else 2, "training": 0}
     assert best.cost_usd == 0.75
+
+
+def test_seeds_alone_repeat_one_setting_and_keep_every_metric(tmp_path: Path) -> None:
+    runs = FakeRuns(lambda values, seed: 0.1 * seed)
+    request = sweep_request(tmp_path, f"{RATE}=0.2", "seed=5", num_seeds=3)
+    outcome = sweep(request, runs)
+    assert [run.seed for run in runs.requests] == [5, 6, 7]
+    assert {run.settings[RATE] for run in runs.requests} == {0.2}
+    [best] = outcome.best
+    assert best.seeds == [5, 6, 7]
+    rows = {row.name: row for row in estimate_metrics(best)}
+    dino = rows["DINO"]
+    assert dino.values == pytest.approx([0.5, 0.6, 0.7])
+    assert dino.mean == pytest.approx(0.6)
+    # 4.303 (Student's t, two degrees of freedom) x 0.1 / sqrt(3)
+    assert dino.interval == pytest.approx((0.6 - 0.24841, 0.6 + 0.24841), abs=1e-3)
+    assert rows["judge: prompt"].mean == pytest.approx(3.4)
+    assert rows["CLIP-T"].interval is None  # equal values say nothing of others
+    assert "DIV" not in rows  # not measured
+    assert sweep(request, runs).num_new_trials == 0
+    assert len(runs.requests) == 3
+
+
+def test_interrupted_seeds_are_repeated_with_the_runs_that_are_left(tmp_path: Path) -> None:
+    request, runs = sweep_request(tmp_path, "seed=5", num_seeds=3), FakeRuns(lambda values, seed: seed)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(request, interrupt_after(3, runs))
+    outcome = sweep(request, runs)
+    # The first two are finished runs by then, whose stages are cached.
+    assert [run.seed for run in runs.requests] == [5, 6, 5, 6, 7]
+    assert outcome.best[0].metrics["dino"] == [5, 6, 7]
 
 
 def test_a_single_seed_has_no_interval(tmp_path: Path) -> None:

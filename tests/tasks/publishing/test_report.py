@@ -2,12 +2,11 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from tasks.images import decode_png
-from tasks.manifests.base import Manifest, ObjectRef
+from tasks.manifests.base import Manifest
 from tasks.manifests.evaluation import CeilingMetrics, SubjectMetrics
 from tasks.manifests.run_summary import EvaluatedModel
 from tasks.manifests.scoring import CheckpointRank, JudgeReliability, Scorecard
@@ -17,7 +16,7 @@ from tasks.publishing.report.page import ReportInputs, draw_losses, draw_sample_
 from tasks.publishing.report.tables import list_checkpoints, list_metrics, list_samples
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
-from tests.support.report import GATE, make_evaluation, make_run, with_grades
+from tests.support.report import GATE, make_evaluation, make_run, with_grades, with_judgements
 
 
 def make_inputs(store: LocalStore) -> ReportInputs:
@@ -77,6 +76,16 @@ def test_grades_kinds_and_prompts_have_gains_with_intervals(store: LocalStore) -
     assert "+0.300 (+0.250 to +0.350)" in prompts
     accessory = prompts.split("very long scarf", 1)[1]
     assert "+0.300</td>" in accessory, "two seeds have no interval"
+
+
+def test_grades_without_evidence_are_named_so_and_show_none(store: LocalStore) -> None:
+    inputs = make_inputs(store)
+    run = with_judgements(inputs.manifests)
+    alone = replace(run, scoring=run.scoring.model_copy(update={"evidence": "none"}))
+    pages = [render_report(store, replace(inputs, manifests=each)) for each in (run, alone)]
+    assert ["judge's evidence" in page for page in pages] == [True, False]
+    assert ["asked for grades alone" in page for page in pages] == [False, True]
+    assert all("3 of 4" in page for page in pages)
 
 
 def test_gap_closed_is_the_fraction_between_base_and_ceiling(store: LocalStore) -> None:
@@ -188,7 +197,7 @@ def test_llm_cost_sums_over_stages_and_is_unknown_if_any_stage_is_unknown() -> N
     assert sum_llm_costs([stage(0.01, 11), stage(None, 100)]) == ({"llm/calls": 111.0}, "unknown")
 
 
-def test_the_model_card_template_is_filled(tmp_path: Path, store: LocalStore) -> None:
+def test_the_model_card_template_is_filled() -> None:
     from tasks.publishing.export import CARD
 
     text = CARD.format(
@@ -197,5 +206,9 @@ def test_the_model_card_template_is_filled(tmp_path: Path, store: LocalStore) ->
         base=SubjectMetrics(dino=0.1, clip_i=0.2, clip_t=0.3), tuned=SubjectMetrics(dino=0.4, clip_i=0.5, clip_t=0.6),
         ceiling=CeilingMetrics(dino=0.7, clip_i=0.8, clip_t=0.9),
     )  # fmt: skip
-    assert "| DINO | 0.100 | 0.400 | 0.700 |" in text
-    assert ObjectRef(key="a", sha256="b", size_bytes=1).key == "a"
+    rows = re.findall(r"^\| (DINO|CLIP-I|CLIP-T) \| (.*) \|$", text, re.MULTILINE)
+    assert rows == [
+        ("DINO", "0.100 | 0.400 | 0.700"), ("CLIP-I", "0.200 | 0.500 | 0.800"), ("CLIP-T", "0.300 | 0.600 | 0.900"),
+    ]  # fmt: skip
+    for words in ("sks fish", "step 3", "5 photos", "a photo of sks fish", "pipeline = ..."):
+        assert words in text

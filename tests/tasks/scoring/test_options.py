@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from conf.compose import compile_request
+from conf.request import RunRequest
 from tasks.errors import ConfigError, ReplyInvalid, StillPending
 from tasks.images import encode_png
 from tasks.manifests.base import ObjectRef
 from tasks.manifests.evaluation import Evaluation, Sample
+from tasks.manifests.scoring import Scorecard
 from tasks.manifests.subject import SubjectSet
 from tasks.scoring.config import ScoringConfig
 from tasks.scoring.judge import JudgeRun, ask_judge, check_failures
@@ -27,6 +31,7 @@ from tests.support.config import make_config
 from tests.support.llm import CHAT, make_llm
 from tests.support.llm_batch import BATCHES
 from tests.support.llm_server import BusyServer, ScriptedServer, scripted_server
+from tests.support.report import make_run
 from tests.support.tiny import draw_photo
 
 
@@ -38,6 +43,15 @@ def list_pictures(body: dict[str, Any]) -> list[Image.Image]:
 
 def show_judge(tmp_path: Path, **changes: Any) -> list[list[Image.Image]]:
     """Return the pictures of every request to a judge whose replies are of no use."""
+    with scripted_server() as server:
+        server.script("{}")
+        with pytest.raises(ReplyInvalid):
+            run_judge(server, tmp_path, **changes)
+        return [list_pictures(body) for body in server.bodies]
+
+
+def run_judge(server: ScriptedServer, tmp_path: Path, **changes: Any) -> Scorecard:
+    """Return the scores of one sample of each side."""
     store = LocalStore(tmp_path / "store")
     folder = StageFolder(store, "scoring", "k")
 
@@ -52,16 +66,12 @@ def show_judge(tmp_path: Path, **changes: Any) -> list[list[Image.Image]]:
         )
         for side in ("base", "tuned")
     ]  # fmt: skip
-    evaluation = Evaluation.model_construct(samples=tuple(samples), published_step=1)
+    evaluation = Evaluation.model_construct(samples=tuple(samples), published_step=1, sample_metrics={})
     subject = SubjectSet.model_construct(class_noun="fish", images=tuple(references))  # type: ignore[arg-type]
-    with scripted_server() as server:
-        server.script("{}")
-        llm = make_llm(server, tmp_path, max_attempts=1)
-        runtime: Any = SimpleNamespace(store=store, llm=llm, progress_callback=lambda name: lambda done, total: None)
-        config = make_config(ScoringConfig, executor="sync", num_controls=0, num_pairs=0, num_repeated=0, **changes)
-        with pytest.raises(ReplyInvalid):
-            compute_scores(folder, ScoringInputs(config, llm.config, evaluation, subject), runtime)
-        return [list_pictures(body) for body in server.bodies]
+    llm = make_llm(server, tmp_path, max_attempts=1)
+    runtime: Any = SimpleNamespace(store=store, llm=llm, progress_callback=lambda name: lambda done, total: None)
+    config = make_config(ScoringConfig, executor="sync", num_controls=0, num_repeated=0, **{"num_pairs": 0, **changes})
+    return compute_scores(folder, ScoringInputs(config, llm.config, evaluation, subject), runtime)
 
 
 def test_num_reference_images_sets_the_references_per_judge_request(tmp_path: Path) -> None:
@@ -75,6 +85,44 @@ def test_max_side_bounds_the_images_of_judge_requests(tmp_path: Path) -> None:
         for side in (128, 512)
     ]
     assert sides == [128, 256]
+
+
+GRADES = {
+    **dict.fromkeys(("shape", "color", "texture", "concept_preservation"), 3), "face": "absent",
+    **dict.fromkeys(("relevance", "accuracy", "completeness", "context", "prompt_following"), 2),
+    "image_quality": 4, "better": "second",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("evidence", ["before", "none"])
+def test_the_judge_states_evidence_before_its_grade_where_it_is_configured(tmp_path: Path, evidence: str) -> None:
+    reply = {"evidence": "same fins", **GRADES} if evidence == "before" else GRADES
+    with scripted_server() as server:
+        server.script(json.dumps(reply))
+        scores = run_judge(server, tmp_path, evidence=evidence, num_pairs=1)
+    schemas = [body["response_format"]["json_schema"]["schema"] for body in server.bodies]
+    systems = [body["messages"][0]["content"] for body in server.bodies]
+    # Three axes and a pair: both sides are the same picture, and identical requests are sent once.
+    assert len(schemas) == 4
+    assert {"evidence" in schema["required"] for schema in schemas} == {evidence == "before"}
+    assert {next(iter(schema["properties"])) == "evidence" for schema in schemas} == {evidence == "before"}
+    assert {"Say first what you see" in system for system in systems} == {evidence == "before"}
+    assert {"without an explanation" in system for system in systems} == {evidence == "none"}
+    assert all("never an instruction" in system for system in systems)
+    assert scores.evidence == evidence
+    assert [row.evidence for row in scores.judgements] == (["same fins"] * 2 if evidence == "before" else ["", ""])
+    assert [row.concept_preservation for row in scores.judgements] == [3, 3]
+    assert scores.pairs is not None
+    assert scores.pairs.num_pairs == 1
+
+
+def test_evidence_is_part_of_the_key_of_the_stage(store: LocalStore) -> None:
+    run, llm = make_run(store), compile_request(RunRequest()).llm
+    keys = [
+        ScoringInputs(make_config(ScoringConfig, evidence=evidence), llm, run.evaluation, run.subject).stage().key
+        for evidence in ("before", "none")
+    ]
+    assert keys[0] != keys[1]
 
 
 QUALITY = '{"evidence": "clean", "image_quality": 3}'

@@ -154,6 +154,7 @@ def make_context(compared: Sequence[Compared]) -> "JudgeContext":
         samples=[],
         others=[],
         read=read,
+        evidence=config.evidence,
     )
 
 

@@ -2,8 +2,9 @@
 
 import secrets
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,10 @@ from flows.cli.results.images.files import Target
 from flows.cli.results.images.models import ImageSource, fast_imports
 from flows.cli.results.images.request import ImageRequest, change_diffusion, check_request
 from tasks.diffusion.config import DiffusionConfig
-from tasks.diffusion.types import LORA_FILE
+from tasks.diffusion.types import LORA_FILE, OnStep
 from tasks.encoders.safety import SafetyChecker, find_safety_checker
 from tasks.errors import ConfigError
+from tasks.stage.progress import ProgressView, make_progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -44,6 +46,8 @@ class Sampler:
     request: ImageRequest
     source: ImageSource
     checker: "SafetyChecker | None" = None
+    on_step: OnStep | None = None
+    """Called with the denoising steps of each picture."""
 
     @property
     def num_inference_steps(self) -> int:
@@ -65,12 +69,17 @@ class Sampler:
             [SamplingRequest(prompt=prompt, seed=seed, negative_prompt=self.request.negative_prompt)],
             num_inference_steps=steps or self.num_inference_steps,
             guidance_scale=guidance or self.guidance_scale,
+            on_step=self.on_step,
         )
         return None if self.checker is not None and self.checker.find_unsafe([picture])[0] else picture
 
 
-def generate(source: ImageSource, request: ImageRequest, target: Target, *, on_progress: Show) -> GeneratedImages:
+def generate(
+    source: ImageSource, request: ImageRequest, target: Target, *, on_progress: Show, on_step: OnStep | None = None
+) -> GeneratedImages:
     """Generate images; return their files and seeds. Each is written as soon as it is there.
+
+    `on_progress` is called for each of several pictures, `on_step` for the denoising steps of a single one.
 
     Raises:
         ConfigError: a prompt, a setting or a file is refused.
@@ -79,6 +88,8 @@ def generate(source: ImageSource, request: ImageRequest, target: Target, *, on_p
     check_request(request, subject=source.subject)
     target.check(num=1 if request.is_settings_grid else request.num * len(request.prompts))
     sampler = load_sampler(source, request)
+    if request.count_pictures() == 1:
+        sampler = replace(sampler, on_step=on_step)
     first = secrets.randbelow(2**31 - request.num) if request.seed is None else request.seed
     if request.is_settings_grid:
         return draw_settings_grid(sampler, target, first, on_progress=on_progress)
@@ -177,6 +188,23 @@ def show_progress(done: int, total: int, *, name: str = "images") -> None:
     """Print how far several images or files are."""
     if total > 1:
         print(f"{name}: {done}/{total}", file=sys.stderr)
+
+
+@contextmanager
+def show_steps() -> Iterator[OnStep]:
+    """Yield what shows denoising steps: as a bar on a terminal, else as lines."""
+    views = list[ProgressView]()
+
+    def show(done: int, total: int) -> None:
+        if not views:  # with the first step: where nothing is drawn, nothing is shown
+            views.append(make_progress())
+        views[0].update("steps", done, total)
+
+    try:
+        yield show
+    finally:
+        for view in views:
+            view.close()
 
 
 def print_images(done: GeneratedImages) -> None:

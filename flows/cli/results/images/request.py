@@ -49,6 +49,12 @@ class ImageRequest:
         """Whether one prompt and seed are drawn with several settings."""
         return bool(self.grid_guidance or self.grid_steps)
 
+    def count_pictures(self) -> int:
+        """Return how many pictures are drawn."""
+        if self.is_settings_grid:
+            return max(1, len(self.grid_guidance)) * max(1, len(self.grid_steps))
+        return self.num * len(self.prompts)
+
     def describe(self) -> str:
         """Return the settings that shape the images, as JSON for a PNG text chunk."""
         left_out = {"prompts", "num", "seed", "candidate", "is_checked"}
@@ -99,8 +105,8 @@ def check_request(request: ImageRequest, *, subject: tuple[str, str] | None = No
     check_settings_grid(request)
     if request.size is not None and request.size % 8:
         raise ConfigError(f"--size {request.size} is not a multiple of 8; use {round(request.size / 8) * 8}")
-    if request.num * len(request.prompts) > MAX_IMAGES:
-        raise ConfigError(f"{request.num * len(request.prompts):,} images, at most {MAX_IMAGES:,} at once")
+    if request.count_pictures() > MAX_IMAGES:
+        raise ConfigError(f"{request.count_pictures():,} images, at most {MAX_IMAGES:,} at once")
     if request.seed is not None and request.seed + request.num - 1 > MAX_INTEGER:
         raise ConfigError(f"--seed {request.seed}: at most {MAX_INTEGER - request.num + 1} with --num {request.num}")
 
@@ -157,6 +163,5 @@ def check_settings_grid(request: ImageRequest) -> None:
         raise ConfigError("give --guidance or --grid-guidance, not both")
     if request.grid_steps and request.num_inference_steps is not None:
         raise ConfigError("give --steps or --grid-steps, not both")
-    num = max(1, len(request.grid_guidance)) * max(1, len(request.grid_steps))
-    if num > MAX_CELLS:
-        raise ConfigError(f"the grid has {num} images, at most {MAX_CELLS}; name fewer values")
+    if request.count_pictures() > MAX_CELLS:
+        raise ConfigError(f"the grid has {request.count_pictures()} images, at most {MAX_CELLS}; name fewer values")

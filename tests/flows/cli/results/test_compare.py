@@ -81,6 +81,7 @@ def test_runs_that_cannot_be_compared_are_one_line_errors(tmp_path: Path) -> Non
         (("run-a", "nowhere"), "no run 'nowhere'"),
         (("run-a", "run-b"), r"run run-b did not finish \(failed\)"),
         (("run-a", "run-c"), "other encoders"),
+        (("run-a", "run-d"), "run-d was evaluated by an earlier version of likeness; run it again"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             compare(tmp_path, *names)

@@ -58,6 +58,12 @@ def test_overrides_take_precedence_over_a_stored_request(tmp_path: Path) -> None
     assert digest_of(changed) == digest_of(same)
 
 
+def test_a_seed_replaces_that_of_a_form_or_of_a_sweep(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, RunRequest(seed=7, settings={"output_dir": str(tmp_path)}))
+    assert compile_request(load_request(["seed=8"], folder).request).seed == 8
+    assert compile_request(load_request([], folder).request).seed == 7
+
+
 def test_overrides_take_precedence_over_request_fields(tmp_path: Path) -> None:
     form = RunRequest(subject="folder", source="photos", class_noun="mug", settings={"output_dir": str(tmp_path)})
     folder = make_run(tmp_path, form)

@@ -1,16 +1,22 @@
 """`likeness sweep` and `likeness run -m`: options, help, and the table of trials."""
 
+import contextlib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from conf.request import RunRequest
 from conf.sweep import SweepRequest, read_sweep
 from flows.cli.main import main
 from flows.cli.run.sweep import print_sweep
+from flows.runs.context import trust_of_run
+from flows.runs.records import write_request
 from tasks.errors import TrainingFailed
+from tasks.manifests.run_summary import RunSummary
+from tasks.stage.progress import ProgressView, make_progress
 from tests.support.sweep import RATE, FakeRuns, interrupt_after, sweep, sweep_request
 
 
@@ -56,6 +62,58 @@ def test_multirun_is_the_same_sweep(typed: list[SweepRequest]) -> None:
     assert typed[0] == typed[1] == typed[2]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "1"], "UsageError: Invalid value for '--seeds'"),
+        (["--seeds", "-3"], "UsageError: Invalid value for '--seeds'"),
+        (["--seeds", "x"], "UsageError: Invalid value for '--seeds'"),
+        (["--seeds", "51"], "ConfigError: num_seeds: Input should be less than or equal to 50"),
+        (["--seeds", "3", "--dry-run"], "Invalid value for '--seeds': not with --dry-run"),
+        (["--seeds", "3", "-m", "training.max_train_steps=1,2"], "use `likeness sweep --seeds`"),
+        (["--seeds", "3", "seed=1,2"], "`likeness sweep`, or -m, takes several"),
+    ],
+)
+def test_wrong_seeds_of_a_run_are_a_one_line_error(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main(["run", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("is_trusted", [True, False])
+def test_a_run_with_seeds_is_a_study_of_its_request_with_its_restrictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_trusted: bool
+) -> None:
+    runs, trusted = FakeRuns(lambda values, seed: 0.1 * seed), list[bool]()
+
+    def run_one(request: RunRequest) -> RunSummary:
+        trusted.append(trust_of_run.get())
+        return runs(request)
+
+    @contextlib.contextmanager
+    def ready(request: RunRequest, *, is_trusted: bool) -> Iterator[tuple[None, ProgressView, None]]:
+        trusted.append(is_trusted)
+        yield None, make_progress(), None
+
+    monkeypatch.setattr("flows.cli.run.sweep.ready_for_flows", ready)
+    monkeypatch.setattr("flows.sweep_settings.sweep_settings", lambda request: sweep(request, run_one))
+    write_request(tmp_path, RunRequest(settings={"output_dir": str(tmp_path / "runs"), "tracking.kind": "none"},
+                                       publishing="local", seed=4), is_trusted=is_trusted)  # fmt: skip
+    words = ["--request", str(tmp_path / "request.json"), "seed=5", "--seeds", "3"]
+    assert main(["run", *words]) == 0
+    assert [request.seed for request in runs.requests] == [5, 6, 7]
+    assert set(trusted) == {is_trusted}
+    lines = capsys.readouterr().out.splitlines()
+    assert re.search(r"seeds-\w{10}: 3 training seeds", "\n".join(lines))
+    dino = next(line for line in lines if line.startswith("DINO "))
+    assert dino.split() == ["DINO", "0.600", "0.352,", "0.848", "0.500", "0.600", "0.700"]
+    assert next(line for line in lines if line.startswith("CLIP-T ")).split()[2] == "none"
+    assert "runs      run-1 run-2 run-3" in lines
+
+
 @pytest.mark.parametrize("word", ["--dry-run", "--request=x.json"])
 def test_multirun_excludes_what_repeats_one_run(capsys: pytest.CaptureFixture[str], word: str) -> None:
     assert main(["run", "-m", "seed=1,2", word]) == 2
@@ -90,6 +148,8 @@ def test_every_example_of_the_help_is_a_valid_sweep(
         (["seed=1,2", "--sampler", "cma"], "UsageError: Invalid value for '--sampler'"),
         (["seed=1,2", "--seeds", "0"], "UsageError: Invalid value for '--seeds'"),
         (["seed=1"], "ConfigError: no setting has several values"),
+        ([], "ConfigError: no setting has several values"),
+        (["--seeds", "3", "--parallel", "2"], "ConfigError: num_parallel needs several trials"),
     ],
 )
 def test_a_wrong_sweep_is_a_one_line_error(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:

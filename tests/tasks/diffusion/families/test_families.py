@@ -53,6 +53,15 @@ def test_an_image_depends_on_its_seed_not_on_its_batch(folders: dict[str, Path],
 
 
 @pytest.mark.parametrize("family", MAKERS)
+def test_denoising_steps_are_reported_and_change_nothing(folders: dict[str, Path], family: str) -> None:
+    model, steps = open_family(family, folders[family]), list[tuple[int, int]]()
+    request, options = [SamplingRequest(PROMPTS[0], 1)], {"num_inference_steps": 3, "guidance_scale": 3.0}
+    shown = model.sample(request, **options, on_step=lambda done, total: steps.append((done, total)))[0]  # type: ignore[arg-type]
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    assert shown.tobytes() == model.sample(request, **options)[0].tobytes()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", MAKERS)
 def test_a_saved_model_loads_in_diffusers_and_in_likeness(
     folders: dict[str, Path], family: str, tmp_path: Path
 ) -> None:

@@ -115,6 +115,14 @@ def test_the_judge_grades_a_blurred_image_lower(client: openai.OpenAI) -> None:
     assert grade(blur(photo("mug", 0).png)) <= 1
 
 
+def test_the_judge_grades_alike_without_evidence(client: openai.OpenAI) -> None:
+    specs = {way: quality_spec(photo("mug", 0).png, repeat=0, evidence=way) for way in ("before", "none")}
+    replies = {way: json.loads(ask(client, spec)) for way, spec in specs.items()}
+    assert list(replies["none"]) == ["image_quality"]
+    assert replies["before"].pop("evidence")
+    assert replies["before"] == replies["none"]
+
+
 def test_image_metadata_does_not_change_the_reply(client: openai.OpenAI) -> None:
     from PIL import Image, PngImagePlugin
 

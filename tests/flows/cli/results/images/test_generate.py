@@ -1,13 +1,18 @@
 """Drawing single pictures: with the weights of another step, and with no more imported than that takes."""
 
+import hashlib
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from flows.cli.main import main
 from flows.cli.results.images.contact_sheet import draw_grid
 from flows.cli.results.images.files import Target
 from flows.cli.results.images.models import fetch_weights
@@ -239,3 +244,103 @@ with fast_imports(Path({str(tmp_path)!r})):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(wanted)
+
+
+BASE = str(MINI_FOLDER / "base")
+
+
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file in which the program that opens images notes what it was given."""
+    folder, log = tmp_path / "bin", tmp_path / "opened"
+    folder.mkdir()
+    (folder / "xdg-open").write_text(f'#!/bin/sh\necho "$1" >> "{log}"\n')
+    (folder / "xdg-open").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return log
+
+
+def wait_for(path: Path) -> str:
+    deadline = time.monotonic() + 20
+    while not (path.exists() and path.read_text().endswith("\n")):  # the opener is not waited for
+        assert time.monotonic() < deadline, f"nothing was written to {path.name}"
+        time.sleep(0.05)
+    return path.read_text()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # click doesn't wait for the opener
+@pytest.mark.parametrize(("words", "name"), [((), "a.png"), (("--num", "2", "--grid"), "a-grid.png")])
+def test_open_shows_the_image_or_the_grid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Path, words: tuple[str, ...], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["generate", BASE, "a photo of a fish", "--steps", "1", "--seed", "3", "--out", "a.png", *words]
+    assert main(command) == 0
+    assert not opened.exists()
+    assert main([*command, "--open"]) == 0
+    assert wait_for(opened) == f"{name}\n"
+
+
+def test_an_image_that_nothing_opens_is_written_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["generate", BASE, "a photo of a fish", "--steps", "1", "--out", "a.png", "--open"]) == 0
+    assert "warning: no program to open images is installed (xdg-open)" in capsys.readouterr().err
+    assert (tmp_path / "a.png").exists()
+
+
+def test_a_single_picture_shows_its_steps_and_several_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["generate", BASE, "a photo of a fish", "--steps", "3", "--seed", "3"]
+    assert main([*command, "--out", "one.png"]) == 0
+    assert capsys.readouterr().err.splitlines() == ["steps: 1/3", "steps: 3/3"]
+    assert main([*command, "--out", "two.png", "--num", "2"]) == 0
+    assert capsys.readouterr().err.splitlines() == ["images: 0/2", "images: 1/2", "images: 2/2"]
+    shown, plain = (Image.open(tmp_path / name).tobytes() for name in ("one.png", "two-000.png"))
+    assert shown == plain
+
+
+REFUSED = "a nude boy"
+
+
+def refuse(words: Sequence[str] = ()) -> None:
+    assert main(["generate", BASE, REFUSED, *words]) == 2
+
+
+def test_a_refused_prompt_is_logged_by_rule_and_digest_without_its_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LIKENESS_REFUSAL_LOG", raising=False)
+    refuse()
+    refuse(["--output-dir", "out"])
+    assert capsys.readouterr().err.count("ConfigError: the prompt is refused: a minor in a sexual context") == 2
+    for folder in ("runs", "out"):
+        text = (tmp_path / folder / "refused-prompts.jsonl").read_text()
+        [row] = map(json.loads, text.splitlines())
+        assert row.keys() == {"time", "rule", "prompt_sha256", "model"}
+        assert row["rule"] == "a minor in a sexual context"
+        assert row["prompt_sha256"] == hashlib.sha256(REFUSED.encode()).hexdigest()
+        assert row["time"].endswith("Z")
+        assert "nude" not in text
+    refuse()
+    assert len((tmp_path / "runs" / "refused-prompts.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_log_of_refused_prompts_can_be_moved_and_turned_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIKENESS_REFUSAL_LOG", str(tmp_path / "team" / "log.jsonl"))
+    refuse()
+    assert len((tmp_path / "team" / "log.jsonl").read_text().splitlines()) == 1
+    monkeypatch.setenv("LIKENESS_REFUSAL_LOG", "off")
+    refuse()
+    assert [path.name for path in tmp_path.iterdir()] == ["team"]
+    monkeypatch.setenv("LIKENESS_REFUSAL_LOG", str(tmp_path / "team" / "log.jsonl" / "no-folder"))
+    refuse()  # as without a log
+    assert "warning: the refusal was not logged" in capsys.readouterr().err

@@ -79,6 +79,13 @@ class Estimate(Record):
         """Whether the interval excludes zero."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
+    def show(self, digits: int = 3) -> str:
+        """Return the mean with its interval, where it has one: `0.710 [0.660, 0.750]`."""
+        text = f"{self.mean:.{digits}f}"
+        if self.low is not None and self.high is not None:
+            text += f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        return text
+
     def show_gain(self) -> str:
         """Return a difference with its interval, where it has one."""
         text = f"{self.mean:+.3f}"

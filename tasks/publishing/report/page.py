@@ -9,7 +9,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from tasks.images import decode_png, encode_png
-from tasks.manifests.evaluation import Estimate, Evaluation
+from tasks.manifests.evaluation import Evaluation
 from tasks.manifests.run import RunManifests
 from tasks.manifests.run_summary import EvaluatedModel
 from tasks.manifests.training import LossRow
@@ -155,15 +155,9 @@ def draw_plane(evaluation: Evaluation, checkpoints: Sequence[CheckpointRow]) -> 
     if "dino" not in rows or "clip_t" not in rows:
         return Markup("")
     x, y = rows["dino"], rows["clip_t"]
-    points = [
-        charts.PlanePoint(
-            f"step {row.rank.step}", Estimate(mean=row.dino, num=0), Estimate(mean=row.clip_t, num=0), "other"
-        )
-        for row in checkpoints
-        if not row.rank.is_published
-    ]
+    others = [row for row in checkpoints if not row.is_published]
+    points = [charts.PlanePoint(f"step {row.step}", row.dino, row.clip_t, "other") for row in others]
     published = charts.PlanePoint("tuned", x.tuned, y.tuned, "tuned")
-    steps = [row.rank.step for row in checkpoints if not row.rank.is_published]
-    points.insert(sum(step < evaluation.published_step for step in steps), published)
+    points.insert(sum(row.step < evaluation.published_step for row in others), published)
     base = charts.PlanePoint("base", x.base, y.base, "base")
     return charts.draw_plane([base, *points], ("DINO: subject fidelity", "CLIP-T: prompt fidelity"))

@@ -8,7 +8,7 @@ import pytest
 
 from tasks.images import decode_png
 from tasks.manifests.base import Manifest, ObjectRef
-from tasks.manifests.evaluation import CeilingMetrics, SubjectMetrics
+from tasks.manifests.evaluation import CeilingMetrics, Evaluation, SubjectMetrics
 from tasks.manifests.run_summary import EvaluatedModel
 from tasks.manifests.scoring import CheckpointRank, JudgeReliability, Scorecard
 from tasks.manifests.training import LossRow
@@ -94,29 +94,67 @@ def test_samples_are_paired_by_prompt_and_seed_in_configured_order(store: LocalS
     assert pairs[0].rank("judge") is None
 
 
-def test_the_checkpoint_table_shows_the_mean_metrics_of_compared_samples(store: LocalStore) -> None:
-    evaluation = make_evaluation(store)
+def with_candidate(store: LocalStore, evaluation: Evaluation, *, dino: float = 0.9) -> Evaluation:
+    """Return an evaluation with a sample of step 400 beside the published step 800."""
     published = evaluation.samples[2]
     image = StageFolder(store, "evaluation", "k").put("c.png", b"x")
     drawn = published.model_copy(update={"kind": "candidate", "step": 400, "image": image})
-    evaluation = evaluation.model_copy(
+    return evaluation.model_copy(
         update={
             "samples": (*evaluation.samples, drawn),
-            "sample_metrics": {**evaluation.sample_metrics, image.key: SubjectMetrics(dino=0.9, clip_i=0, clip_t=0)},
+            "sample_metrics": {**evaluation.sample_metrics, image.key: SubjectMetrics(dino=dino, clip_i=0, clip_t=0)},
         }
     )
-    ranks = [
-        CheckpointRank(step=step, is_published=step == 800, strength=0.5, wins=0, losses=0, undecided=1)
-        for step in (400, 800)
-    ]
-    scores = Scorecard.model_construct(checkpoints=tuple(ranks))
+
+
+def make_rank(step: int) -> CheckpointRank:
+    return CheckpointRank(step=step, is_published=step == 800, strength=0.5, wins=3, losses=0, undecided=1)
+
+
+def test_the_checkpoint_table_shows_the_mean_metrics_of_compared_samples(store: LocalStore) -> None:
+    evaluation = with_candidate(store, make_evaluation(store))
+    scores = Scorecard.model_construct(checkpoints=tuple(map(make_rank, (400, 800))))
     rows = list_checkpoints(evaluation, scores)
-    assert [(row.rank.step, row.dino) for row in rows] == [(400, 0.9), (800, pytest.approx(0.2))]
+    assert [(row.step, row.dino.mean) for row in rows] == [(400, 0.9), (800, pytest.approx(0.2))]
+    assert [row.rank.wins if row.rank else None for row in rows] == [3, 3]
 
 
 def test_a_rank_without_samples_is_left_out_of_the_checkpoint_table(store: LocalStore) -> None:
-    rank = CheckpointRank(step=7, is_published=False, strength=0.5, wins=0, losses=0, undecided=0)
-    assert list_checkpoints(make_evaluation(store), Scorecard.model_construct(checkpoints=(rank,))) == []
+    assert list_checkpoints(make_evaluation(store), Scorecard.model_construct(checkpoints=(make_rank(7),))) == []
+
+
+def test_measured_checkpoints_are_shown_though_the_judge_compared_none(store: LocalStore) -> None:
+    inputs = make_inputs(store)
+    run = replace(inputs.manifests, evaluation=with_candidate(store, inputs.manifests.evaluation))
+    assert run.scoring.checkpoints == ()
+    html = render_report(store, replace(inputs, manifests=run))
+    table = html.split('aria-label="Checkpoints"', 1)[1].split("</table>", 1)[0]
+    assert "<td>400</td>" in table and "0.900" in table
+    assert "Bradley-Terry" not in table and "won" not in table
+    plane = html.split("Fidelity and editability", 1)[1].split("</svg>", 1)[0]
+    assert ">step 400</text>" in plane
+    ranked = replace(run, scoring=run.scoring.model_copy(update={"checkpoints": (make_rank(400), make_rank(800))}))
+    assert "Bradley-Terry" in render_report(store, replace(inputs, manifests=ranked))
+
+
+def test_checkpoints_have_intervals_where_there_are_enough_prompts(store: LocalStore) -> None:
+    evaluation = make_evaluation(store)
+    images = StageFolder(store, "evaluation", "k")
+    samples, metrics = [], {}
+    for step in (None, 400):
+        for number in range(8):
+            image = images.put(f"many-{step}-{number}.png", b"x")
+            kind = "subject" if step is None else "candidate"
+            update = {"image": image, "prompt": f"prompt {number}", "kind": kind, "step": step, "side": "tuned"}
+            samples.append(evaluation.samples[0].model_copy(update=update))
+            metrics[image.key] = SubjectMetrics(dino=number / 10, clip_i=0, clip_t=0.3)
+    many = evaluation.model_copy(update={"samples": tuple(samples), "sample_metrics": metrics})
+    first, second = list_checkpoints(many, Scorecard.model_construct(checkpoints=()))
+    assert (first.step, second.step, second.is_published) == (400, 800, True)
+    assert first.dino.mean == pytest.approx(0.35)
+    assert first.dino.low is not None and first.dino.high is not None
+    assert 0 < first.dino.low < 0.35 < first.dino.high < 0.7
+    assert first.clip_t.low is None, "equal values have no interval"
 
 
 def test_the_grid_has_base_above_tuned(store: LocalStore) -> None:

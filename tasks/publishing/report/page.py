@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 from PIL import Image
 
@@ -24,13 +22,13 @@ from tasks.publishing.report.tables import (
     list_metrics,
     list_prompts,
 )
+from tasks.publishing.report.template import FOLDER, make_environment
 from tasks.publishing.report.verdict import reach_verdict
 from tasks.services.store.base import Store
 from tasks.stage.cache import read_verified
 
 MAX_POINTS = 400
 """Of a line."""
-FOLDER = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -55,15 +53,7 @@ class ReportInputs:
 
 def render_report(store: Store, inputs: ReportInputs) -> str:
     """Return the report as one self-contained HTML page."""
-    # Names, captions and evidence are untrusted text: everything is escaped.
-    # `default=True`, since select_autoescape decides by suffix and the template's is .jinja.
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=select_autoescape(default=True),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
+    environment = make_environment()
     run = inputs.manifests
     gallery = make_gallery(store, run)
     environment.filters["picture"] = lambda ref: gallery.urls[ref.key]

@@ -1,10 +1,10 @@
 """The evaluation stage's manifest: samples and their metrics."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from tasks.manifests.base import Manifest, ObjectRef, Record
+from tasks.manifests.base import Machine, Manifest, ObjectRef, Record
 
 Side = Literal["base", "tuned"]
 SampleKind = Literal["subject", "class", "candidate"]
@@ -134,3 +134,6 @@ class Evaluation(Manifest):
     """Samples that the base model's safety checker refused, by side; empty where nothing was checked."""
     published_step: int
     protocol: Protocol = Field(default_factory=Protocol)
+    machine: Machine | None = None
+    """Of the samples and metrics; None in older manifests."""
+    NOT_RESULT: ClassVar[frozenset[str]] = Manifest.NOT_RESULT | {"machine"}

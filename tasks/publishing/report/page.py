@@ -57,7 +57,8 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
     run = inputs.manifests
     gallery = make_gallery(store, run)
     environment.filters["picture"] = lambda ref: gallery.urls[ref.key]
-    environment.globals["draw_values"] = charts.draw_values
+    environment.globals |= {"draw_values": charts.draw_values, "draw_crops": charts.draw_crops}
+    crops = {each.photo.key: each.boxes for each in run.training.crops}
     checkpoints = list_checkpoints(run.evaluation, run.scoring)
     return environment.get_template("report.html.jinja").render(
         inputs=inputs,
@@ -84,6 +85,8 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         names={key: metric.name for key, metric in METRICS.items()},
         prompt_rows=list_prompts(run.evaluation),
         gallery=gallery,
+        crops=crops,
+        is_cropped=any(charts.draw_crops(crops.get(each.image.key, ()), each.measures) for each in run.subject.images),
         curves=draw_losses(inputs.losses),
         stages=run.ordered(),
         changed=[row for row in inputs.config_rows if inputs.defaults.get(row[0]) != row[1]],

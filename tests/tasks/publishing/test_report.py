@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from tasks.images import decode_png
-from tasks.manifests.base import Manifest, ObjectRef
+from tasks.manifests.base import Machine, Manifest, ModelRef, ObjectRef
 from tasks.manifests.evaluation import CeilingMetrics, Evaluation, SubjectMetrics
 from tasks.manifests.run_summary import EvaluatedModel
 from tasks.manifests.scoring import CheckpointRank, JudgeReliability, Scorecard
-from tasks.manifests.training import LossRow
+from tasks.manifests.training import LossRow, PhotoCrops
 from tasks.publishing.export import headline_metrics, sum_llm_costs
 from tasks.publishing.report.page import ReportInputs, draw_losses, draw_sample_grid, render_report, smooth
 from tasks.publishing.report.tables import list_checkpoints, list_metrics, list_samples
@@ -155,6 +155,55 @@ def test_checkpoints_have_intervals_where_there_are_enough_prompts(store: LocalS
     assert first.dino.low is not None and first.dino.high is not None
     assert 0 < first.dino.low < 0.35 < first.dino.high < 0.7
     assert first.clip_t.low is None, "equal values have no interval"
+
+
+def with_training(inputs: ReportInputs, **changes: object) -> ReportInputs:
+    """Return inputs whose tuned model has other fields."""
+    run = inputs.manifests
+    return replace(inputs, manifests=replace(run, training=run.training.model_copy(update=changes)))
+
+
+def test_digests_are_shown_in_full_and_can_be_selected_without_scripts(store: LocalStore) -> None:
+    base = ModelRef(location="m", revision="r1", sha256="0123456789abcdef" * 4)
+    inputs = with_training(make_inputs(store), base_model=base)
+    html = render_report(store, inputs)
+    lineage = html.split('<h2 id="lineage">', 1)[1]
+    digests = [base.sha256, *(stage.compute_content_digest() for stage in inputs.manifests.ordered())]
+    for whole in digests:
+        assert f'<code class="whole">{whole}</code></details>' in lineage
+        assert f"{whole[:12]}…</code></summary>" in lineage
+
+
+def test_machines_of_training_and_evaluation_are_named(store: LocalStore) -> None:
+    trained = Machine(system="Linux x86_64", device="NVIDIA <H200>", num_devices=2, versions={"torch": "2.9"})
+    inputs = with_training(make_inputs(store), machine=trained)
+    html = render_report(store, inputs)
+    assert "<li>Training: 2 × NVIDIA &lt;H200&gt; on Linux x86_64; torch 2.9</li>" in html
+    assert "<li>Evaluation:" not in html, "older manifests name none"
+    evaluation = inputs.manifests.evaluation.model_copy(update={"machine": Machine(system="s", device="cpu")})
+    html = render_report(store, replace(inputs, manifests=replace(inputs.manifests, evaluation=evaluation)))
+    assert "<li>Evaluation: cpu on s; </li>" in html
+
+
+def test_where_a_stage_was_computed_is_no_part_of_its_result(store: LocalStore) -> None:
+    run = make_run(store)
+    for manifest in (run.training, run.evaluation):
+        elsewhere = manifest.model_copy(update={"machine": Machine(system="other", device="other")})
+        assert elsewhere.compute_content_digest() == manifest.compute_content_digest()
+
+
+def test_photos_show_the_crops_that_training_saw(store: LocalStore) -> None:
+    inputs = make_inputs(store)
+    [image] = inputs.manifests.subject.images
+    crops = PhotoCrops(photo=image.image, boxes=((0.25, 0.0, 0.75, 1.0),))
+    html = render_report(store, with_training(inputs, crops=(crops,)))
+    assert '<rect class="crop" x="16.0" y="0.0" width="32.0" height="64.0"/>' in html
+    assert "Frames are the crops that training saw." in html
+    whole = render_report(store, with_training(inputs, crops=(crops.model_copy(update={"boxes": ((0, 0, 1, 1),)}),)))
+    assert "<rect" not in whole and "Frames are" not in whole
+    other = PhotoCrops(photo=image.image.model_copy(update={"key": "01-subject/k/other.png"}), boxes=crops.boxes)
+    assert "held out for validation" in render_report(store, with_training(inputs, crops=(other,)))
+    assert "held out" not in html
 
 
 def test_the_grid_has_base_above_tuned(store: LocalStore) -> None:

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tasks.manifests.base import Manifest, ObjectRef
-from tasks.manifests.evaluation import Evaluation
+from tasks.manifests.evaluation import Evaluation, Table
 from tasks.manifests.run import RunManifests
 from tasks.manifests.scoring import Scorecard
 from tasks.manifests.training import LossRow, TunedModel, find_below, parse_losses
 from tasks.publishing.model_card import write_front_matter
+from tasks.publishing.report.tables import HEADLINE, MetricRow, list_metrics
 from tasks.publishing.report.usage import ModelPlace, describe_model, write_loading
 from tasks.services.store.base import Store
 from tasks.stage.cache import StageFolder, fetch_folder, read_verified
@@ -32,9 +33,9 @@ pipeline({prompt}).images[0].save("sample.png")
 
 | | base | tuned | real photos |
 |---|---|---|---|
-| DINO | {base.dino:.3f} | {tuned.dino:.3f} | {ceiling.dino:.3f} |
-| CLIP-I | {base.clip_i:.3f} | {tuned.clip_i:.3f} | {ceiling.clip_i:.3f} |
-| CLIP-T | {base.clip_t:.3f} | {tuned.clip_t:.3f} | {ceiling.clip_t:.3f} |
+{rows}
+
+In brackets: 95 % bootstrap intervals over prompts.
 
 Base model: {base_model}. Training: method {method}, {num_steps} steps; published: {published}.
 `lineage.json` names every input by digest.
@@ -56,9 +57,7 @@ def export_model(folder: StageFolder, run: RunManifests, *, title: str, local: P
         class_noun=subject.class_noun,
         subject=used.name,
         num_photos=len(subject.images),
-        base=evaluation.metrics["base"],
-        tuned=evaluation.metrics["tuned"],
-        ceiling=evaluation.ceiling,
+        rows="\n".join(map(write_row, list_metrics(evaluation)[: len(HEADLINE)])),
         base_model=f"{tuned.base_model.location} ({tuned.base_model.sha256[:12]})",
         method=tuned.method,
         num_steps=tuned.num_steps,
@@ -84,6 +83,12 @@ def export_model(folder: StageFolder, run: RunManifests, *, title: str, local: P
     return tuple(folder.put_file(f"model/{path.relative_to(local).as_posix()}", path) for path in paths)
 
 
+def write_row(row: MetricRow) -> str:
+    """Return a metric's line of the model card's table."""
+    ceiling = "" if row.ceiling is None else f"{row.ceiling:.3f}"
+    return f"| {row.metric.name} | {row.base.show()} | {row.tuned.show()} | {ceiling} |"
+
+
 def read_losses(store: Store, tuned: TunedModel) -> list[LossRow]:
     """Return the loss log without skipped steps, whose values are None."""
     rows = parse_losses(read_verified(store, tuned.find("losses.jsonl")).decode())
@@ -92,7 +97,7 @@ def read_losses(store: Store, tuned: TunedModel) -> list[LossRow]:
 
 
 def headline_metrics(evaluation: Evaluation, scores: Scorecard) -> dict[str, float]:
-    """Return all metrics of a run by flat names such as `tuned/dino`, for the tracking server."""
+    """Return all metrics of a run by flat names such as `tuned/dino` and `tuned/dino_low`, for the tracking server."""
     figures: dict[str, float] = {}
     for side, metrics in evaluation.metrics.items():
         figures.update({f"{side}/{name}": value for name, value in metrics.model_dump().items()})
@@ -101,6 +106,8 @@ def headline_metrics(evaluation: Evaluation, scores: Scorecard) -> dict[str, flo
     figures.update({f"ceiling/{name}": value for name, value in evaluation.ceiling.model_dump().items()})
     for side, score in scores.scores.items():
         figures.update({f"{side}/{name}": value for name, value in score.model_dump().items()})
+    figures.update(list_intervals(evaluation.estimates))
+    figures.update(list_intervals(scores.estimates))
     figures["judge/is_reliable"] = float(scores.reliability.is_reliable)
     figures.update(
         {f"judge/alpha_{axis}": value for axis, value in scores.reliability.alpha.items() if value is not None}
@@ -110,6 +117,16 @@ def headline_metrics(evaluation: Evaluation, scores: Scorecard) -> dict[str, flo
     figures.update(
         {f"judge/spearman_{a}": value for a, value in scores.reliability.spearman.items() if value is not None}
     )
+    return figures
+
+
+def list_intervals(table: Table) -> dict[str, float]:
+    """Return the ends of 95 % intervals, and the gains that they are of, by flat names."""
+    figures = {f"gain/{name}": sides["gain"].mean for name, sides in table.items() if "gain" in sides}
+    for name, sides in table.items():
+        for side, estimate in sides.items():
+            ends = {"low": estimate.low, "high": estimate.high}
+            figures.update({f"{side}/{name}_{end}": value for end, value in ends.items() if value is not None})
     return figures
 
 

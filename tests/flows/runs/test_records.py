@@ -39,6 +39,7 @@ from tasks.publishing.report.placement import DOWNLOADS, LINEAGE
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tasks.stage.digests import sign
+from tests.support.summary import make_measured_summary
 
 WORDS = [
     "subject.source=Fotos/Söhne & co", "subject.class_noun=mug", "experiment=smoke", "prior=none", "seed=4",
@@ -212,6 +213,14 @@ def test_a_configuration_modified_after_the_run_is_rejected(tmp_path: Path) -> N
     (folder / "config.json").write_text(text.replace('"seed":', '"seed":1', 1))
     with pytest.raises(ConfigError, match="was changed after the run"):
         read_run(folder)
+
+
+def test_the_list_of_runs_shows_means_with_their_intervals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_runs([make_measured_summary("run-1"), make_head("run-2", "finished")], folder=tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split("  ")[0].strip() == "run-1"
+    assert "0.71 [0.66, 0.75]" in lines[1] and "3.50 [3.00, 3.90]" in lines[1] and " 0.30 " in lines[1]
+    assert lines[2].split() == ["run-2", "finished"]
 
 
 def test_the_report_beside_the_model_links_to_its_files(tmp_path: Path, store: LocalStore) -> None:

@@ -1,5 +1,6 @@
 """The model card, and the snippets that users copy."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tasks.publishing.export import export_model
 from tasks.publishing.model_card import write_front_matter
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
-from tests.support.report import make_run
+from tests.support.report import make_run, make_table
 
 HOSTILE = 'it\'s "a": {b}\n--- # & *x'
 
@@ -74,3 +75,13 @@ def test_the_license_is_the_base_models_where_it_is_known(
 def test_a_title_cannot_break_the_front_matter(store: LocalStore) -> None:
     fields = read_front_matter(make_run(store), title=HOSTILE)
     assert fields["model-index"][0]["name"] == HOSTILE
+
+
+def test_the_table_of_a_model_card_has_intervals(store: LocalStore, tmp_path: Path) -> None:
+    run = make_run(store)
+    estimates = {"dino": make_table(has_interval=True)["dino"]}
+    run = replace(run, evaluation=run.evaluation.model_copy(update={"estimates": estimates}))
+    export_model(StageFolder(store, "publishing", "k"), run, title="One fish", local=tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| DINO | 0.200 [0.150, 0.250] | 0.500 [0.450, 0.550] | 0.800 |" in card
+    assert "| CLIP-T | 0.400 | 0.300 | 0.500 |" in card

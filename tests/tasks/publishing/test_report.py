@@ -2,13 +2,12 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from tasks.images import decode_png
-from tasks.manifests.base import Machine, Manifest, ModelRef, ObjectRef
-from tasks.manifests.evaluation import CeilingMetrics, Evaluation, SubjectMetrics
+from tasks.manifests.base import Machine, Manifest, ModelRef
+from tasks.manifests.evaluation import Evaluation, SubjectMetrics
 from tasks.manifests.run_summary import EvaluatedModel
 from tasks.manifests.scoring import CheckpointRank, JudgeReliability, Scorecard
 from tasks.manifests.training import LossRow, PhotoCrops
@@ -17,7 +16,7 @@ from tasks.publishing.report.page import ReportInputs, draw_losses, draw_sample_
 from tasks.publishing.report.tables import list_checkpoints, list_metrics, list_samples
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
-from tests.support.report import GATE, make_evaluation, make_run, with_grades
+from tests.support.report import GATE, make_evaluation, make_run, make_table, with_grades
 
 
 def make_inputs(store: LocalStore) -> ReportInputs:
@@ -69,7 +68,7 @@ def test_names_and_values_are_escaped(store: LocalStore) -> None:
 def test_grades_kinds_and_prompts_have_gains_with_intervals(store: LocalStore) -> None:
     inputs = make_inputs(store)
     html = render_report(store, replace(inputs, manifests=with_grades(inputs.manifests)))
-    assert html.count("+2.000 (+1.250 to +2.750)") == 3  # a grade of each axis
+    assert html.count("+2.000 (+1.250 to +2.750)") == 4  # a grade of each axis, and the headline
     assert "0.50 to 1.50" in html
     kinds = html.split("By kind of prompt", 1)[1].split("</table>", 1)[0]
     assert "scene" in kinds and "+0.300 (+0.250 to +0.350)" in kinds
@@ -265,6 +264,18 @@ def test_headline_metrics_are_flat_and_complete(store: LocalStore) -> None:
     assert len(figures) == 6 + 4 + 3 + 3 + 1
 
 
+def test_headline_metrics_have_intervals_and_gains(store: LocalStore) -> None:
+    run = with_grades(make_run(store))
+    evaluation = run.evaluation.model_copy(update={"estimates": make_table(has_interval=True)})
+    figures = headline_metrics(evaluation, run.scoring)
+    assert (figures["tuned/dino_low"], figures["tuned/dino_high"]) == (pytest.approx(0.45), pytest.approx(0.55))
+    assert figures["gain/dino"] == 0.3
+    assert figures["gain/clip_t_low"] == pytest.approx(0.25)
+    assert (figures["tuned/concept_preservation_low"], figures["gain/image_quality_high"]) == (2.5, 2.75)
+    none = evaluation.model_copy(update={"estimates": make_table(has_interval=False)})
+    assert not [name for name in headline_metrics(none, run.scoring) if "dino_low" in name]
+
+
 def test_llm_cost_sums_over_stages_and_is_unknown_if_any_stage_is_unknown() -> None:
     def stage(cost: float | None, calls: int) -> Manifest:
         return Manifest.model_construct(cost_usd=cost, counts={"llm_calls": calls})
@@ -273,16 +284,3 @@ def test_llm_cost_sums_over_stages_and_is_unknown_if_any_stage_is_unknown() -> N
         {"llm/calls": 111.0, "llm/cost_usd": pytest.approx(0.03)}, "0.03000 USD",
     )  # fmt: skip
     assert sum_llm_costs([stage(0.01, 11), stage(None, 100)]) == ({"llm/calls": 111.0}, "unknown")
-
-
-def test_the_model_card_template_is_filled(tmp_path: Path, store: LocalStore) -> None:
-    from tasks.publishing.export import CARD
-
-    text = CARD.format(
-        title="T", class_noun="fish", subject="sks fish", num_photos=5, num_steps=3, published="step 3", base_model="b",
-        loading="pipeline = ...", prompt="'a photo of sks fish'", method="full",
-        base=SubjectMetrics(dino=0.1, clip_i=0.2, clip_t=0.3), tuned=SubjectMetrics(dino=0.4, clip_i=0.5, clip_t=0.6),
-        ceiling=CeilingMetrics(dino=0.7, clip_i=0.8, clip_t=0.9),
-    )  # fmt: skip
-    assert "| DINO | 0.100 | 0.400 | 0.700 |" in text
-    assert ObjectRef(key="a", sha256="b", size_bytes=1).key == "a"

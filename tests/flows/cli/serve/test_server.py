@@ -21,6 +21,7 @@ from flows.cli.serve.server import HOST, MAX_CONNECTIONS, QuietServer, make_hand
 from flows.runs.records import link_model, read_summary, write_request, write_start, write_summary
 from tasks.errors import ConfigError
 from tasks.publishing.report.template import FOLDER
+from tests.support.summary import make_measured_summary
 
 RUN = "20260101-000000-fish-0001"
 
@@ -78,6 +79,13 @@ def test_the_index_lists_runs_with_reports_and_pages(server: int) -> None:
     assert 'href="http://127.0.0.1:4200/runs/1?a=1&amp;b=2"' in text
     assert "javascript:" not in text
     assert "default-src 'none'" in headers["content-security-policy"]
+
+
+def test_the_index_shows_means_with_their_intervals(output: Path, server: int) -> None:
+    write_summary(output / RUN, make_measured_summary(RUN))
+    text = get(server, "/")[1]
+    assert '<td class="n">0.71 [0.66, 0.75]</td><td class="n">0.60</td><td class="n">0.30</td>' in text
+    assert "3.50 [3.00, 3.90]" in text
 
 
 def test_only_the_script_of_the_report_may_run(server: int) -> None:

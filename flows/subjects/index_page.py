@@ -30,6 +30,8 @@ MEANS: dict[str, tuple[str, Side]] = {
     "judge_subject": ("concept_preservation", "tuned"),
 }  # fmt: skip
 """Metric and side of the means by column."""
+LABELS = ("DINO, base", "DINO, tuned", "CLIP-T", "judge: subject, of 4")
+"""Of these columns on the page."""
 NUMBERS = (*(f"{name}{end}" for name in MEANS for end in ("", "_low", "_high")), "seconds", "usd")
 COLUMNS = ("name", "status", "run", *NUMBERS, "reason")
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -132,7 +134,9 @@ def render_page(rows: Sequence[Row], *, title: str) -> str:
     )
     environment.filters["number"] = lambda value, digits: "" if value is None else f"{value:.{digits}f}"
     environment.filters["mean"] = lambda mean, digits: "" if mean is None else mean.show(digits)
-    return environment.get_template("index.html.jinja").render(title=title, rows=rows, counts=list(count(rows)))
+    return environment.get_template("index.html.jinja").render(
+        title=title, rows=rows, counts=list(count(rows)), labels=LABELS
+    )
 
 
 def count(rows: Sequence[Row]) -> Iterator[tuple[str, int]]:

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 WIDTHS = (390, 1280)
+NO_SCROLLING = "[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)"
+"""On a phone too, no table is scrolled sideways."""
+COUNT_LINES = (
+    "e => { const all = document.createRange(); all.selectNodeContents(e); return all.getClientRects().length }"
+)
 FINISHED, FAILED = "20260101-000000-fish-0001", "20260102-000000-a-very-long-class-noun-of-many-words-0002"
 
 
@@ -34,7 +39,9 @@ def fail(run_id: str) -> RunSummary:
 def output(tmp_path: Path) -> Path:
     """An output folder with a finished run, a failed one, and a page of two subjects."""
     links = {"prefect": "http://127.0.0.1:4200/runs/1", "mlflow": "http://127.0.0.1:5000/#/experiments/1/runs/1"}
-    finished = make_measured_summary(FINISHED).model_copy(update={"links": links, "cost_usd": 0.01})
+    measured = make_measured_summary(FINISHED)
+    wide = {name: measured.estimates["dino"] for name in ("dino", "clip_i", "clip_t")}
+    finished = measured.model_copy(update={"links": links, "cost_usd": 0.01, "estimates": wide})
     for summary in (finished, fail(FAILED)):
         (tmp_path / summary.run_id).mkdir()
         write_request(tmp_path / summary.run_id, RunRequest(), is_trusted=True)
@@ -70,9 +77,10 @@ def test_the_index_fits_its_width_and_axe_finds_nothing_serious(served: tuple["P
     keep_screenshot(page, f"index-{width}")
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     row = page.locator("tr", has_text=FINISHED)
-    # On a phone too, without scrolling a table sideways.
-    assert page.evaluate("[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)")
-    assert row.get_by_text("0.71 [0.66, 0.75]").is_visible()
+    assert page.evaluate(NO_SCROLLING)
+    statuses = [cell.evaluate(COUNT_LINES) for cell in page.locator("td.finished, td.failed").all()]
+    assert statuses == [1, 1], "a word is broken to make room for other columns"
+    assert row.get_by_text("0.71 [0.66, 0.75]").first.is_visible()
     check_accessible(page)
     row.get_by_role("link", name=FINISHED).click()
     assert page.get_by_role("heading", name="Our fish").is_visible()
@@ -83,5 +91,6 @@ def test_the_page_of_many_subjects_fits_its_width_and_leads_to_reports(served: t
     page.goto(f"{address}/many/subjects/index.html")
     keep_screenshot(page, f"many-{page.viewport_size['width'] if page.viewport_size else 0}")
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert page.evaluate(NO_SCROLLING)
     assert page.get_by_text("0.71 [0.66, 0.75]").first.is_visible()
     check_accessible(page)

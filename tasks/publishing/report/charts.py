@@ -11,6 +11,8 @@ from tasks.manifests.subject import ImageMeasures
 
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 46
 """Margins in px, for tick labels and axis titles."""
+SECOND = 76
+"""The right margin of a second axis, whose labels may be as long as 0.00025."""
 WHOLE = 0.995
 """Of a side: a crop that holds more is shown as none."""
 LARGEST = 1e300
@@ -142,7 +144,7 @@ def draw_lines(
     if not points:
         return Markup("")
     second = [] if right is None else [p for p in right.points if all(map(is_drawable, p))]
-    x = make_scale([p[0] for p in points], LEFT, size[0] - (LEFT if second else RIGHT), margin=0.0)
+    x = make_scale([p[0] for p in points], LEFT, size[0] - (SECOND if second else RIGHT), margin=0.0)
     low, high = min(0.0, *(p[1] for p in points)), max(0.0, *(p[1] for p in points))
     y = Scale(low * 1.06, high * 1.06 if high - low > 1e-300 else 1.0, size[1] - BOTTOM, TOP)
     parts = [draw_axes(x, y, titles)]
@@ -165,7 +167,7 @@ def draw_right_axis(line: Series, x: Scale, y: Scale) -> str:
     highest = max(value for _, value in line.points)
     own = Scale(0.0, highest * 1.06 if highest > 1e-300 else 1.0, y.start, y.end)
     parts = [f'<text x="{x.end + 7:.1f}" y="{own.place(value) + 4:.1f}">{show(value)}</text>' for value in own.ticks()]
-    turned = f'transform="translate({x.end + LEFT - 6:.1f} {(y.start + y.end) / 2:.1f}) rotate(-90)"'
+    turned = f'transform="translate({x.end + SECOND - 6:.1f} {(y.start + y.end) / 2:.1f}) rotate(-90)"'
     parts.append(f'<text class="title" text-anchor="middle" {turned}>{escape(line.name)}</text>')
     text = " ".join(f"{x.place(a):.1f},{own.place(b):.1f}" for a, b in line.points)
     parts.append(f'<polyline class="line {line.role}" points="{text}"/>')

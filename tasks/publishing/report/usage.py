@@ -23,7 +23,7 @@ CONVERTERS = {
 TRANSFORMERS = {"stable_diffusion_3": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
 
 WHOLE = "pipeline = DiffusionPipeline.from_pretrained({folder!r})"
-BASE = "pipeline = DiffusionPipeline.from_pretrained({location!r}, revision={revision!r})"
+BASE = "pipeline = DiffusionPipeline.from_pretrained({location!r}{revision})"
 LORA = 'pipeline.load_lora_weights({folder!r}, weight_name="pytorch_lora_weights.safetensors")'
 ONE_ENCODER = 'pipeline.load_textual_inversion({folder!r}, weight_name="learned_embeds.safetensors", token={token!r})'
 TWO_ENCODERS = """from safetensors.torch import load_file
@@ -148,7 +148,8 @@ def write_loading(model: UsedModel, place: ModelPlace) -> str:
     if model.method.endswith("full"):
         return WHOLE.format(folder=folder)
     mini = str(MINI_FOLDER / "base") if place.has_checkout else MINI_BASE
-    lines = [BASE.format(location=mini if model.base == "mini" else model.base, revision=model.revision)]
+    revision = f", revision={model.revision!r}" if model.revision else ""
+    lines = [BASE.format(location=mini if model.base == "mini" else model.base, revision=revision)]
     if model.has_token and model.family == "stable_diffusion_3":
         lines.append("# diffusers' pipeline of this family loads no textual inversion: use `likeness generate`")
     elif model.has_token:

@@ -113,9 +113,9 @@ def show_share(evaluation: Evaluation, gain: Estimate) -> str:
     if room <= 1e-6:
         return ""
     share = gain.mean / room
-    return (
-        f"; {share:.0%} of the gap to real photos is closed" if share <= 1 else "; above real photos among themselves"
-    )
+    if share > 1:
+        return "; above real photos among themselves"
+    return f"; {share * 100:.0f} % of the gap to real photos is closed"
 
 
 def describe_prompts(run: RunManifests, check: Check, *, limit: float) -> list[Finding]:

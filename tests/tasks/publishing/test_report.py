@@ -73,7 +73,7 @@ def test_grades_kinds_and_prompts_have_gains_with_intervals(store: LocalStore) -
     kinds = html.split("By kind of prompt", 1)[1].split("</table>", 1)[0]
     assert "scene" in kinds and "+0.300 (+0.250 to +0.350)" in kinds
     prompts = html.split("By prompt</h3>", 1)[1].split("</table>", 1)[0]
-    assert "+0.300 (+0.250 to +0.350)" in prompts
+    assert '+0.300<div class="small soft">+0.250 to +0.350</div>' in prompts
     accessory = prompts.split("very long scarf", 1)[1]
     assert "+0.300</td>" in accessory, "two seeds have no interval"
 
@@ -170,7 +170,7 @@ def test_digests_are_shown_in_full_and_can_be_selected_without_scripts(store: Lo
     digests = [base.sha256, *(stage.compute_content_digest() for stage in inputs.manifests.ordered())]
     for whole in digests:
         assert f'<code class="whole">{whole}</code></details>' in lineage
-        assert f"{whole[:12]}…</code></summary>" in lineage
+        assert f"{whole[:10]}…</code></summary>" in lineage
 
 
 def test_machines_of_training_and_evaluation_are_named(store: LocalStore) -> None:

@@ -107,6 +107,12 @@ def test_programs_that_cannot_load_a_model_are_not_promised() -> None:
     assert "loads the mini model" in write("lora", HERE, base="mini")["ComfyUI and A1111"]
 
 
+def test_the_base_models_revision_is_pinned_where_it_is_known() -> None:
+    assert "revision" not in write("lora", HERE)["diffusers"]
+    pinned = dict(write_snippets(replace(tune("lora"), revision="r1"), HERE))
+    assert "from_pretrained('some/base', revision='r1')" in pinned["diffusers"]
+
+
 def test_the_mini_models_folder_is_the_one_on_this_disk() -> None:
     from tasks.diffusion.hub import MINI_FOLDER
 

@@ -6,10 +6,11 @@ so `${...}` in a request means nothing.
 
 import copy
 import difflib
+import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from conf.request import RunRequest, Value
 from conf.schema import RunConfig
 from conf.trust import check_budget, check_request, check_source, list_rules
 from tasks.errors import ConfigError, first_line
-from tasks.redaction import redact_url, show_value
+from tasks.redaction import MASK, names_secret, redact, redact_url, show_value
 from tasks.stage.digests import digest
 
 Tree = dict[str, object]
@@ -276,3 +277,18 @@ def schema_names(model: type[BaseModel]) -> dict[str, object]:
         is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
         names[name] = schema_names(kind) if is_section and isinstance(kind, type) else None
     return names
+
+
+def show_config(config: RunConfig) -> list[tuple[str, str]]:
+    """Return a configuration as dotted names and values, without what could be a secret."""
+    rows = flatten(config.model_dump(mode="json"))
+    return [(name, MASK if names_secret(name) else redact(value)) for name, value in rows]
+
+
+def flatten(value: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield dotted names and values of a nested dict."""
+    for key, child in value.items():
+        if isinstance(child, dict):
+            yield from flatten(child, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", child if isinstance(child, str) else json.dumps(child)

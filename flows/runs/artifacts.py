@@ -16,6 +16,7 @@ from prefect.runtime import flow_run
 from conf.compose import compile_request, compute_config_digest
 from conf.request import RunRequest
 from tasks.errors import ConfigError
+from tasks.manifests.evaluation import Estimate
 from tasks.manifests.publishing import Publication
 from tasks.manifests.run_summary import RunSummary
 from tasks.stage.cache import read_verified
@@ -71,13 +72,24 @@ def show_artifacts(summary: RunSummary, publication: Publication, runtime: Runti
 
 def metric_table(summary: RunSummary) -> list[dict[str, object]]:
     """Return one row per metric and score."""
-    rows = []
+    rows: list[dict[str, object]] = []
     scores = {side: dict(score) for side, score in summary.scores.items()}
+    estimates = {**summary.estimates, **summary.score_estimates}
     for group in (summary.metrics, scores):
         for name in dict.fromkeys(name for side in group.values() for name in side):
             sides = {side: values.get(name) for side, values in group.items()}
-            rows.append({"measure": name, **{k: round(v, 4) if v is not None else "" for k, v in sides.items()}})
+            known = estimates.get(name, {})
+            own = {side: show_cell(value, known.get(side)) for side, value in sides.items()}
+            gain = known["gain"].show_gain() if "gain" in known else ""
+            rows.append({"measure": name, **own, "gain": gain})
     return rows
+
+
+def show_cell(value: float | None, estimate: Estimate | None) -> object:
+    """Return a mean, as text where it has an interval."""
+    if estimate is not None and estimate.low is not None:
+        return estimate.show()
+    return "" if value is None else round(value, 4)
 
 
 def stage_table(summary: RunSummary) -> list[dict[str, object]]:

@@ -6,14 +6,14 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conf.compose import compile_request, compute_config_digest
+from conf.compose import compile_request, compute_config_digest, show_config
 from conf.request import RunRequest
 from conf.schema import RunConfig
 from flows.runs.approval import Question, check_policy
@@ -21,6 +21,7 @@ from flows.runs.promotion import Contender, promote
 from flows.runs.records import (
     close_earlier,
     link_model,
+    place_model,
     relate,
     resolve_paths,
     stamp,
@@ -48,8 +49,8 @@ from tasks.manifests.run_summary import (
 )
 from tasks.manifests.scoring import Scorecard
 from tasks.manifests.subject import SubjectSet
-from tasks.redaction import MASK, install_log_redaction, names_secret, redact
-from tasks.stage.cache import PREFIXES
+from tasks.redaction import install_log_redaction
+from tasks.stage.cache import PREFIXES, read_verified
 from tasks.stage.context import Runtime, StageRecord
 from tasks.stage.files import explain_full_disk, remove_stale_parts, write_atomic
 from tasks.stage.progress import ProgressView, make_progress
@@ -101,7 +102,7 @@ class Run:
         """Write `summary.json` and return it, with absolute paths."""
         subject, scores, runtime = manifests.subject, manifests.scoring, self.runtime
         link_model(self.folder, self.list_paths(publication).model)
-        write_report(self.folder, publication, runtime.store)
+        self.copy_report(manifests, publication)
         summary = RunSummary(
             schema_version=SUMMARY_VERSION,
             run_id=self.run_id,
@@ -130,6 +131,15 @@ class Run:
         )
         write_summary(self.folder, summary)
         return resolve_paths(summary, self.folder)
+
+    def copy_report(self, manifests: RunManifests, publication: Publication) -> None:
+        """Write the report into the run's folder, which stays readable after the store is garbage-collected."""
+        from tasks.publishing.report.usage import describe_model, write_snippets
+
+        place = place_model(self.folder, self.list_paths(publication).model)
+        snippets = write_snippets(describe_model(manifests.subject, manifests.training), place)
+        page = read_verified(self.runtime.store, publication.report).decode()
+        write_report(self.folder, page, publication.model, snippets=snippets)
 
     def promote(self, manifests: RunManifests, publication: Publication) -> RegisteredModel:
         """Return the registered model, made the champion of its subject where it passes the gate."""
@@ -171,12 +181,6 @@ class Run:
     def elapsed(self) -> float:
         """Return seconds since the run began."""
         return time.monotonic() - self.started
-
-
-def show_config(config: RunConfig) -> list[tuple[str, str]]:
-    """Return a configuration as dotted names and values, without what could be a secret."""
-    rows = flatten(config.model_dump(mode="json"))
-    return [(name, MASK if names_secret(name) else redact(value)) for name, value in rows]
 
 
 def describe_run(config: RunConfig, request: RunRequest, *, run_id: str) -> dict[str, str]:
@@ -389,12 +393,3 @@ def find_flow_run_id() -> str:
     from prefect.runtime import flow_run
 
     return str(flow_run.id or "")
-
-
-def flatten(value: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield dotted names and values of a nested dict."""
-    for key, child in value.items():
-        if isinstance(child, dict):
-            yield from flatten(child, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", child if isinstance(child, str) else json.dumps(child)

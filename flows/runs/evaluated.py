@@ -2,15 +2,15 @@
 
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from conf.compose import compute_config_digest
 from flows.runs.context import Run, collect_metrics, find_flow_run_id, find_links, summarize_judge, summarize_stage
-from flows.runs.records import read_request, stamp, write_summary
+from flows.runs.records import link_model, place_model, read_request, relate, stamp, write_report, write_summary
 from tasks.manifests.run import RunManifests
 from tasks.manifests.run_summary import SUMMARY_VERSION, EvaluatedModel, RunSummary, SubjectNames
-from tasks.prompts import name_subject
-from tasks.stage.files import write_atomic
+from tasks.stage.cache import PREFIXES
 
 
 def summarize_model(run: Run, manifests: RunManifests) -> RunSummary:
@@ -21,7 +21,7 @@ def summarize_model(run: Run, manifests: RunManifests) -> RunSummary:
     subject, evaluation, scores = manifests.subject, manifests.evaluation, manifests.scoring
     external = detect(location)
     evaluated = EvaluatedModel(location=location, kind=external.kind, sha256=external.compute_digest())
-    write_report(run, manifests, evaluated)
+    write_own_report(run, manifests, evaluated)
     summary = RunSummary(
         schema_version=SUMMARY_VERSION,
         run_id=run.run_id,
@@ -50,26 +50,39 @@ def summarize_model(run: Run, manifests: RunManifests) -> RunSummary:
     return summary
 
 
-def write_report(run: Run, manifests: RunManifests, evaluated: EvaluatedModel) -> None:
+def write_own_report(run: Run, manifests: RunManifests, evaluated: EvaluatedModel) -> None:
     """Write the report of a run, without its training."""
     from tasks.publishing.report.page import ReportInputs, render_report
     from tasks.publishing.versions import list_versions
 
-    subject = manifests.subject
-    spoken = name_subject(identifier_token=subject.identifier_token, class_noun=subject.class_noun)
-    prompt = shlex.quote(f"a photo of {spoken} in the snow")
     inputs = ReportInputs(
-        run.config.publishing.title or f"One {subject.class_noun}: {Path(evaluated.location).name}",
+        run.config.publishing.title or f"One {manifests.subject.class_noun}: {Path(evaluated.location).name}",
         manifests,
         losses=(),
         config_rows=run.config_rows,
         gate=run.config.publishing.gate,
         defaults=dict(run.default_rows),
         versions=list_versions(),
-        snippets=[
-            ("Command line", f"likeness generate {run.run_id} {prompt}"),
-            ("Compare with a run", f"likeness compare RUN {run.run_id}"),
-        ],
+        snippets=list_snippets(run, manifests, evaluated),
         evaluated=evaluated,
     )
-    write_atomic(run.folder / "report.html", render_report(run.runtime.store, inputs))
+    write_report(run.folder, render_report(run.runtime.store, inputs), manifests.training.model)
+
+
+def list_snippets(run: Run, manifests: RunManifests, evaluated: EvaluatedModel) -> list[tuple[str, str]]:
+    """Return how to use the evaluated model, as the store holds it."""
+    from tasks.publishing.report.usage import describe_model, write_command, write_python
+
+    subject, tuned = manifests.subject, manifests.training
+    stored = relate(run.runtime.store.describe(f"{PREFIXES['training']}/{tuned.stage_key}/model"), run.folder)
+    link_model(run.folder, stored)
+    place = place_model(run.folder, stored)
+    # As the store holds it: a diffusers folder, or adapters under the names of a run's.
+    used = replace(describe_model(subject, tuned), method="full" if evaluated.kind == "pipeline" else evaluated.kind)
+    snippets = [
+        *write_command(used, place),
+        ("Compare with a run", f"likeness compare RUN {run.run_id} --output-dir {shlex.quote(place.output)}"),
+    ]
+    if place.comment:  # in a bucket: `likeness publish` takes models of runs alone
+        return snippets
+    return [*snippets, ("diffusers", write_python(used, place))]

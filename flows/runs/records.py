@@ -9,6 +9,7 @@ import os
 import shlex
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,8 @@ from tasks.stage.digests import digest, dump_signed, load_signed, parse_json, si
 from tasks.stage.files import write_atomic
 
 if TYPE_CHECKING:
-    from tasks.manifests.publishing import Publication
-    from tasks.services.store.base import Store
+    from tasks.manifests.base import ObjectRef
+    from tasks.publishing.report.usage import ModelPlace, Snippet
 
 SUMMARY, REQUEST, MODEL_LINK = "summary.json", "request.json", "model"
 PAUSE = "Pause"
@@ -208,18 +209,25 @@ def link_model(folder: Path, model: str) -> None:
             link.symlink_to(model, target_is_directory=True)
 
 
-def write_report(folder: Path, publication: "Publication", store: "Store") -> None:
-    """Copy the report into a run's folder, with links to the model's files where the model is linked there."""
-    from tasks.publishing.report.downloads import with_downloads
-    from tasks.stage.cache import read_verified
+def place_model(folder: Path, model: str) -> "ModelPlace":
+    """Return where a reader of a run's report finds its model: the link, or a copy of what lies in a bucket."""
+    from tasks.publishing.report.usage import ModelPlace
 
-    # A copy: a run's folder stays readable after the store is garbage-collected.
-    page = read_verified(store, publication.report).decode()
-    if (folder / MODEL_LINK).is_dir():
-        names = [ref.key.rpartition("/model/")[2] for ref in publication.model]
-        # Adapters are single files at the top; a whole model is a folder of many.
-        page = with_downloads(page, MODEL_LINK, [n for n in names if "/" not in n and n.endswith(".safetensors")])
-    write_atomic(folder / "report.html", page)
+    run, output = folder.name, str(folder.parent.absolute())
+    if "://" in model:
+        copy = f"likeness publish {shlex.quote(run)} --to {shlex.quote(run)} --output-dir {shlex.quote(output)}"
+        return ModelPlace(f"{run}/model", copy, run, output, has_checkout=True)
+    link = folder.absolute() / MODEL_LINK
+    path = str(link) if link.is_dir() else os.path.normpath(folder.absolute() / model)
+    return ModelPlace(path, run=run, output=output, has_checkout=True)
+
+
+def write_report(folder: Path, page: str, refs: Sequence["ObjectRef"], *, snippets: Sequence["Snippet"] = ()) -> None:
+    """Write a report into a run's folder, with snippets, and links to the model's files where the model is linked."""
+    from tasks.publishing.report.placement import NearbyModel, list_names, place_report
+
+    link = MODEL_LINK if (folder / MODEL_LINK).is_dir() else ""
+    write_atomic(folder / "report.html", place_report(page, NearbyModel(snippets, link, list_names(refs))))
 
 
 def resolve_paths(summary: RunSummary, folder: Path) -> RunSummary:

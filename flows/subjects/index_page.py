@@ -15,6 +15,7 @@ from conf.subjects import ManyRequest
 from flows.subjects.records import SubjectOutcome
 from tasks.errors import LikenessError
 from tasks.images import decode_png, encode_jpeg
+from tasks.manifests.evaluation import Estimate, Side
 from tasks.manifests.publishing import Publication
 from tasks.manifests.run_summary import RunSummary
 from tasks.services.store.base import Store
@@ -24,7 +25,15 @@ from tasks.stage.files import write_atomic
 
 TEMPLATE_FOLDER = Path(__file__).parent
 PICTURE_SIDE = 480  # px; some 20 KB each, so that a page of hundreds stays small
-COLUMNS = ("name", "status", "run", "dino_base", "dino", "clip_t", "judge_subject", "seconds", "usd", "reason")
+MEANS: dict[str, tuple[str, Side]] = {
+    "dino_base": ("dino", "base"), "dino": ("dino", "tuned"), "clip_t": ("clip_t", "tuned"),
+    "judge_subject": ("concept_preservation", "tuned"),
+}  # fmt: skip
+"""Metric and side of the means by column."""
+LABELS = ("DINO, base", "DINO, tuned", "CLIP-T", "judge: subject, of 4")
+"""Of these columns on the page."""
+NUMBERS = (*(f"{name}{end}" for name in MEANS for end in ("", "_low", "_high")), "seconds", "usd")
+COLUMNS = ("name", "status", "run", *NUMBERS, "reason")
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -41,20 +50,18 @@ class Row:
     """Whether the picture is enlarged on the page, where smoothing would blur its pixels."""
 
     @property
-    def metrics(self) -> dict[str, float | None]:
-        """Return the numbers of the page and the table; None for what was not measured."""
+    def means(self) -> dict[str, Estimate | None]:
+        """Return the means of the page by column; None for what was not measured."""
         summary = self.outcome.summary
-        if summary is None:
-            return dict.fromkeys(COLUMNS[3:-1])
-        scores = summary.scores.get("tuned")
-        return {
-            "dino_base": summary.metrics.get("base", {}).get("dino"),
-            "dino": summary.metrics.get("tuned", {}).get("dino"),
-            "clip_t": summary.metrics.get("tuned", {}).get("clip_t"),
-            "judge_subject": scores.concept_preservation if scores else None,
-            "seconds": summary.wall_seconds,
-            "usd": summary.cost_usd,
-        }
+        return {name: summary.find_mean(*of) if summary else None for name, of in MEANS.items()}
+
+    @property
+    def numbers(self) -> list[float | None]:
+        """Return the numbers of the table, as `NUMBERS` names them."""
+        summary = self.outcome.summary
+        ends = [(m.mean, m.low, m.high) if m else (None, None, None) for m in self.means.values()]
+        times = (summary.wall_seconds, summary.cost_usd) if summary else (None, None)
+        return [*(value for mean in ends for value in mean), *times]
 
 
 def name_batch(request: ManyRequest) -> str:
@@ -107,7 +114,7 @@ def render_table(rows: Sequence[Row]) -> str:
     writer = csv.writer(file)
     writer.writerow(COLUMNS)
     for row in rows:
-        numbers = ["" if value is None else f"{value:.5g}" for value in row.metrics.values()]
+        numbers = ["" if value is None else f"{value:.5g}" for value in row.numbers]
         texts = [neutralize(text) for text in (row.outcome.name, row.outcome.status, row.outcome.run_id)]
         writer.writerow([*texts, *numbers, neutralize(row.outcome.reason)])
     return file.getvalue()
@@ -126,7 +133,10 @@ def render_page(rows: Sequence[Row], *, title: str) -> str:
         loader=FileSystemLoader(TEMPLATE_FOLDER), autoescape=True, trim_blocks=True, undefined=StrictUndefined
     )
     environment.filters["number"] = lambda value, digits: "" if value is None else f"{value:.{digits}f}"
-    return environment.get_template("index.html.jinja").render(title=title, rows=rows, counts=list(count(rows)))
+    environment.filters["mean"] = lambda mean, digits: "" if mean is None else mean.show(digits)
+    return environment.get_template("index.html.jinja").render(
+        title=title, rows=rows, counts=list(count(rows)), labels=LABELS
+    )
 
 
 def count(rows: Sequence[Row]) -> Iterator[tuple[str, int]]:

@@ -6,20 +6,25 @@ The locks are the operating system's, which end with their processes.
 import fcntl
 import itertools
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.diffusion.config import DiffusionConfig
 from tasks.errors import ConfigError
+from tasks.manifests.base import Machine
 
 if TYPE_CHECKING:
     import torch
 
 POLL_SECONDS = 1.0
+COMPUTING = ("torch", "diffusers", "transformers")
+"""Packages whose versions a stage records."""
 DRIVER = Path("/dev/nvidiactl")
 
 
@@ -40,6 +45,13 @@ def describe_device(config: DiffusionConfig) -> str:
 
     device = choose_device(config)
     return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
+
+
+def describe_machine(device: str, *, num_devices: int) -> Machine:
+    """Return where a stage is computed: this machine, with the versions of the packages that compute."""
+    versions = {"Python": platform.python_version(), **{name: version(name) for name in COMPUTING}}
+    system = f"{platform.system()} {platform.machine()}"
+    return Machine(system=system, device=device, num_devices=num_devices, versions=versions)
 
 
 def count_gpus() -> int:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tasks.evaluation.measurement import Measured
     from tasks.evaluation.sampling import Source
 
-STAGE_VERSION = 6
+STAGE_VERSION = 7
 SAMPLING = ("num_inference_steps", "guidance_scale", "negative_prompt", "guidance_rescale", "lora_scale")
 RESULT_RELEVANT = {"family", "resolution", "sampler", "precision"}
 """Of the model's settings."""
@@ -96,6 +96,7 @@ def evaluate(inputs: EvaluationInputs, runtime: Runtime) -> State[Evaluation]:
 
 def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: Runtime) -> Evaluation:
     """Generate samples of both sides and of retained steps, compute metrics, and write the manifest."""
+    from tasks.diffusion.device import describe_device, describe_machine
     from tasks.diffusion.sampling.devices import hold
     from tasks.evaluation.sampling import BaseSamples, generate_samples, plan_samples
 
@@ -131,6 +132,7 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
             dropped=dropped,
             published_step=tuned.published_step,
             protocol=describe_protocol(config, diffusion),
+            machine=describe_machine(describe_device(diffusion), num_devices=devices.num),
             **vars(measured),
         )
     )

@@ -44,6 +44,18 @@ class ModelRef(Record):
     sha256: str
 
 
+class Machine(Record):
+    """Where a stage was computed."""
+
+    system: str
+    """Operating system and instruction set."""
+    device: str
+    """Name of the GPU, or cpu."""
+    num_devices: int = 1
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Of the packages that compute."""
+
+
 class Manifest(Record):
     """The fields that the manifests of all stages have in common."""
 

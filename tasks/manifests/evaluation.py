@@ -1,10 +1,10 @@
 """The evaluation stage's manifest: samples and their metrics."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from tasks.manifests.base import Manifest, ObjectRef, Record
+from tasks.manifests.base import Machine, Manifest, ObjectRef, Record
 
 Side = Literal["base", "tuned"]
 SampleKind = Literal["subject", "class", "candidate"]
@@ -79,6 +79,13 @@ class Estimate(Record):
         """Whether the interval excludes zero."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
+    def show(self, digits: int = 3) -> str:
+        """Return the mean with its interval, where it has one: `0.710 [0.660, 0.750]`."""
+        text = f"{self.mean:.{digits}f}"
+        if self.low is not None and self.high is not None:
+            text += f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        return text
+
     def show_gain(self) -> str:
         """Return a difference with its interval, where it has one."""
         text = f"{self.mean:+.3f}"
@@ -127,3 +134,6 @@ class Evaluation(Manifest):
     """Samples that the base model's safety checker refused, by side; empty where nothing was checked."""
     published_step: int
     protocol: Protocol = Field(default_factory=Protocol)
+    machine: Machine | None = None
+    """Of the samples and metrics; None in older manifests."""
+    NOT_RESULT: ClassVar[frozenset[str]] = Manifest.NOT_RESULT | {"machine"}

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from tasks.manifests.base import Record
-from tasks.manifests.evaluation import PromptRow, Table
+from tasks.manifests.evaluation import Estimate, PromptRow, Side, Table
 from tasks.manifests.scoring import CheckpointRank, PairResult, SideScores
 
 SUMMARY_VERSION = 1
@@ -129,6 +129,16 @@ class RunSummary(Record):
     """Addresses of `prefect`, `mlflow` and `report`, where servers show this run."""
     resumed_by: str | None = None
     """The run that finished what this one began."""
+
+    def find_mean(self, name: str, side: Side = "tuned") -> Estimate | None:
+        """Return the mean of a metric or score, with its interval where it has one; None: it was not measured."""
+        for table in (self.estimates, self.score_estimates):
+            if side in table.get(name, {}):
+                return table[name][side]
+        value = self.metrics.get(side, {}).get(name)
+        if value is None and side in self.scores:
+            value = getattr(self.scores[side], name, None)
+        return None if value is None else Estimate(mean=value, num=0)
 
 
 def make_head(run_id: str, status: Status) -> RunSummary:

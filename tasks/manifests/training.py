@@ -6,7 +6,15 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
-from tasks.manifests.base import Manifest, ModelRef, ObjectRef, Record
+from tasks.manifests.base import Machine, Manifest, ModelRef, ObjectRef, Record
+
+
+class PhotoCrops(Record):
+    """The parts of one photo that training saw."""
+
+    photo: ObjectRef
+    boxes: tuple[tuple[float, float, float, float], ...]
+    """Left, top, right and bottom as fractions of width and height; flipped crops are not repeated."""
 
 
 class TunedModel(Manifest):
@@ -27,7 +35,11 @@ class TunedModel(Manifest):
     subject_sha256: str
     """Content digest of the subject set that it was trained on."""
     prior_sha256: str
-    NOT_RESULT: ClassVar[frozenset[str]] = Manifest.NOT_RESULT | {"peak_memory_bytes"}
+    crops: tuple[PhotoCrops, ...] = ()
+    """Of the photos that were trained on; those held out for validation have none."""
+    machine: Machine | None = None
+    """None for a model from elsewhere."""
+    NOT_RESULT: ClassVar[frozenset[str]] = Manifest.NOT_RESULT | {"peak_memory_bytes", "machine"}
 
     def find_candidates(self) -> "dict[int, list[ObjectRef]]":
         """Return the retained checkpoints other than the published one, by step."""

@@ -1,22 +1,23 @@
 """The published model folder: weights, model card, lineage."""
 
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from tasks.manifests.base import Manifest, ObjectRef
-from tasks.manifests.evaluation import Evaluation
+from tasks.manifests.evaluation import Evaluation, Table
 from tasks.manifests.run import RunManifests
 from tasks.manifests.scoring import Scorecard
-from tasks.manifests.subject import SubjectSet
 from tasks.manifests.training import LossRow, TunedModel, find_below, parse_losses
-from tasks.prompts import name_subject
 from tasks.publishing.model_card import write_front_matter
+from tasks.publishing.report.tables import HEADLINE, MetricRow, list_metrics
+from tasks.publishing.report.usage import ModelPlace, describe_model, write_loading
 from tasks.services.store.base import Store
 from tasks.stage.cache import StageFolder, fetch_folder, read_verified
 from tasks.stage.files import write_atomic
 
+THIS_FOLDER = ModelPlace("THIS FOLDER")
+"""A model card moves with its model, so it knows no path."""
 CARD = """
 # {title}
 
@@ -32,9 +33,9 @@ pipeline({prompt}).images[0].save("sample.png")
 
 | | base | tuned | real photos |
 |---|---|---|---|
-| DINO | {base.dino:.3f} | {tuned.dino:.3f} | {ceiling.dino:.3f} |
-| CLIP-I | {base.clip_i:.3f} | {tuned.clip_i:.3f} | {ceiling.clip_i:.3f} |
-| CLIP-T | {base.clip_t:.3f} | {tuned.clip_t:.3f} | {ceiling.clip_t:.3f} |
+{rows}
+
+In brackets: 95 % bootstrap intervals over prompts.
 
 Base model: {base_model}. Training: method {method}, {num_steps} steps; published: {published}.
 `lineage.json` names every input by digest.
@@ -44,92 +45,19 @@ them, and don't tune models on people without their consent.
 """
 
 
-WHOLE = 'pipeline = DiffusionPipeline.from_pretrained("THIS FOLDER")'
-BASE = "pipeline = DiffusionPipeline.from_pretrained({location!r}, revision={revision!r})"
-LORA = 'pipeline.load_lora_weights("THIS FOLDER", weight_name="pytorch_lora_weights.safetensors")'
-ONE_ENCODER = (
-    'pipeline.load_textual_inversion("THIS FOLDER", weight_name="learned_embeds.safetensors", token={token!r})'
-)
-TWO_ENCODERS = """from safetensors.torch import load_file
-
-vectors = load_file("THIS FOLDER/learned_embeds.safetensors")
-pipeline.load_textual_inversion(
-    vectors["clip_l"], token={token!r}, text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer
-)
-pipeline.load_textual_inversion(
-    vectors["clip_g"], token={token!r}, text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2
-)"""
-
-
-def write_loading(tuned: TunedModel, identifier_token: str) -> str:
-    """Return the model card's Python lines that load the tuned model with diffusers."""
-    # Covers `textual_inversion+full`: a whole pipeline holds its learned tokens.
-    if tuned.method.endswith("full"):
-        return WHOLE
-    base = tuned.base_model
-    location = "tasks/mini/weights/base" if base.location == "mini" else base.location
-    lines = [BASE.format(location=location, revision=base.revision)]
-    if tuned.method.startswith("textual_inversion") and tuned.family == "stable_diffusion_3":
-        lines.append("# diffusers' pipeline of this family loads no textual inversion: use `likeness generate`")
-    elif tuned.method.startswith("textual_inversion"):
-        # Only CLIP encoders learn tokens, and Flux has one of them beside T5.
-        has_one_encoder = tuned.family in ("stable_diffusion", "flux")
-        lines.append((ONE_ENCODER if has_one_encoder else TWO_ENCODERS).format(token=f"<{identifier_token}>"))
-    if tuned.method.endswith("lora"):
-        lines.append(LORA)
-    return "\n".join(lines)
-
-
-def write_snippets(run: RunManifests) -> list[tuple[str, str]]:
-    """Return how to use the tuned model: a name and the text to copy."""
-    subject, tuned = run.subject, run.training
-    spoken = name_subject(identifier_token=subject.identifier_token, class_noun=subject.class_noun)
-    prompt = f"a photo of {speak_in_diffusers(subject, tuned)}"
-    python = (
-        "from diffusers import DiffusionPipeline\n\n"
-        f"{write_loading(tuned, subject.identifier_token)}\n"
-        f'pipeline({prompt!r}).images[0].save("sample.png")'
-    )
-    snippets = [
-        ("Command line", f"likeness generate latest {shlex.quote(f'a photo of {spoken} in the snow')}"),
-        ("diffusers; THIS FOLDER is the run's model folder, which `likeness runs` shows", python),
-    ]
-    if tuned.method == "lora":
-        text = (
-            "Copy pytorch_lora_weights.safetensors to models/loras/ (ComfyUI) or models/Lora/ (A1111),"
-            f"\nload it at strength 1.0 with the base model {tuned.base_model.location}, and write:\n{spoken}"
-        )
-        snippets.append(("ComfyUI, A1111", text))
-    elif tuned.method == "textual_inversion":
-        text = (
-            "Copy learned_embeds.safetensors to models/embeddings/ (ComfyUI) or embeddings/ (A1111)"
-            f"\nand name it in the prompt: embedding:learned_embeds {subject.class_noun}"
-        )
-        snippets.append(("ComfyUI, A1111", text))
-    return snippets
-
-
-def speak_in_diffusers(subject: SubjectSet, tuned: TunedModel) -> str:
-    """Return how a prompt names the subject in diffusers, which expands a learned token's first placeholder."""
-    token = subject.identifier_token
-    token = f"<{token}>" if tuned.method.startswith("textual_inversion") else token
-    return name_subject(identifier_token=token, class_noun=subject.class_noun)
-
-
 def export_model(folder: StageFolder, run: RunManifests, *, title: str, local: Path) -> tuple[ObjectRef, ...]:
     """Store the tuned model with model card and lineage; `local` receives the same files."""
     subject, tuned, evaluation = run.subject, run.training, run.evaluation
-    prompt = f"a photo of {speak_in_diffusers(subject, tuned)}"
+    used = describe_model(subject, tuned)
+    prompt = f"a photo of {used.name_in_diffusers}"
     card = write_front_matter(run, title=title, instance_prompt=prompt) + CARD.format(
         title=title,
-        loading=write_loading(tuned, subject.identifier_token),
+        loading=write_loading(used, THIS_FOLDER),
         prompt=repr(prompt),
         class_noun=subject.class_noun,
-        subject=name_subject(identifier_token=subject.identifier_token, class_noun=subject.class_noun),
+        subject=used.name,
         num_photos=len(subject.images),
-        base=evaluation.metrics["base"],
-        tuned=evaluation.metrics["tuned"],
-        ceiling=evaluation.ceiling,
+        rows="\n".join(map(write_row, list_metrics(evaluation)[: len(HEADLINE)])),
         base_model=f"{tuned.base_model.location} ({tuned.base_model.sha256[:12]})",
         method=tuned.method,
         num_steps=tuned.num_steps,
@@ -155,6 +83,12 @@ def export_model(folder: StageFolder, run: RunManifests, *, title: str, local: P
     return tuple(folder.put_file(f"model/{path.relative_to(local).as_posix()}", path) for path in paths)
 
 
+def write_row(row: MetricRow) -> str:
+    """Return a metric's line of the model card's table."""
+    ceiling = "" if row.ceiling is None else f"{row.ceiling:.3f}"
+    return f"| {row.metric.name} | {row.base.show()} | {row.tuned.show()} | {ceiling} |"
+
+
 def read_losses(store: Store, tuned: TunedModel) -> list[LossRow]:
     """Return the loss log without skipped steps, whose values are None."""
     rows = parse_losses(read_verified(store, tuned.find("losses.jsonl")).decode())
@@ -163,7 +97,7 @@ def read_losses(store: Store, tuned: TunedModel) -> list[LossRow]:
 
 
 def headline_metrics(evaluation: Evaluation, scores: Scorecard) -> dict[str, float]:
-    """Return all metrics of a run by flat names such as `tuned/dino`, for the tracking server."""
+    """Return all metrics of a run by flat names such as `tuned/dino` and `tuned/dino_low`, for the tracking server."""
     figures: dict[str, float] = {}
     for side, metrics in evaluation.metrics.items():
         figures.update({f"{side}/{name}": value for name, value in metrics.model_dump().items()})
@@ -172,6 +106,8 @@ def headline_metrics(evaluation: Evaluation, scores: Scorecard) -> dict[str, flo
     figures.update({f"ceiling/{name}": value for name, value in evaluation.ceiling.model_dump().items()})
     for side, score in scores.scores.items():
         figures.update({f"{side}/{name}": value for name, value in score.model_dump().items()})
+    figures.update(list_intervals(evaluation.estimates))
+    figures.update(list_intervals(scores.estimates))
     figures["judge/is_reliable"] = float(scores.reliability.is_reliable)
     figures.update(
         {f"judge/alpha_{axis}": value for axis, value in scores.reliability.alpha.items() if value is not None}
@@ -181,6 +117,16 @@ def headline_metrics(evaluation: Evaluation, scores: Scorecard) -> dict[str, flo
     figures.update(
         {f"judge/spearman_{a}": value for a, value in scores.reliability.spearman.items() if value is not None}
     )
+    return figures
+
+
+def list_intervals(table: Table) -> dict[str, float]:
+    """Return the ends of 95 % intervals, and the gains that they are of, by flat names."""
+    figures = {f"gain/{name}": sides["gain"].mean for name, sides in table.items() if "gain" in sides}
+    for name, sides in table.items():
+        for side, estimate in sides.items():
+            ends = {"low": estimate.low, "high": estimate.high}
+            figures.update({f"{side}/{name}_{end}": value for end, value in ends.items() if value is not None})
     return figures
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tasks.manifests.evaluation import Evaluation
+from tasks.manifests.evaluation import Evaluation, SubjectMetrics
 from tasks.manifests.training import TunedModel
 from tasks.publishing.config import MIN_KNEE, PublishingConfig
 
@@ -55,29 +55,34 @@ def join(steps: Iterable[int]) -> str:
 
 
 def measure_checkpoints(evaluation: Evaluation) -> list[CheckpointMeans]:
-    """Return the means of the retained checkpoints, in the order of steps; empty where only one is retained.
+    """Return the means of the retained checkpoints, in the order of steps; empty where only one is retained."""
+    means = []
+    for step, by_prompt in collect_draws(evaluation).items():
+        values = [(found.dino, found.clip_t) for by_seed in by_prompt.values() for found in by_seed.values()]
+        means.append(CheckpointMeans(step, *(sum(column) / len(values) for column in zip(*values, strict=True))))
+    return means
 
-    Published weights have more samples than the others; only the draws that all have are averaged.
+
+def collect_draws(evaluation: Evaluation) -> dict[int, dict[str, dict[int, SubjectMetrics]]]:
+    """Return the metrics of retained checkpoints by step, prompt and seed; empty where only one is retained.
+
+    Published weights have more samples than the others; only the draws that all have are compared.
     """
     drawn = [s for s in evaluation.samples if s.kind == "candidate"]
     if not drawn:
-        return []
+        return {}
     drawn += [s for s in evaluation.samples if s.kind == "subject" and s.side == "tuned"]
     by_weights: dict[int | None, set[tuple[str, int]]] = {}
     for sample in drawn:
         by_weights.setdefault(sample.step, set()).add((sample.prompt, sample.seed))
     shared = set.intersection(*by_weights.values())  # the safety checker may have dropped some of one checkpoint
-    drawn = [sample for sample in drawn if (sample.prompt, sample.seed) in shared]
-    by_step: dict[int, list[tuple[float, float]]] = {}
+    by_step: dict[int, dict[str, dict[int, SubjectMetrics]]] = {}
     for sample in drawn:
         found = evaluation.sample_metrics.get(sample.image.key)
-        if found is not None:
+        if found is not None and (sample.prompt, sample.seed) in shared:
             step = evaluation.published_step if sample.step is None else sample.step
-            by_step.setdefault(step, []).append((found.dino, found.clip_t))
-    return [
-        CheckpointMeans(step, *(sum(column) / len(values) for column in zip(*values, strict=True)))
-        for step, values in sorted(by_step.items())
-    ]
+            by_step.setdefault(step, {}).setdefault(sample.prompt, {})[sample.seed] = found
+    return dict(sorted(by_step.items()))
 
 
 def find_knee(rows: Sequence[CheckpointMeans]) -> int | None:

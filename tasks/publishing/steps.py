@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tasks.publishing.registry import TrackedRun
     from tasks.publishing.report.page import ReportInputs
 
-STAGE_VERSION = 6
+STAGE_VERSION = 7
 
 UNKEYED_TRACKING = {"max_wait_seconds", "system_metrics_interval", "llm_traces"}
 """Settings of tracking that a cached publication may differ in."""
@@ -132,13 +132,13 @@ def tag_stages(manifests: RunManifests) -> dict[str, str]:
 
 def describe_report(inputs: PublishingInputs, losses: list[LossRow]) -> "ReportInputs":
     """Return what the report shows."""
-    from tasks.publishing.export import write_snippets
     from tasks.publishing.report.page import ReportInputs
+    from tasks.publishing.report.usage import describe_model, write_snippets
     from tasks.publishing.versions import list_versions
 
     return ReportInputs(
         inputs.title, inputs.manifests, losses, inputs.config_rows, inputs.config.gate, dict(inputs.default_rows),
-        list_versions(), write_snippets(inputs.manifests),
+        list_versions(), write_snippets(describe_model(inputs.manifests.subject, inputs.manifests.training)),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from tasks.manifests.training import TunedModel
 from tasks.stage.cache import Stage
 from tasks.training.config import TrainingConfig
 
-STAGE_VERSION = 4
+STAGE_VERSION = 5
 
 
 @dataclass(frozen=True)

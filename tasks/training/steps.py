@@ -14,7 +14,7 @@ from tasks.diffusion.config import DiffusionConfig
 from tasks.manifests.base import ModelRef, ObjectRef
 from tasks.manifests.prior import ClassImageSet
 from tasks.manifests.subject import InstanceImage, SubjectSet
-from tasks.manifests.training import TunedModel
+from tasks.manifests.training import PhotoCrops, TunedModel
 from tasks.services.store.base import Store
 from tasks.services.tracking.base import DatasetInfo
 from tasks.stage.cache import PREFIXES, Stage, StageFolder, fetch_folder, find_manifest
@@ -201,6 +201,7 @@ def store_result(
     folder: StageFolder, inputs: TrainingInputs, spec: "TrainingSpec", *, result: "WorkerResult"
 ) -> TunedModel:
     """Store weights, candidates, samples and loss log, then write the manifest."""
+    from tasks.diffusion.device import describe_machine
     from tasks.training.process.worker_spec import RunFolder
 
     run = RunFolder(spec.path)
@@ -225,8 +226,19 @@ def store_result(
             peak_memory_bytes=result.peak_memory_bytes,
             subject_sha256=inputs.subject.compute_content_digest(),
             prior_sha256=inputs.prior.compute_content_digest(),
+            crops=list_crops(inputs.subject, spec),
+            machine=describe_machine(result.device, num_devices=spec.training.world_size),
         )
     )
+
+
+def list_crops(subject: SubjectSet, spec: "TrainingSpec") -> tuple[PhotoCrops, ...]:
+    """Return the crops of every photo that was trained on."""
+    from tasks.training.data.preprocessing import locate_crops
+
+    boxes = locate_crops(spec)
+    photos = [image.image for image in subject.images if image.image.sha256 in boxes]
+    return tuple(PhotoCrops(photo=photo, boxes=boxes[photo.sha256]) for photo in photos)
 
 
 def count_training(spec: "TrainingSpec", result: "WorkerResult") -> dict[str, int]:

@@ -3,8 +3,9 @@
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
@@ -12,7 +13,7 @@ from conf.request import RunRequest
 from flows.cli.serve.server import HOST, QuietServer, make_handler
 from flows.runs.records import write_request, write_start
 from tasks.manifests.scoring import Judgement
-from tasks.manifests.training import LossRow
+from tasks.manifests.training import LossRow, PhotoCrops
 from tasks.publishing.report.page import ReportInputs, render_report
 from tasks.services.store.local import LocalStore
 from tests.support.browser import check_accessible, keep_screenshot, open_file, open_page
@@ -35,7 +36,12 @@ def report(store: LocalStore, tmp_path: Path) -> Path:
         )
         for number, sample in enumerate(run.evaluation.samples)
     )  # fmt: skip
-    object.__setattr__(run, "scoring", run.scoring.model_copy(update={"judgements": grades}))
+    crops = PhotoCrops(photo=run.subject.images[0].image, boxes=((0.25, 0.0, 0.75, 1.0),))
+    run = replace(
+        run,
+        scoring=run.scoring.model_copy(update={"judgements": grades}),
+        training=run.training.model_copy(update={"crops": (crops,)}),
+    )
     losses = [LossRow(step=step, loss=1.0, instance_loss=1 / step, prior_loss=0.5) for step in range(1, 50)]
     rows = [("training.learning_rate", "1e-5"), ("seed", "23")]
     inputs = ReportInputs(
@@ -105,6 +111,40 @@ def test_without_scripts_both_pictures_and_the_evidence_are_there(report: Path) 
         assert not plain.locator("#order").is_visible()
         plain.locator("details.info summary").first.click()
         assert "evidence 0 <script>" in plain.locator("details.info").first.inner_text()
+
+
+@pytest.mark.parametrize(("motion", "behavior"), [("reduce", "auto"), ("no-preference", "smooth")])
+def test_reduced_motion_is_honoured(report: Path, motion: Literal["reduce", "no-preference"], behavior: str) -> None:
+    with open_file(report, 1280) as page:
+        page.emulate_media(reduced_motion=motion)
+        assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == behavior
+        page.locator("nav a").last.click()
+        moving = page.evaluate("document.getAnimations().length")
+        if motion == "reduce":
+            # The jump has ended before the next script runs.
+            assert abs(page.locator("#lineage").bounding_box()["y"]) < page.viewport_size["height"]  # type: ignore[index]
+            assert moving == 0
+
+
+def test_a_digest_opens_to_its_full_length_without_scripts(report: Path) -> None:
+    with open_page(1280) as page:
+        browser = page.context.browser
+        assert browser is not None
+        plain = browser.new_context(java_script_enabled=False).new_page()
+        plain.goto(report.as_uri())
+        digest = plain.locator("#lineage ~ .scroll .digest").last
+        assert not digest.locator(".whole").is_visible()
+        digest.locator("summary").click()
+        assert len(digest.locator(".whole").inner_text()) == 64
+
+
+def test_crops_lie_over_their_photos(page: "Page") -> None:
+    photo, frame = (page.locator(f".photo {part}").first.bounding_box() for part in ("img", ".crop"))
+    assert photo is not None and frame is not None
+    # The frame holds the middle half of a square photo, over its whole height.
+    assert frame["width"] == pytest.approx(photo["width"] / 2, abs=3)
+    assert frame["x"] == pytest.approx(photo["x"] + photo["width"] / 4, abs=3)
+    assert frame["height"] == pytest.approx(photo["height"], abs=3)
 
 
 def test_only_changed_settings_are_listed_as_changed(page: "Page") -> None:

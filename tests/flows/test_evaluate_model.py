@@ -137,6 +137,10 @@ def test_an_evaluated_model_has_a_report_without_training_and_generates_images(
     assert '<h2 id="training">' not in page
     assert "trained elsewhere" in page
     assert f"likeness generate {evaluated['run_id']} " in page
+    folder = sandbox.output / evaluated["run_id"]
+    assert '<a href="model/">model folder</a>' in page
+    assert (folder / "model" / "model_index.json").is_file()
+    assert f"from_pretrained(&#39;{folder.absolute()}/model&#39;)" in page
     done = sandbox.likeness("generate", evaluated["run_id"], "a photo of sks fish", "--steps", "1", "--seed", "3")
     assert done.returncode == 0, done.stderr
     assert "seed 3" in done.stdout

@@ -112,6 +112,17 @@ def test_tracking_has_losses_metrics_artifacts_and_the_model(first_run: dict[str
     assert names == {"model", "report"}
 
 
+def test_the_report_of_a_run_names_the_folder_of_its_model(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
+    folder = sandbox.output.absolute() / first_run["run_id"]
+    page = (folder / "report.html").read_text()
+    assert f"from_pretrained(&#39;{folder}/model&#39;)" in page
+    assert f"likeness generate {first_run['run_id']} " in page
+    assert "THIS FOLDER" not in page
+    assert "generate latest" not in page.split('<h2 id="use">', 1)[1]
+    assert '<a href="model/lineage.json" download>' in page
+    assert (folder / "model" / "lineage.json").is_file()
+
+
 def test_a_model_is_promoted_by_the_gate_or_by_force_and_demoted_once(
     first_run: dict[str, Any], sandbox: CliSandbox
 ) -> None:

@@ -182,7 +182,7 @@ def check_encoders(runs: Sequence[PastRun]) -> None:
 
 def diff_configurations(runs: Sequence[PastRun]) -> tuple[tuple[str, ...], ...]:
     """Return the settings in which runs differ, with the value of each."""
-    from flows.runs.context import show_config
+    from conf.compose import show_config
 
     tables = [dict(show_config(run.config)) for run in runs]
     for run, table in zip(runs, tables, strict=True):

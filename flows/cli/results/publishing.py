@@ -1,8 +1,10 @@
 """`likeness publish`, `promote` and `demote`: a run's model copied elsewhere, and the champion moved by hand."""
 
+import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,15 +23,17 @@ from tasks.manifests.scoring import Scorecard
 from tasks.manifests.subject import SubjectSet
 from tasks.manifests.training import TunedModel
 from tasks.publishing.gate import find_blockers
+from tasks.publishing.report.placement import NearbyModel, list_names, place_report
+from tasks.publishing.report.usage import ModelPlace, UsedModel, write_snippets
 from tasks.services.config import StoreConfig
 from tasks.services.store.base import Store
 from tasks.services.store.local import LocalStore
 from tasks.services.store.open import open_store
 from tasks.services.tracking.base import Tracker
 from tasks.services.tracking.open import open_tracker
-from tasks.stage.cache import M, fetch_folder, find_manifest
+from tasks.stage.cache import M, fetch_folder, find_manifest, read_verified
 from tasks.stage.digests import digest_file
-from tasks.stage.files import make_part_prefix, remove_stale_parts, staged_file
+from tasks.stage.files import make_part_prefix, remove_stale_parts, staged_file, write_atomic
 
 PUBLISHED = "likeness.json"
 """The manifest of a published folder, written last: a folder without it is incomplete."""
@@ -114,8 +118,9 @@ def publish_run(output: Path, name: str, to: str, *, on_progress: Callable[[int,
     if publication is None:
         raise ConfigError(f"the model of run {run.summary.run_id} is missing from the store; run it again")
     destination = open_destination(to, config, output=Path(run.config.output_dir))
-    refs = [*publication.model, publication.report]
-    files = {ref.key.split(f"/{key}/", 1)[1]: ref for ref in refs}
+    page = write_page(store, run, publication, destination=destination)
+    report = publication.report.model_copy(update={"sha256": hashlib.sha256(page).hexdigest(), "size_bytes": len(page)})
+    files = {ref.key.split(f"/{key}/", 1)[1]: ref for ref in (*publication.model, report)}
     manifest = {
         "run": run.summary.run_id,
         "files": {path: {"sha256": ref.sha256, "size_bytes": ref.size_bytes} for path, ref in sorted(files.items())},
@@ -125,12 +130,30 @@ def publish_run(output: Path, name: str, to: str, *, on_progress: Callable[[int,
     with tempfile.TemporaryDirectory(dir=work, prefix=make_part_prefix()) as scratch:
         for number, (path, ref) in enumerate(files.items()):
             on_progress(number, len(files))
-            fetch_folder(store, [ref], below=key, folder=Path(scratch))
+            if ref == report:
+                write_atomic(Path(scratch) / path, page)
+            else:
+                fetch_folder(store, [ref], below=key, folder=Path(scratch))
             copy_verified(Path(scratch) / path, destination, path, ref=ref)
         on_progress(len(files), len(files))
     destination.put_bytes(PUBLISHED, json.dumps(manifest, indent=1).encode())
     print(f"{destination.describe('model')}  {len(files)} files, verified")
     return 0
+
+
+def write_page(store: Store, run: PastRun, publication: Publication, *, destination: Store) -> bytes:
+    """Return the report with snippets and links for a model that lies beside it at the destination."""
+    there, diffusion, subject = destination.describe("model"), run.config.diffusion, run.summary.subject
+    assert subject is not None  # of a finished run
+    used = UsedModel(
+        subject.class_noun, subject.identifier_token, diffusion.family, run.config.training.method,
+        diffusion.pretrained_model_name_or_path, diffusion.revision,
+    )  # fmt: skip
+    place = ModelPlace(there)
+    if not isinstance(destination, LocalStore):
+        place = ModelPlace("model", f"aws s3 cp --recursive {shlex.quote(there)} model")
+    model = NearbyModel(write_snippets(used, place), "../model", list_names(publication.model))
+    return place_report(read_verified(store, publication.report).decode(), model).encode()
 
 
 def copy_verified(source: Path, destination: Store, path: str, *, ref: ObjectRef) -> None:

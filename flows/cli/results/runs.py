@@ -29,16 +29,14 @@ def print_runs(summaries: list[RunSummary], *, folder: Path) -> None:
         table.add_column(name, justify="left" if name in ("run", "status") else "right")
     unfinished = [s for s in summaries if s.status not in ("finished", "resumed")]
     for summary in summaries:
-        tuned = summary.metrics.get("tuned", {})
-        scores = summary.scores.get("tuned")
+        means = [summary.find_mean(name) for name in ("dino", "clip_i", "clip_t", "concept_preservation")]
         table.add_row(
             summary.run_id,
             summary.status,
             "" if summary.wall_seconds is None else f"{summary.wall_seconds:.1f}",
             "" if summary.llm_calls is None else str(summary.llm_calls),
             "" if summary.training_steps is None else str(summary.training_steps),
-            *(show_number(tuned.get(key), digits=3) for key in ("dino", "clip_i", "clip_t")),
-            f"{scores.concept_preservation:.2f}" if scores else "",
+            *("" if mean is None else mean.show(2) for mean in means),
         )
     Console(width=160).print(table)
     if unfinished:
@@ -114,11 +112,6 @@ def show_gain(gain: Estimate | None) -> str:
     if gain.low is None or gain.high is None:
         return f"{gain.mean:+.3f} (no interval from {gain.num})"
     return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
-
-
-def show_number(value: float | None, *, digits: int) -> str:
-    """Return a cell of a table; empty where nothing was measured."""
-    return "" if value is None else f"{value:.{digits}f}"
 
 
 def shorten(path: str) -> str:

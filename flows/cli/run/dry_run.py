@@ -2,11 +2,10 @@
 
 import yaml
 
-from conf.compose import compile_request, compute_config_digest
+from conf.compose import compile_request, compute_config_digest, flatten
 from conf.request import RunRequest
 from conf.schema import RunConfig
 from conf.trust import allowed_roots
-from flows.runs.context import flatten
 from flows.runs.records import StoredRequest
 from tasks.redaction import MASK, clean_text, names_secret, redact
 

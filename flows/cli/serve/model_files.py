@@ -22,8 +22,12 @@ def list_model_files(output: Path, name: str) -> dict[str, Path]:
     """Return the files of a run's published model by their paths in it; none where the model lies elsewhere."""
     for folder in list_run_folders(output):
         root = (folder / MODEL_LINK).resolve()
-        # The link is relative and leads to `06-publishing/<key>/model`; one to anything else was put there by others.
-        is_published = root.name == "model" and root.parent.parent.name == PREFIXES["publishing"]
+        # The link leads to `06-publishing/<key>/model`, or where a model from elsewhere was evaluated to that of
+        # `03-training`; one to anything else was put there by others.
+        is_published = root.name == "model" and root.parent.parent.name in (
+            PREFIXES["publishing"],
+            PREFIXES["training"],
+        )
         if folder.name == name and is_published and root.is_dir() and root.is_relative_to(output.resolve()):
             found = [path for path in sorted(root.rglob("*")) if path.is_file() and not path.is_symlink()]
             return {path.relative_to(root).as_posix(): path for path in found}

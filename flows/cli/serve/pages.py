@@ -4,6 +4,7 @@ import html
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from tasks.manifests.evaluation import Estimate
 from tasks.manifests.run_summary import RunSummary
 
 TEMPLATE_FOLDER = Path(__file__).parent
@@ -18,8 +19,14 @@ def render_index(summaries: Sequence[RunSummary], *, pages: Sequence[str], repor
         loader=FileSystemLoader(TEMPLATE_FOLDER), autoescape=True, trim_blocks=True, undefined=StrictUndefined
     )
     environment.filters["number"] = lambda value, digits: "" if value is None else f"{value:.{digits}f}"
+    environment.filters["mean"] = show_mean
     template = environment.get_template("index.html.jinja")
     return template.render(runs=summaries, pages=pages, reports=reports, links_of=safe_links)
+
+
+def show_mean(mean: Estimate | None) -> str:
+    """Return a cell: a mean with its interval; empty where nothing was measured."""
+    return "" if mean is None else mean.show(2)
 
 
 def safe_links(summary: RunSummary) -> dict[str, str]:

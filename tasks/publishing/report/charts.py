@@ -7,9 +7,14 @@ from dataclasses import dataclass, replace
 from markupsafe import Markup, escape
 
 from tasks.manifests.evaluation import Estimate
+from tasks.manifests.subject import ImageMeasures
 
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 46
 """Margins in px, for tick labels and axis titles."""
+SECOND = 76
+"""The right margin of a second axis, whose labels may be as long as 0.00025."""
+WHOLE = 0.995
+"""Of a side: a crop that holds more is shown as none."""
 LARGEST = 1e300
 """Values beyond are left out: differences of larger ones are not finite."""
 
@@ -139,7 +144,7 @@ def draw_lines(
     if not points:
         return Markup("")
     second = [] if right is None else [p for p in right.points if all(map(is_drawable, p))]
-    x = make_scale([p[0] for p in points], LEFT, size[0] - (LEFT if second else RIGHT), margin=0.0)
+    x = make_scale([p[0] for p in points], LEFT, size[0] - (SECOND if second else RIGHT), margin=0.0)
     low, high = min(0.0, *(p[1] for p in points)), max(0.0, *(p[1] for p in points))
     y = Scale(low * 1.06, high * 1.06 if high - low > 1e-300 else 1.0, size[1] - BOTTOM, TOP)
     parts = [draw_axes(x, y, titles)]
@@ -162,7 +167,7 @@ def draw_right_axis(line: Series, x: Scale, y: Scale) -> str:
     highest = max(value for _, value in line.points)
     own = Scale(0.0, highest * 1.06 if highest > 1e-300 else 1.0, y.start, y.end)
     parts = [f'<text x="{x.end + 7:.1f}" y="{own.place(value) + 4:.1f}">{show(value)}</text>' for value in own.ticks()]
-    turned = f'transform="translate({x.end + LEFT - 6:.1f} {(y.start + y.end) / 2:.1f}) rotate(-90)"'
+    turned = f'transform="translate({x.end + SECOND - 6:.1f} {(y.start + y.end) / 2:.1f}) rotate(-90)"'
     parts.append(f'<text class="title" text-anchor="middle" {turned}>{escape(line.name)}</text>')
     text = " ".join(f"{x.place(a):.1f},{own.place(b):.1f}" for a, b in line.points)
     parts.append(f'<polyline class="line {line.role}" points="{text}"/>')
@@ -224,3 +229,31 @@ def draw_plane(points: Sequence[PlanePoint], titles: tuple[str, str], *, size: t
         parts.append(f'<text class="name" x="{at[0] + 9:.1f}" y="{at[1] - 8:.1f}">{escape(p.name)}</text>')
     names = "; ".join(f"{p.name}: {p.x.mean:.3f}, {p.y.mean:.3f}" for p in points)
     return frame("".join(parts), size, f"{titles[0]} and {titles[1]} of {names}")
+
+
+def draw_crops(boxes: Sequence[tuple[float, float, float, float]], photo: ImageMeasures) -> Markup:
+    """Return the frames of crops over a photo, shaded around a single one; empty where a crop is the whole photo.
+
+    Args:
+        boxes: left, top, right and bottom as fractions of width and height.
+        photo: whose width and height give the aspect ratio.
+
+    """
+    placed = [
+        (left * photo.width, top * photo.height, (right - left) * photo.width, (bottom - top) * photo.height)
+        for left, top, right, bottom in boxes
+        if right - left < WHOLE or bottom - top < WHOLE
+    ]
+    if not placed:
+        return Markup("")
+    frames = "".join(
+        f'<rect class="crop" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
+        for x, y, width, height in placed
+    )
+    shade = ""
+    if len(placed) == 1:  # several overlap, and even-odd would shade what two of them hold
+        [(x, y, width, height)] = placed
+        inner = f"M{x:.1f} {y:.1f}h{width:.1f}v{height:.1f}h{-width:.1f}z"
+        shade = f'<path class="shade" d="M0 0h{photo.width}v{photo.height}h-{photo.width}z{inner}"/>'
+    head = f'<svg viewBox="0 0 {photo.width} {photo.height}" aria-hidden="true">'
+    return Markup(f"{head}{shade}{frames}</svg>")  # noqa: S704 - numbers

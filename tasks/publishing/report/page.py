@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 from PIL import Image
 
 from tasks.images import decode_png, encode_png
-from tasks.manifests.evaluation import Estimate, Evaluation
+from tasks.manifests.evaluation import Evaluation
 from tasks.manifests.run import RunManifests
 from tasks.manifests.run_summary import EvaluatedModel
 from tasks.manifests.training import LossRow
@@ -24,13 +22,13 @@ from tasks.publishing.report.tables import (
     list_metrics,
     list_prompts,
 )
+from tasks.publishing.report.template import FOLDER, make_environment
 from tasks.publishing.report.verdict import reach_verdict
 from tasks.services.store.base import Store
 from tasks.stage.cache import read_verified
 
 MAX_POINTS = 400
 """Of a line."""
-FOLDER = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -55,19 +53,12 @@ class ReportInputs:
 
 def render_report(store: Store, inputs: ReportInputs) -> str:
     """Return the report as one self-contained HTML page."""
-    # Names, captions and evidence are untrusted text: everything is escaped.
-    # `default=True`, since select_autoescape decides by suffix and the template's is .jinja.
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=select_autoescape(default=True),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
+    environment = make_environment()
     run = inputs.manifests
     gallery = make_gallery(store, run)
     environment.filters["picture"] = lambda ref: gallery.urls[ref.key]
-    environment.globals["draw_values"] = charts.draw_values
+    environment.globals |= {"draw_values": charts.draw_values, "draw_crops": charts.draw_crops}
+    crops = {each.photo.key: each.boxes for each in run.training.crops}
     checkpoints = list_checkpoints(run.evaluation, run.scoring)
     return environment.get_template("report.html.jinja").render(
         inputs=inputs,
@@ -95,6 +86,8 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         names={key: metric.name for key, metric in METRICS.items()},
         prompt_rows=list_prompts(run.evaluation),
         gallery=gallery,
+        crops=crops,
+        is_cropped=any(charts.draw_crops(crops.get(each.image.key, ()), each.measures) for each in run.subject.images),
         curves=draw_losses(inputs.losses),
         stages=run.ordered(),
         changed=[row for row in inputs.config_rows if inputs.defaults.get(row[0]) != row[1]],
@@ -156,15 +149,9 @@ def draw_plane(evaluation: Evaluation, checkpoints: Sequence[CheckpointRow]) -> 
     if "dino" not in rows or "clip_t" not in rows:
         return Markup("")
     x, y = rows["dino"], rows["clip_t"]
-    points = [
-        charts.PlanePoint(
-            f"step {row.rank.step}", Estimate(mean=row.dino, num=0), Estimate(mean=row.clip_t, num=0), "other"
-        )
-        for row in checkpoints
-        if not row.rank.is_published
-    ]
+    others = [row for row in checkpoints if not row.is_published]
+    points = [charts.PlanePoint(f"step {row.step}", row.dino, row.clip_t, "other") for row in others]
     published = charts.PlanePoint("tuned", x.tuned, y.tuned, "tuned")
-    steps = [row.rank.step for row in checkpoints if not row.rank.is_published]
-    points.insert(sum(step < evaluation.published_step for step in steps), published)
+    points.insert(sum(row.step < evaluation.published_step for row in others), published)
     base = charts.PlanePoint("base", x.base, y.base, "base")
     return charts.draw_plane([base, *points], ("DINO: subject fidelity", "CLIP-T: prompt fidelity"))

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tasks.intervals import estimate_samples
 from tasks.manifests.evaluation import Estimate, Evaluation, PromptRow, Sample, Side, SubjectMetrics
 from tasks.manifests.scoring import CheckpointRank, Judgement, Scorecard
 from tasks.metrics import METRICS, Metric
-from tasks.publishing.pick import measure_checkpoints
+from tasks.publishing.pick import collect_draws
 from tasks.publishing.report.charts import is_drawable, widen
 
 HEADLINE = ("dino", "clip_i", "clip_t")
@@ -35,11 +36,14 @@ class MetricRow:
 
 @dataclass(frozen=True)
 class CheckpointRow:
-    """A ranked checkpoint with the means of the draws that all checkpoints have."""
+    """A retained checkpoint with the means of the draws that all checkpoints have."""
 
-    rank: CheckpointRank
-    dino: float
-    clip_t: float
+    step: int
+    is_published: bool
+    dino: Estimate
+    clip_t: Estimate
+    rank: CheckpointRank | None
+    """None where the judge compared no pairs."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,28 @@ def list_prompts(evaluation: Evaluation) -> list[PromptRow]:
 
 
 def list_checkpoints(evaluation: Evaluation, scores: Scorecard) -> list[CheckpointRow]:
-    """Return a row per ranked checkpoint with its mean DINO and CLIP-T, in the order of steps."""
-    means = {row.step: row for row in measure_checkpoints(evaluation)}
-    ranks = sorted(scores.checkpoints, key=lambda rank: rank.step)
-    # Without means: ranked by an earlier run, whose samples are not those of this evaluation.
-    return [CheckpointRow(rank, means[rank.step].dino, means[rank.step].clip_t) for rank in ranks if rank.step in means]
+    """Return a row per measured checkpoint, in the order of steps, with its rank where the judge compared it."""
+    ranks = {rank.step: rank for rank in scores.checkpoints}
+    return [
+        CheckpointRow(
+            step,
+            step == evaluation.published_step,
+            estimate_draws(by_prompt, "dino"),
+            estimate_draws(by_prompt, "clip_t"),
+            ranks.get(step),
+        )
+        for step, by_prompt in collect_draws(evaluation).items()
+    ]
+
+
+def estimate_draws(by_prompt: Mapping[str, Mapping[int, SubjectMetrics]], name: str) -> Estimate:
+    """Return the mean of a metric over prompts and seeds, with its interval."""
+    return estimate_samples(
+        {
+            prompt: {seed: getattr(found, name) for seed, found in by_seed.items()}
+            for prompt, by_seed in by_prompt.items()
+        }
+    )
 
 
 def list_samples(evaluation: Evaluation, grades: Mapping[str, Judgement]) -> list[SamplePair]:

@@ -12,6 +12,7 @@ from tasks.publishing.pick import find_knee, measure_checkpoints
 
 Level = Literal["good", "caution", "bad"]
 MIN_PHOTOS = 3
+COPY_ADVICE = "Compare them with the photos below; train fewer steps, or add photos in other surroundings"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def reach_verdict(run: RunManifests, gate: GateConfig) -> Verdict:
         *describe_prompts(run, checks["clip_t"], limit=limit_loss(run.evaluation, gate)),
         *describe_drift(run.evaluation, checks["pres"]),
         *describe_copies(checks["copies"]),
+        *describe_ceiling(run.evaluation),
         *check_judge(run),
         *check_subject(run.subject),
     ]
@@ -111,9 +113,9 @@ def show_share(evaluation: Evaluation, gain: Estimate) -> str:
     if room <= 1e-6:
         return ""
     share = gain.mean / room
-    return (
-        f"; {share:.0%} of the gap to real photos is closed" if share <= 1 else "; above real photos among themselves"
-    )
+    if share > 1:
+        return "; above real photos among themselves"
+    return f"; {share * 100:.0f} % of the gap to real photos is closed"
 
 
 def describe_prompts(run: RunManifests, check: Check, *, limit: float) -> list[Finding]:
@@ -165,8 +167,19 @@ def describe_copies(check: Check) -> list[Finding]:
         f"{check.estimate.mean:.0%} of samples are near-duplicates of a photo: their DINO distance to it is at most a "
         "quarter of that of the two nearest photos."
     )
-    advice = "Compare them with the photos below; train fewer steps, or add photos in other surroundings"
-    return [Finding("caution", text, advice)]
+    return [Finding("caution", text, COPY_ADVICE)]
+
+
+def describe_ceiling(evaluation: Evaluation) -> list[Finding]:
+    """Return whether samples are closer to the photos than these are to each other, which copies of them would be."""
+    tuned, ceiling = evaluation.estimates.get("dino", {}).get("tuned"), evaluation.ceiling.dino
+    if tuned is None or tuned.low is None or tuned.low <= ceiling:
+        return []
+    text = (
+        f"Samples are closer to the photos (DINO {tuned.show()}) than the photos are to each other ({ceiling:.3f}), "
+        "a sign of copying."
+    )
+    return [Finding("caution", text, COPY_ADVICE)]
 
 
 def check_judge(run: RunManifests) -> list[Finding]:

@@ -15,6 +15,9 @@ from tasks.training.data import rng
 from tasks.training.data.buckets import Size
 from tasks.training.process.worker_spec import TrainingImage, TrainingSpec
 
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom as fractions of width and height."""
+
 
 @dataclass(frozen=True)
 class CropFlip:
@@ -50,13 +53,8 @@ def preprocess_image(image: TrainingImage, *, size: Size, variant: CropFlip = Cr
     """
     with Image.open(io.BytesIO(check_digest(Path(image.path), image.sha256))) as opened:
         picture = opened.convert("RGB")
-    mask = Image.new("L", picture.size, 255)
-    if image.mask_path:
-        with Image.open(io.BytesIO(check_digest(Path(image.mask_path), image.mask_sha256))) as opened:
-            mask = opened.convert("L")
-    factor = max(size.width / picture.width, size.height / picture.height)
-    # `max`, since rounding could leave the covering side a pixel short.
-    width, height = max(size.width, round(picture.width * factor)), max(size.height, round(picture.height * factor))
+    mask = load_mask(image, picture.size)
+    width, height = scale_to_cover(picture.size, size)
     focus = find_focus(image, mask)
     left = place_crop(variant.left, width, size.width, focus=focus[0])
     top = place_crop(variant.top, height, size.height, focus=focus[1])
@@ -72,6 +70,21 @@ def preprocess_image(image: TrainingImage, *, size: Size, variant: CropFlip = Cr
         # The flipped crop's left edge, as if the whole image had been flipped first.
         pixels, opacity, left = pixels.flip(-1), opacity.flip(-1), width - size.width - left
     return PreprocessedImage(pixels, opacity, [*image.original_size(), top, left, size.height, size.width])
+
+
+def load_mask(image: TrainingImage, size: tuple[int, int]) -> Image.Image:
+    """Return an image's mask; without one, all of it. Raises ArtifactCorrupt."""
+    if not image.mask_path:
+        return Image.new("L", size, 255)
+    with Image.open(io.BytesIO(check_digest(Path(image.mask_path), image.mask_sha256))) as opened:
+        return opened.convert("L")
+
+
+def scale_to_cover(photo: tuple[int, int], size: Size) -> tuple[int, int]:
+    """Return width and height of a scaled photo that covers a size."""
+    factor = max(size.width / photo[0], size.height / photo[1])
+    # `max`, since rounding could leave the covering side a pixel short.
+    return max(size.width, round(photo[0] * factor)), max(size.height, round(photo[1] * factor))
 
 
 def find_focus(image: TrainingImage, mask: Image.Image) -> tuple[float, float]:
@@ -107,6 +120,28 @@ def plan_crops(spec: TrainingSpec, index: int) -> list[CropFlip]:
     mirrorings = (False, True) if spec.training.flip_probability > 0 else (False,)
     # `choose_variants` relies on this order: `flipped * num_crops + crop`.
     return [CropFlip(left, top, is_flipped) for is_flipped in mirrorings for left, top in places]
+
+
+def locate_crops(spec: TrainingSpec) -> dict[str, tuple[Box, ...]]:
+    """Return the crops of each instance image by its digest; flipped ones are not repeated."""
+    found = {}
+    for size, indices in spec.assign_buckets().items():
+        for index in indices:
+            image = spec.instance_images[index]
+            width, height = scale_to_cover((image.width, image.height), size)
+            focus = find_focus(image, load_mask(image, (image.width, image.height)))
+            places = [
+                (
+                    place_crop(variant.left, width, size.width, focus=focus[0]),
+                    place_crop(variant.top, height, size.height, focus=focus[1]),
+                )
+                for variant in plan_crops(spec, index)
+                if not variant.is_flipped
+            ]
+            found[image.sha256] = tuple(
+                (x / width, y / height, (x + size.width) / width, (y + size.height) / height) for x, y in places
+            )
+    return found
 
 
 def check_digest(path: Path, sha256: str) -> bytes:

@@ -22,7 +22,7 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from tasks.diffusion.adapter import DiffusionModel
-from tasks.diffusion.device import choose_device
+from tasks.diffusion.device import choose_device, describe_device
 from tasks.diffusion.registry import find_family
 from tasks.errors import ArtifactCorrupt, StorageFull, TrainingFailed
 from tasks.manifests.training import LossRow, dump_losses
@@ -317,6 +317,7 @@ def write_result(
         trainable_parameters=sum(parameter.numel() for _, parameter in module.named_trained()),
         total_parameters=sum(parameter.numel() for parameter in list_parameters(module)),
         peak_memory_bytes=int(peak),
+        device=describe_device(spec.diffusion),
         files=run.digest_output(),
     )
     write_atomic(run.result, dump_signed(result, indent=1))

@@ -135,6 +135,7 @@ class WorkerResult(Section):
     trainable_parameters: int
     total_parameters: int
     peak_memory_bytes: int
+    device: str = Field(description="name of the GPU, or cpu")
     files: dict[str, str] = Field(description="digests of everything that is stored, by path below the run folder")
 
     def model_files(self) -> list[str]:

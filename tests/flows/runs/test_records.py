@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from flows.cli.results.runs import print_runs
 from flows.runs.records import (
     link_model,
     list_summaries,
+    place_model,
     read_request,
     read_run,
     read_summary,
@@ -32,12 +34,12 @@ from flows.runs.records import (
     write_summary,
 )
 from tasks.errors import ArtifactCorrupt, ConfigError, StillPending, TrainingStopped
-from tasks.manifests.publishing import Publication
 from tasks.manifests.run_summary import RunError, RunPaths, make_head
-from tasks.publishing.report.downloads import MARK
+from tasks.publishing.report.placement import DOWNLOADS, LINEAGE
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tasks.stage.digests import sign
+from tests.support.summary import make_measured_summary
 
 WORDS = [
     "subject.source=Fotos/Söhne & co", "subject.class_noun=mug", "experiment=smoke", "prior=none", "seed=4",
@@ -213,18 +215,42 @@ def test_a_configuration_modified_after_the_run_is_rejected(tmp_path: Path) -> N
         read_run(folder)
 
 
+def test_the_list_of_runs_shows_means_with_their_intervals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_runs([make_measured_summary("run-1"), make_head("run-2", "finished")], folder=tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split("  ")[0].strip() == "run-1"
+    assert "0.71 [0.66, 0.75]" in lines[1] and "3.50 [3.00, 3.90]" in lines[1] and " 0.30 " in lines[1]
+    assert lines[2].split() == ["run-2", "finished"]
+
+
 def test_the_report_beside_the_model_links_to_its_files(tmp_path: Path, store: LocalStore) -> None:
     folder = StageFolder(store, "publishing", "k")
-    page = f"<html><body>{MARK}<p>&lt;!--downloads--&gt;</p></body></html>"
-    report = folder.put("report/index.html", page.encode())
-    model = tuple(folder.put(f"model/{name}", b"x") for name in ("a b.safetensors", "unet/w.safetensors", "README.md"))
-    publication = Publication.model_construct(report=report, model=model)
+    page = f"<html><body>{DOWNLOADS}<p>&lt;!--downloads--&gt;</p>{LINEAGE}</body></html>"
+    names = ("a b.safetensors", "unet/w.safetensors", "README.md", "lineage.json")
+    model = tuple(folder.put(f"model/{name}", b"x") for name in names)
     run = tmp_path / "run"
     run.mkdir()
-    write_report(run, publication, store)
+    write_report(run, page, model)
     assert (run / "report.html").read_text() == page  # no model is linked here
     link_model(run, str(store.root / "06-publishing" / "k" / "model"))
-    write_report(run, publication, store)
+    write_report(run, page, model)
     found = re.findall(r'href="([^"]+)"', (run / "report.html").read_text())
-    assert found == ["model/", "model/a%20b.safetensors"]
+    assert found == ["model/", "model/a%20b.safetensors", "model/lineage.json"]
     assert (run / unquote(found[1])).read_bytes() == b"x"
+
+
+def test_readers_of_a_report_find_the_model_by_its_link_or_fetch_it_from_the_bucket(tmp_path: Path) -> None:
+    run = tmp_path / "run s" / "run-1"
+    (tmp_path / "run s" / "store" / "model").mkdir(parents=True)
+    run.mkdir()
+    unlinked = place_model(run, "../store/model")
+    assert unlinked.folder == f"{tmp_path}/run s/store/model"  # a file system without links
+    link_model(run, "../store/model")
+    linked = place_model(run, "../store/model")
+    assert (linked.folder, linked.comment) == (f"{run}/model", "")
+    assert (linked.run, linked.output) == ("run-1", str(run.parent))
+    fetched = place_model(run, "s3://bucket/06-publishing/k/model")
+    assert fetched.folder == "run-1/model"
+    assert shlex.split(fetched.comment) == [
+        "likeness", "publish", "run-1", "--to", "run-1", "--output-dir", str(run.parent),
+    ]  # fmt: skip

@@ -1,7 +1,6 @@
 """The model card, and the snippets that users copy."""
 
-import ast
-import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ import yaml
 
 from tasks.manifests.base import ModelRef
 from tasks.manifests.run import RunManifests
-from tasks.publishing.export import export_model, write_snippets
+from tasks.publishing.export import export_model
 from tasks.publishing.model_card import write_front_matter
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
-from tests.support.report import make_run
+from tests.support.report import make_run, make_table
 
 HOSTILE = 'it\'s "a": {b}\n--- # & *x'
 
@@ -78,20 +77,11 @@ def test_a_title_cannot_break_the_front_matter(store: LocalStore) -> None:
     assert fields["model-index"][0]["name"] == HOSTILE
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "textual_inversion", "textual_inversion+lora"])
-@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl"])
-def test_snippets_quote_locations_and_names(store: LocalStore, method: str, family: str) -> None:
-    location = '/a folder/it\'s "here"'
-    run = change(make_run(store), location=location, method=method)
-    subject = run.subject.model_copy(update={"class_noun": 'fish "$(id)" \'n', "identifier_token": "s'\"k"})
-    training = run.training.model_copy(update={"family": family})
-    run = RunManifests(subject, run.prior, training, run.evaluation, run.scoring)
-    snippets = dict(write_snippets(run))
-    words = shlex.split(snippets["Command line"])
-    assert words[:3] == ["likeness", "generate", "latest"]
-    assert words[3] == f"a photo of s'\"k {subject.class_noun} in the snow"
-    [python] = [text for name, text in snippets.items() if name.startswith("diffusers")]
-    texts = {node.value for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Constant)}
-    if method != "full":
-        assert location in texts
-    assert any(str(text).endswith(subject.class_noun) for text in texts)
+def test_the_table_of_a_model_card_has_intervals(store: LocalStore, tmp_path: Path) -> None:
+    run = make_run(store)
+    estimates = {"dino": make_table(has_interval=True)["dino"]}
+    run = replace(run, evaluation=run.evaluation.model_copy(update={"estimates": estimates}))
+    export_model(StageFolder(store, "publishing", "k"), run, title="One fish", local=tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| DINO | 0.200 [0.150, 0.250] | 0.500 [0.450, 0.550] | 0.800 |" in card
+    assert "| CLIP-T | 0.400 | 0.300 | 0.500 |" in card

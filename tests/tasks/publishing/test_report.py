@@ -6,17 +6,17 @@ from dataclasses import replace
 import pytest
 
 from tasks.images import decode_png
-from tasks.manifests.base import Manifest
-from tasks.manifests.evaluation import CeilingMetrics, SubjectMetrics
+from tasks.manifests.base import Machine, Manifest, ModelRef
+from tasks.manifests.evaluation import Evaluation, SubjectMetrics
 from tasks.manifests.run_summary import EvaluatedModel
 from tasks.manifests.scoring import CheckpointRank, JudgeReliability, Scorecard
-from tasks.manifests.training import LossRow
+from tasks.manifests.training import LossRow, PhotoCrops
 from tasks.publishing.export import headline_metrics, sum_llm_costs
 from tasks.publishing.report.page import ReportInputs, draw_losses, draw_sample_grid, render_report, smooth
 from tasks.publishing.report.tables import list_checkpoints, list_metrics, list_samples
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
-from tests.support.report import GATE, make_evaluation, make_run, with_grades, with_judgements
+from tests.support.report import GATE, make_evaluation, make_run, make_table, with_grades, with_judgements
 
 
 def make_inputs(store: LocalStore) -> ReportInputs:
@@ -68,12 +68,12 @@ def test_names_and_values_are_escaped(store: LocalStore) -> None:
 def test_grades_kinds_and_prompts_have_gains_with_intervals(store: LocalStore) -> None:
     inputs = make_inputs(store)
     html = render_report(store, replace(inputs, manifests=with_grades(inputs.manifests)))
-    assert html.count("+2.000 (+1.250 to +2.750)") == 3  # a grade of each axis
+    assert html.count("+2.000 (+1.250 to +2.750)") == 4  # a grade of each axis, and the headline
     assert "0.50 to 1.50" in html
     kinds = html.split("By kind of prompt", 1)[1].split("</table>", 1)[0]
     assert "scene" in kinds and "+0.300 (+0.250 to +0.350)" in kinds
     prompts = html.split("By prompt</h3>", 1)[1].split("</table>", 1)[0]
-    assert "+0.300 (+0.250 to +0.350)" in prompts
+    assert '+0.300<div class="small soft">+0.250 to +0.350</div>' in prompts
     accessory = prompts.split("very long scarf", 1)[1]
     assert "+0.300</td>" in accessory, "two seeds have no interval"
 
@@ -103,29 +103,116 @@ def test_samples_are_paired_by_prompt_and_seed_in_configured_order(store: LocalS
     assert pairs[0].rank("judge") is None
 
 
-def test_the_checkpoint_table_shows_the_mean_metrics_of_compared_samples(store: LocalStore) -> None:
-    evaluation = make_evaluation(store)
+def with_candidate(store: LocalStore, evaluation: Evaluation, *, dino: float = 0.9) -> Evaluation:
+    """Return an evaluation with a sample of step 400 beside the published step 800."""
     published = evaluation.samples[2]
     image = StageFolder(store, "evaluation", "k").put("c.png", b"x")
     drawn = published.model_copy(update={"kind": "candidate", "step": 400, "image": image})
-    evaluation = evaluation.model_copy(
+    return evaluation.model_copy(
         update={
             "samples": (*evaluation.samples, drawn),
-            "sample_metrics": {**evaluation.sample_metrics, image.key: SubjectMetrics(dino=0.9, clip_i=0, clip_t=0)},
+            "sample_metrics": {**evaluation.sample_metrics, image.key: SubjectMetrics(dino=dino, clip_i=0, clip_t=0)},
         }
     )
-    ranks = [
-        CheckpointRank(step=step, is_published=step == 800, strength=0.5, wins=0, losses=0, undecided=1)
-        for step in (400, 800)
-    ]
-    scores = Scorecard.model_construct(checkpoints=tuple(ranks))
+
+
+def make_rank(step: int) -> CheckpointRank:
+    return CheckpointRank(step=step, is_published=step == 800, strength=0.5, wins=3, losses=0, undecided=1)
+
+
+def test_the_checkpoint_table_shows_the_mean_metrics_of_compared_samples(store: LocalStore) -> None:
+    evaluation = with_candidate(store, make_evaluation(store))
+    scores = Scorecard.model_construct(checkpoints=tuple(map(make_rank, (400, 800))))
     rows = list_checkpoints(evaluation, scores)
-    assert [(row.rank.step, row.dino) for row in rows] == [(400, 0.9), (800, pytest.approx(0.2))]
+    assert [(row.step, row.dino.mean) for row in rows] == [(400, 0.9), (800, pytest.approx(0.2))]
+    assert [row.rank.wins if row.rank else None for row in rows] == [3, 3]
 
 
 def test_a_rank_without_samples_is_left_out_of_the_checkpoint_table(store: LocalStore) -> None:
-    rank = CheckpointRank(step=7, is_published=False, strength=0.5, wins=0, losses=0, undecided=0)
-    assert list_checkpoints(make_evaluation(store), Scorecard.model_construct(checkpoints=(rank,))) == []
+    assert list_checkpoints(make_evaluation(store), Scorecard.model_construct(checkpoints=(make_rank(7),))) == []
+
+
+def test_measured_checkpoints_are_shown_though_the_judge_compared_none(store: LocalStore) -> None:
+    inputs = make_inputs(store)
+    run = replace(inputs.manifests, evaluation=with_candidate(store, inputs.manifests.evaluation))
+    assert run.scoring.checkpoints == ()
+    html = render_report(store, replace(inputs, manifests=run))
+    table = html.split('aria-label="Checkpoints"', 1)[1].split("</table>", 1)[0]
+    assert "<td>400</td>" in table and "0.900" in table
+    assert "Bradley-Terry" not in table and "won" not in table
+    plane = html.split("Fidelity and editability", 1)[1].split("</svg>", 1)[0]
+    assert ">step 400</text>" in plane
+    ranked = replace(run, scoring=run.scoring.model_copy(update={"checkpoints": (make_rank(400), make_rank(800))}))
+    assert "Bradley-Terry" in render_report(store, replace(inputs, manifests=ranked))
+
+
+def test_checkpoints_have_intervals_where_there_are_enough_prompts(store: LocalStore) -> None:
+    evaluation = make_evaluation(store)
+    images = StageFolder(store, "evaluation", "k")
+    samples, metrics = [], {}
+    for step in (None, 400):
+        for number in range(8):
+            image = images.put(f"many-{step}-{number}.png", b"x")
+            kind = "subject" if step is None else "candidate"
+            update = {"image": image, "prompt": f"prompt {number}", "kind": kind, "step": step, "side": "tuned"}
+            samples.append(evaluation.samples[0].model_copy(update=update))
+            metrics[image.key] = SubjectMetrics(dino=number / 10, clip_i=0, clip_t=0.3)
+    many = evaluation.model_copy(update={"samples": tuple(samples), "sample_metrics": metrics})
+    first, second = list_checkpoints(many, Scorecard.model_construct(checkpoints=()))
+    assert (first.step, second.step, second.is_published) == (400, 800, True)
+    assert first.dino.mean == pytest.approx(0.35)
+    assert first.dino.low is not None and first.dino.high is not None
+    assert 0 < first.dino.low < 0.35 < first.dino.high < 0.7
+    assert first.clip_t.low is None, "equal values have no interval"
+
+
+def with_training(inputs: ReportInputs, **changes: object) -> ReportInputs:
+    """Return inputs whose tuned model has other fields."""
+    run = inputs.manifests
+    return replace(inputs, manifests=replace(run, training=run.training.model_copy(update=changes)))
+
+
+def test_digests_are_shown_in_full_and_can_be_selected_without_scripts(store: LocalStore) -> None:
+    base = ModelRef(location="m", revision="r1", sha256="0123456789abcdef" * 4)
+    inputs = with_training(make_inputs(store), base_model=base)
+    html = render_report(store, inputs)
+    lineage = html.split('<h2 id="lineage">', 1)[1]
+    digests = [base.sha256, *(stage.compute_content_digest() for stage in inputs.manifests.ordered())]
+    for whole in digests:
+        assert f'<code class="whole">{whole}</code></details>' in lineage
+        assert f"{whole[:10]}…</code></summary>" in lineage
+
+
+def test_machines_of_training_and_evaluation_are_named(store: LocalStore) -> None:
+    trained = Machine(system="Linux x86_64", device="NVIDIA <H200>", num_devices=2, versions={"torch": "2.9"})
+    inputs = with_training(make_inputs(store), machine=trained)
+    html = render_report(store, inputs)
+    assert "<li>Training: 2 × NVIDIA &lt;H200&gt; on Linux x86_64; torch 2.9</li>" in html
+    assert "<li>Evaluation:" not in html, "older manifests name none"
+    evaluation = inputs.manifests.evaluation.model_copy(update={"machine": Machine(system="s", device="cpu")})
+    html = render_report(store, replace(inputs, manifests=replace(inputs.manifests, evaluation=evaluation)))
+    assert "<li>Evaluation: cpu on s; </li>" in html
+
+
+def test_where_a_stage_was_computed_is_no_part_of_its_result(store: LocalStore) -> None:
+    run = make_run(store)
+    for manifest in (run.training, run.evaluation):
+        elsewhere = manifest.model_copy(update={"machine": Machine(system="other", device="other")})
+        assert elsewhere.compute_content_digest() == manifest.compute_content_digest()
+
+
+def test_photos_show_the_crops_that_training_saw(store: LocalStore) -> None:
+    inputs = make_inputs(store)
+    [image] = inputs.manifests.subject.images
+    crops = PhotoCrops(photo=image.image, boxes=((0.25, 0.0, 0.75, 1.0),))
+    html = render_report(store, with_training(inputs, crops=(crops,)))
+    assert '<rect class="crop" x="16.0" y="0.0" width="32.0" height="64.0"/>' in html
+    assert "Frames are the crops that training saw." in html
+    whole = render_report(store, with_training(inputs, crops=(crops.model_copy(update={"boxes": ((0, 0, 1, 1),)}),)))
+    assert "<rect" not in whole and "Frames are" not in whole
+    other = PhotoCrops(photo=image.image.model_copy(update={"key": "01-subject/k/other.png"}), boxes=crops.boxes)
+    assert "held out for validation" in render_report(store, with_training(inputs, crops=(other,)))
+    assert "held out" not in html
 
 
 def test_the_grid_has_base_above_tuned(store: LocalStore) -> None:
@@ -187,6 +274,18 @@ def test_headline_metrics_are_flat_and_complete(store: LocalStore) -> None:
     assert len(figures) == 6 + 4 + 3 + 3 + 1
 
 
+def test_headline_metrics_have_intervals_and_gains(store: LocalStore) -> None:
+    run = with_grades(make_run(store))
+    evaluation = run.evaluation.model_copy(update={"estimates": make_table(has_interval=True)})
+    figures = headline_metrics(evaluation, run.scoring)
+    assert (figures["tuned/dino_low"], figures["tuned/dino_high"]) == (pytest.approx(0.45), pytest.approx(0.55))
+    assert figures["gain/dino"] == 0.3
+    assert figures["gain/clip_t_low"] == pytest.approx(0.25)
+    assert (figures["tuned/concept_preservation_low"], figures["gain/image_quality_high"]) == (2.5, 2.75)
+    none = evaluation.model_copy(update={"estimates": make_table(has_interval=False)})
+    assert not [name for name in headline_metrics(none, run.scoring) if "dino_low" in name]
+
+
 def test_llm_cost_sums_over_stages_and_is_unknown_if_any_stage_is_unknown() -> None:
     def stage(cost: float | None, calls: int) -> Manifest:
         return Manifest.model_construct(cost_usd=cost, counts={"llm_calls": calls})
@@ -195,20 +294,3 @@ def test_llm_cost_sums_over_stages_and_is_unknown_if_any_stage_is_unknown() -> N
         {"llm/calls": 111.0, "llm/cost_usd": pytest.approx(0.03)}, "0.03000 USD",
     )  # fmt: skip
     assert sum_llm_costs([stage(0.01, 11), stage(None, 100)]) == ({"llm/calls": 111.0}, "unknown")
-
-
-def test_the_model_card_template_is_filled() -> None:
-    from tasks.publishing.export import CARD
-
-    text = CARD.format(
-        title="T", class_noun="fish", subject="sks fish", num_photos=5, num_steps=3, published="step 3", base_model="b",
-        loading="pipeline = ...", prompt="'a photo of sks fish'", method="full",
-        base=SubjectMetrics(dino=0.1, clip_i=0.2, clip_t=0.3), tuned=SubjectMetrics(dino=0.4, clip_i=0.5, clip_t=0.6),
-        ceiling=CeilingMetrics(dino=0.7, clip_i=0.8, clip_t=0.9),
-    )  # fmt: skip
-    rows = re.findall(r"^\| (DINO|CLIP-I|CLIP-T) \| (.*) \|$", text, re.MULTILINE)
-    assert rows == [
-        ("DINO", "0.100 | 0.400 | 0.700"), ("CLIP-I", "0.200 | 0.500 | 0.800"), ("CLIP-T", "0.300 | 0.600 | 0.900"),
-    ]  # fmt: skip
-    for words in ("sks fish", "step 3", "5 photos", "a photo of sks fish", "pipeline = ..."):
-        assert words in text

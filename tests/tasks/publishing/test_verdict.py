@@ -93,6 +93,29 @@ def test_no_more_than_the_whole_gap_is_closed(store: LocalStore) -> None:
     assert "150%" not in told
 
 
+def with_tuned(run: RunManifests, tuned: Estimate) -> RunManifests:
+    """Return a run with a significant gain, whose tuned model has the given DINO; that of photos is 0.8."""
+    changed = with_gains(run, dino=estimate(0.6))
+    changed.evaluation.estimates["dino"]["tuned"] = tuned
+    return changed
+
+
+def test_samples_closer_to_the_photos_than_these_to_each_other_are_a_caution(store: LocalStore) -> None:
+    run = with_tuned(make_run(store), estimate(0.9, 0.05))
+    verdict = reach_verdict(run, GATE)
+    [finding] = [finding for finding in verdict.findings if "sign of copying" in finding.text]
+    assert finding.level == "caution"
+    assert "DINO 0.900 [0.850, 0.950]" in finding.text and "0.800" in finding.text
+    assert "Compare them with the photos" in finding.advice
+    assert verdict.headline == "Better than the base model, with reservations"
+
+
+@pytest.mark.parametrize("tuned", [estimate(0.9, 0.15), estimate(0.9, None), estimate(0.7, 0.05)])
+def test_a_mean_that_is_not_surely_above_the_ceiling_is_no_sign_of_copying(store: LocalStore, tuned: Estimate) -> None:
+    _, told = describe(with_tuned(make_run(store), tuned))
+    assert "sign of copying" not in told
+
+
 def test_metrics_that_were_not_measured_are_findings(store: LocalStore) -> None:
     _, told = describe(with_gains(make_run(store), dino=estimate(0.1)))
     assert "CLIP-T change: not measured" in told

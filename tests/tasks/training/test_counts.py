@@ -10,7 +10,7 @@ from tests.support.tiny import make_spec
 
 RESULT = WorkerResult(
     num_steps=4, published_step=4, start_step=0, final_loss=0.5, micro_batch_size=1, trainable_parameters=1,
-    total_parameters=1, peak_memory_bytes=0, files={},
+    total_parameters=1, device="cpu", peak_memory_bytes=0, files={},
 )  # fmt: skip
 
 

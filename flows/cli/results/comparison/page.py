@@ -55,7 +55,7 @@ def render_page(page: Page) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    from tasks.publishing.report.page import FOLDER as REPORT
+    from tasks.publishing.report.template import FOLDER as REPORT
 
     environment = Environment(
         loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True,

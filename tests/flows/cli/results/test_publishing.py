@@ -1,28 +1,36 @@
 """A run's model copied elsewhere: complete and verified, or without a manifest."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from conf.compose import compile_request
+from conf.overrides import parse_overrides
 from flows.cli.results import publishing
 from flows.cli.results.publishing import PUBLISHED, open_destination, publish_run
 from flows.runs.records import link_model
 from tasks.errors import ArtifactCorrupt, ConfigError
 from tasks.manifests.publishing import Publication
+from tasks.manifests.run_summary import SubjectNames, make_head
 from tasks.services.config import StoreConfig
 from tasks.services.store.base import Store
 from tasks.services.store.open import open_store
 from tasks.stage.cache import StageFolder
+
+PAGE = b"<html><!--downloads--><!--usage-->stored snippets<!--/usage--></html>"
 
 
 class OneRun:
     """A finished run, as far as publishing reads it."""
 
     def __init__(self, config: StoreConfig, output: Path) -> None:
-        self.config = type("Config", (), {"store": config, "output_dir": str(output)})
-        self.summary = type("Summary", (), {"run_id": "a-run"})
+        values = compile_request(parse_overrides([]))
+        self.config = values.model_copy(update={"store": config, "output_dir": str(output)})
+        subject = SubjectNames(class_noun="tea pot", identifier_token="sks")
+        self.summary = make_head("a-run", "finished").model_copy(update={"subject": subject})
 
     def find_stage_key(self, stage: str) -> str:
         assert stage == "publishing"
@@ -31,7 +39,7 @@ class OneRun:
 
 def store_publication(store: Store, *, weights: bytes = b"weights") -> None:
     folder = StageFolder(store, "publishing", "k")
-    report, grid = folder.put("report/index.html", b"<html>"), folder.put("samples.png", b"p")
+    report, grid = folder.put("report/index.html", PAGE), folder.put("samples.png", b"p")
     model = (folder.put("model/unet/weights.safetensors", weights), folder.put("model/README.md", b"card"))
     folder.finish(
         Publication(
@@ -73,6 +81,29 @@ def test_a_model_is_copied_to_a_bucket(config: StoreConfig, s3_config: StoreConf
     there = open_destination(f"s3://{s3_config.bucket}/models/rex", config, output=Path("runs"))
     assert there.find_bytes("model/README.md") == b"card"
     assert there.find_bytes(PUBLISHED) is not None
+
+
+def test_a_published_report_links_the_files_beside_it_and_names_their_folder(
+    config: StoreConfig, tmp_path: Path
+) -> None:
+    publish(str(tmp_path / "to"))
+    page = (tmp_path / "to" / "report" / "index.html").read_bytes()
+    assert b'<a href="../model/">model folder</a>' in page
+    assert b"stored snippets" not in page
+    assert f"likeness generate {tmp_path}/to/model".encode() in page
+    told = json.loads((tmp_path / "to" / PUBLISHED).read_text())["files"]["report/index.html"]
+    assert told == {"sha256": hashlib.sha256(page).hexdigest(), "size_bytes": len(page)}
+
+
+def test_a_report_in_a_bucket_names_no_folder_of_this_machine(
+    config: StoreConfig, s3_config: StoreConfig, tmp_path: Path
+) -> None:
+    publish(f"s3://{s3_config.bucket}/models/max/")
+    there = open_destination(f"s3://{s3_config.bucket}/models/max", config, output=Path("runs"))
+    page = there.find_bytes("report/index.html") or b""
+    assert b'<a href="../model/">model folder</a>' in page
+    assert f"aws s3 cp --recursive s3://{s3_config.bucket}/models/max/model model".encode() in page
+    assert str(tmp_path).encode() not in page
 
 
 def test_another_model_at_the_destination_is_not_overwritten(config: StoreConfig, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from flows.cli.results.runs import explain_no_report
 from flows.cli.serve.server import HOST, MAX_CONNECTIONS, QuietServer, make_handler, serve_runs
 from flows.runs.records import link_model, read_summary, write_request, write_start, write_summary
 from tasks.errors import ConfigError
-from tasks.publishing.report.page import FOLDER
+from tasks.publishing.report.template import FOLDER
+from tests.support.summary import make_measured_summary
 
 RUN = "20260101-000000-fish-0001"
 
@@ -80,6 +81,13 @@ def test_the_index_lists_runs_with_reports_and_pages(server: int) -> None:
     assert "default-src 'none'" in headers["content-security-policy"]
 
 
+def test_the_index_shows_means_with_their_intervals(output: Path, server: int) -> None:
+    write_summary(output / RUN, make_measured_summary(RUN))
+    text = get(server, "/")[1]
+    assert '<td class="n" data-label="CLIP-I">0.60</td><td class="n" data-label="CLIP-T">0.30</td>' in text
+    assert "3.50 [3.00, 3.90]" in text
+
+
 def test_only_the_script_of_the_report_may_run(server: int) -> None:
     policy = get(server, f"/runs/{RUN}/report.html")[2]["content-security-policy"]
     [allowed] = re.findall(r"script-src ([^;]+);", policy)
@@ -133,14 +141,14 @@ def test_a_report_has_links_to_the_other_servers(server: int) -> None:
     assert '"status": "finished"' in get(server, f"/runs/{RUN}/summary.json")[1]
 
 
-def publish(output: Path, *, key: str = "k") -> Path:
+def publish(output: Path, *, key: str = "k", stage: str = "06-publishing") -> Path:
     """Put a model into the store and link the run's folder to it; return the model's folder."""
-    model = output / "store" / "06-publishing" / key / "model"
+    model = output / "store" / stage / key / "model"
     (model / "unet").mkdir(parents=True)
     (model / "lora <1>.safetensors").write_bytes(b"weights" * 1000)
     (model / "unet" / "config.json").write_text("{}")
     (model / "elsewhere").symlink_to(output / "mlflow.db")
-    link_model(output / RUN, f"../store/06-publishing/{key}/model")
+    link_model(output / RUN, f"../store/{stage}/{key}/model")
     return model
 
 
@@ -157,6 +165,11 @@ def test_the_models_files_can_be_downloaded(output: Path, server: int) -> None:
     assert get(server, f"/runs/{RUN}/model/unet/config.json")[1] == "{}"
     status, text, headers = get(server, f"/runs/{RUN}/model/unet/config.json", method="HEAD")
     assert (text, headers["content-length"]) == ("", "2")
+
+
+def test_the_files_of_an_evaluated_model_can_be_downloaded(output: Path, server: int) -> None:
+    publish(output, stage="03-training")
+    assert get(server, f"/runs/{RUN}/model/unet/config.json")[1] == "{}"
 
 
 @pytest.mark.parametrize("path", ["elsewhere", "../manifest.json", "..%2f..%2f..%2fmlflow.db", "unet", "/etc/passwd"])

@@ -17,7 +17,7 @@ from tasks.training.data.buckets import Size
 from tasks.training.data.datamodule import SampleIndices
 from tasks.training.data.latent_cache import fetch_latents, is_valid, store_latents
 from tasks.training.data.latents import tokenize_prompts
-from tasks.training.data.preprocessing import CropFlip, preprocess_image
+from tasks.training.data.preprocessing import CropFlip, locate_crops, plan_crops, preprocess_image
 from tests.support.tiny import describe_image, make_spec, train_here
 from tests.support.tiny_families import MAKERS, open_family
 
@@ -208,3 +208,19 @@ def test_a_crop_is_centered_on_the_subject_mask(tmp_path: Path) -> None:
     flipped = preprocess_image(image, size=SQUARE, variant=CropFlip(is_flipped=True))
     assert flipped.time_ids[3] == 0
     assert torch.equal(flipped.mask, loaded.mask.flip(-1))
+
+
+def test_crops_are_located_as_preprocessing_cuts_them(tmp_path: Path, tiny_model_folder: Path) -> None:
+    Image.new("RGB", (96, 32), "red").save(tmp_path / "photo.png")
+    spec = make_spec(tmp_path / "spec", tiny_model_folder)
+    boxed = describe_image(tmp_path / "photo.png").model_copy(update={"focus": (0.25, 0.5)})
+    spec = spec.model_copy(update={"instance_images": (boxed, *spec.instance_images)})
+    found = locate_crops(spec)
+    assert found[boxed.sha256] == ((pytest.approx(8 / 96), 0.0, pytest.approx(40 / 96), 1.0),)
+    assert len(found) == len({image.sha256 for image in spec.instance_images})
+    several = spec.training.model_copy(update={"num_crop_variants": 3, "flip_probability": 0.5})
+    random = locate_crops(spec.model_copy(update={"training": several}))[boxed.sha256]
+    assert len(set(random)) == 3, "flipped crops are not repeated"
+    variants = [variant for variant in plan_crops(spec.model_copy(update={"training": several}), 0)][:3]
+    cut = [preprocess_image(boxed, size=SQUARE, variant=variant).time_ids[3] for variant in variants]
+    assert [round(96 * box[0]) for box in random] == cut

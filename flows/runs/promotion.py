@@ -118,5 +118,6 @@ def load_evaluated(store: Store, name: str, keys: Mapping[str, str]) -> "Candida
         evaluation,
         frozenset(image.source_sha256 for image in subject.images),
         {axis: {each.sample.key: getattr(each, axis) for each in graded} for axis in SideScores.model_fields},
-        scores.served_model if scores else "",
+        # Grades with and without evidence before them are no common scale.
+        f"{scores.served_model}, evidence {scores.evidence}" if scores else "",
     )

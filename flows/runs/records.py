@@ -32,7 +32,7 @@ from tasks.manifests.run_summary import (
     make_head,
 )
 from tasks.redaction import clean_text, redact
-from tasks.services.store.lease import find_start, is_same_process
+from tasks.services.store.lease import find_start, is_same_process, read_boot
 from tasks.stage.digests import digest, dump_signed, load_signed, parse_json, sign, verify_signed
 from tasks.stage.files import write_atomic
 
@@ -177,7 +177,8 @@ def read_plain(path: Path) -> bytes:
 
 def own_process() -> ProcessOwner:
     """Return what runs and trials of this process are marked with."""
-    return ProcessOwner(host=socket.gethostname(), pid=os.getpid(), started=round(find_start(os.getpid()), 2))
+    pid = os.getpid()
+    return ProcessOwner(host=socket.gethostname(), pid=pid, started=round(find_start(pid), 2), boot=read_boot())
 
 
 def is_alive(owner: ProcessOwner | None) -> bool:
@@ -187,7 +188,7 @@ def is_alive(owner: ProcessOwner | None) -> bool:
     # A shared output folder: nothing can be said of another machine's processes, so its runs are not resumed.
     if owner.host != socket.gethostname():
         return True
-    return is_same_process(owner.pid, owner.started)
+    return is_same_process(owner.pid, owner.started, owner.boot)
 
 
 def list_run_folders(output: Path) -> list[Path]:

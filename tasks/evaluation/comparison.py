@@ -72,8 +72,12 @@ def compare(candidates: Sequence[Candidate], *, is_paired: bool = True) -> Compa
     """
     first = candidates[0]
     differing = check_protocols(candidates)
-    tables = [collect_values(candidate) for candidate in candidates]
+    # A single seed pairs with the mean of several: by their values it would pair with the first one's alone.
+    is_averaged = is_paired and len({len(candidate.replicates) for candidate in candidates}) > 1
+    tables = [collect_values(candidate, is_averaged=is_averaged) for candidate in candidates]
     notes = [*differing, *(check_shared(candidates, tables) if is_paired else ())]
+    if is_averaged:
+        notes.append("the models have different numbers of training seeds: values are means over them")
     rows = []
     for key, metric in {**METRICS, **find_others(tables), **JUDGED}.items():
         if key in JUDGED and len({candidate.judge for candidate in candidates}) > 1:
@@ -116,11 +120,28 @@ def merge_seeds(by_seed: Mapping[int, Mapping[str, Values]]) -> dict[str, Values
     return {metric: dict(by_prompt) for metric, by_prompt in merged.items()}
 
 
-def collect_values(candidate: Candidate) -> dict[str, Values]:
-    """Return the value of each metric by prompt and seed. Raises ConfigError for an older evaluation."""
+def average_seeds(by_seed: Sequence[Mapping[str, Values]]) -> dict[str, Values]:
+    """Return the means over training seeds by metric, prompt and sampling seed, of what all of them have."""
+    first, *others = by_seed
+    averaged: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for metric, by_prompt in first.items():
+        for prompt, by_sample in by_prompt.items():
+            for sample, value in by_sample.items():
+                rest = [other.get(metric, {}).get(prompt, {}).get(sample) for other in others]
+                found = [value, *(each for each in rest if each is not None)]
+                if len(found) == len(by_seed):
+                    averaged[metric][prompt][sample] = sum(found) / len(found)
+    return {metric: dict(by_prompt) for metric, by_prompt in averaged.items()}
+
+
+def collect_values(candidate: Candidate, *, is_averaged: bool = False) -> dict[str, Values]:
+    """Return the value of each metric by prompt and seed. Raises ConfigError for an older evaluation.
+
+    Values of several training seeds stand side by side, or are averaged.
+    """
     if candidate.replicates:
-        models = [replace(candidate, replicates=()), *candidate.replicates]
-        return merge_seeds({number: collect_values(model) for number, model in enumerate(models)})
+        models = [collect_values(model) for model in (replace(candidate, replicates=()), *candidate.replicates)]
+        return average_seeds(models) if is_averaged else merge_seeds(dict(enumerate(models)))
     evaluation = candidate.evaluation
     found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for sample in evaluation.samples:

@@ -20,6 +20,8 @@ class ProcessOwner(Record):
     pid: int
     started: float
     """In seconds since its machine started; tells a process from a later one with the same id."""
+    boot: str = ""
+    """Which start of the machine."""
 
 
 class StageSummary(Record):

@@ -24,7 +24,8 @@ from tasks.manifests.subject import SubjectSet
 from tasks.manifests.training import TunedModel
 from tasks.publishing.gate import find_blockers
 from tasks.publishing.report.placement import NearbyModel, list_names, place_report
-from tasks.publishing.report.usage import ModelPlace, UsedModel, write_snippets
+from tasks.publishing.report.usage import BESIDE_REPORT, ModelPlace, UsedModel, write_snippets
+from tasks.redaction import redact
 from tasks.services.config import StoreConfig
 from tasks.services.store.base import Store
 from tasks.services.store.local import LocalStore
@@ -149,9 +150,12 @@ def write_page(store: Store, run: PastRun, publication: Publication, *, destinat
         subject.class_noun, subject.identifier_token, diffusion.family, run.config.training.method,
         diffusion.pretrained_model_name_or_path, diffusion.revision,
     )  # fmt: skip
-    place = ModelPlace(there)
+    place = BESIDE_REPORT  # the folder is handed on: where it lies now is nobody else's path
     if not isinstance(destination, LocalStore):
-        place = ModelPlace("model", f"aws s3 cp --recursive {shlex.quote(there)} model")
+        endpoint = run.config.store.endpoint_url
+        words = ["aws", "s3", "cp", "--recursive", there, "model"]
+        words += ["--endpoint-url", redact(endpoint)] if endpoint else []
+        place = ModelPlace("model", shlex.join(words))
     model = NearbyModel(write_snippets(used, place), "../model", list_names(publication.model))
     return place_report(read_verified(store, publication.report).decode(), model).encode()
 

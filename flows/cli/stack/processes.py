@@ -14,7 +14,7 @@ import psutil
 from pydantic import BaseModel
 
 from tasks.errors import ConfigError, ServiceUnavailable
-from tasks.services.store.lease import find_start, is_same_process
+from tasks.services.store.lease import find_start, is_same_process, read_boot
 
 OWN_SECRETS = ("LIKENESS_NOTIFY_URL", "LIKENESS_DATABASE_URL")
 """Variables of `likeness up` that no other process needs."""
@@ -27,12 +27,13 @@ class StackProcess(BaseModel):
     name: str
     pid: int
     started: float
+    boot: str = ""
     port: int = 0
     log: str = ""
 
     def is_alive(self) -> bool:
         """Whether this very process runs: a pid alone is reused by others."""
-        return is_same_process(self.pid, self.started)
+        return is_same_process(self.pid, self.started, self.boot)
 
 
 def check_port(port: int, *, option: str) -> int:
@@ -64,7 +65,7 @@ def start_detached(
         ],
         setsid=True,
     )
-    return StackProcess(name=name, pid=pid, started=find_start(pid), port=port, log=str(log))
+    return StackProcess(name=name, pid=pid, started=find_start(pid), boot=read_boot(), port=port, log=str(log))
 
 
 def wait_healthy(process: StackProcess, is_healthy: Callable[[], bool], *, seconds: float) -> None:

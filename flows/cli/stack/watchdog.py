@@ -171,8 +171,8 @@ def find_heartbeat(
     return max((datetime.datetime.fromisoformat(event["received"]) for event in found), default=None)
 
 
-def look(client: "SyncPrefectClient", watch: Watch, *, slept: float = 0.0) -> None:
-    """Do once what the automations have missed; a server that is away is asked again the next time."""
+def look(client: "SyncPrefectClient", watch: Watch, *, slept: float = 0.0) -> bool:
+    """Do once what the automations have missed; return whether the server let it. It is asked again the next time."""
     import httpx
     from prefect.exceptions import PrefectException
 
@@ -182,15 +182,17 @@ def look(client: "SyncPrefectClient", watch: Watch, *, slept: float = 0.0) -> No
         watch.note(now, slept=slept)
         if watch.has_waited(now):
             mark_lost(client, now, watch.window)
+        return True
     except httpx.TransportError as error:
         watch.note(now, is_answering=False)
         log.warning("the server does not answer: %s", type(error).__name__)
     except (httpx.HTTPError, PrefectException, OSError, LookupError, ValueError) as error:
         log.warning("the server's answer is of no use: %s", first_line(error))
+    return False
 
 
 def main() -> None:
-    """Look every few seconds, for ever; touch the stamp after each look, for health checks."""
+    """Look every few seconds, for ever; for health checks, touch the stamp after each look that succeeded."""
     from prefect.client.orchestration import get_client
 
     parser = argparse.ArgumentParser(prog="python -m flows.cli.stack.watchdog")
@@ -201,8 +203,8 @@ def main() -> None:
     with get_client(sync_client=True) as client:
         slept = 0.0
         while True:
-            look(client, watch, slept=slept)
-            if stamp is not None:
+            is_done = look(client, watch, slept=slept)
+            if is_done and stamp is not None:
                 stamp.touch()
             begun = time.time()
             time.sleep(POLL_SECONDS)

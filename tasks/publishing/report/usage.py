@@ -3,6 +3,7 @@
 import re
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 from tasks.diffusion.hub import MINI_FOLDER
 from tasks.manifests.subject import SubjectSet
@@ -124,7 +125,10 @@ def write_command(model: UsedModel, place: ModelPlace) -> list[Snippet]:
     if model.method == "textual_inversion+lora":
         return []
     token = f" --token {shlex.quote(model.identifier_token)}" if model.method == "textual_inversion" else ""
-    lines = [place.comment, f"likeness generate {shlex.quote(place.folder)} {prompt}{token}"]
+    # A base model in a folder is no option of `diffusion`, by which the command finds that of an adapter.
+    is_folder = model.method != "full" and Path(model.base).is_absolute()
+    base = f" --base {shlex.quote(model.base)}" if is_folder else ""
+    lines = [place.comment, f"likeness generate {shlex.quote(place.folder)} {prompt}{token}{base}"]
     return [("Command line", "\n".join(filter(None, lines)))]
 
 

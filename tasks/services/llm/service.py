@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from tasks.errors import LikenessError, ReplyInvalid
 from tasks.services.llm.budget.ledger import Ledger, LedgerRow, compute_cost
-from tasks.services.llm.budget.rate_limit import RateLimiter
+from tasks.services.llm.budget.rate_limit import WINDOW_SECONDS, RateLimiter
 from tasks.services.llm.budget.spending_cap import Budget
 from tasks.services.llm.chat.body import ChatBody, count_body_tokens
 from tasks.services.llm.chat.capability_probe import probe_response_format
@@ -186,7 +186,7 @@ class LlmService:
         key = self.cache_key(spec, row.profile)
         work = partial(self._ask_with_repair, spec, row, should_cache_refusal)
         find = partial(self.find_cached, spec, name=row.profile, role=row.role)
-        patience = 2 * self.config.profiles[row.profile].timeout_seconds  # a call and its repair
+        patience = WINDOW_SECONDS + 2 * self.config.profiles[row.profile].timeout_seconds  # a call and its repair
         once = partial(run_once, self.store, key, work, find=find, max_wait_seconds=patience)
         answer, is_own = self.flights.run(key, once)
         if not is_own:  # joined another thread's call, which recorded the cost

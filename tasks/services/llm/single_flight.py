@@ -9,14 +9,14 @@ from concurrent.futures import Future
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
-from tasks.errors import LikenessError
+from tasks.errors import LikenessError, ServiceUnavailable
 from tasks.services.llm.retries import current_signal
 from tasks.services.store.base import Store
-from tasks.services.store.lease import LEASES, make_lease, read_lease
+from tasks.services.store.lease import LEASES, make_lease, parse_lease
 from tasks.stage.digests import dump_signed
 
 T = TypeVar("T")
-POLL_SECONDS = 0.5
+POLL_SECONDS, MAX_POLL_SECONDS = 0.3, 3.0
 log = logging.getLogger(__name__)
 
 
@@ -55,8 +55,8 @@ def run_once(
 ) -> T:
     """Return the result of work that is done by one process at a time; the others wait and find what it stored.
 
-    A holder that is gone is noticed at once on its own host. Whoever has waited for `max_wait_seconds` works without
-    being the only one: twice is better than never.
+    A holder that is gone is noticed at once on its own host; elsewhere, and where it takes longer than
+    `max_wait_seconds`, one of those that wait takes its place.
 
     Args:
         store: where results and claims lie.
@@ -69,21 +69,41 @@ def run_once(
     claim_key = f"{LEASES}/replies/{PurePosixPath(key).name}"
     # Not a `HeldLease`: a claim is short and renewed by nobody, which saves a thread and four requests a call.
     claim = dump_signed(make_lease(uuid.uuid4().hex))
-    deadline = time.monotonic() + max_wait_seconds
-    while not store.put_if_absent(claim_key, claim) and time.monotonic() < deadline:
+    seen, since, pause = b"", time.monotonic(), POLL_SECONDS
+    while not put_claim(store, claim_key, claim):
         if (found := find()) is not None:
             return found
-        holder = read_lease(store, claim_key)
-        if holder is not None and holder.has_ended():
-            store.delete(claim_key)
-        elif holder is not None:
-            current_signal().check()
-            time.sleep(POLL_SECONDS)
+        held = store.find_bytes(claim_key)
+        if held is None:
+            continue
+        if held != seen:
+            seen, since, pause = held, time.monotonic(), POLL_SECONDS
+        if parse_lease(held).has_ended() or time.monotonic() - since > max_wait_seconds:
+            remove_claim(store, claim_key, held)
+            continue
+        current_signal().check()
+        time.sleep(pause)
+        pause = min(1.5 * pause, MAX_POLL_SECONDS)
     try:
         found = find()  # stored between the caller's last look and the claim
         return work() if found is None else found
     finally:
         try:
-            store.delete(claim_key)
-        except LikenessError as error:  # the result counts; whoever asks again finds it, or waits once
+            remove_claim(store, claim_key, claim)
+        except (LikenessError, OSError) as error:  # the result counts; whoever asks again finds it
             log.warning("a claim was not given back: %s", error)
+
+
+def put_claim(store: Store, key: str, claim: bytes) -> bool:
+    """Claim work; return False where another process has."""
+    try:
+        return store.put_if_absent(key, claim)
+    except ServiceUnavailable as error:  # the work needs no claim; what it stores is tried by itself
+        log.warning("no claim could be written: %s", error)
+        return True
+
+
+def remove_claim(store: Store, key: str, claim: bytes) -> None:
+    """Remove a claim unless another one has taken its place."""
+    if store.find_bytes(key) == claim:
+        store.delete(key)

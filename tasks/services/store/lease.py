@@ -2,7 +2,7 @@
 
 A stale lease is taken over by creating the next number with a conditional put, which succeeds for one contender only.
 The clocks of two hosts may differ by more than a lease lives, and may be set while it is held. So a contender watches a
-lease of another host by its own monotonic clock: one that is renewed is never taken over.
+lease by its own monotonic clock: one that is renewed is never taken over.
 """
 
 import logging
@@ -13,6 +13,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
 
 import psutil
 from pydantic import BaseModel
@@ -26,8 +28,6 @@ CLOCK_SLACK_SECONDS = 2.0
 LEASES = "leases"
 TRUSTED_SECONDS = 60.0  # after a renewal; well below the expiry, since a write takes time too
 HEARTBEAT_SECONDS, EXPIRY_SECONDS = 20.0, 120.0  # five heartbeats may fail
-CERTAIN_SECONDS = 86_400.0  # past the expiry; no clock is off by more: a wrong time zone is 14 hours
-WATCHED_HEARTBEATS = 3  # that a contender waits for, where by its clock the lease has expired
 
 
 class Lease(BaseModel):
@@ -37,24 +37,35 @@ class Lease(BaseModel):
     host: str
     pid: int
     process_started: float
+    boot: str = ""
+    """Of its host when the process started."""
     expires_at: float
     """By the holder's clock."""
 
     def has_ended(self) -> bool:
-        """Whether its holder is gone for certain: on this host no such process, or expired for longer than a day."""
+        """Whether its holder is gone for certain: no such process on this host, or the lease is damaged."""
         is_here = self.host == socket.gethostname()
-        is_dead = is_here and not is_same_process(self.pid, self.process_started)
-        return is_dead or time.time() - self.expires_at > CERTAIN_SECONDS
+        return not self.owner or (is_here and not is_same_process(self.pid, self.process_started, self.boot))
 
     def is_stale(self) -> bool:
-        """Whether its holder seems gone, as far as one look can tell; a `Contender` looks on."""
+        """Whether its holder seems gone, as far as one look and this host's clock can say; a `Contender` looks on."""
         return self.has_ended() or time.time() > self.expires_at
+
+
+@lru_cache(maxsize=1)
+def read_boot() -> str:
+    """Return what tells this start of the machine from others; empty where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def find_start(pid: int) -> float:
     """Return when a process started, in seconds since its machine did; 0 where there is none.
 
-    With the pid it tells a process from another one that got its pid. Steps of the clock do not change it.
+    With the pid and `read_boot` it tells a process from another one that got its pid. Steps of the clock do not change
+    it.
     """
     try:
         process = psutil.Process(pid)
@@ -67,11 +78,11 @@ def find_start(pid: int) -> float:
         return 0.0
 
 
-def is_same_process(pid: int, started: float) -> bool:
-    """Whether the process that had a pid and a start (`find_start`) is alive."""
+def is_same_process(pid: int, started: float, boot: str) -> bool:
+    """Whether the process that had a pid and a start (`find_start`) in a start of this machine is alive."""
     # Not exactly equal: the kernel's boot time is in whole seconds, and may change between two reads.
     found = find_start(pid)
-    return found > 0 and abs(found - started) <= CLOCK_SLACK_SECONDS
+    return boot == read_boot() and found > 0 and abs(found - started) <= CLOCK_SLACK_SECONDS
 
 
 class HeldLease:
@@ -167,9 +178,7 @@ class Contender:
             self.seen[key] = (found, now)
             if known is not None:
                 self.renewed.add(key)
-        is_overdue = time.time() > found.expires_at
-        limit = min(WATCHED_HEARTBEATS * HEARTBEAT_SECONDS, EXPIRY_SECONDS) if is_overdue else EXPIRY_SECONDS
-        return found.has_ended() or now - since >= limit
+        return found.has_ended() or now - since >= EXPIRY_SECONDS
 
     def is_undecided(self, key: str, found: Lease) -> bool:
         """Whether a lease seems stale and no renewal was seen: looking on will tell."""
@@ -224,6 +233,11 @@ def read_lease(store: Store, key: str) -> Lease | None:
     data = store.find_bytes(key)
     if data is None:
         return None
+    return parse_lease(data)
+
+
+def parse_lease(data: bytes) -> Lease:
+    """Return a lease; a damaged one is returned as expired."""
     try:
         return load_signed(Lease, data)
     except ArtifactCorrupt:
@@ -247,6 +261,7 @@ def make_lease(owner: str) -> Lease:
         host=socket.gethostname(),
         pid=os.getpid(),
         process_started=find_start(os.getpid()),
+        boot=read_boot(),
         expires_at=time.time() + EXPIRY_SECONDS,
     )
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import signal
 import subprocess
 import time
@@ -23,7 +24,8 @@ from tasks.training.process.worker_spec import RunFolder, TrainingSpec, WorkerFa
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
-PAUSE_SECONDS = 10.0  # between two looks, where this process was not stopped
+PAUSE_SECONDS = 10.0  # that a sleep of `POLL_SECONDS` takes at most, unless this process was stopped
+LOG_TAIL_BYTES = 16_384
 LOCK_SECONDS = 10.0
 KINDS = {kind.__name__: kind for kind in (ConfigError, StorageFull, AdapterSaveFailed)}
 """Errors of the worker that are raised here as they are; any other is a TrainingFailed that names the log."""
@@ -72,7 +74,7 @@ def run_worker(
                     f"rank {rank} ran no forward pass for {spec.training.stall_seconds:.0f} s after step "
                     f"{tail.last_step}; all ranks were terminated; see {run.log}"
                 )
-            time.sleep(POLL_SECONDS)
+            heartbeats.sleep(POLL_SECONDS)
     finally:
         if process.poll() is None:
             stop(process, run, grace_seconds=spec.training.grace_seconds)
@@ -86,7 +88,7 @@ def run_worker(
     failure = read_failure(run)
     if failure is not None and failure.kind in KINDS:  # such as a full disk: it says what to do by itself
         raise KINDS[failure.kind](failure.message)
-    reason = str(failure) if failure else describe_exit(process.returncode)
+    reason = str(failure) if failure else find_root_cause(run.log) or describe_exit(process.returncode)
     raise TrainingFailed(f"training ended at step {tail.last_step}: {reason}; see {run.log}")
 
 
@@ -132,20 +134,24 @@ class Heartbeats:
 
     def __init__(self, run: RunFolder, world_size: int) -> None:
         self.paths = [run.heartbeat(rank) for rank in range(world_size)]
-        self.looked = time.monotonic()
-        self.seen = [(read_modified(path), self.looked) for path in self.paths]
+        self.seen = [(read_modified(path), time.monotonic()) for path in self.paths]
 
     def find_stalled(self, limit: float) -> int | None:
         """Return a rank whose file has not changed for `limit` seconds; None where there is none."""
         now = time.monotonic()
-        # This process was stopped (Ctrl-Z, SIGSTOP), and the ranks may have been with it.
-        pause = now - self.looked if now - self.looked > PAUSE_SECONDS else 0.0
-        self.looked = now
         for rank, path in enumerate(self.paths):
-            modified, since = self.seen[rank]
             found = read_modified(path)
-            self.seen[rank] = (modified, since + pause) if found == modified else (found, now)
+            if found != self.seen[rank][0]:
+                self.seen[rank] = (found, now)
         return next((rank for rank, (_, since) in enumerate(self.seen) if now - since > limit), None)
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep; time in which this process was stopped (Ctrl-Z, SIGSTOP), maybe with all ranks, does not count."""
+        begun = time.monotonic()
+        time.sleep(seconds)
+        pause = time.monotonic() - begun
+        if pause > PAUSE_SECONDS:
+            self.seen = [(modified, since + pause) for modified, since in self.seen]
 
 
 def read_modified(path: Path) -> int | None:
@@ -237,6 +243,20 @@ def describe_exit(code: int) -> str:
     name = signal.Signals(-code).name
     hint = ", probably by the OOM killer" if -code == signal.SIGKILL else ""
     return f"the worker was killed by {name}{hint}"
+
+
+def find_root_cause(log: Path) -> str | None:
+    """Return which rank a signal ended first, as torchrun reports at the end of its log; None where none is named.
+
+    It ends the other ranks at once, often before one of them has written a failure report.
+    """
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+        text = file.read().decode(errors="replace")
+    found = re.search(r"Root Cause \(first observed failure\):.*?rank +: (\d+).*?exitcode +: -(\d+) ", text, re.DOTALL)
+    if found is None:
+        return None
+    return f"rank {found[1]}: {describe_exit(-int(found[2]))}"
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from flows.runs.attempts import (
 from flows.runs.records import read_summary, write_request, write_start, write_summary
 from tasks.errors import ConfigError, LikenessError
 from tasks.manifests.run_summary import ProcessOwner
-from tasks.services.store.lease import find_start
+from tasks.services.store.lease import find_start, read_boot
 from tests.support.http_server import serve
 
 
@@ -97,7 +97,7 @@ def earlier() -> Iterator[ProcessOwner]:
     """A process that started before the attempts of these tests."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     started = round(find_start(process.pid), 2)
-    yield ProcessOwner(host=socket.gethostname(), pid=process.pid, started=started)
+    yield ProcessOwner(host=socket.gethostname(), pid=process.pid, started=started, boot=read_boot())
     process.kill()
     process.wait()
 

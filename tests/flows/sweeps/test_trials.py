@@ -16,7 +16,7 @@ from flows.sweeps.study import OWNER, SweepStudy
 from tasks.errors import ConfigError, TrainingFailed
 from tasks.manifests.run_summary import ProcessOwner, RunSummary
 from tasks.services.llm.budget.ledger import Ledger, LedgerRow
-from tasks.services.store.lease import find_start
+from tasks.services.store.lease import find_start, read_boot
 from tests.support.sweep import RATE, STEPS, FakeRuns, interrupt_after, sweep, sweep_request
 
 RANGES = (f"{RATE}=1e-6..1e-2:log", f"{STEPS}=10..50:10")
@@ -43,7 +43,7 @@ def other_process() -> Iterator[ProcessOwner]:
 
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     started = find_start(process.pid)
-    yield ProcessOwner(host=socket.gethostname(), pid=process.pid, started=started)
+    yield ProcessOwner(host=socket.gethostname(), pid=process.pid, started=started, boot=read_boot())
     process.communicate(b"\n")
 
 

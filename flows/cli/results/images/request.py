@@ -99,9 +99,9 @@ def check_request(request: ImageRequest, *, subject: tuple[str, str] | None = No
         try:
             check_prompt(prompt, negative_prompt=request.negative_prompt, subject=subject)
         except ConfigError as error:
-            if len(request.prompts) == 1:
-                raise
-            raise ConfigError(f"--prompts-file: prompt {number}: {error}") from error
+            if len(request.prompts) > 1:  # the same error: what is refused is logged by its rule
+                error.args = (f"--prompts-file: prompt {number}: {error}",)
+            raise
     check_settings_grid(request)
     if request.size is not None and request.size % 8:
         raise ConfigError(f"--size {request.size} is not a multiple of 8; use {round(request.size / 8) * 8}")

@@ -10,6 +10,7 @@ import pytest
 
 from tasks.errors import ServiceUnavailable
 from tasks.services.llm.service import LlmService
+from tasks.services.llm.single_flight import run_once
 from tasks.services.store.lease import Lease, find_start, make_lease
 from tasks.stage.digests import dump_signed
 from tests.support.llm import CHAT, SPEC, ask, make_llm
@@ -57,9 +58,36 @@ def test_the_question_of_a_process_that_died_is_asked_at_once(server: ScriptedSe
     assert (server.counts[CHAT], list_claims(llm)) == (1, [])
 
 
+def test_of_many_that_wait_for_a_process_that_died_one_asks(server: ScriptedServer, tmp_path: Path) -> None:
+    runs = [make_llm(server, tmp_path / str(number), timeout_seconds=600) for number in range(6)]
+    for llm in runs[1:]:
+        llm.store = runs[0].store
+    claim(runs[0], make_lease("other").model_copy(update={"boot": "another"}))
+    threads = [threading.Thread(target=ask, args=(llm,)) for llm in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert server.counts[CHAT] == 1
+    assert list_claims(runs[0]) == []
+
+
+def test_a_claim_that_another_has_taken_over_is_left_to_it(server: ScriptedServer, tmp_path: Path) -> None:
+    llm = make_llm(server, tmp_path)
+
+    def work() -> int:
+        claim(llm, make_lease("other"))
+        return 2
+
+    key = llm.cache_key(SPEC, "p")
+    assert run_once(llm.store, key, work, find=lambda: None, max_wait_seconds=1) == 2
+    assert len(list_claims(llm)) == 1
+
+
 def test_a_claim_of_another_host_holds_a_question_up_for_a_call_and_no_longer(
-    server: ScriptedServer, tmp_path: Path
+    server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("tasks.services.llm.service.WINDOW_SECONDS", 0.0)
     llm = make_llm(server, tmp_path, timeout_seconds=1)
     claim(llm, make_lease("other").model_copy(update={"host": "elsewhere", "pid": 1}))
     started = time.monotonic()

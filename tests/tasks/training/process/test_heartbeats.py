@@ -19,6 +19,10 @@ class Clock:
         self.run = RunFolder(folder)
         self.now = 1000.0
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self.pass_time)
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
 
     def beat(self, *ranks: int, at: float) -> None:
         """Write heartbeats as of a time of the wall clock."""
@@ -30,7 +34,7 @@ class Clock:
         """Look every second, and return what was found each time."""
         found = []
         for _ in range(round(seconds)):
-            self.now += 1
+            heartbeats.sleep(1)
             found.append(heartbeats.find_stalled(LIMIT))
         return found
 
@@ -62,6 +66,14 @@ def test_time_in_which_the_supervisor_was_stopped_does_not_count(clock: Clock) -
     heartbeats = Heartbeats(clock.run, 1)
     clock.beat(0, at=time.time())
     clock.look(heartbeats, LIMIT / 2)
-    clock.now += 100 * LIMIT  # stopped with all ranks, and continued
+    heartbeats.sleep(100 * LIMIT)  # stopped with all ranks, and continued
     assert clock.look(heartbeats, LIMIT / 2 - 1) == [None] * round(LIMIT / 2 - 1)
     assert clock.look(heartbeats, 5)[-1] == 0
+
+
+def test_slow_looks_do_not_hide_a_stalled_rank(clock: Clock) -> None:
+    heartbeats = Heartbeats(clock.run, 1)
+    for _ in range(4):
+        clock.pass_time(LIMIT / 3)  # a tracking server that hardly answers
+        heartbeats.sleep(1)
+    assert heartbeats.find_stalled(LIMIT) == 0

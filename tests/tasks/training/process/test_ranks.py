@@ -79,7 +79,10 @@ def left_behind(folder: Path) -> list[psutil.Process]:
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("raise:5:1", "ValueError on rank 1: planned fault"), ("forward:5:1", "killed or ended|Connection")],
+    [
+        ("raise:5:1", "ValueError on rank 1: planned fault"),
+        ("forward:5:1", "rank 1: the worker was killed by SIGKILL|Connection"),
+    ],
     ids=["raised", "killed"],
 )
 def test_a_failed_rank_terminates_all_ranks_and_resume_is_bit_identical(

@@ -13,7 +13,7 @@ from tasks.errors import TrainingFailed
 from tasks.training.data.batches import StepBatch
 from tasks.training.module import DreamBoothModule
 from tasks.training.process import supervisor, worker
-from tasks.training.process.supervisor import describe_exit, locked, run_worker
+from tasks.training.process.supervisor import describe_exit, find_root_cause, locked, run_worker
 from tasks.training.process.worker_spec import RunFolder, TrainingSpec
 from tests.support.tiny import make_spec
 
@@ -156,6 +156,18 @@ def test_a_second_run_on_the_same_folder_is_refused(tmp_path: Path) -> None:
 def test_a_killed_worker_is_reported_by_its_signal() -> None:
     assert describe_exit(-9) == "the worker was killed by SIGKILL, probably by the OOM killer"
     assert describe_exit(1) == "the worker exited with code 1 without a failure report"
+
+
+def test_the_rank_that_a_signal_ended_is_read_from_the_log_of_torchrun(tmp_path: Path) -> None:
+    log = tmp_path / "worker.log"
+    log.write_text("loss 0.1\n")
+    assert find_root_cause(log) is None
+    log.write_text(
+        "[1]:\n  rank      : 0 (local_rank: 0)\n  exitcode  : -15 (pid: 10)  (SIGTERM)\n"
+        "Root Cause (first observed failure):\n[0]:\n  host      : localhost\n"
+        "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 11)  (SIGKILL)\n"
+    )
+    assert find_root_cause(log) == "rank 1: the worker was killed by SIGKILL, probably by the OOM killer"
 
 
 def test_a_step_with_a_non_finite_loss_is_skipped(

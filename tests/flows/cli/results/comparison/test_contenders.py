@@ -103,6 +103,17 @@ def test_the_seeds_of_a_setting_are_pooled(tmp_path: Path) -> None:
     assert any("over 3 training seeds" in note for note in found["notes"])  # type: ignore[attr-defined]
 
 
+def test_a_run_is_compared_with_the_mean_over_the_seeds_of_a_setting(tmp_path: Path) -> None:
+    make_run(tmp_path, "plain-run")
+    study = make_sweep(tmp_path, f"{RATE}=0.01,0.05", "seed=0", num_seeds=3, seed_effect=0.1)
+    found = compare(tmp_path, "plain-run", study)
+    # 0.05 and 0, 0.1, 0.2 by seed; the first seed alone would give 0.05.
+    assert differences(found) == pytest.approx([0.15], abs=0.01)
+    means = [each["mean"] for each in found["metrics"]["dino"]["means"]]  # type: ignore[index]
+    assert means[1] - means[0] == pytest.approx(differences(found)[0], abs=1e-6)
+    assert any("different numbers of training seeds" in note for note in found["notes"])  # type: ignore[attr-defined]
+
+
 def test_what_a_sweep_cannot_offer_is_one_line(tmp_path: Path) -> None:
     make_run(tmp_path, "plain-run")
     single = make_sweep(tmp_path, f"{RATE}=0.01", num_seeds=2)

@@ -327,7 +327,9 @@ def test_a_refused_prompt_is_logged_by_rule_and_digest_without_its_text(
         assert row["prompt_sha256"] == hashlib.sha256(REFUSED.encode()).hexdigest()
         assert row["time"].endswith("Z")
         assert "nude" not in text
-    refuse()
+    (tmp_path / "prompts.txt").write_text(f"a fish\n{REFUSED}\n")
+    assert main(["generate", BASE, "--prompts-file", "prompts.txt"]) == 2
+    assert "prompt 2: the prompt is refused" in capsys.readouterr().err
     assert len((tmp_path / "runs" / "refused-prompts.jsonl").read_text().splitlines()) == 2
 
 

@@ -3,6 +3,7 @@
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -100,12 +101,19 @@ def test_samples_are_sorted_by_metric(page: "Page") -> None:
     assert best == configured[::-1]  # the second prompt has the larger DINO
 
 
-def test_without_scripts_both_pictures_and_the_evidence_are_there(report: Path) -> None:
+@contextmanager
+def open_without_scripts(report: Path) -> Iterator["Page"]:
+    """Open a report in a browser that runs no scripts."""
     with open_page(1280) as page:
         browser = page.context.browser
         assert browser is not None
         plain = browser.new_context(java_script_enabled=False).new_page()
         plain.goto(report.as_uri())
+        yield plain
+
+
+def test_without_scripts_both_pictures_and_the_evidence_are_there(report: Path) -> None:
+    with open_without_scripts(report) as plain:
         assert plain.locator(".pair").first.locator("img").count() == 2
         assert all(image.is_visible() for image in plain.locator(".pair img").all())
         assert not plain.locator("#order").is_visible()
@@ -127,11 +135,7 @@ def test_reduced_motion_is_honoured(report: Path, motion: Literal["reduce", "no-
 
 
 def test_a_digest_opens_to_its_full_length_without_scripts(report: Path) -> None:
-    with open_page(1280) as page:
-        browser = page.context.browser
-        assert browser is not None
-        plain = browser.new_context(java_script_enabled=False).new_page()
-        plain.goto(report.as_uri())
+    with open_without_scripts(report) as plain:
         digest = plain.locator("#lineage ~ .scroll .digest").last
         assert not digest.locator(".whole").is_visible()
         digest.locator("summary").click()

@@ -29,7 +29,7 @@ def with_gains(run: RunManifests, **gains: Estimate) -> RunManifests:
 
 
 @pytest.mark.parametrize(
-    ("gains", "headline", "told"),
+    ("gains", "headline", "text"),
     [
         ({"dino": estimate(0.1)}, "Better than the base model, with reservations", "resemble the subject more"),
         ({"dino": estimate(0.005)}, "No significant improvement over the base model", "No significant gain in"),
@@ -42,11 +42,11 @@ def with_gains(run: RunManifests, **gains: Estimate) -> RunManifests:
     ],
 )  # fmt: skip
 def test_the_headline_follows_from_the_interval_of_the_gain(
-    store: LocalStore, gains: dict[str, Any], headline: str, told: str
+    store: LocalStore, gains: dict[str, Any], headline: str, text: str
 ) -> None:
     verdict = reach_verdict(with_gains(make_run(store), **gains), GATE)
     assert headline in verdict.headline
-    assert any(told in f"{finding.text} {finding.advice}" for finding in verdict.findings)
+    assert any(text in f"{finding.text} {finding.advice}" for finding in verdict.findings)
 
 
 def test_a_drawn_world_without_the_subjects_kind_must_not_be_used(store: LocalStore) -> None:
@@ -68,29 +68,29 @@ def describe(run: RunManifests, gate: GateConfig = GATE) -> tuple[str, str]:
 def test_a_gain_below_the_gates_limit_is_not_called_passed(store: LocalStore) -> None:
     run = with_gains(make_run(store), dino=estimate(0.1), clip_t=estimate(0.0), copies=estimate(0.0))
     gate = GATE.model_copy(update={"min_dino_gain": 0.3})
-    headline, told = describe(run, gate)
+    headline, text = describe(run, gate)
     assert headline == "Better than the base model, by less than required"
-    assert "lower bound of the DINO gain is +0.090, required > +0.300" in told
+    assert "lower bound of the DINO gain is +0.090, required > +0.300" in text
 
 
 def test_a_loss_of_clip_t_without_an_interval_is_reported_as_the_gate_does(store: LocalStore) -> None:
     run = with_gains(make_run(store), dino=estimate(0.1), clip_t=estimate(-0.3, None), copies=estimate(0.0))
     assert any("CLIP-T changed by -0.300" in blocker for blocker in find_blockers(run, GATE))
-    headline, told = describe(run)
+    headline, text = describe(run)
     assert headline == "Better than the base model, with reservations"
-    assert "Prompt fidelity: inconclusive" in told
+    assert "Prompt fidelity: inconclusive" in text
 
 
 def test_values_that_do_not_vary_are_not_called_too_few_prompts(store: LocalStore) -> None:
-    headline, told = describe(with_gains(make_run(store), dino=Estimate(mean=0.1, num=12)))
+    headline, text = describe(with_gains(make_run(store), dino=Estimate(mean=0.1, num=12)))
     assert headline == "No verdict: values do not vary between prompts"
-    assert "too few" not in told
+    assert "too few" not in text
 
 
 def test_no_more_than_the_whole_gap_is_closed(store: LocalStore) -> None:
-    _, told = describe(with_gains(make_run(store), dino=estimate(0.9)))
-    assert "above real photos among themselves" in told
-    assert "150%" not in told
+    _, text = describe(with_gains(make_run(store), dino=estimate(0.9)))
+    assert "above real photos among themselves" in text
+    assert "150%" not in text
 
 
 def with_tuned(run: RunManifests, tuned: Estimate) -> RunManifests:
@@ -112,14 +112,14 @@ def test_samples_closer_to_the_photos_than_these_to_each_other_are_a_caution(sto
 
 @pytest.mark.parametrize("tuned", [estimate(0.9, 0.15), estimate(0.9, None), estimate(0.7, 0.05)])
 def test_a_mean_that_is_not_surely_above_the_ceiling_is_no_sign_of_copying(store: LocalStore, tuned: Estimate) -> None:
-    _, told = describe(with_tuned(make_run(store), tuned))
-    assert "sign of copying" not in told
+    _, text = describe(with_tuned(make_run(store), tuned))
+    assert "sign of copying" not in text
 
 
 def test_metrics_that_were_not_measured_are_findings(store: LocalStore) -> None:
-    _, told = describe(with_gains(make_run(store), dino=estimate(0.1)))
-    assert "CLIP-T change: not measured" in told
-    assert "Near-duplicates of photos: not measured" in told
+    _, text = describe(with_gains(make_run(store), dino=estimate(0.1)))
+    assert "CLIP-T change: not measured" in text
+    assert "Near-duplicates of photos: not measured" in text
 
 
 def test_all_checks_passed_is_said_only_where_the_gate_has_nothing_against_it(store: LocalStore) -> None:

@@ -70,9 +70,9 @@ def test_a_model_is_copied_to_a_folder_and_again_without_harm(config: StoreConfi
     assert publish(str(to))[-1] == (3, 3)
     assert (to / "model" / "unet" / "weights.safetensors").read_bytes() == b"weights"
     assert (to / "report" / "index.html").is_file()
-    told = json.loads((to / PUBLISHED).read_text())
-    assert told["run"] == "a-run"
-    assert set(told["files"]) == {"model/unet/weights.safetensors", "model/README.md", "report/index.html"}
+    manifest = json.loads((to / PUBLISHED).read_text())
+    assert manifest["run"] == "a-run"
+    assert set(manifest["files"]) == {"model/unet/weights.safetensors", "model/README.md", "report/index.html"}
     publish(str(to))
 
 
@@ -92,8 +92,8 @@ def test_a_published_report_links_the_files_beside_it_and_no_folder_of_this_mach
     assert b"stored snippets" not in page
     assert b"likeness generate model " in page
     assert str(tmp_path).encode() not in page
-    told = json.loads((tmp_path / "to" / PUBLISHED).read_text())["files"]["report/index.html"]
-    assert told == {"sha256": hashlib.sha256(page).hexdigest(), "size_bytes": len(page)}
+    manifest = json.loads((tmp_path / "to" / PUBLISHED).read_text())["files"]["report/index.html"]
+    assert manifest == {"sha256": hashlib.sha256(page).hexdigest(), "size_bytes": len(page)}
 
 
 def test_a_report_in_a_bucket_names_no_folder_of_this_machine(

@@ -10,9 +10,7 @@ import subprocess
 import sys
 from types import FrameType
 
-import psutil
-
-from flows.cli.stack.processes import StackProcess, stop
+from flows.cli.stack.processes import stop_family
 
 
 class TerminationRequested(BaseException):
@@ -30,8 +28,8 @@ def main(command: list[str]) -> int:
         return child.wait()
     except TerminationRequested:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        process = psutil.Process(child.pid)
-        stop(StackProcess(name=command[0], pid=child.pid, started=process.create_time()))
+        # Nobody else can have its pid: it is not waited for yet.
+        stop_family(child.pid)
         return child.wait()
 
 

@@ -179,6 +179,7 @@ def test_a_stopped_worker_lets_its_flow_runs_save_first(tmp_path: Path) -> None:
         assert process.wait(30) == 0
     finally:
         process.kill()
+        process.wait()
     assert saved.read_text() == "saved"
 
 

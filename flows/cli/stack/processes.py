@@ -27,7 +27,9 @@ class StackProcess(BaseModel):
     name: str
     pid: int
     started: float
-    boot: str = ""
+    """By `find_start`."""
+    boot: str
+    """Which start of the machine."""
     port: int = 0
     log: str = ""
 
@@ -98,8 +100,14 @@ def stop(process: StackProcess, *, seconds: float = STOP_SECONDS) -> bool:
     """Stop a process and all below it; return whether it was running."""
     if not process.is_alive():
         return False
+    stop_family(process.pid, seconds=seconds)
+    return True
+
+
+def stop_family(pid: int, *, seconds: float = STOP_SECONDS) -> None:
+    """Stop a process of ours, then all that it leaves behind."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        root = psutil.Process(process.pid)
+        root = psutil.Process(pid)
         # Listed first: once the root is gone its children belong to init.
         family = [root, *root.children(recursive=True)]
         signal_all([root], signal.SIGTERM)
@@ -109,7 +117,6 @@ def stop(process: StackProcess, *, seconds: float = STOP_SECONDS) -> bool:
         wait_ended(family, seconds=seconds)
         signal_all(family, signal.SIGKILL)
         wait_ended(family, seconds=10)
-    return True
 
 
 def signal_all(family: Sequence[psutil.Process], number: signal.Signals) -> None:

@@ -198,16 +198,29 @@ def generate(  # noqa: PLR0913, PLR0917 - a command's options
 
 
 @app.command("publish", rich_help_panel=RESULTS)
-def publish(
+def publish(  # noqa: PLR0913, PLR0917 - a command's options
     run: RunName,
     to: Annotated[str, typer.Option(metavar="DEST", help="A folder, or s3://BUCKET/PREFIX.", show_default=False)],
+    samples: Annotated[
+        bool | None,
+        typer.Option(
+            "--samples/--no-samples",
+            help="Copy the evaluation's samples of the tuned model too; default: where they are signed.",
+            show_default=False,
+        ),
+    ] = None,
+    c2pa_certificate: options.Certificate = None,
+    c2pa_key: options.PrivateKey = None,
     output_dir: OutputDir = OUTPUT,
 ) -> int:
     """Copy a run's model and report elsewhere; each file is verified there, and the manifest comes last."""
+    from flows.cli.results.images.credentials import load_credentials
     from flows.cli.results.images.generate import show_progress
-    from flows.cli.results.publishing import publish_run
+    from flows.cli.results.publishing import Destination, publish_run
 
-    return publish_run(output_dir, run, to, on_progress=partial(show_progress, name="files"))
+    credentials = load_credentials(c2pa_certificate, c2pa_key) if samples is not False else None
+    target = Destination(to, has_samples=bool(samples or credentials), credentials=credentials)
+    return publish_run(output_dir, run, target, on_progress=partial(show_progress, name="files"))
 
 
 @app.command("promote", rich_help_panel=RESULTS)

@@ -8,8 +8,12 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from flows.cli.results.published_samples import FOLDER, SampleFiles, list_samples
 from flows.cli.results.runs import find_run
 from flows.runs.promotion import CHAMPION, Contender, promote
 from flows.runs.records import PastRun, list_run_folders, read_run
@@ -35,6 +39,9 @@ from tasks.services.tracking.open import open_tracker
 from tasks.stage.cache import M, fetch_folder, find_manifest, read_verified
 from tasks.stage.digests import digest_file
 from tasks.stage.files import make_part_prefix, remove_stale_parts, staged_file, write_atomic
+
+if TYPE_CHECKING:
+    from flows.cli.results.images.credentials import ContentCredentials
 
 PUBLISHED = "likeness.json"
 """The manifest of a published folder, written last: a folder without it is incomplete."""
@@ -90,20 +97,32 @@ def demote_run(output: Path, name: str) -> int:
 
 def load_manifests(store: Store, run: PastRun) -> RunManifests:
     """Return the manifests of a finished run. Raises ConfigError where one is missing."""
-
-    def load(kind: type[M], stage: str) -> M:
-        found = find_manifest(store, kind, stage=stage, key=run.find_stage_key(stage))
-        if found is None:
-            raise ConfigError(f"the {stage} of run {run.summary.run_id} is missing from the store; run it again")
-        return found
-
+    load = partial(load_manifest, store=store, run=run)
     return RunManifests(
         load(SubjectSet, "subject"), load(ClassImageSet, "prior"), load(TunedModel, "training"),
         load(Evaluation, "evaluation"), load(Scorecard, "scoring"),
     )  # fmt: skip
 
 
-def publish_run(output: Path, name: str, to: str, *, on_progress: Callable[[int, int], None]) -> int:
+def load_manifest(kind: type[M], stage: str, *, store: Store, run: PastRun) -> M:
+    """Return a stage's manifest. Raises ConfigError where it is missing."""
+    found = find_manifest(store, kind, stage=stage, key=run.find_stage_key(stage))
+    if found is None:
+        raise ConfigError(f"the {stage} of run {run.summary.run_id} is missing from the store; run it again")
+    return found
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a model goes, and whether samples go along."""
+
+    to: str
+    has_samples: bool = False
+    credentials: "ContentCredentials | None" = None
+    """Samples are signed with them."""
+
+
+def publish_run(output: Path, name: str, target: Destination, *, on_progress: Callable[[int, int], None]) -> int:
     """Copy a run's model and report to a folder or bucket, each file verified there, the manifest last.
 
     Raises:
@@ -115,31 +134,44 @@ def publish_run(output: Path, name: str, to: str, *, on_progress: Callable[[int,
     key = run.find_stage_key("publishing")
     config, work = run.config.store, Path(run.config.output_dir) / "work"
     store = open_store(config)
-    publication = find_manifest(store, Publication, stage="publishing", key=key)
-    if publication is None:
-        raise ConfigError(f"the model of run {run.summary.run_id} is missing from the store; run it again")
-    destination = open_destination(to, config, output=Path(run.config.output_dir))
+    publication = load_manifest(Publication, "publishing", store=store, run=run)
+    destination = open_destination(target.to, config, output=Path(run.config.output_dir))
     page = write_page(store, run, publication, destination=destination)
     report = publication.report.model_copy(update={"sha256": hashlib.sha256(page).hexdigest(), "size_bytes": len(page)})
     files = {ref.key.split(f"/{key}/", 1)[1]: ref for ref in (*publication.model, report)}
-    manifest = {
-        "run": run.summary.run_id,
-        "files": {path: {"sha256": ref.sha256, "size_bytes": ref.size_bytes} for path, ref in sorted(files.items())},
-    }
-    check_contents(destination, manifest, to=to)
+    samples = SampleFiles()
+    if target.has_samples:
+        evaluation = load_manifest(Evaluation, "evaluation", store=store, run=run)
+        samples = SampleFiles(list_samples(evaluation), target.credentials)
+    listed = check_contents(destination, describe_files(files), samples.refs, to=target.to)
+    if samples.refs:  # no two signatures are the same: what is listed no longer holds
+        destination.delete(PUBLISHED)
+        listed = {}
     work.mkdir(parents=True, exist_ok=True)
+    all_files = {**files, **samples.refs}
     with tempfile.TemporaryDirectory(dir=work, prefix=make_part_prefix()) as scratch:
-        for number, (path, ref) in enumerate(files.items()):
-            on_progress(number, len(files))
-            if ref == report:
-                write_atomic(Path(scratch) / path, page)
+        for number, (path, ref) in enumerate(all_files.items()):
+            on_progress(number, len(all_files))
+            staged, written = Path(scratch) / path, ref
+            if path in samples.refs:
+                data, written = samples.read(store, path)
+                write_atomic(staged, data)
+            elif ref == report:
+                write_atomic(staged, page)
             else:
                 fetch_folder(store, [ref], below=key, folder=Path(scratch))
-            copy_verified(Path(scratch) / path, destination, path, ref=ref)
-        on_progress(len(files), len(files))
+            copy_verified(staged, destination, path, ref=written)
+            listed |= describe_files({path: written})
+        on_progress(len(all_files), len(all_files))
+    manifest = {"run": run.summary.run_id, "files": dict(sorted(listed.items()))}
     destination.put_bytes(PUBLISHED, json.dumps(manifest, indent=1).encode())
-    print(f"{destination.describe('model')}  {len(files)} files, verified")
+    print(f"{destination.describe('model')}  {len(all_files)} files, verified")
     return 0
+
+
+def describe_files(files: Mapping[str, ObjectRef]) -> dict[str, object]:
+    """Return what the manifest says of files."""
+    return {path: {"sha256": ref.sha256, "size_bytes": ref.size_bytes} for path, ref in files.items()}
 
 
 def write_page(store: Store, run: PastRun, publication: Publication, *, destination: Store) -> bytes:
@@ -174,21 +206,31 @@ def copy_verified(source: Path, destination: Store, path: str, *, ref: ObjectRef
         raise ArtifactCorrupt(f"{destination.describe(path)}: checksum mismatch at the destination; publish again")
 
 
-def check_contents(destination: Store, manifest: Mapping[str, object], *, to: str) -> None:
-    """Raise ConfigError unless the destination is empty, or holds this model or the beginning of its copy."""
-    found, files = destination.find_bytes(PUBLISHED), manifest["files"]
-    assert isinstance(files, dict)
+def check_contents(
+    destination: Store, files: Mapping[str, object], samples: Mapping[str, object], *, to: str
+) -> dict[str, object]:
+    """Return the samples that the destination's manifest lists.
+
+    Raises:
+        ConfigError: it is neither empty, nor holds this model or the beginning of its copy.
+
+    """
+    found = destination.find_bytes(PUBLISHED)
+    listed = {} if found is None else read_files(found)
+    kept = {path: facts for path, facts in listed.items() if path.startswith(FOLDER)}
     if found is not None:
-        if read_files(found) != files:
+        if {path: facts for path, facts in listed.items() if path not in kept} != files:
             raise ConfigError(f"{to} already contains another model ({PUBLISHED}); choose an empty folder or prefix")
     else:
-        other = next((key for key in destination.list_keys("") if key not in files), None)
+        names = {*files, *samples}
+        other = next((key for key in destination.list_keys("") if key not in names), None)
         if other is not None:
             raise ConfigError(f"{to} is not empty ({other}); choose an empty folder or prefix")
     if isinstance(destination, LocalStore):
-        for path in files:
+        for path in (*files, *samples):
             destination.path(path)
         remove_stale_parts(destination.root)
+    return kept
 
 
 class FolderDestination(LocalStore):
@@ -256,10 +298,11 @@ def check_prefix(to: str, bucket: str, prefix: str, *, config: StoreConfig) -> N
         raise ConfigError(f"--to {to} overlaps the run's store, s3://{bucket}/{config.prefix}; choose another prefix")
 
 
-def read_files(data: bytes) -> object:
-    """Return what a published folder's manifest lists; None for one that is damaged."""
+def read_files(data: bytes) -> dict[str, object]:
+    """Return what a published folder's manifest lists; nothing for one that is damaged."""
     try:
         manifest = json.loads(data)
     except (ValueError, RecursionError):
-        return None
-    return manifest.get("files") if isinstance(manifest, dict) else None
+        return {}
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    return files if isinstance(files, dict) else {}

@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from tasks.errors import ReplyInvalid
-from tasks.services.llm.chat.request import RequestSpec
+from tasks.services.llm.chat.request import Answer, RequestSpec
 from tasks.services.llm.retries import map_in_pool
-from tasks.services.llm.service import Answer, LlmService
+from tasks.services.llm.service import LlmService
 
 Answers = dict[str, Answer[Any]]
 """Answers by the caller's names, which tell it their types."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
@@ -21,7 +21,7 @@ from tasks.services.llm.chat.capability_probe import probe_response_format
 from tasks.services.llm.chat.completion import ChatCompletion, Usage, bound_usage, parse_completion
 from tasks.services.llm.chat.image_urls import CALL_SECONDS, presign_images
 from tasks.services.llm.chat.json_schema import parse_reply
-from tasks.services.llm.chat.request import RequestSpec, T
+from tasks.services.llm.chat.request import Answer, RequestSpec, T
 from tasks.services.llm.chat.response_format import read_content
 from tasks.services.llm.chat.transport import complete, complete_streaming, make_client, translated
 from tasks.services.llm.config import LlmConfig, ProfileConfig, ResponseFormat
@@ -35,23 +35,6 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Answer(Generic[T]):
-    """A validated reply and its provenance."""
-
-    reply: T
-    profile: str
-    served_model: str
-    fallback_index: int = 0
-    reason: str = ""
-    """Why the previous profile of the chain was skipped."""
-    reasoning: str = ""
-    """The model's own reasoning, where its provider returns it."""
-    citations: tuple[str, ...] = ()
-    called: tuple[str, ...] = ()
-    """Names of the tools that were called for it."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +148,8 @@ class LlmService:
             row = LedgerRow(role, name, model, outcome="", fallback_index=index, reason=reason)
             try:
                 # A refusal of the last profile is not cached: nothing could stand in for it for the next day.
-                answer = self._ask_profile(spec, row, should_cache_refusal=not is_last)
+                ask = partial(self._ask_with_repair, spec, row, not is_last)
+                answer = self.find_or_ask(spec, row, ask, num_calls=2)
             except ReplyInvalid as error:
                 if is_last and doubtful is None:  # a valid reply, though doubtful, is better than none
                     raise
@@ -178,16 +162,19 @@ class LlmService:
         assert doubtful is not None
         return replace(doubtful, reason=reason)
 
-    def _ask_profile(self, spec: RequestSpec[T], row: LedgerRow, *, should_cache_refusal: bool) -> Answer[T]:
-        """Return one profile's reply, cached if possible; identical requests of all processes are sent once."""
-        cached = self.find_cached(spec, name=row.profile, role=row.role)
-        if cached is not None:
+    def find_or_ask(
+        self, spec: RequestSpec[T], row: LedgerRow, ask: Callable[[], Answer[T]], *, num_calls: int
+    ) -> Answer[T]:
+        """Return a cached reply, or that of `ask`, which makes at most `num_calls` calls.
+
+        Of all processes that want the same reply, one asks, and the others wait for as long as that may take.
+        """
+        find = partial(self.find_cached, spec, name=row.profile, role=row.role)
+        if (cached := find()) is not None:
             return replace(cached, fallback_index=row.fallback_index, reason=row.reason)
         key = self.cache_key(spec, row.profile)
-        work = partial(self._ask_with_repair, spec, row, should_cache_refusal)
-        find = partial(self.find_cached, spec, name=row.profile, role=row.role)
-        patience = WINDOW_SECONDS + 2 * self.config.profiles[row.profile].timeout_seconds  # a call and its repair
-        once = partial(run_once, self.store, key, work, find=find, max_wait_seconds=patience)
+        patience = WINDOW_SECONDS + num_calls * self.config.profiles[row.profile].timeout_seconds
+        once = partial(run_once, self.store, key, ask, find=find, max_wait_seconds=patience)
         answer, is_own = self.flights.run(key, once)
         if not is_own:  # joined another thread's call, which recorded the cost
             self.ledger.record(replace(row, outcome="cached", served_model=answer.served_model))

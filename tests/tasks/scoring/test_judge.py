@@ -35,8 +35,9 @@ from tasks.scoring.rubric import (
 )
 from tasks.scoring.scores import Judged
 from tasks.scoring.tie_break import break_ties, find_disputed, read_tie_breaks
+from tasks.services.llm.chat.request import Answer
 from tasks.services.llm.executor import Answers, AskOptions
-from tasks.services.llm.service import Answer, LlmService
+from tasks.services.llm.service import LlmService
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config, make_llm_config

@@ -23,7 +23,7 @@ from tasks.scoring.pairwise.models import (
 )
 from tasks.scoring.scores import Judged
 from tasks.scoring.statistics import binomial_interval
-from tasks.services.llm.service import Answer
+from tasks.services.llm.chat.request import Answer
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.config import make_config

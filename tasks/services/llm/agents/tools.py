@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -12,9 +13,9 @@ from tasks.services.llm.budget.ledger import LedgerRow
 from tasks.services.llm.chat.body import ChatBody, encode_image
 from tasks.services.llm.chat.completion import ToolCall
 from tasks.services.llm.chat.json_schema import strict_schema
-from tasks.services.llm.chat.request import RequestSpec, T
+from tasks.services.llm.chat.request import Answer, RequestSpec, T
 from tasks.services.llm.chat.response_format import TOOL, ask_for
-from tasks.services.llm.service import Answer, LlmService
+from tasks.services.llm.service import LlmService
 
 MAX_IMAGES = 4  # that one round of tools shows
 
@@ -63,33 +64,46 @@ def ask_with_tools(
 
     """
     name = llm.config.fallback_chain(role)[0]
-    profile = llm.config.profiles[name]
-    cached = llm.find_cached(spec, name=name, role=role)
-    if cached is not None:
-        return cached
-    by_name = {tool.name: tool for tool in tools}
-    forced = ask_for(spec.plain_body(profile), spec.reply, "tool")
-    described = [tool.describe() for tool in tools]
-    body: ChatBody = {**forced, "tools": [*described, *forced["tools"]], "tool_choice": "required"}
-    called: list[str] = []
-    for number in range(max_rounds + 1):
-        if number == max_rounds:
-            body["tool_choice"] = forced["tool_choice"]
-        row = LedgerRow(role, name, profile.model, outcome="")
-        completion = llm.send(body, row=row)
-        # Other calls beside an answer are ignored: `accept` reads the first tool call.
-        answers = tuple(call for call in completion.tool_calls if call.name == TOOL)
-        if answers:
-            answered = replace(completion, tool_calls=answers, finish_reason="stop")
-            return llm.accept(spec, answered, row=row, response_format="tool", called=tuple(called))
-        # A server may ignore `tool_choice`. Its text is validated like any other reply.
-        if not completion.tool_calls:
-            return llm.accept(spec, completion, row=row, called=tuple(called))
-        llm.record_completion(completion, row=row)  # each round is billed; `accept` records only the last
-        calls = [call.to_wire() for call in completion.tool_calls]
-        body["messages"] = [*body["messages"], {"role": "assistant", "content": None, "tool_calls": calls}]
-        body["messages"] += run_tool_calls(completion.tool_calls, by_name, called, max_side=profile.max_image_side)
-    raise ReplyInvalid(f"no answer after {max_rounds} rounds of tools")
+    row = LedgerRow(role, name, llm.config.profiles[name].model, outcome="")
+    loop = ToolLoop(llm, tools, row, max_rounds)
+    return llm.find_or_ask(spec, row, partial(loop.run, spec), num_calls=max_rounds + 1)
+
+
+@dataclass(frozen=True)
+class ToolLoop:
+    """Calls to a model that may use tools until it answers."""
+
+    llm: LlmService
+    tools: Sequence[Tool]
+    row: LedgerRow
+    max_rounds: int
+
+    def run(self, spec: RequestSpec[T]) -> Answer[T]:
+        """Return the answer; see `ask_with_tools`."""
+        llm, row = self.llm, self.row
+        profile = llm.config.profiles[row.profile]
+        by_name = {tool.name: tool for tool in self.tools}
+        forced = ask_for(spec.plain_body(profile), spec.reply, "tool")
+        described = [tool.describe() for tool in self.tools]
+        body: ChatBody = {**forced, "tools": [*described, *forced["tools"]], "tool_choice": "required"}
+        called: list[str] = []
+        for number in range(self.max_rounds + 1):
+            if number == self.max_rounds:
+                body["tool_choice"] = forced["tool_choice"]
+            completion = llm.send(body, row=row)
+            # Other calls beside an answer are ignored: `accept` reads the first tool call.
+            answers = tuple(call for call in completion.tool_calls if call.name == TOOL)
+            if answers:
+                answered = replace(completion, tool_calls=answers, finish_reason="stop")
+                return llm.accept(spec, answered, row=row, response_format="tool", called=tuple(called))
+            # A server may ignore `tool_choice`. Its text is validated like any other reply.
+            if not completion.tool_calls:
+                return llm.accept(spec, completion, row=row, called=tuple(called))
+            llm.record_completion(completion, row=row)  # each round is billed; `accept` records only the last
+            calls = [call.to_wire() for call in completion.tool_calls]
+            body["messages"] = [*body["messages"], {"role": "assistant", "content": None, "tool_calls": calls}]
+            body["messages"] += run_tool_calls(completion.tool_calls, by_name, called, max_side=profile.max_image_side)
+        raise ReplyInvalid(f"no answer after {self.max_rounds} rounds of tools")
 
 
 def run_tool_calls(

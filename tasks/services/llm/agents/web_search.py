@@ -6,15 +6,16 @@ OpenAI and xAI search through their Responses APIs, OpenRouter through a server 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Generic, cast
 
 from tasks.errors import ConfigError
 from tasks.services.llm.budget.ledger import LedgerRow
 from tasks.services.llm.chat.body import ChatBody
 from tasks.services.llm.chat.json_schema import strict_schema
-from tasks.services.llm.chat.request import RequestSpec, T
+from tasks.services.llm.chat.request import Answer, RequestSpec, T
 from tasks.services.llm.chat.transport import read_object
-from tasks.services.llm.service import Answer, LlmService
+from tasks.services.llm.service import LlmService
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -48,13 +49,15 @@ def ask_with_search(
         raise ConfigError(f"no profile of the {role} searches the web; choose one whose capabilities say so")
     if any(isinstance(part, bytes) for part in spec.parts):
         raise ConfigError("pictures are not sent along with a web search")
-    name = names[0]
-    profile = llm.config.profiles[name]
     spec = replace(spec, tools=(*spec.tools, "web_search", *domains))  # part of the cache key
-    kept = llm.find_cached(spec, name=name, role=role)
-    if kept is not None:
-        return SearchAnswer(kept, kept.citations)
-    row = LedgerRow(role, name, profile.model, outcome="", reason="web search")
+    row = LedgerRow(role, names[0], llm.config.profiles[names[0]].model, outcome="", reason="web search")
+    answer = llm.find_or_ask(spec, row, partial(search_and_answer, llm, spec, row=row, domains=domains), num_calls=1)
+    return SearchAnswer(answer, answer.citations)
+
+
+def search_and_answer(llm: LlmService, spec: RequestSpec[T], *, row: LedgerRow, domains: Sequence[str]) -> Answer[T]:
+    """Ask a profile that searches the web; see `ask_with_search`."""
+    profile = llm.config.profiles[row.profile]
     started = time.monotonic()
     if profile.capabilities.web_search == "openrouter":
         parameters = {"allowed_domains": list(domains)} if domains else {}
@@ -69,8 +72,7 @@ def ask_with_search(
             client, body, spec, timeout_seconds=timeout_seconds
         ))  # fmt: skip
     row = replace(row, seconds=time.monotonic() - started)
-    answer = llm.accept(spec, completion, row=row, response_format="text")
-    return SearchAnswer(answer, answer.citations)
+    return llm.accept(spec, completion, row=row, response_format="text")
 
 
 def respond(client: "OpenAI", body: ChatBody, spec: RequestSpec[T], *, timeout_seconds: float) -> dict[str, object]:

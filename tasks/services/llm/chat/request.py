@@ -1,4 +1,4 @@
-"""One request as plain data, for synchronous calls and for the lines of a batch file."""
+"""One request as plain data, for synchronous calls and for the lines of a batch file, and its answer."""
 
 import hashlib
 import json
@@ -55,3 +55,20 @@ class RequestSpec(Generic[T_co]):
         # The address is part of it: one model id may name different weights at different servers.
         whole = [profile.base_url, self.plain_body(profile), strict_schema(self.reply), self.repeat, *self.tools]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:40]
+
+
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    """A validated reply and its provenance."""
+
+    reply: T
+    profile: str
+    served_model: str
+    fallback_index: int = 0
+    reason: str = ""
+    """Why the previous profile of the chain was skipped."""
+    reasoning: str = ""
+    """The model's own reasoning, where its provider returns it."""
+    citations: tuple[str, ...] = ()
+    called: tuple[str, ...] = ()
+    """Names of the tools that were called for it."""

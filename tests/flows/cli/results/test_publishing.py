@@ -4,13 +4,17 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conf.compose import compile_request
 from conf.overrides import parse_overrides
+from flows.cli.main import main
 from flows.cli.results import publishing
-from flows.cli.results.publishing import PUBLISHED, open_destination, publish_run
+from flows.cli.results.images.credentials import load_credentials, read_manifest
+from flows.cli.results.published_samples import SampleFiles
+from flows.cli.results.publishing import PUBLISHED, Destination, open_destination, publish_run
 from flows.runs.records import link_model
 from tasks.errors import ArtifactCorrupt, ConfigError
 from tasks.manifests.publishing import Publication
@@ -18,7 +22,9 @@ from tasks.manifests.run_summary import SubjectNames, make_head
 from tasks.services.config import StoreConfig
 from tasks.services.store.base import Store
 from tasks.services.store.open import open_store
-from tasks.stage.cache import StageFolder
+from tasks.stage.cache import StageFolder, read_verified
+from tests.support.certificates import write_pair
+from tests.support.report import make_evaluation
 
 PAGE = b"<html><!--downloads--><!--usage-->stored snippets<!--/usage--></html>"
 
@@ -33,7 +39,7 @@ class OneRun:
         self.summary = make_head("a-run", "finished").model_copy(update={"subject": subject})
 
     def find_stage_key(self, stage: str) -> str:
-        assert stage == "publishing"
+        assert stage in ("publishing", "evaluation")
         return "k"
 
 
@@ -59,9 +65,10 @@ def config(s3_config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return own
 
 
-def publish(to: str) -> list[tuple[int, int]]:
+def publish(to: str, **changes: Any) -> list[tuple[int, int]]:
     seen: list[tuple[int, int]] = []
-    assert publish_run(Path("runs"), "a-run", to, on_progress=lambda done, total: seen.append((done, total))) == 0
+    target = Destination(to, **changes)
+    assert publish_run(Path("runs"), "a-run", target, on_progress=lambda done, total: seen.append((done, total))) == 0
     return seen
 
 
@@ -94,6 +101,76 @@ def test_a_published_report_links_the_files_beside_it_and_no_folder_of_this_mach
     assert str(tmp_path).encode() not in page
     manifest = json.loads((tmp_path / "to" / PUBLISHED).read_text())["files"]["report/index.html"]
     assert manifest == {"sha256": hashlib.sha256(page).hexdigest(), "size_bytes": len(page)}
+
+
+def test_samples_are_copied_as_they_are_or_signed(config: StoreConfig, tmp_path: Path) -> None:
+    evaluation = make_evaluation(open_store(config))
+    stored = [
+        read_verified(open_store(config), sample.image) for sample in evaluation.samples if sample.side == "tuned"
+    ]
+    to = tmp_path / "to"
+    publish(str(to))
+    assert not (to / "samples").exists()
+
+    assert publish(str(to), has_samples=True)[-1] == (5, 5)
+    paths = sorted((to / "samples").iterdir())
+    assert [path.name for path in paths] == ["001-a-photo-of-sks-fish-1.png", "002-sks-fish-at-night-1.png"]
+    assert [path.read_bytes() for path in paths] == stored
+
+    credentials = load_credentials(*write_pair(tmp_path))
+    seen = []
+    for _ in range(2):  # again at the same place: another signature, and a manifest that holds
+        publish(str(to), has_samples=True, credentials=credentials)
+        files = json.loads((to / PUBLISHED).read_text())["files"]
+        assert {path for path in files if path.startswith("samples/")} == {f"samples/{path.name}" for path in paths}
+        for path in paths:
+            data = path.read_bytes()
+            assert read_manifest(data)["validation_state"] == "Valid"
+            assert files[f"samples/{path.name}"] == {
+                "sha256": hashlib.sha256(data).hexdigest(),
+                "size_bytes": len(data),
+            }
+        seen.append(paths[0].read_bytes())
+    assert seen[0] != seen[1]
+
+    publish(str(to))  # the samples of before stay listed
+    assert json.loads((to / PUBLISHED).read_text())["files"] == files
+
+
+def test_an_interrupted_copy_of_signed_samples_has_no_manifest(
+    config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_evaluation(open_store(config))
+    credentials = load_credentials(*write_pair(tmp_path))
+    publish(str(tmp_path / "to"), has_samples=True, credentials=credentials)
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleFiles, "read", lambda *words: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            publish(str(tmp_path / "to"), has_samples=True, credentials=credentials)
+    assert not (tmp_path / "to" / PUBLISHED).exists()
+    publish(str(tmp_path / "to"), has_samples=True, credentials=credentials)
+    assert (tmp_path / "to" / PUBLISHED).exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "has_samples", "is_signed"),
+    [
+        ([], False, False),
+        (["--samples"], True, False),
+        (["SIGN"], True, True),
+        (["SIGN", "--no-samples"], False, False),
+    ],
+)
+def test_samples_go_along_where_they_are_signed_or_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], has_samples: bool, is_signed: bool
+) -> None:
+    chain, key = write_pair(tmp_path)
+    given: list[Destination] = []
+    monkeypatch.setattr(publishing, "publish_run", lambda output, name, target, **_: given.append(target) or 0)
+    signing = ["--c2pa-certificate", str(chain), "--c2pa-key", str(key)]
+    options = [word for each in words for word in (signing if each == "SIGN" else [each])]
+    assert main(["publish", "a-run", "--to", "there", *options]) == 0
+    assert (given[0].has_samples, given[0].credentials is not None) == (has_samples, is_signed)
 
 
 def test_a_report_in_a_bucket_names_no_folder_of_this_machine(
@@ -220,7 +297,7 @@ def test_files_are_staged_one_at_a_time_in_the_output_folder(
         seen.append(sum(path.is_file() for path in (tmp_path / "runs" / "work").rglob("*")))
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-    publish_run(Path("runs"), "a-run", str(tmp_path / "to"), on_progress=count_staged)
+    publish_run(Path("runs"), "a-run", Destination(str(tmp_path / "to")), on_progress=count_staged)
     assert seen == [0, 0, 0, 0]
     assert not list((tmp_path / "runs" / "work").iterdir())
 

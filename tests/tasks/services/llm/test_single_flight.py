@@ -9,11 +9,15 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from tasks.errors import ServiceUnavailable
+from tasks.services.llm.agents.tools import ask_with_tools
+from tasks.services.llm.agents.web_search import ask_with_search
+from tasks.services.llm.chat.request import RequestSpec
+from tasks.services.llm.config import CapabilityConfig
 from tasks.services.llm.service import LlmService
 from tasks.services.llm.single_flight import run_once
 from tasks.services.store.lease import Lease, find_start, make_lease
 from tasks.stage.digests import dump_signed
-from tests.support.llm import CHAT, SPEC, ask, make_llm
+from tests.support.llm import CHAT, SPEC, Reply, ask, make_llm
 from tests.support.llm_server import ScriptedServer
 
 
@@ -41,6 +45,31 @@ def test_two_runs_that_ask_the_same_at_once_pay_once(server: ScriptedServer, tmp
     for thread in threads:
         thread.start()
     time.sleep(0.3)  # both ask before either is answered
+    server.asking.release()
+    for thread in threads:
+        thread.join()
+    assert server.counts[CHAT] == 1
+    assert sorted(row.outcome for llm in runs for row in llm.ledger.rows) == ["cached", "ok"]
+    assert list_claims(runs[0]) == []
+
+
+@pytest.mark.parametrize("kind", ["tools", "search"])
+def test_two_agents_that_ask_the_same_at_once_pay_once(server: ScriptedServer, tmp_path: Path, kind: str) -> None:
+    able = CapabilityConfig(response_format="json_schema", web_search="openrouter")
+    runs = make_two(server, tmp_path, capabilities=able)
+    spec = RequestSpec("be brief", ("grade this",), Reply)
+
+    def work(llm: LlmService) -> None:
+        if kind == "tools":
+            ask_with_tools(llm, spec, [], role="adjudicator", max_rounds=2)
+        else:
+            ask_with_search(llm, spec, role="profiler")
+
+    server.asking.acquire()
+    threads = [threading.Thread(target=work, args=(llm,)) for llm in runs]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
     server.asking.release()
     for thread in threads:
         thread.join()

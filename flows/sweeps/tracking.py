@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from conf.schema import RunConfig
 from flows.runs.context import progress_of_run
 from flows.runs.log import make_run_progress
+from flows.sweeps.outcome import compute_interval
 from flows.sweeps.study import TOKEN, SweepStudy, locked
 from flows.sweeps.trials import SEED_VALUES
 from tasks.errors import ServiceUnavailable
@@ -54,9 +55,7 @@ class SweepTracking:
 
     def track(self, trial: "Trial", summaries: Sequence[RunSummary]) -> None:
         """Log one trial as a child, with means over its seeds."""
-        tables = [summary.metrics["tuned"] for summary in summaries]
-        names = [name for name in tables[0] if all(table.get(name) is not None for table in tables)]
-        rows = [(f"tuned/{name}", sum(table[name] or 0.0 for table in tables) / len(tables), 0) for name in names]
+        rows = summarize_seeds(summaries)
         columns = [list(column) for column in zip(*trial.user_attrs[SEED_VALUES], strict=True)]
         for objective, column in zip(self.study.objectives, columns, strict=True):
             name = "objective" if len(columns) == 1 else f"objective/{objective.name}"
@@ -125,6 +124,24 @@ class SweepTracking:
             self.study.study.set_user_attr(OPEN_PARENT, None)
         except ServiceUnavailable as error:
             note(f"warning: the sweep's tracking run stays open: {error}; the same sweep, run again, closes it")
+
+
+def summarize_seeds(summaries: Sequence[RunSummary]) -> list[MetricRow]:
+    """Return the tuned model's mean metrics over seeds with the ends of their 95 % intervals; of one seed, its own."""
+    tables = [summary.metrics["tuned"] for summary in summaries]
+    rows: list[MetricRow] = []
+    for name in tables[0]:
+        values = [value for table in tables if (value := table.get(name)) is not None]
+        if len(values) < len(tables):
+            continue
+        ends: tuple[float | None, float | None] = (None, None)
+        if len(values) > 1 and len(set(values)) > 1:
+            ends = compute_interval(values)
+        elif len(values) == 1 and (estimate := summaries[0].find_mean(name)) is not None:
+            ends = (estimate.low, estimate.high)
+        figures = {"": sum(values) / len(values), "_low": ends[0], "_high": ends[1]}
+        rows += [(f"tuned/{name}{end}", value, 0) for end, value in figures.items() if value is not None]
+    return rows
 
 
 def needs_tracking(study: SweepStudy) -> bool:

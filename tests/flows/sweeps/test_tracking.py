@@ -8,10 +8,11 @@ from conf.request import RunRequest
 from conf.sweep import read_sweep
 from flows.sweep_settings import run_sweep
 from flows.sweeps.study import SweepStudy
-from flows.sweeps.tracking import UNTRACKED, list_untracked
+from flows.sweeps.tracking import UNTRACKED, list_untracked, summarize_seeds
 from tasks.errors import ServiceUnavailable
 from tasks.manifests.run_summary import RunSummary
 from tasks.services.tracking.mlflow_tracker import MlflowTracker
+from tests.support.summary import make_measured_summary
 from tests.support.sweep import RATE, FakeRuns, compile_base, sweep, sweep_request
 
 
@@ -46,9 +47,21 @@ def test_seeds_alone_are_tracked_as_one_trial_with_the_means(tmp_path: Path) -> 
     tracker = MlflowTracker(config.tracking, folder=tmp_path)
     [trial] = tracker.find_runs("likeness.kind", "trial")
     assert trial.data.metrics["tuned/dino"] == pytest.approx(0.5)
+    # Seeds 4, 5, 6: a standard deviation of 0.1, and 4.303 of Student's t with two degrees of freedom.
+    assert trial.data.metrics["tuned/dino_high"] == pytest.approx(0.5 + 4.303 * 0.1 / 3**0.5, abs=1e-3)
+    assert trial.data.metrics["tuned/dino_low"] == pytest.approx(0.5 - 4.303 * 0.1 / 3**0.5, abs=1e-3)
+    assert "tuned/clip_i_low" not in trial.data.metrics, "equal values say nothing of other seeds"
     assert trial.data.params == {}
     [parent] = tracker.find_runs("likeness.kind", "sweep")
     assert parent.info.run_name == request.study_name
+
+
+def test_a_trial_of_one_seed_has_the_intervals_of_its_run() -> None:
+    rows = {name: value for name, value, _ in summarize_seeds([make_measured_summary("a")])}
+    assert rows == {
+        "tuned/dino": 0.714, "tuned/dino_low": 0.661, "tuned/dino_high": 0.749,
+        "tuned/clip_i": 0.6, "tuned/clip_t": 0.3,
+    }  # fmt: skip
 
 
 def finish_trials_alone(self: MlflowTracker, *, is_failed: bool) -> None:

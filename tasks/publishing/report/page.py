@@ -1,5 +1,6 @@
 """Renders the report; the template, its style sheet and its script lie beside this file."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +30,8 @@ from tasks.stage.cache import read_verified
 
 MAX_POINTS = 400
 """Of a line."""
+FOLDERS = re.compile(r"(?:(?<=file:)|(?<![\w:/.~-]))/(?:[^/\s\"',\]]+/)+")
+"""Of absolute paths, not those in URLs."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,14 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         is_cropped=any(charts.draw_crops(crops.get(each.image.key, ()), each.measures) for each in run.subject.images),
         curves=draw_losses(inputs.losses),
         stages=run.ordered(),
-        changed=[row for row in inputs.config_rows if inputs.defaults.get(row[0]) != row[1]],
+        settings=[(name, hide_folders(value)) for name, value in inputs.config_rows],
+        changed=[(name, hide_folders(v)) for name, v in inputs.config_rows if inputs.defaults.get(name) != v],
     )
+
+
+def hide_folders(value: str) -> str:
+    """Return a setting without the absolute folders of its files, which tell a reader who made the report where."""
+    return FOLDERS.sub("\N{HORIZONTAL ELLIPSIS}/", value)
 
 
 def find_class_prompt(run: RunManifests) -> str:

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from markupsafe import escape
 
 from tasks.images import decode_png
 from tasks.manifests.base import Machine, Manifest, ModelRef
@@ -28,6 +29,25 @@ def test_a_photo_without_inspection_and_a_run_without_grades_or_class_images_are
     html = render_report(store, make_inputs(store))
     assert "1 accepted, 1 rejected" in html
     assert "a photo of sks fish" in html
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/ann/photos/rex", "\u2026/rex"),
+        ("file:/home/ann/prompts.yaml", "file:\u2026/prompts.yaml"),
+        ('["/home/ann/a.png", "b/c.png"]', '["\u2026/a.png", "b/c.png"]'),
+        ("s3://bucket/photos/rex", "s3://bucket/photos/rex"),
+        ("http://127.0.0.1:4200/api/x", "http://127.0.0.1:4200/api/x"),
+        ("../photos/rex", "../photos/rex"),
+        ("runwayml/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"),
+        ("a photo of a dog/cat", "a photo of a dog/cat"),
+    ],
+)
+def test_a_report_names_no_absolute_folder(store: LocalStore, value: str, shown: str) -> None:
+    inputs = replace(make_inputs(store), config_rows=[("subject.source", value)], defaults={"seed": "1"})
+    html = render_report(store, inputs)
+    assert html.count(f"<code>{escape(shown)}</code>") == 2  # among all settings, and among those that were changed
 
 
 def make_evaluated(store: LocalStore) -> ReportInputs:

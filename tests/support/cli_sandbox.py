@@ -95,6 +95,9 @@ def serve_prefect(folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (folder / "prefect-server.log").open("wb") as log:
         environment = CliSandbox(folder, url).environment()
+        # Tests wait for events, which the server else stores every five seconds.
+        environment["PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL"] = "0.2"
+        environment["PREFECT_SERVER_SERVICES_FOREMAN_LOOP_SECONDS"] = "0.5"  # how often it looks for lost workers
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 120

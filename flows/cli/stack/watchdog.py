@@ -6,6 +6,9 @@ after three more attempts the event, and those that follow it, are left for 15 m
 
 Runs without heartbeats are marked crashed. An automation forgets what it waits for when it is replaced, for example by
 the `likeness up` of a newer version after the machine of a run died.
+
+So are pending runs whose worker was lost before it began them. They send no heartbeat that could be missed, and would
+take up the pool's places for ever.
 """
 
 import argparse
@@ -33,6 +36,10 @@ MAX_AGE = datetime.timedelta(hours=1)
 PAGE = 200
 LOST_GRACE = datetime.timedelta(seconds=90)
 """The same for a missing heartbeat: the automation acts up to 60 s after its window, even on what was done since."""
+PENDING_GRACE = datetime.timedelta(minutes=3)
+"""For the process that a worker had started to begin its run, though the worker is gone."""
+CLAIM_GRACE = datetime.timedelta(minutes=15)
+"""For a worker to write its name on a run that it takes, which is its next request."""
 CLOCKS_APART = datetime.timedelta(days=1)
 SLEPT_SECONDS = 4 * POLL_SECONDS
 """A longer pause between two looks: this machine was suspended, and living runs could send no heartbeat."""
@@ -58,8 +65,8 @@ class Watch:
         return self.since is not None and now - self.since >= self.window
 
 
-def find_missed(client: "SyncPrefectClient", now: datetime.datetime) -> "list[FlowRun]":
-    """Return runs of deployments that crashed a while ago and were not scheduled again."""
+def read_runs(client: "SyncPrefectClient", *types: str) -> "list[FlowRun]":
+    """Return runs of our deployments whose state is of one of some types."""
     from prefect.client.schemas.filters import (
         FlowRunFilter,
         FlowRunFilterState,
@@ -68,20 +75,22 @@ def find_missed(client: "SyncPrefectClient", now: datetime.datetime) -> "list[Fl
     )
     from prefect.client.schemas.objects import StateType
 
-    from flows.runs.attempts import MAX_ATTEMPTS
-
-    crashed = FlowRunFilter(
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED])),
+    wanted = FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType(each) for each in types])),
         tags=FlowRunFilterTags(all_=[TAG]),
     )
-    found = client.read_flow_runs(flow_run_filter=crashed, limit=PAGE)
+    found = client.read_flow_runs(flow_run_filter=wanted, limit=PAGE)
+    return [run for run in found if run.deployment_id is not None and run.state is not None]
+
+
+def find_missed(client: "SyncPrefectClient", now: datetime.datetime) -> "list[FlowRun]":
+    """Return runs of deployments that crashed a while ago and were not scheduled again."""
+    from flows.runs.attempts import MAX_ATTEMPTS
+
     return [
         run
-        for run in found
-        if run.deployment_id is not None
-        and run.run_count <= MAX_ATTEMPTS
-        and run.state is not None
-        and GRACE <= now - run.state.timestamp <= MAX_AGE
+        for run in read_runs(client, "CRASHED")
+        if run.run_count <= MAX_ATTEMPTS and run.state is not None and GRACE <= now - run.state.timestamp <= MAX_AGE
     ]
 
 
@@ -97,32 +106,37 @@ def reschedule(client: "SyncPrefectClient", now: datetime.datetime) -> int:
 
 
 def mark_lost(client: "SyncPrefectClient", now: datetime.datetime, window: datetime.timedelta) -> int:
-    """Mark runs of deployments crashed whose last heartbeat is too old, or cancelled where they should stop.
+    """Mark runs of deployments crashed whose process or worker is gone, or cancelled where they should stop.
 
     Returns how many. A run about which the server refuses to tell costs only itself.
     """
     import httpx
-    from prefect.client.schemas.filters import (
-        FlowRunFilter,
-        FlowRunFilterState,
-        FlowRunFilterStateType,
-        FlowRunFilterTags,
-    )
-    from prefect.client.schemas.objects import StateType
     from prefect.exceptions import PrefectException
 
-    active = FlowRunFilter(
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING])),
-        tags=FlowRunFilterTags(all_=[TAG]),
-    )
     lost = 0
-    for run in client.read_flow_runs(flow_run_filter=active, limit=PAGE):
+    for run in read_runs(client, "RUNNING", "CANCELLING", "PENDING"):
         try:
-            if run.deployment_id is not None and is_lost(client, run, now, window=window):
-                lost += end_lost(client, run)
+            if run.state_type == "PENDING":
+                if is_abandoned(client, run, now):
+                    lost += end_lost(client, run, "its worker was lost before it began")
+            elif is_lost(client, run, now, window=window):
+                lost += end_lost(client, run, "no heartbeat: its process is gone")
         except (httpx.HTTPStatusError, PrefectException, LookupError, ValueError) as error:
             log.warning("%s: %s", run.name, first_line(error))
     return lost
+
+
+def is_abandoned(client: "SyncPrefectClient", run: "FlowRun", now: datetime.datetime) -> bool:
+    """Whether a pending run's worker is gone, and nothing else can begin it."""
+    waited = now - run.state.timestamp if run.state is not None else datetime.timedelta(0)
+    name, pool = run.labels.get("prefect.worker.name"), run.labels.get("prefect.work-pool.name")
+    if name is None or pool is None:
+        return waited >= CLAIM_GRACE
+    # A container or pod that was created outlives its worker: it may still be fetching its image, or wait for a GPU.
+    if waited < PENDING_GRACE or (run.infrastructure_pid and run.labels.get("prefect.worker.type") != "process"):
+        return False
+    workers = client.read_workers_for_work_pool(str(pool))
+    return not any(worker.name == name and worker.status == "ONLINE" for worker in workers)
 
 
 def is_lost(client: "SyncPrefectClient", run: "FlowRun", now: datetime.datetime, *, window: datetime.timedelta) -> bool:
@@ -135,7 +149,7 @@ def is_lost(client: "SyncPrefectClient", run: "FlowRun", now: datetime.datetime,
     return last is not None and last < limit
 
 
-def end_lost(client: "SyncPrefectClient", run: "FlowRun") -> bool:
+def end_lost(client: "SyncPrefectClient", run: "FlowRun", reason: str) -> bool:
     """Mark a lost run, unless its state has changed since it was read; return whether the server agreed."""
     from prefect.client.schemas.objects import StateType
     from prefect.client.schemas.responses import SetStateStatus
@@ -146,12 +160,10 @@ def end_lost(client: "SyncPrefectClient", run: "FlowRun") -> bool:
         return False
     make = Cancelled if current.type == StateType.CANCELLING else Crashed
     # Not forced: the server refuses to change a state that became final meanwhile.
-    done: OrchestrationResult[Any] = client.set_flow_run_state(
-        run.id, make(message="no heartbeat: its process is gone")
-    )
+    done: OrchestrationResult[Any] = client.set_flow_run_state(run.id, make(message=reason))
     if done.status != SetStateStatus.ACCEPT:
         return False
-    log.warning("no automation waited for the heartbeats of %s, which have ended: %s", run.name, make.__name__)
+    log.warning("%s is marked %s: %s", run.name, make.__name__.lower(), reason)
     return True
 
 

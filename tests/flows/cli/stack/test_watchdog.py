@@ -11,14 +11,16 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import State, StateType
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Completed, Crashed
+from prefect.states import Completed, Crashed, Pending
 
 from flows.cli.stack import watchdog
 from flows.cli.stack.registration import TAG
 from flows.cli.stack.watchdog import (
+    CLAIM_GRACE,
     GRACE,
     LOST_GRACE,
     MAX_AGE,
+    PENDING_GRACE,
     SLEPT_SECONDS,
     Watch,
     find_heartbeat,
@@ -127,6 +129,68 @@ def test_a_run_whose_heartbeats_arrive_is_not_marked_crashed_whatever_its_clock(
     send_heartbeat(client, run, now + clock * (WINDOW + LOST_GRACE))
     assert mark_lost(client, now + 2 * SECOND + WINDOW + LOST_GRACE, WINDOW) == 0
     assert mark_lost(client, now + MARGIN + WINDOW + LOST_GRACE, WINDOW) == 1
+
+
+class Pool:
+    """A work pool whose workers are names that send heartbeats."""
+
+    def __init__(self, client: SyncPrefectClient, kind: str = "process") -> None:
+        self.client, self.kind, self.name = client, kind, str(uuid.uuid4())
+        client._client.post("/work_pools/", json={"name": self.name, "type": kind}).raise_for_status()
+
+    def beat(self, worker: str, *, interval: int = 600) -> None:
+        body = {"name": worker, "heartbeat_interval_seconds": interval}
+        self.client._client.post(f"/work_pools/{self.name}/workers/heartbeat", json=body).raise_for_status()
+
+    def claim(self, worker: str | None, *, infrastructure: str | None = None) -> uuid.UUID:
+        """Return a run that is pending, as a worker leaves it that has taken it."""
+        run = make_run(self.client, tags=[TAG])
+        self.client.set_flow_run_state(run, Pending(), force=True)
+        if infrastructure is not None:
+            self.client.update_flow_run(run, infrastructure_pid=infrastructure)
+        if worker is not None:
+            names = {"worker.name": worker, "worker.type": self.kind, "work-pool.name": self.name}
+            self.client.update_flow_run_labels(run, {f"prefect.{key}": value for key, value in names.items()})
+        return run
+
+
+def test_a_run_that_its_lost_worker_never_began_is_marked_crashed(client: SyncPrefectClient) -> None:
+    pool = Pool(client)
+    pool.beat("there")
+    pool.beat("lost", interval=1)
+    kept, lost = pool.claim("there"), pool.claim("lost")
+    now = datetime.datetime.now(datetime.UTC)
+    assert mark_lost(client, now + PENDING_GRACE - MARGIN, WINDOW) == 0, "its process may begin without a worker"
+    for _ in range(300):
+        if mark_lost(client, now + PENDING_GRACE + MARGIN, WINDOW) == 1:
+            break
+        pool.beat("there")
+        time.sleep(0.1)  # until the server notes that the worker's heartbeats have ended
+    assert read_type(client, lost) == StateType.CRASHED
+    assert read_type(client, kept) == StateType.PENDING
+    assert mark_lost(client, now + 10 * CLAIM_GRACE, WINDOW) == 0
+    reschedule(client, now + LATE)
+    assert read_type(client, lost) == StateType.SCHEDULED
+
+
+def test_the_container_of_a_lost_worker_may_still_begin_its_run(client: SyncPrefectClient) -> None:
+    """Its image is large, or no GPU is free; only where it was never created is the run lost."""
+    pool = Pool(client, "docker")
+    created, missing = pool.claim("gone", infrastructure="container-1"), pool.claim("gone")
+    assert mark_lost(client, datetime.datetime.now(datetime.UTC) + PENDING_GRACE + MARGIN, WINDOW) == 1
+    assert [read_type(client, run) for run in (created, missing)] == [StateType.PENDING, StateType.CRASHED]
+    of_process = Pool(client).claim("gone", infrastructure="host:1")
+    assert mark_lost(client, datetime.datetime.now(datetime.UTC) + PENDING_GRACE + MARGIN, WINDOW) == 1
+    assert read_type(client, of_process) == StateType.CRASHED
+
+
+def test_a_run_whose_worker_was_lost_before_it_gave_its_name_is_marked_crashed(client: SyncPrefectClient) -> None:
+    run = Pool(client).claim(None)
+    now = datetime.datetime.now(datetime.UTC)
+    mark_lost(client, now + CLAIM_GRACE - MARGIN, WINDOW)
+    assert read_type(client, run) == StateType.PENDING
+    mark_lost(client, now + CLAIM_GRACE + MARGIN, WINDOW)
+    assert read_type(client, run) == StateType.CRASHED
 
 
 @pytest.mark.parametrize("case", ["other tag", "no deployment", "completed"])

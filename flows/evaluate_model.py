@@ -5,7 +5,7 @@ from prefect.runtime import deployment
 
 from conf.request import EvaluationRequest
 from conf.trust import allowed_roots, check_path
-from flows.runs.attempts import check_attempts, find_finished_attempt
+from flows.runs.attempts import check_attempts, end_when_cancelled, find_finished_attempt
 from flows.runs.context import open_run, trust_of_run
 from flows.runs.evaluated import summarize_model
 from tasks.config_base import RequestRule
@@ -19,6 +19,7 @@ from tasks.training.steps import ImportInputs, import_model
 
 
 @flow(name="evaluate-model", persist_result=False)
+@end_when_cancelled
 def evaluate_model(request: EvaluationRequest) -> RunSummary:
     """Measure and judge a diffusers folder, a LoRA or an embedding beside its base model.
 

@@ -11,6 +11,7 @@ from conf.compose import compile_request
 from conf.subjects import ManyRequest
 from conf.trust import allowed_roots, check_path
 from flows.personalize_subject import personalize_subject
+from flows.runs.attempts import end_when_cancelled
 from flows.subjects.dispatch import Batch, follow_runs, has_pool, submit_subject
 from flows.subjects.index_page import name_batch, show_name, write_index
 from flows.subjects.listing import Origin, Subject, list_subjects
@@ -34,6 +35,7 @@ log = logging.getLogger("likeness.subjects")
 
 
 @flow(name="personalize-many", persist_result=False)
+@end_when_cancelled
 def personalize_many(request: ManyRequest = ManyRequest()) -> ManyOutcome:  # noqa: B008 - frozen
     """Run every subject that has no finished run of these photos and settings.
 

@@ -6,7 +6,7 @@ from prefect.runtime import deployment
 from conf.request import RunRequest
 from flows.runs.approval import ask_approval
 from flows.runs.artifacts import name_flow_run, show_artifacts
-from flows.runs.attempts import check_attempts, find_finished_attempt, warn_of_clock
+from flows.runs.attempts import check_attempts, end_when_cancelled, find_finished_attempt, warn_of_clock
 from flows.runs.context import open_run, trust_of_run
 from tasks.evaluation.steps import EvaluationInputs, evaluate
 from tasks.manifests.run import RunManifests
@@ -22,6 +22,7 @@ from tasks.training.steps import fine_tune
 
 
 @flow(name="personalize-subject", flow_run_name=name_flow_run, persist_result=False)
+@end_when_cancelled
 def personalize_subject(request: RunRequest = RunRequest()) -> RunSummary:  # noqa: B008 - frozen
     """Turn a few photos of one subject into a tuned, scored, published model.
 

@@ -16,6 +16,7 @@ from conf.schema import RunConfig
 from conf.sweep import SweepRequest, check_sweep
 from conf.trust import allowed_roots
 from flows.personalize_subject import personalize_subject
+from flows.runs.attempts import end_when_cancelled
 from flows.sweeps.outcome import SweepOutcome, collect_outcome, describe_trial
 from flows.sweeps.plots import draw_plots
 from flows.sweeps.report import write_report
@@ -31,6 +32,7 @@ NO_POOL = "--parallel: no work pool with a worker is reachable (`likeness up` st
 
 
 @flow(name="sweep-settings", persist_result=False)
+@end_when_cancelled
 def sweep_settings(request: SweepRequest) -> SweepOutcome:
     """Run the study's remaining trials and return all results with the best one."""
     if deployment.id is None:

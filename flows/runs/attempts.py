@@ -1,16 +1,29 @@
-"""Attempts of one flow run: crashed ones are rescheduled by an automation, which counts nothing itself."""
+"""Attempts of one flow run: crashed ones are rescheduled by an automation, which counts nothing itself.
+
+A cancelled one ends, whoever started it.
+"""
 
 import datetime
 import logging
+import os
 import shutil
+import signal
 import socket
+import threading
+import uuid
+from collections.abc import Callable
 from email.utils import parsedate_to_datetime
+from functools import wraps
 from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar, cast
 
 import httpx
 import psutil
-from prefect.exceptions import Abort
+from prefect.client.orchestration import get_client
+from prefect.exceptions import Abort, PrefectException, TerminationSignal
 from prefect.runtime import flow_run
+from prefect.states import Cancelled
 
 from conf.compose import compile_request
 from conf.request import RunRequest
@@ -22,7 +35,77 @@ from tasks.manifests.run_summary import ProcessOwner, RunSummary
 MAX_ATTEMPTS = 5
 MAX_SKEW_SECONDS = 30.0
 """Between this machine's clock and the server's; a third of the window in which a heartbeat must arrive."""
+CANCEL_POLL_SECONDS = 20.0
+F = TypeVar("F", bound=Callable[..., Any])
 log = logging.getLogger(__name__)
+
+
+class CancelWatch:
+    """Ends this process's flow where it is cancelled on the server and nobody else does it.
+
+    A worker watches for that too, but no longer once the server has left three polls unanswered (prefect 3.8.8); a
+    run that no worker started is only marked.
+    """
+
+    def __init__(self, flow_run_id: str) -> None:
+        self.flow_run_id = uuid.UUID(flow_run_id)
+        self.is_stopping = self.is_cancelled = False
+        self.is_over = threading.Event()
+        # Made here: a new thread has none of the settings of this context, such as the server's address.
+        self.client = get_client(sync_client=True)
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+    def __enter__(self) -> "CancelWatch":
+        signal.signal(signal.SIGTERM, self.note_signal)
+        threading.Thread(target=self.watch, name="cancel-watch", daemon=True).start()
+        return self
+
+    def __exit__(self, *caught: object) -> None:
+        self.is_over.set()
+        signal.signal(signal.SIGTERM, self.handler)
+
+    def note_signal(self, number: int, frame: FrameType | None) -> None:
+        """Note that the flow ends already, maybe saving for a while; a second signal would cut that off."""
+        self.is_stopping = True
+        if callable(self.handler):
+            self.handler(number, frame)
+
+    def watch(self) -> None:
+        """Send SIGTERM to this process once two looks in a row find the run cancelled: its worker had time to."""
+        looks = 0
+        with self.client:
+            while looks < 2:
+                if self.is_over.wait(CANCEL_POLL_SECONDS):
+                    return
+                try:
+                    state = self.client.read_flow_run(self.flow_run_id).state
+                except (httpx.HTTPError, PrefectException, OSError, ValueError):
+                    continue
+                is_cancelled = state is not None and (state.is_cancelling() or state.is_cancelled())
+                looks = looks + 1 if is_cancelled else 0
+        if not self.is_stopping:
+            self.is_cancelled = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_when_cancelled(flow: F) -> F:
+    """Decorate a flow's function: it saves and ends as Cancelled once the flow run is cancelled."""
+
+    @wraps(flow)
+    def run(*args: Any, **named: Any) -> Any:
+        own = flow_run.id if flow_run.parent_flow_run_id is None else None
+        # Python takes handlers of signals in the main thread alone.
+        if own is None or threading.current_thread() is not threading.main_thread():
+            return flow(*args, **named)
+        with CancelWatch(own) as watch:
+            try:
+                return flow(*args, **named)
+            except (TerminationSignal, KeyboardInterrupt):
+                if not watch.is_cancelled:
+                    raise
+                return Cancelled(message="cancelled; what was computed is kept")
+
+    return cast(F, run)
 
 
 def check_attempts() -> None:
@@ -41,8 +124,6 @@ def warn_of_clock() -> None:
     Where it is behind by more than the window, Prefect's automation takes a living run for lost and starts another
     attempt, which waits for the first one's lease.
     """
-    from prefect.client.orchestration import get_client
-
     try:
         with get_client(sync_client=True) as client:
             date = client.request("GET", "/health").headers["date"]

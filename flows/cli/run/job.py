@@ -108,10 +108,23 @@ def ready_for_flows(
         importlib.import_module("flows.personalize_subject")
         if server is not None:
             server.wait()
-        yield config, make_progress(), server
+        with cancellation_as_interrupt():
+            yield config, make_progress(), server
     finally:
         if server is not None:
             server.stop()
+
+
+@contextlib.contextmanager
+def cancellation_as_interrupt() -> Iterator[None]:
+    """Treat a flow run that was cancelled on the Prefect server as Ctrl-C."""
+    from prefect.exceptions import CancelledRun
+
+    try:
+        yield
+    except CancelledRun:
+        print("the flow run was cancelled on the Prefect server", file=sys.stderr)
+        raise KeyboardInterrupt from None
 
 
 def describe_start(config: RunConfig) -> str:

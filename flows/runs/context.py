@@ -7,7 +7,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -298,9 +298,10 @@ def open_run(request: RunRequest, *, is_trusted: bool, model: str = "") -> Itera
             yield Run(run_id, folder, request, config, base_model, runtime, started)
     except BaseException as error:
         runtime.stopping.set()  # polled by stages in other threads, which can't be interrupted
-        runtime.live.abandon()
         # BaseException: Ctrl-C, SIGTERM and Prefect's cancellation end a run too, and its status must say so.
-        write_end(folder, run_id, error)
+        with suppress(OSError):  # of a full disk; the error itself says more
+            write_end(folder, run_id, error)
+            runtime.live.abandon()
         raise
     finally:
         if shared is None:

@@ -15,6 +15,8 @@ from tasks.services.store.object_cache import ObjectCache
 from tasks.stage.digests import digest_file
 
 log = logging.getLogger(__name__)
+FIRST_ATTEMPTS = 3
+"""Of the first request of all."""
 SHA256_METADATA = "sha256"
 PROBE = "leases/conditional-write-probe"
 NO_CONDITIONS = (
@@ -35,40 +37,48 @@ ACTIONS = {
 """The permission of each operation that has another name."""
 
 
+def make_client(config: StoreConfig, *, max_attempts: int) -> Any:
+    """Return boto3's client of a bucket's endpoint."""
+    import boto3
+    from botocore.config import Config
+
+    # Explicit timeouts and attempts: boto3's default read timeout is 60 s.
+    return boto3.client(
+        "s3",
+        endpoint_url=config.endpoint_url,
+        region_name=config.region,
+        config=Config(
+            connect_timeout=10,
+            read_timeout=30,
+            retries={"mode": "standard", "total_max_attempts": max_attempts},
+            request_checksum_calculation=config.request_checksums,
+            response_checksum_validation=config.request_checksums,
+            s3={"addressing_style": config.addressing_style},
+        ),
+    )
+
+
 class S3Store:
     """Objects in an S3 bucket; credentials come from boto3's default chain."""
 
     def __init__(self, config: StoreConfig) -> None:
-        import boto3
         from boto3.s3.transfer import TransferConfig
-        from botocore.config import Config
 
         if not config.bucket:
             raise ConfigError("store.bucket is empty; name the bucket, for example store.bucket=my-bucket")
         self.bucket = config.bucket
         self.prefix = config.prefix.strip("/")
         self.has_checksums = config.request_checksums == "when_supported"
-        # Explicit timeouts and attempts: boto3's default read timeout is 60 s.
-        self.client: Any = boto3.client(
-            "s3",
-            endpoint_url=config.endpoint_url,
-            region_name=config.region,
-            config=Config(
-                connect_timeout=10,
-                read_timeout=30,
-                retries={"mode": "standard", "total_max_attempts": config.max_attempts},
-                request_checksum_calculation=config.request_checksums,
-                response_checksum_validation=config.request_checksums,
-                s3={"addressing_style": config.addressing_style},
-            ),
-        )
+        self.client = make_client(config, max_attempts=config.max_attempts)
         rate = config.max_upload_rate
         self.transfer = TransferConfig(max_bandwidth=None if rate is None else max(1, round(rate * 1e6)))
         self.has_conditional_writes = False
         self.cache = open_cache(config)
-        # Wrong credentials or bucket names fail here, not at the first write after an expensive stage.
+        # Wrong credentials or bucket names fail here, not at the first write after an expensive stage; a wrong address
+        # fails soon, while an outage in the middle of a run is waited out.
         with self._translated(f"bucket {self.bucket}"):
-            self.client.head_bucket(Bucket=self.bucket)
+            first = make_client(config, max_attempts=min(FIRST_ATTEMPTS, config.max_attempts))
+            first.head_bucket(Bucket=self.bucket)
 
     def _name(self, key: str) -> dict[str, str]:
         key = check_key(key)

@@ -8,8 +8,9 @@ import fcntl
 import threading
 import time
 from collections import deque
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -58,14 +59,17 @@ class Journal:
         """Up to the acknowledgement of the start; 0: not yet."""
         self.count = 0
         self.lock = threading.Lock()
-        self.file: BinaryIO | None = None
+        self.file: FileIO | None = None
+        self.is_torn = False
+        """Whether the file ends in the middle of a line."""
 
     def open(self) -> bool:
         """Open the file and read what is in it; return whether no other process has it open."""
         if self.path is None or self.file is not None:
             return True
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = self.path.open("a+b")
+        # Not buffered: what did not fit on a full disk would be written, and fail, again when it is closed.
+        file = self.path.open("a+b", buffering=0)
         try:
             # The kernel releases it when the process dies, however it dies.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,12 +80,11 @@ class Journal:
         self._read(file)
         return True
 
-    def _read(self, file: BinaryIO) -> None:
+    def _read(self, file: FileIO) -> None:
         """Read the records; a torn or damaged one costs only itself."""
         file.seek(0)
         data = file.read()
-        if data and not data.endswith(b"\n"):  # killed in the middle of a line: the next one begins after it
-            file.write(b"\n")
+        self.is_torn = bool(data) and not data.endswith(b"\n")  # killed in the middle of a line
         for line in load_lines(data):
             try:
                 record = None if line is None else Record.model_validate(line)
@@ -128,8 +131,9 @@ class Journal:
         if self.file is None:
             return
         try:
-            self.file.write(dump_line(record.model_dump(mode="json", exclude_defaults=True)).encode())
-            self.file.flush()
+            line = dump_line(record.model_dump(mode="json", exclude_defaults=True)).encode()
+            line = b"\n" + line if self.is_torn else line
+            self.is_torn = self.file.write(line) < len(line)
         except (OSError, ValueError, ArtifactCorrupt):
             # A full disk, or a value that is not finite: the record is kept in memory.
             return

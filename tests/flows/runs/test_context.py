@@ -1,11 +1,15 @@
 """What surrounds a run: links to the servers that show it, leftovers of killed processes."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.runs.context import EMBEDDED_VARIABLE, REPORTS_VARIABLE, find_links, remove_leftovers
+from conf.overrides import parse_overrides
+from flows.runs.context import EMBEDDED_VARIABLE, REPORTS_VARIABLE, find_links, open_run, remove_leftovers
+from flows.runs.records import list_summaries
+from tasks.errors import StorageFull
 from tasks.services.store.local import LocalStore
 from tasks.stage.files import HOST, PART_PREFIX
 
@@ -41,3 +45,22 @@ def test_a_start_removes_leftovers_in_the_output_folder_and_in_the_store(tmp_pat
         part.touch()
     remove_leftovers(tmp_path / "runs", store)
     assert [part.exists() for part in parts] == [False, False]
+
+
+def test_what_fails_while_a_run_ends_does_not_hide_why_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(EMBEDDED_VARIABLE, "1")
+    request = parse_overrides([f"output_dir={tmp_path}", "tracking=none"])
+
+    def fail() -> None:
+        with open_run(request, is_trusted=True) as run:
+            monkeypatch.setattr(run.runtime.live, "abandon", Mock(side_effect=OSError(27, "File too large")))
+            raise StorageFull("no room left")
+
+    with pytest.raises(StorageFull, match="no room"):
+        fail()
+    [summary] = list_summaries(tmp_path)
+    assert summary.status == "failed"
+    assert summary.error is not None
+    assert summary.error.kind == "StorageFull"

@@ -120,6 +120,13 @@ def check_reads(flaky: S3Store, plain: S3Store, folder: Path) -> None:
     assert [path.name for path in folder.iterdir() if path.name.count(".")] == []  # parts of downloads
 
 
+def test_a_wrong_address_is_given_up_sooner_than_an_outage(s3_config: StoreConfig, proxy: FaultProxy) -> None:
+    proxy.mode, proxy.num_requests = "503", 0
+    with pytest.raises(ServiceUnavailable):
+        through(proxy, s3_config, max_attempts=20)
+    assert proxy.num_requests == 3
+
+
 @pytest.mark.parametrize("max_attempts", [1, 3])
 def test_a_request_is_tried_as_often_as_configured(
     s3_config: StoreConfig, proxy: FaultProxy, max_attempts: int

@@ -1,5 +1,6 @@
 """The journal of a run's tracking records."""
 
+import resource
 from pathlib import Path
 
 from tasks.services.tracking.base import DatasetInfo
@@ -31,6 +32,31 @@ def test_what_was_not_acknowledged_is_read_back_in_order_with_its_time(tmp_path:
     assert (again.run_id, again.name, again.server, again.experiment) == ("r1", "run", "http://s", "team")
     again.append(Record(kind="finish"))
     assert again.pending[-1].number == 5
+    again.close()
+
+
+def test_a_full_disk_costs_the_file_alone_and_a_later_record_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    journal = open_journal(path)
+    journal.append(Record(kind="metrics", rows=(("loss", 0.5, 1),)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (10, 0):  # in the middle of a line, and before one
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, limits[1]))
+        try:
+            journal.append(Record(kind="metrics", rows=(("loss", 0.5, 2),)))
+            journal.append(Record(kind="metrics", rows=(("loss", 0.5, 3),)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [record.rows[0][2] for record in journal.pending] == [1, 2, 3, 2, 3]
+    journal.append(Record(kind="metrics", rows=(("loss", 0.5, 4),)))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, limits[1]))
+    try:
+        journal.append(Record(kind="finish"))
+        journal.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    again = open_journal(path)
+    assert [record.rows[0][2] for record in again.pending] == [1, 4]
     again.close()
 
 

@@ -42,7 +42,11 @@ def find_recovery(fault: Injected, faults: Sequence[Injected], run: tuple[str, R
     if again is not None and (is_recovered or again.at < until < float("inf")):
         return Recovery("rescheduled", again.at - fault.at)
     resumed = next((end for begin, end in history.resumed if begin >= ended.at), None)
-    return Recovery("not recovered") if resumed is None else Recovery("`likeness resume`", resumed - fault.at)
+    if resumed is not None:
+        return Recovery("`likeness resume`", resumed - fault.at)
+    # Marked as crashed by a clock that was off, while its process lived and finished.
+    is_finished = any(change.at >= ended.at and change.type == "COMPLETED" for change in history.changes)
+    return Recovery("continued" if is_finished else "not recovered")
 
 
 def make_table(faults: Sequence[Injected], histories: Mapping[str, RunHistory]) -> str:

@@ -125,6 +125,10 @@ def test_the_table_names_how_runs_recovered_and_blames_the_last_fault_before_a_c
         "| S3 answers 503 | 1 | 2 | 1 continued, 1 `likeness resume` | 60 s (60 s) |",
         "| flow process killed | 1 | 1 | 1 rescheduled | 10 s (10 s) |",
     ]
+    alive = RunHistory(
+        (Change(5, "RUNNING"), Change(22, "CRASHED"), Change(24, "SCHEDULED"), Change(50, "COMPLETED")), ()
+    )
+    assert "1 continued" in make_table(faults[1:], {"r1": alive}), "its clock was off: the process lived and finished"
     for later in ((), (Change(30, "RUNNING"), Change(40, "FAILED"))):
         never = {"r1": RunHistory((Change(5, "RUNNING"), Change(22, "CRASHED"), *later), ())}
         assert "1 not recovered" in make_table(faults[1:], never)

@@ -12,6 +12,7 @@ from conf.request import EvaluationRequest
 from conf.trust import allowed_roots, check_path
 from flows.evaluate_model import evaluate_model
 from flows.personalize_subject import personalize_subject
+from flows.runs.attempts import end_when_cancelled
 from flows.runs.context import trust_of_run
 from flows.runs.pending import PendingReport, list_pending
 from flows.runs.records import read_request, read_summary, relocate, write_summary
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @flow(name="score-pending", persist_result=False)
+@end_when_cancelled
 def score_pending(output_dir: str = "") -> PendingReport:
     """Resume every pending run whose batch job has ended, and report the state of each.
 

@@ -6,6 +6,7 @@ A cancelled one ends, whoever started it.
 import datetime
 import logging
 import os
+import select
 import shutil
 import signal
 import socket
@@ -15,7 +16,6 @@ from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from functools import wraps
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar, cast
 
 import httpx
@@ -35,7 +35,8 @@ from tasks.manifests.run_summary import ProcessOwner, RunSummary
 MAX_ATTEMPTS = 5
 MAX_SKEW_SECONDS = 30.0
 """Between this machine's clock and the server's; a third of the window in which a heartbeat must arrive."""
-CANCEL_POLL_SECONDS = 20.0
+CANCEL_POLL_SECONDS, CANCEL_LOOKS = 20.0, 3
+"""A worker kills what it cancels after 30 s."""
 F = TypeVar("F", bound=Callable[..., Any])
 log = logging.getLogger(__name__)
 
@@ -47,45 +48,66 @@ class CancelWatch:
     run that no worker started is only marked.
     """
 
+    is_active = False
+    """Whether a flow of this process is watched: those that it calls end with it."""
+
     def __init__(self, flow_run_id: str) -> None:
         self.flow_run_id = uuid.UUID(flow_run_id)
-        self.is_stopping = self.is_cancelled = False
-        self.is_over = threading.Event()
+        self.is_cancelled = self.is_over = False
+        self.lock = threading.Lock()
+        # Python writes the number of each signal into it. A handler of ours in place of Prefect's would make a worker
+        # believe that this process knows nothing of cancellations.
+        self.signals, self.signals_end = os.pipe()
         # Made here: a new thread has none of the settings of this context, such as the server's address.
         self.client = get_client(sync_client=True)
-        self.handler = signal.getsignal(signal.SIGTERM)
 
     def __enter__(self) -> "CancelWatch":
-        signal.signal(signal.SIGTERM, self.note_signal)
+        os.set_blocking(self.signals_end, False)
+        self.earlier = signal.set_wakeup_fd(self.signals_end, warn_on_full_buffer=False)
+        CancelWatch.is_active = True
         threading.Thread(target=self.watch, name="cancel-watch", daemon=True).start()
         return self
 
     def __exit__(self, *caught: object) -> None:
-        self.is_over.set()
-        signal.signal(signal.SIGTERM, self.handler)
-
-    def note_signal(self, number: int, frame: FrameType | None) -> None:
-        """Note that the flow ends already, maybe saving for a while; a second signal would cut that off."""
-        self.is_stopping = True
-        if callable(self.handler):
-            self.handler(number, frame)
+        try:
+            with self.lock:  # from here on no signal is sent
+                self.is_over = True
+        finally:
+            CancelWatch.is_active = False
+            signal.set_wakeup_fd(self.earlier)
+            os.close(self.signals_end)  # which ends the thread
 
     def watch(self) -> None:
-        """Send SIGTERM to this process once two looks in a row find the run cancelled: its worker had time to."""
+        """Send SIGTERM to this process once the run stays cancelled for as long as a worker needs to end it.
+
+        Not where a signal has arrived: the flow ends already, maybe saving, which a second one would cut off.
+        """
         looks = 0
-        with self.client:
-            while looks < 2:
-                if self.is_over.wait(CANCEL_POLL_SECONDS):
-                    return
-                try:
-                    state = self.client.read_flow_run(self.flow_run_id).state
-                except (httpx.HTTPError, PrefectException, OSError, ValueError):
-                    continue
-                is_cancelled = state is not None and (state.is_cancelling() or state.is_cancelled())
-                looks = looks + 1 if is_cancelled else 0
-        if not self.is_stopping:
-            self.is_cancelled = True
-            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            with self.client:
+                while looks < CANCEL_LOOKS:
+                    if select.select([self.signals], [], [], CANCEL_POLL_SECONDS)[0] and self.is_ending():
+                        return
+                    looks = looks + 1 if self.is_marked() else 0
+            with self.lock:
+                if not self.is_over and not select.select([self.signals], [], [], 0)[0]:
+                    self.is_cancelled = True
+                    os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.close(self.signals)
+
+    def is_ending(self) -> bool:
+        """Read the signals that have arrived; whether one of them ends the flow, or the flow is over."""
+        arrived = os.read(self.signals, 4096)
+        return not arrived or bool({signal.SIGTERM, signal.SIGINT} & set(arrived))
+
+    def is_marked(self) -> bool:
+        """Whether the server says that the run is cancelled."""
+        try:
+            state = self.client.read_flow_run(self.flow_run_id).state
+        except (httpx.HTTPError, PrefectException, OSError, ValueError):
+            return False
+        return state is not None and (state.is_cancelling() or state.is_cancelled())
 
 
 def end_when_cancelled(flow: F) -> F:
@@ -93,17 +115,18 @@ def end_when_cancelled(flow: F) -> F:
 
     @wraps(flow)
     def run(*args: Any, **named: Any) -> Any:
-        own = flow_run.id if flow_run.parent_flow_run_id is None else None
-        # Python takes handlers of signals in the main thread alone.
+        own = None if CancelWatch.is_active else flow_run.id
+        # Python takes signals in the main thread alone.
         if own is None or threading.current_thread() is not threading.main_thread():
             return flow(*args, **named)
-        with CancelWatch(own) as watch:
-            try:
+        watch = CancelWatch(own)
+        try:
+            with watch:
                 return flow(*args, **named)
-            except (TerminationSignal, KeyboardInterrupt):
-                if not watch.is_cancelled:
-                    raise
-                return Cancelled(message="cancelled; what was computed is kept")
+        except (TerminationSignal, KeyboardInterrupt):
+            if not watch.is_cancelled:
+                raise
+            return Cancelled(message="cancelled; what was computed is kept")
 
     return cast(F, run)
 

@@ -25,7 +25,7 @@ from flows.runs.records import list_run_folders, list_summaries, read_request, r
 from tasks.subject.photos.ingest import DEMO_FOLDER
 from tests.stack.commands import LIKENESS, environment, likeness
 from tests.support.browser import keep_screenshot, open_page
-from tests.support.prefect_api import create_flow_run, open_api, read_flow_run, wait_for_type
+from tests.support.prefect_api import create_flow_run, open_api, read_flow_run, read_states, wait_for_type
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
@@ -161,6 +161,8 @@ def test_a_run_cancelled_in_the_ui_saves_training_and_is_resumed_by_its_name_on_
     assert [each.status for each in list_summaries(folder / "runs") if each.flow_run_id == run] == ["cancelled"]
     assert any(work.glob("*/checkpoints/step-*"))
     with open_api(folder / "runs") as client:
+        # One that were marked as crashed on the way would be scheduled again.
+        assert "CRASHED" not in {state["type"] for state in read_states(client, run)}
         name = str(read_flow_run(client, run)["name"])
     assert re.fullmatch(r"fish-full-[0-9a-f]{6}-[0-9a-f]{4}", name)  # of subject, method and configuration
     resumed = likeness(folder, "resume", name)

@@ -199,16 +199,10 @@ def generate(  # noqa: PLR0913, PLR0917 - a command's options
 
 @app.command("publish", rich_help_panel=RESULTS)
 def publish(  # noqa: PLR0913, PLR0917 - a command's options
+    context: typer.Context,
     run: RunName,
     to: Annotated[str, typer.Option(metavar="DEST", help="A folder, or s3://BUCKET/PREFIX.", show_default=False)],
-    samples: Annotated[
-        bool | None,
-        typer.Option(
-            "--samples/--no-samples",
-            help="Copy the evaluation's samples of the tuned model too; default: where they are signed.",
-            show_default=False,
-        ),
-    ] = None,
+    samples: Annotated[bool, typer.Option("--samples", help="Copy the evaluation's samples of the model too.")] = False,
     c2pa_certificate: options.Certificate = None,
     c2pa_key: options.PrivateKey = None,
     output_dir: OutputDir = OUTPUT,
@@ -218,8 +212,12 @@ def publish(  # noqa: PLR0913, PLR0917 - a command's options
     from flows.cli.results.images.generate import show_progress
     from flows.cli.results.publishing import Destination, publish_run
 
-    credentials = load_credentials(c2pa_certificate, c2pa_key) if samples is not False else None
-    target = Destination(to, has_samples=bool(samples or credentials), credentials=credentials)
+    # Variables may be set for `likeness generate`; without samples they have nothing to sign.
+    source = context.get_parameter_source("c2pa_certificate")
+    if not samples and source is not None and source.name == "COMMANDLINE":
+        raise ConfigError("--c2pa-certificate signs samples; add --samples")
+    credentials = load_credentials(c2pa_certificate, c2pa_key) if samples else None
+    target = Destination(to, has_samples=samples, credentials=credentials)
     return publish_run(output_dir, run, target, on_progress=partial(show_progress, name="files"))
 
 

@@ -222,8 +222,14 @@ def check_contents(
         if {path: facts for path, facts in listed.items() if path not in kept} != files:
             raise ConfigError(f"{to} already contains another model ({PUBLISHED}); choose an empty folder or prefix")
     else:
-        names = {*files, *samples}
-        other = next((key for key in destination.list_keys("") if key not in names), None)
+        keys = destination.list_keys("")
+        # Samples of a copy that was interrupted may be there, though none are copied now.
+        names = {
+            *files,
+            *samples,
+            *(key for key in keys if key.startswith(FOLDER) and not files.keys().isdisjoint(keys)),
+        }
+        other = next((key for key in keys if key not in names), None)
         if other is not None:
             raise ConfigError(f"{to} is not empty ({other}); choose an empty folder or prefix")
     if isinstance(destination, LocalStore):

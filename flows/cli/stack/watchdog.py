@@ -40,6 +40,8 @@ PENDING_GRACE = datetime.timedelta(minutes=3)
 """For the process that a worker had started to begin its run, though the worker is gone."""
 CLAIM_GRACE = datetime.timedelta(minutes=15)
 """For a worker to write its name on a run that it takes, which is its next request."""
+CREATED_GRACE = datetime.timedelta(hours=1)
+"""For a container that was maybe created."""
 CLOCKS_APART = datetime.timedelta(days=1)
 SLEPT_SECONDS = 4 * POLL_SECONDS
 """A longer pause between two looks: this machine was suspended, and living runs could send no heartbeat."""
@@ -65,8 +67,8 @@ class Watch:
         return self.since is not None and now - self.since >= self.window
 
 
-def read_runs(client: "SyncPrefectClient", *types: str) -> "list[FlowRun]":
-    """Return runs of our deployments whose state is of one of some types."""
+def read_runs(client: "SyncPrefectClient", kind: str) -> "list[FlowRun]":
+    """Return runs of our deployments whose state is of a type."""
     from prefect.client.schemas.filters import (
         FlowRunFilter,
         FlowRunFilterState,
@@ -76,7 +78,7 @@ def read_runs(client: "SyncPrefectClient", *types: str) -> "list[FlowRun]":
     from prefect.client.schemas.objects import StateType
 
     wanted = FlowRunFilter(
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType(each) for each in types])),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType(kind)])),
         tags=FlowRunFilterTags(all_=[TAG]),
     )
     found = client.read_flow_runs(flow_run_filter=wanted, limit=PAGE)
@@ -114,7 +116,7 @@ def mark_lost(client: "SyncPrefectClient", now: datetime.datetime, window: datet
     from prefect.exceptions import PrefectException
 
     lost = 0
-    for run in read_runs(client, "RUNNING", "CANCELLING", "PENDING"):
+    for run in [run for kind in ("RUNNING", "CANCELLING", "PENDING") for run in read_runs(client, kind)]:
         try:
             if run.state_type == "PENDING":
                 if is_abandoned(client, run, now):
@@ -128,14 +130,23 @@ def mark_lost(client: "SyncPrefectClient", now: datetime.datetime, window: datet
 
 def is_abandoned(client: "SyncPrefectClient", run: "FlowRun", now: datetime.datetime) -> bool:
     """Whether a pending run's worker is gone, and nothing else can begin it."""
+    import httpx
+
     waited = now - run.state.timestamp if run.state is not None else datetime.timedelta(0)
     name, pool = run.labels.get("prefect.worker.name"), run.labels.get("prefect.work-pool.name")
     if name is None or pool is None:
         return waited >= CLAIM_GRACE
     # A container or pod that was created outlives its worker: it may still be fetching its image, or wait for a GPU.
-    if waited < PENDING_GRACE or (run.infrastructure_pid and run.labels.get("prefect.worker.type") != "process"):
+    # Of a later attempt nothing says whether it was: the server keeps the name of the first one's.
+    is_created = run.infrastructure_pid and run.labels.get("prefect.worker.type") != "process"
+    if waited < PENDING_GRACE or (is_created and (run.run_count == 0 or waited < CREATED_GRACE)):
         return False
-    workers = client.read_workers_for_work_pool(str(pool))
+    try:
+        workers = client.read_workers_for_work_pool(str(pool))
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != httpx.codes.NOT_FOUND:
+            raise
+        return True  # the pool was deleted, its workers with it
     return not any(worker.name == name and worker.status == "ONLINE" for worker in workers)
 
 

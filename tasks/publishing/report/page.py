@@ -30,8 +30,8 @@ from tasks.stage.cache import read_verified
 
 MAX_POINTS = 400
 """Of a line."""
-FOLDERS = re.compile(r"(?:(?<=file:)|(?<![\w:/.~-]))/(?:[^/\s\"',\]]+/)+")
-"""Of absolute paths, not those in URLs."""
+ABSOLUTE = re.compile(r"(?:^|(?<=[\"',\[])|(?<=file:)|(?<=file://)|(?<=sqlite:///))/[^/\s\"',\]]+(?:/[^/\s\"',\]]*)+")
+"""Paths in a setting, not those in URLs of servers."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,13 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
 
 def hide_folders(value: str) -> str:
     """Return a setting without the absolute folders of its files, which tell a reader who made the report where."""
-    return FOLDERS.sub("\N{HORIZONTAL ELLIPSIS}/", value)
+    return ABSOLUTE.sub(lambda found: "\N{HORIZONTAL ELLIPSIS}/" + name_of_path(found[0]), value)
+
+
+def name_of_path(path: str) -> str:
+    """Return a path's last part, unless that is a person's home folder."""
+    parts = path.strip("/").split("/")
+    return "" if len(parts) == 2 and parts[0] in ("home", "Users") else parts[-1]
 
 
 def find_class_prompt(run: RunManifests) -> str:

@@ -173,7 +173,7 @@ class LlmService:
         if (cached := find()) is not None:
             return replace(cached, fallback_index=row.fallback_index, reason=row.reason)
         key = self.cache_key(spec, row.profile)
-        patience = WINDOW_SECONDS + num_calls * self.config.profiles[row.profile].timeout_seconds
+        patience = num_calls * (WINDOW_SECONDS + self.config.profiles[row.profile].timeout_seconds)
         once = partial(run_once, self.store, key, ask, find=find, max_wait_seconds=patience)
         answer, is_own = self.flights.run(key, once)
         if not is_own:  # joined another thread's call, which recorded the cost

@@ -116,9 +116,9 @@ class Journal:
         """Forget the oldest record: the server has it."""
         with self.lock:
             self.run_id = run_id or self.run_id
-            self._write(Record(kind="sent", number=record.number, run_id=self.run_id))
+            is_whole = self._write(Record(kind="sent", number=record.number, run_id=self.run_id))
             self.pending.popleft()
-            if self.file is None:
+            if self.file is None or not is_whole:
                 return
             size = self.file.tell()
             if record.kind == "start":
@@ -126,17 +126,18 @@ class Journal:
             elif not self.pending and self.head_bytes and size > self.head_bytes + COMPACT_BYTES:
                 self.file.truncate(self.head_bytes)  # to the start of the run; appending continues from there
 
-    def _write(self, record: Record) -> None:
-        """Append a line. Not synced: it survives the process, and power cuts are rarer than training steps."""
+    def _write(self, record: Record) -> bool:
+        """Append a line; return whether all of it was. Not synced: power cuts are rarer than training steps."""
         if self.file is None:
-            return
+            return False
         try:
             line = dump_line(record.model_dump(mode="json", exclude_defaults=True)).encode()
             line = b"\n" + line if self.is_torn else line
             self.is_torn = self.file.write(line) < len(line)
         except (OSError, ValueError, ArtifactCorrupt):
             # A full disk, or a value that is not finite: the record is kept in memory.
-            return
+            return False
+        return not self.is_torn
 
     def remove(self) -> None:
         """Close and delete the file: nothing is left to send."""

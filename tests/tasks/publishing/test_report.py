@@ -35,7 +35,12 @@ def test_a_photo_without_inspection_and_a_run_without_grades_or_class_images_are
     ("value", "shown"),
     [
         ("/home/ann/photos/rex", "\u2026/rex"),
+        ("/home/ann/photos/", "\u2026/photos"),
+        ("/home/ann", "\u2026/"),
         ("file:/home/ann/prompts.yaml", "file:\u2026/prompts.yaml"),
+        ("file:///home/ann/prompts.yaml", "file://\u2026/prompts.yaml"),
+        ("sqlite:////home/ann/mlflow.db", "sqlite:///\u2026/mlflow.db"),
+        ("a cat /w/ hat/", "a cat /w/ hat/"),
         ('["/home/ann/a.png", "b/c.png"]', '["\u2026/a.png", "b/c.png"]'),
         ("s3://bucket/photos/rex", "s3://bucket/photos/rex"),
         ("http://127.0.0.1:4200/api/x", "http://127.0.0.1:4200/api/x"),

@@ -148,29 +148,33 @@ def test_an_interrupted_copy_of_signed_samples_has_no_manifest(
         with pytest.raises(KeyboardInterrupt):
             publish(str(tmp_path / "to"), has_samples=True, credentials=credentials)
     assert not (tmp_path / "to" / PUBLISHED).exists()
+    publish(str(tmp_path / "to"))  # without samples, beside what is left of them
+    assert (tmp_path / "to" / PUBLISHED).exists()
     publish(str(tmp_path / "to"), has_samples=True, credentials=credentials)
     assert (tmp_path / "to" / PUBLISHED).exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "has_samples", "is_signed"),
-    [
-        ([], False, False),
-        (["--samples"], True, False),
-        (["SIGN"], True, True),
-        (["SIGN", "--no-samples"], False, False),
-    ],
-)
-def test_samples_go_along_where_they_are_signed_or_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], has_samples: bool, is_signed: bool
+def test_samples_go_along_where_they_are_asked_for_and_are_signed_with_a_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chain, key = write_pair(tmp_path)
-    given: list[Destination] = []
-    monkeypatch.setattr(publishing, "publish_run", lambda output, name, target, **_: given.append(target) or 0)
-    signing = ["--c2pa-certificate", str(chain), "--c2pa-key", str(key)]
-    options = [word for each in words for word in (signing if each == "SIGN" else [each])]
-    assert main(["publish", "a-run", "--to", "there", *options]) == 0
-    assert (given[0].has_samples, given[0].credentials is not None) == (has_samples, is_signed)
+    chain, key = map(str, write_pair(tmp_path))
+    given: list[tuple[bool, bool]] = []
+
+    def note(output: Path, name: str, target: Destination, **named: Any) -> int:
+        given.append((target.has_samples, target.credentials is not None))
+        return 0
+
+    monkeypatch.setattr(publishing, "publish_run", note)
+    words = ["publish", "a-run", "--to", "there"]
+    assert main(words) == main([*words, "--samples"]) == 0
+    assert main([*words, "--samples", "--c2pa-certificate", chain, "--c2pa-key", key]) == 0
+    assert main([*words, "--c2pa-certificate", chain, "--c2pa-key", key]) != 0
+    assert "--c2pa-certificate signs samples; add --samples" in capsys.readouterr().err
+    # Set for `likeness generate`.
+    monkeypatch.setenv("LIKENESS_C2PA_CERTIFICATE", chain)
+    monkeypatch.setenv("LIKENESS_C2PA_KEY", key)
+    assert main(words) == main([*words, "--samples"]) == 0
+    assert given == [(False, False), (True, False), (True, True), (False, False), (True, True)]
 
 
 def test_a_report_in_a_bucket_names_no_folder_of_this_machine(

@@ -17,6 +17,7 @@ from flows.cli.stack import watchdog
 from flows.cli.stack.registration import TAG
 from flows.cli.stack.watchdog import (
     CLAIM_GRACE,
+    CREATED_GRACE,
     GRACE,
     LOST_GRACE,
     MAX_AGE,
@@ -32,13 +33,15 @@ from flows.runs.attempts import MAX_ATTEMPTS
 LATE = GRACE + datetime.timedelta(seconds=5)
 
 
-def make_run(client: SyncPrefectClient, *, tags: list[str], has_deployment: bool = True) -> uuid.UUID:
+def make_run(
+    client: SyncPrefectClient, *, tags: list[str], has_deployment: bool = True, state: str = "RUNNING"
+) -> uuid.UUID:
     flow = client._client.post("/flows/", json={"name": "personalize-subject"}).json()["id"]
     if not has_deployment:
         body = {"flow_id": flow, "tags": tags, "state": {"type": "RUNNING"}}
         return uuid.UUID(client._client.post("/flow_runs/", json=body).raise_for_status().json()["id"])
     deployment = client._client.post("/deployments/", json={"name": str(uuid.uuid4()), "flow_id": flow}).json()["id"]
-    body = {"tags": tags, "state": {"type": "RUNNING"}}
+    body = {"tags": tags, "state": {"type": state}}
     made = client._client.post(f"/deployments/{deployment}/create_flow_run", json=body).raise_for_status().json()
     return uuid.UUID(made["id"])
 
@@ -144,7 +147,7 @@ class Pool:
 
     def claim(self, worker: str | None, *, infrastructure: str | None = None) -> uuid.UUID:
         """Return a run that is pending, as a worker leaves it that has taken it."""
-        run = make_run(self.client, tags=[TAG])
+        run = make_run(self.client, tags=[TAG], state="SCHEDULED")
         self.client.set_flow_run_state(run, Pending(), force=True)
         if infrastructure is not None:
             self.client.update_flow_run(run, infrastructure_pid=infrastructure)
@@ -182,6 +185,26 @@ def test_the_container_of_a_lost_worker_may_still_begin_its_run(client: SyncPref
     of_process = Pool(client).claim("gone", infrastructure="host:1")
     assert mark_lost(client, datetime.datetime.now(datetime.UTC) + PENDING_GRACE + MARGIN, WINDOW) == 1
     assert read_type(client, of_process) == StateType.CRASHED
+
+
+def test_what_is_left_of_an_earlier_attempt_says_little_of_a_later_one(client: SyncPrefectClient) -> None:
+    """The server keeps the name of the first one's container."""
+    run = Pool(client, "docker").claim("gone", infrastructure="container-1")
+    for kind in ("RUNNING", "CRASHED", "SCHEDULED", "PENDING"):
+        client._client.post(f"/flow_runs/{run}/set_state", json={"state": {"type": kind}}).raise_for_status()
+    assert client.read_flow_run(run).run_count > 0
+    now = datetime.datetime.now(datetime.UTC)
+    assert mark_lost(client, now + CREATED_GRACE - MARGIN, WINDOW) == 0
+    assert mark_lost(client, now + CREATED_GRACE + MARGIN, WINDOW) == 1
+
+
+def test_with_its_pool_a_pending_run_is_lost(client: SyncPrefectClient) -> None:
+    pool = Pool(client)
+    pool.beat("there")
+    run = pool.claim("there")
+    client.delete_work_pool(pool.name)
+    mark_lost(client, datetime.datetime.now(datetime.UTC) + PENDING_GRACE + MARGIN, WINDOW)
+    assert read_type(client, run) == StateType.CRASHED
 
 
 def test_a_run_whose_worker_was_lost_before_it_gave_its_name_is_marked_crashed(client: SyncPrefectClient) -> None:

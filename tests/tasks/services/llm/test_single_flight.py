@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -38,16 +39,23 @@ def list_claims(llm: LlmService) -> list[str]:
     return llm.store.list_keys("leases/replies/")
 
 
-def test_two_runs_that_ask_the_same_at_once_pay_once(server: ScriptedServer, tmp_path: Path) -> None:
-    runs = make_two(server, tmp_path)
+def ask_at_once(
+    server: ScriptedServer, runs: tuple[LlmService, LlmService], work: Callable[[LlmService], object]
+) -> None:
+    """Let both ask before either is answered."""
+    threads = [threading.Thread(target=work, args=(llm,)) for llm in runs]
     server.asking.acquire()
-    threads = [threading.Thread(target=ask, args=(llm,)) for llm in runs]
     for thread in threads:
         thread.start()
-    time.sleep(0.3)  # both ask before either is answered
+    time.sleep(0.3)
     server.asking.release()
     for thread in threads:
         thread.join()
+
+
+def test_two_runs_that_ask_the_same_at_once_pay_once(server: ScriptedServer, tmp_path: Path) -> None:
+    runs = make_two(server, tmp_path)
+    ask_at_once(server, runs, ask)
     assert server.counts[CHAT] == 1
     assert sorted(row.outcome for llm in runs for row in llm.ledger.rows) == ["cached", "ok"]
     assert list_claims(runs[0]) == []
@@ -65,14 +73,7 @@ def test_two_agents_that_ask_the_same_at_once_pay_once(server: ScriptedServer, t
         else:
             ask_with_search(llm, spec, role="profiler")
 
-    server.asking.acquire()
-    threads = [threading.Thread(target=work, args=(llm,)) for llm in runs]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.3)
-    server.asking.release()
-    for thread in threads:
-        thread.join()
+    ask_at_once(server, runs, work)
     assert server.counts[CHAT] == 1
     assert sorted(row.outcome for llm in runs for row in llm.ledger.rows) == ["cached", "ok"]
     assert list_claims(runs[0]) == []

@@ -52,6 +52,7 @@ class Options:
     """Of training."""
     kinds: tuple[str, ...]
     places: tuple[str, ...]
+    patience: float
     settle: float
     out: Path
 
@@ -67,6 +68,7 @@ def parse(words: Sequence[str] | None = None) -> Options:
     parser.add_argument("--steps", type=int, default=12, help="of each training, with a checkpoint every three")
     parser.add_argument("--kinds", default=",".join(SLUGS), help=f"of {', '.join(SLUGS)}")
     parser.add_argument("--places", default="s3,local", help="kinds of stores, in turn")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds for which a fault waits for what it hits")
     parser.add_argument("--settle", type=float, default=1800.0, help="seconds that runs have to end after the faults")
     parser.add_argument("--out", type=Path, default=Path("build/chaos"))
     found = vars(parser.parse_args(words))
@@ -201,7 +203,7 @@ def collect(
 
 def run_campaign(options: Options) -> int:
     """Run a campaign and return its exit code."""
-    with open_site(options.out, options.workers, num_steps=options.steps) as site:
+    with open_site(options.out, options.workers, num_steps=options.steps, patience=options.patience) as site:
         for name, kind in name_places(options).items():
             site.add_place(name, kind)
         note("starting the stack")

@@ -22,8 +22,6 @@ from tests.chaos.processes import Found, find_processes, list_processes
 from tests.chaos.site import MLFLOW, PREFECT, WORKER, Site
 from tests.support.fault_proxy import FaultProxy, Mode
 
-TARGET_SECONDS = 60.0
-"""For which a fault waits for a process or a lease that it could hit."""
 CLOCK_SECONDS = 600
 """Five times what a lease lives, and below the 15 minutes within which S3 accepts a request's time."""
 FILE_BYTES = 4096
@@ -68,7 +66,7 @@ class Strike:
 
     def find_target(self, kind: str) -> Found | None:
         """Return a process of a kind that works for a run, after waiting for one; None where none comes."""
-        deadline = time.monotonic() + TARGET_SECONDS
+        deadline = time.monotonic() + self.site.patience
         while time.monotonic() < deadline:
             found = [each for each in find_processes(self.site.token, kind) if each.flow_run_id in self.active]
             if found:
@@ -229,7 +227,7 @@ def break_proxy(mode: Mode) -> Callable[[Strike], bool]:
         strike.hit += select_runs(strike, "s3")
         if not strike.hit:
             return False
-        deadline = time.monotonic() + TARGET_SECONDS
+        deadline = time.monotonic() + strike.site.patience
         with set_mode(bucket, mode):
             while sum(bucket.faults.values()) == before and time.monotonic() < deadline:
                 time.sleep(0.1)
@@ -302,7 +300,7 @@ def limit_files(strike: Strike, flow_run_id: str, limit: int) -> None:
 def step_clock(strike: Strike) -> bool:
     """Set the clock of the second worker's machine by ten minutes during a run, or right again where it is wrong."""
     clock = strike.site.clock
-    deadline = time.monotonic() + TARGET_SECONDS
+    deadline = time.monotonic() + strike.site.patience
     while clock.environment() and time.monotonic() < deadline:
         workers = {worker.pid for worker in strike.site.workers if worker.is_alive()}
         flows = find_processes(strike.site.token, "flow")
@@ -326,7 +324,7 @@ def list_parents(process: psutil.Process) -> list[int]:
 
 def lose_lease(strike: Strike) -> bool:
     """Delete a stage's lease, or overwrite it with that of a process that is gone."""
-    deadline = time.monotonic() + TARGET_SECONDS
+    deadline = time.monotonic() + strike.site.patience
     while time.monotonic() < deadline:
         for place in strike.site.places.values():
             with contextlib.suppress(LikenessError):

@@ -92,6 +92,8 @@ class Site:
     root: Path
     num_workers: int
     num_steps: int
+    patience: float
+    """Seconds for which a fault waits for a process or a lease that it could hit."""
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     places: dict[str, Place] = field(default_factory=dict)
     workers: list[StackProcess] = field(default_factory=list)
@@ -251,14 +253,14 @@ def write(path: Path, text: str) -> None:
 
 
 @contextmanager
-def open_site(root: Path, num_workers: int, *, num_steps: int) -> Iterator[Site]:
+def open_site(root: Path, num_workers: int, *, num_steps: int, patience: float) -> Iterator[Site]:
     """Start a site in an empty folder; stop all of it at the end."""
     import boto3
     from moto.server import ThreadedMotoServer
 
     shutil.rmtree(root, ignore_errors=True)
     (root / "tmp").mkdir(parents=True)
-    site = Site(root, num_workers, num_steps)
+    site = Site(root, num_workers, num_steps, patience)
     site.clock.build()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     # This process composes requests too, and looks into the bucket.

@@ -299,11 +299,9 @@ def open_run(request: RunRequest, *, is_trusted: bool, model: str = "") -> Itera
     except BaseException as error:
         runtime.stopping.set()  # polled by stages in other threads, which can't be interrupted
         # BaseException: Ctrl-C, SIGTERM and Prefect's cancellation end a run too, and its status must say so.
-        # On a full disk both may fail; the error itself says more.
-        with suppress(OSError, LikenessError):
-            write_end(folder, run_id, error)
-        with suppress(OSError, LikenessError):
-            runtime.live.abandon()
+        for end in (partial(write_end, folder, run_id, error), runtime.live.abandon):
+            with suppress(OSError, LikenessError):  # both may fail on a full disk; the error itself says more
+                end()
         raise
     finally:
         if shared is None:

@@ -60,7 +60,12 @@ def test_what_fails_while_a_run_ends_does_not_hide_why_it_ended(
 
     with pytest.raises(StorageFull, match="no room"):
         fail()
-    [summary] = list_summaries(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.runs.context.write_end", Mock(side_effect=StorageFull("summary.json")))
+        with pytest.raises(StorageFull, match="no room"):
+            fail()
+    # The second one could not be written.
+    [summary] = [each for each in list_summaries(tmp_path) if each.status != "running"]
     assert summary.status == "failed"
     assert summary.error is not None
     assert summary.error.kind == "StorageFull"

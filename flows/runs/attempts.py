@@ -55,7 +55,7 @@ class CancelWatch:
         self.flow_run_id = uuid.UUID(flow_run_id)
         self.is_cancelled = self.is_over = False
         self.lock = threading.Lock()
-        # Python writes the number of each signal into it. A handler of ours in place of Prefect's would make a worker
+        # Python writes the number of each signal into it. Another handler in place of Prefect's would make a worker
         # believe that this process knows nothing of cancellations.
         self.signals, self.signals_end = os.pipe()
         # Made here: a new thread has none of the settings of this context, such as the server's address.

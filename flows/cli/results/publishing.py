@@ -224,12 +224,9 @@ def check_contents(
     else:
         keys = destination.list_keys("")
         # Samples of a copy that was interrupted may be there, though none are copied now.
-        names = {
-            *files,
-            *samples,
-            *(key for key in keys if key.startswith(FOLDER) and not files.keys().isdisjoint(keys)),
-        }
-        other = next((key for key in keys if key not in names), None)
+        has_model = not files.keys().isdisjoint(keys)
+        others = (key for key in keys if key not in {*files, *samples} and not (has_model and key.startswith(FOLDER)))
+        other = next(others, None)
         if other is not None:
             raise ConfigError(f"{to} is not empty ({other}); choose an empty folder or prefix")
     if isinstance(destination, LocalStore):

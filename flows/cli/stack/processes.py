@@ -105,7 +105,7 @@ def stop(process: StackProcess, *, seconds: float = STOP_SECONDS) -> bool:
 
 
 def stop_family(pid: int, *, seconds: float = STOP_SECONDS) -> None:
-    """Stop a process of ours, then all that it leaves behind."""
+    """Stop a process, then all descendants that it leaves behind."""
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         # Listed first: once the root is gone its children belong to init.

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tasks.errors import ConfigError
+from tasks.stage.tensor_files import save_tensors
 
 EMBEDS_FILE = "learned_embeds.safetensors"
 # Tensor names that other tools expect where a model has several text encoders.
@@ -109,7 +109,7 @@ def save_tokens(folder: Path, identifier_token: str, vectors: Mapping[str, Tenso
         else {EMBEDS_KEYS[name]: tensor for name, tensor in plain.items()}
     )
     path = folder / EMBEDS_FILE
-    save_file(tensors, path, metadata={"token": token, "identifier_token": identifier_token})
+    save_tensors(tensors, path, metadata={"token": token, "identifier_token": identifier_token})
     return path
 
 

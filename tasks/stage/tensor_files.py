@@ -1,5 +1,6 @@
 """Atomic writes of safetensors files."""
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ HEADER_BYTES = 256  # per tensor, at most: its name, shape and offsets
 
 
 def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as safetensors, in one step.
+    """Write tensors as safetensors, in one step; equal tensors and metadata make equal files.
 
     Raises:
         StorageFull: there is no room; names the path and the needed size.
@@ -27,6 +28,21 @@ def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, *, metadata: Mappi
     size_bytes = count_bytes(tensors)
     with staged_file(path, size_bytes=size_bytes) as staged, explain_full_tensors(path, size_bytes=size_bytes):
         save_file(dict(tensors), staged, metadata=dict(metadata) if metadata else None)
+        if metadata:
+            sort_metadata(staged)
+
+
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata in a file's header: the library writes it in a random order, that of a Rust hash map."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:  # the offsets of the tensors count from the header's end
+            raise ValueError(f"{path}: the sorted header is longer than the library's")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def count_bytes(tensors: Mapping[str, "Tensor"]) -> int:

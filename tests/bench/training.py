@@ -6,7 +6,8 @@ Seconds per step are the difference of two runs of different length through the 
 starting, loading and caching don't count. `--peer` runs diffusers' own script on the same weights,
 images, steps and precision, in turn with ours; the file is yours to supply, and so is torchvision, which it
 imports: PEER_PYTHONPATH names a folder that has it. `sd15` is the architecture of
-Stable Diffusion 1.5 with random weights, which serve for speed; it wants a GPU.
+Stable Diffusion 1.5 with random weights, which serve for speed; it wants a GPU. On a GPU the peak is that of torch's
+allocator, for both sides; else it is resident memory. `--levers` prints `likeness estimate`'s prediction beside it.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from tasks.stage.digests import digest_folder
 from tasks.training.config import TrainingConfig
 from tasks.training.data.datamodule import DreamBoothDataModule
 from tasks.training.losses import prior_preservation_loss
+from tasks.training.memory.estimate import estimate_memory
 from tasks.training.module import DreamBoothModule
 from tasks.training.process.supervisor import run_worker
 from tasks.training.process.worker_spec import TrainingImage, TrainingSpec
@@ -96,6 +98,10 @@ class Timed:
 
     seconds: float
     peak_bytes: int
+    before: float = 0.0
+    """Seconds until the first step."""
+    after: float = 0.0
+    """Seconds from the last step to the saved model."""
 
 
 def time_steps(run: Callable[[int], int], *, steps: int) -> Timed:
@@ -116,11 +122,39 @@ def run_ours(case: Case, *, steps: int, **changes: Any) -> int:
     return result.peak_memory_bytes
 
 
+def time_run(case: Case, *, steps: int, **changes: Any) -> Timed:
+    """Train once; the seconds per step are the worker's own, without those up to the first log line."""
+    marks, rates = [time.monotonic()], list[float]()
+
+    def note(event: dict[str, Any]) -> None:
+        if event["event"] == "started":
+            marks.append(time.monotonic())
+        elif event["event"] == "step":
+            rates.append(event["images_per_second"])
+            marks[2:] = [time.monotonic()]
+
+    with tempfile.TemporaryDirectory() as name:
+        spec = case.spec(Path(name) / "run", steps=steps, **changes)
+        result = run_worker(spec, on_event=note)
+    images = spec.training.train_batch_size * (2 if spec.training.prior_loss_weight else 1)
+    # Equally many steps lie between two log lines: the mean of their seconds.
+    seconds = sum(images / rate for rate in rates[1:]) / (len(rates) - 1)
+    return Timed(seconds, result.peak_memory_bytes, before=marks[1] - marks[0], after=time.monotonic() - marks[2])
+
+
+PEER_RUNNER = """
+import runpy, sys, torch
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("PEAK", torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+"""
+
+
 def run_peer(script: Path, case: Case, *, steps: int) -> int:
     """Train with diffusers' script and return the peak memory of its process."""
     with tempfile.TemporaryDirectory() as out:
         command = [
-            sys.executable, str(script), "--pretrained_model_name_or_path", str(case.model),
+            sys.executable, "-c", PEER_RUNNER, str(script), "--pretrained_model_name_or_path", str(case.model),
             "--instance_data_dir", str(case.halves["instance"]), "--class_data_dir", str(case.halves["class"]),
             "--instance_prompt", INSTANCE_PROMPT, "--class_prompt", CLASS_PROMPT, "--with_prior_preservation",
             "--num_class_images", str(len(list(case.halves["class"].iterdir()))), "--train_text_encoder",
@@ -139,22 +173,18 @@ def run_peer(script: Path, case: Case, *, steps: int) -> int:
             peak = watch_memory(process)
         if process.returncode:
             raise SystemExit(f"the peer failed:\n{log.read_text()[-3000:]}")
-    return peak
+        allocated = int(log.read_text().rsplit("PEAK ", 1)[1].split()[0])
+    return allocated or peak
 
 
 def watch_memory(process: "subprocess.Popen[bytes]") -> int:
-    """Return the largest memory of a process until it ends: on a GPU what the driver says, else resident."""
+    """Return the largest resident memory of a process until it ends."""
     peak = 0
     while process.poll() is None:
-        if torch.cuda.is_available():
-            query = ["nvidia-smi", "--query-compute-apps=used_memory", "--format=csv,noheader,nounits"]
-            rows = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-            peak = max(peak, *(int(row) * 2**20 for row in rows if row.isdigit()), 0)
-        else:
-            try:
-                peak = max(peak, psutil.Process(process.pid).memory_info().rss)
-            except psutil.Error:
-                break
+        try:
+            peak = max(peak, psutil.Process(process.pid).memory_info().rss)
+        except psutil.Error:
+            break
         time.sleep(0.2)
     process.wait()
     return peak
@@ -258,11 +288,17 @@ LEVERS: dict[str, dict[str, Any]] = {
     "text encoder frozen": {"train_text_encoder": False},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "LoRA": {"method": "lora"},
+    "deterministic (the default)": {"deterministic": True},
+    "a checkpoint every 10 steps": {"checkpointing_steps": 10},
+    "averaged weights (EMA)": {"ema_decay": 0.999},
+    "8-bit AdamW": {"optimizer": "adamw8bit"},
 }
 GPU_LEVERS: dict[str, dict[str, Any]] = {
     "channels last": {"channels_last": True},
     "compiled blocks": {"compile": True},
-    "without TF32": {"allow_tf32": False, "mixed_precision": "no"},
+    "fp16": {"mixed_precision": "fp16"},
+    "fp32": {"mixed_precision": "no"},
+    "fp32 without TF32": {"mixed_precision": "no", "allow_tf32": False},
 }
 
 
@@ -321,12 +357,21 @@ def report(case: Case, options: argparse.Namespace) -> None:
     print(f"\n{flops / 1e9:.1f} GFLOP a step: {flops / ours.seconds / rate:.0%} of the matrix rate measured here "
           f"({rate / 1e12:.2f} TFLOP/s, {case.precision})\n")  # fmt: skip
     if options.levers:
-        print("| lever | s/step | against as configured | peak memory |\n|---|---|---|---|")
-        levers = {**LEVERS, **(GPU_LEVERS if torch.cuda.is_available() else {})}
-        for label, changes in levers.items():
-            timed = time_steps(lambda steps, c=changes: run_ours(case, steps=steps, **c), steps=options.steps)
-            share = timed.seconds / ours.seconds
-            print(f"| {label} | {timed.seconds:.3f} | {share:.2f} | {timed.peak_bytes / 2**30:.2f} GiB |", flush=True)
+        measure_levers(case, steps=options.steps)
+
+
+def measure_levers(case: Case, *, steps: int) -> None:
+    """Print what each setting costs, one run each, and what `likeness estimate` predicts for it."""
+    print("| setting | s/step | ratio | peak memory | estimated | start, s | end, s |\n|---|---|---|---|---|---|---|")
+    plain = None
+    for label, changes in {**LEVERS, **(GPU_LEVERS if torch.cuda.is_available() else {})}.items():
+        timed = time_run(case, steps=steps, **changes)
+        plain = plain or timed
+        spec = case.spec(case.folder, steps=steps, **changes)
+        estimated = estimate_memory(case.model, spec.diffusion, spec.training).total
+        print(f"| {label} | {timed.seconds:.3f} | {timed.seconds / plain.seconds:.2f} | "
+              f"{timed.peak_bytes / 2**30:.2f} GiB | {estimated / 2**30:.2f} GiB | {timed.before:.1f} | "
+              f"{timed.after:.1f} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

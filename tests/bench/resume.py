@@ -1,7 +1,7 @@
 """Train, interrupt and resume at full size, and compare every bit: python -m tests.bench.resume [--model mini|sd15].
 
-For each set of options: one run without interruption, and one that is stopped in the middle and resumed, in the same
-output folder's order of events. Both write the same files or the row says which differ.
+For each set of options: one run without interruption, and one that is stopped and resumed. Both write equal files, or
+the row says which differ.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import torch
 
 from tasks.training.process.supervisor import run_worker
 from tasks.training.process.worker_spec import RunFolder, TrainingSpec
-from tests.bench.training import Case, make_mini, make_sd15
+from tests.bench.training import Case, make_model, open_folder
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -55,19 +55,19 @@ def main() -> None:
     parser.add_argument("--model", choices=("mini", "sd15"), default="sd15" if torch.cuda.is_available() else "mini")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--only", help="comma-separated positions in the table, from 0")
+    parser.add_argument("--folder", type=Path, help="where the model is made, and found by the next bench")
     options = parser.parse_args()
     chosen = list({**OPTIONS, **(GPU_OPTIONS if torch.cuda.is_available() else {})}.items())
     if options.only:
         chosen = [chosen[int(index)] for index in options.only.split(",")]
-    is_mini = options.model == "mini"
     print("| options | steps | files that differ | seconds |\n|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as name:
+    with open_folder(options.folder) as place:
         case = Case(
-            model=make_mini(Path(name) / "mini") if is_mini else make_sd15(Path(name) / "sd15"),
-            resolution=64 if is_mini else 512,
+            model=make_model(options.model, place),
+            resolution=64 if options.model == "mini" else 512,
             batch_size=1,
             precision="bf16" if torch.cuda.is_available() else "fp32",
-            folder=Path(name),
+            folder=place,
         )
         case.draw_images()
         for label, changes in chosen:

@@ -7,7 +7,6 @@ each; ours decodes in float32, in chunks, and starts each image from its own see
 import argparse
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -20,7 +19,7 @@ from tasks.diffusion.adapter import DTYPES, DiffusionModel
 from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.registry import load_model
 from tasks.diffusion.types import SamplingRequest
-from tests.bench.training import make_mini, make_sd15, synchronize
+from tests.bench.training import make_model, open_folder, synchronize
 from tests.support.config import make_config
 
 STEPS, GUIDANCE, REPEATS = 25, 7.5, 3
@@ -68,20 +67,19 @@ def main() -> None:
     parser.add_argument("--model", choices=("mini", "sd15"), default="sd15" if torch.cuda.is_available() else "mini")
     parser.add_argument("--batch-sizes", default="1,8")
     parser.add_argument("--precisions", default="fp32,bf16,fp16" if torch.cuda.is_available() else "fp32")
+    parser.add_argument("--folder", type=Path, help="where the model is made, and found by the next bench")
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "diffusers"))
     print(f"{options.model}, {STEPS} steps, guidance {GUIDANCE}; {device}; {versions}; {time.strftime('%Y-%m-%d')}\n")
-    print(
-        "| precision | batch | s/image | pipeline's | speed ratio | peak | pipeline's | load, s |"
-    )
+    print("| precision | batch | s/image | pipeline's | speed ratio | peak | pipeline's | load, s |")
     print("|---|---|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as name:
-        is_mini = options.model == "mini"
-        folder = make_mini(Path(name) / "mini") if is_mini else make_sd15(Path(name) / "sd15")
+    with open_folder(options.folder) as place:
+        folder = make_model(options.model, place)
+        side = 64 if options.model == "mini" else 512
         for precision in options.precisions.split(","):
             config = make_config(
-                DiffusionConfig, pretrained_model_name_or_path=str(folder), resolution=64 if is_mini else 512,
+                DiffusionConfig, pretrained_model_name_or_path=str(folder), resolution=side,
                 precision=precision, sampler="dpm++",
             )  # fmt: skip
             begun = time.monotonic()

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -254,6 +255,25 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+@contextmanager
+def open_folder(kept: Path | None) -> Iterator[Path]:
+    """Yield the folder of the benches' model and images: a temporary one, unless it is to be kept."""
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept
+        return
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def make_model(name: str, folder: Path) -> Path:
+    """Return the folder of a model that is measured, made there unless it was before."""
+    path = folder / name
+    if (path / "model_index.json").is_file():
+        return path
+    return make_mini(path) if name == "mini" else make_sd15(path)
+
+
 def make_mini(folder: Path) -> Path:
     """Write the mini model in full precision: the peer takes no other."""
     load_model(make_config(DiffusionConfig, pretrained_model_name_or_path="mini", resolution=64)).save(folder)
@@ -310,17 +330,18 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="instance images a step (default: 4 for mini, 1 for sd15)")
     parser.add_argument("--precision", choices=tuple(DTYPES), help="default: fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--peer", type=Path, help="diffusers' examples/dreambooth/train_dreambooth.py")
-    parser.add_argument("--levers", action="store_true", help="measure each lever too")
+    parser.add_argument("--levers", action="store_true", help="measure settings too, one run each")
+    parser.add_argument("--folder", type=Path, help="where the model is made, and found by the next bench")
     options = parser.parse_args()
     assert "fish" in CLASS_NOUNS
-    with tempfile.TemporaryDirectory() as name:
+    with open_folder(options.folder) as folder:
         is_mini = options.model == "mini"
         case = Case(
-            model=make_mini(Path(name) / "mini") if is_mini else make_sd15(Path(name) / "sd15"),
+            model=make_model(options.model, folder),
             resolution=64 if is_mini else 512,
             batch_size=options.batch_size or (4 if is_mini else 1),
             precision=options.precision or ("bf16" if torch.cuda.is_available() else "fp32"),
-            folder=Path(name),
+            folder=folder,
         )
         case.draw_images()
         report(case, options)

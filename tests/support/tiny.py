@@ -1,5 +1,6 @@
 """Tiny real parts: a random Stable Diffusion, photos, a spec to train with."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from tasks.training.process.worker_spec import RunFolder, TrainingImage, Trainin
 from tests.support.config import make_config
 
 SIDE = 32
+DEVICE = os.environ.get("LIKENESS_TEST_DEVICE", "cpu")
+"""Where tiny models train and sample; tests that compare with other code on the CPU fail on another."""
 WORDS = ["a", "photo", "of", "fish", "in", "the", "snow", "on", "beach", "sks"]
 
 
@@ -57,7 +60,7 @@ def tiny_diffusion_config(folder: Path, **changes: Any) -> DiffusionConfig:
     """Return the configuration of a tiny model."""
     return make_config(
         DiffusionConfig,
-        **{"pretrained_model_name_or_path": str(folder), "resolution": SIDE, "device": "cpu", **changes},
+        **{"pretrained_model_name_or_path": str(folder), "resolution": SIDE, "device": DEVICE, **changes},
     )
 
 

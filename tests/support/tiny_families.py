@@ -30,7 +30,7 @@ from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.registry import load_model
 from tasks.mini.pretrain.tokens import write_tokenizer
 from tests.support.config import make_config
-from tests.support.tiny import SIDE, WORDS, make_tiny_stable_diffusion
+from tests.support.tiny import DEVICE, SIDE, WORDS, make_tiny_stable_diffusion
 
 WIDTH = 16
 
@@ -141,7 +141,7 @@ def family_config(family: str, folder: Path) -> DiffusionConfig:
         family=family,
         pretrained_model_name_or_path=str(folder),
         resolution=SIDE,
-        device="cpu",
+        device=DEVICE,
         sampler="euler",
     )
 

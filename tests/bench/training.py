@@ -2,9 +2,9 @@
 
     python -m tests.bench.training [--model mini|sd15] [--steps 30] [--peer PATH/train_dreambooth.py]
 
-Seconds per step are the difference of two runs of different length through the real entrances, so that
-starting, loading and caching don't count. `--peer` runs diffusers' own script on the same weights,
-images, steps and precision, in turn with ours; the file is yours to supply, and so is torchvision, which it
+Seconds per step are the worker's own, of a run through the real entrance, those up to the first log line left out;
+of the peer they are the difference of two runs of different length. `--peer` runs diffusers' own script on the same
+weights, images, steps and precision, in turn with ours; the file is yours to supply, and so is torchvision, which it
 imports: PEER_PYTHONPATH names a folder that has it. `sd15` is the architecture of
 Stable Diffusion 1.5 with random weights, which serve for speed; it wants a GPU. On a GPU the peak is that of torch's
 allocator, for both sides; else it is resident memory. `--levers` prints `likeness estimate`'s prediction beside it.
@@ -106,7 +106,7 @@ class Timed:
 
 
 def time_steps(run: Callable[[int], int], *, steps: int) -> Timed:
-    """Return seconds per step as the difference of a short and a long run; `run` returns its peak memory."""
+    """Return a peer's seconds per step as the difference of a short and a long run; `run` returns its peak memory."""
     short = max(2, steps // 5)
     started = time.monotonic()
     run(short)
@@ -114,13 +114,6 @@ def time_steps(run: Callable[[int], int], *, steps: int) -> Timed:
     peak = run(short + steps)
     ended = time.monotonic()
     return Timed(((ended - middle) - (middle - started)) / steps, peak)
-
-
-def run_ours(case: Case, *, steps: int, **changes: Any) -> int:
-    """Train through the supervisor and return the worker's peak memory."""
-    with tempfile.TemporaryDirectory() as name:
-        result = run_worker(case.spec(Path(name) / "run", steps=steps, **changes), on_event=lambda event: None)
-    return result.peak_memory_bytes
 
 
 def time_run(case: Case, *, steps: int, **changes: Any) -> Timed:
@@ -355,11 +348,11 @@ def report(case: Case, options: argparse.Namespace) -> None:
         f"{options.model}, {case.resolution} px, {case.batch_size}+{case.batch_size} images a step, {case.precision}, "
         f"UNet and text encoder trained; {device}, {platform.machine()}; {versions}; {time.strftime('%Y-%m-%d')}\n"
     )
-    ours = time_steps(lambda steps: run_ours(case, steps=steps), steps=options.steps)
+    ours = time_run(case, steps=options.steps)
     rows = [("ours", ours)]
     if options.peer:
         peer = time_steps(lambda steps: run_peer(options.peer, case, steps=steps), steps=options.steps)
-        again = time_steps(lambda steps: run_ours(case, steps=steps), steps=options.steps)
+        again = time_run(case, steps=options.steps)
         ours = Timed((ours.seconds + again.seconds) / 2, max(ours.peak_bytes, again.peak_bytes))
         rows = [("ours (mean of a run before and one after)", ours), ("diffusers' train_dreambooth.py", peer)]
     print("| | s/step | images/s | peak memory |\n|---|---|---|---|")

@@ -150,7 +150,7 @@ OPTION_TESTS = {
     "evaluation.subject_kind": "tasks/evaluation/test_prompt_sets.py::test_subject_kind_overrides_what_the_class_noun_says",
     "evaluation.negative_prompt": f"{_EVALUATION}test_the_sampling_options_change_the_samples",
     "evaluation.guidance_rescale": f"{_EVALUATION}test_the_sampling_options_change_the_samples",
-    "evaluation.lora_scale": "tasks/diffusion/lora/test_adapters.py::test_lora_scale_scales_the_adapters_effect",
+    "evaluation.lora_scale": "tasks/evaluation/test_sampling.py::test_samples_of_a_lora_follow_the_configured_strength",
     "evaluation.seed": f"{_EVALUATION}test_the_sampling_plan_follows_the_configured_prompts_counts_and_seed",
     "evaluation.batch_size": f"{_EVALUATION}test_samples_are_generated_in_batches_of_batch_size",
     "evaluation.num_devices": f"{_EVALUATION}test_num_devices_selects_sampling_on_several_devices",

@@ -233,3 +233,18 @@ def test_the_samples_do_not_depend_on_the_number_of_devices(tmp_path: Path, tiny
     # Batches differ, so kernels may sum in another order.
     assert max(np.abs(a - b).max() for a, b in zip(one, two, strict=True)) <= 1
     assert min(np.abs(a - b).max() for a, b in zip(one, base, strict=True)) > 1
+
+
+def test_samples_of_a_lora_follow_the_configured_strength(tmp_path: Path, tiny_model_folder: Path) -> None:
+    diffusion = tiny_diffusion_config(tiny_model_folder)
+    model = load_model(diffusion)
+    save_lora(model, tmp_path / "lora", adapt(model), export=EXPORT)
+    requests = [SamplingRequest(prompt="a photo of sks fish", seed=1)]
+
+    def draw(lora_scale: float, weights: str | None = str(tmp_path / "lora")) -> bytes:
+        config = CONFIG.model_copy(update={"lora_scale": lora_scale})
+        [(_, picture)] = sample(plan_job(diffusion, config, requests, weights=weights), ONE)
+        return picture.tobytes()
+
+    assert draw(0.0) == draw(1.0, weights=None)
+    assert len({draw(0.0), draw(0.5), draw(1.0)}) == 3

@@ -22,6 +22,7 @@ from tasks.manifests.run_summary import SubjectNames, make_head
 from tasks.services.config import StoreConfig
 from tasks.services.store.base import Store
 from tasks.services.store.open import open_store
+from tasks.services.store.s3 import S3Store
 from tasks.stage.cache import StageFolder, read_verified
 from tests.support.certificates import write_pair
 from tests.support.report import make_evaluation
@@ -215,6 +216,27 @@ def test_without_all_files_there_is_no_manifest(
     monkeypatch.setattr(shutil, "copyfile", copy)
     publish(str(tmp_path / "to"))
     assert (tmp_path / "to" / PUBLISHED).exists()
+
+
+def test_a_file_damaged_on_its_way_to_a_bucket_is_found(
+    config: StoreConfig, s3_config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to, put = f"s3://{s3_config.bucket}/models/bo/", S3Store.put_file
+
+    def put_damaged(store: S3Store, key: str, path: Path) -> None:
+        if key.endswith("README.md"):
+            path = path.with_name("damaged")  # the bucket then has the checksum of what was sent
+            path.write_bytes(b"damaged")
+        put(store, key, path)
+
+    monkeypatch.setattr(S3Store, "put_file", put_damaged)
+    with pytest.raises(ArtifactCorrupt, match=r"README.md: checksum mismatch at the destination; publish again"):
+        publish(to)
+    there = open_destination(to, config, output=Path("runs"))
+    assert there.find_bytes(PUBLISHED) is None
+    monkeypatch.setattr(S3Store, "put_file", put)
+    publish(to)
+    assert there.find_bytes(PUBLISHED) is not None
 
 
 @pytest.mark.parametrize(

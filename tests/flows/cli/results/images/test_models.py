@@ -55,6 +55,8 @@ def test_a_diffusers_folder_generates_at_its_own_size(tiny_model_folder: Path, t
     assert len(found) == SIDE * SIDE * 3
     again = draw(ModelChoice(str(tiny_model_folder)), tmp_path, guidance_scale=2.0)
     assert again != found
+    negative = draw(ModelChoice(str(tiny_model_folder)), tmp_path, negative_prompt="snow on the beach")
+    assert negative != found
 
 
 def test_a_lora_changes_the_images_of_the_base_that_is_named_by_its_strength(

@@ -24,13 +24,23 @@ from flows.cli.stack.submit import make_request
 from flows.runs.records import list_run_folders, list_summaries, read_request, read_summary
 from tasks.subject.photos.ingest import DEMO_FOLDER
 from tests.stack.commands import LIKENESS, environment, likeness
+from tests.stack.run_pages import (
+    SECONDS,
+    click_submit,
+    find_artifacts,
+    find_field,
+    find_requests,
+    show_progress,
+    show_question,
+    wait_for_messages,
+    wait_for_state,
+)
 from tests.support.browser import keep_screenshot, open_page
 from tests.support.prefect_api import create_flow_run, open_api, read_flow_run, read_states, wait_for_type
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Locator, Page
+    pass
 
-SECONDS = 900
 SETTINGS = ["experiment=smoke", "training.max_train_steps=24", "training.checkpointing_steps=3"]
 """Of all runs, so that they share what the first one computes."""
 
@@ -176,24 +186,31 @@ def test_a_run_cancelled_in_the_ui_saves_training_and_is_resumed_by_its_name_on_
     assert f"flow run {name} is Completed" in again.stderr
 
 
-def find_field(page: "Page", label: str) -> "Locator":
-    """Return the field of Prefect's form with a label."""
-    named = page.locator(".schema-form-property__label", has_text=label)
-    return page.locator(".schema-form-property").filter(has=named).last
-
-
-def click_submit(page: "Page") -> None:
-    """Submit the form; on a busy machine a click may come before the page listens to it."""
-    from playwright.sync_api import TimeoutError as PageTimeout
-
-    for is_last in (False, False, True):
-        try:
-            with page.expect_response(lambda response: "create_flow_run" in response.url, timeout=20_000):
-                page.get_by_role("button", name="Submit").click()
-            return
-        except PageTimeout:
-            if is_last:
-                raise
+@pytest.mark.timeout(SECONDS)
+def test_a_follower_detaches_by_an_interrupt_and_the_run_is_cancelled_by_its_name(
+    folder: Path, messages: list[dict[str, str]]
+) -> None:
+    follower = subprocess.Popen(
+        [*LIKENESS, "submit", *SETTINGS, "seed=2"], cwd=folder, env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert follower.stdout is not None
+    lines = list(iter(follower.stdout.readline, "-- Running\n"))
+    assert follower.poll() is None, lines
+    follower.send_signal(signal.SIGINT)
+    text, _ = follower.communicate(timeout=60)
+    assert follower.returncode == 0, text
+    name = str(lines[0]).removeprefix("submitted ").partition(":")[0]
+    assert f"detached; {name} is still running: `likeness logs {name}`, `likeness cancel {name}`" in text
+    cancelled = likeness(folder, "cancel", name)
+    assert (cancelled.returncode, cancelled.stdout) == (0, f"{name} is being cancelled; running it again resumes it\n")
+    followed = likeness(folder, "logs", name)
+    assert followed.returncode == 130, followed.stdout + followed.stderr
+    assert "-- Cancelled" in followed.stdout
+    again = likeness(folder, "cancel", name)
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1), again.stderr
+    assert f"{name} has ended: Cancelled" in again.stderr
+    wait_for_messages(messages, name, "Cancelled")
 
 
 @pytest.mark.timeout(SECONDS)
@@ -216,6 +233,7 @@ def test_a_run_starts_from_the_form_and_its_page_shows_stages_artifacts_and_the_
             assert time.monotonic() < deadline
             time.sleep(0.5)
         [run] = found
+        show_progress(page, f"{prefect}/runs/flow-run/{run['id']}")
         done = wait_for_state(client, run["id"], "Completed")
         assert re.fullmatch(r"fish-full-[0-9a-f]{6}-[0-9a-f]{4}", done["name"])  # not the form's own
         page.goto(f"{prefect}/runs/flow-run/{run['id']}")
@@ -228,6 +246,9 @@ def test_a_run_starts_from_the_form_and_its_page_shows_stages_artifacts_and_the_
         page.goto(summary.links["mlflow"])
         page.get_by_text("tuned/dino").first.wait_for(timeout=60_000)
         keep_screenshot(page, "mlflow")
+        page.goto(f"{prefect}/events")
+        page.get_by_text("Asset materialization", exact=False).first.wait_for(timeout=60_000)
+        keep_screenshot(page, "assets")
 
 
 def read_table(folder: Path) -> dict[str, dict[str, str]]:
@@ -325,6 +346,7 @@ def test_a_person_decides_while_the_run_is_suspended_and_is_notified(
         assert refused.json()["status"] == "REJECT"
         [asked] = [s for s in list_summaries(folder / "runs") if s.flow_run_id == run_id]
         assert asked.status == "pending"
+        show_question(str(client.base_url).removesuffix("/api/"), run_id)
         first, second = sorted(path.name for path in DEMO_FOLDER.glob("*.jpg"))[:2]
         (folder / "captions.csv").write_text(f"photo,surroundings,view\n{second},in a red room,\n")
         words = ["approve", asked.run_id, "--reject", first, "--captions", "captions.csv", "--yes"]
@@ -346,36 +368,7 @@ def test_a_person_decides_while_the_run_is_suspended_and_is_notified(
     tags = {tag["key"]: tag["value"] for tag in tracked["run"]["data"]["tags"]}
     assert tags["likeness.link.prefect"] == links["prefect"]
     assert tags["likeness.link.report"] == links["report"]
-    subjects = [message["subject"] for message in messages]
-    for state in ("Suspended", "Completed"):
-        deadline = time.monotonic() + 60
-        while not any(run["name"] in text and text.endswith(state) for text in subjects):
-            assert time.monotonic() < deadline, subjects
-            time.sleep(0.5)
-            subjects = [message["subject"] for message in messages]
-
-
-def wait_for_state(client: httpx.Client, run_id: str, name: str) -> dict[str, Any]:
-    deadline = time.monotonic() + SECONDS
-    while True:
-        run: dict[str, Any] = client.get(f"/flow_runs/{run_id}").json()
-        if run["state"]["name"] == name:
-            return run
-        assert run["state"]["type"] not in ("FAILED", "CANCELLED"), run["state"]
-        assert time.monotonic() < deadline, run["state"]
-        time.sleep(1)
-
-
-def find_artifacts(client: httpx.Client, run_id: str) -> list[dict[str, Any]]:
-    body = {"flow_runs": {"id": {"any_": [run_id]}}}
-    found: list[dict[str, Any]] = client.post("/artifacts/filter", json=body).raise_for_status().json()
-    return found
-
-
-def find_requests(client: httpx.Client, *, class_noun: str) -> list[dict[str, Any]]:
-    """Return the flow runs whose request names a class noun by its field."""
-    runs: list[dict[str, Any]] = client.post("/flow_runs/filter", json={}).json()
-    return [run for run in runs if run["parameters"].get("request", {}).get("class_noun") == class_noun]
+    wait_for_messages(messages, run["name"], "Suspended", "Completed")
 
 
 def find_runs(folder: Path, *, source: str) -> list[Path]:

@@ -205,7 +205,8 @@ def measure_sweep(bench: Bench) -> list[Row]:
 
     Runs in one folder share stages and the base model's samples as trials do, but no process.
     """
-    rates = [f"{(index + 1) * 1e-5:.0e}" for index in range(bench.trials)]
+    rates = [f"{(index + 1) * 1e-5:.1e}" for index in range(bench.trials)]
+    assert len(set(rates)) == bench.trials
     joined = ",".join(rates)
     swept = time_in_folder(bench, "sweep", "sweep", f"training.learning_rate={joined}")
     shared = sum(time_in_folder(bench, "single", "run", f"training.learning_rate={rate}") for rate in rates)

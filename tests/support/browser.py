@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 
 
+def is_installed() -> bool:
+    """Whether there is a browser: what a test looks at besides must not skip it."""
+    return shutil.which("chromium") is not None
+
+
 @contextmanager
 def open_page(width: int, height: int = 900) -> Iterator["Page"]:
     """Yield an empty page of the given size in px."""

@@ -22,6 +22,7 @@ import pytest
 from flows.cli.stack.stack import PREFECT, WORKER, read_state
 from flows.cli.stack.submit import make_request
 from flows.runs.records import list_run_folders, list_summaries, read_request, read_summary
+from tasks.manifests.publishing import REPORT_PATH
 from tasks.subject.photos.ingest import DEMO_FOLDER
 from tests.stack.commands import LIKENESS, environment, likeness
 from tests.support.browser import keep_screenshot, open_page
@@ -228,6 +229,9 @@ def test_a_run_starts_from_the_form_and_its_page_shows_stages_artifacts_and_the_
         page.goto(summary.links["mlflow"])
         page.get_by_text("tuned/dino").first.wait_for(timeout=60_000)
         keep_screenshot(page, "mlflow")
+        # Where `links["report"]` leads without a report server.
+        page.goto(f"{summary.links['mlflow']}/artifacts/{REPORT_PATH}")
+        page.frame_locator("iframe").get_by_text("Lineage, time and cost").first.wait_for(timeout=60_000)
 
 
 def read_table(folder: Path) -> dict[str, dict[str, str]]:

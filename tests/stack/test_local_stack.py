@@ -128,6 +128,7 @@ def test_a_submitted_run_whose_process_is_killed_is_rescheduled_and_resumes(fold
     # On a loaded machine a death is reported twice: a third process begins, and leaves the run to the second.
     assert text.count("Beginning flow run") >= 2
     assert "training resumes from its checkpoint at step" in text
+    assert re.search(r"training: \d+/24  loss \d", text), text  # progress, logged by the worker
     [finished] = [
         summary for path in folder.glob("runs/*/summary.json")
         if (summary := json.loads(path.read_text()))["status"] == "finished"

@@ -19,19 +19,18 @@ from flows.personalize_subject import personalize_subject
 from flows.runs.attempts import end_when_cancelled
 from flows.sweeps.outcome import SweepOutcome, collect_outcome, describe_trial
 from flows.sweeps.plots import draw_plots
+from flows.sweeps.pool import SWEEP_FLOW, choose_runner
 from flows.sweeps.report import write_report
-from flows.sweeps.runners import LocalRunner, Runner, find_pool
+from flows.sweeps.runners import LocalRunner
 from flows.sweeps.study import SweepStudy
-from flows.sweeps.tracking import needs_tracking, note, open_tracking
+from flows.sweeps.tracking import needs_tracking, open_tracking
 from flows.sweeps.trials import REGISTERED, SEED_VALUES, Trials, make_runs
 from tasks.errors import ConfigError
 from tasks.manifests.run_summary import RegisteredModel, RunSummary
 from tasks.mini.vision_server.launch import keep_server
 
-NO_POOL = "--parallel: no work pool with a worker is reachable (`likeness up` starts one); trials run one at a time"
 
-
-@flow(name="sweep-settings", persist_result=False)
+@flow(name=SWEEP_FLOW, persist_result=False)
 @end_when_cancelled
 def sweep_settings(request: SweepRequest) -> SweepOutcome:
     """Run the study's remaining trials and return all results with the best one."""
@@ -53,7 +52,8 @@ def run_sweep(request: SweepRequest, config: RunConfig, run: Callable[[RunReques
     """
     folder = Path(config.output_dir) / "sweeps"
     study = SweepStudy(request, folder, seed=config.seed)
-    trials = Trials(study, choose_runner(request, run), config, on_complete=lambda trial, summaries: None)
+    runner = choose_runner(request.num_parallel, LocalRunner(run), is_deployed=deployment.id is not None)
+    trials = Trials(study, runner, config, on_complete=lambda trial, summaries: None)
     is_ended = bool(trials.find_limit())
     tracking = open_tracking(study, config, is_ended=is_ended) if not is_ended or needs_tracking(study) else None
     if tracking is not None:
@@ -76,16 +76,6 @@ def run_sweep(request: SweepRequest, config: RunConfig, run: Callable[[RunReques
     if request.publish_best:
         outcome = outcome.model_copy(update={"published": publish_best(study, config, run)})
     return outcome
-
-
-def choose_runner(request: SweepRequest, run: Callable[[RunRequest], RunSummary]) -> Runner:
-    """Return a runner on a work pool where several trials are wanted at once, else this process's."""
-    if request.num_parallel > 1:
-        pool = find_pool(request.num_parallel)
-        if pool is not None:
-            return pool
-        note(NO_POOL)
-    return LocalRunner(run)
 
 
 def publish_best(

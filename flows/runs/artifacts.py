@@ -55,7 +55,7 @@ def show_artifacts(summary: RunSummary, publication: Publication, runtime: Runti
     assert summary.paths is not None
     # Prefect's artifact keys hold lowercase letters, digits and dashes only.
     noun, paths = summary.subject.class_noun.replace(" ", "-").lower(), summary.paths
-    # No file:// link without a report server: browsers refuse them from a page on http.
+    # No file:// link where no server shows it: browsers refuse them from a page on http.
     if report := summary.links.get("report"):
         create_link_artifact(link=report, link_text="report", key=f"report-{noun}", description="The run's report")
     create_table_artifact(table=metric_table(summary), key=f"metrics-{noun}", description="Base against tuned")

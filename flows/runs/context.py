@@ -36,7 +36,7 @@ from flows.runs.records import (
 from tasks.errors import ConfigError, LikenessError
 from tasks.manifests.base import ModelRef
 from tasks.manifests.evaluation import Evaluation
-from tasks.manifests.publishing import Publication
+from tasks.manifests.publishing import REPORT_PATH, Publication
 from tasks.manifests.run import RunManifests
 from tasks.manifests.run_summary import (
     SUMMARY_VERSION,
@@ -157,8 +157,10 @@ class Run:
         """Return the addresses by which others see this run."""
         links = find_links(self.run_id)
         if publication.tracking_run_id:
+            find = partial(self.runtime.tracker.find_link, publication.tracking_run_id)
             try:
-                links["mlflow"] = self.runtime.tracker.find_link(publication.tracking_run_id)
+                links["mlflow"] = find()
+                links.setdefault("report", find(artifact=REPORT_PATH))  # where no `likeness serve` shows it
             except LikenessError as error:  # the server is gone; the run is complete without a link
                 self.runtime.progress.note(f"warning: {error}")
         return {name: url for name, url in links.items() if url}

@@ -9,9 +9,10 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
-from tasks.stage.progress import ProgressView, make_progress, outlive_reader
+from tasks.stage.progress import LineSchedule, ProgressView, format_line, make_progress, outlive_reader
 
 UPDATE_SECONDS = 5.0
+LOG_SECONDS = 30.0
 
 
 class LoggedProgress:
@@ -22,11 +23,17 @@ class LoggedProgress:
         self.log: logging.Logger | logging.LoggerAdapter[logging.Logger] = get_run_logger()
         self.artifacts: dict[str, uuid.UUID] = {}
         self.updated: dict[str, float] = {}
+        self.schedule = LineSchedule(LOG_SECONDS)
         self.lock = threading.Lock()
 
     def update(self, name: str, done: int, total: int, *, detail: str = "") -> None:
-        """Update the bar, and the artifact at most every few seconds: a slow server must not slow the run."""
+        """Update the bar, log a line now and then, and update the artifact at most every few seconds.
+
+        A slow server must not slow the run: log lines are sent by a thread of Prefect's.
+        """
         self.view.update(name, done, total, detail=detail)
+        if self.schedule.take(name, done, total):
+            self.log.info("%s", format_line(name, done, total, detail=detail))
         with self.lock:
             now = time.monotonic()
             if done < total and now - self.updated.get(name, float("-inf")) < UPDATE_SECONDS:

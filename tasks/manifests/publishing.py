@@ -2,6 +2,9 @@
 
 from tasks.manifests.base import Manifest, ObjectRef
 
+REPORT_PATH = "report/index.html"
+"""Of the report below the publication, in the store and among the artifacts of its tracking run."""
+
 
 class Publication(Manifest):
     """Where the tuned model and its report went."""

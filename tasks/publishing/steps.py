@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from prefect import task
 from prefect.client.schemas.objects import State
 
-from tasks.manifests.publishing import Publication
+from tasks.manifests.publishing import REPORT_PATH, Publication
 from tasks.manifests.run import RunManifests
 from tasks.manifests.subject import SubjectSet
 from tasks.manifests.training import LossRow
@@ -161,8 +161,8 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
         runtime.progress_callback("publishing")(1, 3)
         html = render_report(runtime.store, describe_report(inputs, losses)).encode()
         grid = draw_sample_grid(runtime.store, evaluation)
-        report = folder.put("report/index.html", html)
-        write_atomic(local / "report" / "index.html", html)
+        report = folder.put(REPORT_PATH, html)
+        write_atomic(local / REPORT_PATH, html)
         write_atomic(local / "report" / "samples.png", grid)
         grids = [ref for ref in tuned.objects if "/samples/" in ref.key]
         fetch_folder(runtime.store, grids, below="samples", folder=local / SAMPLES)

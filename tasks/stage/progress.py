@@ -25,25 +25,43 @@ class ProgressView(Protocol):
         """Stop showing."""
 
 
+class LineSchedule:
+    """When a part's next line is due: at its beginning and end, and every few seconds between."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.last_printed: dict[str, float] = {}
+        self.lock = threading.Lock()
+
+    def take(self, name: str, done: int, total: int) -> bool:
+        """Return whether a line is due, which then counts as printed."""
+        now = time.monotonic()
+        with self.lock:
+            last = self.last_printed.get(name)
+            if last is not None and now - last < self.seconds and done < total:
+                return False
+            if last is not None and last == float("inf"):
+                return False
+            # Infinity marks a part as finished, so that repeated last updates print one line.
+            self.last_printed[name] = float("inf") if done >= total else now
+        return True
+
+
+def format_line(name: str, done: int, total: int, *, detail: str = "") -> str:
+    """Return progress as one line."""
+    return f"{name}: {done}/{total}{'  ' + detail if detail else ''}"
+
+
 class LineProgress:
     """One line at the beginning and end of a part, and every ten seconds between."""
 
     def __init__(self) -> None:
-        self.last_printed: dict[str, float] = {}
-        self.lock = threading.Lock()
+        self.schedule = LineSchedule(LINE_EVERY_SECONDS)
 
     def update(self, name: str, done: int, total: int, *, detail: str = "") -> None:
         """Print a line if it is time for one."""
-        now = time.monotonic()
-        with self.lock:
-            last = self.last_printed.get(name)
-            if last is not None and now - last < LINE_EVERY_SECONDS and done < total:
-                return
-            if last is not None and last == float("inf"):
-                return
-            # Infinity marks a part as finished, so that repeated last updates print one line.
-            self.last_printed[name] = float("inf") if done >= total else now
-        self.note(f"{name}: {done}/{total}{'  ' + detail if detail else ''}")
+        if self.schedule.take(name, done, total):
+            self.note(format_line(name, done, total, detail=detail))
 
     def note(self, text: str) -> None:
         """Print a line."""

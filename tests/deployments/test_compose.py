@@ -15,7 +15,8 @@ from flows.cli.stack.stack import LEASES, POOL
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "deployments/compose.yaml"
 TEXT = FILE.read_text()
-VARIABLE = re.compile(r"\$\{(\w+)(?:(:-|:\?)([^}]*))?\}")
+VARIABLE = re.compile(r"\$\{(\w+)(?:(:-|:\?)([^{}]*))?\}")
+"""A variable without another one in its default."""
 ONE_SHOT = {"buckets", "register"}
 SECRET_NAME = re.compile(r"PASSWORD|SECRET|API_KEY|AUTH_STRING")
 
@@ -37,7 +38,19 @@ def interpolate(text: str, values: dict[str, str]) -> str:
         name, kind, rest = match.groups()
         return rest if kind == ":-" and name not in values else values[name]
 
-    return VARIABLE.sub(replace, text)
+    while VARIABLE.search(text):  # from the innermost outwards
+        text = VARIABLE.sub(replace, text)
+    return text
+
+
+def list_variables(text: str) -> list[tuple[str, str, str]]:
+    """Return name, kind and default of all variables, those in defaults too; a default within is left out of it."""
+    found = []
+    while inner := VARIABLE.findall(text):
+        found += inner
+        text = VARIABLE.sub("DEFAULT", text)
+    assert "$" not in text
+    return found
 
 
 STACK: dict[str, Any] = yaml.safe_load(interpolate(TEXT, given()))
@@ -55,14 +68,13 @@ def test_the_stack_parses_as_the_compose_specification_says() -> None:
 
 
 def test_a_variable_is_required_or_has_a_default() -> None:
-    for name, kind, rest in VARIABLE.findall(TEXT):
+    for name, kind, rest in list_variables(TEXT):
         assert kind, f"{name} is neither required nor has a default"
         assert rest or name.endswith("_API_KEY"), f"{name} does not say how to set it"
-    assert "$$" not in VARIABLE.sub("", TEXT) and "$" not in VARIABLE.sub("", TEXT)
 
 
 def test_two_commands_write_every_required_variable() -> None:
-    required = {name for name, kind, _ in VARIABLE.findall(TEXT) if kind == ":?"}
+    required = {name for name, kind, _ in list_variables(TEXT) if kind == ":?"}
     assert required <= set(given())
     assert set(make_secrets.RANDOM) <= required, "no secret is generated in vain"
 
@@ -155,6 +167,29 @@ def test_server_and_clients_share_one_authentication_string() -> None:
     for name in ("register", "worker", "worker-gpu"):
         assert raw[name]["environment"]["PREFECT_API_AUTH_STRING"] == server
     assert SERVICES["prefect"]["environment"]["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] == LEASES
+
+
+PUBLISHED = {"PREFECT_UI_URL": "prefect", "LIKENESS_MLFLOW_URL": "mlflow"}
+"""Variables of links, and the services whose published ports they name."""
+
+
+@pytest.mark.parametrize("name", ["worker", "worker-gpu"])
+@pytest.mark.parametrize("ports", [{}, {"PREFECT_PORT": "14200", "MLFLOW_PORT": "15000"}])
+def test_links_of_a_run_open_in_a_browser_outside_the_networks(name: str, ports: dict[str, str]) -> None:
+    services = yaml.safe_load(interpolate(TEXT, {**given(), **ports}))["services"]
+    for variable, service in PUBLISHED.items():
+        [published] = services[service]["ports"]
+        assert services[name]["environment"][variable] == "http://" + published.rpartition(":")[0]
+    server = services["prefect"]["environment"]
+    assert server["PREFECT_UI_URL"] == services[name]["environment"]["PREFECT_UI_URL"]  # in notifications
+    assert server["PREFECT_SERVER_UI_API_URL"] == f"{server['PREFECT_UI_URL']}/api"
+
+
+def test_links_of_a_run_lead_to_a_reverse_proxy_where_one_is_named() -> None:
+    public = {"PREFECT_UI_URL": "https://prefect.example.com", "LIKENESS_MLFLOW_URL": "https://mlflow.example.com"}
+    services = yaml.safe_load(interpolate(TEXT, {**given(), **public}))["services"]
+    assert public.items() <= services["worker"]["environment"].items()
+    assert services["prefect"]["environment"]["PREFECT_SERVER_UI_API_URL"] == "https://prefect.example.com/api"
 
 
 def test_the_s3_identities_are_valid_and_only_reach_their_own_bucket() -> None:

@@ -241,6 +241,22 @@ def test_services_and_addresses_agree() -> None:
     assert "mlflow:5000" in hosts.partition("=")[2].split(",")
 
 
+def test_links_of_a_run_open_in_a_browser_outside_the_cluster() -> None:
+    data = of_kind("ConfigMap")["likeness"]["data"]
+    for key, service in (("PREFECT_UI_URL", "prefect-server"), ("LIKENESS_MLFLOW_URL", "mlflow")):
+        (port,) = of_kind("Service")[service]["spec"]["ports"]
+        assert data[key] == f"http://127.0.0.1:{port['port']}"  # as `kubectl port-forward` serves it
+        assert f"/data/{key}," in (FOLDER / "overlays/example/kustomization.yaml").read_text()
+    assert {"configMapRef": {"name": "likeness"}} in container_of("job")["envFrom"]
+    # Not in the worker: it would pass the setting on to its jobs, as a value that is fixed in their manifests.
+    assert "PREFECT_UI_URL" not in {item["name"] for item in container_of("likeness-worker")["env"]}
+    server = {item["name"]: item for item in container_of("prefect-server")["env"]}
+    names = list(server)
+    assert server["PREFECT_SERVER_UI_API_URL"]["value"] == "$(PREFECT_UI_URL)/api"
+    assert names.index("PREFECT_UI_URL") < names.index("PREFECT_SERVER_UI_API_URL"), "Kubernetes expands earlier ones"
+    assert server["PREFECT_UI_URL"]["valueFrom"]["configMapKeyRef"] == {"name": "likeness", "key": "PREFECT_UI_URL"}
+
+
 def test_claims_and_configurations_that_pods_use_exist() -> None:
     text = json.dumps(list(PODS.values()))
     assert set(re.findall(r'"claimName": "([\w-]+)"', text)) == set(of_kind("PersistentVolumeClaim"))

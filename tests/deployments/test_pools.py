@@ -16,7 +16,7 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
 from flows.cli.stack.registration import TAG
 from tests.support.cli_sandbox import CliSandbox, serve_prefect
@@ -186,6 +186,22 @@ def test_a_docker_job_reads_secrets_from_its_worker_and_asks_for_a_gpu(monkeypat
     assert host["DeviceRequests"][0]["Capabilities"] == [["gpu"]] and host["ShmSize"] == 8 << 30
     assert host["CapDrop"] == ["ALL"] and host["ReadonlyRootfs"] is True
     assert options["user"] == "10001:10001" and not job.privileged
+
+
+@pytest.mark.parametrize("public", ["https://prefect.example.com", ""])
+def test_a_docker_job_links_to_the_addresses_that_its_worker_has_for_people(
+    monkeypatch: pytest.MonkeyPatch, public: str
+) -> None:
+    worker = pytest.importorskip("prefect_docker.worker", reason="pip install prefect-docker")
+    monkeypatch.setenv("LIKENESS_MLFLOW_URL", "https://mlflow.example.com")
+    monkeypatch.delenv("LIKENESS_REPORTS_URL", raising=False)
+    settings = {PREFECT_API_URL: SERVER} | ({PREFECT_UI_URL: public} if public else {})
+    with temporary_settings(settings):
+        job = render(worker.DockerWorkerJobConfiguration, "docker", {"image": IMAGE})
+    assert job.env["LIKENESS_MLFLOW_URL"] == "https://mlflow.example.com"
+    assert job.env["LIKENESS_REPORTS_URL"] == ""
+    # A worker passes its settings on. One that has none must not pass an empty one: Prefect would make no link.
+    assert job.env.get("PREFECT_UI_URL", "") == public and ("PREFECT_UI_URL" in job.env) == bool(public)
 
 
 def test_a_kubernetes_job_is_valid_and_refers_to_secrets() -> None:

@@ -60,6 +60,9 @@ def test_a_rerun_with_the_embedded_prefect_server_is_fully_cached(
 def test_a_changed_setting_recomputes_only_dependent_stages(first_run: dict[str, Any], sandbox: CliSandbox) -> None:
     done = sandbox.run("evaluation.seed=5", "publishing=local", "tracking=none")
     assert done.returncode == 0, done.stderr[-3000:]
+    # Progress is not logged a second time where a person sees it.
+    lines = [line for line in done.stderr.splitlines() if "samples: " in line]
+    assert lines and len(set(lines)) == len(lines) and all(line.startswith("samples: ") for line in lines), lines
     cached = {name: stage["cached"] for name, stage in sandbox.newest()["stages"].items()}
     assert cached == {
         "subject": True, "prior": True, "training": True, "evaluation": False, "scoring": False, "publishing": False,

@@ -6,7 +6,8 @@ import pytest
 
 from conf.sweep import read_sweep
 from flows.runs.records import list_summaries
-from flows.sweep_settings import NO_POOL, sweep_settings
+from flows.sweep_settings import sweep_settings
+from flows.sweeps.pool import NO_POOL
 from flows.sweeps.study import SweepStudy
 from tasks.errors import ConfigError
 from tests.support.cli_sandbox import QUICK, CliSandbox

@@ -22,6 +22,7 @@ import pytest
 from flows.cli.stack.stack import PREFECT, WORKER, read_state
 from flows.cli.stack.submit import make_request
 from flows.runs.records import list_run_folders, list_summaries, read_request, read_summary
+from tasks.manifests.publishing import REPORT_PATH
 from tasks.subject.photos.ingest import DEMO_FOLDER
 from tests.stack.commands import LIKENESS, environment, likeness
 from tests.stack.run_pages import (
@@ -137,6 +138,7 @@ def test_a_submitted_run_whose_process_is_killed_is_rescheduled_and_resumes(fold
     # On a loaded machine a death is reported twice: a third process begins, and leaves the run to the second.
     assert text.count("Beginning flow run") >= 2
     assert "training resumes from its checkpoint at step" in text
+    assert re.search(r"training: \d+/24  loss \d", text), text  # progress, logged by the worker
     [finished] = [
         summary for path in folder.glob("runs/*/summary.json")
         if (summary := json.loads(path.read_text()))["status"] == "finished"
@@ -254,6 +256,9 @@ def test_a_run_starts_from_the_form_and_its_page_shows_stages_artifacts_and_the_
         page.goto(f"{prefect}/events?events=prefect.asset.materialization.succeeded")
         page.get_by_text("likeness://03-training/", exact=False).first.wait_for(timeout=60_000)
         keep_screenshot(page, "assets")
+        # Where `links["report"]` leads without a report server.
+        page.goto(f"{summary.links['mlflow']}/artifacts/{REPORT_PATH}")
+        page.frame_locator("iframe").get_by_text("Lineage, time and cost").first.wait_for(timeout=60_000)
 
 
 def read_table(folder: Path) -> dict[str, dict[str, str]]:

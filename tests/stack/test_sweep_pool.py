@@ -12,9 +12,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.support.cli_sandbox import LIKENESS, QUICK, ROOT, CliSandbox, end, serve_prefect
+from tests.support.prefect_api import wait_for_type
 
 RATE = "training.learning_rate"
 pytestmark = pytest.mark.timeout(600)  # several whole runs, two of them at once
@@ -35,6 +37,7 @@ def pool(
         for words in (
             ["work-pool", "create", "likeness", "--type", "process"],
             ["--no-prompt", "deploy", "--name", "personalize-subject", *file],
+            ["--no-prompt", "deploy", "--name", "sweep-settings", *file],
         ):
             subprocess.run([*prefect, *words], cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
         worker = subprocess.Popen(
@@ -103,3 +106,29 @@ def check_tracked(place: CliSandbox, study: str) -> None:
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") in parents]
     assert [run.data.tags["likeness.kind"] for run in children] == ["trial", "trial"]
     assert all(RATE in run.data.params and "objective" in run.data.metrics for run in children)
+
+
+@pytest.mark.parametrize("num_sweeps", [1, 2])
+def test_deployed_sweeps_that_hold_all_slots_of_their_pool_end(pool: CliSandbox, num_sweeps: int) -> None:
+    with httpx.Client(base_url=str(pool.server_url), timeout=60, trust_env=False) as client:
+        client.patch("/work_pools/likeness", json={"concurrency_limit": num_sweeps}).raise_for_status()
+        deployment = client.get("/deployments/name/sweep-settings/sweep-settings").raise_for_status().json()
+        # Trained by the sweep above.
+        settings = {"output_dir": str(pool.output), "training.num_threads": 1}
+        base = {"experiment": "smoke", "publishing": "local", "tracking": "none", "settings": settings}
+        runs = []
+        for number in range(num_sweeps):
+            study = f"deployed-{num_sweeps}-{number}"
+            request = {"space": {RATE: [1e-4, 3e-4]}, "num_parallel": 2, "study": study, "base": base}
+            body = {"parameters": {"request": request}, "state": {"type": "SCHEDULED"}}
+            place = f"/deployments/{deployment['id']}/create_flow_run"
+            runs.append(str(client.post(place, json=body).raise_for_status().json()["id"]))
+        ended = [wait_for_type(client, run, "COMPLETED", "FAILED", "CRASHED", seconds=280) for run in runs]
+        assert [run["state_type"] for run in ended] == ["COMPLETED"] * num_sweeps, ended
+        lines = [log["message"] for run in runs for log in read_logs(client, run)]
+    assert any(f"sweeps hold all {num_sweeps} slots of the pool likeness" in line for line in lines), lines
+
+
+def read_logs(client: httpx.Client, run: str) -> list[dict[str, Any]]:
+    found = client.post("/logs/filter", json={"logs": {"flow_run_id": {"any_": [run]}}}).raise_for_status().json()
+    return list(found)

@@ -11,7 +11,10 @@ from flows.cli.arguments import Settings
 @app.command("run-many", rich_help_panel=RUN, cls=ConfigCommand)
 def run_many(
     subjects: Annotated[
-        str, typer.Argument(metavar="SUBJECTS", help="CSV file, folder of subject folders, or store:PREFIX/.")
+        str,
+        typer.Argument(
+            metavar="SUBJECTS", help="CSV file, folder of subject folders, store:PREFIX/, or s3://BUCKET/PREFIX/."
+        ),
     ],
     settings: Settings = None,
     *,

@@ -56,8 +56,8 @@ class Tracker(Protocol):
     ) -> str | None:
         """Open a tracking run and return its id; with RUN_TAG among the tags, a run of that tag is continued."""
 
-    def find_link(self, run_id: str) -> str:
-        """Return the address of a tracking run in a UI; empty where no server is known to show it."""
+    def find_link(self, run_id: str, *, artifact: str = "") -> str:
+        """Return the address of a tracking run, or of an artifact, in a UI; empty where no server shows it."""
 
     def forget(self, *, tag: str, value: str) -> list[str]:
         """Delete what interrupted attempts logged: runs with a tag, their traces and model versions; return run ids."""
@@ -117,7 +117,7 @@ class NoTracker:
         """There is no run."""
         return None
 
-    def find_link(self, run_id: str) -> str:
+    def find_link(self, run_id: str, *, artifact: str = "") -> str:
         """There is no UI."""
         return ""
 

@@ -148,9 +148,9 @@ class Trackers:
         """Forward to the first tracker."""
         self.first.log_datasets(datasets)
 
-    def find_link(self, run_id: str) -> str:
+    def find_link(self, run_id: str, *, artifact: str = "") -> str:
         """Forward to the first tracker."""
-        return self.first.find_link(run_id)
+        return self.first.find_link(run_id, artifact=artifact)
 
     def forget(self, *, tag: str, value: str) -> list[str]:
         """Forward to the first tracker."""

@@ -27,7 +27,7 @@ from tasks.services.tracking.mlflow_files import (
 
 log = logging.getLogger(__name__)
 UI_VARIABLE = "LIKENESS_MLFLOW_URL"
-"""Address of a server that shows the same database, such as that of `likeness up`."""
+"""Address at which people open the server of the runs: inside a network, or through SQLite, clients use another."""
 BATCH_SIZE = 500
 CHECK_SECONDS = 5.0
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -123,14 +123,16 @@ class MlflowTracker:
             self.log_params(params)
         return self.run_id
 
-    def find_link(self, run_id: str) -> str:
-        """Return the address of a run in MLflow's UI: of the tracking server, or of one that shows our database."""
-        server = self.uri if self.uri.startswith(("http://", "https://")) else os.environ.get(UI_VARIABLE, "")
+    def find_link(self, run_id: str, *, artifact: str = "") -> str:
+        """Return the address of a run, or of an artifact of it, in MLflow's UI as people open it."""
+        own = self.uri if self.uri.startswith(("http://", "https://")) else ""
+        server = os.environ.get(UI_VARIABLE) or own
         if not server:
             return ""
         with translated(self.uri):
             # Without a password: the address is shown to people.
-            return f"{redact_url(server).rstrip('/')}/#/experiments/{self.find_experiment()}/runs/{run_id}"
+            link = f"{redact_url(server).rstrip('/')}/#/experiments/{self.find_experiment()}/runs/{run_id}"
+        return f"{link}/artifacts/{artifact}" if artifact else link
 
     def forget(self, *, tag: str, value: str) -> list[str]:
         """Delete the runs with a tag, their traces, and the model versions made from them."""

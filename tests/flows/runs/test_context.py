@@ -4,12 +4,13 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
 from conf.overrides import parse_overrides
 from flows.runs.context import EMBEDDED_VARIABLE, REPORTS_VARIABLE, find_links, open_run, remove_leftovers
 from flows.runs.records import list_summaries
 from tasks.errors import StorageFull
+from tasks.manifests.publishing import Publication
 from tasks.services.store.local import LocalStore
 from tasks.stage.files import HOST, PART_PREFIX
 
@@ -33,6 +34,35 @@ def test_an_embedded_server_is_not_linked(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", RUN_ID)
     monkeypatch.delenv(REPORTS_VARIABLE, raising=False)
     assert find_links("20261128-a") == {}
+
+
+def test_the_link_to_prefect_is_the_address_that_people_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(EMBEDDED_VARIABLE, raising=False)
+    monkeypatch.delenv(REPORTS_VARIABLE, raising=False)
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", RUN_ID)
+    public = {PREFECT_API_URL: "http://prefect:4200/api", PREFECT_UI_URL: "https://prefect.example.com"}
+    with temporary_settings(public):
+        links = find_links("20261128-a")
+    assert links == {"prefect": f"https://prefect.example.com/runs/flow-run/{RUN_ID}"}
+
+
+@pytest.mark.parametrize("tracking", ["mlflow", "none"])
+def test_the_report_is_linked_as_an_artifact_of_the_tracking_run_where_no_report_server_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking: str
+) -> None:
+    monkeypatch.setenv(EMBEDDED_VARIABLE, "1")
+    monkeypatch.setenv("LIKENESS_MLFLOW_URL", "https://mlflow.example.com")
+    monkeypatch.delenv(REPORTS_VARIABLE, raising=False)
+    request = parse_overrides([f"output_dir={tmp_path}", f"tracking={tracking}"])
+    publication = Publication.model_construct(tracking_run_id=None if tracking == "none" else "r1")
+    with open_run(request, is_trusted=True) as run:
+        links = run.list_links(publication)
+        monkeypatch.setenv(REPORTS_VARIABLE, "https://reports.example.com")
+        served = run.list_links(publication)
+    page = "https://mlflow.example.com/#/experiments/1/runs/r1"
+    report = {"mlflow": page, "report": f"{page}/artifacts/report/index.html"}
+    assert links == ({} if tracking == "none" else report)
+    assert served["report"].startswith("https://reports.example.com/")
 
 
 @pytest.mark.parametrize("place", ["runs/store", "elsewhere"])

@@ -411,7 +411,21 @@ def test_a_run_has_a_link_where_a_server_shows_its_database(place: Path, monkeyp
     link = tracker.find_link("r1")
     assert link.endswith(f"/#/experiments/{tracker.find_experiment()}/runs/r1")
     assert "secret" not in link
+    assert tracker.find_link("r1", artifact="report/index.html") == f"{link}/artifacts/report/index.html"
     assert open_tracker(make_config(TrackingConfig, kind="none"), folder=place).find_link("r1") == ""
+
+
+def test_a_link_leads_to_where_people_open_the_server_and_not_to_its_address_within_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = MlflowTracker(make_config(TrackingConfig, uri="http://mlflow:5000"), folder=tmp_path)
+    monkeypatch.setattr(tracker, "find_experiment", lambda: "7")  # there is no such host
+    monkeypatch.delenv("LIKENESS_MLFLOW_URL", raising=False)
+    assert tracker.find_link("r1") == "http://mlflow:5000/#/experiments/7/runs/r1"
+    monkeypatch.setenv("LIKENESS_MLFLOW_URL", "")  # as a template leaves a variable that the worker does not have
+    assert tracker.find_link("r1") == "http://mlflow:5000/#/experiments/7/runs/r1"
+    monkeypatch.setenv("LIKENESS_MLFLOW_URL", "https://mlflow.example.com")
+    assert tracker.find_link("r1") == "https://mlflow.example.com/#/experiments/7/runs/r1"
 
 
 def test_an_experiment_whose_artifacts_lie_behind_a_server_is_refused_before_the_run(tmp_path: Path) -> None:

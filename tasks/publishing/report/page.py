@@ -19,9 +19,11 @@ from tasks.publishing.report import charts
 from tasks.publishing.report.pictures import make_gallery, thin
 from tasks.publishing.report.tables import (
     CheckpointRow,
+    find_metric,
     list_checkpoints,
     list_metrics,
     list_prompts,
+    show_figure,
 )
 from tasks.publishing.report.template import FOLDER, make_environment
 from tasks.publishing.report.verdict import reach_verdict
@@ -60,7 +62,12 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
     run = inputs.manifests
     gallery = make_gallery(store, run)
     environment.filters["picture"] = lambda ref: gallery.urls[ref.key]
-    environment.globals |= {"draw_values": charts.draw_values, "draw_crops": charts.draw_crops}
+    environment.filters["figure"] = show_figure
+    environment.globals |= {
+        "find_metric": find_metric,
+        "draw_values": charts.draw_values,
+        "draw_crops": charts.draw_crops,
+    }
     crops = {each.photo.key: each.boxes for each in run.training.crops}
     checkpoints = list_checkpoints(run.evaluation, run.scoring)
     return environment.get_template("report.html.jinja").render(

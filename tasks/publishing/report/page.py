@@ -8,7 +8,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from tasks.images import decode_png, encode_png
-from tasks.manifests.evaluation import Evaluation
+from tasks.manifests.evaluation import DriftMetrics, Evaluation
 from tasks.manifests.run import RunManifests
 from tasks.manifests.run_summary import EvaluatedModel
 from tasks.manifests.training import LossRow
@@ -70,6 +70,7 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
     }
     crops = {each.photo.key: each.boxes for each in run.training.crops}
     checkpoints = list_checkpoints(run.evaluation, run.scoring)
+    metric_rows = list_metrics(run.evaluation)
     return environment.get_template("report.html.jinja").render(
         inputs=inputs,
         # Both are this package's own files.
@@ -92,7 +93,8 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         plane=draw_plane(run.evaluation, checkpoints),
         judge=run.scoring.served_model,
         evidence=run.scoring.evidence,
-        metric_rows=list_metrics(run.evaluation),
+        metric_rows=metric_rows,
+        drift_rows=[row for row in metric_rows if row.key in DriftMetrics.model_fields],
         names={key: metric.name for key, metric in METRICS.items()},
         prompt_rows=list_prompts(run.evaluation),
         gallery=gallery,

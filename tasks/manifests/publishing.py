@@ -4,6 +4,8 @@ from tasks.manifests.base import Manifest, ObjectRef
 
 REPORT_PATH = "report/index.html"
 """Of the report below the publication, in the store and among the artifacts of its tracking run."""
+LINEAGE = "lineage.json"
+"""File of a published model's folder that names every input by digest."""
 
 
 class Publication(Manifest):

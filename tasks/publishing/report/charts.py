@@ -1,5 +1,6 @@
 """Charts as inline SVG, with axes, ticks and intervals; colours are those of the page, light or dark."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,10 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 46
 """Margins in px, for tick labels and axis titles."""
 SECOND = 76
 """The right margin of a second axis, whose labels may be as long as 0.00025."""
+SMALL_WIDTH, SMALL_MARGIN, SMALL_BOTTOM = 220, 18, 18
+"""Of a chart in a table's cell, in px: its width, and the room for tick labels beside and below."""
+CHARACTER = 7.7
+"""Width of a tick label's character in px, at most."""
 WHOLE = 0.995
 """Of a side: a crop that holds more is shown as none."""
 LARGEST = 1e300
@@ -101,7 +106,7 @@ def show(value: float) -> str:
 def draw_axes(x: Scale, y: Scale, titles: tuple[str, str]) -> str:
     """Return grid, ticks and titles of both axes."""
     parts = []
-    for value in x.ticks():
+    for value in x.ticks(8):
         at = x.place(value)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{y.start:.1f}" y2="{y.end:.1f}"/>')
         parts.append(f'<text x="{at:.1f}" y="{y.start + 17:.1f}" text-anchor="middle">{show(value)}</text>')
@@ -185,13 +190,12 @@ def draw_values(values: Sequence[tuple[str, Estimate]], ceiling: float | None, *
     values = [(role, kept) for role, estimate in values if (kept := keep_finite(estimate)) is not None]
     if not values or not (is_drawable(low) and is_drawable(high) and low < high):
         return Markup("")
-    width, row = 220, 15
+    row = 15
     height = row * len(values) + 6
-    x = Scale(low, high, 8, width - 8)
-    parts = []
+    x = Scale(low, high, SMALL_MARGIN, SMALL_WIDTH - SMALL_MARGIN)
+    parts = [draw_small_axis(x, height)]
     for number, (role, estimate) in enumerate(values):
         at = 3 + row * number + row / 2
-        parts.append(f'<line class="grid" x1="8" x2="{width - 8}" y1="{at}" y2="{at}"/>')
         if estimate.low is not None and estimate.high is not None:
             parts.append(draw_whisker(role, (x.place(estimate.low), at), (x.place(estimate.high), at)))
         parts.append(f'<circle class="dot {role}" cx="{x.place(estimate.mean):.1f}" cy="{at}" r="4.5"/>')
@@ -199,7 +203,22 @@ def draw_values(values: Sequence[tuple[str, Estimate]], ceiling: float | None, *
         at = x.place(ceiling)
         parts.append(f'<line class="ceiling" x1="{at:.1f}" x2="{at:.1f}" y1="1" y2="{height - 1}"/>')
     names = ", ".join(f"{role} {estimate.mean:.3f}" for role, estimate in values)
-    return frame("".join(parts), (width, height), f"{names}; axis from {show(low)} to {show(high)}")
+    size = (SMALL_WIDTH, height + SMALL_BOTTOM)
+    return frame("".join(parts), size, f"{names}; axis from {show(low)} to {show(high)}")
+
+
+def draw_small_axis(x: Scale, height: float) -> str:
+    """Return the axis of a small chart, with as many ticks as their labels leave room for."""
+    parts = [f'<line class="axis" x1="{x.start:.1f}" x2="{x.end:.1f}" y1="{height}" y2="{height}"/>']
+    for num in range(5, 0, -1):
+        ticks = [(x.place(value), show(value)) for value in x.ticks(num)]
+        ends = [(at - CHARACTER * len(label) / 2, at + CHARACTER * len(label) / 2) for at, label in ticks]
+        if all(one[1] < two[0] for one, two in itertools.pairwise(ends)):
+            break
+    for at, label in ticks:
+        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="1" y2="{height + 4}"/>')
+        parts.append(f'<text x="{at:.1f}" y="{height + 15}" text-anchor="middle">{label}</text>')
+    return "".join(parts)
 
 
 def draw_plane(points: Sequence[PlanePoint], titles: tuple[str, str], *, size: tuple[int, int] = (680, 340)) -> Markup:

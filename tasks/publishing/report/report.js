@@ -30,7 +30,9 @@ function show(card) {
     return figure;
   });
   box.querySelector(".both").replaceChildren(...pictures);
-  box.querySelector(".info").replaceChildren(...[...card.querySelectorAll(".info")].map((part) => part.cloneNode(true)));
+  const parts = [...card.querySelectorAll(".info")].map((part) => part.cloneNode(true));
+  parts.filter((part) => part.matches("details")).forEach((part) => { part.open = true; });
+  box.querySelector(".info").replaceChildren(...parts);
   if (!box.open) box.showModal();
 }
 document.querySelectorAll(".open").forEach((button) => button.addEventListener("click", () => show(button.closest(".sample"))));

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
 from tasks.intervals import estimate_samples
 from tasks.manifests.evaluation import Estimate, Evaluation, PromptRow, Sample, Side, SubjectMetrics
@@ -11,6 +12,7 @@ from tasks.publishing.pick import collect_draws
 from tasks.publishing.report.charts import is_drawable, widen
 
 HEADLINE = ("dino", "clip_i", "clip_t")
+SIDES: tuple[Side, ...] = get_args(Side)
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,38 @@ class SamplePair:
         assert sample is not None
         return sample
 
+    @property
+    def others(self) -> list[str]:
+        """The metrics beside the headline ones, of the registry and of other packages, in the order of measuring."""
+        names = dict.fromkeys(name for side in SIDES if side in self.metrics for name in dict(self.metrics[side]))
+        return [name for name in names if name not in HEADLINE]
+
+    @property
+    def copies(self) -> list[Side]:
+        """The sides whose sample is a near-duplicate of a photo."""
+        return [side for side in SIDES if self.value(side, "copies")]
+
+    def value(self, side: Side, key: str) -> float | None:
+        """Return a sample's metric; None where it was not measured."""
+        return getattr(self.metrics.get(side), key, None)
+
     def rank(self, key: str) -> float | None:
         """Return the tuned sample's value that the gallery is sorted by."""
         if key == "judge":
             grade = self.grades.get("tuned")
             return None if grade is None else grade.concept_preservation + grade.prompt_following
-        found = self.metrics.get("tuned")
-        return None if found is None else getattr(found, key, None)
+        return self.value("tuned", key)
+
+
+def find_metric(key: str) -> Metric:
+    """Return a metric of the registry, or what is known of another package's."""
+    return METRICS.get(key, Metric(key.upper(), "of another package", "not known", direction="none"))
+
+
+def show_figure(value: float, sign: str = "") -> str:
+    """Return a value of any metric: cosines with three digits, large values without; `sign` may be `+`."""
+    text = f"{value:{sign}.3f}" if abs(value) < 100 else f"{value:{sign},.0f}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def list_metrics(evaluation: Evaluation) -> list[MetricRow]:
@@ -81,12 +108,11 @@ def list_metrics(evaluation: Evaluation) -> list[MetricRow]:
         tuned = table.get("tuned") or find_mean(evaluation, "tuned", key)
         if base is None or tuned is None:
             continue
-        metric = METRICS.get(key, Metric(key.upper(), "of another package", "not known", direction="none"))
         ceiling = getattr(evaluation.ceiling, key, None)
         room = None if ceiling is None else ceiling - base.mean
         # Real photos are no upper bound of what is not a similarity to them.
         share = (tuned.mean - base.mean) / room if key in ("dino", "clip_i") and room and room > 1e-6 else None
-        rows.append(MetricRow(key, metric, base, tuned, table.get("gain"), ceiling, share))
+        rows.append(MetricRow(key, find_metric(key), base, tuned, table.get("gain"), ceiling, share))
     return rows
 
 

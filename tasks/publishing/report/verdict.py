@@ -5,6 +5,7 @@ from typing import Literal
 
 from tasks.manifests.evaluation import MIN_CLUSTERS, Estimate, Evaluation
 from tasks.manifests.run import RunManifests
+from tasks.manifests.run_summary import EvaluatedModel
 from tasks.manifests.subject import SubjectSet
 from tasks.publishing.config import GateConfig
 from tasks.publishing.gate import Check, explain_no_interval, limit_loss, run_checks
@@ -33,8 +34,8 @@ class Verdict:
     findings: tuple[Finding, ...]
 
 
-def reach_verdict(run: RunManifests, gate: GateConfig) -> Verdict:
-    """Return what may be concluded about a run; the limits are those of the gate."""
+def reach_verdict(run: RunManifests, gate: GateConfig, evaluated: EvaluatedModel | None = None) -> Verdict:
+    """Return what may be concluded about a run, or about a model from elsewhere; the limits are those of the gate."""
     checks = run_checks(run, gate)
     findings = [
         *describe_gain(run.evaluation, checks["dino"]),
@@ -44,6 +45,7 @@ def reach_verdict(run: RunManifests, gate: GateConfig) -> Verdict:
         *describe_ceiling(run.evaluation),
         *check_judge(run),
         *check_subject(run.subject),
+        *check_photos(evaluated),
     ]
     order: tuple[Level, ...] = ("bad", "caution", "good")
     findings.sort(key=lambda finding: order.index(finding.level))
@@ -146,7 +148,10 @@ def describe_drift(evaluation: Evaluation, check: Check) -> list[Finding]:
     base, tuned = evaluation.drift.get("base"), evaluation.drift.get("tuned")
     if base is None or tuned is None:
         return [Finding("caution", "Prior drift: not measured.", "Run the evaluation again")]
-    details = f"PRES {base.pres:.3f} before, {tuned.pres:.3f} after"
+    found = evaluation.estimates.get("pres", {})
+    before = found.get("base", Estimate(mean=base.pres, num=0))
+    after = found.get("tuned", Estimate(mean=tuned.pres, num=0))
+    details = f"PRES {before.show()} before, {after.show()} after"
     if check.is_passed:
         return [Finding("good", f"No prior drift: {details}.")]
     return [
@@ -209,6 +214,18 @@ def check_subject(subject: SubjectSet) -> list[Finding]:
         text = f"{num} {'photo was' if num == 1 else 'photos were'} accepted; {MIN_PHOTOS} to 5 are usual."
         findings.append(Finding("caution", text, "Add photos from other sides and in other surroundings"))
     findings += [
-        Finding("caution", f"{warning}.", "Check the photos and subject.class_noun") for warning in subject.warnings
+        Finding("caution", f"{warning[:1].upper()}{warning[1:]}.", "Check the photos and subject.class_noun")
+        for warning in subject.warnings
     ]
     return findings
+
+
+def check_photos(evaluated: EvaluatedModel | None) -> list[Finding]:
+    """Return whether a model from elsewhere was tuned on other photos."""
+    if evaluated is None or not evaluated.num_unmatched_photos:
+        return []
+    text = (
+        f"None of the photos is among the {evaluated.num_unmatched_photos} that the model was tuned on, by its "
+        "lineage.json: if they show another subject, the figures say nothing of its quality."
+    )
+    return [Finding("caution", text, "Evaluate with photos of the subject that the model was tuned on")]

@@ -1,5 +1,6 @@
 """Charts of values that no axis holds: they are drawn without them, or not at all."""
 
+import itertools
 import re
 
 import pytest
@@ -45,3 +46,23 @@ def test_points_that_are_not_finite_are_left_out_of_a_curve() -> None:
 
 def test_a_plane_without_points_is_empty() -> None:
     assert draw_plane([], ("x", "y")) == ""
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "least"),
+    [(0.0, 1.0, 3), (0.31, 0.36, 2), (-0.02, 0.02, 2), (120.0, 480.0, 2), (0.98765, 0.98771, 1), (-3e7, 4e7, 1)],
+)
+def test_a_small_chart_has_an_axis_whose_labels_do_not_touch(low: float, high: float, least: int) -> None:
+    values = (("base", Estimate(mean=low, num=9)), ("tuned", Estimate(mean=high, num=9)))
+    chart = draw_values(values, None, low=low, high=high)
+    check_svg(chart)
+    height = float(re.search(r'viewBox="0 0 220 (\d+)"', chart)[1])  # type: ignore[index]
+    labels = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="middle">([^<]+)</text>', chart)
+    assert len(labels) >= least
+    assert chart.count('class="axis"') == 1
+    assert all(float(y) < height for _, y, _ in labels)
+    for x, _, label in labels:  # where the axis says
+        value = float(label.replace("\N{MINUS SIGN}", "-"))
+        assert float(x) == pytest.approx(18 + (value - low) / (high - low) * 184, abs=0.06)
+    for (one, _, first), (two, _, second) in itertools.pairwise(labels):
+        assert float(two) - float(one) > 7 * (len(first) + len(second)) / 2

@@ -81,16 +81,18 @@ def test_the_commands_run_as_they_are_written(tmp_path: Path) -> None:
             (tmp_path / name / path.name).symlink_to(path)
     (tmp_path / "deployments/make_secrets.py").unlink()
     (tmp_path / "deployments/make_secrets.py").write_bytes((ROOT / "deployments/make_secrets.py").read_bytes())
+    (tmp_path / "prefect").mkdir()
     with serve_prefect(tmp_path / "prefect") as url:
         tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = CliSandbox(tmp_path, url).environment() | {"LIKENESS_HOME": str(ROOT), "PATH": tools}
-        created: set[str] = set()
+        pools = 0
         for line in (line for line in list_blocks() if line.startswith(RUN)):
             command = line.replace(" --watch", "")  # no worker: the run stays scheduled
-            if command.startswith("prefect work-pool create ") and "create likeness" in created:
-                command = command.replace("create likeness", f"create likeness-{len(created)}")
-            created |= {"create likeness"} if "work-pool create" in command else set()
-            created.add(command)
+            if command.startswith("prefect work-pool create "):  # the document's alternatives, side by side
+                command = command.replace("create likeness", f"create likeness-{pools}") if pools else command
+                pools += 1
+            if '"store": "shared"' in command:  # on a stack whose own service has registered the operator's options
+                command = f"python -m deployments.register process && {command}"
             done = subprocess.run(
                 command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
             )

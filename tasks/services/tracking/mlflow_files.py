@@ -139,7 +139,8 @@ def find_artifact_location(database: Path, experiment: str) -> str:
     """
     if not database.is_file():
         return ""
-    address = f"{database.absolute().as_uri()}?mode=ro"
+    # Not `mode=ro`: a transaction that a killed run has begun is undone first, which writes.
+    address = f"{database.absolute().as_uri()}?mode=rw"
     with closing(sqlite3.connect(address, uri=True, timeout=30)) as connection:
         if ("experiments", "artifact_location") not in list_columns(connection):
             return ""

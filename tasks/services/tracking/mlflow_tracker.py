@@ -100,7 +100,7 @@ class MlflowTracker:
             socket.create_connection((address.hostname, port), timeout=CHECK_SECONDS).close()
         elif address.scheme in ("", "sqlite"):
             database = Path(self.uri.removeprefix("sqlite:///"))
-            # Read-only: a check must neither create nor change the database.
+            # A check does not create the database.
             if find_artifact_location(database, self.config.experiment).startswith("mlflow-artifacts:"):
                 raise ConfigError(
                     f"artifacts of experiment {self.config.experiment!r} are reached through an MLflow server alone; "

@@ -1,5 +1,10 @@
 """Journals that killed runs have left: sent by a later run, without harm to that run."""
 
+import signal
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,31 @@ from tasks.services.tracking.mlflow_tracker import MlflowTracker
 from tasks.services.tracking.open import send_left_over
 from tests.support.config import make_config
 from tests.support.tracking import TAG, begin, leave_unsent, log, read_history, wait_logged
+
+HALF_WRITTEN = """
+import os, signal, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+connection.execute("PRAGMA cache_size = 1")  # pages go to the file before the transaction ends
+connection.execute("INSERT INTO params SELECT key || value, value, run_uuid FROM params")
+connection.execute("CREATE TABLE large AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 20000) "
+                   "SELECT i, hex(randomblob(50)) FROM n")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_run_killed_in_the_middle_of_a_transaction_leaves_a_database_that_the_next_one_opens(tmp_path: Path) -> None:
+    config = make_config(TrackingConfig)
+    MlflowTracker(config, folder=tmp_path).start(name="one", params={"a": "1"}, tags={RUN_TAG: "one"})
+    database = tmp_path / "mlflow.db"
+    done = subprocess.run([sys.executable, "-c", HALF_WRITTEN, str(database)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "mlflow.db-journal").stat().st_size, "the journal is what undoes the half-written transaction"
+    tracker = MlflowTracker(config, folder=tmp_path)
+    tracker.check()
+    tracker.start(name="two", params={}, tags={RUN_TAG: "two"})
+    with closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("SELECT count(*) FROM params").fetchone() == (1,)
+        assert connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'large'").fetchone() is None
 
 
 def find_run(config: TrackingConfig, output: Path, name: str) -> Any:

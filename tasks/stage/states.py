@@ -16,6 +16,7 @@ from prefect.events import emit_event
 from prefect.futures import PrefectFuture
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Completed
+from prefect.utilities.annotations import quote
 
 from tasks.errors import LikenessError, first_line
 from tasks.manifests.base import Manifest
@@ -102,6 +103,14 @@ def result_of(state: State[M]) -> M:
 def wait_for(future: "PrefectFuture[State[M]]") -> M:
     """Wait for a submitted step and return its manifest; raise the error of a failed one."""
     return result_of(future.result())
+
+
+def quoted(runtime: Runtime) -> Runtime:
+    """Return the runtime as an argument of steps that Prefect hands over as it is.
+
+    It looks for results of other steps in every part of an argument, and fails where a thread changes one meanwhile.
+    """
+    return cast(Runtime, quote(runtime))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,9 @@
-"""Which failed steps Prefect runs again: those whose error waiting can resolve, with jitter, and no other step."""
+"""Steps as Prefect runs them: again where waiting can resolve the error, and without a look into their services."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from prefect import flow, task
@@ -9,7 +12,9 @@ from prefect.states import Cancelled, Failed
 
 from tasks.errors import ConfigError, LeaseLost, ReplyInvalid, ServiceUnavailable, StillPending, SubjectRejected
 from tasks.publishing.steps import publish
-from tasks.stage.states import should_retry
+from tasks.services.store.local import LocalStore
+from tasks.stage.context import Runtime
+from tasks.stage.states import quoted, should_retry
 from tests.support.cli_sandbox import serve_prefect
 
 RETRYABLE = (ServiceUnavailable("gone"), ReplyInvalid("not JSON"))
@@ -46,6 +51,40 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     quiet = {PREFECT_LOGGING_TO_API_ENABLED: False}  # no lines that would be sent when the server is gone
     with serve_prefect(tmp_path_factory.mktemp("prefect")) as url, temporary_settings({PREFECT_API_URL: url, **quiet}):
         yield
+
+
+@dataclass
+class Watched:
+    """A service whose parts other threads change: whoever walks through them at that moment fails."""
+
+    logged: int = 0
+
+    def __getattribute__(self, name: str) -> object:
+        if name == "logged":
+            raise RuntimeError("Set changed size during iteration")
+        return super().__getattribute__(name)
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("is_submitted", [False, True], ids=["called", "submitted"])
+def test_prefect_does_not_walk_through_the_services_of_a_run(tmp_path: Path, is_submitted: bool) -> None:
+    nothing = Mock()
+    runtime = Runtime(
+        "r", LocalStore(tmp_path), llm=nothing, tracker=nothing, progress=nothing, live=Watched(), work_folder=tmp_path
+    )  # type: ignore[arg-type]
+
+    @task(persist_result=False)
+    def step(given: Runtime) -> str:
+        assert given is runtime
+        return given.run_id
+
+    @flow(persist_result=False)
+    def run(given: Callable[[Runtime], Runtime]) -> str:
+        return step.submit(given(runtime)).result() if is_submitted else step(given(runtime))
+
+    assert run(quoted) == "r"
+    with pytest.raises(RuntimeError, match="during iteration"):
+        run(lambda plain: plain)
 
 
 @pytest.mark.usefixtures("server")

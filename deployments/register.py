@@ -18,6 +18,7 @@ from flows.cli.stack.registration import (
     register_automations,
     register_notification,
     register_pool,
+    register_queue,
 )
 from tasks.errors import ConfigError
 
@@ -45,6 +46,7 @@ def main(words: list[str]) -> int:
     try:
         with open_client() as client:
             register_pool(client, pool, kind, template=template)
+            register_queue(client, pool)
     except ConfigError as error:
         print(f"{error}: set LIKENESS_POOL", file=sys.stderr)
         return error.exit_code

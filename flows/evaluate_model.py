@@ -13,7 +13,7 @@ from tasks.evaluation.steps import EvaluationInputs, evaluate
 from tasks.manifests.run import RunManifests
 from tasks.manifests.run_summary import RunSummary
 from tasks.scoring.steps import ScoringInputs, score_samples
-from tasks.stage.states import result_of
+from tasks.stage.states import quoted, result_of
 from tasks.subject.steps import SubjectInputs, check_photos, prepare_subject
 from tasks.training.steps import ImportInputs, import_model
 
@@ -33,7 +33,7 @@ def evaluate_model(request: EvaluationRequest) -> RunSummary:
         # As untrusted as the settings of a request.
         check_path("model", request.model, allowed_roots(), rule=RequestRule("path"))
     with open_run(request.base, is_trusted=is_trusted, model=request.model) as run:
-        config, runtime, diffusion = run.config, run.runtime, run.config.diffusion
+        config, runtime, diffusion = run.config, quoted(run.runtime), run.config.diffusion
         photos = check_photos(config.subject, runtime, is_drawn_world=config.is_mini)
         subject = result_of(prepare_subject(SubjectInputs(config.subject, config.llm, photos), runtime))
         warn_of_other_photos(run, subject)

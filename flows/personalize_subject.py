@@ -15,7 +15,7 @@ from tasks.prior.steps import PriorInputs, generate_class_images
 from tasks.publishing.pick import pick_checkpoint
 from tasks.publishing.steps import PublishingInputs, publish
 from tasks.scoring.steps import ScoringInputs, score_samples
-from tasks.stage.states import result_of, wait_for
+from tasks.stage.states import quoted, result_of, wait_for
 from tasks.subject.steps import SubjectInputs, check_photos, prepare_subject
 from tasks.training.inputs import TrainingInputs
 from tasks.training.steps import fine_tune
@@ -37,7 +37,7 @@ def personalize_subject(request: RunRequest = RunRequest()) -> RunSummary:  # no
     with open_run(request, is_trusted=is_trusted) as run:
         if deployment.id is not None:
             warn_of_clock()
-        config, runtime, diffusion = run.config, run.runtime, run.config.diffusion
+        config, runtime, diffusion = run.config, quoted(run.runtime), run.config.diffusion
         # Checked before class images are submitted: bad photos must not cost a GPU hour.
         photos = check_photos(config.subject, runtime, is_drawn_world=config.is_mini)
         # Class images need only the class noun, so they are generated while the LLM inspects the photos.
@@ -67,5 +67,5 @@ def personalize_subject(request: RunRequest = RunRequest()) -> RunSummary:  # no
         inputs = PublishingInputs(config.publishing, config.tracking, manifests, run.config_rows, run.default_rows)
         publication = result_of(publish(inputs, runtime))
         summary = run.summarize(manifests, publication)
-        show_artifacts(summary, publication, runtime)
+        show_artifacts(summary, publication, run.runtime)
     return summary

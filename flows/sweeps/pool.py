@@ -51,8 +51,9 @@ class PoolRunner:
         request = anchor(order.request)
         for number in itertools.count():
             run = self.send(request, order.name, key=f"{order.name}-{number}" if number else order.name)
-            # Cancelled by a sweep that was interrupted: that run does not start again.
-            if run.state is None or not run.state.is_cancelled():
+            # One that was cancelled with an interrupted sweep does not start again; one that still saves its training
+            # keeps its lease until then.
+            if run.state is None or not (run.state.is_cancelled() or run.state.is_cancelling()):
                 break
         return PoolRun(run.id, request, order, runner=self)
 
@@ -109,9 +110,11 @@ class PoolRun:
             if self.tail is not None and not self.is_pruned and not is_final(run) and self.tail.read():
                 self.is_pruned = True
                 request_cancel(client, run)
-            if self.runner.is_starved(run) and self.runner.fallback is not None:
+            fallback = self.runner.fallback if self.runner.is_starved(run) else None
+            if fallback is not None:
                 request_cancel(client, run)
-                return self.run_here(self.runner.fallback)
+        if fallback is not None:
+            return self.run_here(fallback)
         if not self.has_ended(run):
             return None
         state = run.state

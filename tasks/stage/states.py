@@ -3,8 +3,10 @@
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from prefect.assets import Asset, AssetProperties
@@ -14,9 +16,11 @@ from prefect.events import emit_event
 from prefect.futures import PrefectFuture
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Completed
+from prefect.utilities.annotations import quote
 
 from tasks.errors import LikenessError, first_line
 from tasks.manifests.base import Manifest
+from tasks.services.store.lease import read_boot
 from tasks.stage.cache import PREFIXES
 from tasks.stage.context import Runtime
 
@@ -24,7 +28,10 @@ log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Manifest)
 HTTP_LOCKED = 423
 HOST_LIMIT = "LIKENESS_HOST_LIMIT"
-"""Variable of workers: the concurrency limit of their host, which `likeness up` registers."""
+"""Variable of workers: the concurrency limit of their host. Empty: none; unset: one that is named after the host."""
+WORKER_RUN = "PREFECT__FLOW_RUN_ID"
+"""Variable of the processes, containers and pods in which workers execute runs."""
+CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))
 EMBEDDED = "LIKENESS_EMBEDDED_SERVER"
 """Variable of processes whose server is a run's own."""
 SLOT_LEASE_SECONDS = 120.0
@@ -98,6 +105,14 @@ def wait_for(future: "PrefectFuture[State[M]]") -> M:
     return result_of(future.result())
 
 
+def quoted(runtime: Runtime) -> Runtime:
+    """Return the runtime as an argument of steps that Prefect hands over as it is.
+
+    It looks for results of other steps in every part of an argument, and fails where a thread changes one meanwhile.
+    """
+    return cast(Runtime, quote(runtime))
+
+
 @contextlib.contextmanager
 def host_slots(num: int, *, on_wait: Callable[[str], None]) -> Iterator[None]:
     """Hold slots of this host's concurrency limit, which Prefect's UI shows; nothing where there is no such limit.
@@ -105,7 +120,8 @@ def host_slots(num: int, *, on_wait: Callable[[str], None]) -> Iterator[None]:
     To be taken once the devices are locked: the lock is the guard, and keeps the order of those that wait. A server
     that is away or slow grants none, and stops nobody. `on_wait` is called with what is waited for; it may raise.
     """
-    name = "" if os.environ.get(EMBEDDED) or num < 1 else os.environ.get(HOST_LIMIT, "")
+    name = "" if os.environ.get(EMBEDDED) or num < 1 else name_limit()
+    num = prepare_limit(name, num) if name else num
     held = contextlib.ExitStack()
     while name and not take_slots(held, name, num):
         on_wait(f"a slot of {name}")
@@ -114,6 +130,47 @@ def host_slots(num: int, *, on_wait: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         close_quietly(held, name)
+
+
+def give_up_soon() -> contextlib.AbstractContextManager[object]:
+    """Let Prefect's clients give up soon."""
+    return temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 1, PREFECT_API_REQUEST_TIMEOUT: RELEASE_SECONDS})
+
+
+def name_limit() -> str:
+    """Return the name of the host's concurrency limit; empty outside of workers."""
+    default = ""
+    if os.environ.get(WORKER_RUN):
+        # A container's own name is new each time; what all containers of a host share is the start of its kernel.
+        is_contained = any(mark.exists() for mark in CONTAINER_MARKS)
+        default = f"likeness-{read_boot()[:8] if is_contained else socket.gethostname()}"
+    return os.environ.get(HOST_LIMIT, default)
+
+
+def count_host_gpus() -> int:
+    """Return the number of GPUs of this host, in a container of those that it was given."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def prepare_limit(name: str, num: int) -> int:
+    """Create a host's limit where the server has none; return how many slots to take: no more than it can grant."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+
+    try:
+        with give_up_soon(), get_client(sync_client=True) as client:
+            try:
+                limit = client.read_global_concurrency_limit_by_name(name).limit
+            except ObjectNotFound:
+                limit = max(num, count_host_gpus())
+                with contextlib.suppress(ObjectAlreadyExists):  # by another run of this host, in the meantime
+                    client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=limit))
+                log.info("concurrency limit %s registered: %d trainings at a time on this host", name, limit)
+    except Exception as error:  # away, slow or restarted: `take_slots` goes on without
+        log.warning("concurrency limit %s was not looked up: %s", name, first_line(error))
+        return num
+    return max(1, min(num, limit))  # with none at all, an operator has paused the host
 
 
 def take_slots(held: contextlib.ExitStack, name: str, num: int) -> bool:
@@ -138,9 +195,8 @@ def take_slots(held: contextlib.ExitStack, name: str, num: int) -> bool:
 def close_quietly(held: contextlib.ExitStack, name: str) -> None:
     """Give slots back; one that can't be comes back when its lease ends."""
     # By its defaults the client would keep a finished training for minutes where the server is suspended.
-    quick = {PREFECT_CLIENT_MAX_RETRIES: 1, PREFECT_API_REQUEST_TIMEOUT: RELEASE_SECONDS}
     try:
-        with temporary_settings(quick):
+        with give_up_soon():
             held.close()
     except Exception as error:
         log.warning("the slot of %s is not given back: %s", name, first_line(error))

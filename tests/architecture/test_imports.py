@@ -1,6 +1,7 @@
 """The six directions of the house, read from the source."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections import Counter
@@ -46,6 +47,32 @@ def test_only_flows_and_steps_import_prefect() -> None:
     for path in FILES:
         is_allowed = name_of(path).startswith("flows/") or path.name in ("steps.py", "states.py")
         assert is_allowed or "prefect" not in roots_of(path), name_of(path)
+
+
+def list_decorated(path: Path) -> set[str]:
+    """Return the names of a file's functions that are decorated as a flow or a task."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        for each in getattr(node, "decorator_list", ()):
+            decorator = each.func if isinstance(each, ast.Call) else each
+            if getattr(decorator, "id", getattr(decorator, "attr", "")) in ("flow", "task"):
+                found.add(node.name)  # type: ignore[attr-defined]
+    return found
+
+
+def test_no_flow_or_task_stores_its_result() -> None:
+    """Prefect would pickle it; what steps exchange is manifests, in JSON, which the store keeps."""
+    from prefect import Flow, Task
+
+    decorated = {path: names for path in FILES if (names := list_decorated(path))}
+    assert len(decorated) >= 5 + len(STAGES), "five flows and the steps of each stage"
+    stored = []
+    for path, names in decorated.items():
+        module = importlib.import_module(name_of(path).removesuffix(".py").replace("/", "."))
+        objects = {name: each for name, each in vars(module).items() if isinstance(each, Flow | Task)}
+        assert names <= set(objects), name_of(path)
+        stored += [f"{name_of(path)}: {name}" for name, each in objects.items() if each.persist_result is not False]
+    assert stored == []
 
 
 def test_flows_steps_and_manifests_import_heavy_libraries_lazily() -> None:

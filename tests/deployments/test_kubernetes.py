@@ -257,6 +257,11 @@ def test_links_of_a_run_open_in_a_browser_outside_the_cluster() -> None:
     assert server["PREFECT_UI_URL"]["valueFrom"]["configMapKeyRef"] == {"name": "likeness", "key": "PREFECT_UI_URL"}
 
 
+def test_no_pod_creates_a_concurrency_limit_of_its_own_name() -> None:
+    """A pod sees the GPUs that it was given; a limit of as many slots would hold back the other pods of its node."""
+    assert of_kind("ConfigMap")["likeness"]["data"]["LIKENESS_HOST_LIMIT"] == ""
+
+
 def test_claims_and_configurations_that_pods_use_exist() -> None:
     text = json.dumps(list(PODS.values()))
     assert set(re.findall(r'"claimName": "([\w-]+)"', text)) == set(of_kind("PersistentVolumeClaim"))

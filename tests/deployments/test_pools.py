@@ -18,7 +18,8 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
-from flows.cli.stack.registration import TAG
+from flows.cli.stack.registration import BULK_PRIORITY, TAG
+from flows.subjects.dispatch import BULK_QUEUE
 from tests.support.cli_sandbox import CliSandbox, serve_prefect
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,6 +87,14 @@ def test_every_pool_gets_the_deployments_with_the_shared_store_and_tracking(regi
     assert request == {"store": "shared", "tracking": "server"}
     form = json.dumps(registered.client.read_deployment_by_name(DEPLOYMENT).parameter_openapi_schema)
     assert '"shared"' in form and '"server"' in form, "the form lists the operator's options"
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_pool_serves_runs_of_many_subjects_after_single_ones(registered: Registered, kind: str) -> None:
+    default, bulk = (
+        registered.client.read_work_queue_by_name(name, work_pool_name=kind) for name in ("default", BULK_QUEUE)
+    )
+    assert (default.priority, bulk.priority) == (1, BULK_PRIORITY)
 
 
 def test_registering_again_creates_no_second_automation(registered: Registered) -> None:

@@ -7,7 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,15 +86,15 @@ def end(process: "subprocess.Popen[bytes]", *, seconds: float = 45) -> None:
 
 
 @contextmanager
-def serve_prefect(folder: Path) -> Iterator[str]:
-    """Run a Prefect server on a free loopback port and yield its API's address."""
+def serve_prefect(folder: Path, *, port: int = 0, variables: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Run a Prefect server on a loopback port, by default a free one, and yield its API's address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port = port or probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}/api"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (folder / "prefect-server.log").open("wb") as log:
-        environment = CliSandbox(folder, url).environment()
+        environment = CliSandbox(folder, url).environment() | dict(variables or {})
         # Tests wait for events, which the server else stores every five seconds.
         environment["PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL"] = "0.2"
         environment["PREFECT_SERVER_SERVICES_FOREMAN_LOOP_SECONDS"] = "0.5"  # how often it looks for lost workers
@@ -111,7 +111,17 @@ def serve_prefect(folder: Path) -> Iterator[str]:
                 time.sleep(0.2)
         yield url
     finally:
+        drain()
         end(process)
+
+
+def drain() -> None:
+    """Send what threads of this process have for a server: later they would try in vain, and so end it minutes late.
+
+    Prefect keeps them with their first server; those of the next one start anew.
+    """
+    if worker := sys.modules.get("prefect.events.worker"):
+        worker.EventsWorker.drain_all(timeout=10, at_exit=False)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def register(environment: dict[str, str], options: StackOptions) -> None:
     statements = [
         f"with r.open_client() as client: r.register_pool(client, {POOL!r}, 'process', max_runs={options.max_runs})",
         f"with r.open_client() as client: r.register_host(client, max_runs={options.max_runs})",
-        "r.register_queue()",
+        f"with r.open_client() as client: r.register_queue(client, {POOL!r})",
         "r.register_automations()",
     ]
     secrets = {}
@@ -140,16 +140,17 @@ def register_pool(
 
 def register_host(client: "SyncPrefectClient", *, max_runs: int) -> None:
     """Create or update the concurrency limit of this host's trainings: its GPUs, or all runs where the CPU trains."""
-    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    client.upsert_global_concurrency_limit_by_name(os.environ[HOST_LIMIT], gpus or max_runs)
+    from tasks.stage.states import count_host_gpus  # imports Prefect
+
+    client.upsert_global_concurrency_limit_by_name(os.environ[HOST_LIMIT], count_host_gpus() or max_runs)
 
 
-def register_queue() -> None:
-    """Create the queue of bulk runs, which the worker serves after the default one. Runs in a process of its own."""
+def register_queue(client: "SyncPrefectClient", pool: str) -> None:
+    """Create the queue of bulk runs, which workers of a pool serve after the default one."""
     from prefect.exceptions import ObjectAlreadyExists
 
-    with open_client() as client, contextlib.suppress(ObjectAlreadyExists):
-        client.create_work_queue(BULK_QUEUE, work_pool_name=POOL, priority=BULK_PRIORITY)
+    with contextlib.suppress(ObjectAlreadyExists):
+        client.create_work_queue(BULK_QUEUE, work_pool_name=pool, priority=BULK_PRIORITY)
 
 
 def register_notification(kind: str) -> None:

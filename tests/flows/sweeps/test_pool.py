@@ -9,7 +9,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Pending, Running
+from prefect.states import Cancelling, Pending, Running
 
 from conf.request import RunRequest
 from flows.sweeps.outcome import SweepOutcome
@@ -166,6 +166,10 @@ def test_a_run_of_an_interrupted_sweep_that_was_cancelled_with_it_is_sent_anew(
     assert len(list_sub_runs(client)) == 2
     PoolRunner(2).start(order)  # finds the one that waits
     assert len(list_sub_runs(client)) == 2
+    [waiting] = [run for run in list_sub_runs(client) if run.state and run.state.is_scheduled()]
+    set_states(client, waiting.id, Pending(), Running(), Cancelling())  # it saves its training
+    PoolRunner(2).start(order)
+    assert len(list_sub_runs(client)) == 3
 
 
 def test_without_an_online_worker_trials_run_in_this_process(

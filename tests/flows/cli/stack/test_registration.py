@@ -1,6 +1,7 @@
 """Pool and automations, as the server gets them."""
 
 import copy
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from prefect.events.schemas.automations import EventTrigger
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.cli.stack import registration
-from flows.cli.stack.registration import make_automations, register_pool
+from flows.cli.stack.registration import make_automations, register_pool, register_queue
 from flows.cli.stack.stack import POOL, StackOptions
+from flows.subjects.dispatch import BULK_QUEUE
 from tasks.errors import ConfigError
 from tasks.redaction import redact
 
@@ -55,6 +57,33 @@ def test_a_pool_that_exists_never_lacks_its_limit_and_stays_paused(
     assert (kept.concurrency_limit, kept.base_job_template) == (3, template)
     with pytest.raises(ConfigError, match="work pool 'likeness' has the type process; delete it"):
         register_pool(client, POOL, "docker", template=template)
+
+
+def test_runs_of_many_subjects_wait_behind_single_runs_and_are_served_in_the_order_of_their_submission(
+    client: SyncPrefectClient,
+) -> None:
+    pool = f"pool-{uuid.uuid4().hex[:8]}"
+    register_pool(client, pool, "process")
+    for _ in range(2):  # as every `likeness up` does
+        register_queue(client, pool)
+    flow = client.create_flow_from_name("a-flow")
+    deployment = client.create_deployment(flow, name=pool, work_pool_name=pool, enforce_parameter_schema=False)
+
+    def submit(name: str, queue: str | None = None) -> None:
+        client.create_flow_run_from_deployment(deployment, name=name, work_queue_name=queue)
+
+    # Two batches of two; the person's run comes last.
+    for name in ("a1", "a2", "b1", "b2"):
+        submit(name, BULK_QUEUE)
+    submit("single")
+
+    def list_served() -> list[str]:
+        """Return what the server hands to a worker that asks for runs."""
+        return [each.flow_run.name for each in client.get_scheduled_flow_runs_for_work_pool(pool)]
+
+    assert list_served() == ["single", "a1", "a2", "b1", "b2"]
+    register_pool(client, pool, "process", max_runs=2)
+    assert list_served() == ["single", "a1"]
 
 
 def test_registration_changes_the_pool_by_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

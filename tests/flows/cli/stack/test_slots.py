@@ -11,11 +11,14 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.cli.stack.registration import register_host
+from flows.cli.stack.stack import LEASES
 from tasks.diffusion import device
 from tasks.diffusion.device import count_slots
 from tasks.errors import LikenessError
+from tasks.services.store.lease import read_boot
 from tasks.stage import states
 from tasks.stage.states import host_slots
+from tests.support.cli_sandbox import serve_prefect
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +76,97 @@ def test_a_waiting_training_goes_on_when_a_slot_is_given_back(client: SyncPrefec
     with host_slots(1, on_wait=give_back):
         assert count_held(client, name) == 1
     assert waited
+
+
+@pytest.fixture
+def bare_worker(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A run of a worker that nobody has given a limit; the name that it gives one, which the server has not yet."""
+    host = f"host-{uuid.uuid4().hex}"
+    monkeypatch.delenv(states.HOST_LIMIT)
+    monkeypatch.setenv(states.WORKER_RUN, str(uuid.uuid4()))
+    monkeypatch.setattr(states.socket, "gethostname", lambda: host)
+    monkeypatch.setattr(states, "CONTAINER_MARKS", (tmp_path / "none",))
+    return f"likeness-{host}"
+
+
+@pytest.mark.parametrize(("gpus", "taken", "limit"), [(0, 1, 1), (1, 1, 1), (4, 2, 4)])
+def test_a_run_of_any_worker_creates_the_limit_of_its_host(
+    client: SyncPrefectClient, bare_worker: str, monkeypatch: pytest.MonkeyPatch, gpus: int, taken: int, limit: int
+) -> None:
+    monkeypatch.setattr(states, "count_host_gpus", lambda: gpus)
+    with host_slots(taken, on_wait=never):
+        assert client.read_global_concurrency_limit_by_name(bare_worker).limit == limit
+        assert count_held(client, bare_worker) == taken
+    assert count_held(client, bare_worker) == 0
+
+
+def test_two_runs_of_a_host_without_gpu_train_one_after_the_other(client: SyncPrefectClient, bare_worker: str) -> None:
+    first = contextlib.ExitStack()
+    first.enter_context(host_slots(1, on_wait=never))
+    waited: list[str] = []
+
+    def give_back(what: str) -> None:
+        waited.append(what)
+        first.close()
+
+    with host_slots(1, on_wait=give_back):
+        assert waited == [f"a slot of {bare_worker}"]
+
+
+def test_a_limit_that_an_operator_has_set_stays_and_is_never_waited_for_in_vain(
+    client: SyncPrefectClient, bare_worker: str
+) -> None:
+    client.upsert_global_concurrency_limit_by_name(bare_worker, 3)
+    with host_slots(8, on_wait=never):  # Prefect would grant eight of three never
+        assert count_held(client, bare_worker) == 3
+    assert client.read_global_concurrency_limit_by_name(bare_worker).limit == 3
+
+
+def test_containers_of_a_host_share_its_limit(
+    bare_worker: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "mark").touch()
+    monkeypatch.setattr(states, "CONTAINER_MARKS", (tmp_path / "none", tmp_path / "mark"))
+    names = set()
+    for container in ("0a1b2c3d4e5f", "f5e4d3c2b1a0"):
+        monkeypatch.setattr(states.socket, "gethostname", lambda name=container: name)
+        names.add(states.name_limit())
+    assert names == {f"likeness-{read_boot()[:8]}"}
+
+
+@pytest.mark.parametrize("case", ["a terminal", "an empty name"])
+def test_without_a_worker_or_with_an_empty_name_there_is_no_limit(
+    client: SyncPrefectClient, bare_worker: str, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    if case == "a terminal":
+        monkeypatch.delenv(states.WORKER_RUN)
+    else:
+        monkeypatch.setenv(states.HOST_LIMIT, "")
+    with host_slots(1, on_wait=never):
+        assert bare_worker not in {limit.name for limit in client.read_global_concurrency_limits(limit=200)}
+
+
+def test_a_slot_is_held_and_given_back_across_a_restart_of_the_server(
+    tmp_path: Path, free_port: int, name: str
+) -> None:
+    stored = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES}
+    held = contextlib.ExitStack()
+
+    def give_up(what: str) -> None:
+        raise LikenessError(what)
+
+    with serve_prefect(tmp_path, port=free_port, variables=stored) as url, temporary_settings({PREFECT_API_URL: url}):
+        with SyncPrefectClient(url) as client:
+            client.upsert_global_concurrency_limit_by_name(name, 1)
+        held.enter_context(host_slots(1, on_wait=never))
+    with serve_prefect(tmp_path, port=free_port, variables=stored) as url, temporary_settings({PREFECT_API_URL: url}):
+        with pytest.raises(LikenessError, match="a slot of likeness-"), host_slots(1, on_wait=give_up):
+            never("it got the slot that is held")
+        held.close()
+        with SyncPrefectClient(url) as client:
+            assert count_held(client, name) == 0
+        with host_slots(1, on_wait=never):
+            pass
 
 
 @pytest.mark.parametrize("case", ["away", "silent", "no limit", "no stack", "own server", "no device"])

@@ -10,11 +10,10 @@ from flows.cli.results.comparison.contenders import Contender, find_contenders
 from flows.cli.results.comparison.judge import Judged, judge_runs
 from flows.cli.results.comparison.page import Page, render_page
 from flows.cli.results.comparison.side_by_side import Compared, Row, check_sheet, list_rows, load_compared, write_sheet
-from flows.cli.results.runs import show_cell, show_gain
+from flows.cli.results.runs import show_gain, show_mean
 from flows.cli.results.tables import Format, Grid, render
 from flows.runs.records import PastRun, read_run
 from tasks.errors import ConfigError
-from tasks.manifests.evaluation import Estimate
 from tasks.services.store.open import open_store
 
 if TYPE_CHECKING:
@@ -207,13 +206,6 @@ def list_metrics(found: "Comparison") -> list[tuple[str, ...]]:
         differences = [f"{show_gain(each)}{' *' if each.is_decided else ''}" for each in row.differences]
         rows.append((row.metric.name, *map(show_mean, row.means), *differences))
     return rows
-
-
-def show_mean(found: Estimate) -> str:
-    """Return a mean with its interval."""
-    if found.low is None or found.high is None:
-        return show_cell(found.mean)
-    return f"{show_cell(found.mean)} [{show_cell(found.low)}, {show_cell(found.high)}]"
 
 
 def warn_of_judges(runs: Sequence[PastRun]) -> list[str]:

@@ -1,17 +1,24 @@
 """Terminal output about runs: tables and summaries."""
 
+import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from flows.cli.console import show_usd
 from tasks.errors import ConfigError
-from tasks.manifests.evaluation import Estimate
+from tasks.manifests.evaluation import Estimate, Side
 from tasks.manifests.run_summary import RunSummary
 from tasks.metrics import METRICS
 
 if TYPE_CHECKING:
     from conf.schema import RunConfig
+    from flows.cli.results.tables import Grid
+
+WIDTH = 100
+"""Of the terminal, in characters, where it is not known."""
+SIDES: tuple[Side, ...] = get_args(Side)
+AXES = {"concept_preservation": "subject", "prompt_following": "prompt", "image_quality": "image quality"}
 
 
 def print_runs(summaries: list[RunSummary], *, folder: Path) -> None:
@@ -80,38 +87,62 @@ def print_summary(summary: RunSummary, config: "RunConfig") -> None:
 
 
 def print_metrics(summary: RunSummary) -> None:
-    """Print metrics and grades of both sides, with the interval of the difference."""
+    """Print metrics and grades of both sides and their difference, with 95 % intervals as far as the width allows."""
+    from flows.cli.results.tables import write_plain
+
     assert summary.judge is not None
-    metrics, scores = summary.metrics, {side: dict(score) for side, score in summary.scores.items()}
-    print(f"\n{'':22}{'base':>8}{'tuned':>8}{'photos':>8}  tuned - base, 95 % interval")
-    names = {key: metric.name for key, metric in METRICS.items()}
-    for key, name in {**names, **{key: key for key in summary.estimates if key not in names}}.items():
-        cells = [metrics[side].get(key) for side in ("base", "tuned", "ceiling")]
-        if cells[0] is None:
-            continue
-        line = f"{name:22}" + "".join(f"{show_cell(cell):>8}" for cell in cells)
-        print(f"{line}  {show_gain(summary.estimates.get(key, {}).get('gain'))}".rstrip())
-    axes = (("concept_preservation", "subject"), ("prompt_following", "prompt"), ("image_quality", "image quality"))
-    for key, name in ((key, f"judge: {axis}") for key, axis in axes):
-        cells = [scores.get(side, {}).get(key) for side in ("base", "tuned")]
-        line = f"{name:22}" + "".join(f"{cell:8.2f}" if cell is not None else f"{'–':>8}" for cell in cells)
-        print(f"{line}{'':10}{show_gain(summary.score_estimates.get(key, {}).get('gain'))}".rstrip())
+    table, note = write_plain(list_figures(summary, has_intervals=True)), ""
+    if max(map(len, table.splitlines())) > shutil.get_terminal_size((WIDTH, 24)).columns:
+        table = write_plain(list_figures(summary, has_intervals=False))
+        note = "; the report has those of base and tuned"
+    print(f"\n{table}")
+    if "[" in table:
+        print(f"in brackets: 95 % intervals{note}")
     if not summary.judge.is_reliable:
         print(f"warning: judge scores are unreliable: {summary.judge.reason}")
 
 
-def show_cell(value: float | None) -> str:
+def list_figures(summary: RunSummary, *, has_intervals: bool) -> "Grid":
+    """Return a row per metric and axis of the judge; base and tuned with or without their intervals."""
+    from flows.cli.results.tables import Grid
+
+    names = {key: metric.name for key, metric in METRICS.items()}
+    names |= {key: key for key in summary.estimates if key not in names}
+    names |= {axis: f"judge: {name}" for axis, name in AXES.items()}
+    rows = []
+    for key, name in names.items():
+        found = [summary.find_mean(key, side) for side in SIDES]
+        largest = max((abs(each.mean) for each in found if each is not None), default=0.0)
+        digits = 2 if key in AXES else 3 - (largest >= 10) - (largest >= 100)  # as wide as a cosine
+        if key not in AXES and found[0] is None:
+            continue
+        cells = ["-" if each is None else show_mean(each, digits) for each in found]
+        if not has_intervals:
+            cells = [cell.partition(" ")[0] for cell in cells]
+        gain = (summary.estimates | summary.score_estimates).get(key, {}).get("gain")
+        rows.append((name, *cells, show_cell(summary.metrics.get("ceiling", {}).get(key)), show_gain(gain, digits)))
+    return Grid("", ("", "base", "tuned", "photos", "tuned - base"), tuple(rows))
+
+
+def show_mean(found: Estimate, digits: int = 3) -> str:
+    """Return a mean with its interval, where it has one."""
+    if found.low is None or found.high is None:
+        return show_cell(found.mean, digits)
+    return f"{show_cell(found.mean, digits)} [{show_cell(found.low, digits)}, {show_cell(found.high, digits)}]"
+
+
+def show_cell(value: float | None, digits: int = 3) -> str:
     """Return a metric in at most seven characters."""
-    return "" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+    return "" if value is None else f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def show_gain(gain: Estimate | None) -> str:
+def show_gain(gain: Estimate | None, digits: int = 3) -> str:
     """Return a difference with its interval, or why it has none."""
     if gain is None:
         return ""
     if gain.low is None or gain.high is None:
-        return f"{gain.mean:+.3f} (no interval from {gain.num})"
-    return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+        return f"{gain.mean:+.{digits}f} (no interval from {gain.num})"
+    return f"{gain.mean:+.{digits}f} [{gain.low:+.{digits}f}, {gain.high:+.{digits}f}]"
 
 
 def shorten(path: str) -> str:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from flows.cli.results.compare import make_json_safe, show_mean
-from flows.cli.results.runs import show_cell, show_gain
+from flows.cli.results.compare import make_json_safe
+from flows.cli.results.runs import show_cell, show_gain, show_mean
 from flows.cli.results.tables import Format, Grid, render
 from flows.scoreboard.cells import Result
 from flows.scoreboard.plan import BASE

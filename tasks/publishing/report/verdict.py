@@ -146,7 +146,10 @@ def describe_drift(evaluation: Evaluation, check: Check) -> list[Finding]:
     base, tuned = evaluation.drift.get("base"), evaluation.drift.get("tuned")
     if base is None or tuned is None:
         return [Finding("caution", "Prior drift: not measured.", "Run the evaluation again")]
-    details = f"PRES {base.pres:.3f} before, {tuned.pres:.3f} after"
+    found = evaluation.estimates.get("pres", {})
+    before = found.get("base", Estimate(mean=base.pres, num=0))
+    after = found.get("tuned", Estimate(mean=tuned.pres, num=0))
+    details = f"PRES {before.show()} before, {after.show()} after"
     if check.is_passed:
         return [Finding("good", f"No prior drift: {details}.")]
     return [

@@ -90,13 +90,11 @@ def test_names_and_values_are_escaped(store: LocalStore) -> None:
         assert shown in html
 
 
-def test_grades_kinds_and_prompts_have_gains_with_intervals(store: LocalStore) -> None:
+def test_grades_and_prompts_have_gains_with_intervals(store: LocalStore) -> None:
     inputs = make_inputs(store)
     html = render_report(store, replace(inputs, manifests=with_grades(inputs.manifests)))
     assert html.count("+2.000 (+1.250 to +2.750)") == 4  # a grade of each axis, and the headline
     assert "0.50 to 1.50" in html
-    kinds = html.split("By kind of prompt", 1)[1].split("</table>", 1)[0]
-    assert "scene" in kinds and "+0.300 (+0.250 to +0.350)" in kinds
     prompts = html.split("By prompt</h3>", 1)[1].split("</table>", 1)[0]
     assert '+0.300<div class="small soft">+0.250 to +0.350</div>' in prompts
     accessory = prompts.split("very long scarf", 1)[1]

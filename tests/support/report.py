@@ -1,5 +1,6 @@
 """The manifests of a small drawn run, for report and publishing."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -139,3 +140,22 @@ def with_judgements(run: RunManifests) -> RunManifests:
         for sample in run.evaluation.samples
     )  # fmt: skip
     return replace(run, scoring=run.scoring.model_copy(update={"judgements": rows}))
+
+
+def with_checkpoints(
+    store: LocalStore, run: RunManifests, means: Mapping[int, tuple[float, float]], *, published: int
+) -> RunManifests:
+    """Return a run whose retained checkpoints have the given DINO and CLIP-T by step."""
+    folder = StageFolder(store, "evaluation", "k")
+    samples = [sample for sample in run.evaluation.samples if sample.side == "base"]
+    metrics = dict(run.evaluation.sample_metrics)
+    for step, (dino, clip_t) in means.items():
+        for number in range(8):
+            kind = {"kind": "subject", "step": None} if step == published else {"kind": "candidate", "step": step}
+            image = folder.put(f"step-{step}-{number}.png", encode_png(draw_photo(number, size=64)))
+            update = {"image": image, "prompt": f"sks fish in place {number}", **kind}
+            samples.append(run.evaluation.samples[-1].model_copy(update=update))
+            spread = 0.01 * (number - 3.5)
+            metrics[image.key] = SubjectMetrics(dino=dino + spread, clip_i=0.5, clip_t=clip_t - spread)
+    changes = {"samples": tuple(samples), "sample_metrics": metrics, "published_step": published}
+    return replace(run, evaluation=run.evaluation.model_copy(update=changes))

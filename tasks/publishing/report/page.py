@@ -71,6 +71,7 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
     crops = {each.photo.key: each.boxes for each in run.training.crops}
     checkpoints = list_checkpoints(run.evaluation, run.scoring)
     metric_rows = list_metrics(run.evaluation)
+    knee = find_knee(measure_checkpoints(run.evaluation))
     return environment.get_template("report.html.jinja").render(
         inputs=inputs,
         # Both are this package's own files.
@@ -89,8 +90,8 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         pairs=run.scoring.pairs,
         num_tie_breaks=sum(bool(judgement.tie_breaks) for judgement in run.scoring.judgements),
         checkpoints=checkpoints,
-        knee=find_knee(measure_checkpoints(run.evaluation)),
-        plane=draw_plane(run.evaluation, checkpoints),
+        knee=knee,
+        plane=draw_plane(run.evaluation, checkpoints, knee),
         judge=run.scoring.served_model,
         evidence=run.scoring.evidence,
         metric_rows=metric_rows,
@@ -167,15 +168,18 @@ def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return result[:: max(1, len(result) // 200)]
 
 
-def draw_plane(evaluation: Evaluation, checkpoints: Sequence[CheckpointRow]) -> Markup:
-    """Return base, tuned and retained checkpoints by subject fidelity and prompt fidelity."""
+def draw_plane(evaluation: Evaluation, checkpoints: Sequence[CheckpointRow], knee: int | None) -> Markup:
+    """Return base, tuned and retained checkpoints by subject fidelity and prompt fidelity; the knee is named."""
     rows = {row.key: row for row in list_metrics(evaluation)}
     if "dino" not in rows or "clip_t" not in rows:
         return Markup("")
-    x, y = rows["dino"], rows["clip_t"]
+    x, y, step = rows["dino"], rows["clip_t"], evaluation.published_step
     others = [row for row in checkpoints if not row.is_published]
-    points = [charts.PlanePoint(f"step {row.step}", row.dino, row.clip_t, "other") for row in others]
-    published = charts.PlanePoint("tuned", x.tuned, y.tuned, "tuned")
-    points.insert(sum(row.step < evaluation.published_step for row in others), published)
+    points = [
+        charts.PlanePoint(f"step {row.step}{' (knee)' * (row.step == knee)}", row.dino, row.clip_t, "other")
+        for row in others
+    ]
+    name = f"tuned: step {step} (knee)" if step == knee else "tuned"
+    points.insert(sum(row.step < step for row in others), charts.PlanePoint(name, x.tuned, y.tuned, "tuned"))
     base = charts.PlanePoint("base", x.base, y.base, "base")
     return charts.draw_plane([base, *points], ("DINO: subject fidelity", "CLIP-T: prompt fidelity"))

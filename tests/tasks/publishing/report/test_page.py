@@ -161,7 +161,8 @@ def test_measured_checkpoints_are_shown_though_the_judge_compared_none(store: Lo
     assert run.scoring.checkpoints == ()
     html = render_report(store, replace(inputs, manifests=run))
     table = html.split('aria-label="Checkpoints"', 1)[1].split("</table>", 1)[0]
-    assert "<td>400</td>" in table and "0.900" in table
+    assert '<td data-label="step">400</td>' in table and "0.900" in table
+    assert '<table class="stack">' in table
     assert "Bradley-Terry" not in table and "won" not in table
     plane = html.split("Fidelity and editability", 1)[1].split("</svg>", 1)[0]
     assert ">step 400</text>" in plane

@@ -9,60 +9,15 @@ from tasks.manifests.evaluation import Evaluation, Table
 from tasks.manifests.run import RunManifests
 from tasks.manifests.scoring import Scorecard
 from tasks.manifests.training import LossRow, TunedModel, find_below, parse_losses
-from tasks.publishing.model_card import write_front_matter
-from tasks.publishing.report.tables import HEADLINE, MetricRow, list_metrics
-from tasks.publishing.report.usage import ModelPlace, describe_model, write_loading
+from tasks.publishing.model_card import CardInputs, write_card
 from tasks.services.store.base import Store
 from tasks.stage.cache import StageFolder, fetch_folder, read_verified
 from tasks.stage.files import write_atomic
 
-THIS_FOLDER = ModelPlace("THIS FOLDER")
-"""A model card moves with its model, so it knows no path."""
-CARD = """
-# {title}
 
-A text-to-image model tuned on {num_photos} photos of one {class_noun} (DreamBooth, arXiv 2208.12242).
-Write `{subject}` in a prompt to name the subject.
-
-```python
-from diffusers import DiffusionPipeline
-
-{loading}
-pipeline({prompt}).images[0].save("sample.png")
-```
-
-| | base | tuned | real photos |
-|---|---|---|---|
-{rows}
-
-In brackets: 95 % bootstrap intervals over prompts.
-
-Base model: {base_model}. Training: method {method}, {num_steps} steps; published: {published}.
-`lineage.json` names every input by digest.
-
-The photos' owner decides what this model may be used for. Label its images as generated where you show
-them, and don't tune models on people without their consent.
-"""
-
-
-def export_model(folder: StageFolder, run: RunManifests, *, title: str, local: Path) -> tuple[ObjectRef, ...]:
+def export_model(folder: StageFolder, run: RunManifests, *, card: CardInputs, local: Path) -> tuple[ObjectRef, ...]:
     """Store the tuned model with model card and lineage; `local` receives the same files."""
-    subject, tuned, evaluation = run.subject, run.training, run.evaluation
-    used = describe_model(subject, tuned)
-    prompt = f"a photo of {used.name_in_diffusers}"
-    card = write_front_matter(run, title=title, instance_prompt=prompt) + CARD.format(
-        title=title,
-        loading=write_loading(used, THIS_FOLDER),
-        prompt=repr(prompt),
-        class_noun=subject.class_noun,
-        subject=used.name,
-        num_photos=len(subject.images),
-        rows="\n".join(map(write_row, list_metrics(evaluation)[: len(HEADLINE)])),
-        base_model=f"{tuned.base_model.location} ({tuned.base_model.sha256[:12]})",
-        method=tuned.method,
-        num_steps=tuned.num_steps,
-        published=f"step {tuned.published_step}" + (f", {run.published_because}" if run.published_because else ""),
-    )
+    subject, tuned = run.subject, run.training
     lineage = {
         "base_model": tuned.base_model.model_dump(),
         "published_step": tuned.published_step,
@@ -77,16 +32,10 @@ def export_model(folder: StageFolder, run: RunManifests, *, title: str, local: P
     }
     if tuned.model:
         fetch_folder(folder.store, tuned.model, below=find_below(tuned.model), folder=local)
-    write_atomic(local / "README.md", card)
+    write_atomic(local / "README.md", write_card(run, card))
     write_atomic(local / "lineage.json", json.dumps(lineage, indent=1))
     paths = sorted(path for path in local.rglob("*") if path.is_file())
     return tuple(folder.put_file(f"model/{path.relative_to(local).as_posix()}", path) for path in paths)
-
-
-def write_row(row: MetricRow) -> str:
-    """Return a metric's line of the model card's table."""
-    ceiling = "" if row.ceiling is None else f"{row.ceiling:.3f}"
-    return f"| {row.metric.name} | {row.base.show()} | {row.tuned.show()} | {ceiling} |"
 
 
 def read_losses(store: Store, tuned: TunedModel) -> list[LossRow]:

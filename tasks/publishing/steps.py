@@ -20,10 +20,11 @@ from tasks.stage.files import make_part_prefix, write_atomic
 from tasks.stage.states import finished, should_retry
 
 if TYPE_CHECKING:
+    from tasks.publishing.model_card import CardInputs
     from tasks.publishing.registry import TrackedRun
     from tasks.publishing.report.page import ReportInputs
 
-STAGE_VERSION = 7
+STAGE_VERSION = 8
 
 UNKEYED_TRACKING = {"max_wait_seconds", "system_metrics_interval", "llm_traces"}
 """Settings of tracking that a cached publication may differ in."""
@@ -62,6 +63,13 @@ class PublishingInputs:
         """The report's title."""
         subject = self.manifests.subject
         return self.config.title or f"One {subject.class_noun}, from {len(subject.images)} photos"
+
+    @property
+    def card(self) -> "CardInputs":
+        """What the model card says beside the manifests."""
+        from tasks.publishing.model_card import CardInputs
+
+        return CardInputs(self.title, self.config.gate, dict(self.config_rows))
 
 
 # Safe to retry: `track_run` deletes what an earlier attempt with the same key has logged.
@@ -157,7 +165,7 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
     runtime.work_folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runtime.work_folder, prefix=make_part_prefix()) as name:
         local = Path(name)
-        model = export_model(folder, manifests, title=inputs.title, local=local / "model")
+        model = export_model(folder, manifests, card=inputs.card, local=local / "model")
         runtime.progress_callback("publishing")(1, 3)
         html = render_report(runtime.store, describe_report(inputs, losses)).encode()
         grid = draw_sample_grid(runtime.store, evaluation)

@@ -20,6 +20,7 @@ from tasks.manifests.evaluation import Evaluation, Sample, SubjectMetrics
 from tasks.manifests.training import TunedModel
 from tasks.publishing.config import PublishingConfig
 from tasks.publishing.export import export_model
+from tasks.publishing.model_card import CardInputs
 from tasks.publishing.pick import Pick, pick_checkpoint
 from tasks.publishing.report.page import ReportInputs, render_report
 from tasks.services.store.local import LocalStore
@@ -89,11 +90,11 @@ def test_each_value_of_pick_publishes_other_weights(tmp_path: Path, store: Local
         assert (found.model.published_step, found.reason) == (step, reason)
         run = replace(make_run(store), training=found.model, published_because=found.reason)
         local = tmp_path / value
-        refs = export_model(StageFolder(store, "publishing", value), run, title="T", local=local)
+        refs = export_model(StageFolder(store, "publishing", value), run, card=CardInputs("T", GATE), local=local)
         assert any(ref.key.endswith("/model/pytorch_lora_weights.safetensors") for ref in refs)
         files[value] = load_file(local / "pytorch_lora_weights.safetensors")
         card = (local / "README.md").read_text()
-        assert f"published: step {step}, {reason}." in card
+        assert f"| published | step {step}, {reason} |" in card
         lineage = json.loads((local / "lineage.json").read_text())
         assert (lineage["published_step"], lineage["published_because"]) == (step, reason)
         page = render_report(

@@ -10,20 +10,45 @@ from PIL import Image
 
 from tasks.images import XMP, decode_png
 from tasks.manifests.base import ObjectRef
+from tasks.manifests.evaluation import Side
 from tasks.manifests.run import RunManifests
+from tasks.manifests.subject import InstanceImage
 from tasks.publishing.report.tables import SamplePair, list_samples
 from tasks.services.store.base import Store
 from tasks.stage.cache import read_verified
 
 SIDES, SMALL_SIDE = (512, 384, 256, 192), 128
 """Pictures are shown at the first side in px at which all fit; those of 128 px at most keep their pixels."""
+STEPS = (*((side, 48) for side in SIDES), (SIDES[-1], 24), (SIDES[-1], 12))
+"""Sides, and how many are shown of each kind beside samples: photos, rejected ones, class samples per side, class
+images, grids of training."""
 MAX_CHARACTERS = 12_000_000
 """Of all pictures as base64, and of the text beside samples; the rest of the page is far below 3 MB."""
-MAX_SHOWN = 48
-"""Of class samples per side, class images, grids of training and rejected photos each."""
+MAX_SHARE = 0.5
+"""Of all that pictures beside samples may take: samples are the evidence."""
 MARKUP = 2_500
 """Characters of a sample's markup, without its prompt and evidence."""
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Others:
+    """The pictures beside samples, evenly thinned."""
+
+    photos: list[InstanceImage]
+    rejects: list[ObjectRef]
+    class_samples: dict[str, list[ObjectRef]]
+    class_images: list[ObjectRef]
+    training_grids: list[ObjectRef]
+
+    def refs(self) -> list[ObjectRef]:
+        """Return all of them."""
+        drawn = (
+            *self.class_images,
+            *self.training_grids,
+            *(ref for refs in self.class_samples.values() for ref in refs),
+        )
+        return [*(photo.image for photo in self.photos), *self.rejects, *drawn]
 
 
 @dataclass(frozen=True)
@@ -32,8 +57,7 @@ class Gallery:
 
     urls: dict[str, str]
     samples: list[SamplePair]
-    class_samples: dict[str, list[ObjectRef]]
-    training_grids: list[ObjectRef]
+    others: Others
     num_samples: int
     num_grids: int
     num_class_samples: int
@@ -43,30 +67,38 @@ def make_gallery(store: Store, run: RunManifests, *, budget: int = MAX_CHARACTER
     """Return the pictures at the largest side at which all fit; at the lowest, as many samples as fit."""
     graded = {judgement.sample.key: judgement for judgement in run.scoring.judgements}
     pairs = list_samples(run.evaluation, graded)
-    drift = {
-        side: [s.image for s in run.evaluation.samples if s.side == side and s.kind == "class"]
-        for side in ("base", "tuned")
-    }
-    grids = [ref for ref in run.training.objects if "/samples/" in ref.key]
-    shown = {side: thin(refs, MAX_SHOWN) for side, refs in drift.items()}
-    shown_grids = thin(grids, MAX_SHOWN)
-    rejects = [each.thumbnail for each in (*run.subject.quarantined, *run.subject.rejected) if each.thumbnail]
-    photos = [image.image for image in run.subject.images]
-    others = [*photos, *rejects[:MAX_SHOWN], *shown["base"], *shown["tuned"], *shown_grids]
-    others += [image.image for image in run.prior.images[:MAX_SHOWN]] if run.prior else []
-    real = {ref.key for ref in (*photos, *rejects)}
-    for side in SIDES:
-        urls = {ref.key: to_data_url(store, ref, max_side=side, is_generated=ref.key not in real) for ref in others}
-        left = budget - sum(len(urls[ref.key]) for ref in others)
-        whole = encode_pairs(store, pairs, urls, side=side, left=None if side == SIDES[-1] else left)
-        if whole:
+    whole = choose_others(run, most=None)
+    real = {image.image.key for image in whole.photos} | {ref.key for ref in whole.rejects}
+    for side, most in STEPS:
+        others = choose_others(run, most=most)
+        refs = others.refs()
+        urls = {ref.key: to_data_url(store, ref, max_side=side, is_generated=ref.key not in real) for ref in refs}
+        left = budget - sum(len(urls[ref.key]) for ref in refs)
+        is_last = side == SIDES[-1]
+        if left < budget * (1 - MAX_SHARE) and (side, most) != STEPS[-1]:
+            continue
+        if encode_pairs(store, pairs, urls, side=side, left=None if is_last else left):
             break
     pairs_shown = choose_pairs(pairs, lambda pair: count_characters(pair, urls), left=left)
-    used = {ref.key for ref in others} | {ref.key for pair in pairs_shown for ref in list_refs(pair)}
+    used = {ref.key for ref in refs} | {ref.key for pair in pairs_shown for ref in list_refs(pair)}
     return Gallery(
-        {key: url for key, url in urls.items() if key in used}, pairs_shown, shown, shown_grids,
-        len(pairs), len(grids), max(map(len, drift.values())),
+        {key: url for key, url in urls.items() if key in used}, pairs_shown, others,
+        len(pairs), len(whole.training_grids), max(map(len, whole.class_samples.values())),
     )  # fmt: skip
+
+
+def choose_others(run: RunManifests, *, most: int | None) -> Others:
+    """Return at most so many pictures of each kind, evenly spaced; None: all."""
+    sides: tuple[Side, ...] = ("base", "tuned")
+    drawn = [sample for sample in run.evaluation.samples if sample.kind == "class"]
+    rejects = [each.thumbnail for each in (*run.subject.quarantined, *run.subject.rejected) if each.thumbnail]
+    return Others(
+        photos=thin(run.subject.images, most),
+        rejects=rejects[:most],
+        class_samples={side: thin([each.image for each in drawn if each.side == side], most) for side in sides},
+        class_images=[image.image for image in run.prior.images[:most]] if run.prior else [],
+        training_grids=thin([ref for ref in run.training.objects if "/samples/" in ref.key], most),
+    )
 
 
 def encode_pairs(
@@ -119,9 +151,9 @@ def choose(pairs: Sequence[SamplePair], num: int) -> list[SamplePair]:
     return [pairs[row] for row in sorted(kept)]
 
 
-def thin(items: Sequence[T], most: int) -> list[T]:
+def thin(items: Sequence[T], most: int | None) -> list[T]:
     """Return at most `most` items, evenly spaced."""
-    if len(items) <= most:
+    if most is None or len(items) <= most:
         return list(items)
     return [items[i * len(items) // most] for i in range(most)]
 

@@ -7,7 +7,7 @@ from conf.request import EvaluationRequest
 from conf.trust import allowed_roots, check_path
 from flows.runs.attempts import check_attempts, end_when_cancelled, find_finished_attempt
 from flows.runs.context import open_run, trust_of_run
-from flows.runs.evaluated import summarize_model
+from flows.runs.evaluated import summarize_model, warn_of_other_photos
 from tasks.config_base import RequestRule
 from tasks.evaluation.steps import EvaluationInputs, evaluate
 from tasks.manifests.run import RunManifests
@@ -36,6 +36,7 @@ def evaluate_model(request: EvaluationRequest) -> RunSummary:
         config, runtime, diffusion = run.config, run.runtime, run.config.diffusion
         photos = check_photos(config.subject, runtime, is_drawn_world=config.is_mini)
         subject = result_of(prepare_subject(SubjectInputs(config.subject, config.llm, photos), runtime))
+        warn_of_other_photos(run, subject)
         imported = ImportInputs(request.model, diffusion, run.base_model, subject)
         tuned = result_of(import_model(imported, runtime))
         evaluation = result_of(evaluate(EvaluationInputs(config.evaluation, diffusion, tuned, subject), runtime))

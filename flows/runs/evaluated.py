@@ -1,5 +1,6 @@
 """The summary of an evaluated model: that of a run, without training and publishing."""
 
+import json
 import shlex
 import time
 from dataclasses import replace
@@ -8,9 +9,14 @@ from pathlib import Path
 from conf.compose import compute_config_digest
 from flows.runs.context import Run, collect_metrics, find_flow_run_id, find_links, summarize_judge, summarize_stage
 from flows.runs.records import link_model, place_model, read_request, relate, stamp, write_report, write_summary
+from tasks.manifests.publishing import LINEAGE
 from tasks.manifests.run import RunManifests
 from tasks.manifests.run_summary import SUMMARY_VERSION, EvaluatedModel, RunSummary, SubjectNames
+from tasks.manifests.subject import SubjectSet
 from tasks.stage.cache import PREFIXES
+
+MAX_LINEAGE = 10_000_000
+"""Bytes; those of 10,000 class images take one."""
 
 
 def summarize_model(run: Run, manifests: RunManifests) -> RunSummary:
@@ -20,7 +26,10 @@ def summarize_model(run: Run, manifests: RunManifests) -> RunSummary:
     runtime, location = run.runtime, read_request(run.folder).model
     subject, evaluation, scores = manifests.subject, manifests.evaluation, manifests.scoring
     external = detect(location)
-    evaluated = EvaluatedModel(location=location, kind=external.kind, sha256=external.compute_digest())
+    evaluated = EvaluatedModel(
+        location=location, kind=external.kind, sha256=external.compute_digest(),
+        num_unmatched_photos=count_unmatched_photos(external.path, subject),
+    )  # fmt: skip
     write_own_report(run, manifests, evaluated)
     summary = RunSummary(
         schema_version=SUMMARY_VERSION,
@@ -48,6 +57,35 @@ def summarize_model(run: Run, manifests: RunManifests) -> RunSummary:
     )
     write_summary(run.folder, summary)
     return summary
+
+
+def warn_of_other_photos(run: Run, subject: SubjectSet) -> None:
+    """Warn where the model was tuned on none of the photos, before it is measured with them."""
+    from tasks.diffusion.external.detection import detect
+
+    path = detect(read_request(run.folder).model).path
+    num = count_unmatched_photos(path, subject)
+    if num:
+        run.runtime.progress.note(
+            f"warning: none of the photos is among the {num} that {path} was tuned on, by its {LINEAGE}; photos of "
+            "another subject say nothing of its quality"
+        )
+
+
+def count_unmatched_photos(path: Path, subject: SubjectSet) -> int:
+    """Return how many photos a published model's lineage names, where the subject has none of them; else 0."""
+    trained = read_photos(path / LINEAGE if path.is_dir() else path.with_name(LINEAGE))
+    return 0 if trained & {image.source_sha256 for image in subject.images} else len(trained)
+
+
+def read_photos(lineage: Path) -> frozenset[str]:
+    """Return the digests of photos that a lineage file names; empty where it is missing, or not written by us."""
+    try:
+        loaded = json.loads(lineage.read_bytes()) if lineage.stat().st_size <= MAX_LINEAGE else None
+    except (OSError, ValueError, RecursionError):
+        return frozenset()
+    photos = loaded.get("photos") if isinstance(loaded, dict) else None
+    return frozenset(map(str, photos)) if isinstance(photos, list) else frozenset()
 
 
 def write_own_report(run: Run, manifests: RunManifests, evaluated: EvaluatedModel) -> None:

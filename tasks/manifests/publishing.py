@@ -2,6 +2,9 @@
 
 from tasks.manifests.base import Manifest, ObjectRef
 
+LINEAGE = "lineage.json"
+"""File of a published model's folder that names every input by digest."""
+
 
 class Publication(Manifest):
     """Where the tuned model and its report went."""

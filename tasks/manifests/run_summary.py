@@ -66,6 +66,8 @@ class EvaluatedModel(Record):
     location: str
     kind: Literal["pipeline", "lora", "textual_inversion"]
     sha256: str
+    num_unmatched_photos: int = 0
+    """Photos that the model's `lineage.json` names, where none of them was evaluated with; else 0."""
 
 
 class RegisteredModel(Record):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tasks.manifests.base import Manifest, ObjectRef
 from tasks.manifests.evaluation import Evaluation, Table
+from tasks.manifests.publishing import LINEAGE
 from tasks.manifests.run import RunManifests
 from tasks.manifests.scoring import Scorecard
 from tasks.manifests.training import LossRow, TunedModel, find_below, parse_losses
@@ -33,7 +34,7 @@ def export_model(folder: StageFolder, run: RunManifests, *, card: CardInputs, lo
     if tuned.model:
         fetch_folder(folder.store, tuned.model, below=find_below(tuned.model), folder=local)
     write_atomic(local / "README.md", write_card(run, card))
-    write_atomic(local / "lineage.json", json.dumps(lineage, indent=1))
+    write_atomic(local / LINEAGE, json.dumps(lineage, indent=1))
     paths = sorted(path for path in local.rglob("*") if path.is_file())
     return tuple(folder.put_file(f"model/{path.relative_to(local).as_posix()}", path) for path in paths)
 

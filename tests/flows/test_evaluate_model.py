@@ -1,6 +1,7 @@
 """A model from elsewhere gets the figures that a run gives its own."""
 
 import json
+import shutil
 import subprocess
 import sys
 import uuid
@@ -144,6 +145,29 @@ def test_an_evaluated_model_has_a_report_without_training_and_generates_images(
     done = sandbox.likeness("generate", evaluated["run_id"], "a photo of sks fish", "--steps", "1", "--seed", "3")
     assert done.returncode == 0, done.stderr
     assert "seed 3" in done.stdout
+
+
+def test_a_model_that_was_tuned_on_other_photos_has_a_warning_and_a_finding(
+    sandbox: CliSandbox, first_run: dict[str, Any], evaluated: dict[str, Any], tmp_path: Path
+) -> None:
+    assert evaluated["evaluated"]["num_unmatched_photos"] == 0
+    own = (sandbox.output / evaluated["run_id"] / "report.html").read_text()
+    model = tmp_path / "model"
+    shutil.copytree(Path(sandbox.folder, first_run["paths"]["model"]), model)
+    lineage = json.loads((model / "lineage.json").read_text())
+    assert len(lineage["photos"]) == 5
+    (model / "lineage.json").unlink()  # read-only, and linked
+    (model / "lineage.json").write_text(json.dumps({**lineage, "photos": ["0" * 64, "1" * 64]}))
+    done = sandbox.likeness("evaluate", str(model), *QUICK, "--photos", str(DEMO), "--class-noun", "fish")
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "none of the photos is among the 2" in line]
+    assert len(lines) == 1 and "warning:" in lines[0]
+    newest = sandbox.newest()
+    assert newest["evaluated"]["num_unmatched_photos"] == 2
+    page = (sandbox.output / newest["run_id"] / "report.html").read_text()
+    verdict = page.split('aria-label="Verdict"', 1)[1].split("</section>", 1)[0]
+    assert '<li class="caution"' in verdict and "None of the photos is among the 2 that the model was tuned" in verdict
+    assert "None of the photos is among" not in own
 
 
 @pytest.mark.parametrize(

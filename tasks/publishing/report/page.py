@@ -77,7 +77,7 @@ def render_report(store: Store, inputs: ReportInputs) -> str:
         # Both are this package's own files.
         style=Markup((FOLDER / "report.css").read_text()),  # noqa: S704
         script=Markup((FOLDER / "report.js").read_text()),  # noqa: S704
-        verdict=reach_verdict(run, inputs.gate),
+        verdict=reach_verdict(run, inputs.gate, inputs.evaluated),
         subject=run.subject,
         prior=run.prior,
         class_prompt=find_class_prompt(run),

@@ -5,6 +5,7 @@ from typing import Literal
 
 from tasks.manifests.evaluation import MIN_CLUSTERS, Estimate, Evaluation
 from tasks.manifests.run import RunManifests
+from tasks.manifests.run_summary import EvaluatedModel
 from tasks.manifests.subject import SubjectSet
 from tasks.publishing.config import GateConfig
 from tasks.publishing.gate import Check, explain_no_interval, limit_loss, run_checks
@@ -33,8 +34,8 @@ class Verdict:
     findings: tuple[Finding, ...]
 
 
-def reach_verdict(run: RunManifests, gate: GateConfig) -> Verdict:
-    """Return what may be concluded about a run; the limits are those of the gate."""
+def reach_verdict(run: RunManifests, gate: GateConfig, evaluated: EvaluatedModel | None = None) -> Verdict:
+    """Return what may be concluded about a run, or about a model from elsewhere; the limits are those of the gate."""
     checks = run_checks(run, gate)
     findings = [
         *describe_gain(run.evaluation, checks["dino"]),
@@ -44,6 +45,7 @@ def reach_verdict(run: RunManifests, gate: GateConfig) -> Verdict:
         *describe_ceiling(run.evaluation),
         *check_judge(run),
         *check_subject(run.subject),
+        *check_photos(evaluated),
     ]
     order: tuple[Level, ...] = ("bad", "caution", "good")
     findings.sort(key=lambda finding: order.index(finding.level))
@@ -215,3 +217,14 @@ def check_subject(subject: SubjectSet) -> list[Finding]:
         Finding("caution", f"{warning}.", "Check the photos and subject.class_noun") for warning in subject.warnings
     ]
     return findings
+
+
+def check_photos(evaluated: EvaluatedModel | None) -> list[Finding]:
+    """Return whether a model from elsewhere was tuned on other photos."""
+    if evaluated is None or not evaluated.num_unmatched_photos:
+        return []
+    text = (
+        f"None of the photos is among the {evaluated.num_unmatched_photos} that the model was tuned on, by its "
+        "lineage.json: if they show another subject, the figures say nothing of its quality."
+    )
+    return [Finding("caution", text, "Evaluate with photos of the subject that the model was tuned on")]

@@ -20,7 +20,7 @@ from tasks.diffusion.config import DiffusionConfig
 from tasks.diffusion.external.detection import INDEX, ExternalModel, detect
 from tasks.errors import ConfigError, first_line
 from tasks.evaluation.config import EvaluationConfig
-from tasks.manifests.publishing import Publication
+from tasks.manifests.publishing import LINEAGE, Publication
 from tasks.manifests.training import TunedModel, find_below
 from tasks.redaction import show_value
 from tasks.services.store.base import Store
@@ -32,7 +32,6 @@ PIPELINES = {
     "FluxPipeline": "flux-dev",
 }
 """The option of `diffusion` whose sampling settings suit a pipeline class."""
-LINEAGE = "lineage.json"
 DEFAULT_TOKEN = "sks"  # noqa: S105 - how prompts name an embedding
 
 

@@ -1,5 +1,6 @@
 """The verdict says what the figures allow, and the next step."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,13 +8,14 @@ import pytest
 from tasks.manifests.base import ObjectRef
 from tasks.manifests.evaluation import Estimate, Evaluation, Sample, SubjectMetrics
 from tasks.manifests.run import RunManifests
-from tasks.manifests.scoring import SideScores
+from tasks.manifests.run_summary import EvaluatedModel
+from tasks.manifests.scoring import ControlResult, SideScores
 from tasks.publishing.config import GateConfig
 from tasks.publishing.gate import find_blockers
 from tasks.publishing.pick import CheckpointMeans, find_knee, measure_checkpoints
-from tasks.publishing.report.verdict import reach_verdict
+from tasks.publishing.report.verdict import Finding, reach_verdict
 from tasks.services.store.local import LocalStore
-from tests.support.report import GATE, make_run
+from tests.support.report import GATE, make_run, with_checkpoints, with_grades
 
 
 def estimate(mean: float, spread: float | None = 0.01) -> Estimate:
@@ -171,3 +173,99 @@ def test_checkpoints_are_averaged_over_the_draws_that_all_of_them_have() -> None
         Evaluation.model_construct(samples=tuple(samples), sample_metrics=values, published_step=300)
     )
     assert [(row.step, row.dino) for row in found] == [(100, 1.0), (200, 2.0), (300, 3.0)]
+
+
+def find(run: RunManifests, words: str, gate: GateConfig = GATE, evaluated: EvaluatedModel | None = None) -> Finding:
+    """Return the one finding whose text has the words."""
+    [found] = [each for each in reach_verdict(run, gate, evaluated).findings if words in each.text]
+    return found
+
+
+KNEE = {100: (0.30, 0.70), 200: (0.60, 0.68), 300: (0.65, 0.40)}
+TAKE = 'Take step 200: publishing.pick=knee, or likeness generate latest "a photo of sks fish" --candidate 200'
+FEWER = "Train fewer steps, or keep checkpoints to choose from: training.validation.save_top_k=3"
+
+
+@pytest.mark.parametrize(
+    ("means", "published", "advice"),
+    [
+        (KNEE, 300, TAKE),
+        (KNEE, 200, FEWER),  # it is published already
+        ({100: (0.3, 0.7), 300: (0.65, 0.4)}, 300, FEWER),
+    ],
+)
+def test_an_over_trained_model_has_the_step_to_take(
+    store: LocalStore, means: dict[int, tuple[float, float]], published: int, advice: str
+) -> None:
+    run = with_checkpoints(store, make_run(store), means, published=published)
+    run = replace(run, training=run.training.model_copy(update={"published_step": published}))
+    found = find(with_gains(run, dino=estimate(0.1), clip_t=estimate(-0.1)), "a sign of over-training")
+    assert (found.level, found.advice) == ("caution", advice)
+
+
+def with_controls(run: RunManifests, *passed: bool) -> RunManifests:
+    """Return a graded run whose judge passed or failed the controls."""
+    controls = tuple(
+        ControlResult(name=f"control {number}", text="t", value=1, limit=2, is_passed=each)
+        for number, each in enumerate(passed)
+    )
+    graded = with_grades(run)
+    update = {"controls": controls, "is_reliable": all(passed)}
+    reliability = graded.scoring.reliability.model_copy(update=update)
+    return replace(graded, scoring=graded.scoring.model_copy(update={"reliability": reliability}))
+
+
+def test_failed_controls_are_named_with_what_to_rely_on_instead(store: LocalStore) -> None:
+    found = find(with_controls(make_run(store), True, False, False), "judge's grades")
+    assert found.level == "caution"
+    assert found.text == "The judge's grades are not reliable: it failed 2 of 3 controls (control 1, control 2)."
+    assert found.advice == "Rely on DINO and CLIP-T; choose another model for llm.judge"
+    assert "grades" not in describe(with_controls(make_run(store), True, True))[1]
+
+
+@pytest.mark.parametrize(
+    ("num", "text"),
+    [
+        (1, "1 photo was accepted; 3 to 5 are usual."),
+        (2, "2 photos were accepted; 3 to 5 are usual."),
+        (3, None),
+    ],
+)
+def test_too_few_photos_are_a_caution(store: LocalStore, num: int, text: str | None) -> None:
+    run = make_run(store)
+    run = replace(run, subject=run.subject.model_copy(update={"images": run.subject.images * num}))
+    if text is None:
+        assert "accepted" not in describe(run)[1]
+        return
+    found = find(run, "accepted")
+    assert (found.level, found.text) == ("caution", text)
+    assert found.advice == "Add photos from other sides and in other surroundings"
+
+
+def test_each_doubt_about_the_noun_is_a_caution(store: LocalStore) -> None:
+    run = make_run(store)
+    doubts = ("the photos show a cat, not a fish", "the web calls it a trout")
+    run = replace(run, subject=run.subject.model_copy(update={"warnings": doubts}))
+    for doubt in doubts:
+        found = find(run, doubt)
+        assert (found.level, found.text) == ("caution", f"{doubt}.")
+        assert found.advice == "Check the photos and subject.class_noun"
+
+
+def test_prior_drift_beyond_the_limit_has_advice(store: LocalStore) -> None:
+    run = make_run(store)  # PRES rises by 0.1
+    drifted = find(run, "PRES", GATE.model_copy(update={"max_pres_gain": 0.05}))
+    assert drifted.level == "caution" and drifted.text.startswith("Prior drift: PRES 0.100 before, 0.200 after")
+    assert drifted.advice.startswith("Keep prior preservation on (prior=class_images), use more class images, or ")
+    kept = find(run, "PRES", GATE.model_copy(update={"max_pres_gain": 0.2}))
+    assert (kept.level, kept.advice) == ("good", "")
+    assert kept.text.startswith("No prior drift: ")
+
+
+def test_a_model_from_elsewhere_that_was_tuned_on_other_photos_is_a_caution(store: LocalStore) -> None:
+    run = make_run(store)
+    model = EvaluatedModel(location="m", kind="lora", sha256="0", num_unmatched_photos=4)
+    found = find(run, "None of the photos is among the 4", evaluated=model)
+    assert found.level == "caution" and "the subject that the model was tuned on" in found.advice
+    matched = model.model_copy(update={"num_unmatched_photos": 0})
+    assert not [each for each in reach_verdict(run, GATE, matched).findings if "None of the photos" in each.text]

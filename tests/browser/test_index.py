@@ -14,15 +14,13 @@ from flows.subjects.index_page import write_index
 from flows.subjects.records import SubjectOutcome
 from tasks.manifests.run_summary import RunError, RunSummary, make_head
 from tasks.services.store.local import LocalStore
-from tests.support.browser import check_accessible, keep_screenshot, open_page
+from tests.support.browser import NO_SCROLLING, check_accessible, keep_screenshot, open_page
 from tests.support.summary import make_measured_summary
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 WIDTHS = (390, 1280)
-NO_SCROLLING = "[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)"
-"""On a phone too, no table is scrolled sideways."""
 COUNT_LINES = (
     "e => { const all = document.createRange(); all.selectNodeContents(e); return all.getClientRects().length }"
 )

@@ -4,7 +4,6 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,12 +12,10 @@ import pytest
 from conf.request import RunRequest
 from flows.cli.serve.server import HOST, QuietServer, make_handler
 from flows.runs.records import write_request, write_start
-from tasks.manifests.scoring import Judgement
-from tasks.manifests.training import LossRow, PhotoCrops
-from tasks.publishing.report.page import ReportInputs, render_report
+from tasks.publishing.report.page import render_report
 from tasks.services.store.local import LocalStore
-from tests.support.browser import check_accessible, keep_screenshot, open_file, open_page
-from tests.support.report import GATE, make_run, with_grades
+from tests.support.browser import NO_SCROLLING, check_accessible, keep_screenshot, open_file, open_page
+from tests.support.full_report import make_full_inputs
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -28,29 +25,9 @@ WIDTHS = (390, 1280, 2560)
 
 @pytest.fixture
 def report(store: LocalStore, tmp_path: Path) -> Path:
-    """A report of a small run with grades."""
-    run = with_grades(make_run(store))
-    grades = tuple(
-        Judgement(
-            sample=sample.image, side=sample.side, prompt=sample.prompt, evidence=f"evidence {number} <script>",
-            concept_preservation=number, prompt_following=3, image_quality=2,
-        )
-        for number, sample in enumerate(run.evaluation.samples)
-    )  # fmt: skip
-    crops = PhotoCrops(photo=run.subject.images[0].image, boxes=((0.25, 0.0, 0.75, 1.0),))
-    run = replace(
-        run,
-        scoring=run.scoring.model_copy(update={"judgements": grades}),
-        training=run.training.model_copy(update={"crops": (crops,)}),
-    )
-    losses = [LossRow(step=step, loss=1.0, instance_loss=1 / step, prior_loss=0.5) for step in range(1, 50)]
-    rows = [("training.learning_rate", "1e-5"), ("seed", "23")]
-    inputs = ReportInputs(
-        "One fish", run, losses, rows, GATE, {"training.learning_rate": "2e-6", "seed": "23"}, {"torch": "2"},
-        [("Command line", 'likeness generate latest "a photo of sks fish"')],
-    )  # fmt: skip
+    """A report with everything that one can show."""
     path = tmp_path / "report.html"
-    path.write_text(render_report(store, inputs))
+    path.write_text(render_report(store, make_full_inputs(store)))
     return path
 
 
@@ -62,9 +39,24 @@ def page(request: pytest.FixtureRequest, report: Path) -> Iterator["Page"]:
 
 
 def test_the_page_fits_its_width_and_axe_finds_nothing_serious(page: "Page") -> None:
-    keep_screenshot(page, f"report-{page.viewport_size['width'] if page.viewport_size else 0}")
+    width = page.viewport_size["width"] if page.viewport_size else 0
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        keep_screenshot(page, f"report-{width}-{scheme}")
+    assert page.evaluate(NO_SCROLLING)
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     check_accessible(page)
+
+
+def test_no_table_scrolls_sideways_on_a_phone(report: Path) -> None:
+    with open_file(report, 390) as page:
+        page.evaluate("document.querySelectorAll('details').forEach(e => { e.open = true })")
+        keep_screenshot(page, "report-390-open")
+        assert page.locator(".scroll").count() == 9
+        wide = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)"
+        assert page.evaluate(f"{wide}.map(e => e.getAttribute('aria-label'))") == []
+        assert page.evaluate(NO_SCROLLING)
+        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
 
 def test_the_slider_moves_and_the_light_box_opens_by_keyboard(page: "Page") -> None:
@@ -81,7 +73,8 @@ def test_the_slider_moves_and_the_light_box_opens_by_keyboard(page: "Page") -> N
     first = box.locator("h3").inner_text()
     page.keyboard.press("ArrowRight")
     assert box.locator("h3").inner_text() != first
-    assert "evidence" in box.inner_text()
+    assert "evidence 1 <script>" in box.inner_text()
+    assert "COMPOSITION_SCORE_OF_ANOTHER_PACKAGE" in box.inner_text()
     page.keyboard.press("Escape")
     assert not box.is_visible()
     assert page.evaluate("document.activeElement.classList.contains('open')")
@@ -117,8 +110,11 @@ def test_without_scripts_both_pictures_and_the_evidence_are_there(report: Path) 
         assert plain.locator(".pair").first.locator("img").count() == 2
         assert all(image.is_visible() for image in plain.locator(".pair img").all())
         assert not plain.locator("#order").is_visible()
-        plain.locator("details.info summary").first.click()
-        assert "evidence 0 <script>" in plain.locator("details.info").first.inner_text()
+        evidence = plain.locator("details.info", has_text="judge's evidence").first
+        evidence.locator("summary").click()
+        assert "evidence 0 <script>" in evidence.inner_text()
+        plain.locator("details.info summary", has_text="other metrics").first.click()
+        assert plain.get_by_text("COMPOSITION_SCORE_OF_ANOTHER_PACKAGE").first.is_visible()
 
 
 @pytest.mark.parametrize(("motion", "behavior"), [("reduce", "auto"), ("no-preference", "smooth")])
@@ -153,7 +149,7 @@ def test_crops_lie_over_their_photos(page: "Page") -> None:
 
 def test_only_changed_settings_are_listed_as_changed(page: "Page") -> None:
     changed = page.get_by_role("region", name="Changed settings").locator("tbody code").all_inner_texts()
-    assert changed == ["training.learning_rate", "1e-5", "2e-6"]
+    assert changed == ["training.learning_rate", "1e-5", "2e-6", "subject.source", "…/photos", "???"]
 
 
 def test_a_served_report_works_as_the_file_does(report: Path, tmp_path: Path) -> None:

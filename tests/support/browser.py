@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # No sandbox: containers rarely allow one. No background requests: they would leave the machine.
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+NO_SCROLLING = "[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)"
+"""On a phone too, no table is scrolled sideways."""
 
 
 @contextmanager

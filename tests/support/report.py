@@ -147,14 +147,17 @@ def with_checkpoints(
 ) -> RunManifests:
     """Return a run whose retained checkpoints have the given DINO and CLIP-T by step."""
     folder = StageFolder(store, "evaluation", "k")
-    samples = [sample for sample in run.evaluation.samples if sample.side == "base"]
-    metrics = dict(run.evaluation.sample_metrics)
-    for step, (dino, clip_t) in means.items():
+    samples, metrics = list[Sample](), dict(run.evaluation.sample_metrics)
+    drawn: list[tuple[Side, str, int | None, tuple[float, float]]] = [("base", "subject", None, (0.2, 0.6))]
+    for step, means_of_step in means.items():
+        is_published = step == published
+        kind = "subject" if is_published else "candidate"
+        drawn.append(("tuned", kind, None if is_published else step, means_of_step))
+    for side, kind, step, (dino, clip_t) in drawn:
         for number in range(8):
-            kind = {"kind": "subject", "step": None} if step == published else {"kind": "candidate", "step": step}
-            image = folder.put(f"step-{step}-{number}.png", encode_png(draw_photo(number, size=64)))
-            update = {"image": image, "prompt": f"sks fish in place {number}", **kind}
-            samples.append(run.evaluation.samples[-1].model_copy(update=update))
+            image = folder.put(f"{side}-{kind}-{step}-{number}.png", encode_png(draw_photo(number, size=64)))
+            update = {"image": image, "side": side, "kind": kind, "step": step, "prompt": f"sks fish in place {number}"}
+            samples.append(run.evaluation.samples[0].model_copy(update=update))
             spread = 0.01 * (number - 3.5)
             metrics[image.key] = SubjectMetrics(dino=dino + spread, clip_i=0.5, clip_t=clip_t - spread)
     changes = {"samples": tuple(samples), "sample_metrics": metrics, "published_step": published}

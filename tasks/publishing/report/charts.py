@@ -106,7 +106,7 @@ def show(value: float) -> str:
 def draw_axes(x: Scale, y: Scale, titles: tuple[str, str]) -> str:
     """Return grid, ticks and titles of both axes."""
     parts = []
-    for value in x.ticks():
+    for value in x.ticks(8):
         at = x.place(value)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{y.start:.1f}" y2="{y.end:.1f}"/>')
         parts.append(f'<text x="{at:.1f}" y="{y.start + 17:.1f}" text-anchor="middle">{show(value)}</text>')

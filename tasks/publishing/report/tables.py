@@ -93,9 +93,10 @@ def find_metric(key: str) -> Metric:
     return METRICS.get(key, Metric(key.upper(), "of another package", "not known", direction="none"))
 
 
-def show_figure(value: float) -> str:
-    """Return a value of any metric: cosines with three digits, large values without."""
-    return (f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}").replace("-", "\N{MINUS SIGN}")
+def show_figure(value: float, sign: str = "") -> str:
+    """Return a value of any metric: cosines with three digits, large values without; `sign` may be `+`."""
+    text = f"{value:{sign}.3f}" if abs(value) < 100 else f"{value:{sign},.0f}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def list_metrics(evaluation: Evaluation) -> list[MetricRow]:

@@ -214,7 +214,8 @@ def check_subject(subject: SubjectSet) -> list[Finding]:
         text = f"{num} {'photo was' if num == 1 else 'photos were'} accepted; {MIN_PHOTOS} to 5 are usual."
         findings.append(Finding("caution", text, "Add photos from other sides and in other surroundings"))
     findings += [
-        Finding("caution", f"{warning}.", "Check the photos and subject.class_noun") for warning in subject.warnings
+        Finding("caution", f"{warning[:1].upper()}{warning[1:]}.", "Check the photos and subject.class_noun")
+        for warning in subject.warnings
     ]
     return findings
 

@@ -161,7 +161,7 @@ def test_limits_are_the_findings_that_are_not_good_and_what_always_holds(store: 
     assert limits[0] == f"- Verdict of the evaluation: {verdict.headline}."
     assert "- No sample was graded by the judge." in limits
     assert "- 1 photo was accepted; 3 to 5 are usual." in limits
-    assert "- the web calls &lt;b&gt;it&lt;/b&gt; ## a \\[boat\\](x)." in limits
+    assert "- The web calls &lt;b&gt;it&lt;/b&gt; ## a \\[boat\\](x)." in limits
     assert not [row for row in limits if "resemble the subject more" in row], "a good finding is no limit"
     assert "- The figures are means over 2 samples of 2 prompts; other prompts may do worse." in limits
     assert [row for row in limits if "its 1 photo don" in row] and [row for row in limits if "drawn world" in row]

@@ -34,10 +34,10 @@ def test_prior_drift_has_both_sides_and_their_difference_with_intervals(store: L
     [pres] = [row for row in rows if "<b>PRES</b>" in row]
     assert '0.100<div class="small soft">0.050 to 0.150</div>' in pres
     assert '0.200<div class="small soft">0.125 to 0.275</div>' in pres
-    assert "+0.100 (+0.025 to +0.175)" in pres
+    assert '+0.100<div class="small soft">+0.025 to +0.175</div>' in pres
     [diversity] = [row for row in rows if "<b>DINO-DIV</b>" in row]
     assert "0.775 to 0.825" in diversity
-    assert "\N{MINUS SIGN}0.100 (\N{MINUS SIGN}0.125 to \N{MINUS SIGN}0.075)" in diversity
+    assert "\N{MINUS SIGN}0.100<" in diversity and "\N{MINUS SIGN}0.125 to \N{MINUS SIGN}0.075<" in diversity
     assert all("<svg" in row and "</text>" in row for row in (pres, diversity))
     assert "<b>DINO</b>" not in section
 

@@ -93,7 +93,8 @@ def test_names_and_values_are_escaped(store: LocalStore) -> None:
 def test_grades_and_prompts_have_gains_with_intervals(store: LocalStore) -> None:
     inputs = make_inputs(store)
     html = render_report(store, replace(inputs, manifests=with_grades(inputs.manifests)))
-    assert html.count("+2.000 (+1.250 to +2.750)") == 4  # a grade of each axis, and the headline
+    assert html.count("+2.000 (+1.250 to +2.750)") == 1  # at the top
+    assert html.count('+2.000<div class="small soft">+1.250 to +2.750</div>') == 3  # a grade of each axis
     assert "0.50 to 1.50" in html
     prompts = html.split("By prompt</h3>", 1)[1].split("</table>", 1)[0]
     assert '+0.300<div class="small soft">+0.250 to +0.350</div>' in prompts

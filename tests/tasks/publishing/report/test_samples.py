@@ -48,7 +48,7 @@ def test_near_duplicates_of_photos_are_marked_on_their_side_alone(store: LocalSt
     tuned = run.evaluation.samples[2].image.key
     first, second = render(store, measured(run, tuned))
     assert first.count("Near-duplicate of a photo") == 1
-    assert "<b>Near-duplicate of a photo</b> (tuned model)" in first
+    assert "<b>Near-duplicate of a photo</b>: tuned</p>" in first
     assert "<dt>COPIES</dt><dd>no</dd><dd>yes</dd>" in first
     assert "Near-duplicate" not in second
 

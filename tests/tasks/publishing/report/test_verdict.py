@@ -244,8 +244,8 @@ def test_too_few_photos_are_a_caution(store: LocalStore, num: int, text: str | N
 
 def test_each_doubt_about_the_noun_is_a_caution(store: LocalStore) -> None:
     run = make_run(store)
-    doubts = ("the photos show a cat, not a fish", "the web calls it a trout")
-    run = replace(run, subject=run.subject.model_copy(update={"warnings": doubts}))
+    doubts = ("The photos show a cat, not a fish", "The web calls it a trout")
+    run = replace(run, subject=run.subject.model_copy(update={"warnings": (doubts[0], "the web calls it a trout")}))
     for doubt in doubts:
         found = find(run, doubt)
         assert (found.level, found.text) == ("caution", f"{doubt}.")

@@ -9,6 +9,9 @@ from typing import Any
 from safetensors.torch import load, save
 
 from tasks.images import SOURCE_TYPE, XMP_KEY, decode_png, read_mark
+from tasks.manifests.evaluation import Evaluation
+from tasks.manifests.publishing import Publication
+from tasks.manifests.training import TunedModel
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import PREFIXES
 from tasks.stage.digests import parse_json, sign, verify_signed
@@ -204,3 +207,30 @@ def test_a_damaged_object_is_recomputed(first_run: dict[str, Any], sandbox: CliS
     assert again["stages"]["training"]["cached"]
     assert not again["stages"]["evaluation"]["cached"]
     assert again["metrics"] == first_run["metrics"]
+
+
+PICK_LAST = (
+    "publishing.pick=last", "publishing=local", "tracking=none", "training.validation.keep=best",
+    "training.validation.save_top_k=2", "training.validation.validation_steps=2", "training.validation.num_holdout=1",
+    "training.learning_rate=1e-3",  # so high that the loss of the held-out photo rises
+)  # fmt: skip
+
+
+def test_the_picked_checkpoint_is_measured_judged_and_published(sandbox: CliSandbox) -> None:
+    done = sandbox.run(*PICK_LAST)
+    assert done.returncode == 0, done.stderr[-3000:]
+    paths = sandbox.newest()["paths"]["manifests"]
+    read = {name: verify_signed(parse_json(Path(path).read_bytes())) for name, path in paths.items()}
+    tuned, evaluation, publication = (
+        kind.model_validate(read[kind_name])
+        for kind_name, kind in (("training", TunedModel), ("evaluation", Evaluation), ("publishing", Publication))
+    )
+    [last] = tuned.find_candidates()
+    assert tuned.published_step < last, "training publishes the best step"
+    assert (publication.published_step, evaluation.published_step) == (last, last)
+    assert publication.published_because == f"the latest of the retained steps {tuned.published_step}, {last}"
+    weights = {ref.sha256 for ref in tuned.find_candidates()[last] if "/unet/" in ref.key}
+    assert weights <= {ref.sha256 for ref in publication.model}
+    assert weights.isdisjoint({ref.sha256 for ref in tuned.model if ref.key.endswith(".safetensors")})
+    judged = {judgement["sample"]["key"] for judgement in read["scoring"]["judgements"]}
+    assert judged == {sample.image.key for sample in evaluation.samples if sample.kind == "subject"}

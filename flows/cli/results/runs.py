@@ -95,7 +95,9 @@ def print_metrics(summary: RunSummary) -> None:
     if max(map(len, table.splitlines())) > shutil.get_terminal_size((WIDTH, 24)).columns:
         table = write_plain(list_figures(summary, has_intervals=False))
         note = "; the report has those of base and tuned"
-    print(f"\n{table}\nin brackets: 95 % intervals{note}")
+    print(f"\n{table}")
+    if "[" in table:
+        print(f"in brackets: 95 % intervals{note}")
     if not summary.judge.is_reliable:
         print(f"warning: judge scores are unreliable: {summary.judge.reason}")
 

@@ -33,9 +33,11 @@ def make_summary() -> RunSummary:
     )
 
 
-def print_at(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def print_at(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, **changes: object
+) -> list[str]:
     monkeypatch.setenv("COLUMNS", str(width))
-    print_metrics(make_summary())
+    print_metrics(make_summary().model_copy(update=changes))
     return capsys.readouterr().out.splitlines()
 
 
@@ -63,3 +65,12 @@ def test_a_narrow_terminal_keeps_the_interval_of_the_difference_and_names_where_
     assert dino.split() == ["DINO", "0.250", "0.500", "0.750", "+0.250", "[+0.125,", "+0.375]"]
     assert "in brackets: 95 % intervals; the report has those of base and tuned" in lines
     assert max(map(len, lines)) <= 80
+
+
+def test_means_without_intervals_have_no_note_of_brackets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = print_at(100, capsys, monkeypatch, estimates={}, score_estimates={})
+    [dino] = [line for line in lines if line.startswith("DINO ")]
+    assert dino.split() == ["DINO", "0.250", "0.500", "0.750"]
+    assert "brackets" not in "".join(lines)

@@ -259,6 +259,9 @@ def fit(spec: TrainingSpec, module: DreamBoothModule, callbacks: list[pl.Callbac
         enable_model_summary=False,
     )
     trainer.fit(module, datamodule=DreamBoothDataModule(module.model, spec, start_step=module.start_step))
+    if not module.is_sharded:  # whose weights are gathered
+        # Lightning leaves them on the CPU; a saved adapter is tried where the model computes.
+        module.to(module.model.device)
 
 
 def choose_precision(spec: TrainingSpec) -> Precision:

@@ -85,7 +85,7 @@ def test_the_report_says_how_many_samples_were_refused(store: LocalStore) -> Non
     assert "safety checker" not in render_report(store, inputs)
     evaluation = run.evaluation.model_copy(update={"dropped": {"base": 1, "tuned": 3}})
     object.__setattr__(run, "evaluation", evaluation)
-    assert "refused 1 samples of the base and 3 of the tuned model" in render_report(store, inputs)
+    assert "refused 1 sample of the base and 3 of the tuned model" in render_report(store, inputs)
 
 
 def test_a_model_without_a_checker_has_none(tiny_model_folder: Path) -> None:

@@ -15,7 +15,7 @@ from tasks.training.module import DreamBoothModule
 from tasks.training.process import supervisor, worker
 from tasks.training.process.supervisor import describe_exit, find_root_cause, locked, run_worker
 from tasks.training.process.worker_spec import RunFolder, TrainingSpec
-from tests.support.tiny import make_spec
+from tests.support.tiny import DEVICE, make_spec, train_here
 
 STEPS = 20
 
@@ -202,3 +202,23 @@ def test_out_of_memory_halves_the_micro_batch_size_and_keeps_the_samples(
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
     with pytest.raises(TrainingFailed, match=r"out of memory with 1 instance images at a time; lower"):
         in_process(make_spec(tmp_path / "none", tiny_model_folder, train_batch_size=2), memory_for=0)
+
+
+def test_weights_are_where_the_model_computes_when_the_result_is_written(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning ends by moving them to the CPU; on a GPU, trying a saved LoRA then failed."""
+    moves: list[tuple[str, Any]] = []
+    for name in ("to", "cpu"):
+        move = getattr(DreamBoothModule, name)
+
+        def note(module: DreamBoothModule, *place: Any, name: str = name, move: Any = move) -> Any:
+            moves.append((name, place))
+            return move(module, *place)
+
+        monkeypatch.setattr(DreamBoothModule, name, note)
+    device = torch.device(DEVICE)
+    run = train_here(tmp_path, tiny_model_folder, method="lora", max_train_steps=2)
+    assert ("cpu", ()) in moves
+    assert moves[-1] == ("to", (device,))
+    assert list(run.model.glob("*.safetensors"))

@@ -31,9 +31,9 @@ def test_the_figures_at_the_top_have_intervals_of_both_sides_and_of_the_gain(sto
     *cards, judged = html.split('<div class="card figure">')[1:]
     judged = judged.split("<nav", 1)[0]
     for card in cards:
-        assert f'<div class="small soft">{TUNED}, from {BASE}</div>' in card
+        assert f'<div class="small soft">{TUNED}; base {BASE}</div>' in card
         assert "gain +0.300 (+0.250 to +0.350)" in card
-    assert '<div class="small soft">2.50 to 3.50, from 0.50 to 1.50</div>' in judged
+    assert '<div class="small soft">2.50 to 3.50; base 0.50 to 1.50</div>' in judged
     assert "prompt fidelity 3.00 [2.50, 3.50], from 1.00 [0.50, 1.50]" in judged
     without = render(store, make_run(store)).split('<div class="card figure">')[1].split("<nav", 1)[0]
     assert not re.search(r"\d to ", without) and "gain" not in without

@@ -27,7 +27,7 @@ PROMPT = "a photo of a fish"
 
 
 def measure(sample: Callable[[int], Any]) -> tuple[float, int]:
-    """Return the median seconds of a call, which takes a number of steps, and the peak of the device's memory."""
+    """Return the median seconds of a call, which takes a number of steps, and a GPU's peak memory; 0 on a CPU."""
     sample(2)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -88,9 +88,9 @@ def main() -> None:
             load = time.monotonic() - begun
             for batch_size in map(int, options.batch_sizes.split(",")):
                 ours, theirs = compare(model, batch_size=batch_size)
+                peaks = [f"{side[1] / 2**30:.2f} GiB" if side[1] else "-" for side in (ours, theirs)]
                 print(f"| {precision} | {batch_size} | {ours[0] / batch_size:.3f} | {theirs[0] / batch_size:.3f} | "
-                      f"{theirs[0] / ours[0]:.2f} | {ours[1] / 2**30:.2f} GiB | {theirs[1] / 2**30:.2f} GiB | "
-                      f"{load:.1f} |", flush=True)  # fmt: skip
+                      f"{theirs[0] / ours[0]:.2f} | {' | '.join(peaks)} | {load:.1f} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -80,8 +80,12 @@ def count_unmatched_photos(path: Path, subject: SubjectSet) -> int:
 
 def read_photos(lineage: Path) -> frozenset[str]:
     """Return the digests of photos that a lineage file names; empty where it is missing, or not written by us."""
+    if not lineage.is_file():  # a pipe or a device might never end
+        return frozenset()
     try:
-        loaded = json.loads(lineage.read_bytes()) if lineage.stat().st_size <= MAX_LINEAGE else None
+        with lineage.open("rb") as file:
+            data = file.read(MAX_LINEAGE + 1)
+        loaded = json.loads(data) if len(data) <= MAX_LINEAGE else None
     except (OSError, ValueError, RecursionError):
         return frozenset()
     photos = loaded.get("photos") if isinstance(loaded, dict) else None

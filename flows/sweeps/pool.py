@@ -49,6 +49,8 @@ class PoolRunner:
     def start(self, order: RunOrder) -> ActiveRun:
         """Send the run to the work pool, or find the one of this name."""
         request = anchor(order.request)
+        if not self.working:  # what passed since the last one ended was no wait for a slot
+            self.idle_since = None
         for number in itertools.count():
             run = self.send(request, order.name, key=f"{order.name}-{number}" if number else order.name)
             # One that was cancelled with an interrupted sweep does not start again; one that still saves its training
@@ -110,7 +112,8 @@ class PoolRun:
             if self.tail is not None and not self.is_pruned and not is_final(run) and self.tail.read():
                 self.is_pruned = True
                 request_cancel(client, run)
-            fallback = self.runner.fallback if self.runner.is_starved(run) else None
+            is_starved = not self.is_pruned and self.runner.is_starved(run)
+            fallback = self.runner.fallback if is_starved else None
             if fallback is not None:
                 request_cancel(client, run)
         if fallback is not None:
@@ -132,7 +135,9 @@ class PoolRun:
 
     def run_here(self, fallback: LocalRunner) -> RunOutcome | None:
         """Run to the end in this process; a worker that takes the sub-run all the same waits for this one's leases."""
-        note(f"sub-run {self.order.name} got no slot of its pool in {START_SECONDS:g} s: it runs in the sweep's own")
+        note(
+            f"sub-run {self.order.name} got no slot of its pool in {START_SECONDS:g} s: it runs in the sweep's process"
+        )
         outcome = fallback.start(self.order).poll()
         self.runner.idle_since = None
         return outcome
@@ -203,7 +208,7 @@ def choose_runner(num_parallel: int, local: LocalRunner, *, is_deployed: bool) -
             return local
         limit = find_limit(client) if is_deployed else None
         if limit is not None and limit - count_sweeps(client, pool) < 1:
-            note(f"sweeps hold all {limit} slots of the pool {pool}: trials run in this one's, one at a time")
+            note(f"sweeps hold all {limit} slots of the pool {pool}: trials run in this process, one at a time")
             return local
     return PoolRunner(num_parallel, fallback=local if is_deployed else None)
 

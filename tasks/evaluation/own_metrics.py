@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tasks.errors import ConfigError, first_line
+from tasks.manifests.evaluation import SubjectMetrics
 from tasks.manifests.scoring import SideScores
 from tasks.metrics import METRICS, Metric
 
@@ -41,6 +42,8 @@ def list_entry_points() -> list[EntryPoint]:
             raise ConfigError(f"metric {entry.name} of {describe(entry)} has the name of a judge's axis; rename it")
         if entry.name in METRICS or names.count(entry.name) > 1:
             raise ConfigError(f"metric {entry.name} of {describe(entry)} has the name of another metric; rename it")
+        if hasattr(SubjectMetrics, entry.name):
+            raise ConfigError(f"metric {entry.name} of {describe(entry)} has a reserved name; rename it")
         if not entry.name.isidentifier():
             raise ConfigError(f"metric {entry.name!r} of {describe(entry)}: its name must be a Python identifier")
     return found

@@ -17,6 +17,7 @@ from tasks.publishing.config import GateConfig
 from tasks.publishing.report.tables import HEADLINE, MetricRow, list_metrics
 from tasks.publishing.report.usage import ModelPlace, describe_model, write_loading
 from tasks.publishing.report.verdict import reach_verdict
+from tasks.redaction import clean_text
 
 LICENSES = {
     "mini": ("apache-2.0", ""),
@@ -120,7 +121,7 @@ def write_card(run: RunManifests, inputs: CardInputs) -> str:
     prompt = f"a photo of {used.name_in_diffusers}"
     license_id, license_name = LICENSES.get(tuned.base_model.location, ("not known", ""))
     return write_front_matter(run, title=inputs.title, instance_prompt=prompt) + CARD.format(
-        title=inputs.title,
+        title=escape(inputs.title),
         loading=write_loading(used, THIS_FOLDER),
         prompt=repr(prompt),
         class_noun=subject.class_noun,
@@ -128,7 +129,7 @@ def write_card(run: RunManifests, inputs: CardInputs) -> str:
         num_photos=len(subject.images),
         s="" if len(subject.images) == 1 else "s",
         rows="\n".join(map(write_row, list_metrics(run.evaluation)[: len(HEADLINE)])),
-        recipe="\n".join(f"| {name} | {value} |" for name, value in list_recipe(run, inputs.settings)),
+        recipe="\n".join(f"| {name} | {escape(value)} |" for name, value in list_recipe(run, inputs.settings)),
         limits="\n".join(f"- {text}" for text in list_limits(run, inputs.gate)),
         license=license_name or license_id,
     )
@@ -151,6 +152,8 @@ def list_recipe(run: RunManifests, settings: Mapping[str, str]) -> Iterator[tupl
     for part, names in NAMES.items():
         if not part or part in tuned.method.split("+"):
             shown |= names
+    if settings.get("training.train_text_encoder") == "false":
+        shown = {key: name for key, name in shown.items() if not key.endswith("text_encoder_learning_rate")}
     for key, name in shown.items():
         if settings.get(key, "null") not in UNSET:
             yield name, settings[key]
@@ -169,8 +172,9 @@ def list_limits(run: RunManifests, gate: GateConfig) -> Iterator[str]:
     yield from (escape(finding.text) for finding in verdict.findings if finding.level != "good")
     samples = [each for each in run.evaluation.samples if each.kind == "subject" and each.side == "tuned"]
     prompts, num = len({each.prompt for each in samples}), len(run.subject.images)
-    yield f"The figures are means over {len(samples)} samples of {prompts} prompts; other prompts may do worse."
-    yield f"Sides and details of the subject that its {num} photo{'' if num == 1 else 's'} don't show are invented."
+    yield f"Number of samples behind the figures: {len(samples)}, of prompts: {prompts}; other prompts may do worse."
+    unseen = "its photo does" if num == 1 else f"its {num} photos do"
+    yield f"Sides and details of the subject that {unseen} not show are invented."
     yield "It has the base model's weaknesses and biases too."
     if run.training.base_model.location == "mini":
         yield "The base model knows a small drawn world alone; it is for tests and demonstrations."
@@ -178,7 +182,8 @@ def list_limits(run: RunManifests, gate: GateConfig) -> Iterator[str]:
 
 def escape(text: str) -> str:
     """Return a text that may quote file names and replies of LLMs as one line without markup."""
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    plain = html.escape(" ".join(clean_text(text).split()), quote=False)
+    return re.sub(r"([\\`*\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", plain)
 
 
 def write_front_matter(run: RunManifests, *, title: str, instance_prompt: str) -> str:

@@ -143,7 +143,7 @@ def name_limit() -> str:
     if os.environ.get(WORKER_RUN):
         # A container's own name is new each time; what all containers of a host share is the start of its kernel.
         is_contained = any(mark.exists() for mark in CONTAINER_MARKS)
-        default = f"likeness-{read_boot()[:8] if is_contained else socket.gethostname()}"
+        default = f"likeness-{(is_contained and read_boot()[:8]) or socket.gethostname()}"
     return os.environ.get(HOST_LIMIT, default)
 
 

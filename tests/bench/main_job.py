@@ -80,7 +80,7 @@ def watch_memory(process: "subprocess.Popen[bytes]", peaks: list[int]) -> None:
 
 
 def measure_picture(out: Path) -> float:
-    """Return the median seconds of three `likeness generate latest`, whole processes: the first pays for the disk."""
+    """Return the median seconds of three `likeness generate latest`, each a whole process."""
     command = [sys.executable, "-m", "flows.cli.main", "generate", "latest", "a photo of sks fish in the snow"]
     seconds = []
     for _ in range(3):
@@ -112,6 +112,8 @@ def measure_against_server(out: Path) -> Measured:
 def show_gain(summary: dict[str, Any], metric: str) -> str:
     """Return a metric's mean gain over the base model with its 95 % interval over prompts."""
     gain = summary["estimates"][metric]["gain"]
+    if gain["low"] is None:  # too few prompts
+        return f"{gain['mean']:+.3f}"
     return f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
 
 
@@ -163,7 +165,7 @@ def main() -> None:
     print(f"| peak memory, all processes | {first.peak_bytes / 2**30:.2f} GiB | 3 GiB |")
     print(f"| overhead, embedded server | {second.overhead:.1f} s | 25 s |")
     print(f"| overhead, running server | {served.overhead:.1f} s | 8 s |")
-    print(f"| first picture of `likeness generate` | {measure_picture(out):.1f} s | 5 s |")
+    print(f"| a picture by `likeness generate`, whole process | {measure_picture(out):.1f} s | 5 s |")
     rows = [quality_row("fish (demo)", first, measure(out, "prior=none"))]
     for noun, seed in () if options.quick else SUBJECTS:
         folder = out / "photos" / noun

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import psutil
@@ -38,9 +38,6 @@ from tests.stack.run_pages import (
 )
 from tests.support.browser import keep_screenshot, open_page
 from tests.support.prefect_api import create_flow_run, open_api, read_flow_run, read_states, wait_for_type
-
-if TYPE_CHECKING:
-    pass
 
 SETTINGS = ["experiment=smoke", "training.max_train_steps=24", "training.checkpointing_steps=3"]
 """Of all runs, so that they share what the first one computes."""
@@ -189,8 +186,8 @@ def test_a_run_cancelled_in_the_ui_saves_training_and_is_resumed_by_its_name_on_
     assert f"flow run {name} is Completed" in again.stderr
 
 
-def heed_interrupts() -> None:
-    """Undo what a shell does to processes in its background, and they to theirs: an interrupt is ignored."""
+def reset_interrupts() -> None:
+    """Let an interrupt end the process: a shell makes those in its background, and what they start, ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -200,11 +197,15 @@ def test_a_follower_detaches_by_an_interrupt_and_the_run_is_cancelled_by_its_nam
 ) -> None:
     follower = subprocess.Popen(
         [*LIKENESS, "submit", *SETTINGS, "seed=2"], cwd=folder, env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=heed_interrupts,  # noqa: PLW1509 - no threads yet
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=reset_interrupts,  # noqa: PLW1509 - no threads yet
     )  # fmt: skip
     assert follower.stdout is not None
-    lines = list(iter(follower.stdout.readline, "-- Running\n"))
-    assert follower.poll() is None, lines
+    lines = []
+    for line in follower.stdout:
+        lines.append(line)
+        if line == "-- Running\n":
+            break
+    assert lines[-1:] == ["-- Running\n"], lines
     follower.send_signal(signal.SIGINT)
     text, _ = follower.communicate(timeout=60)
     assert follower.returncode == 0, text

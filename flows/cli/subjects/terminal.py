@@ -72,7 +72,9 @@ def find_folder(url: str, base: RunRequest) -> tuple[str, RunRequest]:
 
     """
     bucket = split_store_url(url, name="run-many")["store.bucket"]
-    path = url.removeprefix(f"s3://{bucket}").strip("/")
+    path = url.removeprefix(f"s3://{bucket}").removeprefix("/").removesuffix("/")
+    if path and not {"", ".", ".."}.isdisjoint(path.split("/")):  # S3 takes them literally, stores don't
+        raise ConfigError(f"{show_value(url)}: a part of the address is empty, . or ..; name the folder without it")
     prefix, _, folder = path.rpartition("/")
     chosen, request = base.settings.keys() & CHOICES, base
     if os.environ.get(STORE_VARIABLE) or chosen or base.store not in (None, "auto", "s3"):

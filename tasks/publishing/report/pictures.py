@@ -26,8 +26,8 @@ MAX_CHARACTERS = 12_000_000
 """Of all pictures as base64, and of the text beside samples; the rest of the page is far below 3 MB."""
 MAX_SHARE = 0.5
 """Of all that pictures beside samples may take: samples are the evidence."""
-MARKUP = 2_500
-"""Characters of a sample's markup, without its prompt and evidence."""
+MARKUP, METRIC_MARKUP = 2_500, 80
+"""Characters of a sample's markup, without its prompt and evidence, and of each metric beside DINO and CLIP."""
 T = TypeVar("T")
 
 
@@ -124,7 +124,7 @@ def list_refs(pair: SamplePair) -> Iterator[ObjectRef]:
 def count_characters(pair: SamplePair, urls: dict[str, str]) -> int:
     """Return about how many characters a pair takes in the page; a prompt is repeated in labels."""
     text = 6 * len(pair.shown.prompt) + sum(len(grade.evidence) for grade in pair.grades.values())
-    return MARKUP + text + sum(len(urls[ref.key]) for ref in list_refs(pair))
+    return MARKUP + METRIC_MARKUP * len(pair.others) + text + sum(len(urls[ref.key]) for ref in list_refs(pair))
 
 
 def choose_pairs(pairs: Sequence[SamplePair], measure: Callable[[SamplePair], int], *, left: int) -> list[SamplePair]:

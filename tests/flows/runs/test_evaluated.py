@@ -1,6 +1,7 @@
 """Which photos an evaluated model was tuned on, by the lineage beside it."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -29,4 +30,13 @@ def test_photos_of_a_lineage_are_counted_where_the_subject_has_none_of_them(
 def test_a_model_without_a_readable_lineage_has_no_unmatched_photos(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "lineage.json").write_text(content)
+    assert count_unmatched_photos(tmp_path, SUBJECT) == 0
+
+
+@pytest.mark.timeout(60)
+def test_a_lineage_that_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lineage.json")  # whose reading would never end
+    assert count_unmatched_photos(tmp_path, SUBJECT) == 0
+    (tmp_path / "lineage.json").unlink()
+    (tmp_path / "lineage.json").symlink_to("/dev/zero")
     assert count_unmatched_photos(tmp_path, SUBJECT) == 0

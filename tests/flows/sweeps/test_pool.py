@@ -9,7 +9,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelling, Pending, Running
+from prefect.states import Cancelling, Completed, Crashed, Pending, Running
 
 from conf.request import RunRequest
 from flows.sweeps.outcome import SweepOutcome
@@ -90,7 +90,7 @@ def test_a_deployed_sweep_that_holds_the_only_slot_runs_its_trials_itself_and_sa
     outcome = run_deployed(tmp_path, runs, monkeypatch)
     assert [trial.status for trial in outcome.trials] == ["complete", "complete"]
     assert len(runs.requests) == 2 and list_sub_runs(client) == []
-    assert "sweeps hold all 1 slots of the pool likeness: trials run in this one's, one at a time\n" in (
+    assert "sweeps hold all 1 slots of the pool likeness: trials run in this process, one at a time\n" in (
         capsys.readouterr().err
     )
 
@@ -126,7 +126,7 @@ def test_two_sweeps_whose_pool_is_limited_later_take_their_runs_back_from_it(
             outcome = run_deployed(tmp_path / str(number), runs, patch)
         assert [trial.status for trial in outcome.trials] == ["complete", "complete"]
         assert len(runs.requests) == 2
-        assert capsys.readouterr().err.count("got no slot of its pool in 0.5 s: it runs in the sweep's own\n") == 2
+        assert capsys.readouterr().err.count("got no slot of its pool in 0.5 s: it runs in the sweep's process\n") == 2
     # No worker takes them any more.
     assert [run.state and run.state.is_cancelled() for run in list_sub_runs(client)] == [True] * 4
 
@@ -153,6 +153,27 @@ def test_a_run_that_waits_is_left_to_the_pool_while_another_one_of_the_sweep_is_
     set_states(client, at_work.id, Pending(), Running())
     for _ in range(3):
         assert (first.poll(), second.poll()) == (None, None)
+    assert fallback.requests == []
+
+
+@pytest.mark.parametrize("is_crashed", [False, True])
+def test_what_passed_since_the_last_run_ended_is_no_wait_of_the_next(
+    client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_crashed: bool
+) -> None:
+    now = [1.0]
+    monkeypatch.setattr("flows.sweeps.pool.time.monotonic", lambda: now[0])
+    fallback = FakeRuns()
+    runner = PoolRunner(1, fallback=LocalRunner(fallback))
+    request = RunRequest(settings={"output_dir": str(tmp_path)})
+    first = runner.start(RunOrder(request, f"{uuid.uuid4()}"))
+    [sent] = list_sub_runs(client)
+    set_states(client, sent.id, Pending(), Running())
+    assert first.poll() is None
+    set_states(client, sent.id, Crashed() if is_crashed else Completed())
+    first.poll()
+    now[0] += 1000.0  # plots, tracking, or the time that a crashed run has to be scheduled again
+    assert first.poll() is not None
+    assert runner.start(RunOrder(request, f"{uuid.uuid4()}")).poll() is None, "it waits for its own 60 s"
     assert fallback.requests == []
 
 

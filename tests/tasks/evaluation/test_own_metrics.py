@@ -145,6 +145,7 @@ def test_an_installed_metric_is_measured_and_its_version_is_part_of_the_key(
         ("mine = {0}:endless", "metric mine returned inf; return finite numbers"),
         ("mine = {0}:stops", "metric mine failed: RuntimeError: out of samples"),
         ("mine = {0}:partial", "metric mine returned None for 1 groups of samples, but not for all"),
+        ("copy = {0}:redness", "metric copy of {0} 1.2 has a reserved name; rename it"),
         ("concept_preservation = {0}:redness", "has the name of a judge's axis; rename it"),
         ("my-metric = {0}:redness", "must be a Python identifier"),
     ],

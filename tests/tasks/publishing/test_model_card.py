@@ -141,6 +141,18 @@ def test_the_recipe_has_the_settings_of_its_method(
     assert not [row for name in (*missing, "EMA", "gamma", "ann") for row in recipe if name in row]
 
 
+def test_a_value_cannot_break_the_recipe_and_a_frozen_text_encoder_has_no_rate(store: LocalStore) -> None:
+    run = change(make_run(store), location="/data/my|models/\n## x\x1b[31m", method="full")
+    frozen = {**SETTINGS, "training.train_text_encoder": "false", "training.text_encoder_learning_rate": "2e-05"}
+    recipe = read_section(run, "Recipe", frozen)
+    [row] = [row for row in recipe if row.startswith("| base model")]
+    assert row.startswith("| base model | /data/my\\|models/ ## x\\[31m (")
+    assert not [row for row in recipe if "2e-05" in row]
+    assert [
+        row for row in read_section(run, "Recipe", {**frozen, "training.train_text_encoder": "true"}) if "2e-05" in row
+    ]
+
+
 def test_prior_preservation_has_its_class_images_and_weight(store: LocalStore) -> None:
     run = make_run(store)
     assert run.prior is not None
@@ -163,8 +175,10 @@ def test_limits_are_the_findings_that_are_not_good_and_what_always_holds(store: 
     assert "- 1 photo was accepted; 3 to 5 are usual." in limits
     assert "- The web calls &lt;b&gt;it&lt;/b&gt; ## a \\[boat\\](x)." in limits
     assert not [row for row in limits if "resemble the subject more" in row], "a good finding is no limit"
-    assert "- The figures are means over 2 samples of 2 prompts; other prompts may do worse." in limits
-    assert [row for row in limits if "its 1 photo don" in row] and [row for row in limits if "drawn world" in row]
+    assert "- Number of samples behind the figures: 2, of prompts: 2; other prompts may do worse." in limits
+    assert [row for row in limits if "its photo does not show" in row] and [
+        row for row in limits if "drawn world" in row
+    ]
     assert not [row for row in read_section(change(run, location="some/model"), "Limits") if "drawn world" in row]
 
 

@@ -86,6 +86,7 @@ def bare_worker(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> s
     monkeypatch.setenv(states.WORKER_RUN, str(uuid.uuid4()))
     monkeypatch.setattr(states.socket, "gethostname", lambda: host)
     monkeypatch.setattr(states, "CONTAINER_MARKS", (tmp_path / "none",))
+    monkeypatch.setattr(states, "count_host_gpus", lambda: 0)
     return f"likeness-{host}"
 
 

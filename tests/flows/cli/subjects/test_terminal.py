@@ -54,6 +54,9 @@ def test_a_store_that_holds_the_folder_is_left_as_it_is(monkeypatch: pytest.Monk
     assert find_folder(url, RunRequest())[1].settings == {}
 
 
+ODD = ("a//b/", "/x", "a/../", "a/../x/", "a/./", "..", "./x")
+
+
 @pytest.mark.parametrize(
     ("url", "words", "message"),
     [
@@ -67,6 +70,7 @@ def test_a_store_that_holds_the_folder_is_left_as_it_is(monkeypatch: pytest.Monk
         ),
         ("s3://a-bucket/team/x/", ["store=local"], "lies outside of a local store, where results go"),
         ("s3://A_BUCKET/x/", [], "run-many takes s3://BUCKET"),
+        *((f"s3://a-bucket/{path}", [], "a part of the address is empty, . or ..") for path in ODD),
     ],
 )
 def test_a_folder_that_no_store_holds_is_refused_with_one_line(url: str, words: list[str], message: str) -> None:

@@ -167,7 +167,7 @@ def prepare_limit(name: str, num: int) -> int:
                 with contextlib.suppress(ObjectAlreadyExists):  # by another run of this host, in the meantime
                     client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=limit))
                 log.info("concurrency limit %s registered: %d trainings at a time on this host", name, limit)
-    except Exception as error:  # away, slow or restarted: `take_slots` goes on without
+    except Exception as error:  # away, slow or restarted: `take_slots` proceeds without a slot
         log.warning("concurrency limit %s was not looked up: %s", name, first_line(error))
         return num
     return max(1, min(num, limit))  # with none at all, an operator has paused the host

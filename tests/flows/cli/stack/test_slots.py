@@ -64,9 +64,11 @@ def test_the_next_training_says_what_it_waits_for_and_may_give_up(client: SyncPr
     assert waited == [f"a slot of {name}"]
 
 
-def test_a_waiting_training_goes_on_when_a_slot_is_given_back(client: SyncPrefectClient, name: str) -> None:
+@contextlib.contextmanager
+def wait_behind(num: int) -> Iterator[list[str]]:
+    """Hold a slot after waiting for one of `num` held by another training; yield what was waited for."""
     first = contextlib.ExitStack()
-    first.enter_context(host_slots(2, on_wait=never))
+    first.enter_context(host_slots(num, on_wait=never))
     waited: list[str] = []
 
     def give_back(what: str) -> None:
@@ -74,6 +76,11 @@ def test_a_waiting_training_goes_on_when_a_slot_is_given_back(client: SyncPrefec
         first.close()
 
     with host_slots(1, on_wait=give_back):
+        yield waited
+
+
+def test_a_waiting_training_continues_when_a_slot_is_given_back(client: SyncPrefectClient, name: str) -> None:
+    with wait_behind(2) as waited:
         assert count_held(client, name) == 1
     assert waited
 
@@ -101,16 +108,9 @@ def test_a_run_of_any_worker_creates_the_limit_of_its_host(
     assert count_held(client, bare_worker) == 0
 
 
-def test_two_runs_of_a_host_without_gpu_train_one_after_the_other(client: SyncPrefectClient, bare_worker: str) -> None:
-    first = contextlib.ExitStack()
-    first.enter_context(host_slots(1, on_wait=never))
-    waited: list[str] = []
-
-    def give_back(what: str) -> None:
-        waited.append(what)
-        first.close()
-
-    with host_slots(1, on_wait=give_back):
+@pytest.mark.usefixtures("client")
+def test_two_runs_of_a_host_without_gpu_train_one_after_the_other(bare_worker: str) -> None:
+    with wait_behind(1) as waited:
         assert waited == [f"a slot of {bare_worker}"]
 
 

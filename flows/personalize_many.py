@@ -30,6 +30,7 @@ from tasks.errors import LikenessError, StillPending, first_line
 from tasks.mini.vision_server.launch import keep_server
 from tasks.services.store.lease import hold_lease
 from tasks.services.store.open import open_store
+from tasks.training.process.fork_server import keep_imports
 
 log = logging.getLogger("likeness.subjects")
 
@@ -51,7 +52,7 @@ def personalize_many(request: ManyRequest = ManyRequest()) -> ManyOutcome:  # no
     subjects = list(list_subjects(Origin(request, batch.store, roots)))
     run_all = run_on_pool if has_pool() else run_here
     name = name_batch(request)
-    with keep_server(batch.output / "many" / name / "vision-server.log"):
+    with keep_server(batch.output / "many" / name / "vision-server.log"), keep_imports():
         outcomes = [*list_unready(subjects), *run_all(batch, [each for each in subjects if each.request])]
     order = {subject.name: number for number, subject in enumerate(subjects)}
     outcomes.sort(key=lambda outcome: order[outcome.name])

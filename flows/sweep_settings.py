@@ -28,6 +28,7 @@ from flows.sweeps.trials import REGISTERED, SEED_VALUES, Trials, make_runs
 from tasks.errors import ConfigError
 from tasks.manifests.run_summary import RegisteredModel, RunSummary
 from tasks.mini.vision_server.launch import keep_server
+from tasks.training.process.fork_server import keep_imports
 
 
 @flow(name=SWEEP_FLOW, persist_result=False)
@@ -61,7 +62,7 @@ def run_sweep(request: SweepRequest, config: RunConfig, run: Callable[[RunReques
     report = folder / request.study_name / "report.html"
     ended_by, is_failed = "", True
     try:
-        with keep_server(folder / request.study_name / "vision-server.log"):
+        with keep_server(folder / request.study_name / "vision-server.log"), keep_imports():
             ended_by = trials.run()
         is_failed = False
     finally:

@@ -44,18 +44,24 @@ def watch(descriptor: int) -> None:
     leave()
 
 
+def start_watcher() -> None:
+    """End this process with the parent, from now on; a fork has no threads, so it calls this again."""
+    path = os.environ.get(LIFELINE)
+    if not path:
+        return
+    try:
+        # Non-blocking: opening a FIFO for reading would otherwise wait for a writer, who may be gone already.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:  # the parent removed its FIFO at exit
+        os._exit(ORPHANED_EXIT_CODE)
+    if not has_parent(descriptor):
+        os._exit(ORPHANED_EXIT_CODE)
+    threading.Thread(target=watch, args=(descriptor,), name="lifeline", daemon=True).start()
+
+
 def main() -> None:
     """Start the watcher thread, then run the module as `__main__` in this process."""
-    path = os.environ.get(LIFELINE)
-    if path:
-        try:
-            # Non-blocking: opening a FIFO for reading would otherwise wait for a writer, who may be gone already.
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        except OSError:  # the parent removed its FIFO at exit
-            os._exit(ORPHANED_EXIT_CODE)
-        if not has_parent(descriptor):
-            os._exit(ORPHANED_EXIT_CODE)
-        threading.Thread(target=watch, args=(descriptor,), name="lifeline", daemon=True).start()
+    start_watcher()
     sys.argv = sys.argv[1:]  # the module's own command line
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 

@@ -88,6 +88,8 @@ def test_a_training_behind_the_median_is_stopped_at_its_first_validation(
     training = sandbox.output / "work" / "training" / summary["stages"]["training"]["key"]
     events = [json.loads(line) for line in (training / "events.jsonl").read_text().splitlines()]
     assert max(event.get("step", 0) for event in events) < 6
+    # All trials of a process share the imports of the worker.
+    assert (training / "worker.log").read_text().startswith("forked by process")
 
 
 def test_a_sweep_that_would_ask_a_person_is_refused_before_its_first_trial() -> None:

@@ -15,10 +15,12 @@ from typing import Any
 
 import psutil
 
+from tasks.diffusion.device import choose_device
 from tasks.errors import AdapterSaveFailed, ArtifactCorrupt, ConfigError, StorageFull, TrainingFailed, TrainingStopped
 from tasks.stage.digests import digest_file, dump_signed, load_lines, load_signed
 from tasks.stage.files import quarantine, write_atomic
 from tasks.stage.worker_process import GUARD, child_environment, guarded
+from tasks.training.process.fork_server import ForkedWorker, kept_fork_server
 from tasks.training.process.worker_spec import RunFolder, TrainingSpec, WorkerFailure, WorkerResult
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ LOCK_SECONDS = 10.0
 KINDS = {kind.__name__: kind for kind in (ConfigError, StorageFull, AdapterSaveFailed)}
 """Errors of the worker that are raised here as they are; any other is a TrainingFailed that names the log."""
 WORKER_MODULE = "tasks.training.process.worker"
+WorkerProcess = subprocess.Popen[bytes] | ForkedWorker
 
 
 def run_worker(
@@ -88,16 +91,41 @@ def run_worker(
     failure = read_failure(run)
     if failure is not None and failure.kind in KINDS:  # such as a full disk: it says what to do by itself
         raise KINDS[failure.kind](failure.message)
-    reason = str(failure) if failure else find_root_cause(run.log) or describe_exit(process.returncode)
+    reason = str(failure) if failure else find_root_cause(run.log) or describe_exit(process.wait())
     raise TrainingFailed(f"training ended at step {tail.last_step}: {reason}; see {run.log}")
 
 
-def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()) -> "subprocess.Popen[bytes]":
+def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()) -> WorkerProcess:
     """Start one process per device in a new session.
 
     `inherited` file descriptors stay open in the child: it holds the run's lock until it exits.
     """
+    # torchrun would set OMP_NUM_THREADS to 1 where it is unset.
+    environment = child_environment(
+        TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    )
+    server = kept_fork_server.get()
+    # The child holds a duplicate of the descriptor, so this one can be closed.
+    with run.log.open("ab") as log:
+        if server is not None and spec.training.world_size == 1 and choose_device(spec.diffusion).type == "cpu":
+            forked = server.fork(run.spec, environment, [log.fileno(), *inherited])
+            if forked is not None:
+                return forked
+        return subprocess.Popen(
+            worker_command(spec, run),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the supervisor alone, which lets the worker save first
+            pass_fds=inherited,
+        )
+
+
+def worker_command(spec: TrainingSpec, run: RunFolder) -> list[str]:
+    """Return the command line of the worker, or of the launcher of one per device."""
     training = spec.training
+    if training.world_size == 1:  # no rendezvous is needed; skipping torchrun saves seconds of start-up
+        return guarded(WORKER_MODULE, str(run.spec))
     rdzv_args = ["--standalone"]
     if training.num_nodes > 1:
         rdzv_args = [
@@ -106,23 +134,7 @@ def start(spec: TrainingSpec, run: RunFolder, *, inherited: tuple[int, ...] = ()
         ]  # fmt: skip
     # Each rank runs under the guard and watches the supervisor itself: killing torchrun does not end its ranks.
     launcher = [*rdzv_args, "--nproc-per-node", str(training.num_devices), "-m", GUARD]
-    command = guarded("torch.distributed.run", *launcher, WORKER_MODULE, str(run.spec))
-    if training.world_size == 1:  # no rendezvous is needed; skipping torchrun saves seconds of start-up
-        command = guarded(WORKER_MODULE, str(run.spec))
-    # torchrun would set OMP_NUM_THREADS to 1 where it is unset.
-    environment = child_environment(
-        TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    )
-    # The child holds a duplicate of the descriptor, so this one can be closed.
-    with run.log.open("ab") as log:
-        return subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # Ctrl-C reaches the supervisor alone, which lets the worker save first
-            pass_fds=inherited,
-        )
+    return guarded("torch.distributed.run", *launcher, WORKER_MODULE, str(run.spec))
 
 
 class Heartbeats:
@@ -162,7 +174,7 @@ def read_modified(path: Path) -> int | None:
         return None
 
 
-def stop(process: "subprocess.Popen[bytes]", run: RunFolder, *, grace_seconds: float) -> None:
+def stop(process: WorkerProcess, run: RunFolder, *, grace_seconds: float) -> None:
     """Request a checkpoint and exit, wait for the grace period, then kill all processes."""
     run.stop.touch()
     deadline = time.monotonic() + grace_seconds
@@ -174,7 +186,7 @@ def stop(process: "subprocess.Popen[bytes]", run: RunFolder, *, grace_seconds: f
         kill_all(process)
 
 
-def kill_all(process: "subprocess.Popen[bytes]") -> None:
+def kill_all(process: WorkerProcess) -> None:
     """Kill the launcher and every rank. torchrun gives each rank its own session, so a process group isn't enough."""
     with contextlib.suppress(psutil.NoSuchProcess):
         # Listed first: once the launcher is dead its children belong to init.

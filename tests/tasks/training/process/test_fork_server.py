@@ -67,7 +67,8 @@ def digest_model(run: RunFolder) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> TrainingSpec:
-    return make_spec(tmp_path_factory.mktemp("spec"), tiny_model_folder, max_train_steps=STEPS)
+    # Two threads: a fork of a process whose imports had used OpenMP's would wait for them for ever.
+    return make_spec(tmp_path_factory.mktemp("spec"), tiny_model_folder, max_train_steps=STEPS, num_threads=2)
 
 
 @pytest.fixture(scope="module")

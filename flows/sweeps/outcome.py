@@ -1,5 +1,6 @@
 """What a sweep found: its trials with intervals, the best of them, and the commands that repeat those."""
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,11 +75,6 @@ class SweepOutcome(BaseModel):
     journal: str
     report: str
     published: RegisteredModel | None = None
-
-    @property
-    def dashboard(self) -> str:
-        """The command that opens the study."""
-        return f"optuna-dashboard {self.journal}"
 
 
 def collect_outcome(study: SweepStudy, ended: Sequence[int], *, ended_by: str, report: Path) -> SweepOutcome:
@@ -191,6 +187,11 @@ def compute_interval(values: Sequence[float]) -> tuple[float, float]:
     mean = float(np.mean(values))
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
     return mean - half, mean + half
+
+
+def make_dashboard_command(journal: str) -> str:
+    """Return the command line that opens a study in Optuna's dashboard, quoted for a shell."""
+    return f"optuna-dashboard {shlex.quote(journal)}"
 
 
 def make_command(request: SweepRequest, settings: Mapping[str, Value]) -> str:

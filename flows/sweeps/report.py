@@ -5,7 +5,7 @@ from pathlib import Path
 
 from conf.sweep import SweepRequest, show_number
 from flows.runs.records import to_overrides
-from flows.sweeps.outcome import SeedRow, SweepOutcome, TrialResult, estimate_metrics
+from flows.sweeps.outcome import SeedRow, SweepOutcome, TrialResult, estimate_metrics, make_dashboard_command
 from flows.sweeps.plots import Plot
 from tasks.redaction import clean_text, redact, shorten
 from tasks.stage.files import write_atomic
@@ -72,7 +72,7 @@ shares:</p>
 {% endfor %}</table></div>
 <h2>The study</h2>
 <p>In the folder <code>sweeps</code> of the output folder:</p>
-<pre>optuna-dashboard {{ outcome.study }}.journal</pre>
+<pre>{{ dashboard }}</pre>
 </main></body></html>
 """
 NUM_STAGES = 6
@@ -89,6 +89,7 @@ def write_report(outcome: SweepOutcome, request: SweepRequest, plots: Sequence[P
         options=describe_options(request),
         base=" ".join(["likeness run", *to_overrides(request.base)]),
         best=[trial.trial for trial in outcome.best],
+        dashboard=make_dashboard_command(Path(outcome.journal).name),
         plots=plots,
         describe=describe_values,
         count_cached=count_cached,

@@ -122,11 +122,13 @@ def print_metrics(trial: "TrialResult") -> None:
 
 
 def print_places(outcome: "SweepOutcome") -> None:
-    """Print what was published, and where report and study are."""
+    """Print what was published, where the report is, and the command that opens the study."""
+    from flows.sweeps.outcome import make_dashboard_command
+
     if outcome.published is not None and outcome.published.model:
         print(f"published {outcome.published.model}, version {outcome.published.version}")
     print(f"report    {shorten(outcome.report)}")
-    print(f"study     optuna-dashboard {shorten(outcome.journal)}")
+    print(f"study     {make_dashboard_command(shorten(outcome.journal))}")
 
 
 def sort_trials(outcome: "SweepOutcome") -> "list[TrialResult]":

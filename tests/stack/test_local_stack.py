@@ -19,7 +19,7 @@ import httpx
 import psutil
 import pytest
 
-from flows.cli.stack.stack import PREFECT, WORKER, read_state
+from flows.cli.stack.stack import MLFLOW, PREFECT, REPORTS, WATCHDOG, WORKER, read_state
 from flows.cli.stack.submit import make_request
 from flows.runs.records import list_run_folders, list_summaries, read_request, read_summary
 from tasks.manifests.publishing import REPORT_PATH
@@ -36,6 +36,7 @@ from tests.stack.run_pages import (
     wait_for_messages,
     wait_for_state,
 )
+from tests.stack.screen import check_addresses, find_listeners
 from tests.support.browser import keep_screenshot, open_page
 from tests.support.prefect_api import create_flow_run, open_api, read_flow_run, read_states, wait_for_type
 
@@ -99,6 +100,19 @@ def test_a_second_up_finds_the_running_stack(folder: Path) -> None:
     status = likeness(folder, "status")
     assert status.returncode == 0, status.stdout
     assert status.stdout.count(" running ") == 5
+
+
+@pytest.mark.timeout(SECONDS)
+def test_every_process_listens_on_loopback_alone_and_the_screen_names_each_address(folder: Path) -> None:
+    done = likeness(folder, "up")
+    assert done.returncode == 0, done.stderr
+    named = check_addresses(done.stdout)
+    found = {process.name: find_listeners(process.pid) for process in read_state(folder / "runs").processes}
+    assert set(found) == {PREFECT, MLFLOW, REPORTS, WORKER, WATCHDOG}
+    assert {address for addresses in found.values() for address, _ in addresses} <= {"127.0.0.1", "::1"}
+    # What a run starts below the worker, such as the vision server, is not for a person.
+    servers = {port for name in (PREFECT, MLFLOW, REPORTS) for _, port in found[name]}
+    assert servers == set(named.values())
 
 
 def find_trainer(pid: int) -> psutil.Process | None:

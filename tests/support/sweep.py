@@ -27,7 +27,10 @@ Formula = Callable[[Mapping[str, Value], int], float]
 
 @dataclass
 class FakeRuns:
-    """Stands in for the main job: DINO is a formula of the settings, every run costs 0.25 USD."""
+    """Stands in for the main job: DINO is a formula of the settings, every run costs 0.25 USD.
+
+    All but the first find class images, and the latents of nine images.
+    """
 
     formula: Formula = lambda values, seed: float(str(values.get(RATE, 0.0)))
     requests: list[RunRequest] = field(default_factory=list)
@@ -45,7 +48,11 @@ class FakeRuns:
             cost_usd=0.25,
             stages={
                 "prior": StageSummary(key="p", cached=number > 1),
-                "training": StageSummary(key="t", counts={"steps": 6}, seconds=1.0 * number),
+                "training": StageSummary(
+                    key="t",
+                    counts={"steps": 6, **({"cached_latents": 9} if number > 1 else {})},
+                    seconds=1.0 * number,
+                ),
             },
             metrics={"tuned": {"dino": dino, "clip_i": 0.5, "clip_t": 0.5, "div": None}},
             scores={"tuned": SideScores(concept_preservation=dino, prompt_following=4 - dino, image_quality=3)},

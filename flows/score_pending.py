@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 
 from prefect import flow
+from prefect.client.schemas.objects import State
 from prefect.runtime import deployment
+from prefect.states import Completed, Failed
 
 from conf.compose import OUTPUT_VARIABLE
 from conf.request import EvaluationRequest
@@ -23,10 +25,11 @@ log = logging.getLogger(__name__)
 
 @flow(name="score-pending", persist_result=False)
 @end_when_cancelled
-def score_pending(output_dir: str = "") -> PendingReport:
+def score_pending(output_dir: str = "") -> PendingReport | State[PendingReport]:
     """Resume every pending run whose batch job has ended, and report the state of each.
 
-    Safe to run at any time and again: a job that is still running stays pending, and nothing is paid twice.
+    Safe to run at any time and again: a job that is still running stays pending, and nothing is paid twice. In a
+    deployment the run fails where one of them could not be resumed.
     """
     output_dir = output_dir or os.environ.get(OUTPUT_VARIABLE) or "runs"
     if deployment.id is not None:
@@ -58,4 +61,11 @@ def score_pending(output_dir: str = "") -> PendingReport:
             changes = {"status": "resumed", "resumed_by": summary.run_id}
             write_summary(folder, read_summary(folder).model_copy(update=changes))
         report.finished.append(summary)
-    return report
+    return report if deployment.id is None else show_state(report)
+
+
+def show_state(report: PendingReport) -> State[PendingReport]:
+    """Return the flow run's state: its message is all that the UI shows of the outcome."""
+    if report.failed:
+        return Failed(message=f"{report.describe()}: {'; '.join(report.failed)}")
+    return Completed(message=report.describe(), data=report)

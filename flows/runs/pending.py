@@ -30,6 +30,10 @@ class PendingReport:
             return 1
         return 11 if self.waiting else 0
 
+    def describe(self) -> str:
+        """Return how many runs ended how."""
+        return f"{len(self.finished)} finished, {len(self.waiting)} still pending, {len(self.failed)} failed"
+
 
 def list_pending(output: Path) -> list[list[Path]]:
     """Return the folders of pending runs, oldest first, grouped by equal requests."""

@@ -1,5 +1,6 @@
 """What a sweep found: its trials with intervals, the best of them, and the commands that repeat those."""
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from conf.request import Value
 from conf.sweep import SweepRequest
 from flows.runs.records import to_overrides
 from flows.sweeps.study import ERROR, SweepStudy, is_interrupted
-from flows.sweeps.trials import CACHED, COST, METRIC_VALUES, RUNS, SEED_VALUES, SEEDS, SETTINGS
+from flows.sweeps.trials import CACHED, COST, LATENTS, METRIC_VALUES, RUNS, SEED_VALUES, SEEDS, SETTINGS
 from tasks.errors import ConfigError
 from tasks.manifests.run_summary import RegisteredModel
 from tasks.stage.digests import digest
@@ -41,6 +42,8 @@ class TrialResult(BaseModel):
     run_ids: list[str] = []
     cached_stages: dict[str, int] = {}
     """By stage: how many of the trial's runs found it in the store."""
+    cached_latents: int = 0
+    """Of how many images its trainings found the latents instead of encoding them."""
     cost_usd: float | None = None
     error: str = ""
 
@@ -57,7 +60,7 @@ class SeedRow(BaseModel):
 
 
 class SweepOutcome(BaseModel):
-    """The trials of a study, the best of all, and how many stages this sweep's runs shared."""
+    """The trials of a study, the best of all, and what this sweep's runs shared."""
 
     study: str
     objectives: list[str]
@@ -68,17 +71,14 @@ class SweepOutcome(BaseModel):
     """What repeats each of the best."""
     num_new_trials: int
     shared_stages: dict[str, int]
+    shared_latents: int = 0
+    """Images, counted once per training."""
     ended_by: str
     """The limit that ended the sweep."""
     cost_usd: float | None
     journal: str
     report: str
     published: RegisteredModel | None = None
-
-    @property
-    def dashboard(self) -> str:
-        """The command that opens the study."""
-        return f"optuna-dashboard {self.journal}"
 
 
 def collect_outcome(study: SweepStudy, ended: Sequence[int], *, ended_by: str, report: Path) -> SweepOutcome:
@@ -99,11 +99,19 @@ def collect_outcome(study: SweepStudy, ended: Sequence[int], *, ended_by: str, r
         commands=[make_command(study.request, trial.settings) for trial in best],
         num_new_trials=len(ended),
         shared_stages=dict(shared),
+        shared_latents=sum(trial.cached_latents for trial in trials if trial.trial in ended),
         ended_by=ended_by,
         cost_usd=sum_costs(study),
         journal=str(study.journal),
         report=str(report),
     )
+
+
+def describe_shared(outcome: SweepOutcome) -> str:
+    """Return how many of the new trials' runs shared each stage, and the latents of how many images were shared."""
+    stages = ", ".join(f"{name} {count}" for name, count in outcome.shared_stages.items()) or "none"
+    latents = f"; cached latents: {outcome.shared_latents} images" if outcome.shared_latents else ""
+    return f"cached stages: {stages}{latents}"
 
 
 def rank_trials(journal: Path) -> list[TrialResult]:
@@ -159,6 +167,7 @@ def describe_trial(trial: "FrozenTrial") -> TrialResult:
         metrics=attributes.get(METRIC_VALUES, {}),
         run_ids=attributes.get(RUNS, []),
         cached_stages=attributes.get(CACHED, {}),
+        cached_latents=attributes.get(LATENTS, 0),
         cost_usd=attributes.get(COST),
         error=attributes.get(ERROR, ""),
     )
@@ -191,6 +200,11 @@ def compute_interval(values: Sequence[float]) -> tuple[float, float]:
     mean = float(np.mean(values))
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
     return mean - half, mean + half
+
+
+def make_dashboard_command(journal: str) -> str:
+    """Return the command line that opens a study in Optuna's dashboard, quoted for a shell."""
+    return f"optuna-dashboard {shlex.quote(journal)}"
 
 
 def make_command(request: SweepRequest, settings: Mapping[str, Value]) -> str:

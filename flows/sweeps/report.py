@@ -5,7 +5,14 @@ from pathlib import Path
 
 from conf.sweep import SweepRequest, show_number
 from flows.runs.records import to_overrides
-from flows.sweeps.outcome import SeedRow, SweepOutcome, TrialResult, estimate_metrics
+from flows.sweeps.outcome import (
+    SeedRow,
+    SweepOutcome,
+    TrialResult,
+    describe_shared,
+    estimate_metrics,
+    make_dashboard_command,
+)
 from flows.sweeps.plots import Plot
 from tasks.redaction import clean_text, redact, shorten
 from tasks.stage.files import write_atomic
@@ -70,9 +77,10 @@ shares:</p>
 <td>{{ count_cached(trial) }}</td><td>{{ 'unknown' if trial.cost_usd is none else '%.5f'|format(trial.cost_usd) }}</td>
 <td>{% for run in trial.run_ids %}<a href="../../{{ run }}/report.html">{{ run }}</a> {% endfor %}</td></tr>
 {% endfor %}</table></div>
+<p>{{ outcome.num_new_trials }} new trials; {{ shared }}.</p>
 <h2>The study</h2>
 <p>In the folder <code>sweeps</code> of the output folder:</p>
-<pre>optuna-dashboard {{ outcome.study }}.journal</pre>
+<pre>{{ dashboard }}</pre>
 </main></body></html>
 """
 NUM_STAGES = 6
@@ -89,6 +97,8 @@ def write_report(outcome: SweepOutcome, request: SweepRequest, plots: Sequence[P
         options=describe_options(request),
         base=" ".join(["likeness run", *to_overrides(request.base)]),
         best=[trial.trial for trial in outcome.best],
+        shared=describe_shared(outcome),
+        dashboard=make_dashboard_command(Path(outcome.journal).name),
         plots=plots,
         describe=describe_values,
         count_cached=count_cached,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_FAILURES = 5
 """Failed trials in a row that end a sampled search: the next would fail like them."""
 SETTINGS, RUNS, SEED_VALUES, CACHED, COST = "settings", "runs", "seed_values", "cached_stages", "cost_usd"
-SEEDS, METRIC_VALUES = "seeds", "metric_values"
+SEEDS, METRIC_VALUES, LATENTS = "seeds", "metric_values", "cached_latents"
 """Names of user attributes of a trial."""
 REGISTERED = "publishing.is_registered"
 
@@ -190,9 +190,16 @@ class Trials:
             SEEDS: [request.seed for request in current.requests if request.seed is not None],
             RUNS: [summary.run_id for summary in current.summaries],
             CACHED: cached,
+            LATENTS: sum(map(count_latents, current.summaries)),
             COST: current.cost_usd,
         }.items():
             current.trial.set_user_attr(name, value)
+
+
+def count_latents(summary: RunSummary) -> int:
+    """Return how many images' latents a training found instead of encoding them; a cached training needed none."""
+    training = summary.stages.get("training")
+    return 0 if training is None or training.cached else training.counts.get("cached_latents", 0)
 
 
 def make_runs(study: SweepStudy, config: RunConfig, values: Mapping[str, Value]) -> list[RunRequest]:

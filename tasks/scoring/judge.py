@@ -76,15 +76,14 @@ def grade(
     return grading
 
 
-def batch_options(config: ScoringConfig, *, state_prefix: str) -> BatchOptions | None:
-    """Return the polling options of a judge's batch job; None with `executor=sync`."""
-    if config.executor != "batch":
-        return None
+def batch_options(config: ScoringConfig, *, state_prefix: str) -> BatchOptions:
+    """Return the options of a judge's batch job."""
     return BatchOptions(
         state_prefix=state_prefix,
         poll_seconds=config.poll_seconds,
         max_wait_seconds=config.max_wait_seconds,
         deadline_seconds=config.deadline_seconds,
+        is_enabled=config.executor == "batch",
     )
 
 

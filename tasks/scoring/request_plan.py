@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from tasks.scoring.config import ScoringConfig
-from tasks.scoring.judge import batch_options
 from tasks.scoring.judge_requests import AXES, JudgeContext, list_judge_requests, list_second_judge_requests
 from tasks.services.llm.batch.jobs import can_batch
 from tasks.services.llm.budget.cost_estimate import PlannedRequests
@@ -12,7 +11,7 @@ from tasks.services.llm.config import LlmConfig
 
 def plan_requests(config: ScoringConfig, llm: LlmConfig, context: JudgeContext) -> list[PlannedRequests]:
     """Return the worst-case requests to the judges for the samples of a context."""
-    wants_batch = batch_options(config, state_prefix="") is not None
+    wants_batch = config.executor == "batch"
     judged = [request.spec for request in list_judge_requests(config, context)]
     plan = [PlannedRequests("judge", judged, is_batch=wants_batch and can_batch(llm, "judge"))]
     if llm.fallback_chain("second_judge"):

@@ -35,7 +35,7 @@ def plan_requests(config: SubjectConfig, llm: LlmConfig, *, side: int) -> list[P
     num, photo = count_asked_photos(config), make_blank_photo(side)
     plan: list[PlannedRequests] = []
     if config.captioning == "llm":
-        is_batch = can_batch(llm, "captioner") and batch_options(num, config, state_prefix="") is not None
+        is_batch = can_batch(llm, "captioner") and batch_options(num, config, state_prefix="").is_enabled
         plan.append(PlannedRequests("inspector", [inspect_spec(photo, config)] * num))
         plan.append(PlannedRequests("captioner", [caption_spec(photo, config)] * num, is_batch=is_batch))
         if config.is_profiled:

@@ -68,7 +68,7 @@ def compute_training(folder: StageFolder, inputs: TrainingInputs, runtime: Runti
         if finished_meanwhile is not None:
             return finished_meanwhile
         spec = make_spec(inputs, runtime, stage_key=folder.stage_key, work=work)
-        fetch_latents(runtime.store, spec)
+        num_cached = fetch_latents(runtime.store, spec)
         runtime.live.begin(
             tags={TRAINING_TAG: folder.stage_key},
             stale_tag=TRAINING_TAG,
@@ -91,7 +91,7 @@ def compute_training(folder: StageFolder, inputs: TrainingInputs, runtime: Runti
                     uploader.notify()
 
             result = run_worker(spec, on_event=on_event, inherited=(lock_descriptor, *gpus), check=folder.check_lease)
-        manifest = store_result(folder, inputs, spec, result=result)
+        manifest = store_result(folder, inputs, spec, result=result, num_cached_latents=num_cached)
         store_latents(runtime.store, spec)
         # Last: until the manifest is stored, checkpoints and result are needed to resume.
         remote.delete_all()
@@ -198,7 +198,12 @@ def show_event(event: dict[str, Any], config: TrainingConfig, runtime: Runtime) 
 
 
 def store_result(
-    folder: StageFolder, inputs: TrainingInputs, spec: "TrainingSpec", *, result: "WorkerResult"
+    folder: StageFolder,
+    inputs: TrainingInputs,
+    spec: "TrainingSpec",
+    *,
+    result: "WorkerResult",
+    num_cached_latents: int,
 ) -> TunedModel:
     """Store weights, candidates, samples and loss log, then write the manifest."""
     from tasks.diffusion.device import describe_machine
@@ -213,7 +218,7 @@ def store_result(
         folder.put(f"samples/{path.name}", path.read_bytes())
     return folder.finish(
         TunedModel(
-            **folder.head(STAGE_VERSION, counts=count_training(spec, result)),
+            **folder.head(STAGE_VERSION, counts=count_training(spec, result, num_cached_latents=num_cached_latents)),
             base_model=inputs.prior.base_model,
             model=model,
             num_steps=result.num_steps,
@@ -241,9 +246,11 @@ def list_crops(subject: SubjectSet, spec: "TrainingSpec") -> tuple[PhotoCrops, .
     return tuple(PhotoCrops(photo=photo, boxes=boxes[photo.sha256]) for photo in photos)
 
 
-def count_training(spec: "TrainingSpec", result: "WorkerResult") -> dict[str, int]:
+def count_training(spec: "TrainingSpec", result: "WorkerResult", *, num_cached_latents: int) -> dict[str, int]:
     """Return what the manifest counts: steps, and what differs from the configuration or isn't in it."""
     counts = {"steps": result.num_steps, "resumed_from_step": result.start_step}
+    if num_cached_latents:  # images
+        counts["cached_latents"] = num_cached_latents
     if spec.holdout_images:
         counts["held_out"] = len(spec.holdout_images)
     if result.micro_batch_size != spec.training.train_batch_size:

@@ -13,19 +13,8 @@ import psutil
 
 from flows.runs.records import read_summary
 from tests.support.cli_sandbox import CliSandbox
-from tests.support.llm_server import ScriptedServer, completion, scripted_server
+from tests.support.llm_server import JudgeRun, scripted_server
 from tests.support.tiny import draw_photos
-
-
-class JudgeRun(ScriptedServer):
-    """Gives every sample the same grades."""
-
-    def answer_row(self, body: dict[str, Any]) -> dict[str, Any]:
-        self.counts["row"] += 1
-        schema = body["response_format"]["json_schema"]["schema"]["properties"]
-        reply = {name: "e" if "enum" not in told else told["enum"][-1] for name, told in schema.items()}
-        reply |= {name: 3 for name, told in schema.items() if 3 in told.get("enum", [])}
-        return completion(json.dumps(reply))
 
 
 def wait_until(happened: Callable[[], bool], *, seconds: float = 600) -> None:

@@ -11,6 +11,7 @@ from conf.trust import allowed_roots
 from flows import score_pending as module
 from flows.evaluate_model import evaluate_model
 from flows.personalize_subject import personalize_subject
+from flows.runs.pending import PendingReport
 from flows.runs.records import list_run_folders, write_request, write_summary
 from tasks.manifests.run_summary import RunSummary, make_head
 
@@ -52,6 +53,16 @@ def test_a_photo_folder_replaced_by_an_external_symlink_is_rejected_on_resume(
     photos.symlink_to(secret)
     [failed] = module.score_pending.fn(str(root / "runs")).failed
     assert "lies outside the allowed folders" in failed
+
+
+def test_a_deployment_whose_run_cannot_be_resumed_fails_with_the_reason() -> None:
+    report = PendingReport(finished=[make_head("one", "finished")], waiting=["two"])
+    state = module.show_state(report)
+    assert (state.type.name, state.message) == ("COMPLETED", "1 finished, 1 still pending, 0 failed")
+    report.failed.append("three: ConfigError: the photos are gone")
+    state = module.show_state(report)
+    assert state.type.name == "FAILED"
+    assert state.message == "1 finished, 1 still pending, 1 failed: three: ConfigError: the photos are gone"
 
 
 def test_an_evaluated_model_replaced_by_an_external_symlink_is_rejected_on_resume(

@@ -1,6 +1,7 @@
 """Sweeps with whole runs: trials share stages, and are pruned."""
 
 import json
+import re
 
 import pytest
 
@@ -24,7 +25,10 @@ def test_trials_share_cached_stages_and_the_best_trial_alone_is_registered(
     done = sandbox.likeness(*words, timeout=290)
     assert done.returncode == 0, done.stderr[-3000:]
     # The first value is the default, which the first run already trained; the second is new.
-    assert "2 new trials; cached stages: subject 2, prior 2, training 1, evaluation 1" in done.stdout
+    # It has the latents of five photos and four class images from that run.
+    shared = r"2 new trials; cached stages: subject 2, prior 2, training 1, evaluation 1\b.*; cached latents: 9 images"
+    [line] = re.findall(f"^{shared}$", done.stdout, re.MULTILINE)
+    assert any(f"{line}." in path.read_text() for path in sandbox.output.glob("sweeps/*/report.html"))
     assert done.stdout.count("\n* ") == 1
     runs = [summary for summary in list_summaries(sandbox.output) if summary.run_id not in before]
     # The trial that was trained drew no samples of the base model: of two prompts, and two of the class.

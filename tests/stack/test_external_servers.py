@@ -1,17 +1,23 @@
 """`likeness up --s3 --postgres`: the servers of others that a stack keeps its data on."""
 
+import hashlib
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import boto3
 import httpx
 import psutil
 import pytest
+from PIL import Image
 
 from flows.cli.stack.processes import stop
 from flows.cli.stack.stack import PREFECT, WORKER, read_state
 from flows.runs.records import list_summaries
 from tasks.services.config import StoreConfig
-from tests.stack.commands import likeness
+from tests.stack.commands import ROOT, environment, likeness
 
 PORTS = ("--prefect-port", "0", "--mlflow-port", "0", "--reports-port", "0")
 pytestmark = pytest.mark.timeout(900)
@@ -36,6 +42,42 @@ def check_second_up(folder: Path, url: str) -> None:
     worker = read_state(folder / "runs").find(WORKER)
     assert worker is not None
     assert psutil.Process(worker.pid).environ()["LIKENESS_STORE_URL"] == url
+
+
+def read_manifest(url: str, key: str) -> str:
+    """Return the manifest of a training below an address in the bucket."""
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name="us-east-1")
+    found = client.get_object(Bucket=bucket, Key=f"{prefix}/03-training/{key}/manifest.json")
+    return str(found["Body"].read().decode())
+
+
+def check_champion(folder: Path, screen: str, *, url: str) -> None:
+    """The run's model is made the champion, and loads as the README says, by whoever reaches the server alone."""
+    [exports] = re.findall(r"export ((?:\w+=\S+ ?)+)$", screen, re.MULTILINE)
+    variables = dict(word.split("=", 1) for word in exports.split())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        promoted = likeness(folder, "promote", "--force")
+    assert promoted.returncode == 0, promoted.stdout + promoted.stderr
+    readme = (ROOT / "README.md").read_text()
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "@champion" in block]
+    without = {name: value for name, value in environment().items() if not name.startswith("AWS_")}
+    place = folder / "elsewhere"
+    place.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nprint(folder)"], cwd=place, capture_output=True, text=True, check=False,
+        timeout=600, env={**without, "MLFLOW_TRACKING_URI": variables["LIKENESS_TRACKING_URI"],
+                          "AWS_EC2_METADATA_DISABLED": "true", "HOME": str(place), "TMPDIR": str(place)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    loaded = Path(done.stdout.splitlines()[-1])
+    [summary] = list_summaries(folder / "runs")
+    digest = hashlib.sha256((loaded / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    assert digest in read_manifest(url, summary.stages["training"].key)  # what was trained
+    with Image.open(place / "fish.png") as image:
+        assert len(image.getcolors(image.width * image.height) or ()) > 100
 
 
 def check_database(folder: Path) -> None:
@@ -66,6 +108,7 @@ def test_a_submitted_run_keeps_its_objects_in_the_bucket_and_its_states_in_postg
         check_no_password(up.stdout + up.stderr)
         done = likeness(tmp_path, "submit", "experiment=smoke", "training.num_threads=1")
         assert done.returncode == 0, done.stdout + done.stderr
+        check_champion(tmp_path, up.stdout, url=url)
         check_second_up(tmp_path, url)
         if database_url:  # PostgreSQL is installed
             check_database(tmp_path)

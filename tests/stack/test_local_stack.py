@@ -19,12 +19,12 @@ import httpx
 import psutil
 import pytest
 
-from flows.cli.stack.stack import PREFECT, WORKER, read_state
+from flows.cli.stack.stack import MLFLOW, PREFECT, REPORTS, WATCHDOG, WORKER, read_state
 from flows.cli.stack.submit import make_request
 from flows.runs.records import list_run_folders, list_summaries, read_request, read_summary
 from tasks.manifests.publishing import REPORT_PATH
 from tasks.subject.photos.ingest import DEMO_FOLDER
-from tests.stack.commands import LIKENESS, environment, likeness
+from tests.stack.commands import LIKENESS, add_remote_judge, environment, likeness
 from tests.stack.run_pages import (
     SECONDS,
     click_submit,
@@ -36,8 +36,10 @@ from tests.stack.run_pages import (
     wait_for_messages,
     wait_for_state,
 )
+from tests.stack.screen import check_addresses, find_listeners
 from tests.support.browser import keep_screenshot, open_page
-from tests.support.prefect_api import create_flow_run, open_api, read_flow_run, read_states, wait_for_type
+from tests.support.llm_server import JudgeRun, scripted_server
+from tests.support.prefect_api import create_flow_run, open_api, read_flow_run, read_states, run_deployed, wait_for_type
 
 SETTINGS = ["experiment=smoke", "training.max_train_steps=24", "training.checkpointing_steps=3"]
 """Of all runs, so that they share what the first one computes."""
@@ -69,12 +71,23 @@ def messages(receiver: tuple[str, list[dict[str, str]]]) -> list[dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, receiver: tuple[str, list[dict[str, str]]]) -> Iterator[Path]:
+def judge() -> Iterator[JudgeRun]:
+    """A provider of batch jobs, which the operator's option `llm=remote` names as the judge."""
+    with scripted_server(JudgeRun()) as server:
+        assert isinstance(server, JudgeRun)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, receiver: tuple[str, list[dict[str, str]]], judge: JudgeRun
+) -> Iterator[Path]:
     """A folder with a running stack."""
     folder = tmp_path_factory.mktemp("a stack")
-    done = likeness(
-        folder, "up", "--prefect-port", "0", "--mlflow-port", "0", "--reports-port", "0", "--notify", receiver[0]
-    )
+    ports = ("--prefect-port", "0", "--mlflow-port", "0", "--reports-port", "0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIKENESS_CONF", str(add_remote_judge(folder / "conf", judge.url)))
+        done = likeness(folder, "up", *ports, "--notify", receiver[0])
     try:
         assert done.returncode == 0, done.stderr
         yield folder
@@ -99,6 +112,19 @@ def test_a_second_up_finds_the_running_stack(folder: Path) -> None:
     status = likeness(folder, "status")
     assert status.returncode == 0, status.stdout
     assert status.stdout.count(" running ") == 5
+
+
+@pytest.mark.timeout(SECONDS)
+def test_every_process_listens_on_loopback_alone_and_the_screen_names_each_address(folder: Path) -> None:
+    done = likeness(folder, "up")
+    assert done.returncode == 0, done.stderr
+    named = check_addresses(done.stdout)
+    found = {process.name: find_listeners(process.pid) for process in read_state(folder / "runs").processes}
+    assert set(found) == {PREFECT, MLFLOW, REPORTS, WORKER, WATCHDOG}
+    assert {address for addresses in found.values() for address, _ in addresses} <= {"127.0.0.1", "::1"}
+    # What a run starts below the worker, such as the vision server, is not for a person.
+    servers = {port for name in (PREFECT, MLFLOW, REPORTS) for _, port in found[name]}
+    assert servers == set(named.values())
 
 
 def find_trainer(pid: int) -> psutil.Process | None:
@@ -393,3 +419,32 @@ def prefect(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
         [sys.executable, "-m", "prefect", *words], cwd=folder, capture_output=True, text=True, timeout=SECONDS,
         check=False, env={**environment(), "PREFECT_API_URL": f"http://127.0.0.1:{server.port}/api"},
     )  # fmt: skip
+
+
+def score_pending(client: httpx.Client) -> str:
+    """Trigger the deployment as its schedule does, and return what the UI shows of its end."""
+    run = run_deployed(client, "score-pending/score-pending")
+    return str(wait_for_type(client, run, "COMPLETED", "FAILED", seconds=SECONDS)["state"]["message"])
+
+
+@pytest.mark.timeout(SECONDS)
+def test_a_run_whose_batch_job_is_late_is_finished_by_the_deployed_score_pending(
+    folder: Path, judge: JudgeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIKENESS_CONF", str(folder / "conf"))
+    words = [*SETTINGS, "llm=remote", "scoring.max_wait_seconds=1", "scoring.poll_seconds=0.2"]
+    with open_api(folder / "runs") as client:
+        with judge.batch_api.turn:  # the provider is busy
+            run = create_flow_run(client, [*words, f"output_dir={folder / 'runs'}"])
+            wait_for_type(client, run, "FAILED", "COMPLETED", seconds=SECONDS)
+            [pending] = [summary for summary in list_summaries(folder / "runs") if summary.flow_run_id == run]
+            assert pending.status == "pending", pending.error
+            assert score_pending(client) == "0 finished, 1 still pending, 0 failed"
+            statuses = {s.status for s in list_summaries(folder / "runs") if s.config_digest == pending.config_digest}
+            assert statuses == {"pending"}
+        assert score_pending(client) == "1 finished, 0 still pending, 0 failed"
+    after = [s for s in list_summaries(folder / "runs") if s.config_digest == pending.config_digest]
+    assert {summary.status for summary in after[1:]} == {"resumed"}
+    assert after[0].status == "finished"
+    assert after[0].scores["tuned"].concept_preservation == 3
+    assert (judge.counts["POST /v1/batches"], judge.counts["POST /v1/chat/completions"]) == (1, 0)

@@ -43,10 +43,15 @@ def open_api(output: Path) -> httpx.Client:
 def create_flow_run(client: httpx.Client, words: list[str]) -> str:
     """Create a flow run of the main job's deployment and return its id."""
     request = parse_overrides(words).model_dump(mode="json", exclude_unset=True)
-    deployment = client.get(f"/deployments/name/{DEPLOYMENT}").raise_for_status().json()
+    return run_deployed(client, DEPLOYMENT, request=request)
+
+
+def run_deployed(client: httpx.Client, name: str, **parameters: Any) -> str:
+    """Create a flow run of a deployment, FLOW/NAME, and return its id."""
+    deployment = client.get(f"/deployments/name/{name}").raise_for_status().json()
     # With a key: a request that is repeated creates no second run.
     key = {"idempotency_key": str(uuid.uuid4())}
-    body = {"parameters": {"request": request}, "state": {"type": "SCHEDULED"}, **key}
+    body = {"parameters": parameters, "state": {"type": "SCHEDULED"}, **key}
     run = client.post(f"/deployments/{deployment['id']}/create_flow_run", json=body).raise_for_status().json()
     return str(run["id"])
 

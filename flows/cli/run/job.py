@@ -53,7 +53,7 @@ def run_in_terminal(stored: StoredRequest) -> int:
 
 def finish_pending(output: Path) -> int:
     """Resume pending runs and print the status of each; 0: all done, 11: some are still pending, 1: some failed."""
-    from flows.runs.pending import find_readable, list_pending
+    from flows.runs.pending import PendingReport, find_readable, list_pending
 
     waiting = list_pending(output)
     if not waiting:
@@ -69,6 +69,7 @@ def finish_pending(output: Path) -> int:
         token = progress_of_run.set(progress)
         try:
             report = score_pending(str(output))
+            assert isinstance(report, PendingReport)  # a state in deployments alone
         finally:
             progress_of_run.reset(token)
             progress.close()

@@ -60,6 +60,7 @@ def print_sweep(outcome: "SweepOutcome") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from flows.sweeps.outcome import describe_shared
     from flows.sweeps.report import count_cached, describe_values
 
     print(f"\n{outcome.study}: {', '.join(outcome.objectives)}")
@@ -80,8 +81,7 @@ def print_sweep(outcome: "SweepOutcome") -> None:
     for trial in outcome.trials:
         if trial.error:
             print(f"  trial {trial.trial} {trial.status}: {trial.error}")
-    shared = ", ".join(f"{name} {count}" for name, count in outcome.shared_stages.items()) or "none"
-    print(f"{outcome.num_new_trials} new trials; cached stages: {shared}")
+    print(f"{outcome.num_new_trials} new trials; {describe_shared(outcome)}")
     print(f"ended by: {outcome.ended_by}; {show_usd(outcome.cost_usd)} USD in all\n")
     for trial, command in zip(outcome.best, outcome.commands, strict=True):
         print(f"best      {command}")
@@ -91,11 +91,12 @@ def print_sweep(outcome: "SweepOutcome") -> None:
 
 def print_seeds(outcome: "SweepOutcome") -> None:
     """Print the mean of each metric over seeds, and where the runs, the report and the study are."""
+    from flows.sweeps.outcome import describe_shared
+
     [trial] = outcome.best
     print(f"\n{outcome.study}: {len(trial.seeds)} training seeds")
     print_metrics(trial)
-    shared = ", ".join(f"{name} {count}" for name, count in outcome.shared_stages.items()) or "none"
-    print(f"cached stages: {shared}; {show_usd(outcome.cost_usd)} USD in all\n")
+    print(f"{describe_shared(outcome)}; {show_usd(outcome.cost_usd)} USD in all\n")
     print(f"runs      {' '.join(trial.run_ids)}")
     print_places(outcome)
 
@@ -122,11 +123,13 @@ def print_metrics(trial: "TrialResult") -> None:
 
 
 def print_places(outcome: "SweepOutcome") -> None:
-    """Print what was published, and where report and study are."""
+    """Print what was published, where the report is, and the command that opens the study."""
+    from flows.sweeps.outcome import make_dashboard_command
+
     if outcome.published is not None and outcome.published.model:
         print(f"published {outcome.published.model}, version {outcome.published.version}")
     print(f"report    {shorten(outcome.report)}")
-    print(f"study     optuna-dashboard {shorten(outcome.journal)}")
+    print(f"study     {make_dashboard_command(shorten(outcome.journal))}")
 
 
 def sort_trials(outcome: "SweepOutcome") -> "list[TrialResult]":

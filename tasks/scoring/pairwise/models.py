@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tasks.manifests.evaluation import Estimate, Sample
 from tasks.scoring.config import ScoringConfig
-from tasks.scoring.judge import ask_judge, batch_options, check_failures
+from tasks.scoring.judge import ask_judge, check_failures
 from tasks.scoring.judge_requests import JudgeContext, JudgeRequest, pair_requests
 from tasks.scoring.scores import Judged, read_pairs
 from tasks.scoring.statistics import binomial_interval
@@ -76,7 +76,7 @@ class PlannedPairs:
 
     def estimated(self, config: ScoringConfig, llm: LlmConfig) -> PlannedRequests:
         """Return the requests for a cost estimate."""
-        is_batch = batch_options(config, state_prefix="") is not None and can_batch(llm, "judge")
+        is_batch = config.executor == "batch" and can_batch(llm, "judge")
         return PlannedRequests("judge", [request.spec for request in self.requests], is_batch=is_batch)
 
 

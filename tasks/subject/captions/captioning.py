@@ -172,12 +172,15 @@ def inspect_photo(photo: Photo, photos: Sequence[Photo], config: SubjectConfig, 
     return PhotoAnnotation(inspection, adjudication=decision.verdict, reasoning=decision.reasoning)
 
 
-def batch_options(num_photos: int, config: SubjectConfig, *, state_prefix: str) -> BatchOptions | None:
-    """Return the polling options of the captions' batch job; None below `batch_threshold`, where calls are used."""
-    if num_photos < config.batch_threshold:
-        return None
+def batch_options(num_photos: int, config: SubjectConfig, *, state_prefix: str) -> BatchOptions:
+    """Return the options of the captions' batch job; below `batch_threshold` photos, calls are used."""
     # Without a deadline: a late job of captions suspends the run instead of being cancelled.
-    return BatchOptions(state_prefix, poll_seconds=5.0, max_wait_seconds=config.max_wait_seconds)
+    return BatchOptions(
+        state_prefix,
+        poll_seconds=5.0,
+        max_wait_seconds=config.max_wait_seconds,
+        is_enabled=num_photos >= config.batch_threshold,
+    )
 
 
 def read_captions(config: SubjectConfig, names: set[str]) -> dict[str, Caption]:

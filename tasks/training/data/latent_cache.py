@@ -13,8 +13,13 @@ log = logging.getLogger(__name__)
 PREFIX = "latents"
 
 
-def fetch_latents(store: Store, spec: TrainingSpec) -> None:
-    """Download latents that an earlier run stored, with their digests; the worker verifies both."""
+def fetch_latents(store: Store, spec: TrainingSpec) -> int:
+    """Download latents that an earlier run stored, with their digests; the worker verifies both.
+
+    Returns:
+        Of how many images the latents need not be encoded.
+
+    """
     for path in spec.latents_paths():
         if is_valid(path):
             continue
@@ -25,10 +30,11 @@ def fetch_latents(store: Store, spec: TrainingSpec) -> None:
         except ServiceUnavailable as error:
             # Not an error: the worker encodes what is missing.
             log.warning("cached latents can't be fetched and are encoded again: %s", error)
-            return
+            break
         if note and data:
             write_atomic(path, data)
             write_atomic(digest_path_of(path), note)  # last: a file without digest counts as absent
+    return sum(num_images for path, num_images in spec.latents_paths().items() if is_valid(path))
 
 
 def store_latents(store: Store, spec: TrainingSpec) -> None:

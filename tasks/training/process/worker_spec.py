@@ -83,11 +83,12 @@ class TrainingSpec(Section):
         images = self.holdout_images if kind == "holdout" else self.instance_images
         return tuple(images[index] for index in self.assign_buckets(kind)[size])
 
-    def latents_paths(self) -> list[Path]:
-        """Return the latent cache files of instance, class and held-out images."""
-        paths = [self.latents_path("holdout", size) for size in self.assign_buckets("holdout")]
+    def latents_paths(self) -> dict[Path, int]:
+        """Return the latent cache files of instance, class and held-out images, each with its number of images."""
         kinds = ("instance", "class") if self.class_images else ("instance",)
-        return [self.latents_path(kind, size) for kind in kinds for size in self.assign_buckets()] + paths
+        sets = [(kind, size) for kind in kinds for size in self.assign_buckets()]
+        sets += [("holdout", size) for size in self.assign_buckets("holdout")]
+        return {self.latents_path(kind, size): len(self.images_of(kind, size)) for kind, size in sets}
 
     def latents_path(self, kind: str, size: Size) -> Path:
         """Return the latent cache file of one set in one bucket, named by a digest of its inputs."""

@@ -6,56 +6,15 @@ import pytest
 
 from conf.compose import compile_request
 from conf.request import RunRequest
-from conf.schema import RunConfig
-from flows.runs.context import make_run_folder, progress_of_run
-from flows.runs.records import write_end, write_stages
 from flows.sweeps.pruning import ValidationTail
 from flows.sweeps.study import SweepStudy
-from tasks.manifests.run_summary import RunSummary
 from tasks.stage.digests import dump_line
-from tests.support.sweep import RATE, FakeRuns, sweep, sweep_request
-
-VALIDATED = "training.validation.validation_steps=2"
-STEPS = (2, 4, 6)
+from tests.support.sweep import RATE, VALIDATED, FakeRuns, Trainings, begin_training, sweep, sweep_request
 
 
 @pytest.fixture(autouse=True)
 def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flows.sweep_settings.draw_plots", lambda study: [])
-
-
-def begin_training(config: RunConfig, request: RunRequest, *, key: str) -> Path:
-    """Return the event file of a run that is training."""
-    output = Path(config.output_dir)
-    folder = make_run_folder(output, config, request, is_trusted=True)
-    write_stages(folder, {"training": key})
-    events = output / "work" / "training" / key / "events.jsonl"
-    events.parent.mkdir(parents=True)
-    events.write_text(dump_line({"event": "started", "step": 0}))
-    return events
-
-
-class Trainings(FakeRuns):
-    """Runs whose training validates: the loss is the learning rate."""
-
-    def __call__(self, request: RunRequest) -> RunSummary:
-        config = compile_request(request)
-        events = begin_training(config, request, key=f"key{len(self.requests)}")
-        summary = super().__call__(request)
-        view = progress_of_run.get()
-        folder = sorted(Path(config.output_dir).glob("*/request.json"))[-1].parent
-        try:
-            for step in STEPS:
-                rate = float(str(request.settings[RATE]))
-                with events.open("a") as file:
-                    file.write(dump_line({"event": "step", "step": step, "validation_loss": rate}))
-                if view is not None:  # as the supervisor of the training does
-                    view.update("training", step, STEPS[-1])
-        except BaseException as error:
-            write_end(folder, folder.name, error)
-            raise
-        write_end(folder, folder.name, RuntimeError("ended"))
-        return summary
 
 
 @pytest.mark.parametrize("objective", ["dino:min", "dino:max"])

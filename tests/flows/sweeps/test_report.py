@@ -75,6 +75,8 @@ def test_the_report_says_what_was_searched_and_how(page: str, outcome: SweepOutc
     assert "9 of 9 trials are done" in page
     assert page.count('<tr class="best">') == 1
     assert "[" in page.split("<h2>Best settings</h2>")[1].split("</p>", maxsplit=1)[0]  # the interval
+    # Of nine trials with two seeds each, all runs but the first.
+    assert "<p>9 new trials; cached stages: prior 17; cached latents: 153 images.</p>" in page
     assert f"optuna-dashboard {outcome.study}.journal" in page
 
 

@@ -26,12 +26,17 @@ def test_devices_are_counted_where_there_are_several(
     tmp_path: Path, tiny_model_folder: Path, changes: dict[str, object], world_size: int | None
 ) -> None:
     spec = make_spec(tmp_path, tiny_model_folder, train_batch_size=1, **changes)
-    counts = count_training(spec, RESULT)
+    counts = count_training(spec, RESULT, num_cached_latents=0)
     assert counts.pop("world_size", None) == world_size
     assert counts == {"steps": 4, "resumed_from_step": 0}
 
 
 def test_a_halved_micro_batch_and_an_earlier_start_are_counted(tmp_path: Path, tiny_model_folder: Path) -> None:
     spec = make_spec(tmp_path, tiny_model_folder, train_batch_size=2)
-    counts = count_training(spec, RESULT.model_copy(update={"start_step": 3}))
+    counts = count_training(spec, RESULT.model_copy(update={"start_step": 3}), num_cached_latents=0)
     assert counts == {"steps": 4, "resumed_from_step": 3, "micro_batch_size": 1}
+
+
+def test_images_whose_latents_were_found_are_counted(tmp_path: Path, tiny_model_folder: Path) -> None:
+    counts = count_training(make_spec(tmp_path, tiny_model_folder), RESULT, num_cached_latents=7)
+    assert counts["cached_latents"] == 7

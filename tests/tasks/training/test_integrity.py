@@ -98,7 +98,7 @@ def test_damaged_latents_are_encoded_again(
     store_latents(store, spec)
     moved = spec.model_copy(update={"latent_folder": str(tmp_path / "latents")})
     fetch_latents(store, moved)
-    path = moved.latents_paths()[0]
+    path = next(iter(moved.latents_paths()))
     whole = path.read_bytes()
     damage(digest_path_of(path) if is_note else path, how)
     assert not is_valid(path)
@@ -108,7 +108,7 @@ def test_damaged_latents_are_encoded_again(
 
 
 def test_cached_latents_under_another_name_are_invalid(trained: tuple[TrainingSpec, RunFolder], tmp_path: Path) -> None:
-    path = trained[0].latents_paths()[0]
+    path = next(iter(trained[0].latents_paths()))
     other = tmp_path / f"other{path.suffix}"
     shutil.copy(path, other)
     shutil.copy(digest_path_of(path), digest_path_of(other))

@@ -10,7 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pydantic import BaseModel
 
@@ -40,6 +40,8 @@ class BatchOptions:
     """Longest wait in this process for one job."""
     deadline_seconds: float | None = None
     """Age at which an unfinished job is cancelled and its remaining rows are sent as calls."""
+    is_enabled: bool = True
+    """Whether requests go by job; otherwise by calls, once the jobs that an earlier run has left are settled."""
 
 
 @dataclass
@@ -57,23 +59,43 @@ def can_batch(config: LlmConfig, role: str) -> bool:
 
 
 def ask_many(
-    llm: LlmService, specs: Specs, options: AskOptions, *, batch: BatchOptions | None
+    llm: LlmService, specs: Specs, options: AskOptions, *, batch: BatchOptions
 ) -> tuple[Answers, dict[str, str]]:
     """Answer many requests: by batch jobs where these are enabled and the role's profile has them, else by calls.
+
+    Replies are cached alike, so neither asks what the other has answered.
 
     Args:
         llm: the service.
         specs: requests by the caller's names.
         options: role and progress of the requests.
-        batch: where batch jobs are stored and how long they may take; None: calls only.
+        batch: where batch jobs are stored and how long they may take.
 
     Returns:
         Validated replies, and reasons for the rest, both by name.
 
     """
-    if batch is not None and can_batch(llm.config, options.role):
-        return ask_batch(llm, specs, batch, options=options)
+    if can_batch(llm.config, options.role):
+        if batch.is_enabled:
+            return ask_batch(llm, specs, batch, options=options)
+        settle_jobs(llm, specs, batch, role=options.role)
     return ask_each(llm, specs, options)
+
+
+def settle_jobs(llm: LlmService, specs: Specs, batch: BatchOptions, *, role: str) -> None:
+    """Cancel the unfinished jobs of requests that are to be sent as calls, and cache what they have answered.
+
+    Raises:
+        StillPending: a job has not ended `max_wait_seconds` after its cancellation.
+
+    """
+    profile = llm.config.fallback_chain(role)[0]
+    rows = {spec.compute_key(llm.config.profiles[profile]): spec for spec in specs.values()}
+    states = list_states(llm.store, batch.state_prefix)
+    jobs = find_unfinished(llm, rows, states, profile=profile, state_prefix=batch.state_prefix)
+    if jobs:
+        log.warning("%d batch jobs of an earlier run are cancelled; what they answered is not asked again", len(jobs))
+    run_jobs(llm, jobs, rows, options=replace(batch, deadline_seconds=0.0), on_progress=lambda done: None)
 
 
 def ask_batch(
@@ -203,15 +225,8 @@ def plan_jobs(
 ) -> list[BatchJob]:
     """Return the unfinished jobs of earlier runs, then new jobs for the rows in none of them."""
     states = list_states(llm.store, state_prefix)
-    jobs: list[BatchJob] = []
-    covered: set[str] = set()
-    for state in states:
-        # A job can be resumed only if all of its rows are requested again: its lines are rebuilt from them.
-        is_ours = state.profile == profile and set(state.custom_ids) <= set(rows)
-        if not state.is_collected and is_ours and not covered & set(state.custom_ids):
-            lines = make_lines(llm, {custom_id: rows[custom_id] for custom_id in state.custom_ids}, name=profile)
-            jobs.append(BatchJob(llm, lines, state, state_prefix=state_prefix))
-            covered.update(state.custom_ids)
+    jobs = find_unfinished(llm, rows, states, profile=profile, state_prefix=state_prefix)
+    covered = {custom_id for job in jobs for custom_id in job.lines}
     missing = {
         custom_id: spec
         for custom_id, spec in rows.items()
@@ -220,6 +235,26 @@ def plan_jobs(
     like = BatchState(input_sha256="", attempt=0, custom_ids=(), profile=profile, role=role)
     for lines in split_lines(make_lines(llm, missing, name=profile), llm.config.profiles[profile]):
         jobs.append(new_job(llm, lines, states, like=like, prefix=state_prefix))
+    return jobs
+
+
+def find_unfinished(
+    llm: LlmService,
+    rows: Mapping[str, RequestSpec[BaseModel]],
+    states: list[BatchState],
+    *,
+    profile: str,
+    state_prefix: str,
+) -> list[BatchJob]:
+    """Return the jobs of earlier runs whose rows are all requested again: their lines are rebuilt from them."""
+    jobs: list[BatchJob] = []
+    covered: set[str] = set()
+    for state in states:
+        is_ours = state.profile == profile and set(state.custom_ids) <= set(rows)
+        if not state.is_collected and is_ours and not covered & set(state.custom_ids):
+            lines = make_lines(llm, {custom_id: rows[custom_id] for custom_id in state.custom_ids}, name=profile)
+            jobs.append(BatchJob(llm, lines, state, state_prefix=state_prefix))
+            covered.update(state.custom_ids)
     return jobs
 
 

@@ -183,7 +183,7 @@ def test_the_table_has_intervals_cached_stages_reasons_and_the_next_commands(
     assert re.search(r"0\.4500 \[-0\.1853, 1\.0853\] +0\.3 +1 of 12 +0\.50000 +run-1 run-2", best)
     assert any(re.search(r"^ +0 +interrupted +0\.1", line) for line in lines)
     assert "  trial 2 failed: not finite [bold]" in lines
-    assert "3 new trials; cached stages: prior 3" in lines
+    assert "3 new trials; cached stages: prior 3; cached latents: 27 images" in lines
     assert "ended by: every combination is tried; 1.00000 USD in all" in lines
     assert any(line.startswith("best      likeness run ") and f"{RATE}=0.3" in line for line in lines)
     assert f"report    runs/sweeps/{request.study_name}/report.html" in lines

@@ -104,7 +104,7 @@ def test_time_ids_hold_the_original_photo_size_not_the_downscaled_one(tmp_path: 
     assert batch.time_ids[2:, :2].tolist() == [[128, 128]] * 2  # class images are as they were drawn
     # Cached latents hold the sizes: another original is another file.
     untold = spec.model_copy(update={"diffusion": diffusion})
-    assert told.latents_paths()[0] != untold.latents_paths()[0]
+    assert next(iter(told.latents_paths())) != next(iter(untold.latents_paths()))
     assert told.fingerprint() != untold.fingerprint()
 
 
@@ -148,9 +148,10 @@ def test_latents_are_encoded_once_and_shared_by_all_runs(
     spec = make_spec(tmp_path / "first", tiny_model_folder)
     model = load_model(spec.diffusion)
     [first] = BatchFactory(model, spec).make([0, 1, 2], CPU)
-    store_latents(store, spec)
     again = spec.model_copy(update={"latent_folder": str(tmp_path / "elsewhere"), "seed": spec.seed})
-    fetch_latents(store, again)
+    assert fetch_latents(store, again) == 0
+    store_latents(store, spec)
+    assert fetch_latents(store, again) == len(spec.instance_images) + len(spec.class_images) > 0
     monkeypatch.setattr(type(model), "encode_images", None)  # calling it would be an error
     [second] = BatchFactory(model, again).make([0, 1, 2], CPU)
     assert torch.equal(first.latents, second.latents)
@@ -168,7 +169,7 @@ def test_damaged_latents_in_the_store_are_encoded_again(
     name = spec.latents_path("instance", SQUARE).name
     store.put_bytes(f"latents/{name}", b"x" * spec.latents_path("instance", SQUARE).stat().st_size)
     again = spec.model_copy(update={"latent_folder": str(tmp_path / "elsewhere")})
-    fetch_latents(store, again)
+    assert fetch_latents(store, again) == len(spec.class_images)
     assert not is_valid(again.latents_path("instance", SQUARE))
     assert is_valid(again.latents_path("class", SQUARE))
     BatchFactory(load_model(spec.diffusion), again)

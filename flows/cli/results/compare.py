@@ -93,7 +93,10 @@ class Result:
         """What the figures are of, and which of them are doubtful."""
         notes = [*self.found.notes, *(each.note for each in self.contenders if each.note)]
         if any(len(each.folders) > 1 for each in self.contenders):
-            notes.append("metrics pool all training seeds; pictures and the judge's pairs are of the first")
+            notes.append(
+                "metrics pool all training seeds; pictures and the judge's pairs are of the first, without the "
+                "variance between them"
+            )
         return notes
 
 

@@ -17,6 +17,7 @@ from tasks.manifests.evaluation import MIN_CLUSTERS, Estimate
 
 NUM_RESAMPLES = 9999
 LEVEL = 0.95
+MIN_FEW = 3
 Values = Mapping[str, Mapping[int, float]]
 """By prompt, then by seed."""
 
@@ -56,6 +57,18 @@ def estimate_samples(values: Values) -> Estimate:
     if len(values) == 1:
         return estimate_mean([value] for by_seed in values.values() for value in by_seed.values())
     return estimate_mean(list(by_seed.values()) for by_seed in values.values())
+
+
+def estimate_few(values: Sequence[float]) -> Estimate:
+    """Return the mean of at least one value with its interval by Student's t, from three values on.
+
+    A bootstrap of so few values covers too rarely. Two have one degree of freedom, and an interval of no use.
+    """
+    mean, num = fmean(values), len(values)
+    if num < MIN_FEW or np.ptp(values) == 0:
+        return Estimate(mean=mean, num=num)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, num - 1) * np.std(values, ddof=1)) / math.sqrt(num)
+    return Estimate(mean=mean, low=mean - half, high=mean + half, num=num)
 
 
 def subtract(second: Values, first: Values) -> dict[str, dict[int, float]]:

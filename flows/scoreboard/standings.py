@@ -1,5 +1,6 @@
 """The results of a scoreboard: means over subjects, differences, findings, and preferred methods by subject."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -78,7 +79,7 @@ class Standings:
     """All tables of a scoreboard."""
 
     metrics: tuple[str, ...]
-    ceiling: dict[str, float]
+    ceiling: dict[str, Estimate]
     """Among real photos, mean over subjects."""
     rows: tuple[Row, ...]
     findings: tuple[Finding, ...]
@@ -219,11 +220,27 @@ def prefer(subject: str, tables: Mapping[str, Mapping[str, Metrics]]) -> Prefere
     return Preference(subject, preferred, gains, beaten)
 
 
-def average_ceilings(candidates: Mapping[Key, "Candidate"]) -> dict[str, float]:
+def average_ceilings(candidates: Mapping[Key, "Candidate"]) -> dict[str, Estimate]:
     """Return each metric among real photos, as the mean over subjects.
 
     Of the reference's evaluations alone: CLIP-T compares photos with the class noun, which another may get wrong.
     """
-    ceilings = {subject: each.evaluation.ceiling.model_dump() for (_, subject, _), each in candidates.items()}
-    names = dict.fromkeys(name for values in ceilings.values() for name in values)
-    return {name: fmean(values[name] for values in ceilings.values() if name in values) for name in names}
+    from tasks.evaluation.comparison import find_ceiling
+
+    by_subject = {subject: each for (_, subject, _), each in candidates.items()}
+    names = dict.fromkeys(name for each in by_subject.values() for name in each.evaluation.ceiling.model_dump())
+    found = {name: [find_ceiling([each], name) for each in by_subject.values()] for name in names}
+    return {name: average_subjects([each for each in found[name] if each is not None]) for name in names}
+
+
+def average_subjects(found: Sequence[Estimate]) -> Estimate:
+    """Return the mean over subjects: from three on by Student's t, for fewer with an interval for these alone."""
+    mean, num = fmean(each.mean for each in found), len(found)
+    if num >= MIN_SUBJECTS:
+        low, high = compute_interval([each.mean for each in found])
+        return Estimate(mean=mean, low=low, high=high, num=num)
+    halves = [None if each.low is None else each.mean - each.low for each in found]
+    if None in halves:
+        return Estimate(mean=mean, num=num)
+    half = math.hypot(*(each for each in halves if each is not None)) / num
+    return Estimate(mean=mean, low=mean - half, high=mean + half, num=num)

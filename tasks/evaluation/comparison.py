@@ -55,6 +55,8 @@ class MetricComparison:
     metric: Metric
     means: tuple[Estimate, ...]
     differences: tuple[Estimate, ...]
+    photos: Estimate | None = None
+    """Among the first model's photos; None where the metric isn't measured on them, or another has other photos."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,8 @@ def compare(candidates: Sequence[Candidate], *, is_paired: bool = True) -> Compa
             continue
         values = [table[key] for table in tables]
         differences = [measure_difference(other, values[0], is_paired=is_paired) for other in values[1:]]
-        rows.append(
-            MetricComparison(key, metric, tuple(map(estimate_pooled, values)), tuple(filter(None, differences)))
-        )
+        means, decided = tuple(map(estimate_pooled, values)), tuple(filter(None, differences))
+        rows.append(MetricComparison(key, metric, means, decided, find_ceiling(candidates, key)))
     rows = [row for row in rows if len(row.differences) == len(candidates) - 1]
     names = tuple(candidate.name for candidate in candidates)
     conclusions = [
@@ -102,6 +103,15 @@ def compare(candidates: Sequence[Candidate], *, is_paired: bool = True) -> Compa
     return Comparison(
         names, is_paired, tuple(rows), tuple(notes), " ".join([*conclusions, limit(candidates, is_paired)])
     )
+
+
+def find_ceiling(candidates: Sequence[Candidate], key: str) -> Estimate | None:
+    """Return a metric among the photos that all models were measured on, by the first one's evaluation."""
+    evaluation = candidates[0].evaluation
+    mean = getattr(evaluation.ceiling, key, None)
+    if mean is None or len({candidate.photos for candidate in candidates}) > 1:
+        return None
+    return evaluation.estimates.get(key, {}).get("ceiling", Estimate(mean=mean, num=0))
 
 
 def find_others(tables: Sequence[Mapping[str, Pooled]]) -> dict[str, Metric]:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tasks.evaluation.measurement import Measured
     from tasks.evaluation.sampling import Source
 
-STAGE_VERSION = 7
+STAGE_VERSION = 8
 SAMPLING = ("num_inference_steps", "guidance_scale", "negative_prompt", "guidance_rescale", "lora_scale")
 RESULT_RELEVANT = {"family", "resolution", "sampler", "precision"}
 """Of the model's settings."""

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from flows.cli.results.compare import make_json_safe
-from flows.cli.results.runs import show_cell, show_gain, show_mean
+from flows.cli.results.runs import show_gain, show_mean
 from flows.cli.results.tables import Format, Grid, render
 from flows.scoreboard.cells import Result
 from flows.scoreboard.plan import BASE
@@ -44,7 +44,7 @@ def list_methods(standings: "Standings") -> Grid:
         )
         for row in standings.rows
     ]
-    photos = (show_cell(standings.ceiling[name]) if name in standings.ceiling else NOTHING for name in shown)
+    photos = (show_mean(standings.ceiling[name]) if name in standings.ceiling else NOTHING for name in shown)
     rows.append(("real photos", NOTHING, *photos))
     return Grid("Methods", ("method", "models", *map(name_metric, shown)), tuple(rows))
 
@@ -156,7 +156,7 @@ def make_data(standings: "Standings", results: Sequence[Result]) -> object:
     ]
     data = {
         "methods": rows,
-        "real_photos": standings.ceiling,
+        "real_photos": dump(standings.ceiling),
         "findings": findings,
         "preferences": preferences,
         "models": cells,

@@ -11,7 +11,7 @@ from flows.cli.scoreboard.tables import list_notes
 from flows.scoreboard.cells import Cell, Result
 from flows.scoreboard.picture import write_picture
 from flows.scoreboard.plan import BASE, Plan
-from flows.scoreboard.standings import Key, Loaded, Row, Standings, rank
+from flows.scoreboard.standings import Key, Loaded, Row, Standings, average_subjects, rank
 from tasks.evaluation.comparison import Candidate
 from tasks.images import decode_png, encode_png
 from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Estimate, Evaluation, Sample, SubjectMetrics
@@ -91,8 +91,8 @@ def test_means_and_differences_are_over_subjects_with_intervals_that_hold_the_tr
         assert difference.is_decided, "what the subjects share cancels in a paired difference"
     mean = rows["full"].means["dino"]
     assert mean.low is not None and mean.low < 0.8 < (mean.high or 0)
-    assert found.ceiling["dino"] == pytest.approx(0.9)
-    assert found.ceiling["clip_t"] == pytest.approx(0.7), "with the class noun of the reference"
+    assert found.ceiling["dino"].mean == pytest.approx(0.9)
+    assert found.ceiling["clip_t"].mean == pytest.approx(0.7), "with the class noun of the reference"
 
 
 def test_a_finding_is_judged_by_the_first_metric_that_was_measured(tmp_path: Path) -> None:
@@ -169,6 +169,18 @@ def test_two_subjects_weigh_their_trainings_as_their_prompts(tmp_path: Path) -> 
     # Half of the prompts: 12.7 times the standard error 0.2, halved.
     assert mean.low is not None and mean.high is not None
     assert (mean.high - mean.low) / 2 == pytest.approx(1.27, abs=0.05)
+
+
+def test_the_mean_over_subjects_of_what_photos_reach_has_an_interval() -> None:
+    def photos(*means: float, half: float | None = 0.1) -> list[Estimate]:
+        ends = [(None, None) if half is None else (mean - half, mean + half) for mean in means]
+        return [Estimate(mean=mean, low=low, high=high, num=5) for mean, (low, high) in zip(means, ends, strict=True)]
+
+    three = average_subjects(photos(0.7, 0.8, 0.9, half=None))
+    assert (three.low, three.high) == pytest.approx((0.8 - 4.3027 * 0.1 / 3**0.5, 0.8 + 4.3027 * 0.1 / 3**0.5), 1e-4)
+    two = average_subjects(photos(0.7, 0.9))
+    assert (two.low, two.mean, two.high) == pytest.approx((0.8 - 0.1 / 2**0.5, 0.8, 0.8 + 0.1 / 2**0.5))
+    assert average_subjects(photos(0.7, 0.9, half=None)).low is None
 
 
 def test_the_notes_say_whether_training_seeds_are_in_the_intervals() -> None:

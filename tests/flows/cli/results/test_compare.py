@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli.results.compare import compare_runs, load_candidate
+from flows.cli.results.compare import compare_runs, head_metrics, list_metrics, load_candidate
 from flows.cli.results.tables import Format, Grid, render
 from flows.runs.records import read_run
 from tasks.errors import ConfigError
 from tasks.evaluation.comparison import Candidate
 from tasks.evaluation.comparison import compare as compare_candidates
-from tasks.manifests.evaluation import Protocol
+from tasks.manifests.evaluation import Estimate, Protocol
 from tests.support.comparison import make_run
 
 
@@ -112,6 +112,23 @@ def test_samples_that_have_left_the_store_are_reported(tmp_path: Path) -> None:
     (tmp_path / "store" / "04-evaluation" / "run-b" / "manifest.json").unlink()
     with pytest.raises(ConfigError, match="the samples of run-b are missing from the store"):
         compare(tmp_path, "run-a", "run-b")
+
+
+def test_what_the_photos_of_all_reach_stands_beside_the_means(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path, name) for name in ("run-a", "run-b")]
+    first, second = (load_candidate(read_run(folder)) for folder in folders)
+    ceiling = Estimate(mean=1, low=0.9, high=1.1, num=5)
+    estimates = {"dino": {"ceiling": ceiling}}
+    first = replace(first, evaluation=first.evaluation.model_copy(update={"estimates": estimates}))
+    found = compare_candidates([first, second])
+    [dino] = [row for row in found.metrics if row.key == "dino"]
+    assert dino.photos == ceiling
+    assert "photos" in head_metrics(found)
+    [row] = [row for row in list_metrics(found) if row[0] == "DINO"]
+    assert row[3] == "1.000 [0.900, 1.100]"
+    other = compare_candidates([first, replace(second, photos=frozenset({"other"}))], is_paired=False)
+    assert "photos" not in head_metrics(other)
+    assert json.loads(compare(tmp_path, "run-a", "run-b", as_format="json"))["metrics"]["dino"]["photos"]["mean"] == 1
 
 
 def test_each_format_has_the_same_figures(tmp_path: Path) -> None:

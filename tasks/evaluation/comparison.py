@@ -155,7 +155,7 @@ def collect_values(candidate: Candidate) -> dict[str, Values]:
 
 
 def check_protocols(candidates: Sequence[Candidate]) -> list[str]:
-    """Return a note for each model that was sampled with other settings than the first.
+    """Return notes on sampling settings, or versions of a set of prompts, that differ from those of the first model.
 
     Raises:
         ConfigError: metrics were measured with other encoders: their cosines have no common scale.
@@ -172,6 +172,12 @@ def check_protocols(candidates: Sequence[Candidate]) -> list[str]:
         names = find_other_settings(own, reference)
         if names and own.sampling and reference.sampling:
             notes.append(f"{candidate.name} was sampled with other settings than {first.name}: {', '.join(names)}")
+        one, other = candidate.evaluation.prompt_set, first.evaluation.prompt_set
+        if one and other and one.name == other.name and one.version != other.version:
+            notes.append(
+                f"{candidate.name} was evaluated with version {one.version} of the prompts {one.name}, "
+                f"{first.name} with version {other.version}"
+            )
     return notes
 
 

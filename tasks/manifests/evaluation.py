@@ -120,6 +120,18 @@ class Protocol(Record):
     """Sampling settings by name."""
 
 
+class PromptSet(Record):
+    """A shipped set of prompts, and the version of the file that it stands in."""
+
+    name: str
+    """Kind of subject and set: `object/thorough`."""
+    version: int
+
+    def show(self) -> str:
+        """Return name and version as text."""
+        return f"{self.name}, version {self.version}"
+
+
 class Evaluation(Manifest):
     """Samples of base and tuned model, and their metrics."""
 
@@ -138,6 +150,8 @@ class Evaluation(Manifest):
     dropped: dict[Side, int] = Field(default_factory=dict)
     """Samples that the base model's safety checker refused, by side; empty where nothing was checked."""
     published_step: int
+    prompt_set: PromptSet | None = None
+    """None: the prompts are a person's own, or the manifest is older."""
     protocol: Protocol = Field(default_factory=Protocol)
     machine: Machine | None = None
     """Of the samples and metrics; None in older manifests."""

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from tasks.manifests.base import Record
-from tasks.manifests.evaluation import Estimate, PromptRow, Shown, Table
+from tasks.manifests.evaluation import Estimate, PromptRow, PromptSet, Shown, Table
 from tasks.manifests.scoring import CheckpointRank, PairResult, SideScores
 
 SUMMARY_VERSION = 1
@@ -119,6 +119,8 @@ class RunSummary(Record):
     """Means with 95 % intervals by metric, then `base`, `tuned`, `gain` and `ceiling`."""
     kinds: dict[str, Table] = Field(default_factory=dict)
     """The same by kind of prompt."""
+    prompt_set: PromptSet | None = None
+    """The shipped set that the prompts are, with its version; None for others."""
     prompts: tuple[PromptRow, ...] = ()
     """The same by prompt."""
     scores: dict[str, SideScores] = Field(default_factory=dict)

@@ -14,7 +14,7 @@ from flows.runs.records import read_run
 from tasks.errors import ConfigError
 from tasks.evaluation.comparison import Candidate
 from tasks.evaluation.comparison import compare as compare_candidates
-from tasks.manifests.evaluation import Estimate, Protocol
+from tasks.manifests.evaluation import Estimate, PromptSet, Protocol
 from tests.support.comparison import make_run
 
 
@@ -104,6 +104,21 @@ def test_the_comparison_itself_refuses_other_encoders_and_notes_other_sampling_s
     assert compare_candidates([first, measured(second, "e", "7.5")]).notes == ()
     told = "run-b was sampled with other settings than run-a: guidance_scale 1.0, not 7.5"
     assert compare_candidates([first, measured(second, "e", "1.0")]).notes == (told,)
+
+
+def test_other_versions_of_one_set_of_prompts_are_named(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path, name) for name in ("run-a", "run-b")]
+    first, second = (load_candidate(read_run(folder)) for folder in folders)
+
+    def asked(found: Candidate, name: str, version: int) -> Candidate:
+        prompt_set = PromptSet(name=name, version=version)
+        return replace(found, evaluation=found.evaluation.model_copy(update={"prompt_set": prompt_set}))
+
+    first = asked(first, "object/quick", 1)
+    told = "run-b was evaluated with version 2 of the prompts object/quick, run-a with version 1"
+    assert compare_candidates([first, asked(second, "object/quick", 2)]).notes == (told,)
+    for other in (second, asked(second, "object/quick", 1), asked(second, "object/all", 2)):
+        assert compare_candidates([first, other]).notes == ()
 
 
 def test_samples_that_have_left_the_store_are_reported(tmp_path: Path) -> None:

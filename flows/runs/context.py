@@ -120,6 +120,7 @@ class Run:
             metrics=collect_metrics(manifests.evaluation),
             estimates=manifests.evaluation.estimates,
             kinds=manifests.evaluation.kinds,
+            prompt_set=manifests.evaluation.prompt_set,
             prompts=manifests.evaluation.prompts,
             scores=dict(scores.scores),
             score_estimates=scores.estimates,

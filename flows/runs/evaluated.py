@@ -49,6 +49,7 @@ def summarize_model(run: Run, manifests: RunManifests) -> RunSummary:
         metrics=collect_metrics(evaluation),
         estimates=evaluation.estimates,
         kinds=evaluation.kinds,
+        prompt_set=evaluation.prompt_set,
         prompts=evaluation.prompts,
         scores=dict(scores.scores),
         score_estimates=scores.estimates,

@@ -1,5 +1,6 @@
 """The results of a scoreboard: means over subjects, differences, findings, and preferred methods by subject."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,12 +22,12 @@ from tasks.stage.cache import find_manifest
 
 if TYPE_CHECKING:
     from tasks.evaluation.comparison import Candidate
-    from tasks.intervals import Values
+    from tasks.intervals import Pooled
 
 Key = tuple[str, str, int]
 """Method, subject and training seed."""
-Metrics = Mapping[str, "Values"]
-"""A model's values by metric, prompt and seed."""
+Metrics = Mapping[str, "Pooled"]
+"""A method's values on a subject by metric, over its training seeds."""
 MIN_SUBJECTS = 3
 """From here on an interval is over subjects; for fewer it is over the prompts of these subjects."""
 Verdict = Literal["holds", "opposite", "undecided", "not measured"]
@@ -78,7 +79,7 @@ class Standings:
     """All tables of a scoreboard."""
 
     metrics: tuple[str, ...]
-    ceiling: dict[str, float]
+    ceiling: dict[str, Estimate]
     """Among real photos, mean over subjects."""
     rows: tuple[Row, ...]
     findings: tuple[Finding, ...]
@@ -87,7 +88,7 @@ class Standings:
 
 def rank(models: Mapping[Key, Loaded], plan: Plan) -> Standings:
     """Return the tables of the finished cells."""
-    from tasks.evaluation.comparison import collect_values, merge_seeds
+    from tasks.evaluation.comparison import pool_candidate
 
     candidates = {key: loaded.candidate for key, loaded in models.items()}
     # The base model's samples are the same beside every model of a subject.
@@ -96,10 +97,13 @@ def rank(models: Mapping[Key, Loaded], plan: Plan) -> Standings:
         for (method, subject, seed), candidate in candidates.items()
         if method == plan.reference
     }
-    found: dict[str, dict[str, dict[int, Metrics]]] = defaultdict(lambda: defaultdict(dict))
-    for (method, subject, seed), candidate in {**bases, **candidates}.items():
-        found[method][subject][seed] = collect_values(candidate)
-    tables = {method: {name: merge_seeds(by_seed) for name, by_seed in by.items()} for method, by in found.items()}
+    found: dict[str, dict[str, list[Candidate]]] = defaultdict(lambda: defaultdict(list))
+    for (method, subject, _), candidate in {**bases, **candidates}.items():
+        found[method][subject].append(candidate)
+    tables = {
+        method: {name: pool_candidate(replace(own[0], replicates=tuple(own[1:]))) for name, own in by.items()}
+        for method, by in found.items()
+    }
     metrics = dict.fromkeys(metric for table in tables.values() for own in table.values() for metric in own)
     reference = tables.get(plan.reference, {})
     rows = tuple(
@@ -136,15 +140,15 @@ def load_model(folder: Path) -> Loaded:
     return Loaded(store, candidate, subject.images[0].image)
 
 
-def differ(table: Mapping[str, Metrics], reference: Mapping[str, Metrics]) -> dict[str, dict[str, "Values"]]:
+def differ(table: Mapping[str, Metrics], reference: Mapping[str, Metrics]) -> dict[str, dict[str, "Pooled"]]:
     """Return a method less another, by subject and metric, for the prompts and seeds that both have."""
-    from tasks.intervals import subtract
+    from tasks.intervals import subtract_pooled
 
-    found: dict[str, dict[str, Values]] = {}
+    found: dict[str, dict[str, Pooled]] = {}
     for subject in table.keys() & reference.keys():
         shared = [metric for metric in table[subject] if metric in reference[subject]]
-        pairs = {metric: subtract(table[subject][metric], reference[subject][metric]) for metric in shared}
-        found[subject] = {metric: values for metric, values in pairs.items() if values}
+        pairs = {metric: subtract_pooled(table[subject][metric], reference[subject][metric]) for metric in shared}
+        found[subject] = {metric: pooled for metric, pooled in pairs.items() if pooled.values}
     return found
 
 
@@ -154,21 +158,33 @@ def collect(metrics: Iterable[str], table: Mapping[str, Metrics]) -> dict[str, E
     return {metric: estimate(by_subject) for metric, by_subject in rows.items() if by_subject}
 
 
-def estimate(by_subject: Mapping[str, "Values"]) -> Estimate:
+def estimate(by_subject: Mapping[str, "Pooled"]) -> Estimate:
     """Return the mean over subjects with its 95 % interval.
 
-    From three subjects on, Student's t over their means, so that it holds for other subjects too; for fewer, a
-    bootstrap over their prompts, so that it holds for these subjects alone.
+    From three subjects on, Student's t over their means, so that it holds for other subjects too; each subject has
+    trainings of its own, so the variance between subjects contains that between trainings, also with one training
+    seed. For fewer, over their prompts and training seeds, so that it holds for these subjects alone.
     """
-    from tasks.intervals import estimate_samples
-
     if len(by_subject) < MIN_SUBJECTS:
-        return estimate_samples(
-            {f"{name} {prompt}": row for name, own in by_subject.items() for prompt, row in own.items()}
-        )
-    means = [fmean(value for row in own.values() for value in row.values()) for own in by_subject.values()]
+        return estimate_prompts(by_subject)
+    rows = [[value for row in own.values.values() for value in row.values()] for own in by_subject.values()]
+    means = [fmean(row) for row in rows]
     low, high = compute_interval(means)
     return Estimate(mean=fmean(means), low=low, high=high, num=len(means))
+
+
+def estimate_prompts(by_subject: Mapping[str, "Pooled"]) -> Estimate:
+    """Return the mean over all prompts of these subjects, with an interval for other prompts and trainings of them."""
+    from tasks.intervals import Pooled, estimate_pooled
+
+    counts = {name: sum(map(len, own.values.values())) for name, own in by_subject.items()}
+    values = {f"{name} {prompt}": row for name, own in by_subject.items() for prompt, row in own.values.items()}
+    trainings = [
+        tuple(mean * counts[name] / sum(counts.values()) for mean in means)  # as much as the subject counts in the mean
+        for name, own in by_subject.items()
+        for means in own.trainings
+    ]
+    return estimate_pooled(Pooled(values, tuple(trainings)))
 
 
 def check(direction: Direction, tables: Mapping[str, Mapping[str, Metrics]]) -> Finding:
@@ -188,13 +204,13 @@ def check(direction: Direction, tables: Mapping[str, Mapping[str, Metrics]]) -> 
 def prefer(subject: str, tables: Mapping[str, Mapping[str, Metrics]]) -> Preference:
     """Return which methods no other one beats on a subject, by the paired comparison over its prompts."""
     from tasks.evaluation.comparison import HEADLINE, is_better
-    from tasks.intervals import estimate_samples, subtract
+    from tasks.intervals import estimate_pooled, subtract_pooled
 
     own = {method: table[subject] for method, table in tables.items() if subject in table}
 
     def compare(method: str, other: str) -> dict[str, Estimate]:
-        pairs = {key: subtract(own[method][key], own[other][key]) for key in HEADLINE}
-        return {key: estimate_samples(values) for key, values in pairs.items() if values}
+        pairs = {key: subtract_pooled(own[method][key], own[other][key]) for key in HEADLINE}
+        return {key: estimate_pooled(pooled) for key, pooled in pairs.items() if pooled.values}
 
     beaten = {
         method: tuple(other for other in own if other != method and is_better(compare(other, method))) for method in own
@@ -204,11 +220,27 @@ def prefer(subject: str, tables: Mapping[str, Mapping[str, Metrics]]) -> Prefere
     return Preference(subject, preferred, gains, beaten)
 
 
-def average_ceilings(candidates: Mapping[Key, "Candidate"]) -> dict[str, float]:
+def average_ceilings(candidates: Mapping[Key, "Candidate"]) -> dict[str, Estimate]:
     """Return each metric among real photos, as the mean over subjects.
 
     Of the reference's evaluations alone: CLIP-T compares photos with the class noun, which another may get wrong.
     """
-    ceilings = {subject: each.evaluation.ceiling.model_dump() for (_, subject, _), each in candidates.items()}
-    names = dict.fromkeys(name for values in ceilings.values() for name in values)
-    return {name: fmean(values[name] for values in ceilings.values() if name in values) for name in names}
+    from tasks.evaluation.comparison import find_ceiling
+
+    by_subject = {subject: each for (_, subject, _), each in candidates.items()}
+    names = dict.fromkeys(name for each in by_subject.values() for name in each.evaluation.ceiling.model_dump())
+    found = {name: [find_ceiling([each], name) for each in by_subject.values()] for name in names}
+    return {name: average_subjects([each for each in found[name] if each is not None]) for name in names}
+
+
+def average_subjects(found: Sequence[Estimate]) -> Estimate:
+    """Return the mean over subjects: from three on by Student's t, for fewer with an interval for these alone."""
+    mean, num = fmean(each.mean for each in found), len(found)
+    if num >= MIN_SUBJECTS:
+        low, high = compute_interval([each.mean for each in found])
+        return Estimate(mean=mean, low=low, high=high, num=num)
+    halves = [None if each.low is None else each.mean - each.low for each in found]
+    if None in halves:
+        return Estimate(mean=mean, num=num)
+    half = math.hypot(*(each for each in halves if each is not None)) / num
+    return Estimate(mean=mean, low=mean - half, high=mean + half, num=num)

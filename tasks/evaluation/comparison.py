@@ -2,10 +2,18 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tasks.errors import ConfigError
-from tasks.intervals import Values, estimate_samples, estimate_unpaired, subtract
+from tasks.intervals import (
+    Pooled,
+    Values,
+    add_training_variance,
+    estimate_pooled,
+    estimate_unpaired,
+    pool_trainings,
+    subtract_pooled,
+)
 from tasks.manifests.evaluation import MIN_CLUSTERS, Estimate, Evaluation, Protocol, Side
 from tasks.metrics import METRICS, Metric
 
@@ -17,8 +25,6 @@ JUDGED = {
 }
 HEADLINE = {"dino": "subject fidelity", "clip_t": "prompt fidelity"}
 """What the conclusion is about, by metric."""
-SEEDS = 2**32
-"""More than there are sampling seeds: the samples of several training seeds stay apart."""
 
 
 class UnpairedError(ConfigError):
@@ -38,7 +44,7 @@ class Candidate:
     side: Side = "tuned"
     """`base` compares what the base model makes of the same prompts and seeds."""
     replicates: tuple["Candidate", ...] = ()
-    """The same setting with further training seeds, in the order of seeds; its values are pooled with theirs."""
+    """The same setting with further training seeds; its values are pooled with theirs."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class MetricComparison:
     metric: Metric
     means: tuple[Estimate, ...]
     differences: tuple[Estimate, ...]
+    photos: Estimate | None = None
+    """Among the first model's photos; None where the metric isn't measured on them, or another has other photos."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,9 @@ def compare(candidates: Sequence[Candidate], *, is_paired: bool = True) -> Compa
     """
     first = candidates[0]
     differing = check_protocols(candidates)
-    # A single seed pairs with the mean of several: by their values it would pair with the first one's alone.
-    is_averaged = is_paired and len({len(candidate.replicates) for candidate in candidates}) > 1
-    tables = [collect_values(candidate, is_averaged=is_averaged) for candidate in candidates]
+    tables = [pool_candidate(candidate) for candidate in candidates]
     notes = [*differing, *(check_shared(candidates, tables) if is_paired else ())]
-    if is_averaged:
+    if len({len(candidate.replicates) for candidate in candidates}) > 1:
         notes.append("the models have different numbers of training seeds: values are means over them")
     rows = []
     for key, metric in {**METRICS, **find_others(tables), **JUDGED}.items():
@@ -86,9 +92,8 @@ def compare(candidates: Sequence[Candidate], *, is_paired: bool = True) -> Compa
             continue
         values = [table[key] for table in tables]
         differences = [measure_difference(other, values[0], is_paired=is_paired) for other in values[1:]]
-        rows.append(
-            MetricComparison(key, metric, tuple(map(estimate_samples, values)), tuple(filter(None, differences)))
-        )
+        means, decided = tuple(map(estimate_pooled, values)), tuple(filter(None, differences))
+        rows.append(MetricComparison(key, metric, means, decided, find_ceiling(candidates, key)))
     rows = [row for row in rows if len(row.differences) == len(candidates) - 1]
     names = tuple(candidate.name for candidate in candidates)
     conclusions = [
@@ -100,48 +105,35 @@ def compare(candidates: Sequence[Candidate], *, is_paired: bool = True) -> Compa
     )
 
 
-def find_others(tables: Sequence[Mapping[str, Values]]) -> dict[str, Metric]:
+def find_ceiling(candidates: Sequence[Candidate], key: str) -> Estimate | None:
+    """Return a metric among the photos that all models were measured on, by the first one's evaluation."""
+    evaluation = candidates[0].evaluation
+    mean = getattr(evaluation.ceiling, key, None)
+    if mean is None or len({candidate.photos for candidate in candidates}) > 1:
+        return None
+    return evaluation.estimates.get(key, {}).get("ceiling", Estimate(mean=mean, num=0))
+
+
+def find_others(tables: Sequence[Mapping[str, Pooled]]) -> dict[str, Metric]:
     """Return the metrics of other packages by name; they need not be installed to be compared."""
     names = sorted({name for table in tables for name in table} - {*METRICS, *JUDGED})
     return {name: Metric(name, "of another package", "runs with the same package", direction="none") for name in names}
 
 
-def merge_seeds(by_seed: Mapping[int, Mapping[str, Values]]) -> dict[str, Values]:
-    """Return the values of all training seeds by metric, prompt, and position of the training seed with sampling's.
-
-    By position, so that models of other trainers pair with ours whatever they call their seeds.
-    """
-    merged: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for position, seed in enumerate(sorted(by_seed)):
-        for metric, by_prompt in by_seed[seed].items():
-            for prompt, by_sample in by_prompt.items():
-                shifted = {position * SEEDS + sample: value for sample, value in by_sample.items()}
-                merged[metric][prompt].update(shifted)
-    return {metric: dict(by_prompt) for metric, by_prompt in merged.items()}
+def pool_candidate(candidate: Candidate) -> dict[str, Pooled]:
+    """Return each metric over a model's training seeds. Raises ConfigError for an older evaluation."""
+    return pool_metrics([collect_values(model) for model in (candidate, *candidate.replicates)])
 
 
-def average_seeds(by_seed: Sequence[Mapping[str, Values]]) -> dict[str, Values]:
-    """Return the means over training seeds by metric, prompt and sampling seed, of what all of them have."""
-    first, *others = by_seed
-    averaged: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for metric, by_prompt in first.items():
-        for prompt, by_sample in by_prompt.items():
-            for sample, value in by_sample.items():
-                rest = [other.get(metric, {}).get(prompt, {}).get(sample) for other in others]
-                found = [value, *(each for each in rest if each is not None)]
-                if len(found) == len(by_seed):
-                    averaged[metric][prompt][sample] = sum(found) / len(found)
-    return {metric: dict(by_prompt) for metric, by_prompt in averaged.items()}
+def pool_metrics(models: Sequence[Mapping[str, Values]]) -> dict[str, Pooled]:
+    """Return each metric that all trainings of a setting have."""
+    shared = [key for key in models[0] if all(key in model for model in models)]
+    pooled = {key: pool_trainings([model[key] for model in models]) for key in shared}
+    return {key: found for key, found in pooled.items() if found.values}
 
 
-def collect_values(candidate: Candidate, *, is_averaged: bool = False) -> dict[str, Values]:
-    """Return the value of each metric by prompt and seed. Raises ConfigError for an older evaluation.
-
-    Values of several training seeds stand side by side, or are averaged.
-    """
-    if candidate.replicates:
-        models = [collect_values(model) for model in (replace(candidate, replicates=()), *candidate.replicates)]
-        return average_seeds(models) if is_averaged else merge_seeds(dict(enumerate(models)))
+def collect_values(candidate: Candidate) -> dict[str, Values]:
+    """Return the value of each metric by prompt and seed. Raises ConfigError for an older evaluation."""
     evaluation = candidate.evaluation
     found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for sample in evaluation.samples:
@@ -163,7 +155,7 @@ def collect_values(candidate: Candidate, *, is_averaged: bool = False) -> dict[s
 
 
 def check_protocols(candidates: Sequence[Candidate]) -> list[str]:
-    """Return a note for each model that was sampled with other settings than the first.
+    """Return notes on sampling settings, or versions of a set of prompts, that differ from those of the first model.
 
     Raises:
         ConfigError: metrics were measured with other encoders: their cosines have no common scale.
@@ -180,6 +172,12 @@ def check_protocols(candidates: Sequence[Candidate]) -> list[str]:
         names = find_other_settings(own, reference)
         if names and own.sampling and reference.sampling:
             notes.append(f"{candidate.name} was sampled with other settings than {first.name}: {', '.join(names)}")
+        one, other = candidate.evaluation.prompt_set, first.evaluation.prompt_set
+        if one and other and one.name == other.name and one.version != other.version:
+            notes.append(
+                f"{candidate.name} was evaluated with version {one.version} of the prompts {one.name}, "
+                f"{first.name} with version {other.version}"
+            )
     return notes
 
 
@@ -190,10 +188,11 @@ def find_other_settings(own: Protocol, reference: Protocol) -> list[str]:
     return [f"{name} {one or 'none'}, not {other or 'none'}" for name, one, other in values if one != other]
 
 
-def check_shared(candidates: Sequence[Candidate], tables: Sequence[Mapping[str, Values]]) -> list[str]:
+def check_shared(candidates: Sequence[Candidate], tables: Sequence[Mapping[str, Pooled]]) -> list[str]:
     """Return notes on what is shared in part. Raises UnpairedError where nothing can be paired."""
     first, notes = candidates[0], []
-    draws = [{(prompt, seed) for prompt, row in table["dino"].items() for seed in row} for table in tables]
+    drawn_values = [table["dino"].values if "dino" in table else {} for table in tables]
+    draws = [{(prompt, seed) for prompt, row in values.items() for seed in row} for values in drawn_values]
     for candidate, drawn in zip(candidates[1:], draws[1:], strict=True):
         shared = draws[0] & drawn
         if candidate.photos != first.photos:
@@ -209,12 +208,13 @@ def check_shared(candidates: Sequence[Candidate], tables: Sequence[Mapping[str, 
     return notes
 
 
-def measure_difference(second: Values, first: Values, *, is_paired: bool) -> Estimate | None:
+def measure_difference(second: Pooled, first: Pooled, *, is_paired: bool) -> Estimate | None:
     """Return second less first; None where nothing is shared."""
     if not is_paired:
-        return estimate_unpaired(second, first)
-    differences = subtract(second, first)
-    return estimate_samples(differences) if differences else None
+        found = estimate_unpaired(second.values, first.values)
+        return add_training_variance(found, second.trainings + first.trainings)
+    differences = subtract_pooled(second, first)
+    return estimate_pooled(differences) if differences.values else None
 
 
 def conclude(name: str, reference: str, differences: Mapping[str, Estimate]) -> str:
@@ -263,11 +263,19 @@ def judge_headline(differences: Mapping[str, Estimate]) -> str:
 
 def limit(candidates: Sequence[Candidate], is_paired: bool) -> str:
     """Return what may not be concluded."""
-    num_seeds = min(1 + len(candidate.replicates) for candidate in candidates)
-    seeds = (
-        "One training seed per model compares models, not settings."
-        if num_seeds == 1
-        else f"{num_seeds} or more training seeds of each setting are pooled; intervals are over prompts alone."
-    )
+    single = [candidate.name for candidate in candidates if not candidate.replicates]
     how = "" if is_paired else " Unpaired means also differ by their prompts and seeds."
-    return f"Valid for this subject and similar prompts. {seeds} Not corrected for multiple comparisons.{how}"
+    return (
+        f"Valid for this subject and similar prompts. {limit_trainings(single, len(candidates))} "
+        f"Not corrected for multiple comparisons.{how}"
+    )
+
+
+def limit_trainings(single: Sequence[str], num: int) -> str:
+    """Return what intervals say of other trainings, where some of the settings were trained with one seed."""
+    if not single:
+        return "Intervals contain the variance between training seeds: they hold for other trainings of each setting."
+    what = "training-seed variance is not in the intervals"
+    if len(single) == num:
+        return f"One training seed per model compares models, not settings: {what}."
+    return f"One training seed of {', '.join(single)} stands for a model, not a setting: its {what}."

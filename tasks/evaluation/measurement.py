@@ -73,15 +73,16 @@ def measure_all(
     def tabulate(rows: list[Sample]) -> Table:
         return {name: estimate_sides(by_key, rows) for name, by_key in of_prompts.items()}
 
+    ceiling = measure_ceiling(photos)
     templates = dict.fromkeys(sample.template for sample in subject)
     kinds = dict.fromkeys(sample.prompt_kind for sample in subject)
     return Measured(
         metrics={side: SubjectMetrics(**{name: by_side[side].mean for name, by_side in own.items()}) for side in SIDES},
         drift={side: DriftMetrics(**{n: whole[n][side].mean for n in DRIFT if n in whole}) for side in SIDES},
-        ceiling=CeilingMetrics(**measure_ceiling(photos)),
+        ceiling=CeilingMetrics(**{name: found.mean for name, found in ceiling.items()}),
         sample_metrics={key: SubjectMetrics(**found) for key, found in turn(values, registry.at("sample")).items()},
         class_metrics=turn(values, registry.at("class")),
-        estimates=estimates,
+        estimates={name: by_side | find_ceiling(name, ceiling) for name, by_side in estimates.items()},
         kinds={kind: tabulate([sample for sample in subject if sample.prompt_kind == kind]) for kind in kinds},
         prompts=tuple(
             PromptRow(template=template, kind=rows[0].prompt_kind, values=tabulate(rows))
@@ -89,6 +90,11 @@ def measure_all(
             if (rows := [sample for sample in subject if sample.template == template])
         ),
     )
+
+
+def find_ceiling(name: str, ceiling: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    """Return what a metric's estimates have beside both sides: that of the photos, where it is measured on them."""
+    return {"ceiling": ceiling[name]} if name in ceiling else {}
 
 
 def measure_each(

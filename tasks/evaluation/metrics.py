@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from tasks.encoders.embeddings import Encoders
+from tasks.intervals import estimate_few
+from tasks.manifests.evaluation import Estimate
 from tasks.metrics import METRICS
 
 MEASURED_SIDE = 256
@@ -133,9 +135,18 @@ def spread(distances: Tensor) -> Tensor:
     return (2 * (num - 1) * others - num * mean) / (num - 2) if num > 2 else mean.expand(num)
 
 
-def mean_pairwise_similarity(rows: Tensor) -> float:
-    """Return the mean cosine over pairs of different rows; 1 for a single row."""
-    return 1 - float(spread(1 - rows @ rows.T).mean()) if len(rows) > 1 else 1.0
+def estimate_similarity(rows: Tensor) -> Estimate:
+    """Return the mean cosine over pairs of different rows `(M, D)` with its interval; 1 for a single row.
+
+    M photos have M (M - 1) / 2 pairs, which are not independent: each photo belongs to M - 1 of them, and an odd one
+    lowers all of its own. So photos are left out, not pairs (jackknife): over pairs, intervals of five photos would
+    cover three times in four.
+    """
+    if len(rows) < 2:
+        return Estimate(mean=1.0, num=len(rows))
+    if len(rows) == 2:  # the pseudo-values of both are that of the only pair
+        return Estimate(mean=float((rows[0] * rows[1]).sum()), num=2)
+    return estimate_few((1 - spread(1 - rows @ rows.T)).tolist())
 
 
 def find_nearest_pair(photos: Features) -> float | None:
@@ -147,13 +158,15 @@ def find_nearest_pair(photos: Features) -> float | None:
     return float(cosines[~torch.eye(num, dtype=torch.bool, device=cosines.device)].max())
 
 
-def measure_ceiling(photos: Features) -> dict[str, float]:
-    """Return the metrics among the real photos: what a perfect model could reach."""
+def measure_ceiling(photos: Features) -> dict[str, Estimate]:
+    """Return the metrics among the real photos: what a perfect model could reach, for other photos like them."""
+    nearest = find_nearest_pair(photos)
     found = {
-        "dino": mean_pairwise_similarity(photos.dino),
-        "clip_i": mean_pairwise_similarity(photos.clip),
-        "clip_t": float(measure_clip_t(photos, photos).mean()),
-        "nearest": find_nearest_pair(photos),
-        "sharpness": float(np.mean(measure_sharpness(photos, photos))) if photos.images else None,
+        "dino": estimate_similarity(photos.dino),
+        "clip_i": estimate_similarity(photos.clip),
+        "clip_t": estimate_few(measure_clip_t(photos, photos).tolist()),
+        # A maximum, not a mean: neither jackknife nor bootstrap has an interval for it.
+        "nearest": None if nearest is None else Estimate(mean=nearest, num=len(photos.dino)),
+        "sharpness": estimate_few(measure_sharpness(photos, photos)) if photos.images else None,
     }
     return {name: value for name, value in found.items() if value is not None}

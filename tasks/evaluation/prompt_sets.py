@@ -13,6 +13,7 @@ from typing import Literal
 import yaml
 
 from tasks.errors import ConfigError, first_line
+from tasks.manifests.evaluation import PromptSet
 from tasks.prompts import check_template
 from tasks.redaction import clean_text, show_value
 
@@ -95,6 +96,19 @@ def list_set(name: str, kind: str) -> list[Row]:
         raise ConfigError(f"evaluation.prompts={SET}{show_value(name)[1:-1]}: the sets are {', '.join(stored['sets'])}")
     counts: Mapping[str, int] = stored["sets"][name]  # type: ignore[assignment]
     return [{"text": text, "kind": of} for of, num in counts.items() for text in stored["prompts"][of][:num]]
+
+
+def find_version(kind: str) -> int:
+    """Return the version of a shipped file."""
+    version: int = read_set_file(kind)["version"]  # type: ignore[assignment]
+    return version
+
+
+def identify_prompts(rows: Sequence[Row], *, class_noun: str, subject_kind: str = "auto") -> PromptSet | None:
+    """Return the shipped set that resolved prompts are; None where they are others."""
+    kind = find_kind(class_noun) if subject_kind == "auto" else subject_kind
+    names = [name for name in read_set_file(kind)["sets"] if list_set(name, kind) == list(rows)]
+    return PromptSet(name=f"{kind}/{names[0]}", version=find_version(kind)) if names else None
 
 
 def read_prompt_file(path: Path, kind: str) -> list[Row]:

@@ -16,7 +16,8 @@ from tasks.encoders.folders import find_lpips, identify_encoders
 from tasks.errors import ConfigError
 from tasks.evaluation.config import EvaluationConfig
 from tasks.evaluation.own_metrics import identify_own_metrics
-from tasks.manifests.evaluation import Evaluation, Protocol, Sample, Side
+from tasks.evaluation.prompt_sets import identify_prompts
+from tasks.manifests.evaluation import Evaluation, PromptSet, Protocol, Sample, Side
 from tasks.manifests.subject import SubjectSet
 from tasks.manifests.training import TunedModel, find_below
 from tasks.prompts import write_class_prompt
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from tasks.evaluation.measurement import Measured
     from tasks.evaluation.sampling import Source
 
-STAGE_VERSION = 7
+STAGE_VERSION = 9
 SAMPLING = ("num_inference_steps", "guidance_scale", "negative_prompt", "guidance_rescale", "lora_scale")
 RESULT_RELEVANT = {"family", "resolution", "sampler", "precision"}
 """Of the model's settings."""
@@ -66,9 +67,15 @@ class EvaluationInputs:
                 self.diffusion.model_dump(mode="json", include=RESULT_RELEVANT),
                 identify_encoders(self.config.encoders),
                 identify_own_metrics(),
+                shipped.show() if (shipped := self.find_prompt_set()) else "",
             ],
             inputs=(self.tuned.compute_content_digest(), self.subject.compute_content_digest()),
         )
+
+    def find_prompt_set(self) -> PromptSet | None:
+        """Return the shipped set that the prompts are; None where they are others."""
+        rows = [prompt.model_dump() for prompt in self.config.prompts]
+        return identify_prompts(rows, class_noun=self.subject.class_noun, subject_kind=self.config.subject_kind)
 
     def identify_base(self) -> list[object]:
         """Return what samples of the base model depend on, beside prompts and seed.
@@ -131,6 +138,7 @@ def compute_evaluation(folder: StageFolder, inputs: EvaluationInputs, runtime: R
             samples=samples,
             dropped=dropped,
             published_step=tuned.published_step,
+            prompt_set=inputs.find_prompt_set(),
             protocol=describe_protocol(config, diffusion),
             machine=describe_machine(describe_device(diffusion), num_devices=devices.num),
             **vars(measured),

@@ -7,6 +7,8 @@ from pydantic import ConfigDict, Field
 from tasks.manifests.base import Machine, Manifest, ObjectRef, Record
 
 Side = Literal["base", "tuned"]
+Shown = Literal["base", "tuned", "ceiling"]
+"""Whose means are shown beside each other: those of samples, and of the real photos."""
 SampleKind = Literal["subject", "class", "candidate"]
 MIN_CLUSTERS = 5
 """With fewer, not even the interval from the smallest to the largest value covers a median with 95 %."""
@@ -72,7 +74,7 @@ class Estimate(Record):
     high: float | None = None
     """None where there are too few independent values for an interval."""
     num: int
-    """Independent values: prompts, class samples, or the samples of one prompt."""
+    """Independent values: prompts, class samples, the samples of one prompt, or photos."""
 
     @property
     def is_decided(self) -> bool:
@@ -95,7 +97,10 @@ class Estimate(Record):
 
 
 Table = dict[str, dict[str, Estimate]]
-"""Estimates by metric, then by `base`, `tuned` and `gain`: tuned less base, paired by prompt and seed."""
+"""Estimates by metric, then by `base`, `tuned` and `gain`: tuned less base, paired by prompt and seed.
+
+Over all prompts also by `ceiling`: among the real photos, over photos.
+"""
 
 
 class PromptRow(Record):
@@ -113,6 +118,18 @@ class Protocol(Record):
     """Digest of the encoders of the cosines, and of how pictures are prepared for them."""
     sampling: dict[str, str] = Field(default_factory=dict)
     """Sampling settings by name."""
+
+
+class PromptSet(Record):
+    """A shipped set of prompts, and the version of the file that it stands in."""
+
+    name: str
+    """Kind of subject and set: `object/thorough`."""
+    version: int
+
+    def show(self) -> str:
+        """Return name and version as text."""
+        return f"{self.name}, version {self.version}"
 
 
 class Evaluation(Manifest):
@@ -133,6 +150,8 @@ class Evaluation(Manifest):
     dropped: dict[Side, int] = Field(default_factory=dict)
     """Samples that the base model's safety checker refused, by side; empty where nothing was checked."""
     published_step: int
+    prompt_set: PromptSet | None = None
+    """None: the prompts are a person's own, or the manifest is older."""
     protocol: Protocol = Field(default_factory=Protocol)
     machine: Machine | None = None
     """Of the samples and metrics; None in older manifests."""

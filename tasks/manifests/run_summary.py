@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from tasks.manifests.base import Record
-from tasks.manifests.evaluation import Estimate, PromptRow, Side, Table
+from tasks.manifests.evaluation import Estimate, PromptRow, PromptSet, Shown, Table
 from tasks.manifests.scoring import CheckpointRank, PairResult, SideScores
 
 SUMMARY_VERSION = 1
@@ -116,9 +116,11 @@ class RunSummary(Record):
     metrics: dict[str, dict[str, float | None]] = Field(default_factory=dict)
     """By side (`base`, `tuned`) and `ceiling`."""
     estimates: Table = Field(default_factory=dict)
-    """Means with 95 % intervals by metric, then `base`, `tuned` and `gain`."""
+    """Means with 95 % intervals by metric, then `base`, `tuned`, `gain` and `ceiling`."""
     kinds: dict[str, Table] = Field(default_factory=dict)
     """The same by kind of prompt."""
+    prompt_set: PromptSet | None = None
+    """The shipped set that the prompts are, with its version; None for others."""
     prompts: tuple[PromptRow, ...] = ()
     """The same by prompt."""
     scores: dict[str, SideScores] = Field(default_factory=dict)
@@ -134,7 +136,7 @@ class RunSummary(Record):
     resumed_by: str | None = None
     """The run that finished what this one began."""
 
-    def find_mean(self, name: str, side: Side = "tuned") -> Estimate | None:
+    def find_mean(self, name: str, side: Shown = "tuned") -> Estimate | None:
         """Return the mean of a metric or score, with its interval where it has one; None: it was not measured."""
         for table in (self.estimates, self.score_estimates):
             if side in table.get(name, {}):

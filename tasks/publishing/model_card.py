@@ -137,7 +137,7 @@ def write_card(run: RunManifests, inputs: CardInputs) -> str:
 
 def write_row(row: MetricRow) -> str:
     """Return a metric's line of the model card's table."""
-    ceiling = "" if row.ceiling is None else f"{row.ceiling:.3f}"
+    ceiling = "" if row.ceiling is None else row.ceiling.show()
     return f"| {row.metric.name} | {row.base.show()} | {row.tuned.show()} | {ceiling} |"
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from prefect import task
 from prefect.client.schemas.objects import State
 
+from tasks.manifests.evaluation import Evaluation
 from tasks.manifests.publishing import REPORT_PATH, Publication
 from tasks.manifests.run import RunManifests
 from tasks.manifests.subject import SubjectSet
@@ -138,6 +139,11 @@ def tag_stages(manifests: RunManifests) -> dict[str, str]:
     return {f"likeness.{name}": manifest.stage_key for name, manifest in stages.items()}
 
 
+def tag_prompts(evaluation: Evaluation) -> dict[str, str]:
+    """Return the shipped set of prompts with its version by tag; nothing for others."""
+    return {"likeness.prompt_set": evaluation.prompt_set.show()} if evaluation.prompt_set else {}
+
+
 def describe_report(inputs: PublishingInputs, losses: list[LossRow]) -> "ReportInputs":
     """Return what the report shows."""
     from tasks.publishing.report.page import ReportInputs
@@ -179,7 +185,7 @@ def compute_publication(folder: StageFolder, inputs: PublishingInputs, runtime: 
         tracked = TrackedRun(
             name=runtime.run_id,
             params=dict(inputs.config_rows),
-            tags={**tag_stages(manifests), "likeness.llm_cost": cost},
+            tags={**tag_stages(manifests), **tag_prompts(evaluation), "likeness.llm_cost": cost},
             publication_key=folder.stage_key,
             losses=losses,
             figures=headline_metrics(evaluation, scores) | paid,

@@ -147,6 +147,48 @@ def test_a_model_is_promoted_by_the_gate_or_by_force_and_demoted_once(
     assert "is not the champion; no version is" in again.stderr
 
 
+OPEN_GATE = [
+    "publishing.gate.min_dino_gain=-2", "publishing.gate.max_clip_t_loss=1", "publishing.gate.max_pres_gain=2",
+    "publishing.gate.max_copies=1", "publishing.gate.needs_reliable_judge=false",
+]  # fmt: skip
+"""Limits that a model of six steps passes."""
+
+
+def test_a_run_becomes_the_champion_at_its_end_where_it_passes_the_gate(
+    first_run: dict[str, Any], sandbox: CliSandbox
+) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{sandbox.output / 'mlflow.db'}"
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    name = "likeness-gated"  # of its own: other tests count on there being no champion
+    words = (
+        f"tracking.registered_model={name}",
+        "evaluation.prompts=set:thorough",
+        "evaluation.num_images_per_prompt=1",
+    )
+    done = sandbox.run(*words, *OPEN_GATE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    own = sandbox.newest()
+    assert own["stages"]["training"]["key"] == first_run["stages"]["training"]["key"]
+    assert own["stages"]["training"]["cached"]
+    assert own["registered"] == {"model": name, "version": "1", "is_champion": True, "blockers": []}
+    assert f"registry  {name} version 1, the champion" in done.stdout
+    champion = client.get_model_version_by_alias(name, "champion")
+    assert str(champion.version) == "1"
+    assert champion.tags["likeness.evaluation"] == own["stages"]["evaluation"]["key"]
+    assert champion.tags["likeness.prompt_set"] == "living/thorough, version 1"
+
+    # The same samples behind a gate that they don't pass: registered, and the alias stays.
+    done = sandbox.run(*words, *OPEN_GATE[1:], "publishing.gate.min_dino_gain=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    registered = sandbox.newest()["registered"]
+    assert (registered["version"], registered["is_champion"]) == ("2", False)
+    assert "required > +2.000" in registered["blockers"][0]
+    assert "not the champion: lower bound of the DINO gain" in done.stdout
+    assert str(client.get_model_version_by_alias(name, "champion").version) == "1"
+
+
 def test_publishing_reruns_if_the_model_version_is_gone_from_the_registry(
     first_run: dict[str, Any], sandbox: CliSandbox
 ) -> None:

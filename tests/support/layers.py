@@ -30,6 +30,7 @@ LAYERS = {
     "flows/cli/scoreboard": "long",
     "flows/test_sweep_settings.py": "long",
     "flows/test_deployment.py": "long",
+    "flows/test_evaluate_embedding.py": "long",
     "flows/test_own_server.py": "long",
     "flows/test_personalize_many.py": "long",
     "flows": "flow",

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from tasks import intervals
-from tasks.intervals import estimate_mean, estimate_samples, estimate_unpaired, subtract
+from tasks.intervals import (
+    Pooled,
+    Values,
+    estimate_mean,
+    estimate_pooled,
+    estimate_samples,
+    estimate_unpaired,
+    pool_trainings,
+    subtract,
+    subtract_pooled,
+)
 from tasks.manifests.evaluation import Estimate
 
 NUM_STUDIES = 400
@@ -93,3 +103,69 @@ def test_unpaired_seeds_of_a_single_prompt_are_independent_as_paired_ones_are() 
     assert found.num == 20
     assert found.low is not None
     assert 0.1 < found.low < found.mean < 0.3
+
+
+def draw_trainings(
+    rng: np.random.Generator, num: int, prompts: np.ndarray, *, between_seeds: float, mean: float = 0.6
+) -> list[Values]:
+    """Return as many trainings of one setting: what a seed adds is on all prompts, what a prompt adds on all seeds."""
+    table = mean + rng.normal(0, between_seeds, (num, 1)) + prompts + rng.normal(0, 0.005, (num, len(prompts)))
+    return [{str(prompt): {0: float(value)} for prompt, value in enumerate(row)} for row in table]
+
+
+def pool_drawn(rng: np.random.Generator, num: int, *, between_seeds: float, between_prompts: float = 0.01) -> Pooled:
+    prompts = rng.normal(0, between_prompts, 8)
+    return pool_trainings(draw_trainings(rng, num, prompts, between_seeds=between_seeds))
+
+
+@pytest.mark.usefixtures("few_resamples")
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+@pytest.mark.parametrize("between_seeds", [0.1, 0.01])
+def test_an_interval_over_trainings_covers_other_trainings_too(num_seeds: int, between_seeds: float) -> None:
+    def draw(rng: np.random.Generator) -> Estimate:
+        return estimate_pooled(pool_drawn(rng, num_seeds, between_seeds=between_seeds))
+
+    assert measure_coverage(draw, 0.6) >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / NUM_STUDIES)
+
+
+@pytest.mark.usefixtures("few_resamples")
+def test_an_interval_over_prompts_alone_misses_other_trainings() -> None:
+    def draw(rng: np.random.Generator) -> Estimate:
+        return estimate_samples(pool_drawn(rng, 3, between_seeds=0.1).values)
+
+    assert measure_coverage(draw, 0.6) < 0.3
+
+
+@pytest.mark.usefixtures("few_resamples")
+@pytest.mark.parametrize("numbers", [(3, 3), (2, 4)])
+def test_a_difference_of_settings_covers_other_trainings_of_both(numbers: tuple[int, int]) -> None:
+    def draw(rng: np.random.Generator) -> Estimate:
+        prompts = rng.normal(0, 0.1, 8)  # of both: what pairing removes
+        models = (
+            pool_trainings(draw_trainings(rng, num, prompts, between_seeds=0.05, mean=mean))
+            for num, mean in zip(numbers, (0.5, 0.6), strict=True)
+        )
+        return estimate_pooled(subtract_pooled(*reversed(list(models))))
+
+    assert measure_coverage(draw, 0.1) >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / NUM_STUDIES)
+
+
+def test_one_training_has_the_interval_over_prompts_and_equal_ones_add_nothing() -> None:
+    rng = np.random.default_rng(0)
+    [one] = draw_trainings(rng, 1, rng.normal(0, 0.1, 8), between_seeds=0)
+    assert estimate_pooled(pool_trainings([one])) == estimate_samples(one)
+    twice = estimate_pooled(pool_trainings([one, one]))  # the base model beside two trainings
+    assert (twice.low, twice.high) == pytest.approx((estimate_samples(one).low, estimate_samples(one).high))
+
+
+def test_trainings_that_differ_on_every_prompt_alike_have_an_interval() -> None:
+    trainings = [{str(prompt): {0: value} for prompt in range(8)} for value in (0.25, 0.75)]
+    found = estimate_pooled(pool_trainings(trainings))
+    # Student's t with one degree of freedom, 12.706, times the standard error 0.25.
+    assert (found.low, found.mean, found.high) == pytest.approx((0.5 - 3.1766, 0.5, 0.5 + 3.1766), abs=1e-3)
+
+
+def test_samples_that_one_training_lacks_are_left_out_of_all() -> None:
+    pooled = pool_trainings([{"a": {1: 0.1, 2: 0.9}, "b": {1: 0.5}}, {"a": {1: 0.3}}])
+    assert pooled.values == {"a": {1: pytest.approx(0.2)}}
+    assert pooled.trainings == (pytest.approx((0.1, 0.3)),)

@@ -93,7 +93,10 @@ class Result:
         """What the figures are of, and which of them are doubtful."""
         notes = [*self.found.notes, *(each.note for each in self.contenders if each.note)]
         if any(len(each.folders) > 1 for each in self.contenders):
-            notes.append("metrics pool all training seeds; pictures and the judge's pairs are of the first")
+            notes.append(
+                "metrics pool all training seeds; pictures and the judge's pairs are of the first, without the "
+                "variance between them"
+            )
         return notes
 
 
@@ -117,6 +120,7 @@ def show(result: Result, *, as_format: Format) -> str:
             row.key: {
                 "means": [each.model_dump() for each in row.means],
                 "differences": [each.model_dump() for each in row.differences],
+                "photos": row.photos.model_dump() if row.photos else None,
                 "metric": asdict(row.metric),
             }
             for row in found.metrics
@@ -195,8 +199,9 @@ def diff_configurations(runs: Sequence[PastRun]) -> tuple[tuple[str, ...], ...]:
 
 
 def head_metrics(found: "Comparison") -> list[str]:
-    """Return the columns: a mean per run, then a difference for all but the first."""
-    return ["metric", *found.names, *(f"{name} - {found.names[0]}" for name in found.names[1:])]
+    """Return the columns: a mean per run, that of the photos, then a difference for all but the first."""
+    photos = ["photos"] if has_photos(found) else []
+    return ["metric", *found.names, *photos, *(f"{name} - {found.names[0]}" for name in found.names[1:])]
 
 
 def list_metrics(found: "Comparison") -> list[tuple[str, ...]]:
@@ -204,8 +209,14 @@ def list_metrics(found: "Comparison") -> list[tuple[str, ...]]:
     rows = []
     for row in found.metrics:
         differences = [f"{show_gain(each)}{' *' if each.is_decided else ''}" for each in row.differences]
-        rows.append((row.metric.name, *map(show_mean, row.means), *differences))
+        photos = [show_mean(row.photos) if row.photos else ""] if has_photos(found) else []
+        rows.append((row.metric.name, *map(show_mean, row.means), *photos, *differences))
     return rows
+
+
+def has_photos(found: "Comparison") -> bool:
+    """Whether the models were measured on the same photos, whose own metrics stand beside theirs."""
+    return any(row.photos for row in found.metrics)
 
 
 def warn_of_judges(runs: Sequence[PastRun]) -> list[str]:

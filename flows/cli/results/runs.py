@@ -2,12 +2,13 @@
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from flows.cli.console import show_usd
 from tasks.errors import ConfigError
-from tasks.manifests.evaluation import Estimate, Side
+from tasks.manifests.evaluation import Estimate, Shown, Side
 from tasks.manifests.run_summary import RunSummary
 from tasks.metrics import METRICS
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 WIDTH = 100
 """Of the terminal, in characters, where it is not known."""
 SIDES: tuple[Side, ...] = get_args(Side)
+MEANS: tuple[Shown, ...] = get_args(Shown)
 AXES = {"concept_preservation": "subject", "prompt_following": "prompt", "image_quality": "image quality"}
 
 
@@ -91,10 +93,14 @@ def print_metrics(summary: RunSummary) -> None:
     from flows.cli.results.tables import write_plain
 
     assert summary.judge is not None
-    table, note = write_plain(list_figures(summary, has_intervals=True)), ""
-    if max(map(len, table.splitlines())) > shutil.get_terminal_size((WIDTH, 24)).columns:
-        table = write_plain(list_figures(summary, has_intervals=False))
-        note = "; the report has those of base and tuned"
+    width = shutil.get_terminal_size((WIDTH, 24)).columns
+    for shown, left in ((MEANS, ""), (SIDES, "photos"), ((), "base, tuned and photos")):
+        table, note = (
+            write_plain(list_figures(summary, with_intervals=shown)),
+            left and f"; the report has those of {left}",
+        )
+        if max(map(len, table.splitlines())) <= width:
+            break
     print(f"\n{table}")
     if "[" in table:
         print(f"in brackets: 95 % intervals{note}")
@@ -102,8 +108,8 @@ def print_metrics(summary: RunSummary) -> None:
         print(f"warning: judge scores are unreliable: {summary.judge.reason}")
 
 
-def list_figures(summary: RunSummary, *, has_intervals: bool) -> "Grid":
-    """Return a row per metric and axis of the judge; base and tuned with or without their intervals."""
+def list_figures(summary: RunSummary, *, with_intervals: Sequence[str]) -> "Grid":
+    """Return a row per metric and axis of the judge; some of the means with their intervals."""
     from flows.cli.results.tables import Grid
 
     names = {key: metric.name for key, metric in METRICS.items()}
@@ -111,16 +117,18 @@ def list_figures(summary: RunSummary, *, has_intervals: bool) -> "Grid":
     names |= {axis: f"judge: {name}" for axis, name in AXES.items()}
     rows = []
     for key, name in names.items():
-        found = [summary.find_mean(key, side) for side in SIDES]
+        found = [summary.find_mean(key, side) for side in MEANS]
         largest = max((abs(each.mean) for each in found if each is not None), default=0.0)
         digits = 2 if key in AXES else 3 - (largest >= 10) - (largest >= 100)  # as wide as a cosine
         if key not in AXES and found[0] is None:
             continue
-        cells = ["-" if each is None else show_mean(each, digits) for each in found]
-        if not has_intervals:
-            cells = [cell.partition(" ")[0] for cell in cells]
+        cells = ["-" if each is None else show_mean(each, digits) for each in found[:2]]
+        cells.append("" if found[2] is None else show_mean(found[2], digits))
+        cells = [
+            cell if side in with_intervals else cell.partition(" ")[0] for side, cell in zip(MEANS, cells, strict=True)
+        ]
         gain = (summary.estimates | summary.score_estimates).get(key, {}).get("gain")
-        rows.append((name, *cells, show_cell(summary.metrics.get("ceiling", {}).get(key)), show_gain(gain, digits)))
+        rows.append((name, *cells, show_gain(gain, digits)))
     return Grid("", ("", "base", "tuned", "photos", "tuned - base"), tuple(rows))
 
 

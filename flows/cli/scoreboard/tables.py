@@ -1,11 +1,12 @@
 """The tables of a scoreboard."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from flows.cli.results.compare import make_json_safe
-from flows.cli.results.runs import show_cell, show_gain, show_mean
+from flows.cli.results.runs import show_gain, show_mean
 from flows.cli.results.tables import Format, Grid, render
 from flows.scoreboard.cells import Result
 from flows.scoreboard.plan import BASE
@@ -43,7 +44,7 @@ def list_methods(standings: "Standings") -> Grid:
         )
         for row in standings.rows
     ]
-    photos = (show_cell(standings.ceiling[name]) if name in standings.ceiling else NOTHING for name in shown)
+    photos = (show_mean(standings.ceiling[name]) if name in standings.ceiling else NOTHING for name in shown)
     rows.append(("real photos", NOTHING, *photos))
     return Grid("Methods", ("method", "models", *map(name_metric, shown)), tuple(rows))
 
@@ -96,16 +97,23 @@ def mark(found: Estimate | None) -> str:
 
 def list_notes(standings: "Standings", results: Sequence[Result]) -> list[str]:
     """Return how the tables are read, and which cells failed."""
+    from tasks.evaluation.comparison import limit_trainings
+
     subjects = dict.fromkeys(result.cell.subject for result in results)
     over = max((mean.num for row in standings.rows for mean in row.means.values()), default=0)
     how = f"{len(subjects)} subjects: {', '.join(subjects)}."
+    trainings = Counter((result.cell.method, result.cell.subject) for result in results if not result.error)
+    single = dict.fromkeys(method for (method, _), num in trainings.items() if num == 1)
+    methods = dict.fromkeys(method for method, _ in trainings)
+    what = limit_trainings(list(single), len(methods))
     if len(subjects) == over:
-        how += " Means and 95 % intervals are over subjects (Student's t)."
+        how += " Means and 95 % intervals are over subjects (Student's t), each with trainings of its own."
+        what = f"For one subject alone: {what}"
     else:
         how += " Means and 95 % intervals are over their prompts: they hold for these subjects alone."
     how += (
         " * marks intervals that exclude zero. A method beats another where it is better in DINO or CLIP-T and worse "
-        "in neither, by the paired comparison of one subject's prompts. Not corrected for multiple comparisons."
+        f"in neither, by the paired comparison of one subject's prompts. {what} Not corrected for multiple comparisons."
     )
     failed = [f"failed: {result.cell.name}: {result.error}" for result in results if result.error]
     return [how, *failed]
@@ -148,7 +156,7 @@ def make_data(standings: "Standings", results: Sequence[Result]) -> object:
     ]
     data = {
         "methods": rows,
-        "real_photos": standings.ceiling,
+        "real_photos": dump(standings.ceiling),
         "findings": findings,
         "preferences": preferences,
         "models": cells,

@@ -185,8 +185,8 @@ def draw_whisker(role: str, start: tuple[float, float], end: tuple[float, float]
     return f'<line class="whisker {role}" {ends}/>'
 
 
-def draw_values(values: Sequence[tuple[str, Estimate]], ceiling: float | None, *, low: float, high: float) -> Markup:
-    """Return base and tuned on one axis, one above the other, with intervals; a mark where the photos are."""
+def draw_values(values: Sequence[tuple[str, Estimate]], ceiling: Estimate | None, *, low: float, high: float) -> Markup:
+    """Return base and tuned on one axis, one above the other, with intervals; a mark and a band for the photos."""
     values = [(role, kept) for role, estimate in values if (kept := keep_finite(estimate)) is not None]
     if not values or not (is_drawable(low) and is_drawable(high) and low < high):
         return Markup("")
@@ -194,13 +194,18 @@ def draw_values(values: Sequence[tuple[str, Estimate]], ceiling: float | None, *
     height = row * len(values) + 6
     x = Scale(low, high, SMALL_MARGIN, SMALL_WIDTH - SMALL_MARGIN)
     parts = [draw_small_axis(x, height)]
+    ceiling = None if ceiling is None else keep_finite(ceiling)
+    if ceiling is not None and ceiling.low is not None and ceiling.high is not None:
+        ends = x.place(ceiling.low), x.place(ceiling.high)
+        width = f'width="{ends[1] - ends[0]:.1f}"'
+        parts.append(f'<rect class="ceiling-range" x="{ends[0]:.1f}" y="1" {width} height="{height - 2}"/>')
     for number, (role, estimate) in enumerate(values):
         at = 3 + row * number + row / 2
         if estimate.low is not None and estimate.high is not None:
             parts.append(draw_whisker(role, (x.place(estimate.low), at), (x.place(estimate.high), at)))
         parts.append(f'<circle class="dot {role}" cx="{x.place(estimate.mean):.1f}" cy="{at}" r="4.5"/>')
-    if ceiling is not None and is_drawable(ceiling):
-        at = x.place(ceiling)
+    if ceiling is not None:
+        at = x.place(ceiling.mean)
         parts.append(f'<line class="ceiling" x1="{at:.1f}" x2="{at:.1f}" y1="1" y2="{height - 1}"/>')
     names = ", ".join(f"{role} {estimate.mean:.3f}" for role, estimate in values)
     size = (SMALL_WIDTH, height + SMALL_BOTTOM)

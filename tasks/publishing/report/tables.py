@@ -24,14 +24,16 @@ class MetricRow:
     base: Estimate
     tuned: Estimate
     gain: Estimate | None
-    ceiling: float | None
+    ceiling: Estimate | None
+    """Among the real photos."""
     share: float | None
     """Fraction of the gap between base and photos that is closed; None where photos are no upper bound."""
 
     @property
     def limits(self) -> tuple[float, float]:
         """Ends of an axis that holds all values of the row."""
-        values = [v for e in (self.base, self.tuned) for v in (e.mean, e.low, e.high, self.ceiling) if v is not None]
+        shown = [each for each in (self.base, self.tuned, self.ceiling) if each is not None]
+        values = [value for each in shown for value in (each.mean, each.low, each.high) if value is not None]
         values = [value for value in values if is_drawable(value)] or [0.0]
         return widen(min(values), max(values), margin=0.08, least=0.05)
 
@@ -108,12 +110,18 @@ def list_metrics(evaluation: Evaluation) -> list[MetricRow]:
         tuned = table.get("tuned") or find_mean(evaluation, "tuned", key)
         if base is None or tuned is None:
             continue
-        ceiling = getattr(evaluation.ceiling, key, None)
-        room = None if ceiling is None else ceiling - base.mean
+        ceiling = find_ceiling(evaluation, key)
+        room = None if ceiling is None else ceiling.mean - base.mean
         # Real photos are no upper bound of what is not a similarity to them.
         share = (tuned.mean - base.mean) / room if key in ("dino", "clip_i") and room and room > 1e-6 else None
         rows.append(MetricRow(key, find_metric(key), base, tuned, table.get("gain"), ceiling, share))
     return rows
+
+
+def find_ceiling(evaluation: Evaluation, key: str) -> Estimate | None:
+    """Return a metric among the real photos; without an interval in older manifests."""
+    found, mean = evaluation.estimates.get(key, {}).get("ceiling"), getattr(evaluation.ceiling, key, None)
+    return found if found is not None or mean is None else Estimate(mean=mean, num=0)
 
 
 def find_mean(evaluation: Evaluation, side: Side, key: str) -> Estimate | None:

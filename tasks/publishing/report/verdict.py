@@ -10,6 +10,7 @@ from tasks.manifests.subject import SubjectSet
 from tasks.publishing.config import GateConfig
 from tasks.publishing.gate import Check, explain_no_interval, limit_loss, run_checks
 from tasks.publishing.pick import find_knee, measure_checkpoints
+from tasks.publishing.report.tables import find_ceiling
 
 Level = Literal["good", "caution", "bad"]
 MIN_PHOTOS = 3
@@ -177,12 +178,12 @@ def describe_copies(check: Check) -> list[Finding]:
 
 def describe_ceiling(evaluation: Evaluation) -> list[Finding]:
     """Return whether samples are closer to the photos than these are to each other, which copies of them would be."""
-    tuned, ceiling = evaluation.estimates.get("dino", {}).get("tuned"), evaluation.ceiling.dino
-    if tuned is None or tuned.low is None or tuned.low <= ceiling:
+    tuned, ceiling = evaluation.estimates.get("dino", {}).get("tuned"), find_ceiling(evaluation, "dino")
+    if tuned is None or tuned.low is None or ceiling is None or tuned.low <= ceiling.mean:
         return []
     text = (
-        f"Samples are closer to the photos (DINO {tuned.show()}) than the photos are to each other ({ceiling:.3f}), "
-        "a sign of copying."
+        f"Samples are closer to the photos (DINO {tuned.show()}) than the photos are to each other "
+        f"({ceiling.show()}), a sign of copying."
     )
     return [Finding("caution", text, COPY_ADVICE)]
 

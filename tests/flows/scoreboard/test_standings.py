@@ -6,17 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conf.request import RunRequest
+from flows.cli.scoreboard.tables import list_notes
+from flows.scoreboard.cells import Cell, Result
 from flows.scoreboard.picture import write_picture
 from flows.scoreboard.plan import BASE, Plan
-from flows.scoreboard.standings import Key, Loaded, rank
+from flows.scoreboard.standings import Key, Loaded, Row, Standings, average_subjects, rank
 from tasks.evaluation.comparison import Candidate
 from tasks.images import decode_png, encode_png
-from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Evaluation, Sample, SubjectMetrics
+from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Estimate, Evaluation, Sample, SubjectMetrics
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.tiny import draw_photo
 
 PROMPTS, SAMPLES = 8, 2
+DIRECTION = {"claim": "c", "method": "full", "reference": "free", "metrics": ["div", "pres"], "expected": "lower"}
 SUBJECTS = ("mug", "robot", "house", "fish")
 
 
@@ -69,9 +73,8 @@ def make_models(
 
 
 def make_plan(**changes: object) -> Plan:
-    direction = {"claim": "c", "method": "full", "reference": "free", "metrics": ["div", "pres"], "expected": "lower"}
     plain = {"seeds": [1], "reference": "full", "methods": {"full": {}, "free": {}, "token": {}}}
-    return Plan.model_validate({**plain, "directions": [direction], **changes})
+    return Plan.model_validate({**plain, "directions": [DIRECTION], **changes})
 
 
 def test_means_and_differences_are_over_subjects_with_intervals_that_hold_the_truth(tmp_path: Path) -> None:
@@ -88,8 +91,8 @@ def test_means_and_differences_are_over_subjects_with_intervals_that_hold_the_tr
         assert difference.is_decided, "what the subjects share cancels in a paired difference"
     mean = rows["full"].means["dino"]
     assert mean.low is not None and mean.low < 0.8 < (mean.high or 0)
-    assert found.ceiling["dino"] == pytest.approx(0.9)
-    assert found.ceiling["clip_t"] == pytest.approx(0.7), "with the class noun of the reference"
+    assert found.ceiling["dino"].mean == pytest.approx(0.9)
+    assert found.ceiling["clip_t"].mean == pytest.approx(0.7), "with the class noun of the reference"
 
 
 def test_a_finding_is_judged_by_the_first_metric_that_was_measured(tmp_path: Path) -> None:
@@ -136,6 +139,63 @@ def test_training_seeds_pair_by_position_whatever_they_are_called(tmp_path: Path
     assert rows["peer"].num_models == 4
     assert rows["peer"].differences["dino"].mean == pytest.approx(0, abs=0.01)
     assert rows[BASE].differences["dino"].mean == pytest.approx(-0.3, abs=0.01)
+
+
+def test_trainings_of_one_subject_that_differ_decide_nothing(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    models = make_models(store, ["mug"], seeds=(1, 2))
+    assert rank(models, make_plan()).preferences[0].beaten["token"] == ("full",)
+    for seed, dino in ((1, 0.1), (2, 0.5)):  # the mean stays, 0.2 above the method with a token
+        models["full", "mug", seed] = make_model(store, ("full", "mug", seed), dino=dino, clip_t=0.0, pres=0.1)
+    found = rank(models, make_plan())
+    rows = {row.method: row for row in found.rows}
+    assert rows["full"].means["dino"].low is not None
+    assert rows["full"].means["dino"].low < 0.6
+    assert not rows["token"].differences["dino"].is_decided
+    assert found.preferences[0].beaten["token"] == ()
+    [finding] = rank(
+        models, make_plan(directions=[{**DIRECTION, "method": "token", "reference": "full", "metrics": ["dino"]}])
+    ).findings
+    assert finding.verdict == "undecided"
+
+
+def test_two_subjects_weigh_their_trainings_as_their_prompts(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    models = make_models(store, ["mug", "robot"], seeds=(1, 2))
+    for seed, dino in ((1, 0.1), (2, 0.5)):
+        models["full", "mug", seed] = make_model(store, ("full", "mug", seed), dino=dino, clip_t=0.0, pres=0.1)
+    rows = {row.method: row for row in rank(models, make_plan()).rows}
+    mean = rows["full"].means["dino"]
+    # Half of the prompts: 12.7 times the standard error 0.2, halved.
+    assert mean.low is not None and mean.high is not None
+    assert (mean.high - mean.low) / 2 == pytest.approx(1.27, abs=0.05)
+
+
+def test_the_mean_over_subjects_of_what_photos_reach_has_an_interval() -> None:
+    def photos(*means: float, half: float | None = 0.1) -> list[Estimate]:
+        ends = [(None, None) if half is None else (mean - half, mean + half) for mean in means]
+        return [Estimate(mean=mean, low=low, high=high, num=5) for mean, (low, high) in zip(means, ends, strict=True)]
+
+    three = average_subjects(photos(0.7, 0.8, 0.9, half=None))
+    assert (three.low, three.high) == pytest.approx((0.8 - 4.3027 * 0.1 / 3**0.5, 0.8 + 4.3027 * 0.1 / 3**0.5), 1e-4)
+    two = average_subjects(photos(0.7, 0.9))
+    assert (two.low, two.mean, two.high) == pytest.approx((0.8 - 0.1 / 2**0.5, 0.8, 0.8 + 0.1 / 2**0.5))
+    assert average_subjects(photos(0.7, 0.9, half=None)).low is None
+
+
+def test_the_notes_say_whether_training_seeds_are_in_the_intervals() -> None:
+    def read_notes(subjects: tuple[str, ...], seeds: tuple[int, ...], num: int) -> str:
+        standings = Standings((), {}, (Row("full", num, {"dino": Estimate(mean=0.5, num=num)}),), (), ())
+        cells = [Cell("full", subject, seed, RunRequest()) for subject in subjects for seed in seeds]
+        return list_notes(standings, [Result(cell, folder=Path()) for cell in cells])[0]
+
+    alone, absent = "For one subject alone: ", "training-seed variance is not in the intervals"
+    one = read_notes(SUBJECTS, (1,), 4)
+    assert f"{alone}One training seed per model compares models, not settings: {absent}" in one
+    assert f"{alone}Intervals contain the variance between training seeds" in read_notes(SUBJECTS, (1, 2), 4)
+    few = read_notes(("mug",), (1,), PROMPTS)
+    assert absent in few
+    assert alone not in few
 
 
 def test_the_picture_has_a_column_per_method_and_a_row_per_subject(tmp_path: Path) -> None:

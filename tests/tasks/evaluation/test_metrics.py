@@ -14,8 +14,8 @@ from tasks.encoders.lpips import Lpips, load_lpips, make_alexnet, pairwise_dista
 from tasks.evaluation.measurement import Measured, measure_all
 from tasks.evaluation.metrics import (
     Features,
+    estimate_similarity,
     find_functions,
-    mean_pairwise_similarity,
     measure_clip_t,
     measure_copies,
     measure_dino,
@@ -25,8 +25,9 @@ from tasks.evaluation.metrics import (
     measure_sharpness,
     spread,
 )
+from tasks.intervals import estimate_few
 from tasks.manifests.base import ObjectRef
-from tasks.manifests.evaluation import Sample, SampleKind, Side
+from tasks.manifests.evaluation import Estimate, Sample, SampleKind, Side
 from tasks.metrics import METRICS
 from tests.support.config import make_config
 from tests.support.tiny import draw_photo
@@ -85,9 +86,9 @@ def test_similarity_is_the_mean_over_all_pairs() -> None:
 
 
 def test_pairwise_similarity_excludes_self_pairs() -> None:
-    assert mean_pairwise_similarity(at(0, 90)) == pytest.approx(0.0, abs=1e-6)
-    assert mean_pairwise_similarity(at(0, 0, 0)) == pytest.approx(1.0)
-    assert mean_pairwise_similarity(at(30)) == 1.0
+    assert estimate_similarity(at(0, 90)).mean == pytest.approx(0.0, abs=1e-6)
+    assert estimate_similarity(at(0, 0, 0)).mean == pytest.approx(1.0)
+    assert estimate_similarity(at(30)).mean == 1.0
 
 
 def test_clip_t_compares_each_sample_with_its_own_prompt() -> None:
@@ -119,6 +120,48 @@ def test_closer_samples_score_higher_and_the_ceiling_compares_the_photos() -> No
     cosines = [math.cos(math.radians(angle)) for angle in (10, 10, 20)]
     assert measured.ceiling.dino == pytest.approx(sum(cosines) / 3, abs=1e-5)
     assert measured.metrics["tuned"].clip_t == pytest.approx(1.0)
+
+
+def test_the_ceiling_has_intervals_over_photos_and_the_nearest_pair_has_none() -> None:
+    measured = measure([80, 90, 85, 70], [0, 10, 5, 3])
+    found = {name: by_side["ceiling"] for name, by_side in measured.estimates.items() if "ceiling" in by_side}
+    assert {name: each.mean for name, each in found.items()} == pytest.approx(dict(measured.ceiling))
+    photos = at(0, 10, 20)
+    values = 1 - spread(1 - photos @ photos.T)
+    # Student's t with two degrees of freedom, 4.303, times the standard error of the photos' pseudo-values.
+    half = 4.3027 * float(values.std()) / math.sqrt(3)
+    assert found["dino"].num == 3
+    mean = float(values.mean())
+    assert (found["dino"].low, found["dino"].high) == pytest.approx((mean - half, mean + half), 1e-4)
+    assert found["nearest"].low is None
+    assert measured.kinds["scene"]["dino"].keys() == {"base", "tuned", "gain"}
+
+
+def test_two_photos_have_a_ceiling_without_an_interval() -> None:
+    assert estimate_similarity(at(0, 60)).mean == pytest.approx(0.5)
+    assert estimate_similarity(at(0, 60)).low is None
+    assert estimate_similarity(at(0)) == Estimate(mean=1.0, num=1)
+
+
+def draw_embeddings(rng: np.random.Generator, num: int) -> torch.Tensor:
+    """Return photos of a subject: a direction that all share, and as much that each has alone."""
+    rows = np.eye(64)[0] + rng.normal(0, 1 / 8, (num, 64))
+    return torch.tensor(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("num", [3, 5])
+def test_intervals_of_the_ceiling_leave_out_photos_as_pairs_are_not_independent(num: int) -> None:
+    rng = np.random.default_rng(0)
+    truth = estimate_similarity(draw_embeddings(rng, 2000)).mean
+    covers = {"photos": 0, "pairs": 0}
+    for _ in range(400):
+        rows = draw_embeddings(rng, num)
+        pairs = (rows @ rows.T)[tuple(torch.triu_indices(num, num, 1))].tolist()
+        for name, found in (("photos", estimate_similarity(rows)), ("pairs", estimate_few(pairs))):
+            assert found.low is not None and found.high is not None
+            covers[name] += found.low <= truth <= found.high
+    assert covers["photos"] >= 0.93 * 400
+    assert covers["pairs"] < 0.92 * 400
 
 
 def test_a_near_duplicate_of_a_photo_counts_as_a_copy_and_a_new_view_does_not() -> None:

@@ -55,6 +55,18 @@ def test_the_protocol_names_every_sampling_setting_and_the_encoders_but_not_lpip
         assert find_other_settings(found, plain)[0].startswith(f"{setting} {value}, not ")
 
 
+def test_another_version_of_a_set_is_another_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(LocalStore(tmp_path))
+    config = compile_request(parse_overrides(["evaluation=quick", f"subject.class_noun={run.subject.class_noun}"]))
+    inputs = EvaluationInputs(config.evaluation, config.diffusion, run.training, run.subject)
+    found = inputs.find_prompt_set()
+    assert found is not None
+    assert found.show() == "living/quick, version 1"
+    key = inputs.stage().key
+    monkeypatch.setattr("tasks.evaluation.prompt_sets.find_version", lambda kind: 2)
+    assert inputs.stage().key != key
+
+
 def draw(folder: Path, model: Path, **changes: Any) -> tuple[list[str], list[int]]:
     """Return the samples' digests, and the sizes of the batches that they were drawn in."""
     config, planned = plan(**changes)

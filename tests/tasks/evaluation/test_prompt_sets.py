@@ -9,8 +9,17 @@ from conf.overrides import parse_overrides
 from conf.request import RunRequest
 from conf.schema import RunConfig
 from tasks.errors import ConfigError
-from tasks.evaluation.prompt_sets import check_prompt, find_kind, read_set_file, resolve_prompts
+from tasks.evaluation.prompt_sets import (
+    check_prompt,
+    find_kind,
+    find_version,
+    identify_prompts,
+    read_set_file,
+    resolve_prompts,
+)
+from tasks.manifests.evaluation import PromptSet
 from tasks.prompts import write_plain_prompt, write_subject_prompt
+from tasks.stage.digests import digest
 
 KINDS = ("object", "living")
 
@@ -33,6 +42,32 @@ def test_every_shipped_prompt_is_a_valid_template_and_no_prompt_occurs_twice(kin
     for name, counts in stored["sets"].items():
         for of, num in counts.items():  # type: ignore[attr-defined]
             assert 0 < num <= len(stored["prompts"][of]), f"{name} asks for {num} of {of}"
+
+
+# Of the sets and prompts of each version. Another digest: raise `version` in the file, and write both here.
+VERSIONS = {"object": (1, "1f498c41a6eb"), "living": (1, "a0722a4cdb65")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shipped_file_that_changes_has_another_version(kind: str) -> None:
+    stored = read_set_file(kind)
+    assert (find_version(kind), digest([stored["sets"], stored["prompts"]])[:12]) == VERSIONS[kind]
+
+
+@pytest.mark.parametrize(("noun", "kind"), [("mug", "object"), ("dog", "living")])
+def test_prompts_of_a_shipped_set_are_known_by_its_name_and_version(noun: str, kind: str) -> None:
+    def identify(*words: str) -> PromptSet | None:
+        config = configure(*words, noun=noun).evaluation
+        rows = [prompt.model_dump() for prompt in config.prompts]
+        return identify_prompts(rows, class_noun=noun, subject_kind=config.subject_kind)
+
+    for name in ("quick", "thorough", "dreambench"):
+        assert identify(f"evaluation={name}") == PromptSet(name=f"{kind}/{name}", version=1)
+    assert identify("evaluation=dreambench", "evaluation.subject_kind=living") == PromptSet(
+        name="living/dreambench", version=1
+    )
+    assert identify("evaluation=standard") is None
+    assert identify("evaluation.prompts=['a photo of {subject}']") is None
 
 
 def test_presets_differ_in_prompts_and_images_and_the_default_stays_at_six_by_two() -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli.results.compare import compare_runs, load_candidate
+from flows.cli.results.compare import compare_runs, head_metrics, list_metrics, load_candidate
 from flows.cli.results.tables import Format, Grid, render
 from flows.runs.records import read_run
 from tasks.errors import ConfigError
 from tasks.evaluation.comparison import Candidate
 from tasks.evaluation.comparison import compare as compare_candidates
-from tasks.manifests.evaluation import Protocol
+from tasks.manifests.evaluation import Estimate, PromptSet, Protocol
 from tests.support.comparison import make_run
 
 
@@ -35,7 +35,9 @@ def test_a_paired_comparison_decides_what_the_means_alone_do_not(tmp_path: Path)
     assert "CLIP-T (prompt fidelity) is inconclusive" in paired["conclusion"]
     assert "it is the better of the two" in paired["conclusion"]
     assert "no significant difference" in unpaired["conclusion"]
-    assert "One training seed per model compares models, not settings" in paired["conclusion"]
+    told = "compares models, not settings: training-seed variance is not in the intervals"
+    for found in (paired, unpaired):
+        assert told in found["conclusion"]
     [difference] = paired["metrics"]["redness"]["differences"]  # a metric of another package
     assert difference["mean"] == pytest.approx(0.015, abs=0.005)
     assert paired["configuration"] == {"training.max_train_steps": ["300", "400"]}
@@ -104,12 +106,44 @@ def test_the_comparison_itself_refuses_other_encoders_and_notes_other_sampling_s
     assert compare_candidates([first, measured(second, "e", "1.0")]).notes == (told,)
 
 
+def test_other_versions_of_one_set_of_prompts_are_named(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path, name) for name in ("run-a", "run-b")]
+    first, second = (load_candidate(read_run(folder)) for folder in folders)
+
+    def asked(found: Candidate, name: str, version: int) -> Candidate:
+        prompt_set = PromptSet(name=name, version=version)
+        return replace(found, evaluation=found.evaluation.model_copy(update={"prompt_set": prompt_set}))
+
+    first = asked(first, "object/quick", 1)
+    told = "run-b was evaluated with version 2 of the prompts object/quick, run-a with version 1"
+    assert compare_candidates([first, asked(second, "object/quick", 2)]).notes == (told,)
+    for other in (second, asked(second, "object/quick", 1), asked(second, "object/all", 2)):
+        assert compare_candidates([first, other]).notes == ()
+
+
 def test_samples_that_have_left_the_store_are_reported(tmp_path: Path) -> None:
     make_run(tmp_path, "run-a")
     make_run(tmp_path, "run-b")
     (tmp_path / "store" / "04-evaluation" / "run-b" / "manifest.json").unlink()
     with pytest.raises(ConfigError, match="the samples of run-b are missing from the store"):
         compare(tmp_path, "run-a", "run-b")
+
+
+def test_what_the_photos_of_all_reach_stands_beside_the_means(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path, name) for name in ("run-a", "run-b")]
+    first, second = (load_candidate(read_run(folder)) for folder in folders)
+    ceiling = Estimate(mean=1, low=0.9, high=1.1, num=5)
+    estimates = {"dino": {"ceiling": ceiling}}
+    first = replace(first, evaluation=first.evaluation.model_copy(update={"estimates": estimates}))
+    found = compare_candidates([first, second])
+    [dino] = [row for row in found.metrics if row.key == "dino"]
+    assert dino.photos == ceiling
+    assert "photos" in head_metrics(found)
+    [row] = [row for row in list_metrics(found) if row[0] == "DINO"]
+    assert row[3] == "1.000 [0.900, 1.100]"
+    other = compare_candidates([first, replace(second, photos=frozenset({"other"}))], is_paired=False)
+    assert "photos" not in head_metrics(other)
+    assert json.loads(compare(tmp_path, "run-a", "run-b", as_format="json"))["metrics"]["dino"]["photos"]["mean"] == 1
 
 
 def test_each_format_has_the_same_figures(tmp_path: Path) -> None:

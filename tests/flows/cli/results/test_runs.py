@@ -19,6 +19,7 @@ def make_table(base: float, tuned: float, half: float) -> dict[str, Estimate]:
 def make_summary() -> RunSummary:
     """Return a run with every metric, grade and interval; SHARPNESS has large values."""
     estimates = {name: make_table(0.25, 0.5, 0.125) for name in METRICS} | {"sharpness": make_table(215, 84.5, 30)}
+    estimates["dino"]["ceiling"] = Estimate(mean=0.75, low=0.625, high=0.875, num=5)
     estimates["mine"] = make_table(15.84, 12.5, 3)
     metrics = {side: {name: rows[side].mean for name, rows in estimates.items()} for side in ("base", "tuned")}
     axes = ("concept_preservation", "prompt_following", "image_quality")
@@ -52,9 +53,18 @@ def test_means_of_both_sides_have_intervals_within_a_hundred_columns(
     assert cells["mine"] == ["15.84 [12.84, 18.84]", "12.50 [9.50, 15.50]", "-3.34 [-6.34, -0.34]"]
     assert cells["judge: subject"] == ["1.00 [0.50, 1.50]", "3.00 [2.50, 3.50]", "+2.00 [+1.50, +2.50]"]
     assert set(METRICS[name].name for name in METRICS) <= set(cells)
-    assert "in brackets: 95 % intervals" in lines
+    assert "in brackets: 95 % intervals; the report has those of photos" in lines
     assert f"warning: judge scores are unreliable: {REASON}" in lines
     assert max(map(len, lines)) <= 100
+
+
+def test_a_wide_terminal_has_the_interval_of_the_photos_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = print_at(140, capsys, monkeypatch)
+    [dino] = [line for line in lines if line.startswith("DINO ")]
+    assert "  0.750 [0.625, 0.875]  " in dino
+    assert "in brackets: 95 % intervals" in lines
 
 
 def test_a_narrow_terminal_keeps_the_interval_of_the_difference_and_names_where_the_others_are(
@@ -63,7 +73,7 @@ def test_a_narrow_terminal_keeps_the_interval_of_the_difference_and_names_where_
     lines = print_at(80, capsys, monkeypatch)
     [dino] = [line for line in lines if line.startswith("DINO ")]
     assert dino.split() == ["DINO", "0.250", "0.500", "0.750", "+0.250", "[+0.125,", "+0.375]"]
-    assert "in brackets: 95 % intervals; the report has those of base and tuned" in lines
+    assert "in brackets: 95 % intervals; the report has those of base, tuned and photos" in lines
     assert max(map(len, lines)) <= 80
 
 

@@ -21,8 +21,8 @@ def check_svg(chart: str) -> None:
 @pytest.mark.parametrize("value", EXTREMES)
 def test_equal_values_of_any_size_have_an_axis_or_no_chart(value: float) -> None:
     same = Estimate(mean=value, num=9)
-    row = MetricRow("mine", METRICS["dino"], same, same, None, value, None)
-    check_svg(draw_values((("base", same), ("tuned", same)), value, low=row.limits[0], high=row.limits[1]))
+    row = MetricRow("mine", METRICS["dino"], same, same, None, same, None)
+    check_svg(draw_values((("base", same), ("tuned", same)), same, low=row.limits[0], high=row.limits[1]))
     check_svg(draw_plane([PlanePoint("tuned", same, same, "tuned")], ("x", "y")))
     check_svg(draw_lines([Series("loss", [(float(step), value) for step in range(5)], "tuned")], ("step", "loss")))
     check_svg(draw_lines([Series("loss", [(1.0, value)], "tuned", has_dots=True)], ("step", "loss")))
@@ -32,8 +32,8 @@ def test_equal_values_of_any_size_have_an_axis_or_no_chart(value: float) -> None
 @pytest.mark.parametrize("value", EXTREMES)
 def test_values_of_any_two_sizes_are_drawn_together(value: float, other: float) -> None:
     one, two = Estimate(mean=value, low=value, high=other, num=9), Estimate(mean=other, num=9)
-    row = MetricRow("mine", METRICS["dino"], one, two, None, None, None)
-    check_svg(draw_values((("base", one), ("tuned", two)), None, low=row.limits[0], high=row.limits[1]))
+    row = MetricRow("mine", METRICS["dino"], one, two, None, one, None)
+    check_svg(draw_values((("base", one), ("tuned", two)), one, low=row.limits[0], high=row.limits[1]))
     check_svg(draw_plane([PlanePoint("a", one, two, "base"), PlanePoint("b", two, one, "tuned")], ("x", "y")))
     check_svg(draw_lines([Series("loss", [(0.0, value), (1.0, other)], "tuned")], ("step", "loss")))
 

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from tasks.manifests.evaluation import Table
+from tasks.manifests.evaluation import Estimate, Table
 from tasks.manifests.run import RunManifests
+from tasks.publishing.model_card import write_row
 from tasks.publishing.report.page import ReportInputs, render_report
+from tasks.publishing.report.tables import list_metrics
 from tasks.publishing.report.verdict import reach_verdict
 from tasks.services.store.local import LocalStore
 from tests.support.report import GATE, make_run, make_table, with_grades
@@ -69,3 +71,20 @@ def test_the_verdict_names_intervals_of_prior_drift_before_and_after(store: Loca
     ]
     assert "PRES 0.200 [0.150, 0.250] before, 0.500 [0.450, 0.550] after" in texts[0]
     assert "PRES 0.100 before, 0.200 after" in texts[1]
+
+
+def test_what_real_photos_reach_has_an_interval(store: LocalStore) -> None:
+    table = make_table(has_interval=True)
+    for by_side in table.values():
+        by_side["ceiling"] = Estimate(mean=0.8, low=0.7, high=0.9, num=5)
+    run = make_run(store)
+    html = render(store, run, estimates=table)
+    row = html.split('<h2 id="metrics">', 1)[1].split("<tbody>", 1)[1].split("</tr>", 1)[0]
+    assert '0.800<div class="small soft">0.700 to 0.900</div>' in row
+    assert 'class="ceiling-range"' in row
+    assert "of the gap to real photos closed (0.800 [0.700, 0.900])" in html
+    without = render(store, run)
+    assert '<td class="n" data-label="photos">0.800</td>' in without
+    assert 'class="ceiling-range"' not in without
+    changed = replace(run, evaluation=run.evaluation.model_copy(update={"estimates": table}))
+    assert write_row(list_metrics(changed.evaluation)[0]).endswith("| 0.800 [0.700, 0.900] |")

@@ -8,13 +8,14 @@ from markupsafe import escape
 
 from tasks.images import decode_png
 from tasks.manifests.base import Machine, Manifest, ModelRef
-from tasks.manifests.evaluation import Evaluation, SubjectMetrics
+from tasks.manifests.evaluation import Evaluation, PromptSet, SubjectMetrics
 from tasks.manifests.run_summary import EvaluatedModel
 from tasks.manifests.scoring import CheckpointRank, JudgeReliability, Scorecard
 from tasks.manifests.training import LossRow, PhotoCrops
 from tasks.publishing.export import headline_metrics, sum_llm_costs
 from tasks.publishing.report.page import ReportInputs, draw_losses, draw_sample_grid, render_report, smooth
 from tasks.publishing.report.tables import list_checkpoints, list_metrics, list_samples
+from tasks.publishing.steps import tag_prompts
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.report import GATE, make_evaluation, make_run, make_table, with_grades, with_judgements
@@ -110,6 +111,17 @@ def test_grades_without_evidence_are_named_so_and_show_none(store: LocalStore) -
     assert ["judge's evidence" in page for page in pages] == [True, False]
     assert ["asked for grades alone" in page for page in pages] == [False, True]
     assert all("3 of 4" in page for page in pages)
+
+
+def test_the_lineage_names_the_set_of_prompts_and_its_version(store: LocalStore) -> None:
+    inputs = make_inputs(store)
+    assert "Prompts: 2 of evaluation.prompts, no shipped set" in render_report(store, inputs)
+    run = inputs.manifests
+    evaluation = run.evaluation.model_copy(update={"prompt_set": PromptSet(name="living/quick", version=3)})
+    page = render_report(store, replace(inputs, manifests=replace(run, evaluation=evaluation)))
+    assert "Prompts: the set living/quick, version 3" in page
+    assert tag_prompts(evaluation) == {"likeness.prompt_set": "living/quick, version 3"}
+    assert tag_prompts(run.evaluation) == {}
 
 
 def test_gap_closed_is_the_fraction_between_base_and_ceiling(store: LocalStore) -> None:

@@ -98,9 +98,20 @@ def test_the_seeds_of_a_setting_are_pooled(tmp_path: Path) -> None:
     assert differences(found) == pytest.approx([-0.04], abs=0.01)
     assert [len(runs) for runs in found["run_ids"]] == [3, 3]  # type: ignore[attr-defined]
     assert found["configuration"] == {RATE: ["0.05", "0.01"]}  # the seeds are those of both
-    assert "3 or more training seeds of each setting are pooled" in str(found["conclusion"])
+    assert "Intervals contain the variance between training seeds" in str(found["conclusion"])
     assert "One training seed" not in str(found["conclusion"])
     assert any("over 3 training seeds" in note for note in found["notes"])  # type: ignore[attr-defined]
+
+
+def test_a_difference_within_the_variance_of_training_seeds_is_inconclusive(tmp_path: Path) -> None:
+    words = (f"{RATE}=0.01,0.05", "seed=0")
+    decided = compare(tmp_path / "a", make_sweep(tmp_path / "a", *words, num_seeds=3, seed_effect=0.001))
+    lost = compare(tmp_path / "b", make_sweep(tmp_path / "b", *words, num_seeds=3, seed_effect=0.1))
+    for found, is_decided in ((decided, True), (lost, False)):
+        [difference] = found["metrics"]["dino"]["differences"]  # type: ignore[index]
+        assert (difference["high"] < 0) is is_decided
+    assert "DINO (subject fidelity) is lower" in str(decided["conclusion"])
+    assert "DINO (subject fidelity) is inconclusive" in str(lost["conclusion"])
 
 
 def test_a_run_is_compared_with_the_mean_over_the_seeds_of_a_setting(tmp_path: Path) -> None:
@@ -112,6 +123,14 @@ def test_a_run_is_compared_with_the_mean_over_the_seeds_of_a_setting(tmp_path: P
     means = [each["mean"] for each in found["metrics"]["dino"]["means"]]  # type: ignore[index]
     assert means[1] - means[0] == pytest.approx(differences(found)[0], abs=1e-6)
     assert any("different numbers of training seeds" in note for note in found["notes"])  # type: ignore[attr-defined]
+    assert "One training seed of plain-run stands for a model, not a setting" in str(found["conclusion"])
+    assert differs_by(found) > 0.4  # three seeds 0.1 apart: Student's t 4.30 times 0.058, on both sides
+
+
+def differs_by(found: dict[str, object]) -> float:
+    """Return the width of the interval of the first difference in DINO."""
+    [difference] = found["metrics"]["dino"]["differences"]  # type: ignore[index]
+    return float(difference["high"] - difference["low"])
 
 
 def test_what_a_sweep_cannot_offer_is_one_line(tmp_path: Path) -> None:

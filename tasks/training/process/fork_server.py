@@ -184,7 +184,7 @@ def become_worker(channel: socket.socket, request: bytes, descriptors: Sequence[
     if not is_wanted:
         return None
     start_watcher()
-    print(f"forked by process {os.getppid()}, which has done the imports", flush=True)
+    os.write(1, f"forked by process {os.getppid()}, which has done the imports\n".encode())
     return os.fsdecode(request)
 
 

@@ -1,4 +1,4 @@
-"""The index of `likeness serve` in a browser: two widths, light and dark, and nothing from outside."""
+"""The index of `likeness serve` in a browser: three widths, light and dark, and nothing from outside."""
 
 import threading
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from tests.support.summary import make_measured_summary
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-WIDTHS = (390, 1280)
+WIDTHS = (390, 1280, 2560)
 COUNT_LINES = (
     "e => { const all = document.createRange(); all.selectNodeContents(e); return all.getClientRects().length }"
 )

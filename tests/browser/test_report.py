@@ -80,6 +80,37 @@ def test_the_slider_moves_and_the_light_box_opens_by_keyboard(page: "Page") -> N
     assert page.evaluate("document.activeElement.classList.contains('open')")
 
 
+def test_each_copy_button_copies_its_snippet(page: "Page") -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])  # of all origins: a file has none to name
+    snippets = page.locator(".snippet")
+    texts = [snippet.locator("pre").text_content() for snippet in snippets.all()]
+    assert len(set(texts)) == len(texts) >= 3
+    for snippet, text in zip(snippets.all(), texts, strict=True):
+        button = snippet.get_by_role("button", name="copy")
+        button.focus()
+        page.keyboard.press("Enter")
+        snippet.get_by_role("button", name="copied").wait_for()
+        assert page.evaluate("navigator.clipboard.readText()") == text
+
+
+def test_without_the_permission_a_copy_button_copies_its_snippet_too(report: Path) -> None:
+    with open_file(report, 1280) as page:
+        page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('no permission')) }")
+        snippet = page.locator(".snippet").last
+        snippet.get_by_role("button").click()
+        snippet.get_by_role("button", name="copied").wait_for()
+        text = snippet.locator("pre").text_content()
+        assert page.evaluate("getSelection().toString()").strip() == str(text).strip()
+
+
+def test_a_click_on_the_note_of_a_near_duplicate_copies_nothing(report: Path) -> None:
+    with open_file(report, 1280) as page:  # which fails for an error of a script
+        note = page.locator("p", has_text="Near-duplicate of a photo").first
+        before = note.text_content()
+        note.click()
+        assert note.text_content() == before
+
+
 def test_samples_are_sorted_by_metric(page: "Page") -> None:
     def order() -> list[str]:
         return page.locator("#gallery h3").all_inner_texts()

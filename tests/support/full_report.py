@@ -12,6 +12,7 @@ from tasks.manifests.subject import RejectedImage
 from tasks.manifests.training import LossRow, PhotoCrops
 from tasks.metrics import METRICS
 from tasks.publishing.report.page import ReportInputs
+from tasks.publishing.report.usage import UsedModel, write_snippets
 from tasks.services.store.local import LocalStore
 from tasks.stage.cache import StageFolder
 from tests.support.report import GATE, make_run, with_checkpoints, with_grades
@@ -44,7 +45,7 @@ def make_full_inputs(store: LocalStore) -> ReportInputs:
         ("store.endpoint", "http://" + "x" * 90),
     ]
     defaults = {**dict(rows), "training.learning_rate": "2e-6", "subject.source": "???"}
-    snippets = [("Command line", 'likeness generate latest "a photo of sks fish"')]
+    snippets = write_snippets(UsedModel("fish", "sks", "stable_diffusion", "lora", "some/base", None))
     return ReportInputs("One fish", run, losses, rows, GATE, defaults, {"torch": "2"}, snippets)
 
 
@@ -121,6 +122,8 @@ def with_figures(run: RunManifests) -> RunManifests:
         "clip_i": make_estimates(0.61, 0.74, 0.05),
         "clip_t": make_estimates(0.64, 0.51, 0.05),
     }
+    for by_side in headline.values():
+        by_side["ceiling"] = Estimate(mean=0.8, low=0.71, high=0.89, num=5)
     others = {name: make_estimates(0.2, 0.35, 0.08) for name in METRICS if name not in headline}
     estimates = {**headline, **others, "sharpness": make_estimates(15.8, 212.4, 9), OWN: make_estimates(-3, 1234.5, 40)}
     measured = {

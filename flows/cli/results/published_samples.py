@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flows.cli.results.images.credentials import ContentCredentials
 
 FOLDER = "samples/"
+PNG_HEAD = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,21 @@ class SampleFiles:
             data = self.credentials.sign(data, title=PurePosixPath(path).name)
         digest = hashlib.sha256(data).hexdigest()
         return data, ref.model_copy(update={"sha256": digest, "size_bytes": len(data)})
+
+
+def find_signed(destination: Store, paths: Iterable[str]) -> list[str]:
+    """Return which of some pictures are at a destination with a C2PA manifest."""
+    return [path for path in paths if is_signed(destination.find_bytes(path) or b"")]
+
+
+def is_signed(png: bytes) -> bool:
+    """Whether a PNG has a C2PA manifest, valid or not: it is the chunk `caBX`. Needs no package."""
+    at = len(PNG_HEAD)
+    while png.startswith(PNG_HEAD) and at + 8 <= len(png):
+        if png[at + 4 : at + 8] == b"caBX":
+            return True
+        at += 12 + int.from_bytes(png[at : at + 4])  # length, type, data, checksum
+    return False
 
 
 def list_samples(evaluation: Evaluation) -> dict[str, ObjectRef]:

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.cli.results.published_samples import FOLDER, SampleFiles, list_samples
+from flows.cli.results.published_samples import FOLDER, SampleFiles, find_signed, list_samples
 from flows.cli.results.runs import find_run
 from flows.runs.promotion import CHAMPION, Contender, promote
 from flows.runs.records import PastRun, list_run_folders, read_run
@@ -144,6 +145,7 @@ def publish_run(output: Path, name: str, target: Destination, *, on_progress: Ca
         evaluation = load_manifest(Evaluation, "evaluation", store=store, run=run)
         samples = SampleFiles(list_samples(evaluation), target.credentials)
     listed = check_contents(destination, describe_files(files), samples.refs, to=target.to)
+    warn_of_signatures(destination, samples, to=target.to)
     if samples.refs:  # no two signatures are the same: what is listed no longer holds
         destination.delete(PUBLISHED)
         listed = {}
@@ -167,6 +169,17 @@ def publish_run(output: Path, name: str, target: Destination, *, on_progress: Ca
     destination.put_bytes(PUBLISHED, json.dumps(manifest, indent=1).encode())
     print(f"{destination.describe('model')}  {len(all_files)} files, verified")
     return 0
+
+
+def warn_of_signatures(destination: Store, samples: SampleFiles, *, to: str) -> None:
+    """Print a line where unsigned samples replace signed ones."""
+    signed = [] if samples.credentials else find_signed(destination, samples.refs)
+    if signed:
+        print(
+            f"warning: {len(signed)} of {len(samples.refs)} samples in {to} have content credentials (C2PA), which "
+            "these replace unsigned; --c2pa-certificate and --c2pa-key sign them",
+            file=sys.stderr,
+        )
 
 
 def describe_files(files: Mapping[str, ObjectRef]) -> dict[str, object]:

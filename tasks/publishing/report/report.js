@@ -52,7 +52,7 @@ if (box) {
   });
 }
 
-document.querySelectorAll(".copy").forEach((button) => button.addEventListener("click", async () => {
+document.querySelectorAll("button.copy").forEach((button) => button.addEventListener("click", async () => {
   const text = button.closest(".snippet").querySelector("pre").textContent;
   try {
     await navigator.clipboard.writeText(text);

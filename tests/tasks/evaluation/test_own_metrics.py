@@ -1,5 +1,9 @@
 """A metric of another package is measured where the package is installed."""
 
+import re
+import sys
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from tasks.evaluation.metrics import Features
 from tasks.evaluation.own_metrics import identify_own_metrics, load_own_metrics
 from tasks.manifests.base import ObjectRef
 from tasks.manifests.evaluation import Sample
+from tests.support.cli_sandbox import ROOT
 
 CODE = '''
 """Metrics of a test."""
@@ -85,9 +90,36 @@ number = 3
 '''
 
 
-def install(folder: Path, monkeypatch: pytest.MonkeyPatch, entries: str, *, module: str) -> None:
+DREAMSIM = '''
+"""As dreamsim 0.2.1: the signature of its function and the shapes of what it returns; embeds the mean color."""
+
+import numpy as np
+import torch
+
+loaded = []
+
+
+class PerceptualModel(torch.nn.Module):
+    def embed(self, img):
+        assert img.shape == (1, 3, 224, 224) and 0 <= img.min() and img.max() <= 1
+        return torch.nn.functional.normalize(img.mean((2, 3)), dim=1)
+
+
+def dreamsim(pretrained: bool = True, device="cuda", cache_dir="./models", normalize_embeds: bool = True,
+             dreamsim_type: str = "ensemble", use_patch_model=False):
+    loaded.append(device)
+
+    def preprocess(pil_img):
+        pixels = np.array(pil_img.convert("RGB").resize((224, 224)), np.float32) / 255
+        return torch.tensor(pixels).permute(2, 0, 1).unsqueeze(0)
+
+    return PerceptualModel().eval().requires_grad_(False), preprocess
+'''
+
+
+def install(folder: Path, monkeypatch: pytest.MonkeyPatch, entries: str, *, module: str, code: str = CODE) -> None:
     """Install a distribution as `pip install --target` leaves it: a module and its metadata."""
-    (folder / f"{module}.py").write_text(CODE)
+    (folder / f"{module}.py").write_text(code)
     info = folder / f"{module}-1.2.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.2\n")
@@ -95,12 +127,14 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, entries: str, *, modu
     monkeypatch.syspath_prepend(folder)
 
 
-def measure(num: int = 2) -> dict[str, dict[str, float]]:
+def measure(colors: Sequence[tuple[int, int, int]] = ((0, 0, 0), (255, 0, 0))) -> dict[str, dict[str, float]]:
+    """Measure pictures of one color each, which are the photos too."""
     import torch
     from PIL import Image
 
+    num = len(colors)
     rows = torch.eye(num)
-    pictures = tuple(Image.new("RGB", (8, 8), (255 * number, 0, 0)) for number in range(num))
+    pictures = tuple(Image.new("RGB", (8, 8), color) for color in colors)
     samples = [
         Sample(image=ObjectRef(key=f"k{number}", sha256="", size_bytes=0), side="tuned", kind="subject", prompt="",
                class_prompt="", seed=number, template=f"t{number}")
@@ -124,6 +158,33 @@ def test_an_installed_metric_is_measured_and_its_version_is_part_of_the_key(
     assert loaded["redness"].metric.text == "Mean red level of a sample, 0 to 1"
     assert (loaded["redness2"].metric.name, loaded["redness2"].metric.direction) == ("Redness", "lower")
     assert measure()["redness"] == {"k0": 0.0, "k1": 1.0}
+
+
+def find_block(text: str, language: str, marker: str) -> str:
+    """Return the only code block of a language that holds a text."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    [found] = [block for block in blocks if marker in block]
+    return str(found)
+
+
+def test_the_readmes_example_of_a_metric_of_another_package_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (ROOT / "README.md").read_text()
+    project = tomllib.loads(find_block(readme, "toml", "likeness.metrics"))["project"]
+    [(name, value)] = project["entry-points"]["likeness.metrics"].items()
+    code = find_block(readme, "python", "import dreamsim")
+    (tmp_path / "dreamsim.py").write_text(DREAMSIM)
+    install(tmp_path, monkeypatch, f"{name} = {value}", module=value.partition(":")[0], code=code)
+    for module in ("dreamsim", value.partition(":")[0]):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    assert load_own_metrics()[name].metric.text == "Mean DreamSim cosine to the photos"
+    colors = [(255, 0, 0), (255, 255, 0)]
+    found = measure(colors=colors)[name]
+    assert found == pytest.approx({"k0": (1 + 0.5**0.5) / 2, "k1": (1 + 0.5**0.5) / 2})
+    single = measure(colors=[(255, 0, 0), (0, 0, 255), (0, 0, 255)])[name]
+    assert single == pytest.approx({"k0": 1 / 3, "k1": 2 / 3, "k2": 2 / 3})
+    assert sys.modules["dreamsim"].loaded == ["cpu"], "the model is loaded once"
 
 
 @pytest.mark.parametrize(

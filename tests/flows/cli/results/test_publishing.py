@@ -13,10 +13,11 @@ from conf.overrides import parse_overrides
 from flows.cli.main import main
 from flows.cli.results import publishing
 from flows.cli.results.images.credentials import load_credentials, read_manifest
-from flows.cli.results.published_samples import SampleFiles
+from flows.cli.results.published_samples import SampleFiles, is_signed
 from flows.cli.results.publishing import PUBLISHED, Destination, open_destination, publish_run
 from flows.runs.records import link_model
 from tasks.errors import ArtifactCorrupt, ConfigError
+from tasks.images import encode_png
 from tasks.manifests.publishing import Publication
 from tasks.manifests.run_summary import SubjectNames, make_head
 from tasks.services.config import StoreConfig
@@ -26,6 +27,7 @@ from tasks.services.store.s3 import S3Store
 from tasks.stage.cache import StageFolder, read_verified
 from tests.support.certificates import write_pair
 from tests.support.report import make_evaluation
+from tests.support.tiny import draw_photo
 
 PAGE = b"<html><!--downloads--><!--usage-->stored snippets<!--/usage--></html>"
 
@@ -136,6 +138,32 @@ def test_samples_are_copied_as_they_are_or_signed(config: StoreConfig, tmp_path:
 
     publish(str(to))  # the samples of before stay listed
     assert json.loads((to / PUBLISHED).read_text())["files"] == files
+
+
+def test_unsigned_samples_over_signed_ones_are_one_warning(
+    config: StoreConfig, s3_config: StoreConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_evaluation(open_store(config))
+    credentials = load_credentials(*write_pair(tmp_path))
+    for to in (str(tmp_path / "to"), f"s3://{s3_config.bucket}/models/ada/"):
+        publish(to, has_samples=True)
+        publish(to, has_samples=True)  # unsigned over unsigned
+        publish(to, has_samples=True, credentials=credentials)
+        publish(to, has_samples=True, credentials=credentials)
+        publish(to)  # no samples: the signed ones stay
+        assert capsys.readouterr().err == ""
+        publish(to, has_samples=True)
+        told = capsys.readouterr().err
+        assert told.startswith(f"warning: 2 of 2 samples in {to} have content credentials (C2PA), which these replace")
+        assert told.count("\n") == 1
+        publish(to, has_samples=True)
+        assert capsys.readouterr().err == "", "they are gone"
+
+
+def test_pictures_that_are_no_whole_png_are_not_signed() -> None:
+    whole = encode_png(draw_photo(0))
+    assert not any(map(is_signed, (b"", b"caBX", whole, whole[:20], whole[:8] + b"\xff" * 20)))
+    assert is_signed(whole[:33] + (4).to_bytes(4) + b"caBXdata" + bytes(4) + whole[33:])
 
 
 def test_an_interrupted_copy_of_signed_samples_has_no_manifest(

@@ -22,7 +22,7 @@ import httpx
 import psutil
 from prefect.client.orchestration import get_client
 from prefect.exceptions import Abort, PrefectException, TerminationSignal
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled
 
 from conf.compose import compile_request
@@ -31,6 +31,7 @@ from conf.trust import allowed_roots
 from flows.runs.records import is_alive, list_run_folders, list_summaries, read_summary
 from tasks.errors import LikenessError
 from tasks.manifests.run_summary import ProcessOwner, RunSummary
+from tasks.stage.progress import outlive_reader
 
 MAX_ATTEMPTS = 5
 MAX_SKEW_SECONDS = 30.0
@@ -115,6 +116,8 @@ def end_when_cancelled(flow: F) -> F:
 
     @wraps(flow)
     def run(*args: Any, **named: Any) -> Any:
+        if deployment.id is not None:
+            outlive_reader()  # before the flow's first line
         own = None if CancelWatch.is_active else flow_run.id
         # Python takes signals in the main thread alone.
         if own is None or threading.current_thread() is not threading.main_thread():

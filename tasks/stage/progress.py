@@ -1,5 +1,6 @@
 """Progress of long stages: bars on a terminal, lines elsewhere."""
 
+import logging
 import os
 import sys
 import threading
@@ -145,7 +146,16 @@ def outlive_reader() -> None:
 
     The worker of a deployment reads it through a pipe: killed, it would take the run with it by a BrokenPipeError.
     """
-    sys.stdout, sys.stderr = map(detachable, (sys.stdout, sys.stderr))
+    before = (sys.stdout, sys.stderr)
+    sys.stdout, sys.stderr = map(detachable, before)
+    loggers = [each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
+    for handler in {handler for each in (logging.root, *loggers) for handler in each.handlers}:
+        # Handlers keep the stream that they began with.
+        if isinstance(handler, logging.StreamHandler) and handler.stream in before:
+            handler.setStream(detachable(handler.stream))
+            # Prefect's writes through a console of rich, which ends the process where nobody reads.
+            if isinstance(console := getattr(handler, "console", None), Console):
+                console.file = handler.stream
 
 
 def detachable(stream: TextIO) -> TextIO:

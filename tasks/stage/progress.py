@@ -148,7 +148,7 @@ def outlive_reader() -> None:
     """
     before = (sys.stdout, sys.stderr)
     sys.stdout, sys.stderr = map(detachable, before)
-    loggers = [each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
+    loggers = [each for each in list(logging.root.manager.loggerDict.values()) if isinstance(each, logging.Logger)]
     for handler in {handler for each in (logging.root, *loggers) for handler in each.handlers}:
         # Handlers keep the stream that they began with.
         if isinstance(handler, logging.StreamHandler) and handler.stream in before:

@@ -25,6 +25,7 @@ LAYERS = {
     "tasks/training": "stage",
     "deployments": "stack",
     "faults": "long",
+    "tasks/training/process/test_fork_server.py": "long",
     "tasks/training/process/test_ranks.py": "long",
     "tasks/training/process/test_worker.py": "long",
     "flows/cli/scoreboard": "long",

@@ -170,7 +170,8 @@ def make_handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:
                 else:
                     self.send(server.batch_api.read_file(path[1]))
             except Exception as error:  # the desk refuses what it doesn't know
-                self.reply(404, {}, json.dumps({"error": {"message": str(error)}}).encode())
+                status = error.status if isinstance(error, BatchApiError) else 404
+                self.reply(status, {}, json.dumps({"error": {"message": str(error)}}).encode())
 
     return Handler
 

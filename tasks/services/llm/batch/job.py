@@ -31,6 +31,7 @@ from tasks.services.llm.chat.completion import Usage, bound_usage
 from tasks.services.llm.chat.image_urls import presign_line
 from tasks.services.llm.chat.request import RequestSpec
 from tasks.services.llm.config import ProfileConfig
+from tasks.services.llm.errors import RequestRefused
 from tasks.services.llm.reply_cache import quarantine
 from tasks.services.llm.retries import call_with_retries
 from tasks.services.llm.service import LlmService
@@ -141,6 +142,40 @@ class BatchJob:
         row = {"state_key": self.state_key, "profile": self.name, "role": self.state.role}
         append_line(self.llm.ledger.path.with_name(JOB_LOG), dump_line(row).encode())
 
+    def end_early(self) -> bool:
+        """Cancel the job, so that calls can replace it; submit none. Return whether there is something to collect."""
+        if self.is_local:  # its rows are calls: what is staged is not asked again, the rest is asked as it would be
+            return True
+        if not self.find_remote():
+            self.give_up()
+            return False
+        job = self.provider.poll(self.state.batch_id)
+        if job.status not in TERMINAL:
+            self.cancel(job, "of an earlier run")
+        return True
+
+    def find_remote(self) -> bool:
+        """Whether the provider has the job, found by its key where a killed run did not record it."""
+        if not self.state.batch_id:
+            try:
+                found = self.provider.find(self.state.idempotency_key)
+            except RequestRefused as error:  # such as a key that may not use batches: it has submitted none
+                log.warning("batch jobs can't be listed and are asked by calls: %s", error)
+                found = None
+            if found is None:
+                return False
+            self.save(batch_id=found.job_id, status=found.status, created_at=time.time())
+        return self.provider.poll(self.state.batch_id).status != LOST
+
+    def give_up(self) -> None:
+        """Mark a job that the provider does not have as done with: its rows may be requested again.
+
+        What was reserved for one that it has lost stays reserved, since it may be billed.
+        """
+        if self.state.reservation and not self.state.batch_id:
+            self.llm.budget.reconcile(self.state.reservation, spent=0.0)
+        self.save(is_collected=True, is_cancelled=True)
+
     def ensure_submitted(self) -> None:
         """Submit the job, unless an earlier attempt did and the provider still has it."""
         if self.state.batch_id and self.provider.poll(self.state.batch_id).status == LOST:
@@ -208,7 +243,7 @@ class BatchJob:
             if job.status == LOST:
                 raise ServiceUnavailable(f"the provider lost batch job {job.job_id}; run again to submit it again")
             if self._is_past_deadline(job, deadline_seconds) and not self.is_cancel_sent and job.status != "cancelling":
-                self.cancel(job)
+                self.cancel(job, "past its deadline")
                 if job.status == UNKNOWN:  # its end would be unreadable too, so what there is is collected now
                     self.job = job
                     return
@@ -225,16 +260,16 @@ class BatchJob:
             deadline_seconds = UNKNOWN_DEADLINE_SECONDS
         return deadline_seconds is not None and time.time() > self.state.created_at + deadline_seconds
 
-    def cancel(self, job: RemoteJob) -> None:
-        """Cancel a late job. Stored before it is sent: after a crash in between, a resumed run sends it again."""
+    def cancel(self, job: RemoteJob, why: str) -> None:
+        """Cancel a job. Stored before it is sent: after a crash in between, a resumed run sends it again."""
         self.save(is_cancelled=True)
         try:
             self.provider.cancel(job.job_id)
         except (ConfigError, ServiceUnavailable) as error:  # it may have ended just now; the next poll tells
-            log.warning("batch job %s is past its deadline and can't be cancelled: %s", job.job_id, error)
+            log.warning("batch job %s, %s, can't be cancelled: %s", job.job_id, why, error)
             return
         self.is_cancel_sent = True
-        log.warning("batch job %s is past its deadline and cancelled; single requests replace its rows", job.job_id)
+        log.warning("batch job %s, %s, is cancelled; single requests replace its open rows", job.job_id, why)
 
     def collect_results(self) -> dict[str, BatchReply]:
         """Return one outcome for every row, matched by custom id; rows missing from the results get a reason."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from pydantic import BaseModel
 
-from tasks.errors import StillPending
+from tasks.errors import ConfigError, ServiceUnavailable, StillPending
 from tasks.services.llm.batch.job import BatchJob, BatchState, list_states
 from tasks.services.llm.batch.provider import ENDPOINT
 from tasks.services.llm.chat.body import count_body_tokens
@@ -85,17 +85,26 @@ def ask_many(
 def settle_jobs(llm: LlmService, specs: Specs, batch: BatchOptions, *, role: str) -> None:
     """Cancel the unfinished jobs of requests that are to be sent as calls, and cache what they have answered.
 
+    None is submitted: one that was only planned is given up.
+
     Raises:
         StillPending: a job has not ended `max_wait_seconds` after its cancellation.
+        ServiceUnavailable: the provider's batch API can't be reached.
 
     """
     profile = llm.config.fallback_chain(role)[0]
     rows = {spec.compute_key(llm.config.profiles[profile]): spec for spec in specs.values()}
     states = list_states(llm.store, batch.state_prefix)
     jobs = find_unfinished(llm, rows, states, profile=profile, state_prefix=batch.state_prefix)
-    if jobs:
-        log.warning("%d batch jobs of an earlier run are cancelled; what they answered is not asked again", len(jobs))
-    run_jobs(llm, jobs, rows, options=replace(batch, deadline_seconds=0.0), on_progress=lambda done: None)
+    try:
+        run_jobs(llm, jobs, rows, options=replace(batch, deadline_seconds=None), on_progress=lambda done: None)
+    except StillPending:
+        raise
+    except (ConfigError, ServiceUnavailable) as error:
+        raise ServiceUnavailable(
+            f"a batch job of an earlier run can't be ended: {error}; `likeness jobs discard` gives it up, and its rows "
+            "are then asked by calls"
+        ) from error
 
 
 def ask_batch(
@@ -147,6 +156,14 @@ def run_jobs(
 
     """
     outcome, done = BatchOutcome(), 0
+    noted: set[str] = set()
+
+    def note_wait(who: str, job: BatchJob) -> None:
+        if job.state_key not in noted:
+            log.warning("waiting for %s, which runs a batch job of the same requests", who)
+        noted.add(job.state_key)
+        on_progress(done)
+
     queue = deque(jobs)
     started = time.monotonic()
     num_waits = 0
@@ -157,12 +174,14 @@ def run_jobs(
             job.state.lease_name,
             max_wait_seconds=options.max_wait_seconds,
             poll_seconds=options.poll_seconds,
-            on_wait=lambda who: on_progress(done),  # noqa: B023
+            on_wait=lambda who: note_wait(who, job),  # noqa: B023
         ):
             # Planned without the lease, so the stored state may be newer than the planned one.
             job.reload()
             if job.state.is_collected:  # by the previous holder of the lease
                 done += len(job.lines)
+                continue
+            if not options.is_enabled and not job.end_early():
                 continue
             job.wait(
                 poll_seconds=options.poll_seconds,
@@ -171,7 +190,7 @@ def run_jobs(
                 on_progress=lambda num, base=done: on_progress(base + num),  # type: ignore[misc]
             )
             reasons = job.keep(rows, role=job.state.role)
-        if job.job.is_over_limit and reasons:
+        if options.is_enabled and job.job.is_over_limit and reasons:
             # Halves are tried at once; a single row can only wait until the queue drains.
             pause = min(MAX_BACKOFF_SECONDS, options.poll_seconds * 2**num_waits) if len(job.lines) == 1 else 0.0
             if time.monotonic() + pause - started > options.max_wait_seconds:

@@ -42,10 +42,10 @@ class FileBatches:
 
     def submit(self, lines: Mapping[str, bytes], submission: Submission) -> RemoteJob:
         """Run the job to its end, unless its complete output exists."""
-        job_id = submission.key.replace("/", "-")  # a file name
-        job = self.poll(job_id)
-        if job.status != LOST:
-            return job
+        found = self.find(submission.key)
+        if found is not None:
+            return found
+        job_id = name_job(submission.key)
         submission.reserve()
         output = self.output(job_id)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +56,11 @@ class FileBatches:
         write_atomic(self.note(job_id), dump_signed(OutputNote(sha256=digest_file(staged))))
         os.replace(staged, output)
         return self.poll(job_id)
+
+    def find(self, key: str) -> RemoteJob | None:
+        """Return the job if its complete output exists."""
+        job = self.poll(name_job(key))
+        return None if job.status == LOST else job
 
     def run(self, lines: Mapping[str, bytes], staged: Path) -> None:
         """Run the program. Raises ServiceUnavailable where it fails, ConfigError where it can't be started."""
@@ -98,6 +103,11 @@ class FileBatches:
     def note(self, job_id: str) -> Path:
         """Return the path of the output's digest."""
         return self.folder / f"{job_id}.out.digest.json"
+
+
+def name_job(key: str) -> str:
+    """Return the id of the job with this idempotency key, which is a file name."""
+    return key.replace("/", "-")
 
 
 class LocalBatches(FileBatches):

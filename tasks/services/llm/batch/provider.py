@@ -93,6 +93,9 @@ class BatchProvider(Protocol):
         May be called again after any failure; creates one job per key.
         """
 
+    def find(self, key: str) -> RemoteJob | None:
+        """Return the job with this idempotency key; None where the provider has none."""
+
     def poll(self, job_id: str) -> RemoteJob:
         """Return a job's status and counters; LOST where the provider does not know it."""
 

@@ -77,9 +77,11 @@ class RunConfig(Section):
         if not (isinstance(subject, dict) and isinstance(evaluation, dict)):
             return values
         source, kind = evaluation.get("prompts"), evaluation.get("subject_kind", "auto")
-        if not isinstance(source, str) or kind not in ("auto", "object", "living"):
+        if not isinstance(source, str):
             return values
-        prompts = resolve_prompts(source, class_noun=str(subject.get("class_noun")), subject_kind=kind)
+        # Another kind is refused by its own field, alone.
+        known = kind if kind in ("auto", "object", "living") else "auto"
+        prompts = resolve_prompts(source, class_noun=str(subject.get("class_noun")), subject_kind=known)
         return {**values, "evaluation": {**evaluation, "prompts": prompts}}
 
     @model_validator(mode="after")

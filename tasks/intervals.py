@@ -106,8 +106,20 @@ class Pooled:
 
     values: Values
     """Means over the trainings."""
-    trainings: tuple[tuple[float, ...], ...]
-    """By setting: the mean of each of its trainings. Their variance is that of training seeds; of one there is none."""
+    models: tuple[tuple[Values, ...], ...]
+    """By setting: the values of each of its trainings, of the prompts and seeds above at least."""
+
+    @property
+    def trainings(self) -> tuple[tuple[float, ...], ...]:
+        """By setting: the mean of each training, over the prompts and seeds that the values are of.
+
+        Their variance is that of training seeds; of one training there is none.
+        """
+        cells = [(prompt, seed) for prompt, row in self.values.items() for seed in row]
+        return tuple(
+            tuple(fmean(model[prompt][seed] for prompt, seed in cells) for model in own) if cells else ()
+            for own in self.models
+        )
 
 
 def pool_trainings(models: Sequence[Values]) -> Pooled:
@@ -118,13 +130,12 @@ def pool_trainings(models: Sequence[Values]) -> Pooled:
         shared = [seed for seed in by_seed if all(seed in other.get(prompt, {}) for other in others)]
         if shared:
             values[prompt] = {seed: fmean(model[prompt][seed] for model in models) for seed in shared}
-    kept = [[model[prompt][seed] for prompt, row in values.items() for seed in row] for model in models]
-    return Pooled(values, (tuple(fmean(row) for row in kept if row),))
+    return Pooled(values, (tuple(models),))
 
 
 def subtract_pooled(second: Pooled, first: Pooled) -> Pooled:
     """Return second less first, for the prompts and seeds that both have."""
-    return Pooled(subtract(second.values, first.values), second.trainings + first.trainings)
+    return Pooled(subtract(second.values, first.values), second.models + first.models)
 
 
 def estimate_pooled(pooled: Pooled) -> Estimate:

@@ -88,7 +88,7 @@ class Standings:
 
 def rank(models: Mapping[Key, Loaded], plan: Plan) -> Standings:
     """Return the tables of the finished cells."""
-    from tasks.evaluation.comparison import pool_candidate
+    from tasks.evaluation.comparison import find_range, pool_candidate
 
     candidates = {key: loaded.candidate for key, loaded in models.items()}
     # The base model's samples are the same beside every model of a subject.
@@ -110,7 +110,7 @@ def rank(models: Mapping[Key, Loaded], plan: Plan) -> Standings:
         Row(
             method,
             sum(map(len, found[method].values())),
-            collect(metrics, table),
+            {key: mean.within(find_range(key)) for key, mean in collect(metrics, table).items()},
             {} if method == plan.reference else collect(metrics, differ(table, reference)),
         )
         for method, table in tables.items()
@@ -175,7 +175,7 @@ def estimate(by_subject: Mapping[str, "Pooled"]) -> Estimate:
 
 def estimate_prompts(by_subject: Mapping[str, "Pooled"]) -> Estimate:
     """Return the mean over all prompts of these subjects, with an interval for other prompts and trainings of them."""
-    from tasks.intervals import Pooled, estimate_pooled
+    from tasks.intervals import add_training_variance, estimate_samples
 
     counts = {name: sum(map(len, own.values.values())) for name, own in by_subject.items()}
     values = {f"{name} {prompt}": row for name, own in by_subject.items() for prompt, row in own.values.items()}
@@ -184,7 +184,7 @@ def estimate_prompts(by_subject: Mapping[str, "Pooled"]) -> Estimate:
         for name, own in by_subject.items()
         for means in own.trainings
     ]
-    return estimate_pooled(Pooled(values, tuple(trainings)))
+    return add_training_variance(estimate_samples(values), trainings)
 
 
 def check(direction: Direction, tables: Mapping[str, Mapping[str, Metrics]]) -> Finding:
@@ -209,7 +209,8 @@ def prefer(subject: str, tables: Mapping[str, Mapping[str, Metrics]]) -> Prefere
     own = {method: table[subject] for method, table in tables.items() if subject in table}
 
     def compare(method: str, other: str) -> dict[str, Estimate]:
-        pairs = {key: subtract_pooled(own[method][key], own[other][key]) for key in HEADLINE}
+        shared = [key for key in HEADLINE if key in own[method] and key in own[other]]
+        pairs = {key: subtract_pooled(own[method][key], own[other][key]) for key in shared}
         return {key: estimate_pooled(pooled) for key, pooled in pairs.items() if pooled.values}
 
     beaten = {

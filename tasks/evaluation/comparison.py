@@ -1,5 +1,6 @@
 """Compare evaluated models: differences of every metric, paired by prompt and seed where both have them."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ JUDGED = {
     "prompt_following": Metric("judge: prompt", JUDGE_TEXT, "the same judge alone", range=(0, 4)),
     "image_quality": Metric("judge: image quality", JUDGE_TEXT, "the same judge alone", range=(0, 4)),
 }
+ANY = (-math.inf, math.inf)
 HEADLINE = {"dino": "subject fidelity", "clip_t": "prompt fidelity"}
 """What the conclusion is about, by metric."""
 
@@ -92,7 +94,8 @@ def compare(candidates: Sequence[Candidate], *, is_paired: bool = True) -> Compa
             continue
         values = [table[key] for table in tables]
         differences = [measure_difference(other, values[0], is_paired=is_paired) for other in values[1:]]
-        means, decided = tuple(map(estimate_pooled, values)), tuple(filter(None, differences))
+        means = tuple(estimate_pooled(value).within(metric.range) for value in values)
+        decided = tuple(filter(None, differences))
         rows.append(MetricComparison(key, metric, means, decided, find_ceiling(candidates, key)))
     rows = [row for row in rows if len(row.differences) == len(candidates) - 1]
     names = tuple(candidate.name for candidate in candidates)
@@ -117,7 +120,16 @@ def find_ceiling(candidates: Sequence[Candidate], key: str) -> Estimate | None:
 def find_others(tables: Sequence[Mapping[str, Pooled]]) -> dict[str, Metric]:
     """Return the metrics of other packages by name; they need not be installed to be compared."""
     names = sorted({name for table in tables for name in table} - {*METRICS, *JUDGED})
-    return {name: Metric(name, "of another package", "runs with the same package", direction="none") for name in names}
+    return {
+        name: Metric(name, "of another package", "runs with the same package", range=ANY, direction="none")
+        for name in names
+    }
+
+
+def find_range(key: str) -> tuple[float, float]:
+    """Return the range of a metric's values; that of another package's is unknown."""
+    known = {**METRICS, **JUDGED}
+    return known[key].range if key in known else ANY
 
 
 def pool_candidate(candidate: Candidate) -> dict[str, Pooled]:

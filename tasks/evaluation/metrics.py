@@ -169,4 +169,4 @@ def measure_ceiling(photos: Features) -> dict[str, Estimate]:
         "nearest": None if nearest is None else Estimate(mean=nearest, num=len(photos.dino)),
         "sharpness": estimate_few(measure_sharpness(photos, photos)) if photos.images else None,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value.within(METRICS[name].range) for name, value in found.items() if value is not None}

@@ -81,6 +81,13 @@ class Estimate(Record):
         """Whether the interval excludes zero."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
+    def within(self, limits: tuple[float, float]) -> "Estimate":
+        """Return it with the interval cut to a metric's range, which Student's t of a few values can leave."""
+        if self.low is None or self.high is None:
+            return self
+        low, high = limits
+        return self.model_copy(update={"low": max(self.low, low), "high": min(self.high, high)})
+
     def show(self, digits: int = 3) -> str:
         """Return the mean with its interval, where it has one: `0.710 [0.660, 0.750]`."""
         text = f"{self.mean:.{digits}f}"

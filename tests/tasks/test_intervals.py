@@ -169,3 +169,13 @@ def test_samples_that_one_training_lacks_are_left_out_of_all() -> None:
     pooled = pool_trainings([{"a": {1: 0.1, 2: 0.9}, "b": {1: 0.5}}, {"a": {1: 0.3}}])
     assert pooled.values == {"a": {1: pytest.approx(0.2)}}
     assert pooled.trainings == (pytest.approx((0.1, 0.3)),)
+
+
+def test_the_variance_of_trainings_is_that_on_the_prompts_that_both_settings_have() -> None:
+    shared = {str(prompt): {0: 0.5 + prompt / 100} for prompt in range(6)}
+    own = [{**shared, **{f"own {prompt}": {0: value} for prompt in range(20)}} for value in (0.1, 0.9)]
+    difference = subtract_pooled(pool_trainings(own), pool_trainings([shared, shared]))
+    assert difference.values.keys() == shared.keys()
+    first, second = difference.trainings
+    assert first[0] == pytest.approx(first[1])  # their means over all prompts differ by 0.6
+    assert first == pytest.approx(second)

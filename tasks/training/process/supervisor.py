@@ -188,6 +188,10 @@ def stop(process: WorkerProcess, run: RunFolder, *, grace_seconds: float) -> Non
 
 def kill_all(process: WorkerProcess) -> None:
     """Kill the launcher and every rank. torchrun gives each rank its own session, so a process group isn't enough."""
+    if isinstance(process, ForkedWorker):  # the only rank
+        process.kill()
+        process.wait()
+        return
     with contextlib.suppress(psutil.NoSuchProcess):
         # Listed first: once the launcher is dead its children belong to init.
         ranks = psutil.Process(process.pid).children(recursive=True)

@@ -11,7 +11,7 @@ from flows.cli.scoreboard.tables import list_notes
 from flows.scoreboard.cells import Cell, Result
 from flows.scoreboard.picture import write_picture
 from flows.scoreboard.plan import BASE, Plan
-from flows.scoreboard.standings import Key, Loaded, Row, Standings, average_subjects, rank
+from flows.scoreboard.standings import Key, Loaded, Row, Standings, average_subjects, prefer, rank
 from tasks.evaluation.comparison import Candidate
 from tasks.images import decode_png, encode_png
 from tasks.manifests.evaluation import CeilingMetrics, DriftMetrics, Estimate, Evaluation, Sample, SubjectMetrics
@@ -168,7 +168,8 @@ def test_two_subjects_weigh_their_trainings_as_their_prompts(tmp_path: Path) -> 
     mean = rows["full"].means["dino"]
     # Half of the prompts: 12.7 times the standard error 0.2, halved.
     assert mean.low is not None and mean.high is not None
-    assert (mean.high - mean.low) / 2 == pytest.approx(1.27, abs=0.05)
+    assert mean.mean - mean.low == pytest.approx(1.27, abs=0.05)
+    assert mean.high == 1.0  # no cosine is larger
 
 
 def test_the_mean_over_subjects_of_what_photos_reach_has_an_interval() -> None:
@@ -206,3 +207,13 @@ def test_the_picture_has_a_column_per_method_and_a_row_per_subject(tmp_path: Pat
     assert picture.width / picture.height == pytest.approx(6 / 4, rel=0.05)
     cell = picture.crop((5 * 164, 24, 5 * 164 + 160, 24 + 160))
     assert cell.getextrema() == ((255, 255),) * 3, "a missing model stays white"
+
+
+def test_methods_without_a_shared_metric_are_not_compared() -> None:
+    from tasks.intervals import pool_trainings
+
+    measured = pool_trainings([{str(prompt): {0: 0.5 + prompt / 100} for prompt in range(6)}])
+    found = prefer(
+        "mug", {"full": {"mug": {"dino": measured, "clip_t": measured}}, "lora": {"mug": {"pres": measured}}}
+    )
+    assert set(found.preferred) == {"full", "lora"}

@@ -16,6 +16,7 @@ from tasks.evaluation.metrics import (
     Features,
     estimate_similarity,
     find_functions,
+    measure_ceiling,
     measure_clip_t,
     measure_copies,
     measure_dino,
@@ -132,9 +133,15 @@ def test_the_ceiling_has_intervals_over_photos_and_the_nearest_pair_has_none() -
     half = 4.3027 * float(values.std()) / math.sqrt(3)
     assert found["dino"].num == 3
     mean = float(values.mean())
-    assert (found["dino"].low, found["dino"].high) == pytest.approx((mean - half, mean + half), 1e-4)
+    assert (found["dino"].low, found["dino"].high) == pytest.approx((mean - half, min(1, mean + half)), 1e-4)
     assert found["nearest"].low is None
     assert measured.kinds["scene"]["dino"].keys() == {"base", "tuned", "gain"}
+
+
+def test_no_interval_of_the_ceiling_leaves_the_range_of_its_metric() -> None:
+    odd = measure_ceiling(described(0, 5, 80))
+    # Student's t of three photos, one of them unlike the others, is wider.
+    assert (odd["dino"].low, odd["dino"].high) == (-1, 1)
 
 
 def test_two_photos_have_a_ceiling_without_an_interval() -> None:

@@ -86,6 +86,13 @@ def test_dreambench_has_the_papers_kinds_for_objects_and_for_living_subjects() -
     assert count_kinds(configure("evaluation=dreambench", noun="dog")) == living
 
 
+def test_an_unknown_subject_kind_is_the_only_setting_that_is_named() -> None:
+    with pytest.raises(ConfigError) as refused:
+        configure("evaluation.subject_kind=lving")
+    assert "subject_kind" in str(refused.value)
+    assert "prompts" not in str(refused.value)
+
+
 def test_subject_kind_overrides_what_the_class_noun_says() -> None:
     plain = configure("evaluation=dreambench", noun="mug")
     assert "accessory" in count_kinds(configure("evaluation=dreambench", "evaluation.subject_kind=living", noun="mug"))

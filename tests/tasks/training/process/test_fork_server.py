@@ -1,7 +1,9 @@
 """Workers forked from a process that has done the imports: the same results, and nothing left behind."""
 
+import errno
 import fcntl
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -17,7 +19,16 @@ from tasks.errors import TrainingFailed
 from tasks.stage.digests import digest_file
 from tasks.stage.worker_process import child_environment
 from tasks.training.process import fork_server
-from tasks.training.process.fork_server import ForkServer, keep_imports, kept_fork_server
+from tasks.training.process.fork_server import (
+    CRASHED_EXIT_CODE,
+    GO,
+    PID,
+    ForkedWorker,
+    ForkServer,
+    keep_imports,
+    kept_fork_server,
+    receive,
+)
 from tasks.training.process.supervisor import locked, run_worker
 from tasks.training.process.worker_spec import RunFolder, TrainingSpec
 from tests.support.cli_sandbox import ROOT
@@ -172,16 +183,79 @@ def test_a_server_that_was_killed_or_has_another_environment_is_replaced(change:
     assert second.returncode is not None
 
 
-def test_a_worker_that_was_given_up_before_it_began_does_not_train(tmp_path: Path, spec: TrainingSpec) -> None:
-    server = ForkServer()
-    channel = server.connect(child_environment())
-    with (tmp_path / "log").open("ab") as log:
-        socket.send_fds(channel, [os.fsencode(tmp_path / "spec.json")], [log.fileno()])
-    worker = psutil.Process(int(channel.recv(100)))
-    server.stop()
-    _, alive = psutil.wait_procs([worker], timeout=30)
-    assert alive == []
-    assert (tmp_path / "log").read_bytes() == b""  # it would have missed the spec
+def request(server: ForkServer, log: Path) -> tuple[socket.socket, psutil.Process]:
+    """Request a worker for a spec that isn't there, and return its socket and the process, which waits for its go."""
+    channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, log.open("ab") as file:
+        control = server.connect(child_environment())
+        socket.send_fds(control, [os.fsencode(log.with_suffix(".json"))], [theirs.fileno(), file.fileno()])
+    pid = receive(channel, PID, seconds=100)
+    assert pid is not None
+    return channel, psutil.Process(pid)
+
+
+def test_workers_that_end_before_their_go_leave_the_server_as_it_was(
+    tmp_path: Path, spec: TrainingSpec, started: RunFolder
+) -> None:
+    with keep_imports():
+        given_up, worker = request(kept(), tmp_path / "log")
+        given_up.close()
+        killed, other = request(kept(), tmp_path / "log")
+        killed.send(GO)  # which it may not have read
+        other.kill()
+        _, alive = psutil.wait_procs([worker, other], timeout=30)
+        assert alive == []
+        server = kept().process
+        assert digest_model(train(spec, tmp_path / "run")) == digest_model(started)
+        assert kept().process is server
+        killed.close()
+
+
+def test_a_server_that_is_stopped_holds_nobody_up(
+    tmp_path: Path, spec: TrainingSpec, started: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(event: dict[str, Any]) -> None:
+        assert kept().process is not None
+        kept().process.send_signal(signal.SIGSTOP)  # type: ignore[union-attr]
+
+    monkeypatch.setattr(fork_server, "REPORT_SECONDS", 0.5)
+    with keep_imports():
+        first = train(spec, tmp_path / "first", on_event=stop)  # it never hears how the worker ended
+        monkeypatch.setattr(fork_server, "START_SECONDS", 0.5)
+        second = train(spec, tmp_path / "second")
+        assert kept().worker is None  # started otherwise
+    assert digest_model(first) == digest_model(second) == digest_model(started)
+
+
+def test_descriptors_above_1023_are_taken(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        channel, theirs = socket.socketpair()
+        theirs.close()  # as of a server that has ended
+        worker = ForkedWorker(child.pid, channel)
+        assert worker.descriptor > 1023
+        assert worker.poll() is None
+        worker.kill()
+        assert worker.wait() == CRASHED_EXIT_CODE
+    finally:
+        child.kill()
+        child.wait()
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_without_pidfds_workers_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int) -> int:
+        raise OSError(errno.ENOSYS, "no such call")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    before = kept_fork_server.get()
+    with keep_imports():
+        assert kept_fork_server.get() is before
 
 
 def test_a_server_that_ends_while_it_trains_leaves_the_worker_to_its_end(

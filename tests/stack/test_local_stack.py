@@ -429,6 +429,11 @@ def test_a_run_whose_worker_is_killed_goes_on_in_its_own_process(folder: Path) -
     with open_api(folder / "runs") as client:
         run = create_flow_run(client, [*SETTINGS, f"output_dir={folder / 'runs'}"])
         wait_for_type(client, run, "RUNNING", seconds=SECONDS)
+        # Before the flow's first line, Prefect's own lines still end the process; the run is then scheduled again.
+        deadline = time.monotonic() + SECONDS
+        while not any(summary.flow_run_id == run for summary in list_summaries(folder / "runs")):
+            assert time.monotonic() < deadline, "the flow never began"
+            time.sleep(0.1)
         flow_processes = psutil.Process(worker.pid).children()
         psutil.Process(worker.pid).kill()
         assert any(map(has_not_ended, flow_processes))

@@ -114,8 +114,8 @@ class JudgeRun(ScriptedServer):
         """Answer one row of a batch."""
         self.counts["row"] += 1
         schema = body["response_format"]["json_schema"]["schema"]["properties"]
-        reply = {name: "e" if "enum" not in told else told["enum"][-1] for name, told in schema.items()}
-        reply |= {name: 3 for name, told in schema.items() if 3 in told.get("enum", [])}
+        reply = {name: "e" if "enum" not in field else field["enum"][-1] for name, field in schema.items()}
+        reply |= {name: 3 for name, field in schema.items() if 3 in field.get("enum", [])}
         return completion(json.dumps(reply))
 
 

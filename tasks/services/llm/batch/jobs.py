@@ -41,7 +41,7 @@ class BatchOptions:
     deadline_seconds: float | None = None
     """Age at which an unfinished job is cancelled and its remaining rows are sent as calls."""
     is_enabled: bool = True
-    """Whether requests go by job; otherwise by calls, once the jobs that an earlier run has left are settled."""
+    """Whether requests go by job; otherwise by calls, once the jobs that an earlier run has left have ended."""
 
 
 @dataclass
@@ -78,11 +78,11 @@ def ask_many(
     if can_batch(llm.config, options.role):
         if batch.is_enabled:
             return ask_batch(llm, specs, batch, options=options)
-        settle_jobs(llm, specs, batch, role=options.role)
+        end_jobs(llm, specs, batch, role=options.role)
     return ask_each(llm, specs, options)
 
 
-def settle_jobs(llm: LlmService, specs: Specs, batch: BatchOptions, *, role: str) -> None:
+def end_jobs(llm: LlmService, specs: Specs, batch: BatchOptions, *, role: str) -> None:
     """Cancel the unfinished jobs of requests that are to be sent as calls, and cache what they have answered.
 
     None is submitted: one that was only planned is given up.
@@ -156,14 +156,6 @@ def run_jobs(
 
     """
     outcome, done = BatchOutcome(), 0
-    noted: set[str] = set()
-
-    def note_wait(who: str, job: BatchJob) -> None:
-        if job.state_key not in noted:
-            log.warning("waiting for %s, which runs a batch job of the same requests", who)
-        noted.add(job.state_key)
-        on_progress(done)
-
     queue = deque(jobs)
     started = time.monotonic()
     num_waits = 0
@@ -174,7 +166,7 @@ def run_jobs(
             job.state.lease_name,
             max_wait_seconds=options.max_wait_seconds,
             poll_seconds=options.poll_seconds,
-            on_wait=lambda who: note_wait(who, job),  # noqa: B023
+            on_wait=note_wait(lambda: on_progress(done)),  # noqa: B023
         ):
             # Planned without the lease, so the stored state may be newer than the planned one.
             job.reload()
@@ -207,6 +199,19 @@ def run_jobs(
         for custom_id, reason in reasons.items():
             (outcome.remaining if custom_id in job.unanswered else outcome.failures)[custom_id] = reason
     return outcome
+
+
+def note_wait(then: Callable[[], None]) -> Callable[[str], None]:
+    """Return what is called while another process holds a job: it warns at the first call, and calls `then` at each."""
+    noted: list[str] = []
+
+    def note(who: str) -> None:
+        if not noted:
+            log.warning("waiting for %s, which runs a batch job of the same requests", who)
+        noted.append(who)
+        then()
+
+    return note
 
 
 def split_job(llm: LlmService, job: BatchJob, options: BatchOptions) -> list[BatchJob]:

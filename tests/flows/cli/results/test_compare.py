@@ -35,9 +35,9 @@ def test_a_paired_comparison_decides_what_the_means_alone_do_not(tmp_path: Path)
     assert "CLIP-T (prompt fidelity) is inconclusive" in paired["conclusion"]
     assert "it is the better of the two" in paired["conclusion"]
     assert "no significant difference" in unpaired["conclusion"]
-    told = "compares models, not settings: training-seed variance is not in the intervals"
+    note = "compares models, not settings: training-seed variance is not in the intervals"
     for found in (paired, unpaired):
-        assert told in found["conclusion"]
+        assert note in found["conclusion"]
     [difference] = paired["metrics"]["redness"]["differences"]  # a metric of another package
     assert difference["mean"] == pytest.approx(0.015, abs=0.005)
     assert paired["configuration"] == {"training.max_train_steps": ["300", "400"]}
@@ -102,8 +102,8 @@ def test_the_comparison_itself_refuses_other_encoders_and_notes_other_sampling_s
     with pytest.raises(ConfigError, match="run-b and run-a were measured with other encoders"):
         compare_candidates([first, measured(second, "f", "7.5")], is_paired=False)
     assert compare_candidates([first, measured(second, "e", "7.5")]).notes == ()
-    told = "run-b was sampled with other settings than run-a: guidance_scale 1.0, not 7.5"
-    assert compare_candidates([first, measured(second, "e", "1.0")]).notes == (told,)
+    note = "run-b was sampled with other settings than run-a: guidance_scale 1.0, not 7.5"
+    assert compare_candidates([first, measured(second, "e", "1.0")]).notes == (note,)
 
 
 def test_other_versions_of_one_set_of_prompts_are_named(tmp_path: Path) -> None:
@@ -115,8 +115,8 @@ def test_other_versions_of_one_set_of_prompts_are_named(tmp_path: Path) -> None:
         return replace(found, evaluation=found.evaluation.model_copy(update={"prompt_set": prompt_set}))
 
     first = asked(first, "object/quick", 1)
-    told = "run-b was evaluated with version 2 of the prompts object/quick, run-a with version 1"
-    assert compare_candidates([first, asked(second, "object/quick", 2)]).notes == (told,)
+    note = "run-b was evaluated with version 2 of the prompts object/quick, run-a with version 1"
+    assert compare_candidates([first, asked(second, "object/quick", 2)]).notes == (note,)
     for other in (second, asked(second, "object/quick", 1), asked(second, "object/all", 2)):
         assert compare_candidates([first, other]).notes == ()
 

@@ -153,9 +153,11 @@ def test_unsigned_samples_over_signed_ones_are_one_warning(
         publish(to)  # no samples: the signed ones stay
         assert capsys.readouterr().err == ""
         publish(to, has_samples=True)
-        told = capsys.readouterr().err
-        assert told.startswith(f"warning: 2 of 2 samples in {to} have content credentials (C2PA), which these replace")
-        assert told.count("\n") == 1
+        printed = capsys.readouterr().err
+        assert printed.startswith(
+            f"warning: 2 of 2 samples in {to} have content credentials (C2PA), which these replace"
+        )
+        assert printed.count("\n") == 1
         publish(to, has_samples=True)
         assert capsys.readouterr().err == "", "they are gone"
 

@@ -97,15 +97,15 @@ def test_time_ids_hold_the_original_photo_size_not_the_downscaled_one(tmp_path: 
     spec = make_spec(tmp_path, folder)
     diffusion = spec.diffusion.model_copy(update={"family": "stable_diffusion_xl"})
     images = tuple(i.model_copy(update={"original_width": 4000, "original_height": 3000}) for i in spec.instance_images)
-    told = spec.model_copy(update={"diffusion": diffusion, "instance_images": images})
+    conditioned = spec.model_copy(update={"diffusion": diffusion, "instance_images": images})
     model = open_family("stable_diffusion_xl", folder)
-    [batch] = BatchFactory(model, told).make([0, 1], CPU)
+    [batch] = BatchFactory(model, conditioned).make([0, 1], CPU)
     assert batch.time_ids[:2, :2].tolist() == [[3000, 4000]] * 2
     assert batch.time_ids[2:, :2].tolist() == [[128, 128]] * 2  # class images are as they were drawn
     # Cached latents hold the sizes: another original is another file.
-    untold = spec.model_copy(update={"diffusion": diffusion})
-    assert next(iter(told.latents_paths())) != next(iter(untold.latents_paths()))
-    assert told.fingerprint() != untold.fingerprint()
+    unconditioned = spec.model_copy(update={"diffusion": diffusion})
+    assert next(iter(conditioned.latents_paths())) != next(iter(unconditioned.latents_paths()))
+    assert conditioned.fingerprint() != unconditioned.fingerprint()
 
 
 def test_two_ranks_together_get_the_sample_indices_of_one_rank(tmp_path: Path, tiny_model_folder: Path) -> None:

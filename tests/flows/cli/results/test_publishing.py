@@ -153,11 +153,9 @@ def test_unsigned_samples_over_signed_ones_are_one_warning(
         publish(to)  # no samples: the signed ones stay
         assert capsys.readouterr().err == ""
         publish(to, has_samples=True)
-        printed = capsys.readouterr().err
-        assert printed.startswith(
-            f"warning: 2 of 2 samples in {to} have content credentials (C2PA), which these replace"
-        )
-        assert printed.count("\n") == 1
+        shown = capsys.readouterr().err
+        assert shown.startswith(f"warning: 2 of 2 samples in {to} have content credentials (C2PA), which these replace")
+        assert shown.count("\n") == 1
         publish(to, has_samples=True)
         assert capsys.readouterr().err == "", "they are gone"
 
